@@ -1,0 +1,136 @@
+"""Distributions over tokens. Dimensions: B sequences, T response tokens, V vocabulary."""
+
+import chex
+import jax
+import jax.numpy as jnp
+
+Number = jax.Array | float
+
+
+def token_logprobs(logits: jax.Array, tokens: jax.Array, *, temperature: Number = 1.0) -> jax.Array:
+    """Log-probability of each token at the sampling temperature, over the full vocabulary.
+
+    logprob = z[token] - log Σ_v exp z[v],  z = logits / temperature, in float32.
+
+    The chosen logit is gathered first, so that no second array of [B, T, V] is made.
+
+    Args:
+        logits: [..., V] float, mostly [B, T, V].
+        tokens: [...] int, ids in [0, V); at padding any valid id.
+        temperature: divides the logits. 0 counts as 1: greedy sampling divides by nothing.
+
+    Returns:
+        [...] float32. Positions do not mix: what padding holds stays in padding.
+
+    >>> logits = jnp.log(jnp.array([[[0.25, 0.75]]]))
+    >>> round(jnp.exp(token_logprobs(logits, jnp.array([[1]]))).item(), 6)
+    0.75
+    """
+    chex.assert_type([logits, tokens], [float, int])
+    chex.assert_shape(tokens, logits.shape[:-1])
+
+    divisor = _divisor(temperature)
+    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+    scaled = logits.astype(jnp.float32) / divisor
+    return chosen.astype(jnp.float32) / divisor - jax.nn.logsumexp(scaled, axis=-1)
+
+
+def entropy(logits: jax.Array) -> jax.Array:
+    """Entropy in nats of the softmax of logits.
+
+    H = -Σ_v p_v log p_v, in float32. A logit of -inf (p = 0) adds 0, to the gradient as well.
+
+    Args:
+        logits: [..., V] float, mostly [B, T, V]; divide by the temperature beforehand.
+
+    Returns:
+        [...] float32. Positions do not mix: what padding holds stays in padding.
+
+    >>> round(jnp.exp(entropy(jnp.zeros((1, 1, 4)))).item(), 5)  # as many equal tokens
+    4.0
+    """
+    chex.assert_type(logits, float)
+    logits = logits.astype(jnp.float32)
+    logprobs = logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    finite = jnp.where(logprobs == -jnp.inf, 0.0, logprobs)
+    return -jnp.sum(jnp.exp(logprobs) * finite, axis=-1)
+
+
+def sample(
+    key: jax.Array,
+    logits: jax.Array,
+    *,
+    temperature: Number = 1.0,
+    top_k: int = 0,
+    top_p: Number = 1.0,
+    min_p: Number = 0.0,
+) -> jax.Array:
+    """Sample token ids; temperature, top_k, top_p and min_p apply in this order.
+
+    token = argmax_v z_v + g_v over the tokens that the filters keep, z = logits / temperature,
+    g Gumbel noise. The noise belongs to the token id: a filter that keeps the token that would
+    be drawn without it changes nothing. Among equal logits the lower id comes first.
+
+    Args:
+        key: one key for all rows, consumed.
+        logits: [..., V] float, mostly [B, V].
+        temperature: divides the logits; 0 is greedy, whatever the filters.
+        top_k: keeps the k largest logits. Static; 0 is off.
+        top_p: keeps the smallest set of the largest probabilities that reaches top_p, at least
+            one token. The Python number 1.0 is off and saves the sort.
+        min_p: keeps probabilities of at least min_p times the largest. 0 is off.
+
+    Returns:
+        [...] int32.
+
+    Raises:
+        ValueError: top_k is negative.
+
+    Reference: top_p is Holtzman et al. 2019, https://arxiv.org/abs/1904.09751, eq. 2 and 3;
+    min_p is Nguyen et al. 2024, https://arxiv.org/abs/2407.01082.
+
+    >>> logits = jnp.log(jnp.array([[0.1, 0.6, 0.3], [0.8, 0.1, 0.1]]))
+    >>> sample(jax.random.key(0), logits, top_p=0.5).tolist()
+    [1, 0]
+    """
+    if top_k < 0:
+        raise ValueError(f"top_k must be at least 0 (0 is off), got {top_k}.")
+    chex.assert_type(logits, float)
+    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    if _is_number(temperature, 0):
+        return greedy
+
+    logits = logits.astype(jnp.float32) / _divisor(temperature)
+    noise = jax.random.gumbel(key, logits.shape)
+    tokens = None
+    if top_k or not _is_number(top_p, 1):
+        vocab_size = logits.shape[-1]
+        logits, tokens = jax.lax.top_k(logits, min(top_k or vocab_size, vocab_size))
+        noise = jnp.take_along_axis(noise, tokens, axis=-1)
+        logits = jnp.where(_in_nucleus(logits, top_p), logits, -jnp.inf)
+    if not _is_number(min_p, 0):
+        floor = jnp.max(logits, axis=-1, keepdims=True) + jnp.log(min_p)
+        logits = jnp.where(logits >= floor, logits, -jnp.inf)
+
+    drawn = jnp.argmax(logits + noise, axis=-1)
+    if tokens is not None:
+        drawn = jnp.take_along_axis(tokens, drawn[..., None], axis=-1)[..., 0]
+    return jnp.where(temperature == 0, greedy, drawn.astype(jnp.int32))
+
+
+def _in_nucleus(sorted_logits: jax.Array, top_p: Number) -> jax.Array:
+    """True where the tokens before it, in descending order, have less than top_p together."""
+    probs = jax.nn.softmax(sorted_logits, axis=-1)
+    before = jnp.cumsum(probs, axis=-1) - probs
+    first = jnp.arange(probs.shape[-1]) == 0
+    # Rounding may lift a sum of probabilities to 1 before its end: 1 is off by definition.
+    return (before < top_p) | jnp.broadcast_to(first, probs.shape) | (top_p >= 1)
+
+
+def _divisor(temperature: Number) -> jax.Array:
+    return jnp.where(temperature == 0, 1.0, temperature)
+
+
+def _is_number(x: Number, number: float) -> bool:
+    """Whether x is this number already while tracing, so that no code is needed for it."""
+    return isinstance(x, int | float) and x == number

@@ -1,0 +1,218 @@
+"""Which metric stands in which figure of the report, with its unit and how to read it."""
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from ppo_jax.plots import COLORS, Line
+
+STAGES = {
+    "sft": "Supervised fine-tuning",
+    "reward": "Reward model",
+    "ppo": "PPO",
+}
+STEP_NAMES = {"sft": "optimizer step", "reward": "optimizer step", "ppo": "iteration"}
+
+
+class Panel(NamedTuple):
+    """One figure: its metrics (name -> label), the unit of its axis, and how to read it."""
+
+    title: str
+    unit: str
+    note: str
+    metrics: dict[str, str]
+    band: str = ""  # a metric that is the half-width of a band around the first
+
+
+# stage -> groups (heading, panels). A metric that a run did not log leaves its panel out.
+PANELS: dict[str, tuple[tuple[str, tuple[Panel, ...]], ...]] = {
+    "sft": (
+        (
+            "",
+            (
+                Panel(
+                    "Loss",
+                    "nats per token",
+                    "Cross-entropy of the next token, on texts trained on and on unseen texts.",
+                    {"sft/loss": "training", "sft/validation_loss": "validation"},
+                ),
+                Panel(
+                    "Validation perplexity",
+                    "perplexity",
+                    "exp(validation loss): as unsure as a choice among this many tokens.",
+                    {"sft/validation_perplexity": "validation"},
+                ),
+            ),
+        ),
+    ),
+    "reward": (
+        (
+            "",
+            (
+                Panel(
+                    "Loss",
+                    "nats per pair",
+                    "-log sigmoid(chosen - rejected); a coin toss gives 0.69.",
+                    {"reward_model/loss": "training"},
+                ),
+                Panel(
+                    "Accuracy",
+                    "share of pairs",
+                    "How often the preferred text of a pair has the higher score.",
+                    {
+                        "reward_model/accuracy": "training",
+                        "reward_model/validation_accuracy": "validation",
+                    },
+                ),
+            ),
+        ),
+    ),
+    "ppo": (
+        (
+            "What is optimised",
+            (
+                Panel(
+                    "Score",
+                    "score",
+                    "Mean score of the sampled responses; the band is one standard deviation "
+                    "over responses.",
+                    {"reward/score_mean": "mean"},
+                    "reward/score_std",
+                ),
+                Panel(
+                    "KL from the SFT policy",
+                    "nats per response",
+                    "Summed log-ratio of policy and reference over a response, in the mean.",
+                    {"kl/ref": "KL"},
+                ),
+                Panel(
+                    "KL penalty",
+                    "reward per response",
+                    "What the KL takes from the score.",
+                    {"reward/kl_penalty": "penalty"},
+                ),
+                Panel(
+                    "KL coefficient",
+                    "score per nat",
+                    "Constant when fixed; moves towards the target KL when adaptive.",
+                    {"kl/coef": "coefficient"},
+                ),
+            ),
+        ),
+        (
+            "Policy update",
+            (
+                Panel(
+                    "Entropy",
+                    "nats per token",
+                    "Falls as the policy becomes sure; near 0 it has collapsed.",
+                    {"policy/entropy": "entropy"},
+                ),
+                Panel(
+                    "Clip fraction",
+                    "share of tokens",
+                    "Tokens whose ratio left the clip range; 0 for long: updates too timid, "
+                    "above 0.3: too bold.",
+                    {"policy/clip_fraction": "fraction"},
+                ),
+                Panel(
+                    "Approximate KL of the update",
+                    "nats per token",
+                    "Between the policy that sampled and the policy that is updated.",
+                    {"policy/approx_kl": "KL"},
+                ),
+                Panel(
+                    "Largest ratio",
+                    "new / old probability",
+                    "The token whose probability an update raised the most.",
+                    {"policy/ratio_max": "ratio"},
+                ),
+                Panel(
+                    "Policy loss",
+                    "loss",
+                    "The clipped surrogate; its level means little, a jump means trouble.",
+                    {"policy/loss": "loss"},
+                ),
+                Panel("Learning rate", "", "Of the policy.", {"policy/learning_rate": "rate"}),
+            ),
+        ),
+        (
+            "Critic",
+            (
+                Panel(
+                    "Value loss",
+                    "squared error / 2",
+                    "Of the critic's values against the returns.",
+                    {"value/loss": "loss"},
+                ),
+                Panel(
+                    "Explained variance",
+                    "share",
+                    "1 - Var(returns - values) / Var(returns): 1 is a perfect critic, 0 one no "
+                    "better than a constant.",
+                    {"value/explained_variance": "share"},
+                ),
+                Panel(
+                    "Value clip fraction",
+                    "share of tokens",
+                    "Tokens whose value moved by more than the clip range.",
+                    {"value/clip_fraction": "fraction"},
+                ),
+            ),
+        ),
+        (
+            "Responses and speed",
+            (
+                Panel(
+                    "Response length",
+                    "tokens",
+                    "In the mean, the end token included.",
+                    {"response/length": "length"},
+                ),
+                Panel(
+                    "Ended by themselves",
+                    "share of responses",
+                    "Responses with an end token before the length limit.",
+                    {"response/eos_fraction": "share"},
+                ),
+                Panel(
+                    "Time of an iteration",
+                    "seconds",
+                    "Rollout, scoring and all optimizer steps.",
+                    {"time/iteration_s": "time"},
+                ),
+                Panel(
+                    "Speed",
+                    "tokens per second",
+                    "Response tokens sampled and trained on.",
+                    {"time/tokens_per_s": "speed"},
+                ),
+            ),
+        ),
+    ),
+}
+
+
+def series(rows: Iterable[dict], name: str) -> tuple[list[int], list[float]]:
+    """(steps, values) of a metric in the rows of one stage; null and inf become NaN.
+
+    >>> series([{"step": 1, "a": 2.0}, {"step": 2}, {"step": 3, "a": None}], "a")
+    ([1, 3], [2.0, nan])
+    """
+    points = {row["step"]: row[name] for row in rows if name in row}
+    known = (value is not None and math.isfinite(value) for value in points.values())
+    values = [float(v) if ok else math.nan for v, ok in zip(points.values(), known, strict=True)]
+    return list(points), values
+
+
+def panel_lines(rows: list[dict], panel: Panel, stage: str) -> list[Line]:
+    """The curves of a panel that were logged; training stands grey beside validation."""
+    lines = []
+    for i, (name, label) in enumerate(panel.metrics.items()):
+        steps, values = series(rows, name)
+        band_steps, band = series(rows, panel.band)
+        muted = i == 0 and len(panel.metrics) > 1
+        color = COLORS["base" if muted else stage]
+        if steps:
+            lines.append(Line(label, steps, values, color, band if band_steps == steps else None))
+    return lines

@@ -1,0 +1,37 @@
+"""Eight fake CPU devices, no silent rank promotion, one compilation cache for all tests."""
+
+import os
+import pathlib
+
+# Before jax is imported: the platform reads these once.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=8"
+    # A busy two-core machine may keep one of eight fake devices waiting for long.
+    + " --xla_cpu_collective_call_terminate_timeout_seconds=600"
+)
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+CACHE = pathlib.Path(os.environ.get("PPO_JAX_CACHE", "~/.cache/ppo_jax")).expanduser()
+
+jax.config.update("jax_compilation_cache_dir", str(CACHE / "compiled"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def strict():
+    """No implicit dtype promotion. For the pure core alone: optax's adamw fails under it."""
+    with jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def doctest_names(doctest_namespace):
+    """The two names that every doctest of the package may use."""
+    doctest_namespace["jax"] = jax
+    doctest_namespace["jnp"] = jnp

@@ -1,0 +1,179 @@
+"""Tokenised arrays hold each token once, under the right mask; each example comes once an epoch."""
+
+import numpy as np
+import pytest
+import tokenizers
+import transformers
+
+from ppo_jax import batches
+from ppo_jax.data import Demonstration, Preference
+
+
+def make_tokenizer(template=None, **special):
+    """A byte-level BPE; `template` says which special tokens it puts around a text."""
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<eos>", "<bos>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(["the film is good", "the film is bad and long"], trainer)
+    if template:
+        bpe.post_processor = tokenizers.processors.TemplateProcessing(
+            single=template, special_tokens=[("<eos>", 0), ("<bos>", 1)]
+        )
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, **special)
+
+
+PLAIN = make_tokenizer(eos_token="<eos>", pad_token="<eos>")
+WITH_BOS = make_tokenizer("<bos> $A", bos_token="<bos>", eos_token="<eos>")
+WITH_BOS_AND_EOS = make_tokenizer("<bos> $A <eos>", bos_token="<bos>", eos_token="<eos>")
+WITHOUT_EOS = make_tokenizer()
+EOS, BOS = 0, 1
+
+
+def ids(text):
+    return PLAIN(text, add_special_tokens=False)["input_ids"]
+
+
+def rows_of(arrays):
+    return [row[mask].tolist() for row, mask in zip(arrays.tokens, arrays.mask, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "leading"), [(PLAIN, []), (WITH_BOS, [BOS]), (WITH_BOS_AND_EOS, [BOS])]
+)
+def test_a_row_is_prompt_tokens_then_completion_tokens_then_eos(tokenizer, leading):
+    demonstrations = [Demonstration("the film", " is good"), Demonstration("", "bad")]
+    texts = batches.encode_demonstrations(demonstrations, tokenizer, max_length=32)
+    prompt, completion = leading + ids("the film"), [*ids(" is good"), EOS]
+    assert rows_of(texts) == [prompt + completion, [*leading, *ids("bad"), EOS]]
+    assert texts.tokens[0][texts.loss_mask[0]].tolist() == completion
+    prompts = batches.encode_prompts(["the film"], tokenizer, max_length=32)
+    assert rows_of(prompts) == [prompt]
+
+
+def test_the_first_token_of_a_row_is_never_in_the_loss():
+    for tokenizer, predicted in [(PLAIN, [*ids("bad")[1:], EOS]), (WITH_BOS, [*ids("bad"), EOS])]:
+        texts = batches.encode_texts(["bad"], tokenizer, max_length=8)
+        assert not texts.loss_mask[:, 0].any()
+        assert texts.tokens[texts.loss_mask].tolist() == predicted
+
+
+def test_eos_is_in_the_loss_though_it_is_the_pad_token_too():
+    assert PLAIN.pad_token_id == PLAIN.eos_token_id == EOS
+    texts = batches.encode_texts(["good", "the film is bad"], PLAIN, max_length=32)
+    last = texts.mask.sum(axis=1) - 1
+    assert texts.loss_mask[np.arange(2), last].all()
+    assert (texts.tokens[np.arange(2), last] == EOS).all()
+    assert not texts.loss_mask[~texts.mask].any()
+
+
+def test_eos_is_appended_once_and_only_when_asked():
+    twice = batches.encode_texts(["good<eos>", "good"], PLAIN, max_length=32)
+    assert rows_of(twice) == [[*ids("good"), EOS]] * 2
+    without = batches.encode_texts(["good"], PLAIN, max_length=32, append_eos=False)
+    assert rows_of(without) == [ids("good")]
+
+
+def test_lengths_are_multiples_of_eight_up_to_the_limit():
+    nine_tokens = "x" * 8
+    assert batches.encode_texts([nine_tokens], PLAIN, max_length=32).tokens.shape == (1, 16)
+    assert batches.encode_texts([nine_tokens], PLAIN, max_length=9).tokens.shape == (1, 9)
+    assert batches.encode_texts(["xy"], PLAIN, max_length=32).tokens.shape == (1, 8)
+
+
+def test_long_texts_are_dropped_and_counted():
+    texts = batches.encode_texts(["x", "x" * 8, "y"], PLAIN, max_length=8)
+    assert rows_of(texts) == [[*ids("x"), EOS], [*ids("y"), EOS]]
+    assert (texts.num_dropped, texts.records.tolist()) == (1, [0, 2])
+    with pytest.raises(ValueError, match="max_length=8 tokens leaves no text of 2.*has 9"):
+        batches.encode_texts(["x" * 8, "x" * 9], PLAIN, max_length=8)
+
+
+def test_arrays_have_their_types():
+    texts = batches.encode_texts(["x"], PLAIN, max_length=8)
+    prompts = batches.encode_prompts(["x"], PLAIN, max_length=8)
+    assert (texts.tokens.dtype, prompts.tokens.dtype) == (np.int32, np.int32)
+    assert (texts.mask.dtype, texts.loss_mask.dtype, prompts.mask.dtype) == (bool, bool, bool)
+
+
+def test_preferences_fill_two_rows_each_and_are_dropped_whole():
+    preferences = [
+        Preference("the", " good", " bad"),
+        Preference("x", "y" * 20, "z"),
+        Preference("x", "z", "y" * 20),
+        Preference("film", "a", "b"),
+    ]
+    texts, pairs = batches.encode_preferences(preferences, PLAIN, max_length=12)
+    assert rows_of(texts) == [
+        [*ids("the"), *ids(" good"), EOS],
+        [*ids("the"), *ids(" bad"), EOS],
+        [*ids("film"), *ids("a"), EOS],
+        [*ids("film"), *ids("b"), EOS],
+    ]
+    assert pairs.tolist() == [[0, 1], [2, 3]] and pairs.dtype == np.int32
+    assert (texts.num_dropped, texts.records.tolist()) == (2, [0, 0, 3, 3])
+
+
+def test_prompts_are_padded_on_the_left():
+    prompts = batches.encode_prompts(["the film is", "xyz"], PLAIN, max_length=32)
+    assert rows_of(prompts) == [ids("the film is"), ids("xyz")]
+    assert prompts.mask[:, -1].all()
+    assert (np.diff(prompts.mask.astype(int), axis=1) >= 0).all()
+    assert (prompts.tokens[~prompts.mask] == 0).all()
+
+
+def test_a_prompt_that_is_too_long_or_empty_is_named():
+    with pytest.raises(ValueError, match="prompt 1 has 9 tokens, allowed are 1 to 8: 'xxxx"):
+        batches.encode_prompts(["x", "x" * 9], PLAIN, max_length=8)
+    with pytest.raises(ValueError, match="prompt 0 has 0 tokens, allowed are 1 to 8: ''"):
+        batches.encode_prompts([""], PLAIN, max_length=8)
+    assert rows_of(batches.encode_prompts([""], WITH_BOS, max_length=8)) == [[BOS]]
+
+
+def test_a_tokenizer_without_eos_and_no_text_at_all_are_refused():
+    with pytest.raises(ValueError, match="the tokenizer must have an EOS token"):
+        batches.encode_texts(["x"], WITHOUT_EOS, max_length=8)
+    with pytest.raises(ValueError, match="at least one text"):
+        batches.encode_prompts([], PLAIN, max_length=8)
+
+
+def test_trimming_cuts_only_columns_that_no_row_uses():
+    mask = np.arange(40) < np.array([[3], [17]])
+    tokens = np.where(mask, 5, 0)
+    short_tokens, short_mask = batches.trim_columns(tokens, mask)
+    assert short_tokens.shape == short_mask.shape == (2, 24)
+    assert short_mask.sum() == mask.sum()
+    assert batches.trim_columns(tokens, mask, multiple=16)[0].shape == (2, 32)
+    assert batches.trim_columns(tokens, mask, multiple=64)[0].shape == (2, 40)
+    assert batches.trim_columns(tokens, np.zeros_like(mask))[0].shape == (2, 8)
+
+
+@pytest.mark.parametrize(("num_examples", "batch_size"), [(10, 4), (12, 4), (3, 8), (1, 1), (7, 7)])
+def test_every_example_comes_once_an_epoch(num_examples, batch_size):
+    sizes = {"num_examples": num_examples, "batch_size": batch_size}
+    steps = [batches.batch_indices(5, step, **sizes) for step in range(6 * num_examples)]
+    assert all(indices.shape == (batch_size,) for indices in steps)
+    epochs = np.concatenate(steps).reshape(-1, num_examples)
+    assert (np.sort(epochs, axis=1) == np.arange(num_examples)).all()
+
+
+def test_a_batch_follows_from_seed_and_step():
+    def draw(seed, step):
+        return batches.batch_indices(seed, step, num_examples=1000, batch_size=8).tolist()
+
+    assert draw(0, 3) == draw(0, 3)
+    assert len({tuple(draw(seed, step)) for seed in range(3) for step in (0, 1, 125)}) == 9
+    # A late step costs no more than an early one, and is no special case.
+    assert len(draw(0, 10**9)) == 8
+
+
+def test_sizes_below_one_are_refused():
+    with pytest.raises(ValueError, match="num_examples must be at least 1, got 0"):
+        batches.batch_indices(0, 0, num_examples=0, batch_size=1)
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        batches.batch_indices(0, 0, num_examples=1, batch_size=0)

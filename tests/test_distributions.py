@@ -1,0 +1,232 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ppo_jax.distributions import entropy, sample, token_logprobs
+
+TEMPERATURES = [0.5, 0.7, 1.0, 2.0]
+
+
+def log_softmax(logits):
+    logits = np.asarray(logits, np.float64)
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def random_logits(seed, shape, scale=3.0):
+    return np.asarray(scale * np.random.default_rng(seed).normal(size=shape), np.float32)
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_token_logprobs_equal_the_loop_over_the_full_vocabulary(temperature):
+    logits = random_logits(0, (2, 3, 11))
+    tokens = np.random.default_rng(1).integers(0, 11, size=(2, 3))
+    got = token_logprobs(jnp.asarray(logits), jnp.asarray(tokens), temperature=temperature)
+    for b, t in np.ndindex(2, 3):
+        expected = log_softmax(logits[b, t].astype(np.float64) / temperature)[tokens[b, t]]
+        np.testing.assert_allclose(got[b, t], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_logprobs_of_all_tokens_add_up_to_probability_one_for_huge_logits():
+    logits = jnp.asarray(random_logits(2, (11,), scale=1e4))
+    every = token_logprobs(jnp.tile(logits, (11, 1)), jnp.arange(11), temperature=0.7)
+    np.testing.assert_allclose(jnp.exp(every).sum(), 1.0, rtol=1e-6)
+
+
+def test_temperature_zero_counts_as_one():
+    logits, tokens = jnp.asarray(random_logits(3, (2, 3, 5))), jnp.zeros((2, 3), jnp.int32)
+    at = functools.partial(token_logprobs, logits, tokens)
+    for zero in (0, 0.0, jnp.float32(0.0)):
+        np.testing.assert_array_equal(at(temperature=zero), at(temperature=1.0))
+
+
+def test_the_gradient_of_a_logprob_is_onehot_minus_probabilities():
+    logits = jnp.asarray(random_logits(4, (7,)))
+    grad = jax.grad(lambda z: token_logprobs(z, jnp.int32(2), temperature=0.5))(logits)
+    expected = (np.eye(7)[2] - np.exp(log_softmax(2.0 * np.float64(logits)))) / 0.5
+    np.testing.assert_allclose(grad, expected, atol=1e-6)
+
+
+def test_an_impossible_token_leaves_the_others_finite_with_their_gradients():
+    logits = jnp.array([0.0, -jnp.inf, 0.0])
+    value, grad = jax.value_and_grad(token_logprobs)(logits, jnp.int32(0))
+    np.testing.assert_allclose(value, np.log(0.5), rtol=1e-6)
+    np.testing.assert_allclose(grad, [0.5, 0.0, -0.5], rtol=1e-6)
+
+
+def test_bfloat16_logits_are_normalised_in_float32():
+    logits = jnp.asarray(random_logits(5, (2, 3, 50))).astype(jnp.bfloat16)
+    tokens = jnp.zeros((2, 3), jnp.int32)
+    got = token_logprobs(logits, tokens)
+    assert got.dtype == entropy(logits).dtype == jnp.float32
+    np.testing.assert_array_equal(got, token_logprobs(logits.astype(jnp.float32), tokens))
+
+
+def test_entropy_equals_the_sum_and_its_gradient_the_closed_form():
+    logits = random_logits(6, (4, 9))
+    logprobs = log_softmax(logits)
+    expected = -(np.exp(logprobs) * logprobs).sum(axis=-1)
+    np.testing.assert_allclose(entropy(jnp.asarray(logits)), expected, rtol=1e-5)
+    # dH/dz_i = -p_i (log p_i + H)
+    grad = jax.grad(lambda z: entropy(z).sum())(jnp.asarray(logits))
+    np.testing.assert_allclose(
+        grad, -np.exp(logprobs) * (logprobs + expected[:, None]), rtol=1e-4, atol=1e-6
+    )
+
+
+def test_an_impossible_token_adds_nothing_to_the_entropy_or_its_gradient():
+    logits = jnp.array([[1.0, -jnp.inf, 2.0, 0.5]])
+    possible = jnp.array([[1.0, 2.0, 0.5]])
+    value, grad = jax.value_and_grad(lambda z: entropy(z)[0])(logits)
+    expected, expected_grad = jax.value_and_grad(lambda z: entropy(z)[0])(possible)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    np.testing.assert_allclose(grad[0, jnp.array([0, 2, 3])], expected_grad[0], rtol=1e-5)
+    assert grad[0, 1] == 0.0
+
+
+def allowed_tokens(logits, *, temperature, top_k, top_p, min_p):
+    """The filters as their definitions have them, one token after the other."""
+    logits = np.asarray(logits, np.float64) / temperature
+    order = sorted(range(len(logits)), key=lambda v: (-logits[v], v))
+    order = order[: top_k or None]
+    probs = np.exp(log_softmax(logits[order]))
+    nucleus, total = [], 0.0
+    for token, prob in zip(order, probs, strict=True):
+        nucleus.append((token, prob))
+        total += prob
+        if total >= top_p:
+            break
+    return {token for token, prob in nucleus if prob >= min_p * probs[0]}
+
+
+FILTERS = [
+    dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0),
+    dict(temperature=0.7, top_k=3, top_p=1.0, min_p=0.0),
+    dict(temperature=1.0, top_k=99, top_p=1.0, min_p=0.0),
+    dict(temperature=1.0, top_k=0, top_p=0.8, min_p=0.0),
+    dict(temperature=2.0, top_k=0, top_p=0.8, min_p=0.0),
+    dict(temperature=1.0, top_k=0, top_p=0.0, min_p=0.0),
+    dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.2),
+    dict(temperature=2.0, top_k=0, top_p=1.0, min_p=0.2),
+    dict(temperature=1.5, top_k=5, top_p=0.7, min_p=0.25),
+]
+
+
+@pytest.mark.parametrize("filters", FILTERS)
+@pytest.mark.parametrize("traced", [False, True])
+def test_sample_draws_all_allowed_tokens_and_no_other(filters, traced):
+    logits = random_logits(7, (4, 8), scale=1.0)
+    logits[1] = 0.0  # all tokens equal: the lower ids come first
+    draws = draw(logits, filters, traced=traced, num=4000)
+    for row in range(4):
+        assert set(draws[:, row].tolist()) == allowed_tokens(logits[row], **filters)
+
+
+@pytest.mark.parametrize("filters", FILTERS)
+def test_the_frequencies_are_the_renormalised_probabilities(filters):
+    num = 20_000
+    logits = random_logits(8, (1, 8), scale=1.0)
+    allowed = sorted(allowed_tokens(logits[0], **filters))
+    probs = np.zeros(8)
+    probs[allowed] = np.exp(log_softmax(logits[0, allowed] / filters["temperature"]))
+    counts = np.bincount(draw(logits, filters, traced=False, num=num)[:, 0], minlength=8)
+    # Five standard deviations of a binomial count.
+    bound = 5 * np.sqrt(num * probs * (1 - probs))
+    assert (np.abs(counts - num * probs) <= bound).all()
+
+
+def draw(logits, filters, *, traced, num):
+    static = {"top_k": filters["top_k"]}
+    numbers = {name: x for name, x in filters.items() if name != "top_k"}
+    if not traced:
+        static, numbers = filters, {}
+
+    @jax.jit
+    def run(numbers):
+        keys = jax.random.split(jax.random.key(0), num)
+        return jax.vmap(lambda key: sample(key, jnp.asarray(logits), **static, **numbers))(keys)
+
+    return np.asarray(run(numbers))
+
+
+@pytest.mark.parametrize("filters", FILTERS)
+def test_a_traced_number_draws_the_same_tokens_as_a_python_number(filters):
+    logits = random_logits(9, (4, 8))
+    static = draw(logits, filters, traced=False, num=50)
+    np.testing.assert_array_equal(static, draw(logits, filters, traced=True, num=50))
+
+
+def test_a_filter_that_keeps_the_token_that_would_be_drawn_changes_nothing():
+    logits = random_logits(10, (200, 8))
+    key = jax.random.key(1)
+    free = sample(key, jnp.asarray(logits))
+    filtered = sample(key, jnp.asarray(logits), top_k=4, top_p=0.9, min_p=0.05)
+    for row in range(200):
+        allowed = allowed_tokens(logits[row], temperature=1.0, top_k=4, top_p=0.9, min_p=0.05)
+        assert (filtered[row] == free[row]) == (int(free[row]) in allowed)
+
+
+def test_a_traced_top_p_of_one_loses_no_token_to_rounding():
+    # 2^16 equal tokens: a float32 sum of their probabilities may come to 1 too early.
+    logits = jnp.concatenate([jnp.full(1, 20.0), jnp.zeros(2**16)])
+    key = jax.random.key(2)
+    traced = jax.jit(lambda p: jax.vmap(lambda k: sample(k, logits, top_p=p))(keys))
+    keys = jax.random.split(key, 8)
+    plain = jax.vmap(lambda k: sample(k, logits))(keys)
+    np.testing.assert_array_equal(traced(1.0), plain)
+
+
+@pytest.mark.parametrize("zero", [0, 0.0, np.float32(0.0), jnp.float32(0.0)])
+def test_temperature_zero_is_greedy_whatever_the_filters(zero):
+    logits = jnp.asarray(random_logits(11, (5, 8)))
+    key = jax.random.key(3)
+    plain = sample(key, logits, temperature=zero)
+    filtered = sample(key, logits, temperature=zero, top_k=2, top_p=0.5, min_p=0.1)
+    traced = jax.jit(lambda zero: sample(key, logits, temperature=zero))(zero)
+    for tokens in (plain, filtered, traced):
+        np.testing.assert_array_equal(tokens, jnp.argmax(logits, axis=-1))
+
+
+def test_impossible_tokens_are_never_drawn():
+    logits = jnp.array([0.0, -jnp.inf, 1.0])
+    keys = jax.random.split(jax.random.key(4), 500)
+    for filters in ({}, {"top_k": 3}, {"top_p": 0.99}, {"min_p": jnp.float32(0.0)}):
+        draws = jax.vmap(lambda key, f=filters: sample(key, logits, **f))(keys)
+        assert set(draws.tolist()) == {0, 2}
+
+
+def test_leading_shapes_are_free_and_a_key_per_row_is_a_vmap():
+    logits = jnp.asarray(random_logits(12, (2, 3, 8)))
+    key = jax.random.key(5)
+    assert sample(key, logits, top_k=2).shape == (2, 3)
+    assert sample(key, logits[0, 0]).shape == ()
+    keys = jax.random.split(key, 3)
+    rows = jax.vmap(functools.partial(sample, top_p=0.9))(keys, logits[0])
+    singles = [sample(k, row, top_p=0.9) for k, row in zip(keys, logits[0], strict=True)]
+    np.testing.assert_array_equal(rows, jnp.stack(singles))
+    assert rows.dtype == jnp.int32
+
+
+def test_equal_rows_draw_different_tokens():
+    tokens = sample(jax.random.key(6), jnp.zeros((64, 100)))
+    assert len(set(tokens.tolist())) > 20
+
+
+def test_off_filters_need_no_sort():
+    def program(**numbers):
+        def run(key, logits):
+            return sample(key, logits, **numbers)
+
+        return str(jax.make_jaxpr(run)(jax.random.key(0), jnp.zeros((2, 8))))
+
+    assert "top_k" in program(top_p=0.9) and "top_k" in program(top_k=2)
+    off = program(temperature=0.7, top_k=0, top_p=1.0, min_p=0.0)
+    assert "top_k" not in off and "sort" not in off
+
+
+def test_a_negative_top_k_is_refused():
+    with pytest.raises(ValueError, match="top_k must be at least 0 .* got -1"):
+        sample(jax.random.key(0), jnp.zeros(3), top_k=-1)
