@@ -37,11 +37,9 @@ class Checkpoints:
             raise ValueError(f"keep must be at least 1, got {keep}.")
         self.directory = Path(directory).absolute()
         self.keep = keep
-        self._broken: set[int] = set()  # steps that `restore` could not read
-        self._verified: int | None = (
-            None  # the newest step that was read back or saved by this object
-        )
-        self._saving: tuple[int, Any] | None = None
+        self._broken: set[int] = set()  # steps that could not be read
+        self._verified: int | None = None  # the newest step that was restored or saved
+        self._saving: tuple[int, Any] | None = None  # step and Orbax's response
 
     def save(self, step: int, state: Any, metadata: dict[str, Any] | None = None) -> None:
         """Start to save a state, and return as soon as its buffers may be donated.
@@ -63,10 +61,8 @@ class Checkpoints:
             return
         later = [other for other in self._complete_steps() if other >= step]
         if later:
-            raise ValueError(
-                f"step {step} cannot be saved in {self.directory}: it holds steps "
-                f"{later}. Restore them first, or choose another workdir."
-            )
+            have = f"step {step} cannot be saved in {self.directory}: it holds steps {later}."
+            raise ValueError(f"{have} Restore them first, or choose another workdir.")
         tree = unflatten_dict({k: _detached(k, x) for k, x in _named(state).items()}, sep="/")
         # Orbax's transfer to the host is implicit: a guard that loops set for their own code.
         with jax.transfer_guard("allow"):
@@ -101,7 +97,7 @@ class Checkpoints:
                 raise  # the checkpoint may be whole: passing it over would lose work
             except Exception as error:  # Orbax has no common error for damaged files
                 self._broken.add(step)
-                _warn_passed_over(path, error)
+                warnings.warn(f"passed over checkpoint {path}: {_reason(error)}", stacklevel=2)
                 continue
             self._verified = step
             return state, step, metadata
@@ -127,7 +123,7 @@ class Checkpoints:
             self._remove_old()
 
     def close(self) -> None:
-        """Wait for the last save. The object can be used no less afterwards: it holds no files."""
+        """Wait for the last save; nothing else is held open."""
         self.wait()
 
     def _complete_steps(self) -> list[int]:
@@ -159,9 +155,8 @@ def load_checkpoint_item(directory: str | Path, name: str, step: int | None = No
         ValueError: there is no such checkpoint, or no such field in it.
     """
     directory = Path(directory).absolute()
-    for number, path in (
-        _newest_first(directory) if step is None else [(step, directory / str(step))]
-    ):
+    candidates = [(step, directory / str(step))] if step is not None else _newest_first(directory)
+    for number, path in candidates:
         try:
             saved, _ = _read_metadata(path, number)
             if name not in saved:
@@ -172,7 +167,7 @@ def load_checkpoint_item(directory: str | Path, name: str, step: int | None = No
         except Exception as error:  # as in `Checkpoints.restore`
             if step is not None:
                 raise ValueError(f"checkpoint {path} cannot be read: {_reason(error)}") from error
-            _warn_passed_over(path, error)
+            warnings.warn(f"passed over checkpoint {path}: {_reason(error)}", stacklevel=2)
     raise ValueError(f"no complete checkpoint in {directory}.")
 
 
@@ -183,11 +178,12 @@ def save_params(path: str | Path, params: Any) -> None:
         path: the folder.
         params: nested dicts with string keys, of jax or numpy arrays.
     """
-    tree = jax.tree_util.tree_map_with_path(lambda path, x: _detached(_name(path), x), params)
+    path = Path(path).absolute()
+    tree = jax.tree_util.tree_map_with_path(lambda keys, x: _detached(_name(keys), x), params)
     with jax.transfer_guard("allow"):
-        ocp.save(Path(path).absolute(), tree, overwrite=True)
+        ocp.save(path, tree, overwrite=True, custom_metadata={"step": None, "metadata": {}})
     if jax.process_index() == 0:
-        _list_files(Path(path).absolute())
+        _list_files(path)
 
 
 def load_params(path: str | Path) -> Any:
@@ -200,7 +196,7 @@ def load_params(path: str | Path) -> Any:
     if not path.is_dir():
         raise ValueError(f"no params in {path}: the folder does not exist.")
     try:
-        return _load_as_numpy(path, _read_tree(path)[0])
+        return _load_as_numpy(path, _read_metadata(path, None)[0])
     except MemoryError:
         raise
     except Exception as error:
@@ -221,10 +217,10 @@ def _named(tree: Any) -> dict[str, Any]:
 
 
 def _detached(name: str, leaf: Any) -> Any:
-    """The leaf in memory of its own where Orbax would write from the buffer that a step may donate.
+    """The leaf in memory of its own, where Orbax would write from the buffer that a step donates.
 
-    On CPU the host's view of an array is the array itself. Elsewhere Orbax copies it to the host
-    before `save_async` returns, and a second copy on the device would cost memory for nothing.
+    On CPU the host's view of an array is the array itself. Elsewhere Orbax has copied it to the
+    host when `save_async` returns; a copy on the device would cost memory for nothing.
     """
     if isinstance(leaf, jax.Array):
         on_cpu = next(iter(leaf.sharding.device_set)).platform == "cpu"
@@ -250,29 +246,19 @@ def _newest_first(directory: Path) -> Iterator[tuple[int, Path]]:
         yield step, path
 
 
-def _warn_passed_over(path: Path, error: Exception) -> None:
-    warnings.warn(f"passed over checkpoint {path}: {_reason(error)}", stacklevel=3)
-
-
 def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:300]}"
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}"
 
 
-def _read_metadata(path: Path, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
+def _read_metadata(path: Path, step: int | None) -> tuple[dict[str, Any], dict[str, Any]]:
     """(the tree of what was saved, with shapes and dtypes; the caller's metadata)."""
-    saved, own = _read_tree(path)
-    if own.get("step") != step:
-        raise OSError(f"its metadata are damaged: they name step {own.get('step')}.")
-    return saved, own["metadata"]
-
-
-def _read_tree(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     _check_files(path)
     found = ocp.metadata(path)
-    if not found.metadata:  # Orbax logs what it could not read, and returns None
-        raise OSError("its table of arrays is missing or damaged.")
-    return found.metadata, found.custom_metadata or {}
+    own = found.custom_metadata
+    # Orbax logs what it could not read, and returns None in its place.
+    if not found.metadata or not own or own["step"] != step:
+        raise OSError("its metadata are missing or damaged.")
+    return found.metadata, own["metadata"]
 
 
 def _list_files(path: Path) -> None:
@@ -297,7 +283,10 @@ def _check_files(path: Path) -> None:
 
 
 def _check_same_structure(path: Path, saved: Any, example: Any) -> None:
-    saved, expected = ({k: _form(x) for k, x in _named(t).items()} for t in (saved, example))
+    saved, expected = (
+        {name: f"{tuple(leaf.shape)} {np.dtype(leaf.dtype)}" for name, leaf in _named(tree).items()}
+        for tree in (saved, example)
+    )
     lines = [
         f"  {name}: saved {saved.get(name, 'nothing')}, expected {expected.get(name, 'nothing')}"
         for name in {**expected, **saved}
@@ -305,10 +294,6 @@ def _check_same_structure(path: Path, saved: Any, example: Any) -> None:
     ]
     if lines:
         raise _Mismatch("\n".join([f"checkpoint {path} does not fit this run's state:", *lines]))
-
-
-def _form(leaf: Any) -> str:
-    return f"{tuple(leaf.shape)} {np.dtype(leaf.dtype).name}"
 
 
 def _load_like(path: Path, example: Any) -> Any:

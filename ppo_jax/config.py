@@ -117,7 +117,7 @@ class SFTSettings:
     optimizer: OptimizerSettings
     validation_data: str = ""  # JSONL; "" holds out validation_fraction of the data
     validation_fraction: float = 0.05
-    trainable: str | int = "all"  # "all", a number of top layers, or "head"
+    trainable: str | int = "all"  # "all", a number of top layers such as "4", or "head"
     num_epochs: float = 1.0  # passes over the data
     batch_size: int = 32  # texts a step
     num_micro_batches: int = 1  # pieces of a batch in memory one after the other
@@ -140,8 +140,9 @@ class RewardSettings:
     init_from: str = "sft"  # a stage of this workdir, "base", a stage folder or a model
     validation_data: str = ""  # JSONL; "" holds out validation_fraction of the data
     validation_fraction: float = 0.05
+    num_layers: int = 0  # keep the lowest N layers of the model it starts from; 0 keeps all
     reference_data: str = ""  # JSONL of texts that shall score 0 on average; "" is the data
-    trainable: str | int = "all"  # "all", a number of top layers, or "head"
+    trainable: str | int = "all"  # "all", a number of top layers such as "4", or "head"
     num_epochs: float = 1.0  # passes over the data; more than one soon overfits
     batch_size: int = 64  # texts a step; a pair is two texts
     pairs_per_batch: int = 256  # ratings only: comparisons drawn among the texts of a batch
@@ -155,6 +156,7 @@ class RewardSettings:
         check_training(self, "reward")
         require_choice(self, "reward", "format", ("preferences", "ratings"))
         require_positive(self, "reward", "pairs_per_batch")
+        require(self.num_layers >= 0, "reward.num_layers", self.num_layers, ">= 0")
         require(self.batch_size >= 2, "reward.batch_size", self.batch_size, ">= 2")
         if self.format == "preferences":
             require(self.batch_size % 2 == 0, "reward.batch_size", self.batch_size, "even (pairs)")
@@ -184,7 +186,7 @@ class PPOSettings:
     init_from: str = "sft"  # the policy: a stage of this workdir, "base", a stage folder or a model
     reward_model: str = "reward"  # a stage of this workdir or a stage folder; "" with a function
     reward_function: str = ""  # "module:function": (prompts, responses) -> one number a response
-    trainable: str | int = "all"  # "all", a number of top layers, or "head"
+    trainable: str | int = "all"  # "all", a number of top layers such as "4", or "head"
     value_trainable: str | int = "all"  # the same for the critic
 
     num_iterations: int = 100
@@ -315,6 +317,9 @@ def convert(hint: Any, value: Any, field: str) -> Any:
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if value is None and types.NoneType in options:
         return None
+    # A ConfigDict field keeps its type, so one that may be a word or a number is written as text.
+    if set(options) == {str, int} and isinstance(value, str) and value.isdecimal():
+        return int(value)
     for option in options:
         if dataclasses.is_dataclass(option):
             return build(option, value, field + ".")
@@ -333,3 +338,13 @@ def convert(hint: Any, value: Any, field: str) -> Any:
 def to_dict(config: Config) -> dict:
     """The settings as plain dictionaries, for config.json."""
     return dataclasses.asdict(config)
+
+
+# Settings that a resumed run may change: numbers that no shape and no data order depends on.
+MAY_CHANGE = frozenset(
+    [f.name for f in dataclasses.fields(OptimizerSettings)]
+    + ["value_learning_rate", "num_iterations", "temperature", "missing_eos_score", "kl_coef"]
+    + ["target_kl", "kl_horizon", "gamma", "gae_lambda", "clip_range", "value_clip_range"]
+    + ["vf_coef", "entropy_coef", "sample_every", "num_samples", "save_every", "eval_every"]
+    + ["num_micro_batches", "hidden_cache_gb"]
+)

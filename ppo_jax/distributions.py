@@ -122,9 +122,10 @@ def _in_nucleus(sorted_logits: jax.Array, top_p: Number) -> jax.Array:
     """True where the tokens before it, in descending order, have less than top_p together."""
     probs = jax.nn.softmax(sorted_logits, axis=-1)
     before = jnp.cumsum(probs, axis=-1) - probs
-    first = jnp.arange(probs.shape[-1]) == 0
-    # Rounding may lift a sum of probabilities to 1 before its end: 1 is off by definition.
-    return (before < top_p) | jnp.broadcast_to(first, probs.shape) | (top_p >= 1)
+    # Nothing stands before the first token, which a bound above 0 keeps. Rounding may lift the
+    # sum to 1 before its end, while a top_p of 1 is off by definition.
+    above_zero = jnp.maximum(top_p, jnp.finfo(jnp.float32).tiny)
+    return before < jnp.where(top_p >= 1, jnp.inf, above_zero)
 
 
 def _divisor(temperature: Number) -> jax.Array:

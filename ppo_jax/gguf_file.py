@@ -147,7 +147,9 @@ def build_tokenizer(metadata: dict[str, Any]):
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     splitters = {
         "gpt-2": byte_level,
-        "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(True), byte_level]),
+        "smollm": pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), byte_level]
+        ),
     }
     check_tokenizer(ggml, sorted(splitters))
     vocab = {token: i for i, token in enumerate(ggml["tokens"])}

@@ -218,7 +218,7 @@ def judge_table(
 def _comparison(judge: Judge, responses: Mapping, candidate: str, seed: int) -> dict:
     scores = {stage: np.asarray(judge(texts), float) for stage, texts in responses.items()}
     row = {f"mean_{stage}": float(values.mean()) for stage, values in scores.items()}
-    for stage in [stage for stage in scores if stage != candidate]:
+    for stage in reversed([stage for stage in scores if stage != candidate]):
         pair = scores[candidate], scores[stage]
         name = f"win_rate_{candidate}_vs_{stage}"
         row[name] = win_rate(*pair)

@@ -256,7 +256,11 @@ def next_token_loss(
 
 
 def preference_loss(
-    chosen_scores: jax.Array, rejected_scores: jax.Array, *, margin: Number = 0.0
+    chosen_scores: jax.Array,
+    rejected_scores: jax.Array,
+    *,
+    margin: Number = 0.0,
+    mask: jax.Array | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """Loss of a reward model on pairs of responses, of which one was preferred.
 
@@ -266,28 +270,31 @@ def preference_loss(
         chosen_scores: [B] float, of the preferred responses.
         rejected_scores: [B] float, of the others.
         margin: by how much the chosen score should be larger, a number or [B].
+        mask: [B] bool, False on pairs that nobody judged, ties for instance; None counts all.
 
     Returns:
-        (loss, metrics): reward/loss; reward/accuracy, the share of pairs in the right order
-        (a tie counts half); reward/margin, the mean of chosen - rejected.
+        (loss, metrics): reward_model/loss; reward_model/accuracy, the share of pairs in the right
+        order (a tie counts half); reward_model/margin, the mean of chosen - rejected.
 
     Reference: Ouyang et al. 2022, https://arxiv.org/abs/2203.02155, eq. 1; the margin is that of
     Touvron et al. 2023, https://arxiv.org/abs/2307.09288, eq. 2.
 
     >>> loss, metrics = preference_loss(jnp.array([1.0, 2.0]), jnp.array([1.0, 0.0]))
-    >>> metrics["reward/accuracy"].item(), metrics["reward/margin"].item()
+    >>> metrics["reward_model/accuracy"].item(), metrics["reward_model/margin"].item()
     (0.75, 1.0)
     """
     chex.assert_rank([chosen_scores, rejected_scores, margin], [1, 1, {0, 1}])
     chex.assert_equal_shape([chosen_scores, rejected_scores])
     chex.assert_type([chosen_scores, rejected_scores], float)
 
-    difference = chosen_scores.astype(jnp.float32) - rejected_scores.astype(jnp.float32)
+    mask = jnp.ones(chosen_scores.shape, bool) if mask is None else mask
+    chosen, rejected = zero_padding(mask, chosen_scores, rejected_scores)
+    difference = chosen - rejected
     margin = jnp.broadcast_to(jnp.asarray(margin, jnp.float32), difference.shape)
-    loss = -jnp.mean(jax.nn.log_sigmoid(difference - margin))
+    loss = -masked_mean(jax.nn.log_sigmoid(difference - margin), mask)
     metrics = {
-        "reward/loss": loss,
-        "reward/accuracy": jnp.mean(0.5 * (jnp.sign(difference) + 1.0)),
-        "reward/margin": jnp.mean(difference),
+        "reward_model/loss": loss,
+        "reward_model/accuracy": masked_mean(0.5 * (jnp.sign(difference) + 1.0), mask),
+        "reward_model/margin": masked_mean(difference, mask),
     }
     return loss, jax.lax.stop_gradient(metrics)

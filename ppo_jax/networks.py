@@ -306,9 +306,10 @@ class Embedding(nn.Module):
             self.positions = self.param("positions", init, (c.max_length, c.embed_dim))
 
     def __call__(self, tokens_BS, positions_BS):
-        x = self.tokens[tokens_BS]
+        # Parameters may be numpy arrays, which a tracer cannot index.
+        x = jnp.asarray(self.tokens)[tokens_BS]
         if self.config.positions == "learned":
-            x = x + self.positions[positions_BS]
+            x = x + jnp.asarray(self.positions)[positions_BS]
         return x.astype(self.config.dtype)
 
     def logits(self, x_BSD):

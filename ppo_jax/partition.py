@@ -5,6 +5,7 @@ network, which starts from the trunk's hidden states. Both are plain networks; t
 and joins their parameters.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -16,8 +17,9 @@ from ppo_jax.networks import ModelConfig, Params
 class Parts(NamedTuple):
     """The parameters of one network, by what becomes of them.
 
-    `trunk` is empty when everything is trained. `frozen` is what the upper network needs besides
-    its trained leaves (a tied token table; the final norm when the head alone is trained).
+    `merge_params(*parts)` is the whole network again. `trunk` are the layers below the one that
+    the upper network starts from, with the embeddings; `frozen` is what the upper network reads
+    and does not train; `trained` is trained.
     """
 
     trunk: Params
@@ -43,51 +45,79 @@ def start_layer(config: ModelConfig, trainable: str | int) -> int | None:
     )
 
 
-def split_params(config: ModelConfig, params: Params, trainable: str | int) -> Parts:
+def split_params(
+    config: ModelConfig, params: Params, trainable: str | int, start: int | None
+) -> Parts:
     """Split the parameters of a whole network.
 
+    Args:
+        config: the network's shape.
+        params: all of its parameters.
+        trainable: "all", "head" or the number of top layers to train.
+        start: the layer that the upper network starts from; None is one that reads tokens, and
+            then there is no trunk.
+
     Raises:
-        ValueError: the head alone is to be trained, but it is the frozen token table.
+        ValueError: trained layers would lie in the trunk, or the head alone is to be trained but
+            is the token table.
     """
-    start = start_layer(config, trainable)
-    if start is None:
+    first = start_layer(config, trainable)
+    if first is None and start is None:
         return Parts({}, {}, params)
-    is_policy_head = "head" not in params
-    if trainable == "head" and is_policy_head:
+    if first is None or first < (start or 0):
+        raise ValueError(f"trainable={trainable!r} does not lie above layer {start}")
+    tied = "head" not in params
+    if trainable == "head" and tied:
         raise ValueError(
             "trainable='head' needs a head of its own; this model ties it to the token table. "
             "Choose 'all' or a number of top layers."
         )
-    lower, upper = split_layers(config, params["layers"], start)
-    trunk = {"embed": params["embed"], "layers": lower}
-    frozen = {"embed": {"tokens": params["embed"]["tokens"]}} if is_policy_head else {}
+    layers, embed = params["layers"], params["embed"]
     trained = {name: params[name] for name in ("final_norm", "head") if name in params}
+    if first < config.num_layers:
+        trained["layers"] = layer_range(config, layers, first, config.num_layers)
+    frozen = {}
     if trainable == "head":
         frozen["final_norm"] = trained.pop("final_norm")
-    else:
-        trained["layers"] = upper
+    if first > (start or 0):
+        frozen["layers"] = layer_range(config, layers, start or 0, first)
+    if start is None:
+        return Parts({}, frozen | {"embed": embed}, trained)
+    trunk = {"embed": embed}
+    if start > 0:
+        trunk["layers"] = layer_range(config, layers, 0, start)
+    if tied:
+        frozen["embed"] = {"tokens": embed["tokens"]}
     return Parts(trunk, frozen, trained)
 
 
-def split_layers(config: ModelConfig, layers: Params, start: int) -> tuple[Params, Params]:
-    """Layers below `start`, layers from `start` on."""
+def keep_layers(config: ModelConfig, params: Params, count: int) -> tuple[ModelConfig, Params]:
+    """The network without the layers above its lowest `count`.
+
+    The middle layers of a language model often judge a text better than the top ones, which turn
+    to predicting the next token: a reward model of the lower layers can be cheaper and better.
+
+    Raises:
+        ValueError: the network has fewer layers.
+    """
+    if count > config.num_layers:
+        raise ValueError(f"num_layers must be at most {config.num_layers}, got {count}")
+    layers = layer_range(config, params["layers"], 0, count)
+    return dataclasses.replace(config, num_layers=count), {**params, "layers": layers}
+
+
+def layer_range(config: ModelConfig, layers: Params, begin: int, end: int) -> Params:
+    """The parameters of layers begin .. end - 1."""
     if config.scan_layers:
-        return (
-            {"stack": jax.tree.map(lambda x: x[:start], layers["stack"])} if start else {},
-            {"stack": jax.tree.map(lambda x: x[start:], layers["stack"])},
-        )
-    return (
-        {i: layer for i, layer in layers.items() if int(i) < start},
-        {i: layer for i, layer in layers.items() if int(i) >= start},
-    )
+        return {"stack": jax.tree.map(lambda x: x[begin:end], layers["stack"])}
+    return {str(i): layers[str(i)] for i in range(begin, end)}
 
 
 def merge_params(*trees: Params) -> Params:
     """The union of nested dictionaries, lower layers first.
 
     A leaf in several trees comes from the last; layers stacked for `scan_layers` are put one
-    upon the other. `merge_params(*split_params(...))` is the whole network again.
-    """
+    upon the other."""
     merged: Params = {}
     for tree in trees:
         for name, value in tree.items():

@@ -1,20 +1,22 @@
 """Figures of a run by matplotlib: curves, score against KL, accuracies, win rates.
 
-Every `draw_*` function draws one figure's content into given axes; `svg` and `save_png` give it a
-canvas. The SVG takes its ink from the page around it, so one file serves light and dark themes.
+A figure is a function that draws into given axes; `svg` and `save_png` give it a canvas. The SVG
+takes its ink from the page around it, so one file serves light and dark themes.
 """
 
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from ppo_jax.report_panels import STEP_NAMES, Panel, series
 
 COLORS = {
     "base": "#8b929c",
@@ -47,26 +49,18 @@ STYLE = {
     "lines.solid_capstyle": "round",
     "legend.frameon": False,
 }
-SMOOTHING_SPAN = 8  # steps
+NOISY = 24  # points: from here on a curve is smoothed
+
+Draw = Callable[[Axes], None]
 
 
-class Line(NamedTuple):
-    """One curve: N points, and (optional) the half-width of a band around it."""
-
-    label: str
-    steps: Sequence[float]
-    values: Sequence[float]
-    color: str
-    band: Sequence[float] | None = None
-
-
-def svg(draw: Callable[[Axes], None], *, size: tuple[float, float], name: str) -> str:
-    """The figure as an `<svg>` element to stand inside a page; `name` keeps its ids unique.
+def svg(draw: Draw, *, size: tuple[float, float], name: str) -> str:
+    """The figure as an `<svg>` element to stand inside a page.
 
     Args:
         draw: draws into the axes that it is given.
         size: width and height in inches of 72 points; the element scales to its column.
-        name: another for every figure of a page.
+        name: another for every figure of a page: its ids are hashes salted with it.
     """
     with matplotlib.rc_context(STYLE | _inks(INK, GRID, PAPER) | {"svg.hashsalt": name}):
         figure = Figure(figsize=size, layout="constrained")
@@ -76,115 +70,170 @@ def svg(draw: Callable[[Axes], None], *, size: tuple[float, float], name: str) -
     return _inline(buffer.getvalue())
 
 
-def save_png(draws: Sequence[Callable[[Axes], None]], path: Path, *, columns: int) -> None:
-    """All figures side by side in one picture on white, `columns` in a row."""
+def save_png(draws: Mapping[str, Draw], path: Path, *, columns: int) -> None:
+    """All figures under their titles in one picture on white, `columns` in a row."""
     rows = -(-len(draws) // columns)
     with matplotlib.rc_context(STYLE | _inks("#22272e", "#e3e6ea", "#ffffff")):
-        figure = Figure(figsize=(3.7 * columns, 2.6 * rows), layout="constrained")
+        figure = Figure(figsize=(4.2 * columns, 2.7 * rows), layout="constrained")
         figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
-        for i, draw in enumerate(draws):
-            draw(figure.add_subplot(rows, columns, i + 1))
+        for i, (title, draw) in enumerate(draws.items(), 1):
+            axes = figure.add_subplot(rows, columns, i)
+            draw(axes)
+            axes.set_title(title)
         figure.savefig(path, dpi=160)
 
 
-def draw_lines(axes: Axes, lines: Sequence[Line], *, xlabel: str, ylabel: str) -> None:
-    """Curves over steps. A long noisy one stands thin behind its running mean."""
-    for line in lines:
-        steps, values = np.asarray(line.steps, float), np.asarray(line.values, float)
-        noisy = len(values) >= 3 * SMOOTHING_SPAN
-        thin = {"lw": 0.8, "alpha": 0.45} if noisy else {"lw": 1.6}
-        marker = {"marker": "o", "ms": 3.2} if len(values) <= 12 else {}
-        label = {"label": line.label}
-        axes.plot(steps, values, color=line.color, **thin, **marker, **({} if noisy else label))
-        if noisy:
-            axes.plot(steps, running_mean(values), color=line.color, lw=1.8, **label)
-        if line.band is not None:
-            band = np.asarray(line.band, float)
-            axes.fill_between(
-                steps, values - band, values + band, color=line.color, alpha=0.13, lw=0
-            )
-    axes.set(xlabel=xlabel, ylabel=ylabel)
-    axes.margins(x=0.02)
-    if len(lines) > 1:
-        axes.legend()
+# Figures of a run. Each returns what draws it, or None when the run has nothing to show there.
 
 
-def draw_trajectory(axes: Axes, kl: Sequence, score: Sequence, steps: Sequence) -> None:
+def curves(rows: Sequence[dict], stage: str, panel: Panel) -> Draw | None:
+    """The metrics of a panel over the steps of a stage; training stands grey beside validation."""
+    known = {name: label for name, label in panel.metrics.items() if series(rows, name)[0]}
+    if not known:
+        return None
+
+    def draw(axes: Axes) -> None:
+        for name, label in known.items():
+            steps, values = map(np.array, series(rows, name))
+            muted = name == next(iter(panel.metrics)) and len(panel.metrics) > 1
+            color = COLORS["base" if muted else stage]
+            _draw_line(axes, steps, values, color, label)
+            _draw_band(axes, rows, (name, panel.band), color)
+        axes.set(xlabel=STEP_NAMES[stage], ylabel=panel.unit)
+        axes.margins(x=0.02)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, steps=[1, 2, 5, 10]))
+        if len(known) > 1:
+            axes.legend()
+
+    return draw
+
+
+def trajectory(rows: Sequence[dict]) -> Draw | None:
     """Score against KL, coloured from the first iteration (SFT blue) to the last (PPO green)."""
-    kl, score, steps = (np.asarray(x, float) for x in (kl, score, steps))
-    colors = LinearSegmentedColormap.from_list("sft to ppo", [COLORS["sft"], COLORS["ppo"]])
-    shade = (steps - steps[0]) / max(steps[-1] - steps[0], 1)
-    if len(kl) >= 3 * SMOOTHING_SPAN:
-        axes.plot(running_mean(kl), running_mean(score), color=_ink(), lw=0.8, alpha=0.5)
-    axes.scatter(kl, score, c=shade, cmap=colors, s=20, lw=0, alpha=0.9)
-    for index, offset in ((0, (7, -11)), (-1, (-4, 8))):
-        axes.annotate(
-            f"iteration {steps[index]:g}",
-            (kl[index], score[index]),
-            xytext=offset,
-            textcoords="offset points",
-            ha="left" if index == 0 else "right",
-            fontweight="bold",
-        )
-    axes.set(xlabel="KL from the SFT policy (nats per response)", ylabel="mean score")
-    axes.margins(x=0.06, y=0.15)
+    rows = [row for row in rows if "kl/ref" in row and "reward/score_mean" in row]
+    if len(rows) < 2:
+        return None
+    steps, kl = map(np.array, series(rows, "kl/ref"))
+    score = np.array(series(rows, "reward/score_mean")[1])
+    shades = LinearSegmentedColormap.from_list("", [COLORS["sft"], COLORS["ppo"]])
+
+    def draw(axes: Axes) -> None:
+        if len(rows) >= NOISY:
+            axes.plot(smooth(kl), smooth(score), color=_ink(), lw=0.8, alpha=0.45)
+        axes.scatter(kl, score, c=np.arange(len(rows)), cmap=shades, s=20, lw=0, alpha=0.9)
+        for at, offset, side in ((0, (7, -10), "left"), (-1, (-2, 9), "right")):
+            axes.annotate(
+                f"{STEP_NAMES['ppo']} {steps[at]}",
+                (kl[at], score[at]),
+                xytext=offset,
+                textcoords="offset points",
+                ha=side,
+                fontweight="bold",
+            )
+        axes.set(xlabel="KL from the SFT policy (nats per response)", ylabel="mean score")
+        axes.margins(x=0.05, y=0.15)
+
+    return draw
 
 
-def draw_bars(
+def win_rates(results: dict, opponent: str) -> Draw | None:
+    """How often each judge prefers PPO to the opponent, with intervals."""
+    key = f"win_rate_ppo_vs_{opponent}"
+    rows = [row for row in results.get("judges", []) if key in row]
+
+    def draw(axes: Axes) -> None:
+        axes.axvline(0.5, color=_ink(), lw=0.8, ls=(0, (4, 3)))
+        bars = {row["judge"]: row[key] for row in rows}
+        ends = [row.get(f"{key}_interval", [row[key]] * 2) for row in rows]
+        _draw_bars(axes, bars, [COLORS["ppo"]] * len(rows), text_at=[high for _, high in ends])
+        for at, interval in enumerate(ends):
+            axes.plot(interval, [at, at], color=_ink(), lw=1.0)
+        axes.set_xlabel("share of prompts")
+
+    return draw if rows else None
+
+
+def margins(results: dict) -> Draw | None:
+    """Accuracy of the reward model by the least gap between the mean ratings of a pair."""
+    keys = {"all pairs": "", "gap ≥ 1": "_gap1", "gap ≥ 2": "_gap2"}
+    bars = {name: results.get(f"reward_model/accuracy{key}") for name, key in keys.items()}
+    bars = {name: value for name, value in bars.items() if value is not None}
+
+    def draw(axes: Axes) -> None:
+        _draw_bars(axes, bars, [COLORS["reward"]] * len(bars), start=0.5)
+        axes.set_xlabel("share of pairs")
+
+    return draw if bars else None
+
+
+def references(results: dict) -> Draw | None:
+    """The reward model's accuracy at a gap of 1 or more among its references, the best on top."""
+    own = results.get("reward_model/accuracy_gap1")
+    if own is None:
+        return None
+    bars = {"this reward model": own, **results.get("reference", {})}
+    bars = dict(sorted(bars.items(), key=lambda item: -item[1]))
+    colors = [COLORS["reward" if name == "this reward model" else "base"] for name in bars]
+
+    def draw(axes: Axes) -> None:
+        _draw_bars(axes, bars, colors, start=0.5)
+        axes.set_xlabel("share of pairs with a gap of 1 or more")
+
+    return draw
+
+
+def smooth(values: np.ndarray) -> np.ndarray:
+    """Centred mean under a Gaussian, so that a trend is not delayed; NaN is skipped.
+
+    y_i = sum_j w_ij x_j / sum_j w_ij,  w_ij = exp(-((i - j) / width)^2 / 2)
+
+    >>> smooth(np.array([3.0, 3.0, np.nan, 3.0])).round(6).tolist()
+    [3.0, 3.0, 3.0, 3.0]
+    """
+    known, at = ~np.isnan(values), np.arange(len(values))
+    width = max(1.5, len(values) / 40)
+    weights = np.exp(-(((at[:, None] - at[known]) / width) ** 2) / 2) + 1e-30
+    return (weights * values[known]).sum(1) / weights.sum(1)
+
+
+def _draw_line(axes: Axes, steps: np.ndarray, values: np.ndarray, color: str, label: str) -> None:
+    """A curve; a long one stands thin behind its smoothed self, the points of a short one show."""
+    if len(values) >= NOISY:
+        axes.plot(steps, values, color=color, lw=0.8, alpha=0.45)
+        axes.plot(steps, smooth(values), color=color, lw=1.8, label=label)
+    else:
+        marker = {"marker": "o", "ms": 3.2} if len(values) <= 12 else {}
+        axes.plot(steps, values, color=color, lw=1.6, label=label, **marker)
+
+
+def _draw_band(axes: Axes, rows: Sequence[dict], names: tuple[str, str], color: str) -> None:
+    """The second metric as the half-width of a band around the first."""
+    both = [row for row in rows if all(name in row for name in names)]
+    steps, middle = map(np.array, series(both, names[0]))
+    width = np.array(series(both, names[1])[1])
+    axes.fill_between(steps, middle - width, middle + width, color=color, alpha=0.13, lw=0)
+
+
+def _draw_bars(
     axes: Axes,
-    names: Sequence[str],
-    values: Sequence[float],
+    bars: Mapping[str, float],
     colors: Sequence[str],
     *,
-    xlabel: str,
     start: float = 0.0,
-    mark: float | None = None,
-    intervals: Sequence[Sequence[float] | None] | None = None,
+    text_at: Sequence[float] | None = None,
 ) -> None:
-    """Horizontal bars with their figures, from `start` to 1, the first name on top.
-
-    Args:
-        axes: where to draw.
-        names: N labels.
-        values: N shares in [0, 1].
-        colors: N colours.
-        xlabel: what the shares are of.
-        start: where the bars begin: 0.5 when a coin toss gives that much.
-        mark: where a dashed line stands, if anywhere.
-        intervals: N times (low, high) or None, drawn as whiskers.
-    """
-    rows = np.arange(len(names))
-    axes.barh(rows, np.asarray(values) - start, left=start, color=colors, height=0.62)
-    for row, value, interval in zip(rows, values, intervals or [None] * len(names), strict=True):
-        end = value
-        if interval is not None:
-            axes.plot(interval, [row, row], color=_ink(), lw=1.0)
-            end = max(value, interval[1])
-        axes.text(end + 0.012 * (1 - start), row, f"{value:.3f}", va="center")
-    if mark is not None:
-        axes.axvline(mark, color=_ink(), lw=0.8, ls=(0, (4, 3)))
-    axes.set(yticks=rows, yticklabels=names, xlabel=xlabel, xlim=(start, 1 + 0.14 * (1 - start)))
+    """Horizontal bars of shares from `start` to 1 with their figures, the first on top."""
+    start = start if min(bars.values()) > start else 0.0
+    rows, values = np.arange(len(bars)), np.array(list(bars.values()))
+    axes.barh(rows, values - start, left=start, color=list(colors), height=0.62)
+    for row, value, at in zip(rows, values, values if text_at is None else text_at, strict=True):
+        axes.text(at + 0.02 * (1 - start), row, f"{value:.3f}", va="center")
+    axes.set(yticks=rows, yticklabels=list(bars), xlim=(start, 1 + 0.17 * (1 - start)))
+    axes.set_ylim(max(len(bars), 3) - 0.4, -0.6)  # the first on top; two bars are not fat
     axes.set_xticks(np.linspace(start, 1, 6))
-    axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
-
-
-def running_mean(values: np.ndarray, span: int = SMOOTHING_SPAN) -> np.ndarray:
-    """Exponential mean m_t = sum_i a^(t-i) x_i / sum_i a^(t-i), a = 1 - 1 / span; NaN is skipped.
-
-    >>> running_mean(np.array([3.0, 3.0, np.nan, 3.0])).tolist()
-    [3.0, 3.0, 3.0, 3.0]
-    """
-    total = weight = 0.0
-    means = []
-    for value in values:
-        known = not np.isnan(value)
-        total = (1 - 1 / span) * total + (value if known else 0.0)
-        weight = (1 - 1 / span) * weight + known
-        means.append(total / weight if weight else np.nan)
-    return np.array(means)
 
 
 def _ink() -> str:

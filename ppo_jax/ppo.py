@@ -72,7 +72,7 @@ def init_ppo(
         policy_params=trained["policy"],
         value_params=trained["value"],
         opt_state=init_optimizer(hyperparameters.optimizer, trained),
-        kl_coef=jnp.float32(hyperparameters.kl_coef),
+        kl_coef=jnp.array(hyperparameters.kl_coef, jnp.float32),  # a copy: donated as well
     )
 
 
@@ -339,9 +339,7 @@ def learn(
 ) -> tuple[PPOState, dict[str, jax.Array]]:
     """What follows the scores in an iteration: experience, update, KL control. Key consumed."""
     parts = dict(frozen=frozen, networks=networks, recipe=recipe)
-    experience, metrics = make_experience(
-        rollout, scores, state, hyperparameters, **parts
-    )
+    experience, metrics = make_experience(rollout, scores, state, hyperparameters, **parts)
     state, updates = ppo_update(state, experience, hyperparameters, key, **parts)
     metrics |= {k: v.max() if k.endswith("_max") else v.mean() for k, v in updates.items()}
     batch_size = scores.shape[0]

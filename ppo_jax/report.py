@@ -3,25 +3,21 @@
 A run that was interrupted, or that has some of the stages only, gets the parts that it has.
 """
 
-import json
-from collections.abc import Callable
 from html import escape
 from pathlib import Path
 
 import numpy as np
-from matplotlib.axes import Axes
 
-from ppo_jax import page, plots
-from ppo_jax.panels import PANELS, STAGES, STEP_NAMES, Panel, panel_lines, series
-from ppo_jax.summary import Run, duration, headlines, read_run, verdict
-
-Draw = Callable[[Axes], None]
+from ppo_jax import plots
+from ppo_jax import report_page as page
+from ppo_jax.report_panels import PANELS, STAGES, STEP_NAMES, Group
+from ppo_jax.report_summary import Run, duration, headlines, read_run, verdict
 
 NAMES = {"base": "base", "sft": "SFT", "reward": "reward model", "ppo": "PPO"}
-MARGINS = {"": "any", "_gap1": "1 or more", "_gap2": "2 or more"}
 SHOWN_SAMPLES = 6  # the others are folded
 SHOWN_VERSIONS = 6  # of the response to one prompt during training
-SMALL, WIDE = (3.6, 2.3), (7.4, 3.05)  # inches of 72 points; the page scales them
+# Inches of 72 points; the page scales them.
+SMALL, HALF, TALL, WIDE = (3.6, 2.3), (5.5, 2.6), (3.6, 3.05), (7.4, 3.05)
 
 
 def write_report(workdir: str | Path) -> Path:
@@ -54,15 +50,15 @@ def save_curves_png(workdir: str | Path, path: str | Path) -> None:
     """
     run = read_run(workdir)
     pictures = {
-        "SFT: loss": _panel(run, "sft", PANELS["sft"][0][1][0]),
-        "Reward model: unseen pairs ordered as people do": _references(run),
-        "PPO: score against KL": _trajectory(run),
-        "PPO against SFT, by judge": _win_rates(run, "sft"),
+        "SFT: loss": plots.curves(run.rows("sft"), "sft", PANELS["sft"][0].panels[0]),
+        "Reward model: accuracy": plots.references(run.results),
+        "PPO: score against KL": plots.trajectory(run.rows("ppo")),
+        "PPO against SFT, by judge": plots.win_rates(run.results, "sft"),
     }
-    draws = [_titled(title, draw) for title, draw in pictures.items() if draw]
-    if not draws:
+    drawn = {title: draw for title, draw in pictures.items() if draw}
+    if not drawn:
         raise ValueError(f"{workdir} has no curves to draw yet.")
-    plots.save_png(draws, Path(path), columns=min(len(draws), 2))
+    plots.save_png(drawn, Path(path), columns=min(len(drawn), 2))
 
 
 # The parts of the page, from the top
@@ -82,17 +78,17 @@ def _judgement(run: Run) -> str:
     figures = [
         _figure(
             "Score against KL",
-            _trajectory(run),
+            plots.trajectory(run.rows("ppo")),
             "Each point is an iteration, from the SFT policy (blue) to the end of PPO (green). "
             "Further up and to the left is better: more score for less drift.",
-            wide=True,
+            size=WIDE,
         ),
         _figure(
             "PPO against SFT, by judge",
-            _win_rates(run, "sft"),
+            plots.win_rates(run.results, "sft"),
             "Share of prompts on which the judge prefers PPO, ties half. Whiskers: 95% interval; "
             "dashed: no preference.",
-            height=WIDE[1],
+            size=TALL,
         ),
     ]
     judges = run.results.get("judges", [])
@@ -130,7 +126,9 @@ def _judge_cell(row: dict, key: str) -> str:
     if key.startswith("mean_"):
         return f"{row[key]:+.2f}"
     interval = row.get(f"{key}_interval")
-    return f"{row[key]:.1%}" + ("<small>{:.0%} to {:.0%}</small>".format(*interval) if interval else "")
+    return f"{row[key]:.1%}" + (
+        "<small>{:.0%} to {:.0%}</small>".format(*interval) if interval else ""
+    )
 
 
 def _samples(run: Run) -> str:
@@ -139,7 +137,7 @@ def _samples(run: Run) -> str:
     cards = [_sample(row, max(map(abs, scores), default=1.0)) for row in samples]
     folded = cards[SHOWN_SAMPLES:]
     more = page.details(f"{len(folded)} more prompts", *folded) if folded else ""
-    note = "Unseen prompts (grey), one response of each stage, and the reward model's score of it."
+    note = "Unseen prompts (grey), one response of each stage, with its score."
     return page.section("Samples", *cards[:SHOWN_SAMPLES], more, note=note)
 
 
@@ -162,14 +160,23 @@ def _stages(run: Run) -> str:
     }
     stages = [stage for stage in STAGES if stage not in times and run.rows(stage)]
     rows = [
-        [escape(_name(stage)), duration(times[stage]) if stage in times else "", _outcome(run, stage)]
+        [
+            escape(_name(stage)),
+            duration(times[stage]) if stage in times else "",
+            _outcome(run, stage),
+        ]
         for stage in [*times, *stages]
     ]
     bar = page.timeline(
-        [(f"{_name(s)} {duration(t)}", s if s in plots.COLORS else "other", t) for s, t in times.items()]
+        [
+            (f"{_name(s)} {duration(t)}", s if s in plots.COLORS else "other", t)
+            for s, t in times.items()
+        ]
     )
     return page.section(
-        "Stages", bar if times else "", page.table(["stage", "time", "outcome"], rows) if rows else ""
+        "Stages",
+        bar if times else "",
+        page.table(["stage", "time", "outcome"], rows) if rows else "",
     )
 
 
@@ -188,27 +195,32 @@ def _outcome(run: Run, stage: str) -> str:
 
 
 def _curves(run: Run, stage: str) -> str:
-    groups = []
-    for heading, panels in PANELS[stage]:
-        figures = [_figure(p.title, _panel(run, stage, p), p.note, stage=stage) for p in panels]
-        if stage == "reward":
-            figures += _accuracies(run)
-        groups.append(page.grid(figures, heading))
+    groups = [_group(run, stage, group) for group in PANELS[stage]]
     return page.section(STAGES[stage], *groups)
 
 
-def _accuracies(run: Run) -> list[str]:
+def _group(run: Run, stage: str, group: Group) -> str:
+    """The figures of a group: two or four of them stand in two columns, else in three."""
+    figures = [(p.title, plots.curves(run.rows(stage), stage, p), p.note) for p in group.panels]
+    figures += _accuracies(run) if stage == "reward" else []
+    figures = [figure for figure in figures if figure[1]]
+    columns, size = (2, HALF) if len(figures) in (2, 4) else (3, SMALL)
+    parts = [_figure(*figure, size=size) for figure in figures]
+    return page.grid(parts, group.heading, columns=columns)
+
+
+def _accuracies(run: Run) -> list[tuple[str, plots.Draw | None, str]]:
     return [
-        _figure(
-            "Accuracy on unseen pairs, by gap",
-            _margins(run),
-            "Share of pairs that the score orders as the mean human rating does, by the least gap "
-            "in rating. A coin toss: 0.5.",
+        (
+            "Accuracy on unseen pairs",
+            plots.margins(run.results),
+            "Share of pairs that the score orders as the mean human ratings do, by the gap between "
+            "these. A coin toss: 0.5.",
         ),
-        _figure(
-            "Accuracy at a gap of 1 or more",
-            _references(run),
-            "The reward model beside its references.",
+        (
+            "Accuracy among references",
+            plots.references(run.results),
+            "The same at a gap of 1 or more, beside other ways to order the same texts.",
         ),
     ]
 
@@ -247,23 +259,27 @@ def _settings(run: Run) -> str:
     whole = run.config
     config = whole.get("config", whole)
     environment = {k: v for k, v in whole.items() if k != "config"} if "config" in whole else {}
-    parts = [_key_table(environment)] if environment else []
+    parts = [page.key_table(environment)] if environment else []
     if config:
-        parts.append(page.details("Configuration", _key_table(config)))
+        parts.append(page.details("Configuration", page.key_table(config)))
     return page.section("Environment and configuration", *parts)
 
 
-def _key_table(tree: dict) -> str:
-    rows = [
-        [f"<code>{escape(key)}</code>", f"<code>{escape(json.dumps(value))}</code>"]
-        for key, value in _flat(tree).items()
-    ]
-    return page.table(["", ""], rows)
+# Small pieces
 
 
-def _flat(tree: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in tree.items():
-        nested = isinstance(value, dict) and value
-        flat |= _flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
-    return flat
+def _figure(title: str, draw: plots.Draw | None, note: str, *, size: tuple = SMALL) -> str:
+    """A figure of the page; nothing when there is nothing to draw."""
+    if draw is None:
+        return ""
+    return page.figure(
+        title, plots.svg(draw, size=size, name=f"{title}: {note}"), note, wide=size == WIDE
+    )
+
+
+def _name(stage: str) -> str:
+    return NAMES.get(stage, stage)
+
+
+def _scored(row: dict) -> bool:
+    return row.get("score") is not None

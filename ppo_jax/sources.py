@@ -80,7 +80,7 @@ def hub_folder(name: str) -> Path:
     """A model of the Hugging Face hub, downloaded into the hub's own cache."""
     import huggingface_hub  # slow to import, and needed for hub ids alone
 
-    patterns = ["*.json", "model*.safetensors", "*.jinja"]
+    patterns = ["*.json", "model*.safetensors", "*.jinja", "*.txt", "*.model"]
     try:
         # Folders inside a repository hold other formats of the same weights.
         folder = huggingface_hub.snapshot_download(

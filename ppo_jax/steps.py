@@ -3,7 +3,6 @@
 Dimension key: N texts, M pairs, B responses, P prompt tokens, T response tokens, L positions.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 

@@ -1,132 +1,91 @@
-"""What a run came to: its files read, its verdict in one sentence, its headline figures."""
+"""What follows from a config, as one table at the start of a run."""
 
-import datetime
-import json
 import math
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Sequence
 
-from ppo_jax.panels import series
+import jax
 
-FILES = ("config.json", "metrics.jsonl", "samples.jsonl", "results.json")
-
-
-class Run(NamedTuple):
-    """What the files of a run hold; an absent file is an empty list or dict."""
-
-    name: str
-    date: str
-    config: dict
-    metrics: list[dict]
-    samples: list[dict]
-    results: dict
-
-    def rows(self, stage: str) -> list[dict]:
-        """The metrics of one stage, in the order they were written."""
-        return [row for row in self.metrics if row["stage"] == stage]
-
-    def ends(self, stage: str, name: str) -> list[float]:
-        """The first and last finite value of a metric; [] when there are not two."""
-        _, values = series(self.rows(stage), name)
-        finite = [value for value in values if math.isfinite(value)]
-        return [finite[0], finite[-1]] if len(finite) > 1 else []
+from ppo_jax.config import Config
+from ppo_jax.networks import ModelConfig, policy_network
+from ppo_jax.partition import split_params, start_layer
 
 
-def read_run(workdir: str | Path) -> Run:
-    """Reads the files of a workdir; a torn last line of a .jsonl file is left out.
+def summary(config: Config, model: ModelConfig, stages: Sequence[str]) -> str:
+    """A table of two columns.
 
     Args:
-        workdir: the folder of a run, with any of config.json, metrics.jsonl, samples.jsonl and
-            results.json.
-
-    Raises:
-        ValueError: the folder holds none of them, or one is not JSON (file:line).
+        config: of the run.
+        model: the base model's shape.
+        stages: those that will run.
     """
-    paths = [Path(workdir) / name for name in FILES]
-    if not any(path.is_file() for path in paths):
-        raise ValueError(f"{workdir} is not a run's workdir: it holds none of {', '.join(FILES)}.")
-    newest = max(path.stat().st_mtime for path in paths if path.is_file())
-    date = datetime.datetime.fromtimestamp(newest, datetime.UTC).strftime("%d %B %Y, %H:%M UTC")
-    return Run(Path(workdir).resolve().name, date, *map(_read, paths))
+    params = jax.eval_shape(policy_network(model).init, jax.random.key(0))
+    rows = [
+        ("devices", f"{jax.device_count()} x {jax.devices()[0].device_kind}"),
+        (
+            "base model",
+            f"{count(params) / 1e6:.1f}M parameters, {model.num_layers} layers x "
+            f"{model.embed_dim}, {model.vocab_size} tokens, context {model.max_length}",
+        ),
+    ]
+    if "sft" in stages:
+        s = config.sft
+        rows += [("sft batch", f"{s.batch_size} texts of at most {s.max_length} tokens")]
+        rows += [("sft trains", trained(model, params, s.trainable))]
+    if "reward" in stages:
+        s = config.reward
+        pairs = s.pairs_per_batch if s.format == "ratings" else s.batch_size // 2
+        depth = s.num_layers or model.num_layers
+        rows += [("reward batch", f"{s.batch_size} texts, {pairs} comparisons")]
+        rows += [("reward model", f"the lowest {depth} layers, trains {name(s.trainable)}")]
+    if "ppo" in stages:
+        rows += ppo_rows(config, model, params)
+    width = max(len(label) for label, _ in rows)
+    return "\n".join(f"  {label:<{width}}  {value}" for label, value in rows)
 
 
-def verdict(run: Run) -> str:
-    """The strongest statement that the files of the run support, in one sentence."""
-    kl = run.results.get("policy/kl_per_response")
-    at = "" if kl is None else f", at {kl:.1f} nats of KL per response"
-    if (rate := run.results.get("gold/win_rate_ppo_vs_sft")) is not None:
-        return f"{_preference(rate, run.results)}{at}."
-    if ends := run.ends("ppo", "reward/score_mean"):
-        return "PPO took the mean score from {:.2f} to {:.2f}".format(*ends) + f"{at}."
-    if (accuracy := run.results.get("reward_model/accuracy_gap1")) is not None:
-        return (
-            f"The reward model orders {accuracy:.1%} of the unseen pairs as people do, at a gap in "
-            "rating of 1 or more."
-        )
-    if ends := run.ends("reward", "reward_model/validation_accuracy"):
-        return f"The reward model orders {ends[1]:.1%} of the validation pairs as people do."
-    if ends := run.ends("sft", "sft/validation_perplexity"):
-        return "SFT took the validation perplexity from {:.1f} to {:.1f}.".format(*ends)
-    return "There is no result to report yet."
+def ppo_rows(config: Config, model: ModelConfig, params) -> list[tuple[str, str]]:
+    s = config.ppo
+    steps = s.num_epochs * s.num_minibatches
+    minibatch = s.rollout_batch_size // s.num_minibatches
+    length = s.max_prompt_length + s.response_length
+    episodes = s.rollout_batch_size * s.num_iterations
+    heads = 2 * model.num_kv_heads * model.head_dim * model.num_layers
+    itemsize = 4 if model.dtype == "float32" else 2
+    cache = s.rollout_batch_size * length * heads * itemsize
+    piece = minibatch // s.num_micro_batches
+    logits = piece * s.response_length * model.vocab_size * 4
+    return [
+        ("ppo iteration", f"{s.rollout_batch_size} episodes, at most {length} tokens each"),
+        ("ppo update", f"{steps} optimizer steps of {minibatch} episodes, {piece} at a time"),
+        ("ppo in all", f"{episodes} episodes, {steps * s.num_iterations} optimizer steps"),
+        ("ppo tokens a step", f"{minibatch * s.response_length} response tokens at most"),
+        ("policy trains", trained(model, params, s.trainable)),
+        ("critic trains", name(s.value_trainable)),
+        ("policy memory", f"{gigabytes(4 * count(params))} of parameters in float32"),
+        ("optimizer memory", f"{gigabytes(8 * count_trained(model, params, s.trainable))}"),
+        ("KV cache", gigabytes(cache)),
+        ("logits of a piece", gigabytes(logits)),
+    ]
 
 
-def headlines(run: Run) -> list[tuple[str, str, str]]:
-    """The cards of the report: (figure, what it is, what to compare it with)."""
-    results = run.results
-    interval = results.get("gold/win_rate_ppo_vs_sft_interval")
-    human = results.get("reference", {}).get("human rater")
-    between = "95% interval {:.1%} to {:.1%}".format(*interval) if interval else "win rate"
-    gap = "gap of 1 or more" + (f"; a human rater {human:.1%}" if human else "")
-    specs = (
-        ("gold/win_rate_ppo_vs_sft", "{:.1%}", "prefer PPO to SFT", between),
-        ("policy/kl_per_response", "{:.1f} nats", "KL per response", "from the SFT policy"),
-        ("reward_model/accuracy_gap1", "{:.1%}", "reward-model accuracy", gap),
-        ("text/distinct2_ratio", "{:.0%}", "of SFT's distinct-2", "variety of word pairs"),
-    )
-    cards = [(form.format(results[key]), *words) for key, form, *words in specs if key in results]
-    if "time/total_s" in results:
-        cards.append((duration(results["time/total_s"]), "in all", "wall clock"))
-    return cards
+def count(tree) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
-def duration(seconds: float) -> str:
-    """Seconds for a reader.
-
-    >>> [duration(s) for s in (8.24, 95, 7325)]
-    ['8.2 s', '1 min 35 s', '2 h 2 min']
-    """
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+def count_trained(model: ModelConfig, params, trainable: str | int) -> int:
+    start = start_layer(model, trainable)
+    split = jax.eval_shape(lambda p: split_params(model, p, trainable, start).trained, params)
+    return count(split)
 
 
-def _preference(rate: float, results: dict) -> str:
-    prompts = next((row["num_prompts"] for row in results.get("judges", [])), "the")
-    interval = results.get("gold/win_rate_ppo_vs_sft_interval")
-    low, high = interval or (rate, rate)
-    between = f" (95% interval {low:.0%} to {high:.0%})" if interval else ""
-    told = f"in {rate:.0%} of {prompts} unseen prompts by the gold judge{between}"
-    if low > 0.5:
-        return f"PPO is preferred to SFT {told}"
-    if high < 0.5:
-        return f"PPO lost to SFT: it is preferred {told}"
-    return f"PPO and SFT are not told apart: PPO is preferred {told}"
+def trained(model: ModelConfig, params, trainable: str | int) -> str:
+    return f"{name(trainable)}, {count_trained(model, params, trainable) / 1e6:.1f}M parameters"
 
 
-def _read(path: Path) -> list | dict:
-    lines = path.suffix == ".jsonl"
-    if not path.is_file():
-        return [] if lines else {}
-    text = path.read_text(encoding="utf-8")
-    if not lines:
-        return _json(text, str(path))
-    *whole, _torn = text.split("\n")  # a line is whole once its end is written
-    return [_json(line, f"{path}:{i}") for i, line in enumerate(whole, 1) if line.strip()]
+def name(trainable: str | int) -> str:
+    names = {"all": "all layers", "head": "the head alone"}
+    return names[trainable] if trainable in names else f"the top {trainable} layers"
 
 
-def _json(text: str, where: str) -> dict:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is not JSON: {error}.") from None
+def gigabytes(size: int) -> str:
+    return f"{size / 1e9:.2f} GB"

@@ -43,7 +43,7 @@ def load_tokenizer(path: str | os.PathLike) -> "PreTrainedTokenizerFast":
             f"transformers import AutoTokenizer as T; T.from_pretrained('{folder}')"
             f".save_pretrained('{folder}')\""
         )
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     if tokenizer.eos_token_id is None:
         tokenizer.eos_token = declared_eos(folder, tokenizer)
     return tokenizer
@@ -109,7 +109,8 @@ def trim_vocabulary(
 
     Kept are the tokens of the encoded texts, every token on the way from bytes to these, all
     bytes, and all special and added tokens. The texts are encoded as before, with new ids in the
-    old order; any other text is encoded too, in more tokens.
+    old order; whatever other text the full tokenizer can write the small one can too, in more
+    tokens.
 
     Args:
         tokenizer: byte-level BPE, or BPE that falls back to bytes.

@@ -155,6 +155,39 @@ def test_the_older_step_stays_until_the_newer_one_is_complete(tmp_path):
     assert saved_steps(tmp_path) == ["2"]
 
 
+def test_a_removal_that_was_killed_is_finished_by_the_next_save_without_a_warning(tmp_path):
+    save_all(tmp_path, [3])
+    shutil.copytree(tmp_path / "3" / "state", tmp_path / f"2{UNFINISHED}-old")
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.restore(make_state())[1] == 3
+    checkpoints.save(4, make_state(4))
+    checkpoints.close()
+    assert saved_steps(tmp_path) == ["3", "4"]
+
+
+def test_an_unfinished_folder_stays_until_its_step_is_reached(tmp_path):
+    (tmp_path / f"5{UNFINISHED}").mkdir()
+    checkpoints = Checkpoints(tmp_path)
+    for step, left in ((4, ["4", f"5{UNFINISHED}"]), (6, ["4", "6"])):
+        checkpoints.save(step, make_state(step))
+        checkpoints.wait()
+        assert saved_steps(tmp_path) == left
+
+
+def test_a_step_under_another_steps_name_is_passed_over(tmp_path):
+    save_all(tmp_path, [3])
+    shutil.copytree(tmp_path / "3", tmp_path / "9")
+    with pytest.warns(UserWarning, match="/9: OSError: its metadata are missing or damaged"):
+        assert restore(tmp_path)[1] == 3
+
+
+def test_a_restored_state_may_be_donated(tmp_path):
+    save_all(tmp_path, [3])
+    state, _, _ = restore(tmp_path)
+    increase = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
+    assert_identical(increase(increase(state)), increase(increase(make_state(3))))
+
+
 def test_a_half_written_step_is_passed_over_with_a_warning_that_names_it(tmp_path):
     save_all(tmp_path, [3])
     shutil.copytree(tmp_path / "3", tmp_path / f"6{UNFINISHED}")

@@ -157,14 +157,6 @@ def test_scanned_layers_are_the_unrolled_ones_stacked(saved):
     assert_same_tree(scanned, {**unrolled, "layers": {"stack": stacked}})
 
 
-def test_a_loaded_policy_can_be_closed_over_by_jit(saved):
-    _, folder = saved("gpt2")
-    config, params = hf.load_policy(folder)
-    tokens, mask = (jnp.asarray(x) for x in random_batch(padding=[0]))
-    logits = jax.jit(lambda t, m: policy_apply(config, params, t, m))(tokens, mask)
-    assert logits.shape == (1, LENGTH, VOCAB)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_shards_in_half_precision_are_read_as_float32(saved, tmp_path, dtype):
     model, _ = saved("qwen3")
@@ -211,38 +203,36 @@ def test_a_checkpoint_without_the_base_prefix_loads_the_same(saved, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "key", "value"),
+    ("name", "key", "value", "named"),
     [
-        ("gpt2", "model_type", "gpt_neox"),
-        ("gpt2", "activation_function", "relu"),
-        ("gpt2", "scale_attn_by_inverse_layer_idx", True),
-        ("gpt2", "reorder_and_upcast_attn", True),
-        ("gpt2", "scale_attn_weights", False),
-        ("gpt2", "add_cross_attention", True),
-        ("llama", "hidden_act", "gelu"),
-        ("llama", "pretraining_tp", 2),
-        ("llama", "sliding_window", 128),
-        ("llama", "num_local_experts", 8),
-        ("llama", "attn_logit_softcapping", 50.0),
-        ("llama", "embedding_multiplier", 12.0),
-        ("llama", "partial_rotary_factor", 0.5),
-        ("llama", "quantization_config", {"bits": 4}),
-        ("llama", "auto_map", {"AutoModel": "modeling.Model"}),
-        ("llama", "rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}),
-        ("llama", "rope_parameters", {"rope_theta": 1e4, "partial_rotary_factor": 0.5}),
-        ("llama", "rope_parameters", {"rope_theta": 1e4, "mrope_section": [2, 2, 2]}),
-        ("llama", "rope_parameters", {"rope_type": "llama3", "rope_theta": 1e4}),
-        ("qwen2", "use_sliding_window", True),
-        ("qwen3", "layer_types", ["full_attention", "sliding_attention"]),
+        ("gpt2", "activation_function", "relu", "activation_function='relu'"),
+        ("gpt2", "scale_attn_by_inverse_layer_idx", True, "scale_attn_by_inverse_layer_idx"),
+        ("gpt2", "reorder_and_upcast_attn", True, "reorder_and_upcast_attn"),
+        ("gpt2", "scale_attn_weights", False, "scale_attn_weights=False"),
+        ("gpt2", "add_cross_attention", True, "add_cross_attention"),
+        ("llama", "hidden_act", "gelu", "hidden_act='gelu'"),
+        ("llama", "pretraining_tp", 2, "pretraining_tp=2"),
+        ("llama", "sliding_window", 128, "sliding_window=128"),
+        ("llama", "num_local_experts", 8, "num_local_experts=8"),
+        ("llama", "attn_logit_softcapping", 50.0, "attn_logit_softcapping"),
+        ("llama", "embedding_multiplier", 12.0, "embedding_multiplier"),
+        ("llama", "partial_rotary_factor", 0.5, "partial_rotary_factor"),
+        ("llama", "quantization_config", {"bits": 4}, "quantization_config"),
+        ("llama", "auto_map", {"AutoModel": "modeling.Model"}, "auto_map"),
+        ("llama", "rope_parameters", {"rope_type": "yarn", "factor": 4.0}, "'yarn'"),
+        ("llama", "rope_parameters", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ("llama", "rope_parameters", {"mrope_section": [2, 2, 2]}, "mrope_section"),
+        ("llama", "rope_parameters", {"rope_type": "llama3"}, "'factor'"),
+        ("qwen2", "use_sliding_window", True, "use_sliding_window"),
+        ("qwen3", "layer_types", ["full_attention", "sliding_attention"], "sliding_attention"),
     ],
 )
-def test_an_option_that_changes_the_outputs_is_refused_by_name(saved, tmp_path, name, key, value):
+def test_an_option_that_changes_the_outputs_is_refused_by_name(
+    saved, tmp_path, name, key, value, named
+):
     folder = edit_config(saved(name)[1], tmp_path, **{key: value})
-    named = next(iter(value.values())) if key == "rope_parameters" else key
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=named):
         hf.load_config(folder)
-    message = str(error.value)
-    assert key in message or str(named) in message or any(part in message for part in value)
 
 
 def test_an_unsupported_family_is_told_the_supported_ones(saved, tmp_path):

@@ -4,8 +4,6 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from ppo_jax.plots import COLORS, Line
-
 STAGES = {
     "sft": "Supervised fine-tuning",
     "reward": "Reward model",
@@ -24,10 +22,17 @@ class Panel(NamedTuple):
     band: str = ""  # a metric that is the half-width of a band around the first
 
 
-# stage -> groups (heading, panels). A metric that a run did not log leaves its panel out.
-PANELS: dict[str, tuple[tuple[str, tuple[Panel, ...]], ...]] = {
+class Group(NamedTuple):
+    """Figures that stand together under one heading."""
+
+    heading: str
+    panels: tuple[Panel, ...]
+
+
+# A panel of which a run logged no metric is left out.
+PANELS: dict[str, tuple[Group, ...]] = {
     "sft": (
-        (
+        Group(
             "",
             (
                 Panel(
@@ -46,7 +51,7 @@ PANELS: dict[str, tuple[tuple[str, tuple[Panel, ...]], ...]] = {
         ),
     ),
     "reward": (
-        (
+        Group(
             "",
             (
                 Panel(
@@ -68,7 +73,7 @@ PANELS: dict[str, tuple[tuple[str, tuple[Panel, ...]], ...]] = {
         ),
     ),
     "ppo": (
-        (
+        Group(
             "What is optimised",
             (
                 Panel(
@@ -99,7 +104,7 @@ PANELS: dict[str, tuple[tuple[str, tuple[Panel, ...]], ...]] = {
                 ),
             ),
         ),
-        (
+        Group(
             "Policy update",
             (
                 Panel(
@@ -133,10 +138,15 @@ PANELS: dict[str, tuple[tuple[str, tuple[Panel, ...]], ...]] = {
                     "The clipped surrogate; its level means little, a jump means trouble.",
                     {"policy/loss": "loss"},
                 ),
-                Panel("Learning rate", "", "Of the policy.", {"policy/learning_rate": "rate"}),
+                Panel(
+                    "Learning rate",
+                    "learning rate",
+                    "Of the policy.",
+                    {"policy/learning_rate": "rate"},
+                ),
             ),
         ),
-        (
+        Group(
             "Critic",
             (
                 Panel(
@@ -160,7 +170,7 @@ PANELS: dict[str, tuple[tuple[str, tuple[Panel, ...]], ...]] = {
                 ),
             ),
         ),
-        (
+        Group(
             "Responses and speed",
             (
                 Panel(
@@ -203,16 +213,3 @@ def series(rows: Iterable[dict], name: str) -> tuple[list[int], list[float]]:
     known = (value is not None and math.isfinite(value) for value in points.values())
     values = [float(v) if ok else math.nan for v, ok in zip(points.values(), known, strict=True)]
     return list(points), values
-
-
-def panel_lines(rows: list[dict], panel: Panel, stage: str) -> list[Line]:
-    """The curves of a panel that were logged; training stands grey beside validation."""
-    lines = []
-    for i, (name, label) in enumerate(panel.metrics.items()):
-        steps, values = series(rows, name)
-        band_steps, band = series(rows, panel.band)
-        muted = i == 0 and len(panel.metrics) > 1
-        color = COLORS["base" if muted else stage]
-        if steps:
-            lines.append(Line(label, steps, values, color, band if band_steps == steps else None))
-    return lines

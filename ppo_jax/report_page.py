@@ -4,6 +4,7 @@ A piece is a string of markup; an empty piece is "". `escape` is applied here to
 caller passes plain text as `str` arguments named title, note, label, and markup as `*parts`.
 """
 
+import json
 from collections.abc import Iterable, Sequence
 from html import escape
 
@@ -35,6 +36,7 @@ section > p { color: var(--soft); max-width: 78ch; }
 .card b { display: block; font-size: 26px; line-height: 1.25; font-weight: 650;
   font-variant-numeric: tabular-nums; }
 .card span { display: block; }
+.two { grid-template-columns: repeat(2, 1fr); }
 .wide { grid-column: span 2; }
 figure { display: flex; flex-direction: column; }
 figure svg { display: block; width: 100%; height: auto; margin: 8px 0; color: var(--ink); }
@@ -59,15 +61,18 @@ td small { display: block; color: var(--soft); font-size: 12.5px; line-height: 1
 .text i { color: var(--soft); font-style: normal; }
 .chip { float: right; border-radius: 10px; padding: 0 9px; font-size: 12.5px; line-height: 20px;
   font-variant-numeric: tabular-nums; }
+td .chip { float: none; }
 .stage { font-size: 12.5px; font-weight: 650; }
 details { margin-top: 12px; }
 summary { cursor: pointer; font-weight: 600; padding: 4px 0; }
 code { font: 12.5px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, "Liberation Mono", monospace;
   overflow-wrap: anywhere; }
-@media (max-width: 860px) { .grid { grid-template-columns: 1fr; } .wide { grid-column: auto; } }
+@media (max-width: 860px) { .grid, .two { grid-template-columns: 1fr; }
+  .wide { grid-column: auto; } }
 @media print { body { background: none; font-size: 12px; } main { padding: 0; max-width: none; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; } section { margin-top: 28px; }
-  .grid { grid-template-columns: repeat(3, 1fr); } }
+  .grid { grid-template-columns: repeat(3, 1fr); }
+  .two { grid-template-columns: repeat(2, 1fr); } }
 """
 
 
@@ -89,12 +94,13 @@ def section(title: str, *parts: str, note: str = "") -> str:
     return f"<section>\n<h2>{escape(title)}</h2>\n{note}{''.join(parts)}</section>\n"
 
 
-def grid(parts: Iterable[str], heading: str = "") -> str:
-    """Figures side by side under a small heading."""
-    if not (body := "".join(parts)):
+def grid(parts: Iterable[str], heading: str = "", *, columns: int = 3) -> str:
+    """Figures side by side under a small heading, in two or three columns."""
+    if not (figures := [part for part in parts if part]):
         return ""
     heading = f"<h4>{escape(heading)}</h4>\n" if heading else ""
-    return f'{heading}<div class="grid">\n{body}</div>\n'
+    name = "grid two" if columns == 2 else "grid"
+    return f'{heading}<div class="{name}">\n{"".join(figures)}</div>\n'
 
 
 def figure(title: str, svg: str, note: str, *, wide: bool = False) -> str:
@@ -123,17 +129,27 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f'<div class="box"><table>{head}<tbody>\n{body}</tbody></table></div>\n'
 
 
+def key_table(tree: dict) -> str:
+    """A nested dict as a table of dotted keys and JSON values."""
+    rows = [
+        [f"<code>{escape(key)}</code>", f"<code>{escape(json.dumps(value))}</code>"]
+        for key, value in _flat(tree).items()
+    ]
+    return table(["", ""], rows)
+
+
 def timeline(items: Sequence[tuple[str, str, float]]) -> str:
-    """One bar whose segments are as long as (label, colour name, seconds) say."""
-    return (
-        '<div class="timeline">'
-        + "".join(
-            f'<span style="flex: {seconds:.1f} 0 0; background: var(--{color})" '
-            f'title="{escape(label)}">{escape(label)}</span>'
-            for label, color, seconds in items
-        )
-        + "</div>\n"
-    )
+    """One bar whose segments are as long as (label, colour name, seconds) say.
+
+    A label without room in its segment shows when the pointer rests there.
+    """
+    total = sum(seconds for *_, seconds in items)
+    segments = [
+        f'<span style="flex: {seconds:.1f} 0 0; background: var(--{color})" '
+        f'title="{escape(label)}">{escape(label) if seconds > 0.12 * total else ""}</span>'
+        for label, color, seconds in items
+    ]
+    return f'<div class="timeline">{"".join(segments)}</div>\n'
 
 
 def details(summary: str, *parts: str) -> str:
@@ -147,9 +163,19 @@ def chip(score: float | None, largest: float) -> str:
         return ""
     color = "29, 157, 120" if score >= 0 else "205, 82, 74"
     strength = 0.08 + 0.34 * min(abs(score) / max(largest, 1e-6), 1.0)
-    return f'<span class="chip" style="background: rgba({color}, {strength:.2f})">{score:+.2f}</span>'
+    return (
+        f'<span class="chip" style="background: rgba({color}, {strength:.2f})">{score:+.2f}</span>'
+    )
 
 
 def text(prompt: str, response: str) -> str:
     """A prompt in grey with its response after it, white space as it is."""
     return f'<p class="text"><i>{escape(prompt)}</i>{escape(response)}</p>'
+
+
+def _flat(tree: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in tree.items():
+        nested = isinstance(value, dict) and value
+        flat |= _flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return flat

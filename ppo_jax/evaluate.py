@@ -1,0 +1,172 @@
+"""Base, SFT and PPO on unseen prompts, before judges that had no part in the training."""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from ppo_jax.batches import encode_texts
+from ppo_jax.config import Config, EvaluateSettings
+from ppo_jax.data import load_prompts
+from ppo_jax.distributions import token_logprobs
+from ppo_jax.generation import generate, stop_ids
+from ppo_jax.inputs import on_device
+from ppo_jax.judges import Judge, distinct_n, judge_table
+from ppo_jax.metrics import read_results, write_results
+from ppo_jax.models import Model, load_model
+from ppo_jax.networks import policy_network, reward_network
+from ppo_jax.plugins import load_function
+from ppo_jax.rollout import Sampling, response_logits
+from ppo_jax.steps import text_scores
+from ppo_jax.structs import Rollout
+
+NUM_SAMPLES = 12  # prompts side by side in the report
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Panel:
+    """Judges of whole texts (prompt and response), and what a reader must know of them."""
+
+    judges: Mapping[str, Judge]
+    notes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    rated: tuple[Sequence[str], np.ndarray] | None = None  # texts and mean ratings, unseen by all
+    reference: Mapping[str, float] = dataclasses.field(default_factory=dict)  # marks for accuracy
+
+
+def evaluate(config: Config, workdir: Path, base: str):
+    """Compare the policies of a run and add the verdict to results.json.
+
+    Args:
+        config: of the run; its evaluate section.
+        workdir: the run's folder; its stages are complete.
+        base: path of the base model.
+    """
+    settings = config.evaluate
+    prompts = load_prompts(settings.prompts)[: settings.num_prompts]
+    if len(prompts) < settings.num_prompts:
+        raise ValueError(
+            f"evaluate.num_prompts must be at most the {len(prompts)} prompts of "
+            f"{settings.prompts}, got {settings.num_prompts}"
+        )
+    paths = {"base": base} | {s: str(workdir / s) for s in ("sft", "ppo") if getattr(config, s)}
+    policies = {name: load_model(path, config.model) for name, path in paths.items()}
+    responses, rollouts = {}, {}
+    for name, policy in policies.items():
+        responses[name], rollouts[name] = respond(policy, prompts, config)
+        print(f"evaluate: {len(prompts)} responses of {name}", flush=True)
+    texts = {
+        name: [p + r for p, r in zip(prompts, rows, strict=True)]
+        for name, rows in responses.items()
+    }
+    results = {f"text/distinct2_{name}": distinct_n(rows, 2) for name, rows in responses.items()}
+    if "ppo" in policies and "sft" in policies:
+        results["policy/kl_per_response"] = kl_per_response(
+            policies["sft"], rollouts["ppo"], len(prompts), settings.temperature
+        )
+        results["text/distinct2_ratio"] = (
+            results["text/distinct2_ppo"] / results["text/distinct2_sft"]
+        )
+    results |= judge_all(settings, workdir, texts)
+    results["samples"] = side_by_side(config, workdir, prompts, responses, texts)
+    write_results(workdir, read_results(workdir) | results | reward_accuracies(workdir))
+
+
+def respond(policy: Model, prompts: list[str], config: Config) -> tuple[list[str], list[Rollout]]:
+    """Responses as long as those of the training, from the same key for every policy."""
+    ppo, settings = config.ppo, config.evaluate
+    sampling = Sampling(
+        response_length=ppo.response_length,
+        eos_ids=stop_ids(policy.tokenizer, ppo.stop_tokens),
+        top_k=ppo.top_k,
+        top_p=ppo.top_p,
+        min_p=ppo.min_p,
+    )
+    return generate(
+        policy,
+        prompts,
+        sampling=sampling,
+        temperature=settings.temperature,
+        seed=config.seed + 1,
+        batch_size=settings.batch_size,
+        max_prompt_length=ppo.max_prompt_length,
+    )
+
+
+def kl_per_response(
+    reference: Model, rollouts: list[Rollout], count: int, temperature: float
+) -> float:
+    """KL(policy || reference) in nats per response, by the log-ratio of the policy's own samples.
+
+    The sum over a response of logprobs - ref_logprobs, averaged over the first `count` responses.
+    """
+    network, params = policy_network(reference.config), on_device(reference.params)
+
+    @jax.jit
+    def log_ratio(params, rollout):
+        length = rollout.response_mask.shape[1]
+        logits = response_logits(
+            network, params, rollout.tokens, rollout.mask, response_length=length
+        )
+        ref = token_logprobs(logits, rollout.response_tokens, temperature=temperature)
+        return jax.numpy.where(rollout.response_mask, rollout.logprobs - ref, 0.0).sum(axis=1)
+
+    ratios = np.concatenate([np.asarray(log_ratio(params, r)) for r in rollouts])
+    return float(ratios[:count].mean())
+
+
+def judge_all(settings: EvaluateSettings, workdir: Path, texts: dict[str, list[str]]) -> dict:
+    """The judges' table and the gold judge's verdict."""
+    if not settings.judges or "ppo" not in texts:
+        return {}
+    panel: Panel = load_function(settings.judges, "evaluate.judges")(workdir)
+    table = judge_table(panel.judges, texts, notes=panel.notes, rated=panel.rated)
+    results = {"judges": table, "reference": dict(panel.reference)}
+    gold = next((row for row in table if row["judge"] == "gold"), None)
+    if gold and "win_rate_ppo_vs_sft" in gold:
+        results["gold/win_rate_ppo_vs_sft"] = gold["win_rate_ppo_vs_sft"]
+        results["gold/win_rate_ppo_vs_sft_interval"] = gold["win_rate_ppo_vs_sft_interval"]
+    return results
+
+
+def side_by_side(
+    config: Config,
+    workdir: Path,
+    prompts: list[str],
+    responses: dict[str, list[str]],
+    texts: dict[str, list[str]],
+) -> list[dict]:
+    """The first prompts with every policy's response and, with a reward model, its score."""
+    scores = {}
+    if config.reward is not None:
+        model = load_model(workdir / "reward")
+        scores = {name: score_texts(model, rows[:NUM_SAMPLES]) for name, rows in texts.items()}
+    return [
+        {
+            "prompt": prompts[i],
+            **{name: rows[i] for name, rows in responses.items()},
+            "scores": {name: float(row[i]) for name, row in scores.items()},
+        }
+        for i in range(min(NUM_SAMPLES, len(prompts)))
+    ]
+
+
+def score_texts(model: Model, texts: list[str]) -> np.ndarray:
+    """A reward model's scores of whole texts, [N] float32."""
+    rows = encode_texts(texts, model.tokenizer, max_length=model.config.max_length)
+    score = jax.jit(functools.partial(text_scores, reward_network(model.config)))
+    return np.asarray(score(on_device(model.params), rows.tokens, rows.mask))
+
+
+def reward_accuracies(workdir: Path) -> dict[str, float]:
+    """The last validation accuracies of the reward model in metrics.jsonl, under results' names."""
+    path = workdir / "metrics.jsonl"
+    prefix, found = "reward_model/validation_accuracy", {}
+    for line in path.read_text().splitlines():
+        row = json.loads(line)
+        if row["stage"] == "reward":
+            found |= {k: v for k, v in row.items() if k.startswith(prefix)}
+    return {k.replace("validation_accuracy", "accuracy"): v for k, v in found.items()}

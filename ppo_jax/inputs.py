@@ -1,0 +1,80 @@
+"""What a network reads of a data set: tokens, or the hidden states of a frozen trunk.
+
+The states of each text are computed once and kept without padding; a batch pads them again.
+Dimension key: N texts, L positions, D model.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ppo_jax.batches import Texts
+from ppo_jax.networks import Network, Params
+
+MULTIPLE = 16  # batches are as wide as their longest text, rounded up: few compiled shapes
+TRUNK_BATCH = 32  # texts at a time
+
+Rows = np.ndarray
+Inputs = Callable[[Rows, int], jax.Array]
+
+
+def make_inputs(
+    texts: Texts, trunk: Network | None, trunk_params: Params | None, *, cache_gb: float
+) -> Inputs:
+    """A function (rows [N], width L) -> inputs of these texts: [N, L] or [N, L, D].
+
+    Args:
+        texts: the data set.
+        trunk: the frozen layers, or None when tokens are what the network reads.
+        trunk_params: their parameters, on the device.
+        cache_gb: the states of all texts are kept when they fit into this much memory; otherwise
+            the trunk runs for each batch.
+    """
+    if trunk is None:
+        return lambda rows, width: texts.tokens[rows, :width]
+    run = jax.jit(trunk.apply)
+
+    def compute(rows, width):
+        return run(trunk_params, texts.tokens[rows, :width], texts.mask[rows, :width])
+
+    shape = jax.eval_shape(trunk.apply, trunk_params, texts.tokens[:1], texts.mask[:1])
+    gigabytes = texts.mask.sum() * shape.shape[-1] * shape.dtype.itemsize / 1e9
+    if gigabytes > cache_gb:
+        return compute
+    states = compute_states(texts, compute)
+
+    def look_up(rows, width):
+        out = np.zeros((len(rows), width, shape.shape[-1]), shape.dtype)
+        for i, row in enumerate(rows):
+            out[i, : len(states[row])] = states[row]
+        return out
+
+    return look_up
+
+
+def compute_states(texts: Texts, compute: Inputs) -> list[np.ndarray]:
+    """The trunk's states of every text, [its length, D] each; texts of like length go together."""
+    lengths = texts.mask.sum(axis=1)
+    states: list[np.ndarray] = [np.empty(0)] * len(lengths)
+    order = np.argsort(lengths, kind="stable")
+    for begin in range(0, len(order), TRUNK_BATCH):
+        # The last batch is filled up with its own first row, so that no new shape is compiled.
+        rows = order[begin : begin + TRUNK_BATCH]
+        padded = np.concatenate([rows, np.repeat(rows[:1], TRUNK_BATCH - len(rows))])
+        hidden = np.asarray(compute(padded, batch_width(texts, rows)))
+        for i, row in enumerate(rows):
+            states[row] = hidden[i, : lengths[row]].copy()
+    return states
+
+
+def batch_width(texts: Texts, rows: Rows) -> int:
+    """Positions that a batch of these texts needs."""
+    longest = int(texts.mask[rows].sum(axis=1).max())
+    return min(-(-longest // MULTIPLE) * MULTIPLE, texts.mask.shape[1])
+
+
+def on_device(tree: Params) -> Params:
+    """The tree as arrays on the default device."""
+    return jax.tree.map(jnp.asarray, tree)

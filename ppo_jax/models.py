@@ -1,0 +1,202 @@
+"""Whole models on disk: the base model of a run, and what each stage leaves.
+
+A stage folder holds `stage.json` (what it is), `tokenizer/`, `frozen/` (parameters that the stage
+does not train, written once) and `checkpoints/` (the trained ones, step by step).
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors.numpy import save_file
+
+from ppo_jax import hf, vocabulary
+from ppo_jax.checkpoints import load_checkpoint_item, load_params, save_params
+from ppo_jax.config import STAGES, ModelSettings, ScratchSettings
+from ppo_jax.data import load_demonstrations
+from ppo_jax.networks import ModelConfig, Params, RopeScaling, policy_network
+from ppo_jax.partition import Parts, merge_params
+from ppo_jax.sources import model_folder
+
+FIELD_OF_STAGE = {"sft": "params", "reward": "params", "ppo": "policy_params"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model:
+    """A model with all of its parameters, on the host."""
+
+    kind: str  # "policy" or "reward"
+    config: ModelConfig
+    params: Params
+    tokenizer: Any
+
+
+def load_model(path: str | os.PathLike, settings: ModelSettings | None = None) -> Model:
+    """A model from a stage folder, or a policy from anything that `hf.load_policy` reads.
+
+    Args:
+        path: the folder, file or name.
+        settings: how to compute with it (dtype, scan_layers); a stage folder knows it itself.
+
+    Raises:
+        ValueError: there is no complete model at `path`.
+    """
+    if (Path(path) / "stage.json").is_file():
+        return load_stage(Path(path))
+    how = {}
+    if settings is not None:
+        how = {"dtype": settings.dtype, "scan_layers": settings.scan_layers}
+    config, params = hf.load_policy(path, **how)
+    tokenizer = vocabulary.load_tokenizer(path)
+    check_tokenizer(tokenizer, config, path)
+    return Model(kind="policy", config=config, params=params, tokenizer=tokenizer)
+
+
+def check_tokenizer(tokenizer: Any, config: ModelConfig, path: Any):
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"{path}: the tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size}"
+        )
+
+
+def resolve(name: str, workdir: Path, base: str) -> str:
+    """The path that `init_from` or `reward_model` stands for.
+
+    "base" is the base model, the name of a stage is that stage of this workdir, anything else is
+    a path of its own.
+    """
+    if name == "base":
+        return base
+    return str(workdir / name) if name in STAGES else name
+
+
+def describe_stage(folder: Path) -> dict | None:
+    """What `stage.json` says, or None where there is none."""
+    path = folder / "stage.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def begin_stage(folder: Path, model: Model, parts: Parts, description: dict):
+    """Write what does not change while a stage trains; `stage.json` comes last, when all is there.
+
+    Args:
+        folder: the stage's folder.
+        model: what the stage starts from; its kind is the kind of the result.
+        parts: its parameters, split.
+        description: the stage's name and settings, kept in stage.json.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary.save_tokenizer(model.tokenizer, folder / "tokenizer")
+    frozen = merge_params(parts.trunk, parts.frozen)
+    if frozen:
+        save_params(folder / "frozen", frozen)
+    text = json.dumps(
+        description
+        | {"kind": model.kind, "model": dataclasses.asdict(model.config), "frozen": bool(frozen)},
+        indent=2,
+    )
+    temporary = folder / "stage.json.tmp"
+    temporary.write_text(text + "\n")
+    temporary.replace(folder / "stage.json")
+
+
+def load_stage(folder: Path) -> Model:
+    """The model of a stage, at its newest complete checkpoint."""
+    description = describe_stage(folder)
+    values = dict(description["model"])
+    scaling = values.pop("rope_scaling")
+    config = ModelConfig(**values, rope_scaling=RopeScaling(**scaling) if scaling else None)
+    checkpoints = folder / "checkpoints"
+    if not checkpoints.is_dir():
+        raise ValueError(f"{folder} has no checkpoint yet: run the stage first")
+    trained = load_checkpoint_item(checkpoints, FIELD_OF_STAGE[description["stage"]])
+    frozen = load_params(folder / "frozen") if description["frozen"] else {}
+    return Model(
+        kind=description["kind"],
+        config=config,
+        params=jax.tree.map(np.asarray, merge_params(frozen, trained)),
+        tokenizer=vocabulary.load_tokenizer(folder / "tokenizer"),
+    )
+
+
+def prepare_base(settings: ModelSettings, folder: Path, seed: int) -> str:
+    """The path of the base model, made first where it has to be made.
+
+    With a vocabulary to trim, or from scratch, the base model is written once into `folder` as a
+    Hugging Face folder; otherwise it is used where it lies.
+
+    Args:
+        settings: the model section.
+        folder: where a made model goes.
+        seed: of the weights from scratch.
+    """
+    if not settings.vocabulary_data:
+        return settings.path
+    if not folder.is_dir():
+        records = load_demonstrations(settings.vocabulary_data)
+        texts = [record.prompt + record.completion for record in records]
+        make = trimmed_model if settings.scratch is None else scratch_model
+        temporary = folder.with_name(folder.name + ".tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        make(settings, temporary, texts, seed)
+        temporary.rename(folder)
+    return str(folder)
+
+
+def trimmed_model(settings: ModelSettings, folder: Path, texts: list[str], seed: int):
+    """A pretrained model with the tokens that the texts use, and those that any text needs."""
+    del seed  # nothing is drawn
+    config, params = hf.load_policy(settings.path)
+    tokenizer, kept = vocabulary.trim_vocabulary(vocabulary.load_tokenizer(settings.path), texts)
+    raw = hf.read_json(model_folder(settings.path))
+    old_id = {old: new for new, old in enumerate(kept.tolist())}
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if isinstance(raw.get(name), int):
+            raw[name] = old_id.get(raw[name])
+    config = dataclasses.replace(config, vocab_size=len(kept))
+    raw["vocab_size"] = len(kept)
+    write_folder(folder, raw, config, vocabulary.trim_params(params, kept), tokenizer)
+
+
+def scratch_model(settings: ModelSettings, folder: Path, texts: list[str], seed: int):
+    """A small Llama with random weights and a tokenizer of its own."""
+    tokenizer = vocabulary.train_tokenizer(texts, settings.scratch.vocab_size)
+    raw = llama_config(settings.scratch, len(tokenizer), tokenizer.eos_token_id)
+    config = hf.read_config(raw)
+    params = policy_network(config).init(jax.random.key(seed))
+    write_folder(folder, raw, config, jax.tree.map(np.asarray, params), tokenizer)
+
+
+def llama_config(scratch: ScratchSettings, vocab_size: int, eos_token_id: int) -> dict:
+    """The config.json of a model from scratch."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": vocab_size,
+        "hidden_size": scratch.embed_dim,
+        "intermediate_size": scratch.mlp_dim,
+        "num_hidden_layers": scratch.num_layers,
+        "num_attention_heads": scratch.num_heads,
+        "num_key_value_heads": scratch.num_heads,
+        "max_position_embeddings": scratch.max_length,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10_000.0,
+        "hidden_act": "silu",
+        "tie_word_embeddings": True,
+        "eos_token_id": eos_token_id,
+        "torch_dtype": "float32",
+    }
+
+
+def write_folder(folder: Path, raw: dict, config: ModelConfig, params: Params, tokenizer: Any):
+    """A policy as a Hugging Face folder; `raw` is its config.json."""
+    tensors = hf.params_to_hf(config, raw["model_type"], params)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+    vocabulary.save_tokenizer(tokenizer, folder)

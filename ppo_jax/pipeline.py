@@ -1,0 +1,110 @@
+"""A run from its data to its report: every stage that the config has, in order."""
+
+import dataclasses
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import logging
+from ml_collections import config_dict
+
+from ppo_jax import hf, vocabulary
+from ppo_jax.batches import encode_prompts
+from ppo_jax.config import STAGES, Config, from_config_dict
+from ppo_jax.data import load_prompts
+from ppo_jax.evaluate import evaluate
+from ppo_jax.loops import describe, reward_data, sft_data, train_reward, train_sft
+from ppo_jax.metrics import prepare_workdir, read_results, write_results
+from ppo_jax.models import prepare_base
+from ppo_jax.plugins import load_function
+from ppo_jax.ppo_loop import train_ppo
+from ppo_jax.report import write_report
+from ppo_jax.runs import check_settings
+from ppo_jax.summary import summary
+
+RUN = {"sft": train_sft, "reward": train_reward, "ppo": train_ppo, "evaluate": evaluate}
+
+
+def run(settings: config_dict.ConfigDict | dict, workdir: str | Path, only: Sequence[str] = STAGES):
+    """Run the stages of a config in one workdir; skip what is complete, resume what is not.
+
+    Args:
+        settings: the config, with a section for each stage that is wanted.
+        workdir: the run's folder; `{workdir}` in the config's paths stands for it.
+        only: run no other stages than these.
+
+    Raises:
+        ValueError: a setting, a data file or a model is not usable; before training begins.
+    """
+    logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it writes
+    began, workdir = time.time(), Path(workdir)
+    config = fill_in_workdir(from_config_dict(settings), workdir)
+    stages = [stage for stage in STAGES if stage in only and getattr(config, stage) is not None]
+    if not stages:
+        raise ValueError(f"the config has none of the sections {list(only)}")
+    for stage in stages:
+        if stage != "evaluate":
+            check_settings(workdir / stage, describe(stage, config))
+    prepare_workdir(workdir, dataclasses.asdict(config))
+    make_data(config, workdir)
+    base = prepare_base(config.model, workdir / "base", config.seed)
+    check_data(config, base, stages)
+    print(summary(config, hf.load_config(base), stages), flush=True)
+    add_time(workdir, "prepare", began)
+    for stage in stages:
+        began = time.time()
+        if stage == "evaluate" and "time/evaluate_s" in read_results(workdir):
+            print("evaluate: complete", flush=True)
+            continue
+        RUN[stage](config, workdir, base)
+        add_time(workdir, stage, began)
+    print(f"report: {write_report(workdir)}", flush=True)
+
+
+def fill_in_workdir(settings: Any, workdir: Path) -> Any:
+    """The same settings with `{workdir}` in every string replaced by the folder."""
+    values = {}
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if isinstance(value, str):
+            value = value.replace("{workdir}", str(workdir))
+        elif dataclasses.is_dataclass(value):
+            value = fill_in_workdir(value, workdir)
+        values[field.name] = value
+    return type(settings)(**values)
+
+
+def make_data(config: Config, workdir: Path):
+    """Let the config's `prepare` function write `workdir/data`, once."""
+    folder = workdir / "data"
+    if not config.prepare or folder.is_dir():
+        return
+    temporary = workdir / "data.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    load_function(config.prepare, "prepare")(temporary)
+    temporary.rename(folder)
+
+
+def check_data(config: Config, base: str, stages: Sequence[str]):
+    """Read and tokenise the data of every stage, so that a bad file stops the run at once."""
+    tokenizer = vocabulary.load_tokenizer(base)
+    if "sft" in stages:
+        sft_data(config.sft, config.seed, tokenizer)
+    if "reward" in stages:
+        reward_data(config.reward, config.seed, tokenizer)
+    for stage in ("ppo", "evaluate"):
+        if stage in stages:
+            prompts = load_prompts(getattr(config, stage).prompts)
+            encode_prompts(prompts, tokenizer, max_length=config.ppo.max_prompt_length)
+
+
+def add_time(workdir: Path, stage: str, began: float):
+    """Add wall time to results.json; a stage that was interrupted counts its last part only."""
+    results = read_results(workdir)
+    seconds = results.get(f"time/{stage}_s", 0.0) + time.time() - began
+    results[f"time/{stage}_s"] = seconds
+    parts = [v for k, v in results.items() if k.startswith("time/") and k != "time/total_s"]
+    write_results(workdir, results | {"time/total_s": sum(parts)})

@@ -1,0 +1,309 @@
+"""What the files of a run hold after each step, after a kill, and after a divergence."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tensorboardX.proto import event_pb2
+from tensorboardX.record_writer import masked_crc32c
+
+from ppo_jax import metrics as metrics_module
+from ppo_jax.metrics import (
+    MetricsWriter,
+    append_rows,
+    config_differences,
+    drop_lines_after,
+    prepare_workdir,
+    read_config,
+)
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def steps(path, stage="ppo"):
+    return [row["step"] for row in rows(path) if row["stage"] == stage]
+
+
+def events(folder):
+    """(purge steps, {tag: {step: value}}) of all event files, read without TensorBoard."""
+    purges, scalars = [], {}
+    for path in sorted(folder.iterdir()):
+        data = path.read_bytes()
+        while data:
+            length = int.from_bytes(data[:8], "little")
+            assert masked_crc32c(data[:8]) == int.from_bytes(data[8:12], "little")
+            event = event_pb2.Event.FromString(data[12 : 12 + length])
+            data = data[16 + length :]
+            if event.HasField("session_log"):
+                purges.append(event.step)
+            for value in event.summary.value:
+                scalars.setdefault(value.tag, {})[event.step] = value.simple_value
+    return purges, scalars
+
+
+def test_metrics_are_written_one_step_late_and_in_order(tmp_path):
+    writer = MetricsWriter(tmp_path, "ppo", total_steps=3)
+    path = tmp_path / "metrics.jsonl"
+    for step in (1, 2, 3):
+        writer.write(step, {"kl/ref": jnp.float32(step) / 2, "time/rollout_s": 0.25})
+        assert (steps(path) if path.exists() else []) == list(range(1, step))
+    writer.close()
+    assert rows(path) == [
+        {"stage": "ppo", "step": step, "kl/ref": step / 2, "time/rollout_s": 0.25}
+        for step in (1, 2, 3)
+    ]
+
+
+def test_one_fetch_a_step_passes_a_strict_transfer_guard(tmp_path, monkeypatch):
+    fetched = []
+    device_get = jax.device_get
+    monkeypatch.setattr(jax, "device_get", lambda x: fetched.append(set(x)) or device_get(x))
+    values = {"a": jnp.float32(1), "b": jnp.bfloat16(2), "c": jnp.int32(3)}
+    with jax.transfer_guard("disallow"):
+        writer = MetricsWriter(tmp_path, "sft", total_steps=1)
+        writer.write(1, values)
+        assert not fetched
+        writer.close()
+    assert fetched == [{"a", "b", "c"}]
+    assert rows(tmp_path / "metrics.jsonl") == [{"stage": "sft", "step": 1, "a": 1, "b": 2, "c": 3}]
+
+
+def test_flush_writes_what_is_held_back_once(tmp_path):
+    writer = MetricsWriter(tmp_path, "ppo", total_steps=2)
+    writer.write(1, {"x": 1.0})
+    writer.flush()
+    writer.flush()
+    assert steps(tmp_path / "metrics.jsonl") == [1]
+    writer.close()
+    assert steps(tmp_path / "metrics.jsonl") == [1]
+
+
+@pytest.mark.parametrize("value, text", [(jnp.nan, "nan"), (jnp.inf, "inf"), (-jnp.inf, "-inf")])
+def test_a_loss_that_is_not_finite_stops_the_run_after_it_is_logged(tmp_path, value, text):
+    writer = MetricsWriter(tmp_path, "ppo", total_steps=9)
+    writer.last_checkpoint = 5
+    writer.write(7, {"policy/loss": jnp.float32(value), "kl/ref": 1.0})
+    message = f"policy/loss is {text} at step 7; last checkpoint 5"
+    with pytest.raises(FloatingPointError, match=f"^{message}$"):
+        writer.write(8, {"policy/loss": 0.0})
+    row = {"stage": "ppo", "step": 7, "policy/loss": None, "kl/ref": 1.0}
+    assert rows(tmp_path / "metrics.jsonl") == [row]
+    writer.close()
+
+
+def test_a_divergence_before_the_first_checkpoint_says_so(tmp_path):
+    writer = MetricsWriter(tmp_path, "ppo", total_steps=9)
+    writer.write(1, {"policy/loss": jnp.nan, "value/loss": jnp.inf})
+    message = "policy/loss is nan, value/loss is inf at step 1; no checkpoint yet"
+    with pytest.raises(FloatingPointError, match=message):
+        writer.close()
+
+
+def test_the_restored_step_is_the_last_checkpoint_of_a_resumed_run(tmp_path):
+    writer = MetricsWriter(tmp_path, "ppo", total_steps=9, restored_step=0)
+    writer.write(1, {"loss": np.nan})
+    with pytest.raises(FloatingPointError, match="loss is nan at step 1; last checkpoint 0"):
+        writer.flush()
+    writer.close()
+
+
+def test_nan_in_another_metric_is_null_and_does_not_stop(tmp_path):
+    writer = MetricsWriter(tmp_path, "ppo", total_steps=1)
+    writer.write(1, {"value/explained_variance": jnp.nan, "loss_scale": np.inf, "x": 1.0})
+    writer.close()
+    row = {"stage": "ppo", "step": 1, "value/explained_variance": None, "loss_scale": None}
+    assert rows(tmp_path / "metrics.jsonl") == [{**row, "x": 1.0}]
+    assert events(tmp_path / "tensorboard" / "ppo")[1] == {"x": {1: 1.0}}
+
+
+def test_a_metric_that_is_no_scalar_is_refused_by_name(tmp_path):
+    writer = MetricsWriter(tmp_path, "ppo", total_steps=1)
+    writer.write(1, {"kl/ref": jnp.zeros(3)})
+    with pytest.raises(ValueError, match=r"metric 'kl/ref' must be a scalar, got shape \(3,\)"):
+        writer.close()
+
+
+def test_tensorboard_holds_the_same_numbers(tmp_path):
+    writer = MetricsWriter(tmp_path, "ppo", total_steps=2)
+    for step in (1, 2):
+        writer.write(step, {"kl/ref": step / 4})
+    writer.close()
+    _, scalars = events(tmp_path / "tensorboard" / "ppo")
+    assert scalars == {"kl/ref": {1: 0.25, 2: 0.5}}
+
+
+def test_a_resumed_run_drops_its_later_lines_and_no_others(tmp_path):
+    for stage, last in (("sft", 4), ("ppo", 5)):
+        writer = MetricsWriter(tmp_path, stage, total_steps=6)
+        for step in range(1, last + 1):
+            writer.write(step, {"x": float(step)})
+        writer.close()
+    writer = MetricsWriter(tmp_path, "ppo", total_steps=6, restored_step=3)
+    path = tmp_path / "metrics.jsonl"
+    assert steps(path) == [1, 2, 3] and steps(path, "sft") == [1, 2, 3, 4]
+    for step in (4, 5, 6):
+        writer.write(step, {"x": step * 10.0})
+    writer.close()
+    assert [row["x"] for row in rows(path) if row["stage"] == "ppo"] == [1, 2, 3, 40, 50, 60]
+    purges, scalars = events(tmp_path / "tensorboard" / "ppo")
+    assert purges == [0, 4]  # TensorBoard forgets steps 4 and 5 of the first file
+    assert len(list((tmp_path / "tensorboard" / "ppo").iterdir())) == 2
+    assert scalars["x"] == {1: 1, 2: 2, 3: 3, 4: 40, 5: 50, 6: 60}
+
+
+def test_a_run_that_starts_again_from_nothing_drops_all_its_lines(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    append_rows(path, [{"stage": "ppo", "step": 0}, {"stage": "sft", "step": 9}])
+    MetricsWriter(tmp_path, "ppo", total_steps=1).close()
+    assert rows(path) == [{"stage": "sft", "step": 9}]
+
+
+@pytest.mark.parametrize("torn", [b'{"stage": "ppo", "st', b'{"stage": "ppo", "step": 3}', b"\x00"])
+def test_a_torn_last_line_is_removed_and_the_others_stay_byte_for_byte(tmp_path, torn):
+    path = tmp_path / "samples.jsonl"
+    whole = '{"stage":"ppo", "step":1,  "response": "ça\\n va"}\n{"step": 2, "stage": "sft"}\n'
+    path.write_bytes(whole.encode() + torn)
+    drop_lines_after(path, "ppo", 5)
+    assert path.read_text(encoding="utf-8") == whole
+    assert [file.name for file in tmp_path.iterdir()] == ["samples.jsonl"]
+
+
+def test_a_damaged_line_in_the_middle_is_refused_by_its_number(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    for damaged in ("{oops", "[1]", '{"stage": "ppo"}'):
+        path.write_text(f'{{"stage": "ppo", "step": 1}}\n{damaged}\n')
+        with pytest.raises(ValueError, match="samples.jsonl:2: must be a JSON object with stage"):
+            drop_lines_after(path, "ppo", 5)
+
+
+def test_dropping_lines_of_an_absent_file_does_nothing(tmp_path):
+    drop_lines_after(tmp_path / "samples.jsonl", "ppo", 5)
+    assert not list(tmp_path.iterdir())
+
+
+def test_rows_are_appended_as_whole_lines_of_valid_json(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    row = {"stage": "ppo", "step": 1, "prompt": "a\nb", "response": "é\u2028"}
+    append_rows(path, [{**row, "score": np.float32(0.5)}, {**row, "score": float("nan")}])
+    append_rows(path, [{**row, "score": jnp.float32(2)}])
+    found = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
+    assert found == [{**row, "score": score} for score in (0.5, None, 2.0)]
+
+
+def printed(tmp_path, capsys, monkeypatch, *, total, seconds, restored_step=None):
+    """The plain lines of a stage whose steps take so many seconds."""
+    clock = [100.0]
+    monkeypatch.setattr(metrics_module.time, "monotonic", lambda: clock[0])
+    writer = MetricsWriter(
+        tmp_path,
+        "ppo",
+        total_steps=total,
+        restored_step=restored_step,
+        show={"reward/score_mean": "score", "kl/ref": "kl"},
+    )
+    for step in range((restored_step or 0) + 1, total + 1):
+        clock[0] += seconds
+        writer.write(step, {"kl/ref": jnp.float32(3.2), "reward/score_mean": 0.8125, "other": 1.0})
+        writer.flush()
+    writer.close()
+    return capsys.readouterr().out.splitlines()
+
+
+def test_plain_lines_come_about_every_tenth_of_the_steps(tmp_path, capsys, monkeypatch):
+    lines = printed(tmp_path, capsys, monkeypatch, total=40, seconds=2)
+    assert len(lines) == 10
+    assert lines[2] == "ppo 12/40  score 0.812  kl 3.2  2 s/step  eta 0:56"
+    assert lines[-1] == "ppo 40/40  score 0.812  kl 3.2  2 s/step  eta 0:00"
+
+
+def test_slow_steps_are_reported_at_least_every_half_minute(tmp_path, capsys, monkeypatch):
+    lines = printed(tmp_path, capsys, monkeypatch, total=100, seconds=15)
+    assert len(lines) == 50
+    assert lines[0] == "ppo 2/100  score 0.812  kl 3.2  15 s/step  eta 24:30"
+
+
+def test_progress_of_a_resumed_run_counts_its_own_steps(tmp_path, capsys, monkeypatch):
+    lines = printed(tmp_path, capsys, monkeypatch, total=10, seconds=3, restored_step=8)
+    assert lines[0] == "ppo 9/10  score 0.812  kl 3.2  3 s/step  eta 0:03"
+
+
+def test_a_terminal_shows_a_bar_with_the_figures(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    writer = MetricsWriter(tmp_path, "sft", total_steps=2, show={"sft/loss": "loss"})
+    for step in (1, 2):
+        writer.write(step, {"sft/loss": step / 4})
+    writer.close()
+    last = capsys.readouterr().out.split("\r")[-1]
+    assert last.startswith("sft: 100%") and "2/2" in last and "loss 0.5" in last
+
+
+def test_other_processes_write_nothing_but_stop_all_the_same(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    prepare_workdir(tmp_path / "run", {"seed": 0})
+    append_rows(tmp_path / "samples.jsonl", [{"step": 1}])
+    writer = MetricsWriter(tmp_path, "ppo", total_steps=2)
+    writer.write(1, {"x": 1.0})
+    writer.write(2, {"policy/loss": jnp.nan})
+    with pytest.raises(FloatingPointError):
+        writer.close()
+    assert not list(tmp_path.iterdir()) and not capsys.readouterr().out
+
+
+def test_config_json_tells_what_was_run_and_on_what(tmp_path):
+    config = {"ppo": {"kl_coef": 0.1, "eos_ids": (1, 2), "max_norm": float("inf")}, "seed": 0}
+    prepare_workdir(tmp_path / "runs" / "a", config)
+    text = (tmp_path / "runs" / "a" / "config.json").read_text()
+    record = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert record["packages"]["jax"] == jax.__version__
+    assert record["python"].count(".") == 2
+    assert record["devices"] == {"kind": "cpu", "count": 8, "processes": 1}
+    assert "git_commit" in record
+    read = read_config(tmp_path / "runs" / "a")
+    assert read == {"ppo": {"kl_coef": 0.1, "eos_ids": [1, 2], "max_norm": "inf"}, "seed": 0}
+    assert config_differences(read, config) == []
+
+
+def test_the_commit_is_the_one_of_the_checkout(tmp_path, monkeypatch):
+    source = tmp_path / "checkout"
+    (source / "ppo_jax").mkdir(parents=True)
+    monkeypatch.setattr(metrics_module, "__file__", str(source / "ppo_jax" / "metrics.py"))
+    assert metrics_module._git_commit() is None
+
+    def git(*arguments):
+        who = ["-c", "user.name=a", "-c", "user.email=a@example.com"]
+        command = ["git", "-C", str(source), *who, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    git("init", "-q")
+    assert metrics_module._git_commit() is None  # no commit yet
+    (source / "ppo_jax" / "metrics.py").write_text("1")
+    git("add", ".")
+    git("commit", "-q", "-m", "one")
+    git("tag", "-a", "v1", "-m", "v1")
+    assert metrics_module._git_commit() == git("rev-parse", "HEAD")
+    (source / "ppo_jax" / "metrics.py").write_text("2")
+    assert metrics_module._git_commit() == git("rev-parse", "HEAD") + "-dirty"
+
+
+def test_a_workdir_without_a_config_has_none_and_a_damaged_one_is_refused(tmp_path):
+    assert read_config(tmp_path) is None
+    for text in ("{", "[]", "{}"):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match="config.json must be a JSON object with a config"):
+            read_config(tmp_path)
+
+
+def test_config_differences_name_every_field_that_changed():
+    old = {"ppo": {"kl_coef": 0.1, "gamma": 1.0, "ids": [1]}, "data": {}, "a": None}
+    new = {"ppo": {"kl_coef": 0.2, "gamma": 1.0, "ids": (1,)}, "data": {"path": "x"}, "a": None}
+    assert config_differences(old, new) == [
+        "ppo.kl_coef: 0.1 -> 0.2",
+        "data: {} -> absent",
+        "data.path: absent -> x",
+    ]
