@@ -29,7 +29,7 @@ def default() -> config_dict.ConfigDict:
             data="{workdir}/data/sft.jsonl",
             validation_fraction=0.03,
             trainable="4",  # top layers
-            num_epochs=0.4,  # passes over the data
+            num_epochs=0.5,  # passes over the data
             batch_size=16,  # texts
             max_length=48,  # tokens
             eval_every=50,  # steps
@@ -45,7 +45,7 @@ def default() -> config_dict.ConfigDict:
             num_epochs=2.0,  # passes over the data
             batch_size=32,  # texts
             pairs_per_batch=256,  # comparisons drawn among them
-            max_length=48,  # tokens
+            max_length=40,  # tokens
             eval_every=80,  # steps
             save_every=80,  # steps
             optimizer=dict(learning_rate=1e-4, warmup_steps=20, weight_decay=0.01),
@@ -56,17 +56,17 @@ def default() -> config_dict.ConfigDict:
             value_trainable="4",  # top layers of the critic
             num_iterations=40,
             rollout_batch_size=64,  # episodes
-            num_epochs=2,  # passes over a rollout
-            num_minibatches=2,  # optimizer steps a pass
+            num_epochs=1,  # passes over a rollout
+            num_minibatches=4,  # optimizer steps a pass
             max_prompt_length=24,  # tokens
             response_length=24,  # tokens
             missing_eos="penalty",
-            missing_eos_score=1.0,
+            missing_eos_score=0.5,
             kl_coef=0.05,  # reward per nat
             sample_every=10,  # iterations
             save_every=10,  # iterations
             value_learning_rate=1e-4,
-            optimizer=dict(learning_rate=5e-5, schedule="linear", warmup_steps=2),
+            optimizer=dict(learning_rate=1e-4, schedule="linear", warmup_steps=2),
         ),
         evaluate=dict(
             prompts="{workdir}/data/test_prompts.jsonl",

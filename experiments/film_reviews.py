@@ -9,6 +9,8 @@ PPO's prompts; `judge` for the judges alone; `test` for unseen pairs and prompts
 """
 
 import functools
+import hashlib
+import re
 from pathlib import Path
 
 import jax
@@ -24,12 +26,14 @@ from ppo_jax.networks import trunk_network
 from ppo_jax.partition import split_params
 from ppo_jax.sources import film_ratings
 
-PARTS = {"train": 0.5, "judge": 0.35, "test": 0.15}
+PARTS = {"train": 0.5, "judge": 0.4, "test": 0.1}
 SPLIT_SEED = 2014
 PROMPT_WORDS = 4
-WORDS = (6, 30)  # of a training text: whole sentences that a short response can match
+WORDS = (8, 22)  # of a text to imitate: whole sentences that fit into a short response
 JUDGE_LAYER = 18  # middle layers know most about sentiment
-NUM_RATED = 600  # unseen texts that measure the judges
+NUM_GOLD = 2500  # texts that the gold judge is fitted on
+NUM_RATED = 500  # unseen texts that measure the judges
+ACTING = re.compile(r"\b(acting|actors?|actress|performances?|cast)\b", re.IGNORECASE)
 # Accuracy on unseen pairs with a gap of 1 or more, measured on the same sentences.
 REFERENCE = {"one human rater": 0.943, "ridge on a frozen layer": 0.888, "TF-IDF ridge": 0.855}
 
@@ -38,9 +42,10 @@ def prepare(folder: Path):
     """Write the files that the configs name. Parts are disjoint by text, prompts included."""
     parts = split_by_text(film_ratings(), PARTS, seed=SPLIT_SEED)
     train = [r for r in parts["train"] if WORDS[0] <= len(r.text.split()) <= WORDS[1]]
-    prompts = sorted({first_words(r) for r in train})
+    prompts = sorted({first_words(r) for r in train}, key=stable_order)
     unseen = {first_words(r) for r in parts["test"] if len(r.text.split()) >= WORDS[0]}
-    unseen = sorted(unseen - set(prompts), key=stable_order)
+    seen = {prompt.casefold() for prompt in prompts}
+    unseen = sorted((p for p in unseen if p.casefold() not in seen), key=stable_order)
     write_jsonl(folder / "sft.jsonl", [{"text": r.text} for r in train])
     for part, records in parts.items():
         rows = [{"text": r.text, "ratings": list(r.ratings)} for r in records]
@@ -55,8 +60,6 @@ def first_words(record: RatedText) -> str:
 
 def stable_order(text: str) -> bytes:
     """A shuffle that does not depend on what else is in the list."""
-    import hashlib
-
     return hashlib.sha256(text.encode()).digest()
 
 
@@ -64,9 +67,9 @@ def judges(workdir: Path) -> Panel:
     """The panel of the quickstart: gold, words, and two lexicons."""
     panel = word_judges(workdir)
     texts, means = rated_texts(workdir, "judge")
-    gold = gold_judge(load_model(workdir / "base"), texts, means)
+    gold = gold_judge(load_model(workdir / "base"), texts[:NUM_GOLD], means[:NUM_GOLD])
     note = (
-        f"ridge regression on layer {JUDGE_LAYER} of the base model, fitted on {len(texts)} rated "
+        f"ridge regression on layer {JUDGE_LAYER} of the base model, fitted on {NUM_GOLD} rated "
         "texts of its own; it shares the frozen base model with policy and reward model, and no "
         "text, rating or trained weight"
     )
@@ -150,3 +153,9 @@ def batch_features(trunk, rows: Texts, chosen: np.ndarray) -> np.ndarray:
     mean = np.where(mask[:, :, None], states, 0).sum(axis=1) / lengths[:, None]
     last = states[np.arange(len(filled)), lengths - 1]
     return np.concatenate([mean, last], axis=1)[: len(chosen)]
+
+
+def mentions_acting(prompts: list[str], responses: list[str]) -> list[float]:
+    """1 for a response that speaks of the acting, else 0: the reward of configs/verifiable.py."""
+    del prompts
+    return [float(bool(ACTING.search(response))) for response in responses]

@@ -15,6 +15,7 @@ from ml_collections import config_dict
 from ppo_jax.optimizer import SCHEDULES
 
 STAGES = ("sft", "reward", "ppo", "evaluate")
+UNBOUNDED = ("max_grad_norm", "hidden_cache_gb")  # limits: inf is none
 
 
 def require(holds: bool, field: str, got: Any, rule: str):
@@ -33,10 +34,10 @@ def require_choice(settings: Any, section: str, field: str, choices: tuple):
     require(value in choices, f"{section}.{field}", value, f"one of {list(choices)}")
 
 
-def require_trainable(value: str | int, section: str):
+def require_trainable(value: str | int, field: str):
     is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
     rule = "'all', 'head' or a number of top layers >= 1"
-    require(is_count or value in ("all", "head"), f"{section}.trainable", value, rule)
+    require(is_count or value in ("all", "head"), field, value, rule)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,10 +45,10 @@ class ScratchSettings:
     """A Llama-shaped model with random weights and a tokenizer trained on the data."""
 
     vocab_size: int = 2048  # tokens, byte-level BPE
-    num_layers: int = 4
-    embed_dim: int = 128
-    num_heads: int = 4
-    mlp_dim: int = 384
+    num_layers: int = 4  # Transformer blocks
+    embed_dim: int = 128  # width of the hidden states
+    num_heads: int = 4  # of embed_dim / num_heads numbers each
+    mlp_dim: int = 384  # width inside the feed-forward layers
     max_length: int = 128  # tokens, prompt and response together
 
     def __post_init__(self):
@@ -92,21 +93,23 @@ class OptimizerSettings:
     final_fraction: float = 0.0  # of the learning rate, at the last step
     max_grad_norm: float = 1.0  # over all trained parameters; inf is off
     weight_decay: float = 0.0  # decoupled, per step and times the learning rate
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
+    b1: float = 0.9  # decay a step of the mean gradient
+    b2: float = 0.999  # decay a step of the mean squared gradient
+    eps: float = 1e-8  # added to the root of the mean squared gradient
 
-    def __post_init__(self):
-        require_choice(self, "optimizer", "schedule", SCHEDULES)
-        require(self.learning_rate >= 0, "optimizer.learning_rate", self.learning_rate, ">= 0")
-        require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, ">= 0")
-        require_positive(self, "optimizer", "max_grad_norm", "eps")
-        require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, ">= 0")
-        for field in ("b1", "b2"):
-            value = getattr(self, field)
-            require(0 <= value < 1, f"optimizer.{field}", value, "in [0, 1)")
-        f = self.final_fraction
-        require(0 <= f <= 1, "optimizer.final_fraction", f, "in [0, 1]")
+
+def check_optimizer(settings: OptimizerSettings, section: str):
+    """Checked by the stage that it belongs to: several have one, and the message says which."""
+    require_choice(settings, section, "schedule", SCHEDULES)
+    require_positive(settings, section, "max_grad_norm", "eps")
+    for field in ("learning_rate", "warmup_steps", "weight_decay"):
+        value = getattr(settings, field)
+        require(value >= 0, f"{section}.{field}", value, ">= 0")
+    for field in ("b1", "b2"):
+        value = getattr(settings, field)
+        require(0 <= value < 1, f"{section}.{field}", value, "in [0, 1)")
+    f = settings.final_fraction
+    require(0 <= f <= 1, f"{section}.final_fraction", f, "in [0, 1]")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,9 +117,9 @@ class SFTSettings:
     """Supervised fine-tuning on texts, or on completions of prompts."""
 
     data: str  # JSONL of {"text"} or {"prompt", "completion"}
-    optimizer: OptimizerSettings
+    optimizer: OptimizerSettings  # of all trained parameters
     validation_data: str = ""  # JSONL; "" holds out validation_fraction of the data
-    validation_fraction: float = 0.05
+    validation_fraction: float = 0.05  # of the data's texts
     trainable: str | int = "all"  # "all", a number of top layers such as "4", or "head"
     num_epochs: float = 1.0  # passes over the data
     batch_size: int = 32  # texts a step
@@ -135,13 +138,15 @@ class RewardSettings:
     """A reward model on preferences, or on human ratings."""
 
     data: str  # JSONL of {"prompt", "chosen", "rejected"} or {"text", "ratings"}
-    optimizer: OptimizerSettings
+    optimizer: OptimizerSettings  # of all trained parameters
     format: str = "preferences"  # or "ratings"
     init_from: str = "sft"  # a stage of this workdir, "base", a stage folder or a model
     validation_data: str = ""  # JSONL; "" holds out validation_fraction of the data
-    validation_fraction: float = 0.05
+    validation_fraction: float = 0.05  # of the data's texts
     num_layers: int = 0  # keep the lowest N layers of the model it starts from; 0 keeps all
-    reference_data: str = ""  # JSONL of texts that shall score 0 on average; "" is the data
+    reference_data: str = (
+        ""  # JSONL of texts that shall score 0 on average; "" is the held-out data
+    )
     trainable: str | int = "all"  # "all", a number of top layers such as "4", or "head"
     num_epochs: float = 1.0  # passes over the data; more than one soon overfits
     batch_size: int = 64  # texts a step; a pair is two texts
@@ -164,13 +169,15 @@ class RewardSettings:
 
 def check_training(settings: SFTSettings | RewardSettings, section: str):
     """What the two kinds of training on texts have in common."""
+    check_optimizer(settings.optimizer, f"{section}.optimizer")
     fields = ("num_epochs", "batch_size", "num_micro_batches", "max_length")
     require_positive(settings, section, *fields, "eval_every", "save_every")
-    require_trainable(settings.trainable, section)
+    require_trainable(settings.trainable, f"{section}.trainable")
     require(bool(settings.data), f"{section}.data", settings.data, "the path of a JSONL file")
     fraction = settings.validation_fraction
     require(0 < fraction < 1, f"{section}.validation_fraction", fraction, "in (0, 1)")
-    require(settings.hidden_cache_gb >= 0, f"{section}.hidden_cache_gb", fraction, ">= 0")
+    cache_gb = settings.hidden_cache_gb
+    require(cache_gb >= 0, f"{section}.hidden_cache_gb", cache_gb, ">= 0")
     rule = f"a multiple of num_micro_batches ({settings.num_micro_batches})"
     divides = settings.batch_size % settings.num_micro_batches == 0
     require(divides, f"{section}.batch_size", settings.batch_size, rule)
@@ -189,7 +196,7 @@ class PPOSettings:
     trainable: str | int = "all"  # "all", a number of top layers such as "4", or "head"
     value_trainable: str | int = "all"  # the same for the critic
 
-    num_iterations: int = 100
+    num_iterations: int = 100  # each is a rollout and the updates on it
     rollout_batch_size: int = 64  # responses an iteration
     num_epochs: int = 4  # passes over a rollout
     num_minibatches: int = 1  # optimizer steps a pass
@@ -198,7 +205,7 @@ class PPOSettings:
     max_prompt_length: int = 64  # tokens; a longer prompt is an error
     response_length: int = 64  # tokens at most
     stop_tokens: tuple[str, ...] = ()  # tokens that end a response besides the tokenizer's EOS
-    temperature: float = 1.0
+    temperature: float = 1.0  # divides the logits, in sampling and in training
     top_k: int = 0  # 0 is off
     top_p: float = 1.0  # 1 is off
     min_p: float = 0.0  # 0 is off
@@ -211,11 +218,11 @@ class PPOSettings:
     target_kl: float = 6.0  # nats per response, adaptive only
     kl_horizon: float = 10_000.0  # episodes, adaptive only
     gamma: float = 1.0  # discount a token
-    gae_lambda: float = 0.95
-    clip_range: float = 0.2
-    value_clip_range: float = 0.2
-    vf_coef: float = 0.1
-    entropy_coef: float = 0.0
+    gae_lambda: float = 0.95  # 0 is one-step differences, 1 the whole return
+    clip_range: float = 0.2  # of the probability ratio, around 1
+    value_clip_range: float = 0.2  # of the critic's change, in units of reward
+    vf_coef: float = 0.1  # weight of the value loss
+    entropy_coef: float = 0.0  # weight of the entropy, per nat
 
     sample_every: int = 10  # iterations between samples of the same prompts
     num_samples: int = 8  # prompts in samples.jsonl
@@ -229,6 +236,7 @@ class PPOSettings:
             *("num_micro_batches", "max_prompt_length", "response_length", "temperature"),
             *("target_kl", "kl_horizon", "value_clip_range", "sample_every", "save_every"),
         )
+        check_optimizer(self.optimizer, "ppo.optimizer")
         for field in ("kl_coef", "vf_coef", "entropy_coef", "value_learning_rate", "top_k"):
             require(getattr(self, field) >= 0, f"ppo.{field}", getattr(self, field), ">= 0")
         for field in ("gamma", "gae_lambda", "min_p"):
@@ -240,8 +248,8 @@ class PPOSettings:
         require_choice(self, "ppo", "missing_eos", ("keep", "penalty", "replace"))
         require_choice(self, "ppo", "kl_estimator", ("k1", "k2", "k3"))
         require_choice(self, "ppo", "kl_control", ("fixed", "adaptive"))
-        require_trainable(self.trainable, "ppo")
-        require_trainable(self.value_trainable, "ppo.value")
+        require_trainable(self.trainable, "ppo.trainable")
+        require_trainable(self.value_trainable, "ppo.value_trainable")
         pieces = self.num_minibatches * self.num_micro_batches
         rule = f"a multiple of num_minibatches x num_micro_batches ({pieces})"
         size = self.rollout_batch_size
@@ -259,7 +267,7 @@ class EvaluateSettings:
 
     prompts: str  # JSONL of {"prompt"}
     judges: str = ""  # "module:function": (workdir) -> {name: judge}; "" compares by score alone
-    num_prompts: int = 256
+    num_prompts: int = 256  # the first of the file
     batch_size: int = 64  # prompts at a time
     temperature: float = 1.0  # 0 is greedy
 
@@ -272,16 +280,19 @@ class EvaluateSettings:
 class Config:
     """A run. `{workdir}` in a path stands for the run's folder."""
 
-    model: ModelSettings
-    seed: int = 0
+    model: ModelSettings  # where the run starts
+    seed: int = 0  # of initial weights, data order and sampling
     prepare: str = ""  # "module:function": (folder) -> None, writes the run's data files first
-    sft: SFTSettings | None = None
-    reward: RewardSettings | None = None
-    ppo: PPOSettings | None = None
-    evaluate: EvaluateSettings | None = None
+    # The stages, in the order in which they run; None leaves one out.
+    sft: SFTSettings | None = None  # demonstrations
+    reward: RewardSettings | None = None  # comparisons or ratings
+    ppo: PPOSettings | None = None  # alignment
+    evaluate: EvaluateSettings | None = None  # the verdict; needs ppo, whose responses it judges
 
     def __post_init__(self):
         require(self.seed >= 0, "seed", self.seed, ">= 0")
+        if self.evaluate is not None and self.ppo is None:
+            raise ValueError("evaluate needs a ppo section, whose responses it judges, got none")
 
 
 def from_config_dict(config: config_dict.ConfigDict | dict) -> Config:
@@ -327,17 +338,13 @@ def convert(hint: Any, value: Any, field: str) -> Any:
             if isinstance(value, list | tuple) and all(isinstance(x, str) for x in value):
                 return tuple(value)
         elif option is float and isinstance(value, int | float) and not isinstance(value, bool):
-            require(not math.isnan(value), field, value, "a number")
+            finite = math.isfinite(value) or value == math.inf and field.endswith(UNBOUNDED)
+            require(finite, field, value, "a finite number")
             return float(value)
         elif type(value) is option:
             return value
     names = " or ".join(getattr(o, "__name__", str(o)) for o in options)
     raise ValueError(f"{field} must be {names}, got {value!r}")
-
-
-def to_dict(config: Config) -> dict:
-    """The settings as plain dictionaries, for config.json."""
-    return dataclasses.asdict(config)
 
 
 # Settings that a resumed run may change: numbers that no shape and no data order depends on.

@@ -46,12 +46,7 @@ def evaluate(config: Config, workdir: Path, base: str):
         base: path of the base model.
     """
     settings = config.evaluate
-    prompts = load_prompts(settings.prompts)[: settings.num_prompts]
-    if len(prompts) < settings.num_prompts:
-        raise ValueError(
-            f"evaluate.num_prompts must be at most the {len(prompts)} prompts of "
-            f"{settings.prompts}, got {settings.num_prompts}"
-        )
+    prompts = evaluation_prompts(settings)
     paths = {"base": base} | {s: str(workdir / s) for s in ("sft", "ppo") if getattr(config, s)}
     policies = {name: load_model(path, config.model) for name, path in paths.items()}
     responses, rollouts = {}, {}
@@ -73,6 +68,21 @@ def evaluate(config: Config, workdir: Path, base: str):
     results |= judge_all(settings, workdir, texts)
     results["samples"] = side_by_side(config, workdir, prompts, responses, texts)
     write_results(workdir, read_results(workdir) | results | reward_accuracies(workdir))
+
+
+def evaluation_prompts(settings: EvaluateSettings) -> list[str]:
+    """The first num_prompts of the file.
+
+    Raises:
+        ValueError: there are fewer.
+    """
+    prompts = load_prompts(settings.prompts)
+    if len(prompts) < settings.num_prompts:
+        raise ValueError(
+            f"evaluate.num_prompts must be at most the {len(prompts)} prompts of "
+            f"{settings.prompts}, got {settings.num_prompts}"
+        )
+    return prompts[: settings.num_prompts]
 
 
 def respond(policy: Model, prompts: list[str], config: Config) -> tuple[list[str], list[Rollout]]:

@@ -11,7 +11,7 @@ import numpy as np
 from ppo_jax.batches import encode_prompts
 from ppo_jax.inputs import on_device
 from ppo_jax.models import Model
-from ppo_jax.networks import policy_network
+from ppo_jax.networks import ModelConfig, policy_network
 from ppo_jax.rollout import Sampling, rollout
 from ppo_jax.structs import Prompts, Rollout
 
@@ -34,6 +34,12 @@ def decode_responses(tokenizer: Any, responses: Rollout) -> list[str]:
     tokens, mask = jax.device_get((responses.response_tokens, responses.response_mask))
     ids = [row[kept].tolist() for row, kept in zip(tokens, mask, strict=True)]
     return [tokenizer.decode(row, skip_special_tokens=True) for row in ids]
+
+
+@functools.lru_cache(maxsize=8)
+def compiled_rollout(config: ModelConfig, sampling: Sampling):
+    """One jitted rollout for all models of a shape: base, SFT and PPO compile once."""
+    return jax.jit(functools.partial(rollout, policy_network(config), sampling=sampling))
 
 
 def generate(
@@ -61,10 +67,14 @@ def generate(
 
     Returns:
         (N responses, the rollouts of the batches; the last is filled up with prompt 0).
+
+    Raises:
+        ValueError: the model is no policy, or a prompt is too long or has no token.
     """
+    if model.kind != "policy":
+        raise ValueError("model must be a policy to generate text, got a reward model")
     rows = encode_prompts(prompts, model.tokenizer, max_length=max_prompt_length)
-    policy, params = policy_network(model.config), on_device(model.params)
-    sample = jax.jit(functools.partial(rollout, policy, sampling=sampling))
+    sample, params = compiled_rollout(model.config, sampling), on_device(model.params)
     responses, rollouts = [], []
     for begin in range(0, len(prompts), batch_size):
         numbers = np.arange(begin, begin + batch_size)

@@ -21,7 +21,12 @@ Inputs = Callable[[Rows, int], jax.Array]
 
 
 def make_inputs(
-    texts: Texts, trunk: Network | None, trunk_params: Params | None, *, cache_gb: float
+    texts: Texts,
+    trunk: Network | None,
+    trunk_params: Params | None,
+    *,
+    cache_gb: float,
+    used: Rows | None = None,
 ) -> Inputs:
     """A function (rows [N], width L) -> inputs of these texts: [N, L] or [N, L, D].
 
@@ -31,6 +36,7 @@ def make_inputs(
         trunk_params: their parameters, on the device.
         cache_gb: the states of all texts are kept when they fit into this much memory; otherwise
             the trunk runs for each batch.
+        used: the rows that will be asked for; None is all.
     """
     if trunk is None:
         return lambda rows, width: texts.tokens[rows, :width]
@@ -40,10 +46,11 @@ def make_inputs(
         return run(trunk_params, texts.tokens[rows, :width], texts.mask[rows, :width])
 
     shape = jax.eval_shape(trunk.apply, trunk_params, texts.tokens[:1], texts.mask[:1])
-    gigabytes = texts.mask.sum() * shape.shape[-1] * shape.dtype.itemsize / 1e9
+    used = np.arange(len(texts.mask)) if used is None else np.unique(used)
+    gigabytes = texts.mask[used].sum() * shape.shape[-1] * shape.dtype.itemsize / 1e9
     if gigabytes > cache_gb:
         return compute
-    states = compute_states(texts, compute)
+    states = compute_states(texts, used, compute)
 
     def look_up(rows, width):
         out = np.zeros((len(rows), width, shape.shape[-1]), shape.dtype)
@@ -54,11 +61,11 @@ def make_inputs(
     return look_up
 
 
-def compute_states(texts: Texts, compute: Inputs) -> list[np.ndarray]:
-    """The trunk's states of every text, [its length, D] each; texts of like length go together."""
+def compute_states(texts: Texts, used: Rows, compute: Inputs) -> dict[int, np.ndarray]:
+    """The trunk's states of each used text, [its length, D]; texts of like length go together."""
     lengths = texts.mask.sum(axis=1)
-    states: list[np.ndarray] = [np.empty(0)] * len(lengths)
-    order = np.argsort(lengths, kind="stable")
+    states: dict[int, np.ndarray] = {}
+    order = used[np.argsort(lengths[used], kind="stable")]
     for begin in range(0, len(order), TRUNK_BATCH):
         # The last batch is filled up with its own first row, so that no new shape is compiled.
         rows = order[begin : begin + TRUNK_BATCH]

@@ -46,11 +46,18 @@ VALIDATION_PAIRS = 20_000  # of unseen texts, ordered by their mean ratings
 GAPS = {"": 0.0, "_gap1": 1.0, "_gap2": 2.0}  # least difference of mean ratings, in rating units
 
 
-def describe(stage: str, config: Config) -> dict:
+def describe(stage: str, config: Config, workdir: Path) -> dict:
     """What stage.json keeps of the settings, to compare with when the stage is resumed."""
     settings = dataclasses.asdict(getattr(config, stage))
-    model = dataclasses.asdict(config.model)
-    return {"stage": stage, "settings": settings | {"seed": config.seed, "model": model}}
+    settings |= {"seed": config.seed, "model": dataclasses.asdict(config.model)}
+    return {"stage": stage, "settings": without_folder(settings, f"{workdir}/")}
+
+
+def without_folder(values: Any, folder: str) -> Any:
+    """The settings with `{workdir}/` for the run's folder, which may be moved or renamed."""
+    if isinstance(values, dict):
+        return {name: without_folder(value, folder) for name, value in values.items()}
+    return values.replace(folder, "{workdir}/") if isinstance(values, str) else values
 
 
 def make_optimizer(settings: OptimizerSettings, total_steps: int) -> Optimizer:
@@ -124,17 +131,21 @@ def train_sft(config: Config, workdir: Path, base: str):
     num_steps = count_steps(settings, len(texts.tokens))
     start = start_layer(model.config, settings.trainable)
     parts = split_params(model.config, model.params, settings.trainable, start)
-    open_stage(workdir / "sft", model, parts, describe("sft", config))
+    open_stage(workdir / "sft", model, parts, describe("sft", config, workdir))
     if is_complete(workdir / "sft", num_steps):
         return print(f"sft: complete ({num_steps} steps)", flush=True)
 
     network = policy_network(model.config, start_layer=start)
     trunk = None if start is None else trunk_network(model.config, end_layer=start)
     trunk_params, frozen = on_device(parts.trunk), on_device(parts.frozen)
-    inputs, unseen_inputs = (
-        make_inputs(t, trunk, trunk_params, cache_gb=settings.hidden_cache_gb)
-        for t in (texts, unseen)
+    read = functools.partial(
+        make_inputs, trunk=trunk, trunk_params=trunk_params, cache_gb=settings.hidden_cache_gb
     )
+    rows_of = functools.partial(
+        batch_indices, config.seed, num_examples=len(texts.tokens), batch_size=settings.batch_size
+    )
+    inputs = read(texts, used=np.concatenate([rows_of(i) for i in range(num_steps)]))
+    unseen_inputs = read(unseen)
     optimizer = make_optimizer(settings.optimizer, num_steps)
     step = jax.jit(
         functools.partial(sft_step, network=network, num_micro_batches=settings.num_micro_batches),
@@ -147,12 +158,8 @@ def train_sft(config: Config, workdir: Path, base: str):
     ) as run:
         state = run.restore(init_train_state(parts, optimizer))
         for i in run.steps():
-            rows = batch_indices(
-                config.seed, i, num_examples=len(texts.tokens), batch_size=settings.batch_size
-            )
-            state, metrics = step(
-                state, as_text_batch(texts, inputs, rows), optimizer, frozen=frozen
-            )
+            batch = as_text_batch(texts, inputs, rows_of(i))
+            state, metrics = step(state, batch, optimizer, frozen=frozen)
             if i + 1 == num_steps or (i + 1) % settings.eval_every == 0:
                 params = merge_params(frozen, state.params)
                 metrics |= validation_loss(validate, params, unseen, unseen_inputs, settings)
@@ -273,7 +280,7 @@ def train_reward(config: Config, workdir: Path, base: str):
     model = init_reward_model(model, settings.num_layers, config.seed)
     start = start_layer(model.config, settings.trainable)
     parts = split_params(model.config, model.params, settings.trainable, start)
-    open_stage(workdir / "reward", model, parts, describe("reward", config))
+    open_stage(workdir / "reward", model, parts, describe("reward", config, workdir))
     if is_complete(workdir / "reward", num_steps):
         return print(f"reward: complete ({num_steps} steps)", flush=True)
 
@@ -316,15 +323,17 @@ def train_reward(config: Config, workdir: Path, base: str):
                 valid=valid,
             )
             state, metrics = step(state, batch, optimizer, frozen=frozen)
-            if i + 1 == num_steps or (i + 1) % settings.eval_every == 0:
-                metrics |= unseen.accuracy(
-                    scores_of(state, unseen.texts, unseen_inputs), config.seed
-                )
-            if i + 1 == num_steps:
-                texts, get = reference_texts(settings, data.texts, inputs, model, inputs_of)
-                mean = scores_of(state, texts, get).mean()
-                state = state.replace(params=shift_scores(state.params, -mean))
-                metrics |= {"reward_model/calibration_shift": -mean}
+            last = i + 1 == num_steps
+            if last or (i + 1) % settings.eval_every == 0:
+                scores = scores_of(state, unseen.texts, unseen_inputs)
+                metrics |= unseen.accuracy(scores, config.seed)
+            if last:
+                if settings.reference_data:
+                    texts = reference_texts(settings, model.tokenizer)
+                    scores = scores_of(state, texts, inputs_of(texts))
+                shift = -scores.mean()
+                state = state.replace(params=shift_scores(state.params, shift))
+                metrics |= {"reward_model/calibration_shift": shift}
             run.end_step(i + 1, state, metrics | {"time/step_s": run.seconds()})
 
 
@@ -337,14 +346,10 @@ def all_scores(score, params, texts: Texts, inputs: Inputs, settings) -> np.ndar
     return np.concatenate(jax.device_get(scores))
 
 
-def reference_texts(settings: RewardSettings, texts: Texts, inputs: Inputs, model, inputs_of):
-    """The texts that shall score 0 on average, and their inputs."""
-    if not settings.reference_data:
-        return texts, inputs
+def reference_texts(settings: RewardSettings, tokenizer: Any) -> Texts:
+    """The texts that shall score 0 on average."""
     records = load_demonstrations(settings.reference_data)
-    length = settings.max_length
-    reference = encode_demonstrations(records, model.tokenizer, max_length=length)
-    return reference, inputs_of(reference)
+    return encode_demonstrations(records, tokenizer, max_length=settings.max_length)
 
 
 def shift_scores(params: Params, shift: float) -> Params:

@@ -74,7 +74,7 @@ class MetricsWriter:
         NaN and infinity are null in metrics.jsonl, to keep it JSON, and absent in TensorBoard.
 
         Raises:
-            FloatingPointError: a loss or a gradient norm (by its name) is not finite; after writing.
+            FloatingPointError: a loss or a gradient norm is not finite; raised after writing.
             ValueError: a metric is not a scalar.
         """
         earlier, self._pending = self._pending, (step, metrics)
@@ -109,7 +109,7 @@ class MetricsWriter:
         self._check_finite(step, values)
 
     def _check_finite(self, step: int, values: Mapping[str, float]) -> None:
-        # The gradient too: a finite loss can have a NaN gradient, whose checkpoint would be lost work.
+        # The gradient too: a finite loss can have a NaN gradient, and the next state is lost.
         watched = {k: v for k, v in values.items() if k.endswith(("loss", "grad_norm"))}
         bad = [(name, value) for name, value in watched.items() if not math.isfinite(value)]
         if not bad:

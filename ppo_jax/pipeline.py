@@ -10,12 +10,12 @@ from typing import Any
 from absl import logging
 from ml_collections import config_dict
 
-from ppo_jax import hf, vocabulary
-from ppo_jax.batches import encode_prompts
+from ppo_jax import hf
+from ppo_jax.checkpoints import Checkpoints
+from ppo_jax.checks import check_run
 from ppo_jax.config import STAGES, Config, from_config_dict
-from ppo_jax.data import load_prompts
 from ppo_jax.evaluate import evaluate
-from ppo_jax.loops import describe, reward_data, sft_data, train_reward, train_sft
+from ppo_jax.loops import describe, train_reward, train_sft, without_folder
 from ppo_jax.metrics import prepare_workdir, read_results, write_results
 from ppo_jax.models import prepare_base
 from ppo_jax.plugins import load_function
@@ -46,19 +46,23 @@ def run(settings: config_dict.ConfigDict | dict, workdir: str | Path, only: Sequ
         raise ValueError(f"the config has none of the sections {list(only)}")
     for stage in stages:
         if stage != "evaluate":
-            check_settings(workdir / stage, describe(stage, config))
+            check_settings(workdir / stage, describe(stage, config, workdir))
     prepare_workdir(workdir, dataclasses.asdict(config))
     make_data(config, workdir)
     base = prepare_base(config.model, workdir / "base", config.seed)
-    check_data(config, base, stages)
+    check_run(config, workdir, base, stages)
     print(summary(config, hf.load_config(base), stages), flush=True)
     add_time(workdir, "prepare", began)
     for stage in stages:
         began = time.time()
-        if stage == "evaluate" and "time/evaluate_s" in read_results(workdir):
-            print("evaluate: complete", flush=True)
-            continue
+        if stage == "evaluate":
+            subject = evaluation_subject(config, workdir)
+            if read_results(workdir).get("evaluated") == subject:
+                print("evaluate: complete", flush=True)
+                continue
         RUN[stage](config, workdir, base)
+        if stage == "evaluate":
+            write_results(workdir, read_results(workdir) | {"evaluated": subject})
         add_time(workdir, stage, began)
     print(f"report: {write_report(workdir)}", flush=True)
 
@@ -88,17 +92,12 @@ def make_data(config: Config, workdir: Path):
     temporary.rename(folder)
 
 
-def check_data(config: Config, base: str, stages: Sequence[str]):
-    """Read and tokenise the data of every stage, so that a bad file stops the run at once."""
-    tokenizer = vocabulary.load_tokenizer(base)
-    if "sft" in stages:
-        sft_data(config.sft, config.seed, tokenizer)
-    if "reward" in stages:
-        reward_data(config.reward, config.seed, tokenizer)
-    for stage in ("ppo", "evaluate"):
-        if stage in stages:
-            prompts = load_prompts(getattr(config, stage).prompts)
-            encode_prompts(prompts, tokenizer, max_length=config.ppo.max_prompt_length)
+def evaluation_subject(config: Config, workdir: Path) -> dict:
+    """What a verdict is about: its settings, and the newest step of every stage."""
+    settings = without_folder(dataclasses.asdict(config.evaluate), f"{workdir}/")
+    folders = [workdir / stage / "checkpoints" for stage in STAGES]
+    steps = {x.parent.name: Checkpoints(x).latest_step() for x in folders if x.is_dir()}
+    return {"settings": settings, "steps": steps}
 
 
 def add_time(workdir: Path, stage: str, began: float):

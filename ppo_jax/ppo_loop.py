@@ -187,6 +187,8 @@ def train_ppo(config: Config, workdir: Path, base: str):
     """
     settings = config.ppo
     policy = load_model(resolve(settings.init_from, workdir, base), config.model)
+    if policy.kind != "policy":
+        raise ValueError(f"ppo.init_from must be a policy, {settings.init_from} scores texts")
     reward, function = None, None
     if settings.reward_model:
         reward = load_model(resolve(settings.reward_model, workdir, base), config.model)
@@ -194,12 +196,12 @@ def train_ppo(config: Config, workdir: Path, base: str):
     else:
         function = load_function(settings.reward_function, "ppo.reward_function")
     texts = load_prompts(settings.prompts)
-    check_lengths(settings, policy)
+    check_lengths(settings, policy.config.max_length)
     rows = encode_prompts(texts, policy.tokenizer, max_length=settings.max_prompt_length)
 
     start = start_layer(policy.config, settings.trainable)
     parts = split_params(policy.config, policy.params, settings.trainable, start)
-    open_stage(workdir / "ppo", policy, parts, describe("ppo", config))
+    open_stage(workdir / "ppo", policy, parts, describe("ppo", config, workdir))
     if is_complete(workdir / "ppo", settings.num_iterations):
         return print(f"ppo: complete ({settings.num_iterations} iterations)", flush=True)
 
@@ -246,10 +248,9 @@ def check_reward_model(policy: Model, reward: Model):
         )
 
 
-def check_lengths(settings: PPOSettings, policy: Model):
+def check_lengths(settings: PPOSettings, context: int):
     """Refuse prompts and responses that together are longer than the model's context."""
     total = settings.max_prompt_length + settings.response_length
-    context = policy.config.max_length
     if total > context:
         raise ValueError(
             f"ppo.max_prompt_length + ppo.response_length must be at most {context} (the model's "

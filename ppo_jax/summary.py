@@ -1,5 +1,6 @@
 """What follows from a config, as one table at the start of a run."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -7,7 +8,7 @@ import jax
 
 from ppo_jax.config import Config
 from ppo_jax.networks import ModelConfig, policy_network
-from ppo_jax.partition import split_params, start_layer
+from ppo_jax.partition import keep_layers, split_params, start_layer
 
 
 def summary(config: Config, model: ModelConfig, stages: Sequence[str]) -> str:
@@ -61,11 +62,30 @@ def ppo_rows(config: Config, model: ModelConfig, params) -> list[tuple[str, str]
         ("ppo tokens a step", f"{minibatch * s.response_length} response tokens at most"),
         ("policy trains", trained(model, params, s.trainable)),
         ("critic trains", name(s.value_trainable)),
-        ("policy memory", f"{gigabytes(4 * count(params))} of parameters in float32"),
-        ("optimizer memory", f"{gigabytes(8 * count_trained(model, params, s.trainable))}"),
+        *memory_rows(config, model, params),
         ("KV cache", gigabytes(cache)),
         ("logits of a piece", gigabytes(logits)),
     ]
+
+
+def memory_rows(config: Config, model: ModelConfig, params) -> list[tuple[str, str]]:
+    """Float32 parameters of the four models. Frozen layers that two of them share count once."""
+    s = config.ppo
+    policy, policy_trained = count(params), count_trained(model, params, s.trainable)
+    depth = (config.reward and config.reward.num_layers) or model.num_layers
+    scorer = jax.eval_shape(lambda p: keep_layers(model, p, depth)[1], params)
+    scorer_config = dataclasses.replace(model, num_layers=depth)
+    critic_trained = count_trained(scorer_config, scorer, s.value_trainable)
+    partial = s.trainable != "all" and s.value_trainable != "all"
+    scorer_size = critic_trained if partial else count(scorer)
+    rows = [
+        ("memory, policy", policy),
+        ("memory, reference", policy_trained),
+        ("memory, critic", scorer_size),
+        ("memory, reward model", scorer_size if s.reward_model else 0),
+        ("memory, optimizer", 2 * (policy_trained + critic_trained)),
+    ]
+    return [(label, gigabytes(4 * number)) for label, number in rows]
 
 
 def count(tree) -> int:

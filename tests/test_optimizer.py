@@ -92,7 +92,7 @@ def test_gradients_are_limited_by_the_norm_of_all_parts_together():
     np.testing.assert_allclose(params["policy"]["w"], [1.0 - 0.6, -2.0], rtol=1e-5)
     np.testing.assert_allclose(params["value"]["w"], [3.0 - 0.8], rtol=1e-5)
     unlimited, _ = take_steps(settings.replace(max_grad_norm=10.0), 1e6, gradients)
-    np.testing.assert_allclose(unlimited["value"]["w"], [3.0 - 4.0], rtol=1e-5)
+    np.testing.assert_allclose(unlimited["value"]["w"], [3.0 - 4.0], rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])

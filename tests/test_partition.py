@@ -58,7 +58,7 @@ def test_the_upper_network_on_the_trunk_is_the_whole_network(layout, trainable, 
     params = tiny.random_params(policy_network(config))
     tokens, mask = tiny.tokens_and_mask(0, 2, 7)
 
-    @jax.jit
+    @tiny.jit
     def both(params):
         trunk, frozen, trained = split_params(config, params, trainable, start)
         hidden = trunk_network(config, end_layer=start).apply(trunk, tokens, mask)

@@ -1,0 +1,46 @@
+"""A reward model on your preferences, or on ratings.
+
+    python experiments/train_reward.py --config=configs/reward.py --workdir=runs/reward \
+        --config.model.path=MODEL --config.reward.data=preferences.jsonl
+
+A line of preferences.jsonl is {"prompt": ..., "chosen": ..., "rejected": ...}; with
+--config.reward.format=ratings it is {"text": ..., "ratings": [...]}. Read the result in
+`reward_model/validation_accuracy` of metrics.jsonl: on film reviews 0.90 of the pairs with a gap of
+one or more (configs/quickstart.py, six minutes on two cores).
+"""
+
+from ml_collections import config_dict
+
+
+def get_config() -> config_dict.ConfigDict:
+    return config_dict.create(
+        seed=0,
+        model=dict(
+            path="package:smollm2-135m-instruct",
+            dtype="float32",  # "bfloat16" on accelerators
+            scan_layers=False,  # True compiles faster and suits accelerators
+        ),
+        reward=dict(
+            data="preferences.jsonl",
+            format="preferences",  # or "ratings"
+            init_from="base",  # or the folder of an SFT stage
+            validation_data="",  # "" holds out the fraction below
+            validation_fraction=0.05,
+            reference_data="",  # texts that shall score 0 on average; "" is the held-out data
+            num_layers=0,  # keep the lowest N layers; 0 keeps all
+            trainable="all",  # or a number of top layers, or "head"
+            num_epochs=1.0,  # passes over the data; more than one soon overfits
+            batch_size=64,  # texts; two a pair
+            num_micro_batches=1,  # more need less memory
+            max_length=512,  # tokens
+            eval_every=50,  # steps
+            save_every=100,  # steps
+            optimizer=dict(learning_rate=1e-5, schedule="cosine", warmup_steps=20),
+        ),
+    )
+
+
+def sweep():
+    for seed in range(3):
+        for learning_rate in (5e-6, 1e-5):
+            yield {"seed": seed, "reward.optimizer.learning_rate": learning_rate}

@@ -1,0 +1,64 @@
+"""The shape of a Transformer, as frozen settings."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """The frequency scaling of Llama 3: long wavelengths are stretched by `factor`."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_length: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """What sets the shape of a Transformer: GPT-2, Llama, Qwen2 and Qwen3 are values of it."""
+
+    vocab_size: int
+    num_layers: int
+    embed_dim: int
+    num_heads: int
+    num_kv_heads: int  # fewer than num_heads: grouped-query attention
+    head_dim: int
+    mlp_dim: int
+    max_length: int  # positions, prompt and response together
+    positions: str = "rotary"  # or "learned"
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    norm: str = "rmsnorm"  # or "layernorm"
+    norm_eps: float = 1e-5
+    mlp: str = "gated_silu"  # or "gelu" (tanh form)
+    qkv_bias: bool = False
+    attention_output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    tie_embeddings: bool = True
+    scan_layers: bool = False  # True compiles faster; False runs faster on CPUs
+    dtype: str = "float32"  # of the computation; parameters are always float32
+
+    def __post_init__(self):
+        choices = {
+            "positions": ("rotary", "learned"),
+            "norm": ("rmsnorm", "layernorm"),
+            "mlp": ("gated_silu", "gelu"),
+            "dtype": ("float32", "bfloat16", "float16"),
+        }
+        for field, allowed in choices.items():
+            if getattr(self, field) not in allowed:
+                raise ValueError(
+                    f"model.{field} must be one of {list(allowed)}, got {getattr(self, field)!r}"
+                )
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type in (int, "int") and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"model.{field.name} must be a positive integer, got {value!r}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"model.num_heads ({self.num_heads}) must be a multiple of "
+                f"model.num_kv_heads ({self.num_kv_heads})"
+            )
+        if self.positions == "rotary" and self.head_dim % 2:
+            raise ValueError(f"model.head_dim must be even for rotary, got {self.head_dim}")

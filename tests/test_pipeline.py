@@ -1,0 +1,386 @@
+"""One command from data to report: what it leaves, what it skips, what it refuses."""
+
+import copy
+import json
+import shutil
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+
+from ppo_jax import hf, pipeline
+from ppo_jax.checkpoints import Checkpoints
+from ppo_jax.data import load_demonstrations, write_jsonl
+from ppo_jax.evaluate import score_texts
+from ppo_jax.models import load_model
+from ppo_jax.ppo_loop import call_function
+from tests import tiny_run
+
+STAGES = ("sft", "reward", "ppo")
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A complete run of every stage; nothing may change it."""
+    folder = tmp_path_factory.mktemp("run")
+    pipeline.run(tiny_run.config(), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def other(workdir, tmp_path_factory):
+    """The other form of every stage: completions, preferences, a reward function; all layers."""
+    folder = tmp_path_factory.mktemp("other")
+    pipeline.run(other_config(workdir), folder)
+    return folder
+
+
+def on_base(workdir, **sections):
+    """A config that starts from a finished run's base model and reads its data."""
+    values = tiny_run.config()
+    values["model"] = {"path": str(workdir / "base")}
+    values = {name: values[name] for name in ("model", *sections)}
+    for name, changes in sections.items():
+        values[name].update(changes)
+    return json.loads(json.dumps(values).replace("{workdir}/data", str(workdir / "data")))
+
+
+def other_config(workdir):
+    data = "{workdir}/data/"
+    return on_base(
+        workdir,
+        sft={"data": data + "completions.jsonl", "validation_data": "", "validation_fraction": 0.3}
+        | {"trainable": "all", "num_epochs": 0.5, "num_micro_batches": 2},
+        reward={"data": data + "preferences.jsonl", "format": "preferences", "trainable": "all"}
+        | {"validation_data": "", "validation_fraction": 0.4, "reference_data": ""}
+        | {"num_layers": 1, "num_epochs": 0.4},
+        ppo={"reward_model": "", "reward_function": "tests.tiny_run:letters"}
+        | {"trainable": "all", "value_trainable": "all", "num_iterations": 2},
+    )
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def rows_of(folder, stage):
+    return [row for row in read_lines(folder / "metrics.jsonl") if row["stage"] == stage]
+
+
+# --- what a run leaves ----------------------------------------------------------------------------
+
+
+def test_every_step_of_every_stage_has_its_line(workdir):
+    for stage in STAGES:
+        assert [row["step"] for row in rows_of(workdir, stage)] == [1, 2, 3, 4, 5, 6]
+        assert all(np.isfinite(list(row.values())[2:]).all() for row in rows_of(workdir, stage))
+
+
+def test_the_metrics_have_their_standard_names(workdir):
+    sft, reward, ppo = (rows_of(workdir, stage)[-1] for stage in STAGES)
+    assert {"sft/loss", "sft/validation_loss", "sft/validation_perplexity"} <= sft.keys()
+    assert {"reward_model/loss", "reward_model/validation_accuracy_gap1"} <= reward.keys()
+    names = {"reward/score_mean", "kl/ref", "kl/coef", "policy/loss", "policy/clip_fraction"}
+    names |= {"policy/approx_kl", "policy/entropy", "value/loss", "value/explained_variance"}
+    assert names | {"response/length", "response/eos_fraction"} <= ppo.keys()
+    assert np.isclose(sft["sft/validation_perplexity"], np.exp(sft["sft/validation_loss"]))
+
+
+def test_validation_comes_every_so_many_steps_and_at_the_end(workdir):
+    for stage, name in (
+        ("sft", "sft/validation_loss"),
+        ("reward", "reward_model/calibration_shift"),
+    ):
+        steps = [row["step"] for row in rows_of(workdir, stage) if name in row]
+        assert steps == ([2, 4, 6] if stage == "sft" else [6])
+
+
+def test_config_json_holds_the_settings_and_the_versions(workdir):
+    record = json.loads((workdir / "config.json").read_text())
+    assert record["config"]["ppo"]["rollout_batch_size"] == 8
+    assert record["config"]["sft"]["data"] == str(workdir / "data" / "train_texts.jsonl")
+    assert record["packages"]["jax"] and "git_commit" in record
+
+
+def test_the_same_prompts_are_sampled_every_so_many_iterations(workdir):
+    rows = read_lines(workdir / "samples.jsonl")
+    assert [row["step"] for row in rows[::3]] == [0, 2, 4, 6]
+    assert len({tuple(row["prompt"] for row in rows[i : i + 3]) for i in (0, 3, 6, 9)}) == 1
+    assert set(rows[0]) == {"stage", "step", "prompt", "response", "score"}
+    assert rows[0]["response"] != rows[-3]["response"] or rows[1] != rows[-2]
+
+
+def test_results_have_the_names_that_outside_code_relies_on(workdir):
+    results = json.loads((workdir / "results.json").read_text())
+    names = ["reward_model/accuracy_gap1", "gold/win_rate_ppo_vs_sft", "policy/kl_per_response"]
+    names += ["text/distinct2_ratio", "time/total_s"]
+    assert all(np.isfinite(results[name]) for name in names)
+    assert results["judges"][0]["judge"] == "gold" and len(results["samples"]) == 6
+    assert set(results["samples"][0]) == {"prompt", "base", "sft", "ppo", "scores"}
+    parts = [results[f"time/{part}_s"] for part in ("prepare", *STAGES, "evaluate")]
+    assert np.isclose(results["time/total_s"], sum(parts))
+
+
+def test_the_last_validation_is_the_result(workdir):
+    results = json.loads((workdir / "results.json").read_text())
+    row = rows_of(workdir, "reward")[-1]
+    got = results["reward_model/accuracy_gap1"]
+    assert got == row["reward_model/validation_accuracy_gap1"]
+
+
+def test_there_is_a_report_and_tensorboard_files(workdir):
+    page = (workdir / "report.html").read_text()
+    assert "<html" in page and "the film is" not in page[:200] and "gold" in page
+    for stage in STAGES:
+        assert list((workdir / "tensorboard" / stage).glob("events.out.*"))
+
+
+def test_every_stage_is_a_model_that_can_be_loaded(workdir):
+    kinds = {stage: load_model(workdir / stage).kind for stage in STAGES}
+    assert kinds == {"sft": "policy", "reward": "reward", "ppo": "policy"}
+
+
+def test_what_is_frozen_stays_and_what_is_trained_moves(workdir):
+    base = load_model(workdir / "base").params["layers"]
+    for stage in STAGES:
+        layers = load_model(workdir / stage).params["layers"]
+        kernel = ("mlp", "down", "kernel")
+        for layer, moves in (("0", False), ("1", True)):
+            a, b = base[layer], layers[layer]
+            for name in kernel:
+                a, b = a[name], b[name]
+            assert (not np.array_equal(a, b)) == moves, (stage, layer)
+
+
+def test_the_reward_model_scores_the_reference_texts_zero_on_average(workdir, other):
+    for folder, data in ((workdir, "unseen_texts"), (other, None)):
+        model = load_model(folder / "reward")
+        if data is None:  # the default: the texts it was trained on
+            assert "reward_model/calibration_shift" in rows_of(folder, "reward")[-1]
+            continue
+        records = load_demonstrations(workdir / "data" / f"{data}.jsonl")
+        scores = score_texts(model, [record.completion for record in records])
+        assert abs(scores.mean()) < 1e-5 < scores.std()
+
+
+def test_sft_on_completions_reward_on_preferences_and_ppo_on_a_function(workdir, other):
+    accuracies = [row.get("reward_model/validation_accuracy") for row in rows_of(other, "reward")]
+    assert accuracies[-1] is not None and 0 <= accuracies[-1] <= 1
+    # A sample's score is what the function says of its text.
+    for row in read_lines(other / "samples.jsonl"):
+        assert row["score"] == tiny_run.letters([""], [row["response"]])[0]
+    assert load_model(other / "reward").config.num_layers == 1
+    assert load_model(other / "sft").config.num_layers == 2
+
+
+# --- what is not done again -----------------------------------------------------------------------
+
+
+def test_a_finished_run_says_so_and_adds_nothing(workdir, tmp_path, capsys):
+    """In another place at that: the folder may be moved."""
+    moved = tmp_path / "moved"
+    shutil.copytree(workdir, moved)
+    files = ("metrics.jsonl", "samples.jsonl")
+    before = [(moved / name).read_bytes() for name in files]
+    pipeline.run(tiny_run.config(), moved)
+    printed = capsys.readouterr().out
+    for stage in (*STAGES, "evaluate"):
+        assert f"{stage}: complete" in printed
+    assert [(moved / name).read_bytes() for name in files] == before
+
+
+def test_more_iterations_go_on_from_the_last_one_and_are_judged_anew(workdir, tmp_path, capsys):
+    """And other numbers: they are data, not shapes."""
+    moved = tmp_path / "moved"
+    shutil.copytree(workdir, moved)
+    values = tiny_run.config()
+    values["ppo"].update(num_iterations=7, kl_coef=0.5, gamma=0.9)
+    values["ppo"]["optimizer"]["learning_rate"] = 5e-3
+    pipeline.run(values, moved)
+    printed = capsys.readouterr().out
+    assert "ppo: resuming after step 6" in printed and "sft: complete" in printed
+    assert "evaluate: 6 responses of ppo" in printed
+    assert [row["step"] for row in rows_of(moved, "ppo")] == [1, 2, 3, 4, 5, 6, 7]
+    assert rows_of(moved, "ppo")[:6] == rows_of(workdir, "ppo")
+
+
+def test_a_single_stage_can_be_run_alone(workdir, tmp_path):
+    values = on_base(workdir, sft={"num_epochs": 0.1})
+    pipeline.run(values, tmp_path, only=("sft",))
+    assert Checkpoints(tmp_path / "sft" / "checkpoints").latest_step() == 1
+    with pytest.raises(ValueError, match=r"none of the sections \['reward'\]"):
+        pipeline.run(values, tmp_path, only=("reward",))
+
+
+# --- what is refused before training begins -------------------------------------------------------
+
+
+def refused(values, folder, match):
+    with pytest.raises(ValueError, match=match):
+        pipeline.run(values, folder)
+    assert not any((folder / stage).exists() for stage in STAGES)
+    assert not (folder / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "match"),
+    [
+        ("sft", {"data": "nowhere.jsonl"}, "nowhere.jsonl: there is no such file"),
+        ("sft", {"max_length": 2}, "max_length=2"),
+        ("sft", {"trainable": "3"}, "sft.trainable must be at most 2"),
+        ("reward", {"num_layers": 3}, "reward.num_layers must be at most 2"),
+        ("reward", {"num_layers": 1, "trainable": "2"}, "reward.trainable must be at most 1"),
+        ("reward", {"format": "preferences"}, "train_ratings.jsonl:1: the keys must be"),
+        ("ppo", {"trainable": "3"}, "ppo.trainable must be at most 2"),
+        ("ppo", {"value_trainable": "3"}, "ppo.value_trainable must be at most 2"),
+        ("ppo", {"max_prompt_length": 2}, "prompt 0 has .* allowed are 1 to 2"),
+        ("ppo", {"response_length": 25}, r"at most 48 .*got 24 \+ 25"),
+        ("ppo", {"stop_tokens": ["<nonsense>"]}, "stop tokens .*<nonsense>"),
+        ("ppo", {"reward_model": "", "reward_function": "no_module:f"}, "ppo.reward_function"),
+        ("ppo", {"reward_model": "some/folder"}, "ppo.reward_model must be a stage or its folder"),
+        ("ppo", {"init_from": "ppo"}, "ppo.init_from='ppo' needs the stage ppo"),
+        ("evaluate", {"num_prompts": 7}, "evaluate.num_prompts must be at most the 6"),
+        ("evaluate", {"judges": "tests.tiny_run:juries"}, "evaluate.judges must be"),
+    ],
+    ids=lambda x: str(x)[:40],
+)
+def test_what_a_later_stage_would_refuse_is_refused_at_once(
+    workdir, tmp_path, section, changes, match
+):
+    values = on_base(workdir, sft={}, reward={}, ppo={}, evaluate={})
+    values[section].update(changes)
+    refused(values, tmp_path, match)
+
+
+@pytest.mark.parametrize("field", ["reward_model", "init_from"])
+def test_a_stage_that_nobody_makes_is_missed_at_once(workdir, tmp_path, field):
+    values = on_base(workdir, ppo={"init_from": "base", "reward_model": "reward"})
+    values["ppo"][field] = "reward" if field == "reward_model" else "sft"
+    refused(values, tmp_path, f"ppo.{field}='{values['ppo'][field]}' needs the stage")
+
+
+def test_a_malformed_line_is_named_with_file_and_line(workdir, tmp_path):
+    data = tmp_path / "texts.jsonl"
+    data.write_text('{"text": "good"}\n{"text": "bad"\n')
+    refused(
+        on_base(workdir, sft={"data": str(data)}), tmp_path / "run", "texts.jsonl:2: not a JSON"
+    )
+
+
+def test_a_text_beyond_the_context_is_refused_and_one_beyond_max_length_counted(
+    workdir, tmp_path, capsys
+):
+    data = tmp_path / "texts.jsonl"
+    rows = [{"text": text} for text, _ in tiny_run.sentences("train")]
+    write_jsonl(data, rows + [{"text": "good " * 60}])
+    values = on_base(workdir, sft={"data": str(data), "max_length": 512, "num_epochs": 0.1})
+    refused(values, tmp_path / "run", "sft.max_length must be at most 48")
+    values["sft"]["max_length"] = 40
+    pipeline.run(values, tmp_path / "run")
+    assert "sft: 1 records of more than 40 tokens are left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("stage", "match"),
+    [("sft", "must be a reward model"), ("reward", "must be a policy")],
+)
+def test_a_policy_gives_no_score_and_a_reward_model_no_text(workdir, tmp_path, stage, match):
+    field = "reward_model" if stage == "sft" else "init_from"
+    paths = {"init_from": str(workdir / "sft"), "reward_model": str(workdir / "reward")}
+    values = on_base(workdir, ppo=paths | {field: str(workdir / stage)})
+    refused(values, tmp_path, match)
+
+
+def test_a_reward_model_with_another_tokenizer_is_refused(workdir, tmp_path):
+    model = tmp_path / "reward"
+    shutil.copytree(workdir / "reward", model)
+    path = model / "tokenizer" / "tokenizer.json"
+    raw = json.loads(path.read_text())
+    vocabulary = raw["model"]["vocab"]
+    first, second = sorted(vocabulary, key=vocabulary.get)[40:42]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    path.write_text(json.dumps(raw))
+    values = on_base(workdir, ppo={"init_from": "base", "reward_model": str(model)})
+    refused(values, tmp_path / "run", "must have the policy's tokenizer")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"ppo": {"rollout_batch_size": 16}},
+        {"sft": {"trainable": "all"}},
+        {"reward": {"num_layers": 1}},
+        {"sft": {"batch_size": 4}, "ppo": {"response_length": 4}},
+    ],
+    ids=str,
+)
+def test_other_sizes_are_refused_on_resume_with_their_fields(workdir, changes):
+    values = tiny_run.config()
+    for section, fields in changes.items():
+        values[section].update(fields)
+    before = (workdir / "config.json").read_bytes()
+    field = next(iter(next(iter(changes.values()))))
+    with pytest.raises(ValueError, match=f"begun with other settings: {field}: "):
+        pipeline.run(values, workdir)
+    assert (workdir / "config.json").read_bytes() == before
+
+
+def test_another_seed_or_model_is_refused_on_resume(workdir):
+    values = tiny_run.config() | {"seed": 1}
+    values["model"] = copy.deepcopy(values["model"])
+    values["model"]["scratch"]["mlp_dim"] = 64
+    with pytest.raises(ValueError, match="seed: 0 -> 1; model.scratch.mlp_dim: 48 -> 64"):
+        pipeline.run(values, workdir)
+
+
+# --- reward functions -----------------------------------------------------------------------------
+
+
+def test_a_reward_function_that_gives_too_few_numbers_stops_the_run(workdir, tmp_path):
+    function = {"reward_model": "", "reward_function": "tests.tiny_run:too_few"}
+    values = on_base(workdir, ppo={"init_from": "base"} | function)
+    with pytest.raises(ValueError, match="ppo.reward_function must give 3 finite numbers"):
+        pipeline.run(values, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        tiny_run.too_few,
+        tiny_run.not_a_number,
+        lambda prompts, responses: None,
+        lambda p, r: [[1.0]] * 2,
+    ],
+)
+def test_only_one_finite_number_a_response_is_a_score(workdir, function):
+    tokenizer = load_model(workdir / "base").tokenizer
+    ids = np.array([tokenizer("good film")["input_ids"][:2]] * 2)
+    mask = np.array([[True, True], [True, False]])
+    rollout = types.SimpleNamespace(response_tokens=ids, response_mask=mask)
+    with pytest.raises(ValueError, match="ppo.reward_function must give 2 finite numbers"):
+        call_function(function, ["", ""], rollout, tokenizer)
+    assert call_function(tiny_run.letters, ["", ""], rollout, tokenizer).shape == (2,)
+
+
+# --- generate.py ----------------------------------------------------------------------------------
+
+
+def generate(*flags):
+    command = [sys.executable, str(tiny_run.ROOT / "experiments" / "generate.py"), *flags]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_generate_answers_from_a_stage_and_from_a_folder(workdir):
+    prompts = ["--prompt=the film is", "--prompt=a plot", "--response_length=6"]
+    stage = generate(f"--workdir={workdir}", "--stage=ppo", "--num_responses=2", *prompts)
+    assert stage.stdout.count("the film is|") == 2, stage.stderr
+    assert stage.stdout.count("a plot|") == 2
+    folder = generate(f"--model={workdir / 'base'}", "--temperature=0", *prompts)
+    assert folder.stdout.count("|") >= 2, folder.stderr
+
+
+def test_the_base_model_is_a_hugging_face_folder(workdir):
+    config, params = hf.load_policy(workdir / "base", dtype="float32")
+    assert config.num_layers == 2 and params["embed"]["tokens"].shape[1] == 32
