@@ -16,13 +16,13 @@ from ppo_jax.distributions import token_logprobs
 from ppo_jax.generation import generate, stop_ids
 from ppo_jax.inputs import on_device
 from ppo_jax.judges import Judge, distinct_n, judge_table
-from ppo_jax.metrics import read_results, write_results
 from ppo_jax.models import Model, load_model
 from ppo_jax.networks import policy_network, reward_network
 from ppo_jax.plugins import load_function
 from ppo_jax.rollout import Sampling, response_logits
 from ppo_jax.steps import text_scores
 from ppo_jax.structs import Rollout
+from ppo_jax.workdir import read_results, write_results
 
 NUM_SAMPLES = 12  # prompts side by side in the report
 
@@ -37,13 +37,16 @@ class Panel:
     reference: Mapping[str, float] = dataclasses.field(default_factory=dict)  # marks for accuracy
 
 
-def evaluate(config: Config, workdir: Path, base: str):
+def evaluate(config: Config, workdir: Path, base: str) -> bool:
     """Compare the policies of a run and add the verdict to results.json.
 
     Args:
         config: of the run; its evaluate section.
         workdir: the run's folder; its stages are complete.
         base: path of the base model.
+
+    Returns:
+        True: whether there is anything to do is for the caller to know.
     """
     settings = config.evaluate
     prompts = evaluation_prompts(settings)
@@ -58,16 +61,16 @@ def evaluate(config: Config, workdir: Path, base: str):
         for name, rows in responses.items()
     }
     results = {f"text/distinct2_{name}": distinct_n(rows, 2) for name, rows in responses.items()}
-    if "ppo" in policies and "sft" in policies:
-        results["policy/kl_per_response"] = kl_per_response(
-            policies["sft"], rollouts["ppo"], len(prompts), settings.temperature
-        )
-        results["text/distinct2_ratio"] = (
-            results["text/distinct2_ppo"] / results["text/distinct2_sft"]
-        )
+    start = "sft" if "sft" in policies else "base"
+    results["policy/kl_per_response"] = kl_per_response(
+        policies[start], rollouts["ppo"], len(prompts), settings.temperature
+    )
+    variety = results["text/distinct2_ppo"], results[f"text/distinct2_{start}"]
+    results["text/distinct2_ratio"] = variety[0] / max(variety[1], 1e-9)
     results |= judge_all(settings, workdir, texts)
     results["samples"] = side_by_side(config, workdir, prompts, responses, texts)
     write_results(workdir, read_results(workdir) | results | reward_accuracies(workdir))
+    return True
 
 
 def evaluation_prompts(settings: EvaluateSettings) -> list[str]:
@@ -130,7 +133,7 @@ def kl_per_response(
 
 def judge_all(settings: EvaluateSettings, workdir: Path, texts: dict[str, list[str]]) -> dict:
     """The judges' table and the gold judge's verdict."""
-    if not settings.judges or "ppo" not in texts:
+    if not settings.judges:
         return {}
     panel: Panel = load_function(settings.judges, "evaluate.judges")(workdir)
     table = judge_table(panel.judges, texts, notes=panel.notes, rated=panel.rated)

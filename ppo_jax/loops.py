@@ -117,13 +117,16 @@ def sft_data(settings: SFTSettings, seed: int, tokenizer: Any) -> tuple[Texts, T
     return tuple(encode_demonstrations(part, tokenizer, max_length=length) for part in split)
 
 
-def train_sft(config: Config, workdir: Path, base: str):
+def train_sft(config: Config, workdir: Path, base: str) -> bool:
     """Fine-tune the base model on texts; the result is the stage folder `workdir/sft`.
 
     Args:
         config: of the run; its sft section.
         workdir: the run's folder.
         base: path of the base model.
+
+    Returns:
+        Whether there was anything to do: False when the stage was complete.
     """
     settings = config.sft
     model = load_model(base, config.model)
@@ -133,7 +136,8 @@ def train_sft(config: Config, workdir: Path, base: str):
     parts = split_params(model.config, model.params, settings.trainable, start)
     open_stage(workdir / "sft", model, parts, describe("sft", config, workdir))
     if is_complete(workdir / "sft", num_steps):
-        return print(f"sft: complete ({num_steps} steps)", flush=True)
+        print(f"sft: complete ({num_steps} steps)", flush=True)
+        return False
 
     network = policy_network(model.config, start_layer=start)
     trunk = None if start is None else trunk_network(model.config, end_layer=start)
@@ -164,6 +168,7 @@ def train_sft(config: Config, workdir: Path, base: str):
                 params = merge_params(frozen, state.params)
                 metrics |= validation_loss(validate, params, unseen, unseen_inputs, settings)
             run.end_step(i + 1, state, metrics | {"time/step_s": run.seconds()})
+    return True
 
 
 def negative_log_likelihood(network: Network, params: Params, batch: TextBatch):
@@ -267,11 +272,11 @@ def init_reward_model(model: Model, num_layers: int, seed: int) -> Model:
     return dataclasses.replace(model, kind="reward", config=config, params=params)
 
 
-def train_reward(config: Config, workdir: Path, base: str):
+def train_reward(config: Config, workdir: Path, base: str) -> bool:
     """Train a reward model; the result is the stage folder `workdir/reward`.
 
     After the last step the head's bias is set so that the reference texts score 0 on average.
-    Arguments as for `train_sft`.
+    Arguments and result as for `train_sft`.
     """
     settings = config.reward
     model = load_model(resolve(settings.init_from, workdir, base), config.model)
@@ -282,7 +287,8 @@ def train_reward(config: Config, workdir: Path, base: str):
     parts = split_params(model.config, model.params, settings.trainable, start)
     open_stage(workdir / "reward", model, parts, describe("reward", config, workdir))
     if is_complete(workdir / "reward", num_steps):
-        return print(f"reward: complete ({num_steps} steps)", flush=True)
+        print(f"reward: complete ({num_steps} steps)", flush=True)
+        return False
 
     network = reward_network(model.config, start_layer=start)
     trunk = None if start is None else trunk_network(model.config, end_layer=start)
@@ -335,6 +341,7 @@ def train_reward(config: Config, workdir: Path, base: str):
                 state = state.replace(params=shift_scores(state.params, shift))
                 metrics |= {"reward_model/calibration_shift": shift}
             run.end_step(i + 1, state, metrics | {"time/step_s": run.seconds()})
+    return True
 
 
 def all_scores(score, params, texts: Texts, inputs: Inputs, settings) -> np.ndarray:

@@ -16,13 +16,14 @@ from ppo_jax.checks import check_run
 from ppo_jax.config import STAGES, Config, from_config_dict
 from ppo_jax.evaluate import evaluate
 from ppo_jax.loops import describe, train_reward, train_sft, without_folder
-from ppo_jax.metrics import prepare_workdir, read_results, write_results
 from ppo_jax.models import prepare_base
 from ppo_jax.plugins import load_function
 from ppo_jax.ppo_loop import train_ppo
 from ppo_jax.report import write_report
+from ppo_jax.report_summary import headlines, read_run, verdict
 from ppo_jax.runs import check_settings
 from ppo_jax.summary import summary
+from ppo_jax.workdir import prepare_workdir, read_results, write_results
 
 RUN = {"sft": train_sft, "reward": train_reward, "ppo": train_ppo, "evaluate": evaluate}
 
@@ -52,19 +53,37 @@ def run(settings: config_dict.ConfigDict | dict, workdir: str | Path, only: Sequ
     base = prepare_base(config.model, workdir / "base", config.seed)
     check_run(config, workdir, base, stages)
     print(summary(config, hf.load_config(base), stages), flush=True)
-    add_time(workdir, "prepare", began)
-    for stage in stages:
-        began = time.time()
-        if stage == "evaluate":
-            subject = evaluation_subject(config, workdir)
-            if read_results(workdir).get("evaluated") == subject:
-                print("evaluate: complete", flush=True)
-                continue
-        RUN[stage](config, workdir, base)
-        if stage == "evaluate":
-            write_results(workdir, read_results(workdir) | {"evaluated": subject})
+    if "time/prepare_s" not in read_results(workdir):
+        add_time(workdir, "prepare", began)
+    worked = [run_stage(stage, config, workdir, base) for stage in stages]
+    report = workdir / "report.html"
+    if any(worked) or not report.exists():
+        write_report(workdir)
+    else:
+        print("every stage is complete: nothing to do", flush=True)
+    print(closing(workdir, report), flush=True)
+
+
+def closing(workdir: Path, report: Path) -> str:
+    """The figures and the verdict, as the report has them."""
+    run = read_run(workdir)
+    figures = [f"  {value:>10}  {what} ({how})" for value, what, how in headlines(run)]
+    return "\n".join([*figures, verdict(run), f"report: {report}"])
+
+
+def run_stage(stage: str, config: Config, workdir: Path, base: str) -> bool:
+    """Run one stage, and tell whether there was anything to do."""
+    began = time.time()
+    subject = evaluation_subject(config, workdir) if stage == "evaluate" else None
+    if subject and read_results(workdir).get("evaluated") == subject:
+        print("evaluate: complete", flush=True)
+        return False
+    worked = RUN[stage](config, workdir, base)
+    if subject:
+        write_results(workdir, read_results(workdir) | {"evaluated": subject})
+    if worked:
         add_time(workdir, stage, began)
-    print(f"report: {write_report(workdir)}", flush=True)
+    return worked
 
 
 def fill_in_workdir(settings: Any, workdir: Path) -> Any:

@@ -10,9 +10,10 @@ from typing import Any
 
 from ppo_jax.checkpoints import Checkpoints
 from ppo_jax.config import MAY_CHANGE
-from ppo_jax.metrics import MetricsWriter, config_differences, drop_lines_after
+from ppo_jax.metrics import MetricsWriter
 from ppo_jax.models import Model, begin_stage, describe_stage
 from ppo_jax.partition import Parts
+from ppo_jax.workdir import config_differences, drop_lines_after
 
 
 class StageRun:

@@ -12,8 +12,9 @@ from tensorboardX.proto import event_pb2
 from tensorboardX.record_writer import masked_crc32c
 
 from ppo_jax import metrics as metrics_module
-from ppo_jax.metrics import (
-    MetricsWriter,
+from ppo_jax import workdir as workdir_module
+from ppo_jax.metrics import MetricsWriter
+from ppo_jax.workdir import (
     append_rows,
     config_differences,
     drop_lines_after,
@@ -272,8 +273,8 @@ def test_config_json_tells_what_was_run_and_on_what(tmp_path):
 def test_the_commit_is_the_one_of_the_checkout(tmp_path, monkeypatch):
     source = tmp_path / "checkout"
     (source / "ppo_jax").mkdir(parents=True)
-    monkeypatch.setattr(metrics_module, "__file__", str(source / "ppo_jax" / "metrics.py"))
-    assert metrics_module._git_commit() is None
+    monkeypatch.setattr(workdir_module, "__file__", str(source / "ppo_jax" / "workdir.py"))
+    assert workdir_module._git_commit() is None
 
     def git(*arguments):
         who = ["-c", "user.name=a", "-c", "user.email=a@example.com"]
@@ -281,14 +282,14 @@ def test_the_commit_is_the_one_of_the_checkout(tmp_path, monkeypatch):
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
     git("init", "-q")
-    assert metrics_module._git_commit() is None  # no commit yet
+    assert workdir_module._git_commit() is None  # no commit yet
     (source / "ppo_jax" / "metrics.py").write_text("1")
     git("add", ".")
     git("commit", "-q", "-m", "one")
     git("tag", "-a", "v1", "-m", "v1")
-    assert metrics_module._git_commit() == git("rev-parse", "HEAD")
+    assert workdir_module._git_commit() == git("rev-parse", "HEAD")
     (source / "ppo_jax" / "metrics.py").write_text("2")
-    assert metrics_module._git_commit() == git("rev-parse", "HEAD") + "-dirty"
+    assert workdir_module._git_commit() == git("rev-parse", "HEAD") + "-dirty"
 
 
 def test_a_workdir_without_a_config_has_none_and_a_damaged_one_is_refused(tmp_path):

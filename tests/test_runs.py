@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ppo_jax import pipeline, ppo, ppo_loop
+from ppo_jax import pipeline, ppo, ppo_loop, ppo_setup
 from ppo_jax.checkpoints import load_checkpoint_item
 from ppo_jax.config import from_config_dict
 from ppo_jax.generation import generate
@@ -23,7 +23,6 @@ from ppo_jax.loops import (
     make_optimizer,
     sft_data,
 )
-from ppo_jax.metrics import drop_lines_after
 from ppo_jax.models import load_model, resolve
 from ppo_jax.networks import policy_network
 from ppo_jax.partition import merge_params, split_params
@@ -31,6 +30,7 @@ from ppo_jax.plugins import load_function
 from ppo_jax.rollout import Sampling
 from ppo_jax.runs import check_settings
 from ppo_jax.steps import sft_step
+from ppo_jax.workdir import drop_lines_after
 from tests import tiny_run
 
 PATIENCE = 240  # seconds for a process to reach its fourth step on a busy machine
@@ -205,7 +205,7 @@ def ppo_settings(**changes):
 
 
 def one_iteration(settings, policy, reward, critic):
-    setup = ppo_loop.make_setup(settings, policy, reward, critic)
+    setup = ppo_setup.make_setup(settings, policy, reward, critic)
     state = ppo.init_ppo(setup.policy_params, setup.value_params, setup.hyperparameters)
     iterate = ppo_loop.make_iteration(setup, policy.tokenizer, [], None)
     rng = np.random.default_rng(0)
@@ -235,7 +235,7 @@ def test_a_shared_trunk_changes_no_number_of_an_iteration(workdir, monkeypatch, 
     assert on_trunk == expected.get(scorers, (False, False))
     assert setup.networks.trunk is not None and setup.frozen.trunk is not None
 
-    monkeypatch.setattr(ppo_loop, "find_trunk", lambda *_: (None, [False, False]))
+    monkeypatch.setattr(ppo_setup, "find_trunk", lambda *_: (None, [False, False]))
     setup, plain_state, plain = one_iteration(settings, policy, reward, reward)
     assert setup.networks.trunk is None
     assert metrics.keys() == plain.keys()
@@ -259,23 +259,23 @@ def test_the_trunk_ends_where_the_first_network_departs(workdir):
     }
     differs = dataclasses.replace(same, params=changed)
     settings = ppo_settings()
-    assert ppo_loop.shared_layers(policy, same) == 2
-    assert ppo_loop.shared_layers(policy, differs) == 1
-    assert ppo_loop.find_trunk(settings, policy, [(same, 1), (same, "head")]) == (1, [True, True])
-    assert ppo_loop.find_trunk(settings, policy, [(same, "all")]) == (1, [False])
-    assert ppo_loop.find_trunk(settings, policy, [(same, 2), (differs, "head")]) == (
+    assert ppo_setup.shared_layers(policy, same) == 2
+    assert ppo_setup.shared_layers(policy, differs) == 1
+    assert ppo_setup.find_trunk(settings, policy, [(same, 1), (same, "head")]) == (1, [True, True])
+    assert ppo_setup.find_trunk(settings, policy, [(same, "all")]) == (1, [False])
+    assert ppo_setup.find_trunk(settings, policy, [(same, 2), (differs, "head")]) == (
         1,
         [False, True],
     )
     everything = dataclasses.replace(settings, trainable="all")
-    assert ppo_loop.find_trunk(everything, policy, [(same, 1)]) == (None, [False])
+    assert ppo_setup.find_trunk(everything, policy, [(same, 1)]) == (None, [False])
 
 
 def test_a_critic_without_a_reward_model_starts_at_zero(workdir):
     policy = load_model(workdir / "sft")
-    critic = ppo_loop.make_critic(policy, None)
+    critic = ppo_setup.make_critic(policy, None)
     assert critic.kind == "reward" and not any(x.any() for x in critic.params["head"].values())
-    assert ppo_loop.make_critic(policy, critic) is critic
+    assert ppo_setup.make_critic(policy, critic) is critic
 
 
 # --- models and text ------------------------------------------------------------------------------

@@ -1,0 +1,152 @@
+"""What a PPO run is made of: its networks, its numbers, and what of them is shared or frozen."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ppo_jax.config import PPOSettings
+from ppo_jax.generation import stop_ids
+from ppo_jax.inputs import on_device
+from ppo_jax.loops import make_optimizer
+from ppo_jax.models import Model
+from ppo_jax.networks import policy_network, reward_network, trunk_network, value_network
+from ppo_jax.partition import layer_range, merge_params, split_params, start_layer
+from ppo_jax.ppo import PPONetworks, Recipe
+from ppo_jax.rollout import Sampling
+from ppo_jax.structs import Frozen, Hyperparameters, Params
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setup:
+    """All that an iteration needs besides its state."""
+
+    networks: PPONetworks
+    recipe: Recipe
+    hyperparameters: Hyperparameters
+    frozen: Frozen
+    policy_params: Params  # the trained leaves, as they start
+    value_params: Params
+
+
+def make_hyperparameters(settings: PPOSettings) -> Hyperparameters:
+    """The numbers of the settings, as float32 on the device."""
+    names = {field.name for field in dataclasses.fields(Hyperparameters)} - {"optimizer"}
+    numbers = {name: jnp.float32(getattr(settings, name)) for name in names}
+    optimizer = make_optimizer(settings.optimizer, settings.num_iterations)
+    return Hyperparameters(optimizer=optimizer, **numbers)
+
+
+def make_recipe(settings: PPOSettings, tokenizer: Any) -> Recipe:
+    """The choices of the settings; what shapes the program."""
+    names = {field.name for field in dataclasses.fields(Recipe)} - {"sampling"}
+    sampling = Sampling(
+        response_length=settings.response_length,
+        eos_ids=stop_ids(tokenizer, settings.stop_tokens),
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        min_p=settings.min_p,
+    )
+    return Recipe(sampling=sampling, **{name: getattr(settings, name) for name in names})
+
+
+def same(a: Params, b: Params) -> bool:
+    """Whether two parameter trees hold the same numbers."""
+    if jax.tree.structure(a) != jax.tree.structure(b):
+        return False
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(x is y or np.array_equal(x, y) for x, y in pairs)
+
+
+def shared_layers(policy: Model, other: Model) -> int | None:
+    """How many of the lowest layers two models have in common, weights and all; None if even the
+    token tables differ."""
+    depth = min(policy.config.num_layers, other.config.num_layers)
+    if dataclasses.replace(policy.config, num_layers=1) != dataclasses.replace(
+        other.config, num_layers=1
+    ) or not same(policy.params["embed"], other.params["embed"]):
+        return None
+    for layer in range(depth):
+        mine, theirs = (
+            layer_range(m.config, m.params["layers"], layer, layer + 1) for m in (policy, other)
+        )
+        if not same(mine, theirs):
+            return layer
+    return depth
+
+
+def find_trunk(settings: PPOSettings, policy: Model, scorers: list[tuple[Model, str | int]]):
+    """Where the networks part: (layer at which the trunk ends or None, who is on it).
+
+    The trunk ends at the lowest layer from which on something is trained or differs. A scorer that
+    has no frozen layers in common with the policy reads tokens and does not count.
+
+    Args:
+        settings: the ppo section.
+        policy: the policy at the start.
+        scorers: reward model and critic, each with what is trained of it.
+    """
+    start = start_layer(policy.config, settings.trainable)
+    if start is None:
+        return None, [False] * len(scorers)
+    ends = []
+    for model, trainable in scorers:
+        first, common = start_layer(model.config, trainable), shared_layers(policy, model)
+        ends.append(0 if first is None or common is None else min(first, common))
+    on_trunk = [end > 0 for end in ends]
+    return min([start] + [end for end in ends if end > 0]), on_trunk
+
+
+def make_setup(settings: PPOSettings, policy: Model, reward: Model | None, critic: Model) -> Setup:
+    """Networks and parameters of a run, with all that can be shared shared.
+
+    Args:
+        settings: the ppo section.
+        policy: where the policy starts, and the reference.
+        reward: the reward model, or None with a reward function.
+        critic: where the critic starts.
+    """
+    scorers = [(critic, settings.value_trainable)] + ([(reward, "head")] if reward else [])
+    start, on_trunk = find_trunk(settings, policy, scorers)
+    value_shares, reward_shares = (on_trunk + [False])[:2]
+    parts = split_params(policy.config, policy.params, settings.trainable, start)
+    value_start, reward_start = (start if on else None for on in (value_shares, reward_shares))
+    value_parts = split_params(critic.config, critic.params, settings.value_trainable, value_start)
+    networks = PPONetworks(
+        policy=policy_network(policy.config, start_layer=start),
+        value=value_network(critic.config, start_layer=value_start),
+        reward=reward and reward_network(reward.config, start_layer=reward_start),
+        trunk=None if start is None else trunk_network(policy.config, end_layer=start),
+        value_on_trunk=value_shares,
+        reward_on_trunk=reward_shares,
+    )
+    reward_params = None
+    if reward is not None:
+        reward_parts = split_params(reward.config, reward.params, "head", reward_start)
+        reward_params = on_device(merge_params(reward_parts.frozen, reward_parts.trained))
+    frozen = Frozen(
+        ref_policy=on_device(parts.trained),
+        reward=reward_params,
+        trunk=None if start is None else on_device(parts.trunk),
+        policy=on_device(parts.frozen),
+        value=on_device(value_parts.frozen),
+    )
+    return Setup(
+        networks=networks,
+        recipe=make_recipe(settings, policy.tokenizer),
+        hyperparameters=make_hyperparameters(settings),
+        frozen=frozen,
+        policy_params=parts.trained,
+        value_params=value_parts.trained,
+    )
+
+
+def make_critic(policy: Model, reward: Model | None) -> Model:
+    """Where the critic starts: the reward model, or the policy's body with a head of zeros."""
+    if reward is not None:
+        return reward
+    width = policy.config.embed_dim
+    head = {"kernel": np.zeros((width, 1), np.float32), "bias": np.zeros(1, np.float32)}
+    return dataclasses.replace(policy, kind="reward", params={**policy.params, "head": head})
