@@ -61,12 +61,12 @@ def default() -> config_dict.ConfigDict:
             max_prompt_length=24,  # tokens
             response_length=24,  # tokens
             missing_eos="penalty",
-            missing_eos_score=0.5,
+            missing_eos_score=0.2,
             kl_coef=0.05,  # reward per nat
             sample_every=10,  # iterations
             save_every=10,  # iterations
-            value_learning_rate=1e-4,
-            optimizer=dict(learning_rate=1e-4, schedule="linear", warmup_steps=2),
+            value_learning_rate=3e-4,
+            optimizer=dict(learning_rate=3e-4, schedule="linear", warmup_steps=2),
         ),
         evaluate=dict(
             prompts="{workdir}/data/test_prompts.jsonl",
@@ -89,7 +89,7 @@ def tiny() -> config_dict.ConfigDict:
     config.reward.update(trainable="all", num_layers=0, num_epochs=2.0)
     config.reward.optimizer.learning_rate = 1e-3
     config.ppo.update(trainable="all", value_trainable="all", max_prompt_length=32)
-    config.ppo.optimizer.learning_rate = 2e-4
-    config.ppo.value_learning_rate = 3e-4
+    config.ppo.optimizer.learning_rate = 5e-4
+    config.ppo.value_learning_rate = 5e-4
     config.evaluate.judges = "film_reviews:words_as_gold"
     return config

@@ -31,6 +31,7 @@ def check_run(config: Config, workdir: Path, base: str, stages: Sequence[str]):
     """
     model, tokenizer = hf.load_config(base), vocabulary.load_tokenizer(base)
     check_sources(config, workdir, stages)
+    check_head(config, model, stages)
     check_sizes(config, model, stages)
     check_functions(config, stages)
     check_data(config, model, tokenizer, stages)
@@ -72,6 +73,16 @@ def check_sizes(config: Config, model: ModelConfig, stages: Sequence[str]):
             check_depth("ppo.value_trainable", config.ppo.value_trainable, reward_depth)
 
 
+def check_head(config: Config, model: ModelConfig, stages: Sequence[str]):
+    """A policy whose head is its token table has no head to train alone."""
+    for stage in ("sft", "ppo"):
+        if stage in stages and getattr(config, stage).trainable == "head" and model.tie_embeddings:
+            raise ValueError(
+                f"{stage}.trainable must be 'all' or a number of top layers for a model that ties "
+                "its head to the token table, got 'head'"
+            )
+
+
 def check_depth(field: str, count: str | int, depth: int):
     if isinstance(count, int) and count > depth:
         raise ValueError(f"{field} must be at most {depth}, the model's layers, got {count}")
@@ -91,7 +102,8 @@ def check_data(config: Config, model: ModelConfig, tokenizer: Any, stages: Seque
         parts = sft_data(config.sft, config.seed, tokenizer)
         check_texts("sft", parts, config.sft.max_length, model.max_length)
     if "reward" in stages:
-        parts = [data.texts for data in reward_data(config.reward, config.seed, tokenizer)]
+        data = reward_data(config.reward, config.seed, tokenizer, model.max_length)
+        parts = [part.texts for part in data]
         check_texts("reward", parts, config.reward.max_length, model.max_length)
     length = config.ppo and config.ppo.max_prompt_length
     if "ppo" in stages:

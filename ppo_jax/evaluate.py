@@ -16,7 +16,7 @@ from ppo_jax.distributions import token_logprobs
 from ppo_jax.generation import generate, stop_ids
 from ppo_jax.inputs import on_device
 from ppo_jax.judges import Judge, distinct_n, judge_table
-from ppo_jax.models import Model, load_model
+from ppo_jax.models import Model, load_model, resolve
 from ppo_jax.networks import policy_network, reward_network
 from ppo_jax.plugins import load_function
 from ppo_jax.rollout import Sampling, response_logits
@@ -61,10 +61,11 @@ def evaluate(config: Config, workdir: Path, base: str) -> bool:
         for name, rows in responses.items()
     }
     results = {f"text/distinct2_{name}": distinct_n(rows, 2) for name, rows in responses.items()}
-    start = "sft" if "sft" in policies else "base"
+    reference = load_model(resolve(config.ppo.init_from, workdir, base), config.model)
     results["policy/kl_per_response"] = kl_per_response(
-        policies[start], rollouts["ppo"], len(prompts), settings.temperature
+        reference, rollouts["ppo"], len(prompts), settings.temperature
     )
+    start = "sft" if "sft" in policies else "base"
     variety = results["text/distinct2_ppo"], results[f"text/distinct2_{start}"]
     results["text/distinct2_ratio"] = variety[0] / max(variety[1], 1e-9)
     results |= judge_all(settings, workdir, texts)

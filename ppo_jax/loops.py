@@ -240,21 +240,31 @@ class RewardData:
 
 
 def reward_data(
-    settings: RewardSettings, seed: int, tokenizer: Any
+    settings: RewardSettings, seed: int, tokenizer: Any, context: int
 ) -> tuple[RewardData, RewardData]:
-    """Tokenised training and validation data."""
+    """Tokenised training and validation data.
+
+    `max_length` limits the training texts alone; the validation texts may be as long as the
+    model's context, so that the accuracy is that of all texts.
+    """
+    lengths = (settings.max_length, context)
     validation = (settings.validation_data, settings.validation_fraction, seed)
     if settings.format == "ratings":
         split = read_split(settings.data, *validation, load_ratings, lambda record: record.text)
-        return tuple(rated(part, tokenizer, settings.max_length) for part in split)
+        return tuple(
+            rated(part, tokenizer, length) for part, length in zip(split, lengths, strict=True)
+        )
     split = read_split(
         settings.data,
         *validation,
         load_preferences,
-        lambda record: record.prompt,
+        lambda record: record.prompt or record.chosen,
         duplicates="keep",
     )
-    encoded = (encode_preferences(p, tokenizer, max_length=settings.max_length) for p in split)
+    encoded = (
+        encode_preferences(part, tokenizer, max_length=length)
+        for part, length in zip(split, lengths, strict=True)
+    )
     return tuple(RewardData(texts=texts, pairs=pairs) for texts, pairs in encoded)
 
 
@@ -280,7 +290,7 @@ def train_reward(config: Config, workdir: Path, base: str) -> bool:
     """
     settings = config.reward
     model = load_model(resolve(settings.init_from, workdir, base), config.model)
-    data, unseen = reward_data(settings, config.seed, model.tokenizer)
+    data, unseen = reward_data(settings, config.seed, model.tokenizer, model.config.max_length)
     num_steps = count_steps(settings, len(data.texts.tokens))
     model = init_reward_model(model, settings.num_layers, config.seed)
     start = start_layer(model.config, settings.trainable)
