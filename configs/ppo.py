@@ -12,44 +12,48 @@ A line of prompts.jsonl is {"prompt": ...}. For a score in Python, give
 
 from ml_collections import config_dict
 
+from ppo_jax.config import with_defaults
+
 
 def get_config() -> config_dict.ConfigDict:
-    return config_dict.create(
-        seed=0,
-        model=dict(
-            path="package:smollm2-135m-instruct",  # what init_from="base" stands for
-            dtype="float32",  # "bfloat16" on accelerators
-            scan_layers=False,  # True compiles faster and suits accelerators
-        ),
-        ppo=dict(
-            prompts="prompts.jsonl",
-            init_from="base",  # or the folder of an SFT stage
-            reward_model="runs/reward/reward",  # the folder of a reward stage, or "" and
-            reward_function="",  # "module:function"
-            trainable="all",  # or a number of top layers
-            value_trainable="all",  # the same for the critic
-            num_iterations=200,
-            rollout_batch_size=64,  # episodes
-            num_epochs=4,  # passes over a rollout
-            num_minibatches=1,  # optimizer steps a pass
-            num_micro_batches=1,  # more need less memory
-            max_prompt_length=64,  # tokens
-            response_length=64,  # tokens
-            temperature=1.0,
-            missing_eos="penalty",  # of a response that was cut off
-            missing_eos_score=1.0,  # what it loses
-            kl_coef=0.05,  # reward per nat
-            kl_control="fixed",  # or "adaptive"
-            gamma=1.0,  # discount a token
-            gae_lambda=0.95,
-            clip_range=0.2,
-            value_clip_range=0.2,
-            vf_coef=0.1,
-            sample_every=10,  # iterations
-            save_every=20,  # iterations
-            value_learning_rate=1e-5,
-            optimizer=dict(learning_rate=3e-6, schedule="linear", eps=1e-5),
-        ),
+    return with_defaults(
+        dict(
+            seed=0,
+            model=dict(
+                path="package:smollm2-135m-instruct",  # what init_from="base" stands for
+                dtype="float32",  # "bfloat16" on accelerators
+                scan_layers=False,  # True compiles faster and suits accelerators
+            ),
+            ppo=dict(
+                prompts="prompts.jsonl",
+                init_from="base",  # or the folder of an SFT stage
+                reward_model="runs/reward/reward",  # the folder of a reward stage, or "" and
+                reward_function="",  # "module:function"
+                trainable="all",  # or a number of top layers
+                value_trainable="all",  # the same for the critic
+                num_iterations=200,
+                rollout_batch_size=64,  # episodes
+                num_epochs=4,  # passes over a rollout
+                num_minibatches=1,  # optimizer steps a pass
+                num_micro_batches=1,  # more need less memory
+                max_prompt_length=64,  # tokens
+                response_length=64,  # tokens
+                temperature=1.0,
+                missing_eos="penalty",  # of a response that was cut off
+                missing_eos_score=1.0,  # what it loses
+                kl_coef=0.05,  # reward per nat
+                kl_control="fixed",  # or "adaptive"
+                gamma=1.0,  # discount a token
+                gae_lambda=0.95,
+                clip_range=0.2,
+                value_clip_range=0.2,
+                vf_coef=0.1,
+                sample_every=10,  # iterations
+                save_every=20,  # iterations
+                value_learning_rate=1e-5,
+                optimizer=dict(learning_rate=3e-6, schedule="linear", eps=1e-5),
+            ),
+        )
     )
 
 

@@ -9,6 +9,8 @@ The tiny variant is the same program with a small model from scratch, for a firs
 
 from ml_collections import config_dict
 
+from ppo_jax.config import with_defaults
+
 
 def get_config(variant: str = "default") -> config_dict.ConfigDict:
     variants = {"default": default, "tiny": tiny}
@@ -18,77 +20,80 @@ def get_config(variant: str = "default") -> config_dict.ConfigDict:
 
 
 def default() -> config_dict.ConfigDict:
-    return config_dict.create(
-        seed=0,
-        prepare="film_reviews:prepare",  # writes {workdir}/data
-        model=dict(
-            path="package:smollm2-135m-instruct",
-            vocabulary_data="{workdir}/data/sft.jsonl",  # a head of 14,000 tokens, not 49,152
-        ),
-        sft=dict(
-            data="{workdir}/data/sft.jsonl",
-            validation_fraction=0.03,
-            trainable="4",  # top layers
-            num_epochs=0.5,  # passes over the data
-            batch_size=16,  # texts
-            max_length=48,  # tokens
-            eval_every=50,  # steps
-            save_every=100,  # steps
-            optimizer=dict(learning_rate=3e-4, warmup_steps=10, schedule="cosine"),
-        ),
-        reward=dict(
-            data="{workdir}/data/train_ratings.jsonl",
-            format="ratings",
-            validation_data="{workdir}/data/test_ratings.jsonl",
-            num_layers=22,  # middle layers judge better than top ones
-            trainable="4",  # top layers of those
-            num_epochs=2.0,  # passes over the data
-            batch_size=32,  # texts
-            pairs_per_batch=256,  # comparisons drawn among them
-            max_length=40,  # tokens
-            eval_every=80,  # steps
-            save_every=80,  # steps
-            optimizer=dict(learning_rate=1e-4, warmup_steps=20, weight_decay=0.01),
-        ),
-        ppo=dict(
-            prompts="{workdir}/data/prompts.jsonl",
-            trainable="4",  # top layers of the policy
-            value_trainable="4",  # top layers of the critic
-            num_iterations=40,
-            rollout_batch_size=64,  # episodes
-            num_epochs=1,  # passes over a rollout
-            num_minibatches=4,  # optimizer steps a pass
-            max_prompt_length=24,  # tokens
-            response_length=24,  # tokens
-            missing_eos="penalty",
-            missing_eos_score=0.2,
-            kl_coef=0.05,  # reward per nat
-            sample_every=10,  # iterations
-            save_every=10,  # iterations
-            value_learning_rate=3e-4,
-            optimizer=dict(learning_rate=3e-4, schedule="linear", warmup_steps=2),
-        ),
-        evaluate=dict(
-            prompts="{workdir}/data/test_prompts.jsonl",
-            judges="film_reviews:judges",
-            num_prompts=256,
-            batch_size=64,
-        ),
+    return with_defaults(
+        dict(
+            seed=0,
+            prepare="film_reviews:prepare",  # writes {workdir}/data
+            model=dict(
+                path="package:smollm2-135m-instruct",
+                vocabulary_data="{workdir}/data/vocabulary.jsonl",  # keep their tokens alone
+            ),
+            sft=dict(
+                data="{workdir}/data/sft.jsonl",
+                validation_fraction=0.03,
+                trainable="4",  # top layers
+                num_epochs=0.6,  # passes over the data
+                batch_size=16,  # texts
+                max_length=48,  # tokens
+                eval_every=50,  # steps
+                save_every=100,  # steps
+                optimizer=dict(learning_rate=3e-4, warmup_steps=10, schedule="cosine"),
+            ),
+            reward=dict(
+                data="{workdir}/data/train_ratings.jsonl",
+                format="ratings",
+                validation_data="{workdir}/data/test_ratings.jsonl",
+                num_layers=22,  # middle layers judge better than top ones
+                trainable="4",  # top layers of those
+                num_epochs=2.0,  # passes over the data
+                batch_size=32,  # texts
+                pairs_per_batch=256,  # comparisons drawn among them
+                max_length=40,  # tokens
+                eval_every=80,  # steps
+                save_every=80,  # steps
+                optimizer=dict(learning_rate=1e-4, warmup_steps=20, weight_decay=0.01),
+            ),
+            ppo=dict(
+                prompts="{workdir}/data/prompts.jsonl",
+                trainable="4",  # top layers of the policy
+                value_trainable="4",  # top layers of the critic
+                num_iterations=48,
+                rollout_batch_size=64,  # episodes
+                num_epochs=1,  # passes over a rollout
+                num_minibatches=4,  # optimizer steps a pass
+                max_prompt_length=24,  # tokens
+                response_length=24,  # tokens
+                missing_eos="penalty",
+                missing_eos_score=0.2,
+                kl_coef=0.03,  # reward per nat
+                sample_every=12,  # iterations
+                save_every=12,  # iterations
+                value_learning_rate=4e-4,
+                optimizer=dict(learning_rate=4e-4, schedule="linear", warmup_steps=2),
+            ),
+            evaluate=dict(
+                prompts="{workdir}/data/test_prompts.jsonl",
+                judges="film_reviews:judges",
+                num_prompts=256,
+                batch_size=64,
+            ),
+        )
     )
 
 
 def tiny() -> config_dict.ConfigDict:
     """A model of 1M parameters from scratch: seconds a stage, and no large download."""
     config = default()
-    config.model = dict(
-        scratch=dict(vocab_size=2048, num_layers=4, embed_dim=128, num_heads=4, mlp_dim=384),
-        vocabulary_data="{workdir}/data/sft.jsonl",
+    config.model.path = ""
+    config.model.scratch = dict(
+        vocab_size=2048, num_layers=4, embed_dim=128, num_heads=4, mlp_dim=384
     )
     config.sft.update(trainable="all", num_epochs=1.5, batch_size=32)
     config.sft.optimizer.learning_rate = 2e-3
     config.reward.update(trainable="all", num_layers=0, num_epochs=2.0)
     config.reward.optimizer.learning_rate = 1e-3
     config.ppo.update(trainable="all", value_trainable="all", max_prompt_length=32)
+    config.ppo.num_iterations = 40
     config.ppo.optimizer.learning_rate = 5e-4
     config.ppo.value_learning_rate = 5e-4
     config.evaluate.judges = "film_reviews:words_as_gold"

@@ -11,32 +11,36 @@ one or more (configs/quickstart.py, six minutes on two cores).
 
 from ml_collections import config_dict
 
+from ppo_jax.config import with_defaults
+
 
 def get_config() -> config_dict.ConfigDict:
-    return config_dict.create(
-        seed=0,
-        model=dict(
-            path="package:smollm2-135m-instruct",
-            dtype="float32",  # "bfloat16" on accelerators
-            scan_layers=False,  # True compiles faster and suits accelerators
-        ),
-        reward=dict(
-            data="preferences.jsonl",
-            format="preferences",  # or "ratings"
-            init_from="base",  # or the folder of an SFT stage
-            validation_data="",  # "" holds out the fraction below
-            validation_fraction=0.05,
-            reference_data="",  # texts that shall score 0 on average; "" is the held-out data
-            num_layers=0,  # keep the lowest N layers; 0 keeps all
-            trainable="all",  # or a number of top layers, or "head"
-            num_epochs=1.0,  # passes over the data; more than one soon overfits
-            batch_size=64,  # texts; two a pair
-            num_micro_batches=1,  # more need less memory
-            max_length=512,  # tokens
-            eval_every=50,  # steps
-            save_every=100,  # steps
-            optimizer=dict(learning_rate=1e-5, schedule="cosine", warmup_steps=20),
-        ),
+    return with_defaults(
+        dict(
+            seed=0,
+            model=dict(
+                path="package:smollm2-135m-instruct",
+                dtype="float32",  # "bfloat16" on accelerators
+                scan_layers=False,  # True compiles faster and suits accelerators
+            ),
+            reward=dict(
+                data="preferences.jsonl",
+                format="preferences",  # or "ratings"
+                init_from="base",  # or the folder of an SFT stage
+                validation_data="",  # "" holds out the fraction below
+                validation_fraction=0.05,
+                reference_data="",  # texts that shall score 0 on average; "" is the held-out data
+                num_layers=0,  # keep the lowest N layers; 0 keeps all
+                trainable="all",  # or a number of top layers, or "head"
+                num_epochs=1.0,  # passes over the data; more than one soon overfits
+                batch_size=64,  # texts; two a pair
+                num_micro_batches=1,  # more need less memory
+                max_length=512,  # tokens
+                eval_every=50,  # steps
+                save_every=100,  # steps
+                optimizer=dict(learning_rate=1e-5, schedule="cosine", warmup_steps=20),
+            ),
+        )
     )
 
 

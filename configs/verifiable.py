@@ -8,38 +8,44 @@ with "acting", "actor", "actress", "performance" or "cast" in them.
 
 from ml_collections import config_dict
 
+from ppo_jax.config import with_defaults
+
 
 def get_config() -> config_dict.ConfigDict:
-    return config_dict.create(
-        seed=0,
-        prepare="film_reviews:prepare",  # writes {workdir}/data
-        model=dict(
-            scratch=dict(vocab_size=1024, num_layers=2, embed_dim=128, num_heads=4, mlp_dim=384),
-            vocabulary_data="{workdir}/data/sft.jsonl",
-        ),
-        sft=dict(
-            data="{workdir}/data/sft.jsonl",
-            num_epochs=1.0,  # passes over the data
-            batch_size=32,  # texts
-            max_length=64,  # tokens
-            optimizer=dict(learning_rate=2e-3, warmup_steps=10),
-        ),
-        ppo=dict(
-            prompts="{workdir}/data/prompts.jsonl",
-            reward_model="",
-            reward_function="film_reviews:mentions_acting",
-            num_iterations=60,
-            rollout_batch_size=128,  # episodes
-            num_epochs=2,  # passes over a rollout
-            num_minibatches=2,  # optimizer steps a pass
-            max_prompt_length=40,  # tokens
-            response_length=24,  # tokens
-            kl_coef=0.01,  # reward per nat
-            sample_every=10,  # iterations
-            save_every=20,  # iterations
-            value_learning_rate=1e-3,
-            optimizer=dict(learning_rate=1e-3, schedule="linear"),
-        ),
+    return with_defaults(
+        dict(
+            seed=0,
+            prepare="film_reviews:prepare",  # writes {workdir}/data
+            model=dict(
+                scratch=dict(
+                    vocab_size=1024, num_layers=2, embed_dim=128, num_heads=4, mlp_dim=384
+                ),
+                vocabulary_data="{workdir}/data/sft.jsonl",
+            ),
+            sft=dict(
+                data="{workdir}/data/sft.jsonl",
+                num_epochs=1.0,  # passes over the data
+                batch_size=32,  # texts
+                max_length=64,  # tokens
+                optimizer=dict(learning_rate=2e-3, warmup_steps=10),
+            ),
+            ppo=dict(
+                prompts="{workdir}/data/prompts.jsonl",
+                reward_model="",
+                reward_function="film_reviews:mentions_acting",
+                num_iterations=60,
+                rollout_batch_size=128,  # episodes
+                num_epochs=2,  # passes over a rollout
+                num_minibatches=2,  # optimizer steps a pass
+                max_prompt_length=40,  # tokens
+                response_length=24,  # tokens
+                kl_coef=0.01,  # reward per nat
+                sample_every=10,  # iterations
+                save_every=20,  # iterations
+                value_learning_rate=1e-3,
+                optimizer=dict(learning_rate=1e-3, schedule="linear"),
+            ),
+        )
     )
 
 

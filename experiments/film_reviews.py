@@ -26,10 +26,12 @@ from ppo_jax.networks import trunk_network
 from ppo_jax.partition import split_params
 from ppo_jax.sources import film_ratings
 
+BASE_MODEL = "package:smollm2-135m-instruct"
+OTHER_SETS = ("amazonReviewSnippets", "tweets")  # product reviews and tweets, rated alike
 PARTS = {"train": 0.5, "judge": 0.4, "test": 0.1}
 SPLIT_SEED = 2014
 PROMPT_WORDS = 4
-WORDS = (8, 22)  # of a text to imitate: whole sentences that fit into a short response
+WORDS = (8, 24)  # of a text to imitate: whole sentences that fit into a short response
 JUDGE_LAYER = 18  # middle layers know most about sentiment
 NUM_GOLD = 2500  # texts that the gold judge is fitted on
 NUM_RATED = 500  # unseen texts that measure the judges
@@ -47,6 +49,9 @@ def prepare(folder: Path):
     seen = {prompt.casefold() for prompt in prompts}
     unseen = sorted((p for p in unseen if p.casefold() not in seen), key=stable_order)
     write_jsonl(folder / "sft.jsonl", [{"text": r.text} for r in train])
+    others = [r for name in OTHER_SETS for r in film_ratings(name)]
+    texts = [{"text": r.text} for r in parts["train"] + others]
+    write_jsonl(folder / "vocabulary.jsonl", texts)
     for part, records in parts.items():
         rows = [{"text": r.text, "ratings": list(r.ratings)} for r in records]
         write_jsonl(folder / f"{part}_ratings.jsonl", rows)
@@ -67,10 +72,10 @@ def judges(workdir: Path) -> Panel:
     """The panel of the quickstart: gold, words, and two lexicons."""
     panel = word_judges(workdir)
     texts, means = rated_texts(workdir, "judge")
-    gold = gold_judge(load_model(workdir / "base"), texts[:NUM_GOLD], means[:NUM_GOLD])
+    gold = gold_judge(load_model(BASE_MODEL), texts[:NUM_GOLD], means[:NUM_GOLD])
     note = (
-        f"ridge regression on layer {JUDGE_LAYER} of the base model, fitted on {NUM_GOLD} rated "
-        "texts of its own; it shares these frozen layers with policy and reward model, and no "
+        f"ridge regression on layer {JUDGE_LAYER} of the pretrained model, fitted on {NUM_GOLD} "
+        "rated texts of its own; it shares these frozen layers with policy and reward model, and no "
         "text, rating or trained weight"
     )
     return Panel(
@@ -84,7 +89,7 @@ def judges(workdir: Path) -> Panel:
 def word_judges(workdir: Path) -> Panel:
     """Judges that share nothing with the policy's model."""
     texts, means = rated_texts(workdir, "judge")
-    others = film_ratings("amazonReviewSnippets") + film_ratings("tweets")
+    others = [r for name in OTHER_SETS for r in film_ratings(name)]
     tfidf = fit_tfidf_judge(
         texts + [r.text for r in others], np.concatenate([means, [r.mean for r in others]])
     )

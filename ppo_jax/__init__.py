@@ -44,7 +44,7 @@ from ppo_jax.ppo import (
     sample_responses,
 )
 from ppo_jax.rewards import missing_eos_scores, token_rewards
-from ppo_jax.rollout import Sampling, response_logits, response_values, rollout
+from ppo_jax.rollout import Sampling, response_outputs, rollout
 from ppo_jax.steps import (
     PreferenceBatch,
     TextBatch,
@@ -109,10 +109,9 @@ __all__ = [
     "ppo_loss",
     "ppo_update",
     "preference_loss",
-    "response_logits",
     "response_mask",
+    "response_outputs",
     "response_scores",
-    "response_values",
     "reward_network",
     "reward_step",
     "rollout",

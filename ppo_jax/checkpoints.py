@@ -64,7 +64,7 @@ class Checkpoints:
             have = f"step {step} cannot be saved in {self.directory}: it holds steps {later}."
             raise ValueError(f"{have} Restore them first, or choose another workdir.")
         tree = unflatten_dict({k: _detached(k, x) for k, x in _named(state).items()}, sep="/")
-        # Orbax's transfer to the host is implicit: a guard that loops set for their own code.
+        # Orbax's transfer to the host is implicit; a caller's guard is for the caller's code.
         with jax.transfer_guard("allow"):
             response = ocp.save_async(
                 self.directory / str(step),
@@ -106,6 +106,19 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         """The newest step, complete by its name and not found broken; None if there is none."""
         return max(self._complete_steps(), default=None)
+
+    def readable_step(self) -> int | None:
+        """The newest step whose files are all there; None if there is none.
+
+        One that is half-written or broken is named in a warning, as by `restore`.
+        """
+        for step, path in _newest_first(self.directory):
+            try:
+                _read_metadata(path, step)
+                return step
+            except Exception as error:  # as in `restore`
+                warnings.warn(f"passed over checkpoint {path}: {_reason(error)}", stacklevel=2)
+        return None
 
     def wait(self) -> None:
         """Wait until the last `save` is on disk, and drop what `keep` no longer covers.

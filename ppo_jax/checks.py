@@ -11,7 +11,7 @@ from ppo_jax.data import load_prompts
 from ppo_jax.evaluate import evaluation_prompts
 from ppo_jax.generation import stop_ids
 from ppo_jax.loops import reward_data, sft_data
-from ppo_jax.models import describe_stage
+from ppo_jax.models import describe_stage, missing_steps
 from ppo_jax.networks import ModelConfig
 from ppo_jax.plugins import load_function
 from ppo_jax.ppo_loop import check_lengths
@@ -44,10 +44,11 @@ def check_sources(config: Config, workdir: Path, stages: Sequence[str]):
         before = stages[: stages.index(stage)]
         for field in fields.get(stage, []):
             name = getattr(getattr(config, stage), field)
-            if name in STAGES and name not in before and describe_stage(workdir / name) is None:
+            missing = missing_steps(workdir / name) if name in STAGES else None
+            if name not in before and missing:
                 raise ValueError(
-                    f"{stage}.{field}={name!r} needs the stage {name}: give the config a section "
-                    f"for it, or run it in {workdir} first"
+                    f"{stage}.{field}={name!r} needs the stage {name}, but {missing}: give the "
+                    f"config a section for it, or run it in {workdir} first"
                 )
             path_given = field == "reward_model" and name and name not in STAGES
             if path_given and describe_stage(Path(name)) is None:

@@ -221,7 +221,7 @@ class PPOSettings:
     gae_lambda: float = 0.95  # 0 is one-step differences, 1 the whole return
     clip_range: float = 0.2  # of the probability ratio, around 1
     value_clip_range: float = 0.2  # of the critic's change, in units of reward
-    vf_coef: float = 0.1  # weight of the value loss
+    vf_coef: float = 0.1  # weight of the value loss; Adam divides it out but for max_grad_norm
     entropy_coef: float = 0.0  # weight of the entropy, per nat
 
     sample_every: int = 10  # iterations between samples of the same prompts
@@ -293,6 +293,26 @@ class Config:
         require(self.seed >= 0, "seed", self.seed, ">= 0")
         if self.evaluate is not None and self.ppo is None:
             raise ValueError("evaluate needs a ppo section, whose responses it judges, got none")
+
+
+def with_defaults(values: dict) -> config_dict.ConfigDict:
+    """A ConfigDict with every field of the sections that `values` has, so that each can be set on
+    the command line. What a config file returns; nothing is checked yet."""
+    return config_dict.ConfigDict(filled_in(Config, values))
+
+
+def filled_in(cls: type, values: dict) -> dict:
+    """The values, and the defaults of the fields that are not among them."""
+    sections = {}
+    for name, hint in typing.get_type_hints(cls).items():
+        options = typing.get_args(hint) or (hint,)
+        sections[name] = next((o for o in options if dataclasses.is_dataclass(o)), None)
+    fields = {f.name: f.default for f in dataclasses.fields(cls)}
+    defaults = {k: v for k, v in fields.items() if v is not dataclasses.MISSING}
+    return defaults | {
+        name: filled_in(sections[name], value) if sections.get(name) and value else value
+        for name, value in values.items()
+    }
 
 
 def from_config_dict(config: config_dict.ConfigDict | dict) -> Config:

@@ -16,10 +16,10 @@ from ppo_jax.distributions import token_logprobs
 from ppo_jax.generation import generate, stop_ids
 from ppo_jax.inputs import on_device
 from ppo_jax.judges import Judge, distinct_n, judge_table
-from ppo_jax.models import Model, load_model, resolve
+from ppo_jax.models import Model, load_model, load_source
 from ppo_jax.networks import policy_network, reward_network
 from ppo_jax.plugins import load_function
-from ppo_jax.rollout import Sampling, response_logits
+from ppo_jax.rollout import Sampling, response_outputs
 from ppo_jax.steps import text_scores
 from ppo_jax.structs import Rollout
 from ppo_jax.workdir import read_results, write_results
@@ -61,7 +61,7 @@ def evaluate(config: Config, workdir: Path, base: str) -> bool:
         for name, rows in responses.items()
     }
     results = {f"text/distinct2_{name}": distinct_n(rows, 2) for name, rows in responses.items()}
-    reference = load_model(resolve(config.ppo.init_from, workdir, base), config.model)
+    reference = load_source(config.ppo.init_from, workdir, base, config.model)
     results["policy/kl_per_response"] = kl_per_response(
         reference, rollouts["ppo"], len(prompts), settings.temperature
     )
@@ -122,7 +122,7 @@ def kl_per_response(
     @jax.jit
     def log_ratio(params, rollout):
         length = rollout.response_mask.shape[1]
-        logits = response_logits(
+        logits = response_outputs(
             network, params, rollout.tokens, rollout.mask, response_length=length
         )
         ref = token_logprobs(logits, rollout.response_tokens, temperature=temperature)

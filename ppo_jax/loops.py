@@ -1,4 +1,4 @@
-"""The loops of supervised fine-tuning and reward-model training: the only place that jits them."""
+"""The loops of supervised fine-tuning and reward-model training."""
 
 import dataclasses
 import functools
@@ -25,11 +25,9 @@ from ppo_jax.data import (
     load_ratings,
     split_by_text,
 )
-from ppo_jax.distributions import token_logprobs
 from ppo_jax.inputs import Inputs, batch_width, make_inputs, on_device
-from ppo_jax.models import Model, load_model, resolve
+from ppo_jax.models import Model, load_model, load_source
 from ppo_jax.networks import (
-    Network,
     Params,
     policy_network,
     reward_network,
@@ -38,8 +36,15 @@ from ppo_jax.networks import (
 from ppo_jax.optimizer import init_optimizer
 from ppo_jax.pairs import held_out_pairs, pair_accuracy, rating_pairs
 from ppo_jax.partition import Parts, keep_layers, merge_params, split_params, start_layer
-from ppo_jax.runs import StageRun, is_complete, open_stage
-from ppo_jax.steps import PreferenceBatch, TextBatch, reward_step, sft_step, text_scores
+from ppo_jax.runs import StageRun, open_stage
+from ppo_jax.steps import (
+    PreferenceBatch,
+    TextBatch,
+    reward_step,
+    sft_loss,
+    sft_step,
+    text_scores,
+)
 from ppo_jax.structs import Optimizer, TrainState
 
 VALIDATION_PAIRS = 20_000  # of unseen texts, ordered by their mean ratings
@@ -134,9 +139,8 @@ def train_sft(config: Config, workdir: Path, base: str) -> bool:
     num_steps = count_steps(settings, len(texts.tokens))
     start = start_layer(model.config, settings.trainable)
     parts = split_params(model.config, model.params, settings.trainable, start)
-    open_stage(workdir / "sft", model, parts, describe("sft", config, workdir))
-    if is_complete(workdir / "sft", num_steps):
-        print(f"sft: complete ({num_steps} steps)", flush=True)
+    description = describe("sft", config, workdir) | {"num_steps": num_steps}
+    if not open_stage(workdir / "sft", model, parts, description):
         return False
 
     network = policy_network(model.config, start_layer=start)
@@ -148,14 +152,16 @@ def train_sft(config: Config, workdir: Path, base: str) -> bool:
     rows_of = functools.partial(
         batch_indices, config.seed, num_examples=len(texts.tokens), batch_size=settings.batch_size
     )
-    inputs = read(texts, used=np.concatenate([rows_of(i) for i in range(num_steps)]))
+    used = None if trunk is None else np.concatenate([rows_of(i) for i in range(num_steps)])
+    inputs = read(texts, used=used)
     unseen_inputs = read(unseen)
     optimizer = make_optimizer(settings.optimizer, num_steps)
     step = jax.jit(
         functools.partial(sft_step, network=network, num_micro_batches=settings.num_micro_batches),
         donate_argnums=0,
     )
-    validate = jax.jit(functools.partial(negative_log_likelihood, network))
+    # Divided by 1: the sum, so that each token counts once however the batches fall.
+    validate = jax.jit(functools.partial(sft_loss, network, normalizer=1.0))
     show = {"sft/loss": "loss", "sft/validation_loss": "validation"}
     with StageRun(
         workdir, "sft", num_steps=num_steps, save_every=settings.save_every, show=show
@@ -171,22 +177,13 @@ def train_sft(config: Config, workdir: Path, base: str) -> bool:
     return True
 
 
-def negative_log_likelihood(network: Network, params: Params, batch: TextBatch):
-    """(sum over the tokens in the loss mask, their number)."""
-    logits = network.apply(params, batch.inputs[:, :-1], batch.mask[:, :-1])
-    logprobs = token_logprobs(logits, batch.tokens[:, 1:])
-    mask = batch.loss_mask[:, 1:]
-    return -jnp.where(mask, logprobs, 0.0).sum(), mask.sum()
-
-
 def validation_loss(validate, params, texts: Texts, inputs: Inputs, settings: SFTSettings) -> dict:
     """Loss and perplexity over all validation texts, each token counted once."""
     sums = [
-        validate(params, as_text_batch(texts, inputs, rows))
+        validate(params, as_text_batch(texts, inputs, rows))[0]
         for rows in row_batches(len(texts.tokens), settings.batch_size)
     ]
-    total, count = np.sum(jax.device_get(sums), axis=0)
-    loss = float(total / count)
+    loss = float(np.sum(jax.device_get(sums)) / texts.loss_mask.sum())
     return {"sft/validation_loss": loss, "sft/validation_perplexity": math.exp(min(loss, 700.0))}
 
 
@@ -289,15 +286,14 @@ def train_reward(config: Config, workdir: Path, base: str) -> bool:
     Arguments and result as for `train_sft`.
     """
     settings = config.reward
-    model = load_model(resolve(settings.init_from, workdir, base), config.model)
+    model = load_source(settings.init_from, workdir, base, config.model)
     data, unseen = reward_data(settings, config.seed, model.tokenizer, model.config.max_length)
     num_steps = count_steps(settings, len(data.texts.tokens))
     model = init_reward_model(model, settings.num_layers, config.seed)
     start = start_layer(model.config, settings.trainable)
     parts = split_params(model.config, model.params, settings.trainable, start)
-    open_stage(workdir / "reward", model, parts, describe("reward", config, workdir))
-    if is_complete(workdir / "reward", num_steps):
-        print(f"reward: complete ({num_steps} steps)", flush=True)
+    description = describe("reward", config, workdir) | {"num_steps": num_steps}
+    if not open_stage(workdir / "reward", model, parts, description):
         return False
 
     network = reward_network(model.config, start_layer=start)

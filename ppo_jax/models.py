@@ -16,11 +16,11 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from ppo_jax import hf, vocabulary
-from ppo_jax.checkpoints import load_checkpoint_item, load_params, save_params
+from ppo_jax.checkpoints import Checkpoints, load_checkpoint_item, load_params, save_params
 from ppo_jax.config import STAGES, ModelSettings, ScratchSettings
 from ppo_jax.data import load_demonstrations
 from ppo_jax.networks import ModelConfig, Params, RopeScaling, policy_network
-from ppo_jax.partition import Parts, merge_params
+from ppo_jax.partition import Parts, merge_params, stack_layers, unstack_layers
 from ppo_jax.sources import model_folder
 
 FIELD_OF_STAGE = {"sft": "params", "reward": "params", "ppo": "policy_params"}
@@ -41,13 +41,14 @@ def load_model(path: str | os.PathLike, settings: ModelSettings | None = None) -
 
     Args:
         path: the folder, file or name.
-        settings: how to compute with it (dtype, scan_layers); a stage folder knows it itself.
+        settings: how to compute with it (dtype, scan_layers); None is float32, or as the stage did.
 
     Raises:
         ValueError: there is no complete model at `path`.
     """
     if (Path(path) / "stage.json").is_file():
-        return load_stage(Path(path))
+        model = load_stage(Path(path))
+        return model if settings is None else compute_as(model, settings)
     how = {}
     if settings is not None:
         how = {"dtype": settings.dtype, "scan_layers": settings.scan_layers}
@@ -55,6 +56,17 @@ def load_model(path: str | os.PathLike, settings: ModelSettings | None = None) -
     tokenizer = vocabulary.load_tokenizer(path)
     check_tokenizer(tokenizer, config, path)
     return Model(kind="policy", config=config, params=params, tokenizer=tokenizer)
+
+
+def compute_as(model: Model, settings: ModelSettings) -> Model:
+    """The same model with the dtype and the layout of layers that the settings ask for."""
+    how = {"dtype": settings.dtype, "scan_layers": settings.scan_layers}
+    params = model.params
+    if model.config.scan_layers != settings.scan_layers:
+        change = stack_layers if settings.scan_layers else unstack_layers
+        params = jax.tree.map(np.asarray, change(params))
+    config = dataclasses.replace(model.config, **how)
+    return dataclasses.replace(model, config=config, params=params)
 
 
 def check_tokenizer(tokenizer: Any, config: ModelConfig, path: Any):
@@ -95,14 +107,48 @@ def begin_stage(folder: Path, model: Model, parts: Parts, description: dict):
     frozen = merge_params(parts.trunk, parts.frozen)
     if frozen:
         save_params(folder / "frozen", frozen)
-    text = json.dumps(
-        description
-        | {"kind": model.kind, "model": dataclasses.asdict(model.config), "frozen": bool(frozen)},
-        indent=2,
-    )
+    of_model = {"kind": model.kind, "model": dataclasses.asdict(model.config)}
+    write_description(folder, description | of_model | {"frozen": bool(frozen)})
+
+
+def update_stage(folder: Path, description: dict):
+    """Settings that may change, and the number of steps, as the resumed run has them."""
+    old = describe_stage(folder)
+    if old | description != old:
+        write_description(folder, old | description)
+
+
+def write_description(folder: Path, description: dict):
     temporary = folder / "stage.json.tmp"
-    temporary.write_text(text + "\n")
+    temporary.write_text(json.dumps(description, indent=2) + "\n")
     temporary.replace(folder / "stage.json")
+
+
+def missing_steps(folder: Path) -> str | None:
+    """What a stage lacks to be complete, or None when its last step can be read."""
+    description = describe_stage(folder)
+    if description is None:
+        return "it has not begun"
+    step, last = Checkpoints(folder / "checkpoints").readable_step(), description["num_steps"]
+    return None if (step or 0) >= last else f"it has {step or 0} of {last} steps"
+
+
+def load_source(name: str, workdir: Path, base: str, settings: ModelSettings) -> Model:
+    """The model that a stage starts from; a stage must be complete.
+
+    Args:
+        name: `init_from` or `reward_model`.
+        workdir: the run's folder.
+        base: path of the base model.
+        settings: how to compute with it.
+
+    Raises:
+        ValueError: the stage is not complete: half of a training is seldom meant.
+    """
+    path = resolve(name, workdir, base)
+    if describe_stage(Path(path)) and (missing := missing_steps(Path(path))):
+        raise ValueError(f"the stage {path} is not complete: {missing}. Run it to its end first.")
+    return load_model(path, settings)
 
 
 def load_stage(folder: Path) -> Model:
@@ -155,10 +201,12 @@ def trimmed_model(settings: ModelSettings, folder: Path, texts: list[str], seed:
     config, params = hf.load_policy(settings.path)
     tokenizer, kept = vocabulary.trim_vocabulary(vocabulary.load_tokenizer(settings.path), texts)
     raw = hf.read_json(model_folder(settings.path))
-    old_id = {old: new for new, old in enumerate(kept.tolist())}
+    new_id = {old: new for new, old in enumerate(kept.tolist())}
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if isinstance(raw.get(name), int):
-            raw[name] = old_id.get(raw[name])
+            raw[name] = new_id.get(raw[name])
+        elif isinstance(raw.get(name), list):
+            raw[name] = [new_id[i] for i in raw[name] if i in new_id]
     config = dataclasses.replace(config, vocab_size=len(kept))
     raw["vocab_size"] = len(kept)
     write_folder(folder, raw, config, vocabulary.trim_params(params, kept), tokenizer)

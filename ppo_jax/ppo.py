@@ -18,7 +18,7 @@ from ppo_jax.networks import Network
 from ppo_jax.optimizer import apply_gradients, init_optimizer, schedule
 from ppo_jax.partition import merge_params
 from ppo_jax.rewards import missing_eos_scores, token_rewards
-from ppo_jax.rollout import Sampling, response_logits, response_values, rollout
+from ppo_jax.rollout import Sampling, response_outputs, rollout
 from ppo_jax.steps import accumulate
 from ppo_jax.structs import (
     Experience,
@@ -136,14 +136,14 @@ def make_experience(
     policy_inputs = rollout.tokens if networks.trunk is None else rollout.hidden
     value_inputs = rollout.hidden if networks.value_on_trunk else rollout.tokens
     ref_params = merge_params(frozen.policy, frozen.ref_policy)
-    ref_logits = response_logits(
+    ref_logits = response_outputs(
         networks.policy, ref_params, policy_inputs, rollout.mask, response_length=length
     )
     ref_logprobs = token_logprobs(
         ref_logits, rollout.response_tokens, temperature=hyperparameters.temperature
     )
     value_params = merge_params(frozen.value, state.value_params)
-    values = response_values(
+    values = response_outputs(
         networks.value, value_params, value_inputs, rollout.mask, response_length=length
     )
     values = jnp.where(mask, values, 0.0)
@@ -230,14 +230,14 @@ def experience_loss(
         (loss, metrics).
     """
     e, mask = experience, experience.response_mask
-    logits = response_logits(
+    logits = response_outputs(
         networks.policy,
         merge_params(frozen.policy, params["policy"]),
         e.policy_inputs,
         e.mask,
         response_length=mask.shape[1],
     )
-    values = response_values(
+    values = response_outputs(
         networks.value,
         merge_params(frozen.value, params["value"]),
         e.value_inputs,

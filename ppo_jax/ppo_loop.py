@@ -15,7 +15,7 @@ from ppo_jax.config import Config, PPOSettings
 from ppo_jax.data import load_prompts
 from ppo_jax.generation import decode_responses
 from ppo_jax.loops import describe
-from ppo_jax.models import Model, load_model, resolve
+from ppo_jax.models import Model, load_source
 from ppo_jax.partition import split_params, start_layer
 from ppo_jax.plugins import load_function
 from ppo_jax.ppo import (
@@ -26,7 +26,7 @@ from ppo_jax.ppo import (
     sample_responses,
 )
 from ppo_jax.ppo_setup import Setup, make_critic, make_setup
-from ppo_jax.runs import StageRun, is_complete, open_stage
+from ppo_jax.runs import StageRun, open_stage
 from ppo_jax.structs import PPOState, Prompts, Rollout
 from ppo_jax.workdir import append_rows
 
@@ -51,12 +51,12 @@ def train_ppo(config: Config, workdir: Path, base: str) -> bool:
         Whether there was anything to do: False when the stage was complete.
     """
     settings = config.ppo
-    policy = load_model(resolve(settings.init_from, workdir, base), config.model)
+    policy = load_source(settings.init_from, workdir, base, config.model)
     if policy.kind != "policy":
         raise ValueError(f"ppo.init_from must be a policy, {settings.init_from} scores texts")
     reward, function = None, None
     if settings.reward_model:
-        reward = load_model(resolve(settings.reward_model, workdir, base), config.model)
+        reward = load_source(settings.reward_model, workdir, base, config.model)
         check_reward_model(policy, reward)
     else:
         function = load_function(settings.reward_function, "ppo.reward_function")
@@ -66,10 +66,11 @@ def train_ppo(config: Config, workdir: Path, base: str) -> bool:
 
     start = start_layer(policy.config, settings.trainable)
     parts = split_params(policy.config, policy.params, settings.trainable, start)
-    open_stage(workdir / "ppo", policy, parts, describe("ppo", config, workdir))
-    if is_complete(workdir / "ppo", settings.num_iterations):
-        print(f"ppo: complete ({settings.num_iterations} iterations)", flush=True)
+    num_steps = {"num_steps": settings.num_iterations}
+    if not open_stage(workdir / "ppo", policy, parts, describe("ppo", config, workdir) | num_steps):
         return False
+    if settings.top_k or settings.top_p < 1 or settings.min_p:
+        print("ppo: top_k, top_p and min_p shape what is sampled, not the log-probs of the update")
 
     setup = make_setup(settings, policy, reward, make_critic(policy, reward))
     iterate = make_iteration(setup, policy.tokenizer, texts, function)

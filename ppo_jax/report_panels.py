@@ -158,8 +158,8 @@ PANELS: dict[str, tuple[Group, ...]] = {
                 Panel(
                     "Explained variance",
                     "share",
-                    "1 - Var(returns - values) / Var(returns): 1 is a perfect critic, 0 one no "
-                    "better than a constant.",
+                    "1 - mean squared error / variance of the returns: 1 is a perfect critic, "
+                    "0 one no better than a constant.",
                     {"value/explained_variance": "share"},
                 ),
                 Panel(

@@ -166,28 +166,21 @@ def choose(logits, row_keys, t, sampling: Sampling, temperature) -> tuple[jax.Ar
     return tokens, logprobs[:, 0]
 
 
-def response_logits(
-    policy: Network, params: Params, inputs: jax.Array, mask: jax.Array, *, response_length: int
+def response_outputs(
+    network: Network, params: Params, inputs: jax.Array, mask: jax.Array, *, response_length: int
 ) -> jax.Array:
-    """Logits that predict the response tokens, and no others.
+    """What a network gives before each response token, and nowhere else.
 
     Args:
-        policy: a network with logits.
+        network: a policy, or a value network.
         params: its parameters.
         inputs: [B, L] int32 tokens or [B, L, D] hidden states, the response in the last T.
         mask: [B, L] bool.
         response_length: T.
 
     Returns:
-        [B, T, V] float32.
+        [B, T, V] float32, the logits that predict each token, or [B, T] float32, the value of the
+        state before it.
     """
-    start = mask.shape[1] - response_length - 1
-    return policy.apply(params, inputs[:, :-1], mask[:, :-1], start=start)
-
-
-def response_values(
-    network: Network, params: Params, inputs: jax.Array, mask: jax.Array, *, response_length: int
-) -> jax.Array:
-    """Values of the states before each response token, [B, T] float32; arguments as above."""
     start = mask.shape[1] - response_length - 1
     return network.apply(params, inputs[:, :-1], mask[:, :-1], start=start)

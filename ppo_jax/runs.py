@@ -11,7 +11,7 @@ from typing import Any
 from ppo_jax.checkpoints import Checkpoints
 from ppo_jax.config import MAY_CHANGE
 from ppo_jax.metrics import MetricsWriter
-from ppo_jax.models import Model, begin_stage, describe_stage
+from ppo_jax.models import Model, begin_stage, describe_stage, missing_steps, update_stage
 from ppo_jax.partition import Parts
 from ppo_jax.workdir import config_differences, drop_lines_after
 
@@ -60,6 +60,8 @@ class StageRun:
             closing.callback(self.checkpoints.close)
             if error[0] is None:
                 closing.callback(self.writer.close)
+        if self.asked_to_stop and error[0] is None:  # asked after the last step
+            sys.exit(143)
 
     def _stop_soon(self, *_):
         self.asked_to_stop = True
@@ -103,7 +105,7 @@ class StageRun:
         if step % self.save_every and step < self.num_steps and not self.asked_to_stop:
             return
         self.writer.flush()  # a state whose loss is not finite is never saved
-        self.checkpoints.save(step, state, {"stage": self.stage})
+        self.checkpoints.save(step, state, describe_stage(self.folder))
         if self.asked_to_stop:
             self.checkpoints.wait()
             print(f"{self.stage}: stopped by SIGTERM, step {step} is saved", flush=True)
@@ -111,14 +113,17 @@ class StageRun:
         self.writer.last_checkpoint = step
 
 
-def is_complete(folder: Path, num_steps: int) -> bool:
-    """Whether a stage has been trained to its last step."""
-    latest = Checkpoints(folder / "checkpoints").latest_step() if folder.is_dir() else None
-    return describe_stage(folder) is not None and latest is not None and latest >= num_steps
-
-
-def open_stage(folder: Path, model: Model, parts: Parts, description: dict):
+def open_stage(folder: Path, model: Model, parts: Parts, description: dict) -> bool:
     """Begin a stage, or make sure that the one begun before can go on with these settings.
+
+    Args:
+        folder: the stage's.
+        model: what it starts from.
+        parts: the model's parameters, split.
+        description: stage, settings and num_steps.
+
+    Returns:
+        Whether there is anything to train: False when the last step has been saved.
 
     Raises:
         ValueError: a setting differs that the state or the data order depends on; it lists them.
@@ -126,6 +131,12 @@ def open_stage(folder: Path, model: Model, parts: Parts, description: dict):
     check_settings(folder, description)
     if describe_stage(folder) is None:
         begin_stage(folder, model, parts, description)
+    else:
+        update_stage(folder, description)
+    missing = missing_steps(folder)
+    if missing is None:
+        print(f"{description['stage']}: complete ({description['num_steps']} steps)", flush=True)
+    return missing is not None
 
 
 def check_settings(folder: Path, description: dict):
@@ -134,7 +145,10 @@ def check_settings(folder: Path, description: dict):
     if old is None:
         return
     differences = config_differences(old["settings"], description["settings"])
-    fixed = [d for d in differences if d.split(":")[0].split(".")[-1] not in MAY_CHANGE]
+    may_change = set(MAY_CHANGE)
+    if description["settings"].get("kl_control") == "adaptive":
+        may_change.remove("kl_coef")  # where the control began; its state has moved on
+    fixed = [d for d in differences if d.split(":")[0].split(".")[-1] not in may_change]
     if fixed:
         raise ValueError(
             f"{folder} was begun with other settings: {'; '.join(fixed)}. "

@@ -106,15 +106,14 @@ def text_scores(
         [N] float32.
     """
 
-    @jax.checkpoint
     def last_value(piece):
         values = network.apply(params, *piece)
         return jnp.take_along_axis(values, last_token_index(piece[1])[:, None], axis=1)[:, 0]
 
     if num_micro_batches == 1:
-        values = network.apply(params, inputs, mask)
-        return jnp.take_along_axis(values, last_token_index(mask)[:, None], axis=1)[:, 0]
-    return jax.lax.map(last_value, split((inputs, mask), num_micro_batches)).reshape(-1)
+        return last_value((inputs, mask))
+    pieces = split((inputs, mask), num_micro_batches)
+    return jax.lax.map(jax.checkpoint(last_value), pieces).reshape(-1)
 
 
 def reward_step(

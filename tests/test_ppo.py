@@ -12,7 +12,7 @@ from ppo_jax.advantages import gae
 from ppo_jax.distributions import token_logprobs
 from ppo_jax.partition import merge_params
 from ppo_jax.rewards import token_rewards
-from ppo_jax.rollout import response_logits
+from ppo_jax.rollout import response_outputs
 from tests import tiny
 
 ONE_STEP = tiny.recipe(num_epochs=1, num_minibatches=1)
@@ -26,7 +26,7 @@ def fixed_experience(kind):
 
 @functools.partial(tiny.jit, static_argnames="network")
 def logprobs_now(network, params, inputs, mask, tokens, temperature):
-    logits = response_logits(network, params, inputs, mask, response_length=tokens.shape[1])
+    logits = response_outputs(network, params, inputs, mask, response_length=tokens.shape[1])
     return token_logprobs(logits, tokens, temperature=temperature)
 
 
@@ -70,7 +70,7 @@ def test_the_kl_to_itself_is_zero(kind, temperature):
     @tiny.jit
     def kl(state, numbers, rollout, scores):
         length = rollout.response_mask.shape[1]
-        logits = response_logits(network, params, inputs, rollout.mask, response_length=length)
+        logits = response_outputs(network, params, inputs, rollout.mask, response_length=length)
         same = token_logprobs(logits, rollout.response_tokens, temperature=numbers.temperature)
         rollout = rollout.replace(logprobs=jnp.where(rollout.response_mask, same, 0.0))
         _, metrics = ppo.make_experience(rollout, scores, state, numbers, **run.parts)

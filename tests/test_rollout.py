@@ -9,7 +9,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from ppo_jax.distributions import token_logprobs
 from ppo_jax.networks import Network, policy_network, trunk_network
 from ppo_jax.partition import merge_params, split_params
-from ppo_jax.rollout import response_logits
+from ppo_jax.rollout import response_outputs
 from ppo_jax.structs import Prompts
 from tests import tiny
 
@@ -42,7 +42,7 @@ def roll(prompts, seed=0, start=None, sampling=None, **kwargs):
 
 @functools.partial(tiny.jit, static_argnames="network")
 def full_forward(network, params, inputs, mask, tokens, temperature):
-    logits = response_logits(network, params, inputs, mask, response_length=tokens.shape[1])
+    logits = response_outputs(network, params, inputs, mask, response_length=tokens.shape[1])
     return logits, token_logprobs(logits, tokens, temperature=temperature)
 
 
