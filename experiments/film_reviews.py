@@ -75,8 +75,8 @@ def judges(workdir: Path) -> Panel:
     gold = gold_judge(load_model(BASE_MODEL), texts[:NUM_GOLD], means[:NUM_GOLD])
     note = (
         f"ridge regression on layer {JUDGE_LAYER} of the pretrained model, fitted on {NUM_GOLD} "
-        "rated texts of its own; it shares these frozen layers with policy and reward model, and no "
-        "text, rating or trained weight"
+        "rated texts of its own; it shares these frozen layers with policy and reward model, and "
+        "no text, rating or trained weight"
     )
     return Panel(
         judges={"gold": gold} | dict(panel.judges),

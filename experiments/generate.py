@@ -14,7 +14,7 @@ from ppo_jax.rollout import Sampling
 
 PROMPTS = flags.DEFINE_multi_string("prompt", None, "What to respond to; may be repeated.")
 WORKDIR = flags.DEFINE_string("workdir", None, "A run's folder; needs --stage.")
-STAGE = flags.DEFINE_enum("stage", None, ["base", "sft", "ppo"], "Which policy of the run.")
+STAGE = flags.DEFINE_enum("stage", None, ["sft", "ppo"], "Which policy of the run.")
 MODEL = flags.DEFINE_string("model", None, "Instead: a Hugging Face folder, .gguf or hub id.")
 NUM_RESPONSES = flags.DEFINE_integer("num_responses", 1, "To each prompt.", lower_bound=1)
 LENGTH = flags.DEFINE_integer("response_length", 32, "Tokens at most.", lower_bound=1)

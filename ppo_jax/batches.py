@@ -140,25 +140,6 @@ def encode_prompts(prompts: Sequence[str], tokenizer: Any, *, max_length: int) -
     return Prompts(np.take_along_axis(tokens, columns, axis=1), columns >= 0)
 
 
-def trim_columns(
-    tokens: np.ndarray, mask: np.ndarray, *, multiple: int = MULTIPLE
-) -> tuple[np.ndarray, np.ndarray]:
-    """Cuts the columns at the right that no row of the batch uses.
-
-    Args:
-        tokens: [N, L], padded on the right.
-        mask: [N, L] bool.
-        multiple: the length that is left is a multiple of it (or L), so that a training run
-            compiles few shapes.
-
-    Returns:
-        (tokens, mask) of the same N rows.
-    """
-    used = np.flatnonzero(mask.any(axis=0))
-    length = _rounded_up(int(used[-1]) + 1 if used.size else 1, multiple)
-    return tokens[:, :length], mask[:, :length]
-
-
 def batch_indices(seed: int, step: int, *, num_examples: int, batch_size: int) -> np.ndarray:
     """The examples of one step: shuffled afresh each epoch, each example once an epoch.
 

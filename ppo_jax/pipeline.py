@@ -23,7 +23,13 @@ from ppo_jax.report import write_report
 from ppo_jax.report_summary import headlines, read_run, verdict
 from ppo_jax.runs import check_settings
 from ppo_jax.summary import summary
-from ppo_jax.workdir import prepare_workdir, read_results, write_results
+from ppo_jax.workdir import (
+    config_differences,
+    prepare_workdir,
+    read_config,
+    read_results,
+    write_results,
+)
 
 RUN = {"sft": train_sft, "reward": train_reward, "ppo": train_ppo, "evaluate": evaluate}
 
@@ -41,14 +47,16 @@ def run(settings: config_dict.ConfigDict | dict, workdir: str | Path, only: Sequ
     """
     logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it writes
     began, workdir = time.time(), Path(workdir)
-    config = fill_in_workdir(from_config_dict(settings), workdir)
+    given = from_config_dict(settings)
+    config = fill_in_workdir(given, workdir)
     stages = [stage for stage in STAGES if stage in only and getattr(config, stage) is not None]
     if not stages:
         raise ValueError(f"the config has none of the sections {list(only)}")
     for stage in stages:
         if stage != "evaluate":
             check_settings(workdir / stage, describe(stage, config, workdir))
-    prepare_workdir(workdir, dataclasses.asdict(config))
+    check_origin(workdir, dataclasses.asdict(given))
+    prepare_workdir(workdir, dataclasses.asdict(given))
     make_data(config, workdir)
     base = prepare_base(config.model, workdir / "base", config.seed)
     check_run(config, workdir, base, stages)
@@ -84,6 +92,19 @@ def run_stage(stage: str, config: Config, workdir: Path, base: str) -> bool:
     if worked:
         add_time(workdir, stage, began)
     return worked
+
+
+def check_origin(workdir: Path, config: dict):
+    """Refuse a folder whose data or base model were made from other settings."""
+    old = read_config(workdir)
+    if old is None:
+        return
+    origins = ({name: c[name] for name in ("prepare", "model", "seed")} for c in (old, config))
+    if differences := config_differences(*origins):
+        raise ValueError(
+            f"{workdir} was begun with other settings: {'; '.join(differences)}. "
+            "Set them back, or choose another workdir."
+        )
 
 
 def fill_in_workdir(settings: Any, workdir: Path) -> Any:

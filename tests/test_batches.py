@@ -142,17 +142,6 @@ def test_a_tokenizer_without_eos_and_no_text_at_all_are_refused():
         batches.encode_prompts([], PLAIN, max_length=8)
 
 
-def test_trimming_cuts_only_columns_that_no_row_uses():
-    mask = np.arange(40) < np.array([[3], [17]])
-    tokens = np.where(mask, 5, 0)
-    short_tokens, short_mask = batches.trim_columns(tokens, mask)
-    assert short_tokens.shape == short_mask.shape == (2, 24)
-    assert short_mask.sum() == mask.sum()
-    assert batches.trim_columns(tokens, mask, multiple=16)[0].shape == (2, 32)
-    assert batches.trim_columns(tokens, mask, multiple=64)[0].shape == (2, 40)
-    assert batches.trim_columns(tokens, np.zeros_like(mask))[0].shape == (2, 8)
-
-
 @pytest.mark.parametrize(("num_examples", "batch_size"), [(10, 4), (12, 4), (3, 8), (1, 1), (7, 7)])
 def test_every_example_comes_once_an_epoch(num_examples, batch_size):
     sizes = {"num_examples": num_examples, "batch_size": batch_size}

@@ -100,7 +100,7 @@ def test_validation_comes_every_so_many_steps_and_at_the_end(workdir):
 def test_config_json_holds_the_settings_and_the_versions(workdir):
     record = json.loads((workdir / "config.json").read_text())
     assert record["config"]["ppo"]["rollout_batch_size"] == 8
-    assert record["config"]["sft"]["data"] == str(workdir / "data" / "train_texts.jsonl")
+    assert record["config"]["sft"]["data"] == "{workdir}/data/train_texts.jsonl"  # may be moved
     assert record["packages"]["jax"] and "git_commit" in record
 
 
