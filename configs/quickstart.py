@@ -57,7 +57,7 @@ def default() -> config_dict.ConfigDict:
                 prompts="{workdir}/data/prompts.jsonl",
                 trainable="4",  # top layers of the policy
                 value_trainable="4",  # top layers of the critic
-                num_iterations=48,
+                num_iterations=36,
                 rollout_batch_size=64,  # episodes
                 num_epochs=1,  # passes over a rollout
                 num_minibatches=4,  # optimizer steps a pass
@@ -65,11 +65,11 @@ def default() -> config_dict.ConfigDict:
                 response_length=24,  # tokens
                 missing_eos="penalty",
                 missing_eos_score=0.2,
-                kl_coef=0.03,  # reward per nat
+                kl_coef=0.05,  # reward per nat
                 sample_every=12,  # iterations
                 save_every=12,  # iterations
-                value_learning_rate=4e-4,
-                optimizer=dict(learning_rate=4e-4, schedule="linear", warmup_steps=2),
+                value_learning_rate=3e-4,
+                optimizer=dict(learning_rate=3e-4, schedule="linear", warmup_steps=2),
             ),
             evaluate=dict(
                 prompts="{workdir}/data/test_prompts.jsonl",

@@ -31,7 +31,8 @@ def normalised(rows, key="text"):
 
 def test_the_files_are_those_that_the_configs_name(data):
     ratings = [f"{part}_ratings" for part in PARTS]
-    assert sorted(data) == sorted(["sft", "prompts", "test_prompts", *ratings])
+    names = ["sft", "prompts", "test_prompts", "vocabulary", *ratings]
+    assert sorted(data) == sorted(names)
 
 
 def test_no_text_is_in_two_parts_or_twice_in_one(data):

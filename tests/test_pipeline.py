@@ -196,7 +196,7 @@ def test_more_iterations_go_on_from_the_last_one_and_are_judged_anew(workdir, tm
     moved = tmp_path / "moved"
     shutil.copytree(workdir, moved)
     values = tiny_run.config()
-    values["ppo"].update(num_iterations=7, kl_coef=0.5, gamma=0.9)
+    values["ppo"].update(num_iterations=7, clip_range=0.3, gamma=0.9)
     values["ppo"]["optimizer"]["learning_rate"] = 5e-3
     pipeline.run(values, moved)
     printed = capsys.readouterr().out
