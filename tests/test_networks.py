@@ -10,11 +10,11 @@ from ppo_jax.networks import (
     policy_apply,
     policy_network,
     reward_network,
-    rotary_frequencies,
     trunk_network,
     value_network,
 )
 from ppo_jax.partition import stack_layers, unstack_layers
+from ppo_jax.transformer import rotary_frequencies
 from tests import tiny
 
 
