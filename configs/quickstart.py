@@ -88,12 +88,12 @@ def tiny() -> config_dict.ConfigDict:
     config.model.scratch = dict(
         vocab_size=2048, num_layers=4, embed_dim=128, num_heads=4, mlp_dim=384
     )
-    config.sft.update(trainable="all", num_epochs=1.5, batch_size=32)
+    config.sft.update(trainable="all", num_epochs=1.0, batch_size=32)
     config.sft.optimizer.learning_rate = 2e-3
-    config.reward.update(trainable="all", num_layers=0, num_epochs=2.0)
+    config.reward.update(trainable="all", num_layers=0, num_epochs=1.5, max_length=48)
     config.reward.optimizer.learning_rate = 1e-3
     config.ppo.update(trainable="all", value_trainable="all", max_prompt_length=32)
-    config.ppo.num_iterations = 40
+    config.ppo.num_iterations = 30
     config.ppo.optimizer.learning_rate = 5e-4
     config.ppo.value_learning_rate = 5e-4
     config.evaluate.judges = "film_reviews:words_as_gold"

@@ -3,7 +3,8 @@
     python experiments/rlhf.py --config=configs/verifiable.py --workdir=runs/verifiable
 
 A small model from scratch learns to write film sentences, then PPO raises the share of responses
-with "acting", "actor", "actress", "performance" or "cast" in them.
+with "acting", "actor", "actress", "performance" or "cast" in them. Two minutes on two cores; expect
+`reward/score_mean` to rise from 0.02 to 0.97 or more of 1. Seeds: --config.seed=1.
 """
 
 from ml_collections import config_dict

@@ -117,7 +117,9 @@ def words_as_gold(workdir: Path) -> Panel:
 
 
 def rated_texts(workdir: Path, part: str) -> tuple[list[str], np.ndarray]:
+    """Texts and mean ratings of a part, shuffled: the source has the kind reviews first."""
     records = load_ratings(workdir / "data" / f"{part}_ratings.jsonl")
+    records.sort(key=lambda record: stable_order(record.text))
     return [r.text for r in records], np.array([r.mean for r in records])
 
 

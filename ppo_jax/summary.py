@@ -63,8 +63,8 @@ def ppo_rows(config: Config, model: ModelConfig, params) -> list[tuple[str, str]
         ("policy trains", trained(model, params, s.trainable)),
         ("critic trains", name(s.value_trainable)),
         *memory_rows(config, model, params),
-        ("KV cache", gigabytes(cache)),
-        ("logits of a piece", gigabytes(logits)),
+        ("KV cache", size_of(cache)),
+        ("logits of a piece", size_of(logits)),
     ]
 
 
@@ -85,7 +85,7 @@ def memory_rows(config: Config, model: ModelConfig, params) -> list[tuple[str, s
         ("memory, reward model", scorer_size if s.reward_model else 0),
         ("memory, optimizer", 2 * (policy_trained + critic_trained)),
     ]
-    return [(label, gigabytes(4 * number)) for label, number in rows]
+    return [(label, size_of(4 * number)) for label, number in rows]
 
 
 def count(tree) -> int:
@@ -107,5 +107,6 @@ def name(trainable: str | int) -> str:
     return names[trainable] if trainable in names else f"the top {trainable} layers"
 
 
-def gigabytes(size: int) -> str:
-    return f"{size / 1e9:.2f} GB"
+def size_of(number: float) -> str:
+    """Bytes, in the unit that suits them."""
+    return f"{number / 1e9:.2f} GB" if number >= 1e9 else f"{number / 1e6:.1f} MB"
