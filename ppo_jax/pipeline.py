@@ -97,7 +97,8 @@ def run_stage(stage: str, config: Config, workdir: Path, base: str) -> bool:
 def check_origin(workdir: Path, config: dict):
     """Refuse a folder whose data or base model were made from other settings."""
     old = read_config(workdir)
-    if old is None:
+    made = any((workdir / name).is_dir() for name in ("data", "base"))
+    if old is None or not made:  # a start that failed before it made anything binds nobody
         return
     origins = ({name: c[name] for name in ("prepare", "model", "seed")} for c in (old, config))
     if differences := config_differences(*origins):
