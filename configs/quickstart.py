@@ -18,7 +18,7 @@ from ppo_jax.config import with_defaults
 
 
 def get_config(variant: str = "default") -> config_dict.ConfigDict:
-    variants = {"default": default, "tiny": tiny}
+    variants = {"default": default, "tiny": tiny, "validation": validation}
     if variant not in variants:
         raise ValueError(f"unknown variant {variant!r}; choose from {sorted(variants)}")
     return variants[variant]()
@@ -47,10 +47,10 @@ def default() -> config_dict.ConfigDict:
             reward=dict(
                 data="{workdir}/data/train_ratings.jsonl",
                 format="ratings",
-                validation_data="{workdir}/data/test_ratings.jsonl",
+                validation_data="{workdir}/data/validation_ratings.jsonl",
                 num_layers=22,  # middle layers judge better than top ones
                 trainable="4",  # top layers of those
-                num_epochs=2.0,  # passes over the data
+                num_epochs=3.0,  # passes over the data
                 batch_size=32,  # texts
                 pairs_per_batch=256,  # comparisons drawn among them
                 max_length=40,  # tokens
@@ -78,12 +78,22 @@ def default() -> config_dict.ConfigDict:
             ),
             evaluate=dict(
                 prompts="{workdir}/data/test_prompts.jsonl",
+                ratings="{workdir}/data/test_ratings.jsonl",
                 judges="film_reviews:judges",
                 num_prompts=256,
                 batch_size=64,
             ),
         )
     )
+
+
+def validation() -> config_dict.ConfigDict:
+    """The default, judged on the validation part: to choose settings by. The test part stays for
+    the figures of the settings that were chosen."""
+    config = default()
+    config.evaluate.prompts = "{workdir}/data/validation_prompts.jsonl"
+    config.evaluate.ratings = "{workdir}/data/validation_ratings.jsonl"
+    return config
 
 
 def tiny() -> config_dict.ConfigDict:

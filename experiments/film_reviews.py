@@ -4,8 +4,9 @@
 ICWSM 2014). The policy is given the first words of a sentence and completes it; the reward model
 learns from comparisons of single human ratings. It is the sentiment task of Ziegler et al. 2019.
 
-The sentences fall into three parts by their text: `train` for fine-tuning, the reward model and
-PPO's prompts; `judge` for the judges alone; `test` for unseen pairs and prompts.
+The sentences fall into four parts by their text: `train` for fine-tuning, the reward model and
+PPO's prompts; `judge` for the judges alone; `validation` for unseen pairs and prompts to choose
+settings by; `test` for the figures of the chosen ones.
 """
 
 import functools
@@ -16,7 +17,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from ppo_jax.batches import Texts, encode_texts
+from ppo_jax.batches import Texts, encode_all
 from ppo_jax.data import RatedText, load_ratings, split_by_text, write_jsonl
 from ppo_jax.evaluate import Panel
 from ppo_jax.inputs import TRUNK_BATCH, batch_width, on_device
@@ -28,7 +29,7 @@ from ppo_jax.sources import film_ratings
 
 BASE_MODEL = "package:smollm2-135m-instruct"
 OTHER_SETS = ("amazonReviewSnippets", "tweets")  # product reviews and tweets, rated alike
-PARTS = {"train": 0.5, "judge": 0.4, "test": 0.1}
+PARTS = {"train": 0.5, "judge": 0.3, "test": 0.1, "validation": 0.1}
 SPLIT_SEED = 2014
 PROMPT_WORDS = 4
 WORDS = (8, 24)  # of a text to imitate: whole sentences that fit into a short response
@@ -45,9 +46,6 @@ def prepare(folder: Path):
     parts = split_by_text(film_ratings(), PARTS, seed=SPLIT_SEED)
     train = [r for r in parts["train"] if WORDS[0] <= len(r.text.split()) <= WORDS[1]]
     prompts = sorted({first_words(r) for r in train}, key=stable_order)
-    unseen = {first_words(r) for r in parts["test"] if len(r.text.split()) >= WORDS[0]}
-    seen = {prompt.casefold() for prompt in prompts}
-    unseen = sorted((p for p in unseen if p.casefold() not in seen), key=stable_order)
     write_jsonl(folder / "sft.jsonl", [{"text": r.text} for r in train])
     others = [r for name in OTHER_SETS for r in film_ratings(name)]
     texts = [{"text": r.text} for r in parts["train"] + others]
@@ -56,7 +54,12 @@ def prepare(folder: Path):
         rows = [{"text": r.text, "ratings": list(r.ratings)} for r in records]
         write_jsonl(folder / f"{part}_ratings.jsonl", rows)
     write_jsonl(folder / "prompts.jsonl", [{"prompt": p} for p in prompts])
-    write_jsonl(folder / "test_prompts.jsonl", [{"prompt": p} for p in unseen])
+    seen = {prompt.casefold() for prompt in prompts}
+    for part in ("test", "validation"):
+        unseen = {first_words(r) for r in parts[part] if len(r.text.split()) >= WORDS[0]}
+        unseen = sorted((p for p in unseen if p.casefold() not in seen), key=stable_order)
+        write_jsonl(folder / f"{part}_prompts.jsonl", [{"prompt": p} for p in unseen])
+        seen |= {prompt.casefold() for prompt in unseen}
 
 
 def first_words(record: RatedText) -> str:
@@ -141,7 +144,7 @@ def make_trunk(model: Model):
 
 def hidden_features(model: Model, trunk, texts: list[str]) -> np.ndarray:
     """[N, 2 D]: the mean over a text's tokens, and the state of its last token."""
-    rows = encode_texts(texts, model.tokenizer, max_length=model.config.max_length)
+    rows = encode_all(texts, model.tokenizer, max_length=model.config.max_length)
     lengths = rows.mask.sum(axis=1)
     features = np.zeros((len(texts), 2 * model.config.embed_dim), np.float32)
     order = np.argsort(lengths, kind="stable")

@@ -1,4 +1,4 @@
-"""Responses of a stage's policy, or of any model, to a prompt.
+"""Responses of a stage's policy, or of any model, to a prompt, each after its prompt and a bar.
 
 python experiments/generate.py --workdir=runs/quickstart --stage=ppo --prompt="The film is"
 python experiments/generate.py --model=package:smollm2-135m-instruct --prompt="Paris is"
@@ -6,8 +6,9 @@ python experiments/generate.py --model=package:smollm2-135m-instruct --prompt="P
 
 import pathlib
 
-from absl import app, flags, logging
+from absl import flags, logging
 
+from ppo_jax import cli
 from ppo_jax.generation import generate, stop_ids
 from ppo_jax.models import load_model
 from ppo_jax.rollout import Sampling
@@ -27,13 +28,11 @@ SEED = flags.DEFINE_integer("seed", 0, "Of the sampling.")
 
 def policy_path() -> str:
     if bool(MODEL.value) == bool(WORKDIR.value and STAGE.value):
-        raise app.UsageError("give either --model, or --workdir and --stage")
+        raise ValueError("give either --model, or --workdir and --stage")
     return MODEL.value or str(pathlib.Path(WORKDIR.value) / STAGE.value)
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}")
+def main():
     logging.set_verbosity(logging.WARNING)
     model = load_model(policy_path())
     prompts = [p for p in PROMPTS.value for _ in range(NUM_RESPONSES.value)]
@@ -59,4 +58,4 @@ def main(argv):
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("prompt")
-    app.run(main)
+    cli.run(main)

@@ -9,6 +9,13 @@ import importlib
 
 from ppo_jax.advantages import gae, whiten
 from ppo_jax.distributions import entropy, sample, token_logprobs
+from ppo_jax.experience import (
+    PPONetworks,
+    Recipe,
+    make_experience,
+    response_scores,
+    sample_responses,
+)
 from ppo_jax.kl import adaptive_kl_coef, kl_estimate
 from ppo_jax.losses import (
     clipped_policy_loss,
@@ -31,18 +38,7 @@ from ppo_jax.networks import (
 )
 from ppo_jax.optimizer import apply_gradients, init_optimizer, schedule
 from ppo_jax.partition import merge_params, split_params
-from ppo_jax.ppo import (
-    PPONetworks,
-    Recipe,
-    experience_loss,
-    init_ppo,
-    learn,
-    make_experience,
-    ppo_iteration,
-    ppo_update,
-    response_scores,
-    sample_responses,
-)
+from ppo_jax.ppo import experience_loss, init_ppo, learn, ppo_iteration, ppo_update
 from ppo_jax.rewards import missing_eos_scores, token_rewards
 from ppo_jax.rollout import Sampling, response_outputs, rollout
 from ppo_jax.steps import (

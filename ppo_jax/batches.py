@@ -10,9 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ppo_jax.data import Demonstration, Preference
+from ppo_jax.structs import Prompts
 
 MULTIPLE = 8  # tokens: lengths are rounded up to it, which bounds the number of compiled shapes
 
@@ -26,14 +29,6 @@ class Texts:
     loss_mask: np.ndarray  # [N, L] bool, True on the tokens to predict
     records: np.ndarray  # [N] int64, which of the given records the row is made from
     num_dropped: int  # records left out because they are longer than max_length
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """N tokenised prompts, padded on the left."""
-
-    tokens: np.ndarray  # [N, P] int32, 0 where mask is False
-    mask: np.ndarray  # [N, P] bool
 
 
 def encode_demonstrations(
@@ -84,6 +79,22 @@ def encode_texts(
     return encode_demonstrations(
         demonstrations, tokenizer, max_length=max_length, append_eos=append_eos
     )
+
+
+def encode_all(texts: Sequence[str], tokenizer: Any, *, max_length: int) -> Texts:
+    """`encode_texts` with a row for each text.
+
+    Raises:
+        ValueError: no text, or one that is too long.
+    """
+    rows = encode_texts(texts, tokenizer, max_length=max_length)
+    if rows.num_dropped:
+        first = min(set(range(len(texts))) - set(rows.records.tolist()))
+        raise ValueError(
+            f"texts must have at most {max_length} tokens, got {rows.num_dropped} longer ones, the "
+            f"first of them {texts[first][:40]!r}..."
+        )
+    return rows
 
 
 def encode_preferences(
@@ -137,7 +148,12 @@ def encode_prompts(prompts: Sequence[str], tokenizer: Any, *, max_length: int) -
     tokens, mask = _padded(rows, max_length)
     # Roll each row's padding from its right end to its left.
     columns = np.arange(tokens.shape[1]) - (~mask).sum(axis=1, keepdims=True)
-    return Prompts(np.take_along_axis(tokens, columns, axis=1), columns >= 0)
+    return Prompts(tokens=np.take_along_axis(tokens, columns, axis=1), mask=columns >= 0)
+
+
+def take_prompts(prompts: Prompts, rows: np.ndarray) -> Prompts:
+    """Some of the prompts, on the device. All have one width: one compiled program."""
+    return jax.tree.map(lambda x: jnp.asarray(x[rows]), prompts)
 
 
 def batch_indices(seed: int, step: int, *, num_examples: int, batch_size: int) -> np.ndarray:

@@ -3,24 +3,29 @@
 A folder of checkpoints holds one folder a step, named by its number. Orbax writes a step under a
 temporary name and renames it when all of it is on disk, so a folder named by a number alone was
 complete once; one with Orbax's mark in its name was being written, or removed, as a process ended.
+Orbax has no checksums of what arrays hold, so a step gets those of its files as soon as it is
+complete, and is compared with them before it is read.
 """
 
-import json
-import os
+import contextlib
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from flax.traverse_util import unflatten_dict
 from orbax.checkpoint import v1 as ocp
 
+from ppo_jax.checksums import verify_checksums, write_checksums
+from ppo_jax.leaves import abstract, detach, differences, named_leaves
+
+T = TypeVar("T")
 UNFINISHED = ".orbax-checkpoint-tmp"
-FILES = "files.json"  # our list of a checkpoint's files and their sizes
 STEP_FOLDER = re.compile(rf"(\d+)({re.escape(UNFINISHED)}.*)?")
 
 
@@ -39,7 +44,8 @@ class Checkpoints:
         self.keep = keep
         self._broken: set[int] = set()  # steps that could not be read
         self._verified: int | None = None  # the newest step that was restored or saved
-        self._saving: tuple[int, Any] | None = None  # step and Orbax's response
+        self._saving: tuple[int, Future] | None = None  # step, and what ends when it is on disk
+        self._background = ThreadPoolExecutor(max_workers=1)
 
     def save(self, step: int, state: Any, metadata: dict[str, Any] | None = None) -> None:
         """Start to save a state, and return as soon as its buffers may be donated.
@@ -63,7 +69,8 @@ class Checkpoints:
         if later:
             have = f"step {step} cannot be saved in {self.directory}: it holds steps {later}."
             raise ValueError(f"{have} Restore them first, or choose another workdir.")
-        tree = unflatten_dict({k: _detached(k, x) for k, x in _named(state).items()}, sep="/")
+        # Named, so that a state is saved under the same paths whatever its nodes are made of.
+        tree = unflatten_dict(named_leaves(detach(state)), sep="/")
         # Orbax's transfer to the host is implicit; a caller's guard is for the caller's code.
         with jax.transfer_guard("allow"):
             response = ocp.save_async(
@@ -72,53 +79,56 @@ class Checkpoints:
                 overwrite=True,  # only a broken step can be in the way
                 custom_metadata={"step": step, "metadata": metadata or {}},
             )
-        self._saving = (step, response)
+        self._saving = (step, self._background.submit(self._finish, step, response))
+
+    def _finish(self, step: int, response: Any) -> None:
+        response.result()
+        # A process killed in between leaves a complete step without checksums, which is read as is.
+        if jax.process_index() == 0:
+            write_checksums(self.directory / str(step))
 
     def restore(self, example: Any) -> tuple[Any, int, dict[str, Any]] | None:
-        """Load the newest complete step; one that is half-written or broken is named in a warning.
+        """Load the newest step that is whole; a half-written or damaged one is named in a warning.
 
         Args:
             example: the state's structure: arrays or `jax.ShapeDtypeStruct`s. Shardings are
                 respected; a leaf without one goes to the first device.
 
         Returns:
-            (state, step, metadata) with dtypes and bits as saved, or None when nothing can be read.
+            (state, step, metadata) with dtypes and bits as saved, or None when no step was ever
+            complete.
 
         Raises:
-            ValueError: the checkpoint's paths, shapes or dtypes are not those of the example.
+            ValueError: the checkpoint's paths, shapes or dtypes are not those of the example, or
+                all complete steps are damaged.
         """
+
+        def read(step: int, path: Path) -> tuple[Any, dict[str, Any]]:
+            saved, metadata = _read_metadata(path, step)
+            if lines := differences(saved, example):
+                unfit = f"checkpoint {path} does not fit this run's state:"
+                raise _Mismatch("\n  ".join([unfit, *lines]))
+            return _load_like(path, example), metadata
+
         self.wait()
-        for step, path in _newest_first(self.directory):
-            try:
-                saved, metadata = _read_metadata(path, step)
-                _check_same_structure(path, saved, example)
-                state = _load_like(path, example)
-            except (_Mismatch, MemoryError, jax.errors.JaxRuntimeError):
-                raise  # the checkpoint may be whole: passing it over would lose work
-            except Exception as error:  # Orbax has no common error for damaged files
-                self._broken.add(step)
-                warnings.warn(f"passed over checkpoint {path}: {_reason(error)}", stacklevel=2)
-                continue
-            self._verified = step
-            return state, step, metadata
-        return None
+        found = _newest_readable(self.directory, read)
+        if found is None:
+            return None
+        self._verified, (state, metadata) = found
+        self._broken.update(step for step in self._complete_steps() if step > self._verified)
+        return state, self._verified, metadata
 
     def latest_step(self) -> int | None:
         """The newest step, complete by its name and not found broken; None if there is none."""
         return max(self._complete_steps(), default=None)
 
     def readable_step(self) -> int | None:
-        """The newest step whose files are all there; None if there is none.
+        """The newest step whose files are as they were written; None if none was ever complete.
 
-        One that is half-written or broken is named in a warning, as by `restore`.
+        Warns and raises as `restore` does.
         """
-        for step, path in _newest_first(self.directory):
-            try:
-                _read_metadata(path, step)
-                return step
-            except Exception as error:  # as in `restore`
-                warnings.warn(f"passed over checkpoint {path}: {_reason(error)}", stacklevel=2)
-        return None
+        found = _newest_readable(self.directory, lambda step, path: _read_metadata(path, step))
+        return None if found is None else found[0]
 
     def wait(self) -> None:
         """Wait until the last `save` is on disk, and drop what `keep` no longer covers.
@@ -127,12 +137,11 @@ class Checkpoints:
         """
         if self._saving is None:
             return
-        (step, response), self._saving = self._saving, None
-        response.result()
+        (step, finished), self._saving = self._saving, None
+        finished.result()
         self._verified = step
         self._broken.discard(step)
         if jax.process_index() == 0:
-            _list_files(self.directory / str(step))
             self._remove_old()
 
     def close(self) -> None:
@@ -165,23 +174,23 @@ def load_checkpoint_item(directory: str | Path, name: str, step: int | None = No
         The field as nested dicts of numpy arrays (tuples are dicts with keys "0", "1" ...).
 
     Raises:
-        ValueError: there is no such checkpoint, or no such field in it.
+        ValueError: there is no such checkpoint, it is damaged, or there is no such field in it.
     """
+
+    def read(step: int, path: Path) -> Any:
+        saved, _ = _read_metadata(path, step)
+        if name not in saved:
+            raise _Mismatch(f"no field {name!r} in {path}; it holds {sorted(saved)}.")
+        return _load_as_numpy(path, {name: saved[name]})[name]
+
     directory = Path(directory).absolute()
-    candidates = [(step, directory / str(step))] if step is not None else _newest_first(directory)
-    for number, path in candidates:
-        try:
-            saved, _ = _read_metadata(path, number)
-            if name not in saved:
-                raise _Mismatch(f"no field {name!r} in {path}; it holds {sorted(saved)}.")
-            return _load_as_numpy(path, {name: saved[name]})[name]
-        except (_Mismatch, MemoryError):
-            raise
-        except Exception as error:  # as in `Checkpoints.restore`
-            if step is not None:
-                raise ValueError(f"checkpoint {path} cannot be read: {_reason(error)}") from error
-            warnings.warn(f"passed over checkpoint {path}: {_reason(error)}", stacklevel=2)
-    raise ValueError(f"no complete checkpoint in {directory}.")
+    if step is not None:
+        with _damage_named(f"checkpoint {directory / str(step)}"):
+            return read(step, directory / str(step))
+    found = _newest_readable(directory, read)
+    if found is None:
+        raise ValueError(f"no complete checkpoint in {directory}.")
+    return found[1]
 
 
 def save_params(path: str | Path, params: Any) -> None:
@@ -191,12 +200,11 @@ def save_params(path: str | Path, params: Any) -> None:
         path: the folder.
         params: nested dicts with string keys, of jax or numpy arrays.
     """
-    path = Path(path).absolute()
-    tree = jax.tree_util.tree_map_with_path(lambda keys, x: _detached(_name(keys), x), params)
+    path, tree = Path(path).absolute(), detach(params)
     with jax.transfer_guard("allow"):
         ocp.save(path, tree, overwrite=True, custom_metadata={"step": None, "metadata": {}})
     if jax.process_index() == 0:
-        _list_files(path)
+        write_checksums(path)
 
 
 def load_params(path: str | Path) -> Any:
@@ -208,39 +216,12 @@ def load_params(path: str | Path) -> Any:
     path = Path(path).absolute()
     if not path.is_dir():
         raise ValueError(f"no params in {path}: the folder does not exist.")
-    try:
+    with _damage_named(f"params in {path}"):
         return _load_as_numpy(path, _read_metadata(path, None)[0])
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise ValueError(f"params in {path} cannot be read: {_reason(error)}") from error
 
 
 class _Mismatch(ValueError):
     """The checkpoint is whole, but not what the caller asks for: never a reason to pass it over."""
-
-
-def _name(path: tuple[Any, ...]) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def _named(tree: Any) -> dict[str, Any]:
-    """{"opt_state/0/mu/kernel": leaf, ...} in the order of the tree's leaves."""
-    return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def _detached(name: str, leaf: Any) -> Any:
-    """The leaf in memory of its own, where Orbax would write from the buffer that a step donates.
-
-    On CPU the host's view of an array is the array itself. Elsewhere Orbax has copied it to the
-    host when `save_async` returns; a copy on the device would cost memory for nothing.
-    """
-    if isinstance(leaf, jax.Array):
-        on_cpu = next(iter(leaf.sharding.device_set)).platform == "cpu"
-        return leaf.copy() if on_cpu else leaf
-    if isinstance(leaf, np.ndarray | np.generic):
-        return np.array(leaf)
-    raise ValueError(f"{name or 'the state'} must be an array to be saved, got {type(leaf)}.")
 
 
 def _step_folders(directory: Path) -> list[tuple[int, Path]]:
@@ -250,13 +231,39 @@ def _step_folders(directory: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for match, path in matches if match)
 
 
-def _newest_first(directory: Path) -> Iterator[tuple[int, Path]]:
-    """(step, folder) that were complete once; the unfinished ones met on the way are named."""
+def _newest_readable(directory: Path, read: Callable[[int, Path], T]) -> tuple[int, T] | None:
+    """The newest step and what `read(step, folder)` gives for it; None if none was ever complete.
+
+    Warns of every newer step, by name. Raises ValueError when all complete steps are damaged: to
+    begin again as if there were none would lose them without a word.
+    """
+    damaged = []
     for step, path in reversed(_step_folders(directory)):
         if not path.name.isdigit():
             warnings.warn(f"passed over {path}: it was not written to its end.", stacklevel=3)
             continue
-        yield step, path
+        try:
+            return step, read(step, path)
+        except (_Mismatch, MemoryError, jax.errors.JaxRuntimeError):
+            raise  # the checkpoint may be whole: passing it over would lose work
+        except Exception as error:  # Orbax has no common error for damaged files
+            damaged.append(f"  {step}: {_reason(error)}")
+            warnings.warn(f"passed over checkpoint {path}: {_reason(error)}", stacklevel=3)
+    if damaged:
+        lines = [f"none of the checkpoints in {directory} can be read:", *damaged]
+        lines += ["Mend one from a copy, or move the folder away to begin again."]
+        raise ValueError("\n".join(lines))
+    return None
+
+
+@contextlib.contextmanager
+def _damage_named(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (_Mismatch, MemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(f"{what} cannot be read: {_reason(error)}") from error
 
 
 def _reason(error: Exception) -> str:
@@ -265,7 +272,7 @@ def _reason(error: Exception) -> str:
 
 def _read_metadata(path: Path, step: int | None) -> tuple[dict[str, Any], dict[str, Any]]:
     """(the tree of what was saved, with shapes and dtypes; the caller's metadata)."""
-    _check_files(path)
+    verify_checksums(path)
     found = ocp.metadata(path)
     own = found.custom_metadata
     # Orbax logs what it could not read, and returns None in its place.
@@ -274,52 +281,11 @@ def _read_metadata(path: Path, step: int | None) -> tuple[dict[str, Any], dict[s
     return found.metadata, own["metadata"]
 
 
-def _list_files(path: Path) -> None:
-    files = [file for file in path.rglob("*") if file.is_file()]
-    sizes = {str(file.relative_to(path)): file.stat().st_size for file in files}
-    (path / f"{FILES}.tmp").write_text(json.dumps(sizes))
-    os.replace(path / f"{FILES}.tmp", path / FILES)
-
-
-def _check_files(path: Path) -> None:
-    """Name a lost or shortened file before Orbax starts many reads, of which each may fail.
-
-    The list is written after Orbax has committed: a process killed in between leaves a complete
-    checkpoint without it, and then Orbax's own errors must do.
-    """
-    if not (path / FILES).exists():
-        return
-    for name, size in json.loads((path / FILES).read_text()).items():
-        found = (path / name).stat().st_size if (path / name).exists() else "none"
-        if found != size:
-            raise OSError(f"{name} should have {size} bytes, found {found}.")
-
-
-def _check_same_structure(path: Path, saved: Any, example: Any) -> None:
-    saved, expected = (
-        {name: f"{tuple(leaf.shape)} {np.dtype(leaf.dtype)}" for name, leaf in _named(tree).items()}
-        for tree in (saved, example)
-    )
-    lines = [
-        f"  {name}: saved {saved.get(name, 'nothing')}, expected {expected.get(name, 'nothing')}"
-        for name in {**expected, **saved}
-        if saved.get(name) != expected.get(name)
-    ]
-    if lines:
-        raise _Mismatch("\n".join([f"checkpoint {path} does not fit this run's state:", *lines]))
-
-
 def _load_like(path: Path, example: Any) -> Any:
-    abstract = {name: _abstract(leaf) for name, leaf in _named(example).items()}
+    wanted = named_leaves(jax.tree.map(abstract, example))
     with jax.transfer_guard("allow"):
-        loaded = _named(ocp.load(path, unflatten_dict(abstract, sep="/")))
-    return jax.tree.unflatten(jax.tree.structure(example), [loaded[name] for name in abstract])
-
-
-def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-    sharding = getattr(leaf, "sharding", None)
-    sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        loaded = named_leaves(ocp.load(path, unflatten_dict(wanted, sep="/")))
+    return jax.tree.unflatten(jax.tree.structure(example), [loaded[name] for name in wanted])
 
 
 def _load_as_numpy(path: Path, saved: Any) -> Any:

@@ -5,39 +5,21 @@ global. A section that is None means that the stage is not part of the run.
 """
 
 import dataclasses
-import math
-import types
-import typing
-from typing import Any
 
 from ml_collections import config_dict
 
 from ppo_jax.optimizer import SCHEDULES
+from ppo_jax.typed import Check, Limit, build, filled_in
 
 STAGES = ("sft", "reward", "ppo", "evaluate")
-UNBOUNDED = ("max_grad_norm", "hidden_cache_gb")  # limits: inf is none
 
 
-def require(holds: bool, field: str, got: Any, rule: str):
-    """Raise the one kind of error that a wrong setting gives."""
-    if not holds:
-        raise ValueError(f"{field} must be {rule}, got {got!r}")
-
-
-def require_positive(settings: Any, section: str, *fields: str):
+def check_trainable(check: Check, *fields: str):
     for field in fields:
-        require(getattr(settings, field) > 0, f"{section}.{field}", getattr(settings, field), "> 0")
-
-
-def require_choice(settings: Any, section: str, field: str, choices: tuple):
-    value = getattr(settings, field)
-    require(value in choices, f"{section}.{field}", value, f"one of {list(choices)}")
-
-
-def require_trainable(value: str | int, field: str):
-    is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-    rule = "'all', 'head' or a number of top layers >= 1"
-    require(is_count or value in ("all", "head"), field, value, rule)
+        value = getattr(check.settings, field)
+        is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        rule = "'all', 'head' or a number of top layers >= 1"
+        check.that(is_count or value in ("all", "head"), field, rule)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,11 +34,10 @@ class ScratchSettings:
     max_length: int = 128  # tokens, prompt and response together
 
     def __post_init__(self):
-        require_positive(self, "model.scratch", *(f.name for f in dataclasses.fields(self)))
-        rule = f"a multiple of 2 x num_heads ({2 * self.num_heads})"
-        divides = self.embed_dim % (2 * self.num_heads) == 0
-        require(divides, "model.scratch.embed_dim", self.embed_dim, rule)
-        require(self.vocab_size >= 300, "model.scratch.vocab_size", self.vocab_size, ">= 300")
+        check = Check(self, "model.scratch")
+        check.each("> 0", *(field.name for field in dataclasses.fields(self)))
+        check.multiple("embed_dim", 2 * self.num_heads, "2 x num_heads")
+        check.that(self.vocab_size >= 300, "vocab_size", ">= 300")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,12 +56,10 @@ class ModelSettings:
                 f"model needs either a path or a scratch section, got path={self.path!r} and "
                 f"scratch={self.scratch!r}"
             )
-        require_choice(self, "model", "dtype", ("float32", "bfloat16", "float16"))
-        if self.scratch and not self.vocabulary_data:
-            raise ValueError(
-                "model.vocabulary_data must name the texts to train the tokenizer of "
-                "model.scratch on, got ''"
-            )
+        check = Check(self, "model")
+        check.choice("dtype", "float32", "bfloat16", "float16")
+        texts = "the JSONL of texts to train the tokenizer of model.scratch on"
+        check.that(bool(self.vocabulary_data or not self.scratch), "vocabulary_data", texts)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,7 +70,7 @@ class OptimizerSettings:
     schedule: str = "cosine"  # or "linear", "constant"
     warmup_steps: int = 0  # steps from a tenth of the learning rate to all of it
     final_fraction: float = 0.0  # of the learning rate, at the last step
-    max_grad_norm: float = 1.0  # over all trained parameters; inf is off
+    max_grad_norm: Limit = 1.0  # over all trained parameters; inf is off
     weight_decay: float = 0.0  # decoupled, per step and times the learning rate
     b1: float = 0.9  # decay a step of the mean gradient
     b2: float = 0.999  # decay a step of the mean squared gradient
@@ -100,16 +79,12 @@ class OptimizerSettings:
 
 def check_optimizer(settings: OptimizerSettings, section: str):
     """Checked by the stage that it belongs to: several have one, and the message says which."""
-    require_choice(settings, section, "schedule", SCHEDULES)
-    require_positive(settings, section, "max_grad_norm", "eps")
-    for field in ("learning_rate", "warmup_steps", "weight_decay"):
-        value = getattr(settings, field)
-        require(value >= 0, f"{section}.{field}", value, ">= 0")
-    for field in ("b1", "b2"):
-        value = getattr(settings, field)
-        require(0 <= value < 1, f"{section}.{field}", value, "in [0, 1)")
-    f = settings.final_fraction
-    require(0 <= f <= 1, f"{section}.final_fraction", f, "in [0, 1]")
+    check = Check(settings, section)
+    check.choice("schedule", *SCHEDULES)
+    check.each("> 0", "max_grad_norm", "eps")
+    check.each(">= 0", "learning_rate", "warmup_steps", "weight_decay")
+    check.each("in [0, 1)", "b1", "b2")
+    check.each("in [0, 1]", "final_fraction")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,12 +100,12 @@ class SFTSettings:
     batch_size: int = 32  # texts a step
     num_micro_batches: int = 1  # pieces of a batch in memory one after the other
     max_length: int = 512  # tokens; longer texts are left out and counted
-    hidden_cache_gb: float = 4.0  # frozen layers' states are kept for all texts up to this size
+    hidden_cache_gb: Limit = 4.0  # frozen layers' states are kept for all texts up to this size
     eval_every: int = 50  # steps between validations
     save_every: int = 100  # steps between checkpoints
 
     def __post_init__(self):
-        check_training(self, "sft")
+        check_training(self, Check(self, "sft"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -144,43 +119,38 @@ class RewardSettings:
     validation_data: str = ""  # JSONL; "" holds out validation_fraction of the data
     validation_fraction: float = 0.05  # of the data's texts
     num_layers: int = 0  # keep the lowest N layers of the model it starts from; 0 keeps all
-    reference_data: str = (
-        ""  # JSONL of texts that shall score 0 on average; "" is the held-out data
-    )
+    reference_data: str = ""  # JSONL of texts to score 0 on average; "" is the held-out data
     trainable: str | int = "all"  # "all", a number of top layers such as "4", or "head"
     num_epochs: float = 1.0  # passes over the data; more than one soon overfits
     batch_size: int = 64  # texts a step; a pair is two texts
     pairs_per_batch: int = 256  # ratings only: comparisons drawn among the texts of a batch
     num_micro_batches: int = 1  # pieces of a batch in memory one after the other
     max_length: int = 512  # tokens; longer texts are left out and counted
-    hidden_cache_gb: float = 4.0  # frozen layers' states are kept for all texts up to this size
+    hidden_cache_gb: Limit = 4.0  # frozen layers' states are kept for all texts up to this size
     eval_every: int = 50  # steps between validations
     save_every: int = 100  # steps between checkpoints
 
     def __post_init__(self):
-        check_training(self, "reward")
-        require_choice(self, "reward", "format", ("preferences", "ratings"))
-        require_positive(self, "reward", "pairs_per_batch")
-        require(self.num_layers >= 0, "reward.num_layers", self.num_layers, ">= 0")
-        require(self.batch_size >= 2, "reward.batch_size", self.batch_size, ">= 2")
-        if self.format == "preferences":
-            require(self.batch_size % 2 == 0, "reward.batch_size", self.batch_size, "even (pairs)")
+        check = Check(self, "reward")
+        check_training(self, check)
+        check.choice("format", "preferences", "ratings")
+        check.each("> 0", "pairs_per_batch")
+        check.each(">= 0", "num_layers")
+        check.that(self.batch_size >= 2, "batch_size", ">= 2")
+        is_even = self.batch_size % 2 == 0
+        check.that(is_even or self.format == "ratings", "batch_size", "even (pairs)")
 
 
-def check_training(settings: SFTSettings | RewardSettings, section: str):
+def check_training(settings: SFTSettings | RewardSettings, check: Check):
     """What the two kinds of training on texts have in common."""
-    check_optimizer(settings.optimizer, f"{section}.optimizer")
-    fields = ("num_epochs", "batch_size", "num_micro_batches", "max_length")
-    require_positive(settings, section, *fields, "eval_every", "save_every")
-    require_trainable(settings.trainable, f"{section}.trainable")
-    require(bool(settings.data), f"{section}.data", settings.data, "the path of a JSONL file")
-    fraction = settings.validation_fraction
-    require(0 < fraction < 1, f"{section}.validation_fraction", fraction, "in (0, 1)")
-    cache_gb = settings.hidden_cache_gb
-    require(cache_gb >= 0, f"{section}.hidden_cache_gb", cache_gb, ">= 0")
-    rule = f"a multiple of num_micro_batches ({settings.num_micro_batches})"
-    divides = settings.batch_size % settings.num_micro_batches == 0
-    require(divides, f"{section}.batch_size", settings.batch_size, rule)
+    check_optimizer(settings.optimizer, f"{check.prefix}optimizer")
+    check.each("> 0", "num_epochs", "batch_size", "num_micro_batches", "max_length")
+    check.each("> 0", "eval_every", "save_every")
+    check.each(">= 0", "hidden_cache_gb")
+    check.each("in (0, 1)", "validation_fraction")
+    check_trainable(check, "trainable")
+    check.that(bool(settings.data), "data", "the path of a JSONL file")
+    check.multiple("batch_size", settings.num_micro_batches, "num_micro_batches")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -193,6 +163,8 @@ class PPOSettings:
     init_from: str = "sft"  # the policy: a stage of this workdir, "base", a stage folder or a model
     reward_model: str = "reward"  # a stage of this workdir or a stage folder; "" with a function
     reward_function: str = ""  # "module:function": (prompts, responses) -> one number a response
+    critic_init_from: str = ""  # "reward_model", or "policy": its body and a head of zeros; "" is
+    # the reward model, or the policy where a function gives the scores
     trainable: str | int = "all"  # "all", a number of top layers such as "4", or "head"
     value_trainable: str | int = "all"  # the same for the critic
 
@@ -220,6 +192,7 @@ class PPOSettings:
     gamma: float = 1.0  # discount a token
     gae_lambda: float = 0.95  # 0 is one-step differences, 1 the whole return
     clip_range: float = 0.2  # of the probability ratio, around 1
+    clip_range_high: float = 0.0  # of the probability ratio, above 1; 0 is the same as clip_range
     value_clip_range: float = 0.2  # of the critic's change, in units of reward
     vf_coef: float = 0.1  # weight of the value loss; Adam divides it out but for max_grad_norm
     entropy_coef: float = 0.0  # weight of the entropy, per nat
@@ -229,36 +202,33 @@ class PPOSettings:
     save_every: int = 20  # iterations between checkpoints
 
     def __post_init__(self):
-        require_positive(
-            self,
-            "ppo",
-            *("num_iterations", "rollout_batch_size", "num_epochs", "num_minibatches"),
-            *("num_micro_batches", "max_prompt_length", "response_length", "temperature"),
-            *("target_kl", "kl_horizon", "value_clip_range", "sample_every", "save_every"),
-        )
+        check = Check(self, "ppo")
         check_optimizer(self.optimizer, "ppo.optimizer")
-        for field in ("kl_coef", "vf_coef", "entropy_coef", "value_learning_rate", "top_k"):
-            require(getattr(self, field) >= 0, f"ppo.{field}", getattr(self, field), ">= 0")
-        for field in ("gamma", "gae_lambda", "min_p"):
-            value = getattr(self, field)
-            require(0 <= value <= 1, f"ppo.{field}", value, "in [0, 1]")
-        require(0 < self.clip_range < 1, "ppo.clip_range", self.clip_range, "in (0, 1)")
-        require(0 < self.top_p <= 1, "ppo.top_p", self.top_p, "in (0, 1]")
-        require(self.num_samples >= 0, "ppo.num_samples", self.num_samples, ">= 0")
-        require_choice(self, "ppo", "missing_eos", ("keep", "penalty", "replace"))
-        require_choice(self, "ppo", "kl_estimator", ("k1", "k2", "k3"))
-        require_choice(self, "ppo", "kl_control", ("fixed", "adaptive"))
-        require_trainable(self.trainable, "ppo.trainable")
-        require_trainable(self.value_trainable, "ppo.value_trainable")
+        check.each("> 0", "num_iterations", "rollout_batch_size", "num_epochs", "num_minibatches")
+        check.each("> 0", "num_micro_batches", "max_prompt_length", "response_length")
+        check.each("> 0", "temperature", "target_kl", "kl_horizon", "value_clip_range")
+        check.each("> 0", "sample_every", "save_every")
+        check.each(">= 0", "kl_coef", "vf_coef", "entropy_coef", "value_learning_rate")
+        check.each(">= 0", "top_k", "num_samples")
+        check.each("in [0, 1]", "gamma", "gae_lambda", "min_p")
+        check.each("in (0, 1]", "top_p")
+        check.each("in (0, 1)", "clip_range")
+        high, rule = self.clip_range_high, f"0 or at least clip_range ({self.clip_range})"
+        check.that(high == 0 or high >= self.clip_range, "clip_range_high", rule)
+        check.choice("missing_eos", "keep", "penalty", "replace")
+        check.choice("kl_estimator", "k1", "k2", "k3")
+        check.choice("kl_control", "fixed", "adaptive")
+        check.choice("critic_init_from", "", "reward_model", "policy")
+        check_trainable(check, "trainable", "value_trainable")
         pieces = self.num_minibatches * self.num_micro_batches
-        rule = f"a multiple of num_minibatches x num_micro_batches ({pieces})"
-        size = self.rollout_batch_size
-        require(size % pieces == 0, "ppo.rollout_batch_size", size, rule)
+        check.multiple("rollout_batch_size", pieces, "num_minibatches x num_micro_batches")
         if bool(self.reward_model) == bool(self.reward_function):
             raise ValueError(
                 "ppo needs either a reward_model or a reward_function, got "
                 f"reward_model={self.reward_model!r} and reward_function={self.reward_function!r}"
             )
+        possible = bool(self.reward_model) or self.critic_init_from != "reward_model"
+        check.that(possible, "critic_init_from", "'policy' or '' with a reward_function")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -267,13 +237,16 @@ class EvaluateSettings:
 
     prompts: str  # JSONL of {"prompt"}
     judges: str = ""  # "module:function": (workdir) -> {name: judge}; "" compares by score alone
+    ratings: str = ""  # JSONL of {"text", "ratings"}: pairs for the reward model; "" is the last
+    # validation's accuracy
     num_prompts: int = 256  # the first of the file
     batch_size: int = 64  # prompts at a time
     temperature: float = 1.0  # 0 is greedy
 
     def __post_init__(self):
-        require_positive(self, "evaluate", "num_prompts", "batch_size")
-        require(self.temperature >= 0, "evaluate.temperature", self.temperature, ">= 0")
+        check = Check(self, "evaluate")
+        check.each("> 0", "num_prompts", "batch_size")
+        check.each(">= 0", "temperature")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -290,7 +263,7 @@ class Config:
     evaluate: EvaluateSettings | None = None  # the verdict; needs ppo, whose responses it judges
 
     def __post_init__(self):
-        require(self.seed >= 0, "seed", self.seed, ">= 0")
+        Check(self, "").each(">= 0", "seed")
         if self.evaluate is not None and self.ppo is None:
             raise ValueError("evaluate needs a ppo section, whose responses it judges, got none")
 
@@ -299,20 +272,6 @@ def with_defaults(values: dict) -> config_dict.ConfigDict:
     """A ConfigDict with every field of the sections that `values` has, so that each can be set on
     the command line. What a config file returns; nothing is checked yet."""
     return config_dict.ConfigDict(filled_in(Config, values))
-
-
-def filled_in(cls: type, values: dict) -> dict:
-    """The values, and the defaults of the fields that are not among them."""
-    sections = {}
-    for name, hint in typing.get_type_hints(cls).items():
-        options = typing.get_args(hint) or (hint,)
-        sections[name] = next((o for o in options if dataclasses.is_dataclass(o)), None)
-    fields = {f.name: f.default for f in dataclasses.fields(cls)}
-    defaults = {k: v for k, v in fields.items() if v is not dataclasses.MISSING}
-    return defaults | {
-        name: filled_in(sections[name], value) if sections.get(name) and value else value
-        for name, value in values.items()
-    }
 
 
 def from_config_dict(config: config_dict.ConfigDict | dict) -> Config:
@@ -324,54 +283,14 @@ def from_config_dict(config: config_dict.ConfigDict | dict) -> Config:
     """
     if isinstance(config, config_dict.ConfigDict):
         config = config.to_dict()
-    return build(Config, config, "")
-
-
-def build(cls: type, values: Any, section: str) -> Any:
-    """One dataclass from a dictionary of its fields."""
-    name = section.rstrip(".") or "config"
-    if not isinstance(values, dict):
-        raise ValueError(f"{name} must be a section of settings, got {values!r}")
-    hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    if unknown := sorted(set(values) - set(fields)):
-        raise ValueError(f"unknown setting {section}{unknown[0]}; known: {sorted(fields)}")
-    for field in fields.values():
-        no_default = field.default is dataclasses.MISSING
-        if no_default and field.name not in values:
-            raise ValueError(f"{section}{field.name} must be given")
-    return cls(**{k: convert(hints[k], v, f"{section}{k}") for k, v in values.items()})
-
-
-def convert(hint: Any, value: Any, field: str) -> Any:
-    """A value as the type of its field, or a ValueError that names the field."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if value is None and types.NoneType in options:
-        return None
-    # A ConfigDict field keeps its type, so one that may be a word or a number is written as text.
-    if set(options) == {str, int} and isinstance(value, str) and value.isdecimal():
-        return int(value)
-    for option in options:
-        if dataclasses.is_dataclass(option):
-            return build(option, value, field + ".")
-        if typing.get_origin(option) is tuple:
-            if isinstance(value, list | tuple) and all(isinstance(x, str) for x in value):
-                return tuple(value)
-        elif option is float and isinstance(value, int | float) and not isinstance(value, bool):
-            finite = math.isfinite(value) or value == math.inf and field.endswith(UNBOUNDED)
-            require(finite, field, value, "a finite number")
-            return float(value)
-        elif type(value) is option:
-            return value
-    names = " or ".join(getattr(o, "__name__", str(o)) for o in options)
-    raise ValueError(f"{field} must be {names}, got {value!r}")
+    return build(Config, config)
 
 
 # Settings that a resumed run may change: numbers that no shape and no data order depends on.
 MAY_CHANGE = frozenset(
-    [f.name for f in dataclasses.fields(OptimizerSettings)]
+    [field.name for field in dataclasses.fields(OptimizerSettings)]
     + ["value_learning_rate", "num_iterations", "temperature", "missing_eos_score", "kl_coef"]
-    + ["target_kl", "kl_horizon", "gamma", "gae_lambda", "clip_range", "value_clip_range"]
-    + ["vf_coef", "entropy_coef", "sample_every", "num_samples", "save_every", "eval_every"]
-    + ["num_micro_batches", "hidden_cache_gb"]
+    + ["target_kl", "kl_horizon", "gamma", "gae_lambda", "clip_range", "clip_range_high"]
+    + ["value_clip_range", "vf_coef", "entropy_coef", "sample_every", "num_samples"]
+    + ["save_every", "eval_every", "num_micro_batches", "hidden_cache_gb"]
 )

@@ -9,22 +9,25 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from ppo_jax.batches import encode_texts
+from ppo_jax.batches import Texts, encode_all
 from ppo_jax.config import Config, EvaluateSettings
-from ppo_jax.data import load_prompts
+from ppo_jax.data import load_prompts, load_ratings
 from ppo_jax.distributions import token_logprobs
 from ppo_jax.generation import generate, stop_ids
-from ppo_jax.inputs import on_device
+from ppo_jax.inputs import make_inputs, on_device
 from ppo_jax.judges import Judge, distinct_n, judge_table
-from ppo_jax.models import Model, load_model, load_source
+from ppo_jax.models import Model, describe_stage, load_model, load_source, resolve
 from ppo_jax.networks import policy_network, reward_network
 from ppo_jax.plugins import load_function
+from ppo_jax.reward_data import rated
+from ppo_jax.reward_loop import all_scores
 from ppo_jax.rollout import Sampling, response_outputs
 from ppo_jax.steps import text_scores
 from ppo_jax.structs import Rollout
 from ppo_jax.workdir import read_results, write_results
 
 NUM_SAMPLES = 12  # prompts side by side in the report
+SCORED_AT_A_TIME = 64  # texts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,7 +40,7 @@ class Panel:
     reference: Mapping[str, float] = dataclasses.field(default_factory=dict)  # marks for accuracy
 
 
-def evaluate(config: Config, workdir: Path, base: str) -> bool:
+def evaluate(config: Config, workdir: Path, base: str):
     """Compare the policies of a run and add the verdict to results.json.
 
     Args:
@@ -45,12 +48,10 @@ def evaluate(config: Config, workdir: Path, base: str) -> bool:
         workdir: the run's folder; its stages are complete.
         base: path of the base model.
 
-    Returns:
-        True: whether there is anything to do is for the caller to know.
     """
     settings = config.evaluate
     prompts = evaluation_prompts(settings)
-    paths = {"base": base} | {s: str(workdir / s) for s in ("sft", "ppo") if getattr(config, s)}
+    paths = compared(config, workdir, base)
     policies = {name: load_model(path, config.model) for name, path in paths.items()}
     responses, rollouts = {}, {}
     for name, policy in policies.items():
@@ -70,8 +71,20 @@ def evaluate(config: Config, workdir: Path, base: str) -> bool:
     results["text/distinct2_ratio"] = variety[0] / max(variety[1], 1e-9)
     results |= judge_all(settings, workdir, texts)
     results["samples"] = side_by_side(config, workdir, prompts, responses, texts)
-    write_results(workdir, read_results(workdir) | results | reward_accuracies(workdir))
-    return True
+    write_results(workdir, read_results(workdir) | results | reward_accuracies(config, workdir))
+
+
+def compared(config: Config, workdir: Path, base: str) -> dict[str, str]:
+    """Paths of the policies to compare: "base" and "sft" as far as PPO began there, and "ppo".
+
+    A stage folder from elsewhere that PPO began from is "sft", any other model is "base".
+    """
+    origin = config.ppo.init_from
+    path = resolve(origin, workdir, base)
+    paths = {"base": base} if origin in ("base", "sft") else {}
+    if origin != "base":
+        paths["base" if describe_stage(Path(path)) is None else "sft"] = path
+    return paths | {"ppo": str(workdir / "ppo")}
 
 
 def evaluation_prompts(settings: EvaluateSettings) -> list[str]:
@@ -170,17 +183,37 @@ def side_by_side(
 
 def score_texts(model: Model, texts: list[str]) -> np.ndarray:
     """A reward model's scores of whole texts, [N] float32."""
-    rows = encode_texts(texts, model.tokenizer, max_length=model.config.max_length)
+    return score_rows(model, encode_all(texts, model.tokenizer, max_length=model.config.max_length))
+
+
+def score_rows(model: Model, rows: Texts) -> np.ndarray:
+    """A reward model's scores of tokenised texts, [N] float32."""
     score = jax.jit(functools.partial(text_scores, reward_network(model.config)))
-    return np.asarray(score(on_device(model.params), rows.tokens, rows.mask))
+    inputs = make_inputs(rows, None, None, cache_gb=0.0)
+    return all_scores(score, on_device(model.params), rows, inputs, SCORED_AT_A_TIME)
 
 
-def reward_accuracies(workdir: Path) -> dict[str, float]:
-    """The last validation accuracies of the reward model in metrics.jsonl, under results' names."""
-    path = workdir / "metrics.jsonl"
-    prefix, found = "reward_model/validation_accuracy", {}
+def reward_accuracies(config: Config, workdir: Path) -> dict[str, float]:
+    """The reward model's accuracy on unseen pairs, under results' names.
+
+    On pairs of `evaluate.ratings`, or else what the last validation found.
+    """
+    if config.reward is None:
+        return {}
+    if config.evaluate.ratings:
+        model, records = load_model(workdir / "reward"), load_ratings(config.evaluate.ratings)
+        data = rated(records, model.tokenizer, model.config.max_length)
+        found = data.accuracy(score_rows(model, data.texts), config.seed)
+    else:
+        found = last_validation(workdir / "metrics.jsonl")
+    return {k.replace("validation_accuracy", "accuracy"): v for k, v in found.items()}
+
+
+def last_validation(path: Path) -> dict[str, float]:
+    """The last validation accuracies of the reward model in metrics.jsonl."""
+    found = {}
     for line in path.read_text().splitlines():
         row = json.loads(line)
         if row["stage"] == "reward":
-            found |= {k: v for k, v in row.items() if k.startswith(prefix)}
-    return {k.replace("validation_accuracy", "accuracy"): v for k, v in found.items()}
+            found |= {k: v for k, v in row.items() if "validation_accuracy" in k}
+    return found

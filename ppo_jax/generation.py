@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ppo_jax.batches import encode_prompts
+from ppo_jax.batches import encode_prompts, take_prompts
 from ppo_jax.inputs import on_device
 from ppo_jax.models import Model
 from ppo_jax.networks import ModelConfig, policy_network
 from ppo_jax.rollout import Sampling, rollout
-from ppo_jax.structs import Prompts, Rollout
+from ppo_jax.structs import Rollout
 
 
 def stop_ids(tokenizer: Any, stop_tokens: Sequence[str] = ()) -> tuple[int, ...]:
@@ -81,7 +81,7 @@ def generate(
         chosen = np.where(numbers < len(prompts), numbers, 0)
         batch = sample(
             params,
-            Prompts(tokens=jnp.asarray(rows.tokens[chosen]), mask=jnp.asarray(rows.mask[chosen])),
+            take_prompts(rows, chosen),
             jax.random.key(seed),
             temperature=jnp.float32(temperature),
             rows=jnp.asarray(numbers),

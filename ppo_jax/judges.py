@@ -9,11 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from ppo_jax.pairs import held_out_pairs, pair_accuracy
+
 Judge = Callable[[Sequence[str]], np.ndarray]
 
 WORD = r"\w+(?:['’]\w+)*"  # "isn't" is one word: the negation stays visible to the judge
 RESAMPLES = 10_000
-TOLERANCE = 1e-6  # ratings are means rounded to nine decimals
+RATED_PAIRS = 100_000  # that measure a judge, at most
 
 
 def fit_tfidf_judge(texts: Sequence[str], mean_ratings: np.ndarray) -> Judge:
@@ -94,30 +96,20 @@ def textblob_judge() -> Judge:
     return lambda texts: np.array([TextBlob(text).sentiment.polarity for text in texts], float)
 
 
-def pair_accuracy(scores: np.ndarray, mean_ratings: np.ndarray, *, gap: float = 1.0) -> float:
-    """Share of text pairs that the scores order as the mean human ratings do; ties count half.
+def rating_accuracy(scores: np.ndarray, mean_ratings: np.ndarray, *, gap: float) -> float:
+    """`pair_accuracy` on pairs of texts whose mean ratings differ by `gap` or more.
 
     Args:
-        scores: [N] float, what the judge (or reward model) says of each text.
+        scores: [N] float, what the judge says of each text.
         mean_ratings: [N] float, the human mean of each.
-        gap: only pairs whose mean ratings differ by this much or more; 0 is any difference.
+        gap: in units of rating.
 
     Raises:
         ValueError: the lengths differ, a number is not finite, or no pair has such a gap.
-
-    >>> pair_accuracy(np.array([3.0, 1.0, 2.0]), np.array([2.0, 1.5, 0.0]), gap=1.0)
-    0.5
     """
     ratings = _checked(mean_ratings, len(mean_ratings), "mean_ratings")
     scores = _checked(scores, len(ratings), "scores")
-    right = pairs = 0.0
-    for score, rating in zip(scores, ratings, strict=True):  # a row at a time: no [N, N] array
-        below = rating - ratings >= max(gap - TOLERANCE, TOLERANCE)
-        right += _wins(score, scores[below]).sum()
-        pairs += below.sum()
-    if not pairs:
-        raise ValueError(f"no pair of mean_ratings differs by gap = {gap} or more.")
-    return float(right / pairs)
+    return pair_accuracy(scores, held_out_pairs(ratings, 0, num_pairs=RATED_PAIRS, min_gap=gap))
 
 
 def win_rate(scores_a: np.ndarray, scores_b: np.ndarray) -> float:
@@ -208,7 +200,11 @@ def judge_table(
             "judge": name,
             **({"note": notes[name]} if notes and name in notes else {}),
             "num_prompts": len(responses[candidate]),
-            **({"pair_accuracy_gap1": pair_accuracy(judge(rated[0]), rated[1])} if rated else {}),
+            **(
+                {"pair_accuracy_gap1": rating_accuracy(judge(rated[0]), rated[1], gap=1)}
+                if rated
+                else {}
+            ),
             **_comparison(judge, responses, candidate, seed),
         }
         for name, judge in judges.items()

@@ -1,6 +1,7 @@
 """Metrics of a stage: lines of JSON, TensorBoard events, and the progress that a user sees."""
 
 import math
+import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -29,6 +30,11 @@ class MetricsWriter:
         restored_step: the checkpoint that this run resumes; the stage's later lines are dropped.
             None is a start from the beginning: all of them are dropped.
         show: {metric: label} of the figures in the progress, for instance {"kl/ref": "kl"}.
+        tokens: (metric, factor): a step's tokens are that metric times the factor.
+
+    Every step gets `time/step_s`, the wall seconds from when the metrics of the step before were
+    there to when its own are, with all that happens in between (validation, samples, a save), and
+    with `tokens` also `time/tokens_per_s`.
 
     Attributes:
         last_checkpoint: the newest complete checkpoint, set by the loop, named when a run diverges.
@@ -42,11 +48,13 @@ class MetricsWriter:
         total_steps: int,
         restored_step: int | None = None,
         show: Mapping[str, str] | None = None,
+        tokens: tuple[str, float] | None = None,
     ):
-        self.stage = stage
+        self.stage, self._tokens = stage, tokens
         self.last_checkpoint = restored_step
         self._path = Path(workdir) / "metrics.jsonl"
         self._pending: tuple[int, Mapping[str, Any]] | None = None
+        self._there = time.perf_counter()  # when the newest metrics were
         self._tensorboard = self._progress = None
         if jax.process_index() == 0:
             done = -1 if restored_step is None else restored_step
@@ -90,6 +98,7 @@ class MetricsWriter:
 
     def _write(self, step: int, metrics: Mapping[str, Any]) -> None:
         values = {name: _scalar(name, x) for name, x in jax.device_get(dict(metrics)).items()}
+        values |= self._times(step, values)
         if self._progress is not None:
             append_rows(self._path, [{"stage": self.stage, "step": step, **values}])
             for name, value in values.items():
@@ -97,6 +106,17 @@ class MetricsWriter:
                     self._tensorboard.add_scalar(name, value, step)
             self._progress.update(step, values)
         self._check_finite(step, values)
+
+    def _times(self, step: int, values: Mapping[str, float]) -> dict[str, float]:
+        now = time.perf_counter()
+        seconds, self._there = now - self._there, now
+        if step == 0:  # figures from before the first step
+            return {}
+        times = {"time/step_s": seconds}
+        if self._tokens is not None:
+            name, factor = self._tokens
+            times["time/tokens_per_s"] = values[name] * factor / seconds
+        return times
 
     def _check_finite(self, step: int, values: Mapping[str, float]) -> None:
         # The gradient too: a finite loss can have a NaN gradient, and the next state is lost.
@@ -119,11 +139,14 @@ class _Progress:
         self._last_step, self._last_time = done, time.monotonic()
         self._bar = None
         if sys.stdout.isatty():
-            self._bar = tqdm(total=total, initial=done, desc=stage, file=sys.stdout)
+            # A terminal may say that it has no columns and no lines; tqdm would then show nothing.
+            columns, lines = shutil.get_terminal_size(fallback=(80, 24))
+            shape = {"file": sys.stdout, "ncols": columns, "nrows": lines}
+            self._bar = tqdm(total=total, initial=done, desc=stage, **shape)
 
     def update(self, step: int, values: Mapping[str, float]) -> None:
         for name in self._show.keys() & values.keys():
-            self._figures[self._show[name]] = f"{values[name]:.3g}"
+            self._figures[self._show[name]] = _figure(values[name])
         if self._bar is not None:
             self._bar.set_postfix_str(self._figures_text(), refresh=False)
             self._bar.update(step - self._bar.n)
@@ -143,13 +166,23 @@ class _Progress:
         seconds = (now - self._last_time) / max(step - self._last_step, 1)
         left = round(seconds * (self._total - step))
         parts = [f"{self._stage} {step}/{self._total}", self._figures_text()]
-        parts += [f"{seconds:.3g} s/step", f"eta {left // 60}:{left % 60:02d}"]
+        parts += [f"{_figure(seconds)} s/step", f"eta {left // 60}:{left % 60:02d}"]
         print("  ".join(part for part in parts if part), flush=True)
         self._last_step, self._last_time = step, now
 
     def _figures_text(self) -> str:
         labels = [label for label in self._show.values() if label in self._figures]
         return "  ".join(f"{label} {self._figures[label]}" for label in labels)
+
+
+def _figure(value: float) -> str:
+    """A number for a reader: three decimals below 1, fewer above, never an exponent.
+
+    >>> [_figure(x) for x in (-3.35e-08, 0.0416, 3.2, 48.25, 1234.5)]
+    ['0.000', '0.042', '3.20', '48.2', '1234']
+    """
+    decimals = 3 - sum(abs(value) >= bound for bound in (1, 10, 100))
+    return f"{round(value, 3) + 0.0:.{decimals}f}"  # + 0.0: no sign before a zero
 
 
 def _scalar(name: str, value: Any) -> float:

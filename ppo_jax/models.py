@@ -151,12 +151,16 @@ def load_source(name: str, workdir: Path, base: str, settings: ModelSettings) ->
     return load_model(path, settings)
 
 
+def stage_config(description: dict) -> ModelConfig:
+    """The shape of a stage's model, out of its `stage.json`."""
+    values = dict(description["model"])
+    scaling = values.pop("rope_scaling")
+    return ModelConfig(**values, rope_scaling=RopeScaling(**scaling) if scaling else None)
+
+
 def load_stage(folder: Path) -> Model:
     """The model of a stage, at its newest complete checkpoint."""
     description = describe_stage(folder)
-    values = dict(description["model"])
-    scaling = values.pop("rope_scaling")
-    config = ModelConfig(**values, rope_scaling=RopeScaling(**scaling) if scaling else None)
     checkpoints = folder / "checkpoints"
     if not checkpoints.is_dir():
         raise ValueError(f"{folder} has no checkpoint yet: run the stage first")
@@ -164,7 +168,7 @@ def load_stage(folder: Path) -> Model:
     frozen = load_params(folder / "frozen") if description["frozen"] else {}
     return Model(
         kind=description["kind"],
-        config=config,
+        config=stage_config(description),
         params=jax.tree.map(np.asarray, merge_params(frozen, trained)),
         tokenizer=vocabulary.load_tokenizer(folder / "tokenizer"),
     )

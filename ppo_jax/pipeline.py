@@ -10,18 +10,19 @@ from typing import Any
 from absl import logging
 from ml_collections import config_dict
 
-from ppo_jax import hf
 from ppo_jax.checkpoints import Checkpoints
-from ppo_jax.checks import check_run
+from ppo_jax.checks import check_named, check_run
 from ppo_jax.config import STAGES, Config, from_config_dict
 from ppo_jax.evaluate import evaluate
-from ppo_jax.loops import describe, train_reward, train_sft, without_folder
-from ppo_jax.models import prepare_base
+from ppo_jax.models import missing_steps, prepare_base
+from ppo_jax.plan import find_starts, needs_base
 from ppo_jax.plugins import load_function
 from ppo_jax.ppo_loop import train_ppo
 from ppo_jax.report import write_report
 from ppo_jax.report_summary import headlines, read_run, verdict
-from ppo_jax.runs import check_settings
+from ppo_jax.reward_loop import train_reward
+from ppo_jax.runs import check_settings, describe, without_folder
+from ppo_jax.sft_loop import train_sft
 from ppo_jax.summary import summary
 from ppo_jax.workdir import (
     config_differences,
@@ -46,30 +47,68 @@ def run(settings: config_dict.ConfigDict | dict, workdir: str | Path, only: Sequ
         ValueError: a setting, a data file or a model is not usable; before training begins.
     """
     logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it writes
-    began, workdir = time.time(), Path(workdir)
+    workdir = Path(workdir)
     given = from_config_dict(settings)
     config = fill_in_workdir(given, workdir)
     stages = [stage for stage in STAGES if stage in only and getattr(config, stage) is not None]
     if not stages:
         raise ValueError(f"the config has none of the sections {list(only)}")
-    for stage in stages:
-        if stage != "evaluate":
-            check_settings(workdir / stage, describe(stage, config, workdir))
+    for stage in (stage for stage in stages if stage != "evaluate"):
+        check_settings(workdir / stage, describe(stage, config, workdir))
     check_origin(workdir, dataclasses.asdict(given))
-    prepare_workdir(workdir, dataclasses.asdict(given))
-    make_data(config, workdir)
-    base = prepare_base(config.model, workdir / "base", config.seed)
-    check_run(config, workdir, base, stages)
-    print(summary(config, hf.load_config(base), stages), flush=True)
-    if "time/prepare_s" not in read_results(workdir):
-        add_time(workdir, "prepare", began)
-    worked = [run_stage(stage, config, workdir, base) for stage in stages]
+    todo = [stage for stage in stages if not is_complete(stage, config, workdir)]
+    if todo:
+        base = prepare(config, given, workdir, todo)
+    for stage in stages:
+        if stage in todo:
+            run_stage(stage, config, workdir, base)
+        else:
+            print(f"{stage}: complete", flush=True)
     report = workdir / "report.html"
-    if any(worked) or not report.exists():
+    if todo or not report.exists():
         write_report(workdir)
-    else:
+    if not todo:
         print("every stage is complete: nothing to do", flush=True)
     print(closing(workdir, report), flush=True)
+
+
+def prepare(config: Config, given: Config, workdir: Path, stages: Sequence[str]) -> str:
+    """Make the data and the base model, check all that the stages need, and print the table.
+
+    Args:
+        config: of the run.
+        given: the same, with `{workdir}` in its paths: the run's folder may be moved.
+        workdir: the run's folder.
+        stages: those that will run.
+
+    Returns:
+        The path of the base model, "" where no stage reads it.
+    """
+    began = time.time()
+    check_named(config, workdir, stages)
+    prepare_workdir(workdir, dataclasses.asdict(given))
+    make_data(config, workdir)
+    needed = needs_base(config, stages)
+    base = prepare_base(config.model, workdir / "base", config.seed) if needed else ""
+    starts = find_starts(config, workdir, base, stages)
+    check_run(config, starts, stages)
+    print(summary(config, starts, stages), flush=True)
+    if "time/prepare_s" not in read_results(workdir):
+        add_time(workdir, "prepare", began)
+    return base
+
+
+def is_complete(stage: str, config: Config, workdir: Path) -> bool:
+    """Whether a stage has taken all of its steps, or the evaluation is of the newest ones."""
+    if stage == "evaluate":
+        before = [s for s in ("sft", "reward", "ppo") if getattr(config, s) is not None]
+        subject = evaluation_subject(config, workdir)
+        judged = read_results(workdir).get("evaluated") == subject
+        return judged and all(is_complete(s, config, workdir) for s in before)
+    if missing_steps(workdir / stage) is not None:
+        return False
+    steps = Checkpoints(workdir / stage / "checkpoints").latest_step()
+    return stage != "ppo" or steps >= config.ppo.num_iterations
 
 
 def closing(workdir: Path, report: Path) -> str:
@@ -79,19 +118,13 @@ def closing(workdir: Path, report: Path) -> str:
     return "\n".join([*figures, verdict(run), f"report: {report}"])
 
 
-def run_stage(stage: str, config: Config, workdir: Path, base: str) -> bool:
-    """Run one stage, and tell whether there was anything to do."""
+def run_stage(stage: str, config: Config, workdir: Path, base: str):
     began = time.time()
-    subject = evaluation_subject(config, workdir) if stage == "evaluate" else None
-    if subject and read_results(workdir).get("evaluated") == subject:
-        print("evaluate: complete", flush=True)
-        return False
-    worked = RUN[stage](config, workdir, base)
-    if subject:
+    RUN[stage](config, workdir, base)
+    if stage == "evaluate":
+        subject = evaluation_subject(config, workdir)
         write_results(workdir, read_results(workdir) | {"evaluated": subject})
-    if worked:
-        add_time(workdir, stage, began)
-    return worked
+    add_time(workdir, stage, began)
 
 
 def check_origin(workdir: Path, config: dict):

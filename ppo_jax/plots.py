@@ -97,7 +97,7 @@ def curves(rows: Sequence[dict], stage: str, panel: Panel) -> Draw | None:
             steps, values = map(np.array, series(rows, name))
             muted = name == next(iter(panel.metrics)) and len(panel.metrics) > 1
             color = COLORS["base" if muted else stage]
-            _draw_line(axes, steps, values, color, label)
+            _draw_line(axes, steps, values, color, label, noisy=not panel.exact)
             _draw_band(axes, rows, (name, panel.band), color)
         axes.set(xlabel=STEP_NAMES[stage], ylabel=panel.unit)
         axes.margins(x=0.02)
@@ -196,9 +196,11 @@ def smooth(values: np.ndarray) -> np.ndarray:
     return (weights * values[known]).sum(1) / weights.sum(1)
 
 
-def _draw_line(axes: Axes, steps: np.ndarray, values: np.ndarray, color: str, label: str) -> None:
+def _draw_line(
+    axes: Axes, steps: np.ndarray, values: np.ndarray, color: str, label: str, *, noisy: bool
+) -> None:
     """A curve; a long one stands thin behind its smoothed self, the points of a short one show."""
-    if len(values) >= NOISY:
+    if noisy and len(values) >= NOISY:
         axes.plot(steps, values, color=color, lw=0.8, alpha=0.45)
         axes.plot(steps, smooth(values), color=color, lw=1.8, label=label)
     else:

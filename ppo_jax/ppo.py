@@ -1,24 +1,24 @@
 """One PPO iteration as a composition of pure functions: roll out, score, estimate, update.
 
-Dimension key: B responses, P prompt tokens, T response tokens, L = P + T.
+Dimension key: B responses, T response tokens.
 """
-
-import dataclasses
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from ppo_jax.advantages import gae, whiten
 from ppo_jax.distributions import entropy, token_logprobs
-from ppo_jax.kl import adaptive_kl_coef, kl_estimate
-from ppo_jax.losses import explained_variance, ppo_loss
-from ppo_jax.masking import last_token_index
-from ppo_jax.networks import Network
+from ppo_jax.experience import (
+    PPONetworks,
+    Recipe,
+    make_experience,
+    response_scores,
+    sample_responses,
+)
+from ppo_jax.kl import adaptive_kl_coef
+from ppo_jax.losses import ppo_loss
 from ppo_jax.optimizer import apply_gradients, init_optimizer, schedule
 from ppo_jax.partition import merge_params
-from ppo_jax.rewards import missing_eos_scores, token_rewards
-from ppo_jax.rollout import Sampling, response_outputs, rollout
+from ppo_jax.rollout import response_outputs
 from ppo_jax.steps import accumulate
 from ppo_jax.structs import (
     Experience,
@@ -29,35 +29,6 @@ from ppo_jax.structs import (
     Prompts,
     Rollout,
 )
-
-
-class PPONetworks(NamedTuple):
-    """The networks of one run.
-
-    A network "on the trunk" reads the hidden states that the trunk gave during the rollout; any
-    other reads tokens. The policy is on the trunk whenever there is one.
-    """
-
-    policy: Network
-    value: Network
-    reward: Network | None = None  # None: scores come from outside
-    trunk: Network | None = None
-    value_on_trunk: bool = False
-    reward_on_trunk: bool = False
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """What shapes the program of an iteration; the numbers are in `Hyperparameters`."""
-
-    sampling: Sampling
-    num_epochs: int  # passes over a rollout
-    num_minibatches: int  # optimizer steps a pass
-    num_micro_batches: int = 1  # pieces of a minibatch held in memory one after the other
-    kl_estimator: str = "k1"  # of the penalty in the rewards
-    kl_control: str = "fixed"  # or "adaptive"
-    missing_eos: str = "keep"  # the score of a response without a stop token, or "replace", or
-    # "penalty": see `missing_eos_scores`
 
 
 def init_ppo(
@@ -76,137 +47,6 @@ def init_ppo(
     )
 
 
-def sample_responses(
-    state: PPOState,
-    hyperparameters: Hyperparameters,
-    prompts: Prompts,
-    key: jax.Array,
-    *,
-    frozen: Frozen,
-    networks: PPONetworks,
-    recipe: Recipe,
-) -> Rollout:
-    """The rollout of one iteration with the current policy. The key is consumed."""
-    return rollout(
-        networks.policy,
-        merge_params(frozen.policy, state.policy_params),
-        prompts,
-        key,
-        sampling=recipe.sampling,
-        temperature=hyperparameters.temperature,
-        trunk=networks.trunk,
-        trunk_params=frozen.trunk,
-    )
-
-
-def response_scores(rollout: Rollout, *, frozen: Frozen, networks: PPONetworks) -> jax.Array:
-    """The reward model's score of each response, [B] float32, read at its last token."""
-    inputs = rollout.hidden if networks.reward_on_trunk else rollout.tokens
-    start = rollout.prompt_mask.shape[1]
-    values = networks.reward.apply(frozen.reward, inputs, rollout.mask, start=start)
-    last = last_token_index(rollout.response_mask)
-    return jnp.take_along_axis(values, last[:, None], axis=1)[:, 0]
-
-
-def make_experience(
-    rollout: Rollout,
-    scores: jax.Array,
-    state: PPOState,
-    hyperparameters: Hyperparameters,
-    *,
-    frozen: Frozen,
-    networks: PPONetworks,
-    recipe: Recipe,
-) -> tuple[Experience, dict[str, jax.Array]]:
-    """Rewards, advantages and returns of a rollout.
-
-    Args:
-        rollout: B responses.
-        scores: [B] float, one a response.
-        state: holds the critic.
-        hyperparameters: the numbers.
-        frozen: holds the reference.
-        networks: the networks.
-        recipe: the choices.
-
-    Returns:
-        (experience, metrics).
-    """
-    mask, length = rollout.response_mask, rollout.response_mask.shape[1]
-    policy_inputs = rollout.tokens if networks.trunk is None else rollout.hidden
-    value_inputs = rollout.hidden if networks.value_on_trunk else rollout.tokens
-    ref_params = merge_params(frozen.policy, frozen.ref_policy)
-    ref_logits = response_outputs(
-        networks.policy, ref_params, policy_inputs, rollout.mask, response_length=length
-    )
-    ref_logprobs = token_logprobs(
-        ref_logits, rollout.response_tokens, temperature=hyperparameters.temperature
-    )
-    value_params = merge_params(frozen.value, state.value_params)
-    values = response_outputs(
-        networks.value, value_params, value_inputs, rollout.mask, response_length=length
-    )
-    values = jnp.where(mask, values, 0.0)
-
-    adjusted = adjust_scores(scores, rollout.has_eos, hyperparameters, recipe)
-    kl_coef = hyperparameters.kl_coef if recipe.kl_control == "fixed" else state.kl_coef
-    rewards = token_rewards(
-        adjusted,
-        rollout.logprobs,
-        ref_logprobs,
-        mask,
-        kl_coef=kl_coef,
-        kl_kind=recipe.kl_estimator,
-    )
-    advantages, returns = gae(
-        rewards,
-        values,
-        mask,
-        gamma=hyperparameters.gamma,
-        gae_lambda=hyperparameters.gae_lambda,
-    )
-    kl = jnp.where(mask, kl_estimate(rollout.logprobs, ref_logprobs, kind="k1"), 0.0)
-    metrics = {
-        "reward/score_mean": scores.mean(),
-        "reward/score_std": scores.std(),
-        "reward/adjusted_score_mean": adjusted.mean(),
-        "reward/kl_penalty": adjusted.mean() - rewards.sum(axis=1).mean(),
-        "kl/ref": kl.sum(axis=1).mean(),
-        "kl/coef": jnp.asarray(kl_coef, jnp.float32),
-        "response/length": mask.sum(axis=1).astype(jnp.float32).mean(),
-        "response/eos_fraction": rollout.has_eos.astype(jnp.float32).mean(),
-        "value/explained_variance": explained_variance(values, returns, mask),
-    }
-    experience = Experience(
-        policy_inputs=policy_inputs,
-        value_inputs=value_inputs,
-        mask=rollout.mask,
-        response_tokens=rollout.response_tokens,
-        response_mask=mask,
-        logprobs=rollout.logprobs,
-        values=values,
-        advantages=whiten(advantages, mask),
-        returns=returns,
-    )
-    return experience, metrics
-
-
-def adjust_scores(scores, has_eos, hyperparameters: Hyperparameters, recipe: Recipe):
-    """The rule for responses that were cut off, as the recipe chooses it."""
-    number = hyperparameters.missing_eos_score
-    match recipe.missing_eos:
-        case "keep":
-            return scores
-        case "replace":
-            return missing_eos_scores(scores, has_eos, replace=number)
-        case "penalty":
-            return missing_eos_scores(scores, has_eos, penalty=number)
-        case unknown:
-            raise ValueError(
-                f"unknown missing_eos {unknown!r}; choose from ['keep', 'penalty', 'replace']"
-            )
-
-
 def experience_loss(
     params: Params,
     experience: Experience,
@@ -221,7 +61,7 @@ def experience_loss(
     Args:
         params: {"policy": trained leaves, "value": trained leaves}.
         experience: B responses.
-        hyperparameters: the numbers.
+        hyperparameters: the numbers; temperature > 0, at 0 the loss is NaN.
         frozen: the leaves that are not trained.
         networks: the networks.
         normalizer: [] float, the response tokens to divide by; by default those of this piece.
@@ -254,6 +94,7 @@ def experience_loss(
         advantages=e.advantages,
         returns=e.returns,
         clip_range=hyperparameters.clip_range,
+        clip_range_high=hyperparameters.clip_range_high,
         value_clip_range=hyperparameters.value_clip_range,
         vf_coef=hyperparameters.vf_coef,
         entropy_coef=hyperparameters.entropy_coef,

@@ -6,28 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from ppo_jax.batches import Prompts as PromptRows
-from ppo_jax.batches import batch_indices, encode_prompts
+from ppo_jax.batches import batch_indices, encode_prompts, take_prompts
 from ppo_jax.config import Config, PPOSettings
 from ppo_jax.data import load_prompts
+from ppo_jax.experience import response_scores, sample_responses
 from ppo_jax.generation import decode_responses
-from ppo_jax.loops import describe
-from ppo_jax.models import Model, load_source
-from ppo_jax.partition import split_params, start_layer
+from ppo_jax.models import load_source
 from ppo_jax.plugins import load_function
-from ppo_jax.ppo import (
-    init_ppo,
-    learn,
-    ppo_iteration,
-    response_scores,
-    sample_responses,
-)
+from ppo_jax.ppo import init_ppo, learn, ppo_iteration
 from ppo_jax.ppo_setup import Setup, make_critic, make_setup
 from ppo_jax.runs import StageRun, open_stage
 from ppo_jax.structs import PPOState, Prompts, Rollout
+from ppo_jax.training import compile_step
 from ppo_jax.workdir import append_rows
 
 RewardFunction = Callable[[list[str], list[str]], Sequence[float]]
@@ -39,46 +31,39 @@ SHOW = {
 }
 
 
-def train_ppo(config: Config, workdir: Path, base: str) -> bool:
+def train_ppo(config: Config, workdir: Path, base: str):
     """Align a policy; the result is the stage folder `workdir/ppo`.
 
     Args:
         config: of the run; its ppo section.
         workdir: the run's folder.
         base: path of the base model.
-
-    Returns:
-        Whether there was anything to do: False when the stage was complete.
     """
     settings = config.ppo
     policy = load_source(settings.init_from, workdir, base, config.model)
-    if policy.kind != "policy":
-        raise ValueError(f"ppo.init_from must be a policy, {settings.init_from} scores texts")
     reward, function = None, None
     if settings.reward_model:
         reward = load_source(settings.reward_model, workdir, base, config.model)
-        check_reward_model(policy, reward)
     else:
         function = load_function(settings.reward_function, "ppo.reward_function")
     texts = load_prompts(settings.prompts)
-    check_lengths(settings, policy.config.max_length)
     rows = encode_prompts(texts, policy.tokenizer, max_length=settings.max_prompt_length)
-
-    start = start_layer(policy.config, settings.trainable)
-    parts = split_params(policy.config, policy.params, settings.trainable, start)
-    num_steps = {"num_steps": settings.num_iterations}
-    if not open_stage(workdir / "ppo", policy, parts, describe("ppo", config, workdir) | num_steps):
-        return False
+    num_steps, size = settings.num_iterations, settings.rollout_batch_size
+    open_stage("ppo", config, workdir, policy, num_steps=num_steps)
     if settings.top_k or settings.top_p < 1 or settings.min_p:
         print("ppo: top_k, top_p and min_p shape what is sampled, not the log-probs of the update")
 
-    setup = make_setup(settings, policy, reward, make_critic(policy, reward))
+    setup = make_setup(settings, policy, reward, make_critic(settings, policy, reward))
     iterate = make_iteration(setup, policy.tokenizer, texts, function)
     samples = make_sampler(setup, policy.tokenizer, texts, rows, settings, function)
     root_key = jax.random.key(config.seed)
-    num_steps, size = settings.num_iterations, settings.rollout_batch_size
     with StageRun(
-        workdir, "ppo", num_steps=num_steps, save_every=settings.save_every, show=SHOW
+        workdir,
+        "ppo",
+        num_steps=num_steps,
+        save_every=settings.save_every,
+        show=SHOW,
+        tokens=("response/length", size),
     ) as run:
         state = run.restore(
             init_ppo(setup.policy_params, setup.value_params, setup.hyperparameters)
@@ -91,39 +76,7 @@ def train_ppo(config: Config, workdir: Path, base: str) -> bool:
             state, metrics = iterate(state, chosen, take_prompts(rows, chosen), key)
             if (i + 1) % settings.sample_every == 0 or i + 1 == num_steps:
                 append_rows(workdir / "samples.jsonl", samples(state, i + 1))
-            seconds = run.seconds()
-            rate = metrics["response/length"] * size / seconds
-            times = {"time/iteration_s": seconds, "time/tokens_per_s": rate}
-            run.end_step(i + 1, state, metrics | times)
-    return True
-
-
-def take_prompts(rows: PromptRows, chosen: np.ndarray) -> Prompts:
-    """The chosen prompts. All have the width of the longest: one compiled program."""
-    return Prompts(tokens=jnp.asarray(rows.tokens[chosen]), mask=jnp.asarray(rows.mask[chosen]))
-
-
-def check_reward_model(policy: Model, reward: Model):
-    """Refuse a model that gives no scores, or that reads other tokens than the policy writes."""
-    if reward.kind != "reward":
-        raise ValueError("ppo.reward_model must be a reward model, got a policy")
-    mine, theirs = policy.tokenizer.get_vocab(), reward.tokenizer.get_vocab()
-    if mine != theirs:
-        raise ValueError(
-            "ppo.reward_model must have the policy's tokenizer, got one with "
-            f"{len(theirs)} tokens where the policy has {len(mine)}, or other ids. "
-            "Use a reward_function, which gets text."
-        )
-
-
-def check_lengths(settings: PPOSettings, context: int):
-    """Refuse prompts and responses that together are longer than the model's context."""
-    total = settings.max_prompt_length + settings.response_length
-    if total > context:
-        raise ValueError(
-            f"ppo.max_prompt_length + ppo.response_length must be at most {context} (the model's "
-            f"context), got {settings.max_prompt_length} + {settings.response_length}"
-        )
+            run.end_step(i + 1, state, metrics)
 
 
 def make_iteration(setup: Setup, tokenizer: Any, texts: list[str], function: RewardFunction | None):
@@ -135,17 +88,18 @@ def make_iteration(setup: Setup, tokenizer: Any, texts: list[str], function: Rew
     parts = dict(networks=setup.networks, recipe=setup.recipe)
     hyperparameters, frozen = setup.hyperparameters, setup.frozen
     if function is None:
-        whole = jax.jit(functools.partial(ppo_iteration, **parts), donate_argnums=0)
+        whole = compile_step(ppo_iteration, **parts)
         return lambda state, chosen, prompts, key: whole(
             state, hyperparameters, prompts, key, frozen=frozen
         )
     sample = jax.jit(functools.partial(sample_responses, **parts))
-    update = jax.jit(functools.partial(learn, **parts), donate_argnums=0)
+    update = compile_step(learn, **parts)
 
     def iterate(state: PPOState, chosen: np.ndarray, prompts: Prompts, key: jax.Array):
         rollout_key, shuffle_key = jax.random.split(key)
         rollout = sample(state, hyperparameters, prompts, rollout_key, frozen=frozen)
         scores = call_function(function, [texts[i] for i in chosen], rollout, tokenizer)
+        scores = jax.device_put(scores)
         return update(state, hyperparameters, rollout, scores, shuffle_key, frozen=frozen)
 
     return iterate
@@ -172,7 +126,7 @@ def make_sampler(
     setup: Setup,
     tokenizer: Any,
     texts: list[str],
-    rows: PromptRows,
+    rows: Prompts,
     settings: PPOSettings,
     function: RewardFunction | None,
 ):

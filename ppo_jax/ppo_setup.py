@@ -8,15 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from ppo_jax.config import PPOSettings
+from ppo_jax.experience import PPONetworks, Recipe
 from ppo_jax.generation import stop_ids
 from ppo_jax.inputs import on_device
-from ppo_jax.loops import make_optimizer
 from ppo_jax.models import Model
 from ppo_jax.networks import policy_network, reward_network, trunk_network, value_network
 from ppo_jax.partition import layer_range, merge_params, split_params, start_layer
-from ppo_jax.ppo import PPONetworks, Recipe
 from ppo_jax.rollout import Sampling
 from ppo_jax.structs import Frozen, Hyperparameters, Params
+from ppo_jax.training import make_optimizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,6 +35,7 @@ def make_hyperparameters(settings: PPOSettings) -> Hyperparameters:
     """The numbers of the settings, as float32 on the device."""
     names = {field.name for field in dataclasses.fields(Hyperparameters)} - {"optimizer"}
     numbers = {name: jnp.float32(getattr(settings, name)) for name in names}
+    numbers["clip_range_high"] = jnp.float32(settings.clip_range_high or settings.clip_range)
     optimizer = make_optimizer(settings.optimizer, settings.num_iterations)
     return Hyperparameters(optimizer=optimizer, **numbers)
 
@@ -143,9 +144,15 @@ def make_setup(settings: PPOSettings, policy: Model, reward: Model | None, criti
     )
 
 
-def make_critic(policy: Model, reward: Model | None) -> Model:
-    """Where the critic starts: the reward model, or the policy's body with a head of zeros."""
-    if reward is not None:
+def make_critic(settings: PPOSettings, policy: Model, reward: Model | None) -> Model:
+    """Where the critic starts: the reward model, or the policy's body with a head of zeros.
+
+    Args:
+        settings: the ppo section; chooses between the two.
+        policy: where the policy starts.
+        reward: the reward model, or None with a reward function.
+    """
+    if reward is not None and settings.critic_init_from != "policy":
         return reward
     width = policy.config.embed_dim
     head = {"kernel": np.zeros((width, 1), np.float32), "bias": np.zeros(1, np.float32)}

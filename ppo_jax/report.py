@@ -127,7 +127,7 @@ def _judge_cell(row: dict, key: str) -> str:
         return f"{row[key]:+.2f}"
     interval = row.get(f"{key}_interval")
     return f"{row[key]:.1%}" + (
-        "<small>{:.0%} to {:.0%}</small>".format(*interval) if interval else ""
+        '<small class="short">{:.0%} to {:.0%}</small>'.format(*interval) if interval else ""
     )
 
 
@@ -162,7 +162,7 @@ def _stages(run: Run) -> str:
     rows = [
         [
             escape(_name(stage)),
-            duration(times[stage]) if stage in times else "",
+            f'<span class="time">{duration(times[stage])}</span>' if stage in times else "",
             _outcome(run, stage),
         ]
         for stage in [*times, *stages]
@@ -183,13 +183,17 @@ def _stages(run: Run) -> str:
 def _outcome(run: Run, stage: str) -> str:
     """Steps done, and the first and last value of what the stage is about."""
     names = {
-        "sft": {"sft/validation_perplexity": "validation perplexity"},
-        "reward": {"reward_model/validation_accuracy": "validation accuracy"},
-        "ppo": {"reward/score_mean": "mean score", "kl/ref": "KL per response"},
+        "sft": {"sft/validation_perplexity": "validation perplexity {:.4g} → {:.4g}"},
+        "reward": {"reward_model/validation_accuracy": "validation accuracy {:.1%} → {:.1%}"},
+        "ppo": {
+            "reward/score_mean": "mean score {:.2f} → {:.2f}",
+            "kl/ref": "KL per response {:.1f} → {:.1f} nats",
+        },
     }.get(stage, {})
     rows = run.rows(stage)
-    ends = [(label, run.ends(stage, name)) for name, label in names.items()]
-    told = ["{} {:.3g} → {:.3g}".format(label, *values) for label, values in ends if values]
+    ends = [(form, run.ends(stage, name)) for name, form in names.items()]
+    # + 0.0: the KL begins at 0 but for rounding, which is no reason for a sign.
+    told = [form.format(*(round(v, 3) + 0.0 for v in values)) for form, values in ends if values]
     steps = [f"{STEP_NAMES[stage]} {rows[-1]['step']}"] if rows and stage in STEP_NAMES else []
     return escape("; ".join(steps + told))
 

@@ -15,8 +15,9 @@ CSS = """
 @media screen and (prefers-color-scheme: dark) { :root { --paper: #14171b; --card: #1c2025;
   --ink: #e3e6ea; --soft: #98a1ad; --grid: #31373f; --other: #59616c; } }
 * { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.55 system-ui,
-  -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "Liberation Sans", Arial, sans-serif; }
+body { margin: 0; overflow-wrap: anywhere; background: var(--paper); color: var(--ink);
+  font: 15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue",
+  "Liberation Sans", Arial, sans-serif; }
 main { max-width: 1140px; margin: 0 auto; padding: 40px 28px 64px; }
 h1 { font-size: 30px; line-height: 1.2; margin: 2px 0 14px; letter-spacing: -0.01em; }
 h2 { font-size: 20px; margin: 0 0 4px; letter-spacing: -0.005em; }
@@ -28,31 +29,35 @@ section > p { color: var(--soft); max-width: 78ch; }
 .kicker, figcaption, .soft { color: var(--soft); font-size: 13px; }
 .verdict { font-size: 20px; line-height: 1.45; max-width: 62ch; margin-bottom: 8px; }
 .warning { border-left: 3px solid var(--reward); padding-left: 12px; color: var(--soft); }
-.grid { display: grid; grid-template-columns: repeat(3, 1fr); gap: 16px; margin-top: 12px; }
+.grid { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: 16px;
+  margin-top: 12px; }
 .card, figure, .sample, .box { background: var(--card); border: 1px solid var(--grid);
   border-radius: 8px; margin: 0; padding: 14px 16px; break-inside: avoid; }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(170px, 1fr)); gap: 16px;
   margin-top: 24px; }
-.card b { display: block; font-size: 26px; line-height: 1.25; font-weight: 650;
+.card b { display: block; font-size: 24px; line-height: 1.25; font-weight: 650;
   font-variant-numeric: tabular-nums; }
 .card span { display: block; }
-.two { grid-template-columns: repeat(2, 1fr); }
+.two { grid-template-columns: repeat(2, minmax(0, 1fr)); }
 .wide { grid-column: span 2; }
 figure { display: flex; flex-direction: column; }
 figure svg { display: block; width: 100%; height: auto; margin: 8px 0; color: var(--ink); }
 figure svg text { font-family: inherit; }
 figcaption { margin-top: auto; line-height: 1.4; }
 .box { overflow-x: auto; margin-top: 12px; padding: 6px 16px; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums;
+  overflow-wrap: break-word; }
 th, td { text-align: left; padding: 8px 14px 8px 0; vertical-align: top; }
 th { font-size: 13px; font-weight: 600; color: var(--soft); }
 tr + tr > *, tbody tr > * { border-top: 1px solid var(--grid); }
 td small { display: block; color: var(--soft); font-size: 12.5px; line-height: 1.4;
-  max-width: 46ch; }
+  max-width: 46ch; min-width: 22ch; }
+td small.short { min-width: 0; }
 .timeline { display: flex; height: 34px; gap: 2px; border-radius: 6px; overflow: hidden;
   margin: 12px 0 4px; }
 .timeline span { color: #fff; font-size: 12.5px; font-weight: 600; line-height: 34px;
-  padding-left: 8px; white-space: nowrap; overflow: hidden; min-width: 2px; }
+  padding-left: 8px; white-space: nowrap; overflow: hidden; text-overflow: ellipsis;
+  min-width: 2px; }
 .sample { margin-top: 12px; }
 .sample > h3 { font-weight: 600; margin-bottom: 8px; }
 .columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(240px, 1fr)); gap: 20px; }
@@ -67,8 +72,14 @@ details { margin-top: 12px; }
 summary { cursor: pointer; font-weight: 600; padding: 4px 0; }
 code { font: 12.5px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, "Liberation Mono", monospace;
   overflow-wrap: anywhere; }
-@media (max-width: 860px) { .grid, .two { grid-template-columns: 1fr; }
+.time { white-space: nowrap; }
+@media (max-width: 860px) { .grid, .two { grid-template-columns: minmax(0, 1fr); }
   .wide { grid-column: auto; } }
+@media (max-width: 600px) { main { padding: 28px 16px 48px; } h1 { font-size: 26px; }
+  .verdict { font-size: 18px; } .cards { gap: 12px; }
+  .cards { grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); }
+  figure svg { overflow: visible; } .two svg text { font-size: 9px !important; }
+  .wide svg text { font-size: 11px !important; } }
 @media print { body { background: none; font-size: 12px; } main { padding: 0; max-width: none; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; } section { margin-top: 28px; }
   .grid { grid-template-columns: repeat(3, 1fr); }

@@ -20,6 +20,7 @@ class Panel(NamedTuple):
     note: str
     metrics: dict[str, str]
     band: str = ""  # a metric that is the half-width of a band around the first
+    exact: bool = False  # set by a rule, not measured: drawn as it is, never smoothed
 
 
 class Group(NamedTuple):
@@ -101,6 +102,7 @@ PANELS: dict[str, tuple[Group, ...]] = {
                     "score per nat",
                     "Constant when fixed; moves towards the target KL when adaptive.",
                     {"kl/coef": "coefficient"},
+                    exact=True,
                 ),
             ),
         ),
@@ -143,6 +145,7 @@ PANELS: dict[str, tuple[Group, ...]] = {
                     "learning rate",
                     "Of the policy.",
                     {"policy/learning_rate": "rate"},
+                    exact=True,
                 ),
             ),
         ),
@@ -189,7 +192,7 @@ PANELS: dict[str, tuple[Group, ...]] = {
                     "Time of an iteration",
                     "seconds",
                     "Rollout, scoring and all optimizer steps.",
-                    {"time/iteration_s": "time"},
+                    {"time/step_s": "time"},
                 ),
                 Panel(
                     "Speed",

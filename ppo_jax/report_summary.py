@@ -3,7 +3,9 @@
 import datetime
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 from typing import NamedTuple
 
 from ppo_jax.report_panels import series
@@ -25,11 +27,15 @@ class Run(NamedTuple):
         """The metrics of one stage, in the order they were written."""
         return [row for row in self.metrics if row["stage"] == stage]
 
+    def points(self, stage: str, name: str) -> list[tuple[int, float]]:
+        """(step, value) wherever a metric is finite."""
+        both = zip(*series(self.rows(stage), name), strict=True)
+        return [(step, value) for step, value in both if math.isfinite(value)]
+
     def ends(self, stage: str, name: str) -> list[float]:
         """The first and last finite value of a metric; [] when there are not two."""
-        _, values = series(self.rows(stage), name)
-        finite = [value for value in values if math.isfinite(value)]
-        return [finite[0], finite[-1]] if len(finite) > 1 else []
+        values = [value for _, value in self.points(stage, name)]
+        return [values[0], values[-1]] if len(values) > 1 else []
 
 
 def read_run(workdir: str | Path) -> Run:
@@ -52,40 +58,24 @@ def read_run(workdir: str | Path) -> Run:
 
 def verdict(run: Run) -> str:
     """The strongest statement that the files of the run support, in one sentence."""
-    kl = run.results.get("policy/kl_per_response")
-    at = "" if kl is None else f", at {kl:.1f} nats of KL per response"
     if (rate := run.results.get("gold/win_rate_ppo_vs_sft")) is not None:
-        return f"{_preference(rate, run.results)}{at}."
-    if ends := run.ends("ppo", "reward/score_mean"):
-        return "PPO took the mean score from {:.2f} to {:.2f}".format(*ends) + f"{at}."
-    if (accuracy := run.results.get("reward_model/accuracy_gap1")) is not None:
-        return (
-            f"The reward model orders {accuracy:.1%} of the unseen pairs as people do, at a gap in "
-            "rating of 1 or more."
-        )
-    if ends := run.ends("reward", "reward_model/validation_accuracy"):
-        return f"The reward model orders {ends[1]:.1%} of the validation pairs as people do."
-    if ends := run.ends("sft", "sft/validation_perplexity"):
-        return "SFT took the validation perplexity from {:.1f} to {:.1f}.".format(*ends)
-    return "There is no result to report yet."
+        told = _preference(rate, run.results) + _at_kl(run)
+    else:
+        told = _ppo_reached(run) or _reward_reached(run) or _sft_reached(run)
+    return f"{told or 'There is no result to report yet'}."
 
 
 def headlines(run: Run) -> list[tuple[str, str, str]]:
     """The cards of the report: (figure, what it is, what to compare it with)."""
-    results = run.results
-    interval = results.get("gold/win_rate_ppo_vs_sft_interval")
-    human = results.get("reference", {}).get("human rater")
-    between = "95% interval {:.1%} to {:.1%}".format(*interval) if interval else "win rate"
-    gap = "gap of 1 or more" + (f"; a human rater {human:.1%}" if human else "")
-    specs = (
-        ("gold/win_rate_ppo_vs_sft", "{:.1%}", "prefer PPO to SFT", between),
-        ("policy/kl_per_response", "{:.1f} nats", "KL per response", "from the SFT policy"),
-        ("reward_model/accuracy_gap1", "{:.1%}", "reward-model accuracy", gap),
-        ("text/distinct2_ratio", "{:.0%}", "of SFT's distinct-2", "variety of word pairs"),
-    )
-    cards = [(form.format(results[key]), *words) for key, form, *words in specs if key in results]
-    if "time/total_s" in results:
-        cards.append((duration(results["time/total_s"]), "in all", "wall clock"))
+    cards = [*_ppo_cards(run), *_reward_cards(run)]
+    if (ratio := run.results.get("text/distinct2_ratio")) is not None:
+        cards.append((f"{ratio:.0%}", f"of {_origin(run)}'s distinct-2", "variety of word pairs"))
+    if (points := run.points("sft", "sft/validation_perplexity")) and not _evaluated(run):
+        step, first = points[0]
+        before = f"{_perplexity(first)} at step {step}, {points[-1][0]} steps in all"
+        cards.append((_perplexity(points[-1][1]), "validation perplexity after SFT", before))
+    if "time/total_s" in run.results:
+        cards.append((duration(run.results["time/total_s"]), "in all", "wall clock"))
     return cards
 
 
@@ -101,6 +91,19 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
+# What a stage came to
+
+
+def _evaluated(run: Run) -> bool:
+    return "policy/kl_per_response" in run.results
+
+
+def _origin(run: Run) -> str:
+    """The name of the policy that PPO began from, as the evaluation has it."""
+    names = [name for name in ("sft", "base") if f"text/distinct2_{name}" in run.results]
+    return "base" if names == ["base"] else "SFT"
+
+
 def _preference(rate: float, results: dict) -> str:
     prompts = next((row["num_prompts"] for row in results.get("judges", [])), "the")
     interval = results.get("gold/win_rate_ppo_vs_sft_interval")
@@ -112,6 +115,138 @@ def _preference(rate: float, results: dict) -> str:
     if high < 0.5:
         return f"PPO lost to SFT: it is preferred {told}"
     return f"PPO and SFT are not told apart: PPO is preferred {told}"
+
+
+def _window(values: Sequence[float]) -> int:
+    """Over how many iterations a mean stands for an end of PPO: a single one is noisy."""
+    return min(5, max(1, len(values) // 4))
+
+
+def _score_ends(run: Run) -> tuple[int, float, float] | None:
+    """(n, mean score over the first n iterations, over the last n); see `_window`."""
+    values = [value for _, value in run.points("ppo", "reward/score_mean")]
+    if not values:
+        return None
+    n = _window(values)
+    return n, mean(values[:n]), mean(values[-n:])
+
+
+def _kl(run: Run) -> float | None:
+    """Nats per response: of the evaluation, or else of the last iterations."""
+    if _evaluated(run):
+        return run.results["policy/kl_per_response"]
+    values = [value for _, value in run.points("ppo", "kl/ref")]
+    return mean(values[-_window(values) :]) if values else None
+
+
+def _at_kl(run: Run) -> str:
+    kl = _kl(run)
+    return "" if kl is None else f", at {kl:.1f} nats of KL per response"
+
+
+def _ppo_reached(run: Run) -> str:
+    if (ends := _score_ends(run)) is None:
+        return ""
+    n, first, last = ends
+    early, late = (f"{n} iterations", f" {n}") if n > 1 else ("iteration", "")
+    told = (
+        f"PPO took the mean score from {first:.2f} in the first {early} to {last:.2f} in the last"
+    )
+    return f"{told}{late}{_at_kl(run)}"
+
+
+def _ppo_cards(run: Run) -> list[tuple[str, str, str]]:
+    cards, results = [], run.results
+    if (rate := results.get("gold/win_rate_ppo_vs_sft")) is not None:
+        interval = results.get("gold/win_rate_ppo_vs_sft_interval")
+        between = "95% interval {:.1%} to {:.1%}".format(*interval) if interval else "win rate"
+        cards.append((f"{rate:.1%}", "prefer PPO to SFT", between))
+    elif ends := _score_ends(run):
+        n, first, last = ends
+        late, early = (f"{n} iterations", f" {n}") if n > 1 else ("iteration", "")
+        cards.append(
+            (f"{last:.2f}", f"mean score, last {late}", f"{first:.2f} in the first{early}")
+        )
+    if (kl := _kl(run)) is not None:
+        policy = f"the {_origin(run)} policy" if _evaluated(run) else "the reference policy"
+        cards.append((f"{kl:.1f} nats", "KL per response", f"from {policy}"))
+    return cards
+
+
+def _accuracies(run: Run) -> dict[str, float]:
+    """{"": on all unseen pairs, "_gap1": on those that differ by 1 or more, "_gap2": by 2}."""
+    found = {}
+    for suffix in ("", "_gap1", "_gap2"):
+        validated = run.points("reward", f"reward_model/validation_accuracy{suffix}")
+        if (value := run.results.get(f"reward_model/accuracy{suffix}")) is not None:
+            found[suffix] = value
+        elif validated:
+            found[suffix] = validated[-1][1]
+    return found
+
+
+def _pairs_a_step(run: Run) -> str:
+    """How many pairs a step of reward-model training compares; "" where the config is unknown."""
+    settings = run.config.get("config", run.config).get("reward") or {}
+    if settings.get("format") == "ratings" and "pairs_per_batch" in settings:
+        return f"up to {settings['pairs_per_batch']} pairs"  # pairs of equal ratings are left out
+    return f"{settings['batch_size'] // 2} pairs" if "batch_size" in settings else ""
+
+
+def _reward_reached(run: Run) -> str:
+    accuracies = _accuracies(run)
+    if "" not in accuracies:
+        return ""
+    told = f"The reward model puts {accuracies['']:.1%} of the unseen pairs in the right order"
+    gaps = [
+        f"{accuracies[suffix]:.1%} at {gap} or more"
+        for suffix, gap in (("_gap1", "a gap in rating of 1"), ("_gap2", "2"))
+        if suffix in accuracies
+    ]
+    told += f" ({', '.join(gaps)})" if gaps else ""
+    if rows := run.rows("reward"):
+        pairs = _pairs_a_step(run)
+        told += f", after {rows[-1]['step']} steps" + (f" of {pairs}" if pairs else "")
+    return told
+
+
+def _reward_cards(run: Run) -> list[tuple[str, str, str]]:
+    accuracies, what = _accuracies(run), "reward-model accuracy"
+    human = run.results.get("reference", {}).get("human rater")
+    if _evaluated(run) and "_gap1" in accuracies:
+        note = "gap of 1 or more" + (f"; a human rater {human:.1%}" if human else "")
+        return [(f"{accuracies['_gap1']:.1%}", what, note)]
+    if "" not in accuracies:
+        return []
+    note = "on unseen pairs"
+    if "_gap1" in accuracies:
+        note += f"; {accuracies['_gap1']:.1%} at a gap of 1 or more"
+    cards = [(f"{accuracies['']:.1%}", what, note)]
+    if (rows := run.rows("reward")) and not _evaluated(run):
+        pairs = _pairs_a_step(run)
+        cards.append(
+            (
+                f"{rows[-1]['step']}",
+                "reward-model steps",
+                f"{pairs} each" if pairs else "of the optimizer",
+            )
+        )
+    return cards
+
+
+def _sft_reached(run: Run) -> str:
+    if not (points := run.points("sft", "sft/validation_perplexity")):
+        return ""
+    (begin, first), (end, last) = points[0], points[-1]
+    if len(points) == 1:
+        return f"SFT reached a validation perplexity of {_perplexity(last)} at step {end}"
+    ends = f"from {_perplexity(first)} (step {begin}) to {_perplexity(last)} (step {end})"
+    return f"SFT took the validation perplexity {ends}"
+
+
+def _perplexity(value: float) -> str:
+    """A model from scratch begins at the size of its vocabulary, a diverged one at any number."""
+    return f"{value:.1f}" if value < 1e5 else f"{value:.1e}"
 
 
 def _read(path: Path) -> list | dict:

@@ -92,25 +92,6 @@ def rollout(
         hidden = None if trunk is None else inputs
         return hidden, logits[:, 0], (trunk_cache, cache)
 
-    def begin() -> Decoding:
-        capacity = prompt_length + length
-        caches = tuple(n and n.init_cache(batch_size, capacity) for n in (trunk, policy))
-        hidden, logits, caches = forward(
-            prompts.tokens, prompts.mask, caches, start=prompt_length - 1
-        )
-        if hidden is not None:
-            hidden = jnp.pad(hidden, ((0, 0), (0, length), (0, 0)))
-        return Decoding(
-            t=jnp.int32(0),
-            logits=logits,
-            alive=jnp.ones(batch_size, bool),
-            tokens=jnp.zeros((batch_size, length), jnp.int32),
-            logprobs=jnp.zeros((batch_size, length), jnp.float32),
-            mask=jnp.zeros((batch_size, length), bool),
-            hidden=hidden,
-            caches=caches,
-        )
-
     def advance(s: Decoding) -> Decoding:
         tokens, logprobs = choose(s.logits, row_keys, s.t, sampling, temperature)
         tokens, logprobs = (jnp.where(s.alive, x, 0) for x in (tokens, logprobs))
@@ -130,7 +111,11 @@ def rollout(
             caches=caches,
         )
 
-    end = jax.lax.while_loop(lambda s: (s.t < length) & s.alive.any(), advance, begin())
+    capacity = prompt_length + length
+    caches = tuple(n and n.init_cache(batch_size, capacity) for n in (trunk, policy))
+    prefill = forward(prompts.tokens, prompts.mask, caches, start=prompt_length - 1)
+    begin = init_decoding(*prefill, response_length=length)
+    end = jax.lax.while_loop(lambda s: (s.t < length) & s.alive.any(), advance, begin)
     return Rollout(
         prompt_tokens=prompts.tokens,
         prompt_mask=prompts.mask,
@@ -139,6 +124,26 @@ def rollout(
         logprobs=end.logprobs,
         has_eos=~end.alive,
         hidden=end.hidden,
+    )
+
+
+def init_decoding(
+    hidden: jax.Array | None, logits: jax.Array, caches: Any, *, response_length: int
+) -> Decoding:
+    """Before the first response token, from what the prompts gave: hidden [B, P, D] or None,
+    logits [B, V] and the caches."""
+    shape = (logits.shape[0], response_length)
+    if hidden is not None:
+        hidden = jnp.pad(hidden, ((0, 0), (0, response_length), (0, 0)))
+    return Decoding(
+        t=jnp.int32(0),
+        logits=logits,
+        alive=jnp.ones(shape[0], bool),
+        tokens=jnp.zeros(shape, jnp.int32),
+        logprobs=jnp.zeros(shape, jnp.float32),
+        mask=jnp.zeros(shape, bool),
+        hidden=hidden,
+        caches=caches,
     )
 
 

@@ -1,19 +1,31 @@
 """What every training stage does around its steps: restore, log, save, stop when asked to."""
 
 import contextlib
+import dataclasses
+import os
 import signal
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ppo_jax.checkpoints import Checkpoints
-from ppo_jax.config import MAY_CHANGE
+from ppo_jax.config import (
+    MAY_CHANGE,
+    Config,
+    ModelSettings,
+    PPOSettings,
+    RewardSettings,
+    SFTSettings,
+)
 from ppo_jax.metrics import MetricsWriter
-from ppo_jax.models import Model, begin_stage, describe_stage, missing_steps, update_stage
-from ppo_jax.partition import Parts
+from ppo_jax.models import Model, begin_stage, describe_stage, update_stage
+from ppo_jax.partition import Parts, split_params, start_layer
+from ppo_jax.typed import filled_in
 from ppo_jax.workdir import config_differences, drop_lines_after
+
+SECTIONS = {"sft": SFTSettings, "reward": RewardSettings, "ppo": PPOSettings}
+STOPS = {signal.SIGTERM: 143, signal.SIGINT: 130}  # signal: exit code of a run that was saved
 
 
 class StageRun:
@@ -32,6 +44,7 @@ class StageRun:
         num_steps: of the stage.
         save_every: steps between checkpoints; the last step is always saved.
         show: {metric: label} of the figures in the progress.
+        tokens: (metric, factor), as `MetricsWriter` has it.
     """
 
     def __init__(
@@ -42,29 +55,35 @@ class StageRun:
         num_steps: int,
         save_every: int,
         show: Mapping[str, str],
+        tokens: tuple[str, float] | None = None,
     ):
         self.workdir, self.stage, self.num_steps = Path(workdir), stage, num_steps
-        self.save_every, self.show = save_every, show
+        self.save_every, self.show, self.tokens = save_every, show, tokens
         self.folder = self.workdir / stage
         self.start = 0
-        self.asked_to_stop = False
+        self.asked_to_stop: signal.Signals | None = None
         self.checkpoints = Checkpoints(self.folder / "checkpoints")
 
     def __enter__(self) -> "StageRun":
-        self._old_handler = signal.signal(signal.SIGTERM, self._stop_soon)
+        self._old_handlers = {number: signal.signal(number, self._stop_soon) for number in STOPS}
         return self
 
     def __exit__(self, *error):
-        signal.signal(signal.SIGTERM, self._old_handler)
+        for number, handler in self._old_handlers.items():
+            signal.signal(number, handler)
         with contextlib.ExitStack() as closing:
             closing.callback(self.checkpoints.close)
             if error[0] is None:
                 closing.callback(self.writer.close)
         if self.asked_to_stop and error[0] is None:  # asked after the last step
-            sys.exit(143)
+            sys.exit(STOPS[self.asked_to_stop])
 
-    def _stop_soon(self, *_):
-        self.asked_to_stop = True
+    def _stop_soon(self, number: int, _):
+        if self.asked_to_stop:  # asked twice: at once, without saving
+            raise KeyboardInterrupt
+        self.asked_to_stop = signal.Signals(number)
+        message = f"\n{self.stage}: stopping after this step (once more: at once, without saving)\n"
+        os.write(2, message.encode())  # print() is not safe in a handler
 
     def restore(self, state: Any) -> Any:
         """The newest complete checkpoint's state, or the given one when there is none."""
@@ -80,26 +99,25 @@ class StageRun:
             total_steps=self.num_steps,
             restored_step=restored,
             show=self.show,
+            tokens=self.tokens,
         )
-        self._last_time = time.perf_counter()
         return state
+
+    def log_start(self, metrics: Mapping[str, Any]):
+        """Log figures from before the first step, as those of step 0."""
+        self.writer.write(0, metrics)
+        self.writer.flush()
 
     def steps(self) -> Iterator[int]:
         """The numbers of steps already taken: from the restored one to num_steps - 1."""
         return iter(range(self.start, self.num_steps))
-
-    def seconds(self) -> float:
-        """Wall time since the last call. Steps are logged one late, so this is a step's time."""
-        now = time.perf_counter()
-        seconds, self._last_time = now - self._last_time, now
-        return seconds
 
     def end_step(self, step: int, state: Any, metrics: Mapping[str, Any]):
         """Log a step; save it when its time has come.
 
         Raises:
             FloatingPointError: a loss is not finite.
-            SystemExit: with code 143, after SIGTERM, when the state is on disk.
+            SystemExit: after SIGTERM (code 143) or Ctrl-C (130), when the state is on disk.
         """
         self.writer.write(step, metrics)
         if step % self.save_every and step < self.num_steps and not self.asked_to_stop:
@@ -108,35 +126,58 @@ class StageRun:
         self.checkpoints.save(step, state, describe_stage(self.folder))
         if self.asked_to_stop:
             self.checkpoints.wait()
-            print(f"{self.stage}: stopped by SIGTERM, step {step} is saved", flush=True)
-            sys.exit(143)
+            print(
+                f"{self.stage}: stopped by {self.asked_to_stop.name}, step {step} is saved; "
+                "the same command goes on from there",
+                flush=True,
+            )
+            sys.exit(STOPS[self.asked_to_stop])
         self.writer.last_checkpoint = step
 
 
-def open_stage(folder: Path, model: Model, parts: Parts, description: dict) -> bool:
+def describe(stage: str, config: Config, workdir: Path) -> dict:
+    """What stage.json keeps of the settings, to compare with when the stage is resumed."""
+    settings = dataclasses.asdict(getattr(config, stage))
+    settings |= {"seed": config.seed, "model": dataclasses.asdict(config.model)}
+    return {"stage": stage, "settings": without_folder(settings, f"{workdir}/")}
+
+
+def without_folder(values: Any, folder: str) -> Any:
+    """The settings with `{workdir}/` for the run's folder, which may be moved or renamed."""
+    if isinstance(values, dict):
+        return {name: without_folder(value, folder) for name, value in values.items()}
+    return values.replace(folder, "{workdir}/") if isinstance(values, str) else values
+
+
+def open_stage(
+    stage: str, config: Config, workdir: Path, model: Model, *, num_steps: int
+) -> tuple[int | None, Parts]:
     """Begin a stage, or make sure that the one begun before can go on with these settings.
 
     Args:
-        folder: the stage's.
-        model: what it starts from.
-        parts: the model's parameters, split.
-        description: stage, settings and num_steps.
+        stage: its name.
+        config: of the run.
+        workdir: the run's folder.
+        model: what the stage starts from.
+        num_steps: of the stage.
 
     Returns:
-        Whether there is anything to train: False when the last step has been saved.
+        (the layer that its trained part starts at or None, the model's parameters, split).
 
     Raises:
         ValueError: a setting differs that the state or the data order depends on; it lists them.
     """
+    trainable = getattr(config, stage).trainable
+    start = start_layer(model.config, trainable)
+    parts = split_params(model.config, model.params, trainable, start)
+    folder, description = workdir / stage, describe(stage, config, workdir)
     check_settings(folder, description)
+    description |= {"num_steps": num_steps}
     if describe_stage(folder) is None:
         begin_stage(folder, model, parts, description)
     else:
         update_stage(folder, description)
-    missing = missing_steps(folder)
-    if missing is None:
-        print(f"{description['stage']}: complete ({description['num_steps']} steps)", flush=True)
-    return missing is not None
+    return start, parts
 
 
 def check_settings(folder: Path, description: dict):
@@ -144,7 +185,9 @@ def check_settings(folder: Path, description: dict):
     old = describe_stage(folder)
     if old is None:
         return
-    differences = config_differences(old["settings"], description["settings"])
+    stage = description["stage"]
+    both = (with_younger_fields(stage, x["settings"]) for x in (old, description))
+    differences = config_differences(*both)
     may_change = set(MAY_CHANGE)
     if description["settings"].get("kl_control") == "adaptive":
         may_change.remove("kl_coef")  # where the control began; its state has moved on
@@ -154,3 +197,9 @@ def check_settings(folder: Path, description: dict):
             f"{folder} was begun with other settings: {'; '.join(fixed)}. "
             "Set them back, or choose another workdir."
         )
+
+
+def with_younger_fields(stage: str, settings: dict) -> dict:
+    """A field that is younger than the stage had its default then."""
+    model = filled_in(ModelSettings, settings.get("model", {}))
+    return filled_in(SECTIONS[stage], settings) | {"model": model}

@@ -81,17 +81,22 @@ class Optimizer:
 @struct.dataclass(kw_only=True)
 class Hyperparameters:
     """Every number of PPO. All leaves are traced: changing one never recompiles, and `jax.vmap`
-    over them trains a sweep as one program."""
+    over them trains a sweep as one program.
+
+    `temperature` must be > 0: the logits of the update are divided by it, and at 0 the loss is
+    NaN. It is traced, so nothing can refuse a 0 here.
+    """
 
     optimizer: Optimizer
     value_learning_rate: jax.Array | float = 1e-5
-    temperature: jax.Array | float = 1.0
+    temperature: jax.Array | float = 1.0  # > 0; divides the logits, in sampling and in training
     kl_coef: jax.Array | float = 0.05  # fixed control, and where adaptive control starts
     target_kl: jax.Array | float = 6.0  # nats per response, adaptive control
     kl_horizon: jax.Array | float = 10_000.0  # episodes, adaptive control
     gamma: jax.Array | float = 1.0
     gae_lambda: jax.Array | float = 0.95
-    clip_range: jax.Array | float = 0.2
+    clip_range: jax.Array | float = 0.2  # of the probability ratio, below 1
+    clip_range_high: jax.Array | float | None = None  # above 1; None is the same as clip_range
     value_clip_range: jax.Array | float = 0.2
     vf_coef: jax.Array | float = 0.1
     entropy_coef: jax.Array | float = 0.0

@@ -34,6 +34,8 @@ def load_tokenizer(path: str | os.PathLike) -> "PreTrainedTokenizerFast":
     Raises:
         ValueError: there is no tokenizer.json, or it has no end-of-sequence token.
     """
+    # Its advice at every start that models need torch is not for us: they are not used.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import PreTrainedTokenizerFast
 
     folder = model_folder(path)

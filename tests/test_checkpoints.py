@@ -1,67 +1,12 @@
-"""What was saved comes back bit for bit, or is passed over by name, however the process ended."""
+"""What was saved comes back bit for bit, and nothing that is there is overwritten."""
 
-import os
-import random
-import shutil
-import signal
-import subprocess
-import sys
-import time
-import warnings
-
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from ppo_jax.checkpoints import Checkpoints, load_checkpoint_item, load_params, save_params
-
-UNFINISHED = ".orbax-checkpoint-tmp"
-
-
-@flax.struct.dataclass
-class State:
-    policy_params: dict
-    opt_state: optax.OptState
-    kl_coef: jax.Array
-    step: jax.Array
-
-
-def make_state(seed=0, width=4):
-    """Every kind of node and dtype that a run has: optax tuples, empty ones, bf16, int32."""
-    keys = jax.random.split(jax.random.key(seed), 2)
-    params = {
-        "embed": {"tokens": jax.random.normal(keys[0], (500, width))},
-        "layers": {"0": {"kernel": jax.random.normal(keys[1], (width, 3), jnp.bfloat16)}},
-    }
-    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3))
-    updates, opt_state = tx.update(params, tx.init(params), params)
-    params = optax.apply_updates(params, updates)
-    return State(params, opt_state, jnp.float32(0.1) + seed, jnp.int32(seed))
-
-
-def assert_identical(left, right):
-    assert jax.tree.structure(left) == jax.tree.structure(right)
-    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
-        assert a.dtype == b.dtype and a.shape == b.shape
-        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
-
-
-def saved_steps(directory):
-    return sorted(path.name for path in directory.iterdir())
-
-
-def save_all(directory, steps, keep=2):
-    checkpoints = Checkpoints(directory, keep=keep)
-    for step in steps:
-        checkpoints.save(step, make_state(step), {"seed": step})
-    checkpoints.close()
-
-
-def restore(directory, example=None):
-    return Checkpoints(directory).restore(make_state() if example is None else example)
+from tests.tiny_state import assert_identical, make_state, restore, save_all, saved_steps
 
 
 def test_a_state_comes_back_bit_for_bit_with_its_step_and_metadata(tmp_path):
@@ -155,100 +100,11 @@ def test_the_older_step_stays_until_the_newer_one_is_complete(tmp_path):
     assert saved_steps(tmp_path) == ["2"]
 
 
-def test_a_removal_that_was_killed_is_finished_by_the_next_save_without_a_warning(tmp_path):
-    save_all(tmp_path, [3])
-    shutil.copytree(tmp_path / "3" / "state", tmp_path / f"2{UNFINISHED}-old")
-    checkpoints = Checkpoints(tmp_path)
-    assert checkpoints.restore(make_state())[1] == 3
-    checkpoints.save(4, make_state(4))
-    checkpoints.close()
-    assert saved_steps(tmp_path) == ["3", "4"]
-
-
-def test_an_unfinished_folder_stays_until_its_step_is_reached(tmp_path):
-    (tmp_path / f"5{UNFINISHED}").mkdir()
-    checkpoints = Checkpoints(tmp_path)
-    for step, left in ((4, ["4", f"5{UNFINISHED}"]), (6, ["4", "6"])):
-        checkpoints.save(step, make_state(step))
-        checkpoints.wait()
-        assert saved_steps(tmp_path) == left
-
-
-def test_a_step_under_another_steps_name_is_passed_over(tmp_path):
-    save_all(tmp_path, [3])
-    shutil.copytree(tmp_path / "3", tmp_path / "9")
-    with pytest.warns(UserWarning, match="/9: OSError: its metadata are missing or damaged"):
-        assert restore(tmp_path)[1] == 3
-
-
 def test_a_restored_state_may_be_donated(tmp_path):
     save_all(tmp_path, [3])
     state, _, _ = restore(tmp_path)
     increase = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
     assert_identical(increase(increase(state)), increase(increase(make_state(3))))
-
-
-def test_a_half_written_step_is_passed_over_with_a_warning_that_names_it(tmp_path):
-    save_all(tmp_path, [3])
-    shutil.copytree(tmp_path / "3", tmp_path / f"6{UNFINISHED}")
-    (tmp_path / f"6{UNFINISHED}" / "_CHECKPOINT_METADATA").unlink()
-    with pytest.warns(UserWarning, match=rf"6{UNFINISHED}: it was not written to its end"):
-        state, step, _ = restore(tmp_path)
-    assert step == 3
-    assert_identical(state, make_state(3))
-    assert Checkpoints(tmp_path).latest_step() == 3
-
-
-@pytest.mark.parametrize("damage", ["missing", "truncated"])
-def test_a_step_with_any_damaged_file_is_passed_over_and_nothing_is_deleted(tmp_path, damage):
-    whole = tmp_path / "whole"
-    save_all(whole, [3, 6])
-    files = [path for path in (whole / "6").rglob("*") if path.is_file()]
-    for number, file in enumerate(file for file in files if file.stat().st_size):
-        directory = tmp_path / str(number)
-        shutil.copytree(whole, directory)
-        damaged = directory / file.relative_to(whole)
-        half = damaged.read_bytes()[: file.stat().st_size // 2]
-        damaged.unlink() if damage == "missing" else damaged.write_bytes(half)
-        if damage == "missing" and file.name == "files.json":
-            assert restore(directory)[1] == 6
-            continue
-        with pytest.warns(UserWarning, match=rf"passed over checkpoint {directory}/6: \w+"):
-            state, step, _ = restore(directory)
-        assert step == 3
-        assert_identical(state, make_state(3))
-        assert saved_steps(directory) == ["3", "6"]
-    assert number >= 8
-
-
-def test_damage_is_found_in_a_step_whose_list_of_files_was_not_yet_written(tmp_path):
-    checkpoints = Checkpoints(tmp_path)
-    for step in (3, 6):
-        checkpoints.save(step, {"w": jax.random.normal(jax.random.key(step), (400, 4))})
-    checkpoints.close()
-    (tmp_path / "6" / "files.json").unlink()
-    for data in (tmp_path / "6" / "state" / "ocdbt.process_0" / "d").iterdir():
-        data.write_bytes(data.read_bytes()[:1000])
-    with pytest.warns(UserWarning, match="passed over checkpoint .*/6: "):
-        assert checkpoints.restore({"w": jax.ShapeDtypeStruct((400, 4), jnp.float32)})[1] == 3
-
-
-def test_a_broken_step_can_be_saved_again(tmp_path):
-    save_all(tmp_path, [3, 6])
-    shutil.rmtree(tmp_path / "6" / "state" / "d")
-    shutil.copytree(tmp_path / "6", tmp_path / f"5{UNFINISHED}")
-    checkpoints = Checkpoints(tmp_path)
-    with pytest.warns(UserWarning, match="passed over") as caught:
-        assert checkpoints.restore(make_state())[1] == 3
-    assert len(caught) == 2
-    assert checkpoints.latest_step() == 3
-    for step in (5, 6):
-        checkpoints.save(step, make_state(step + 10))
-    checkpoints.close()
-    assert saved_steps(tmp_path) == ["5", "6"]
-    state, step, _ = restore(tmp_path)
-    assert step == 6
-    assert_identical(state, make_state(16))
 
 
 def test_the_newest_step_is_not_written_twice(tmp_path):
@@ -313,16 +169,6 @@ def test_one_field_loads_without_the_rest(tmp_path):
     assert_identical(load_checkpoint_item(tmp_path, "kl_coef", step=3), make_state(3).kl_coef)
 
 
-def test_one_field_of_the_newest_step_that_can_be_read(tmp_path):
-    save_all(tmp_path, [3, 6])
-    shutil.rmtree(tmp_path / "6" / "state" / "ocdbt.process_0")
-    with pytest.warns(UserWarning, match="passed over checkpoint .*/6"):
-        params = load_checkpoint_item(tmp_path, "policy_params")
-    assert_identical(params, make_state(3).policy_params)
-    with pytest.raises(ValueError, match=r"checkpoint .*/6 cannot be read"):
-        load_checkpoint_item(tmp_path, "policy_params", step=6)
-
-
 def test_an_unknown_field_or_folder_is_refused(tmp_path):
     save_all(tmp_path / "run", [3])
     with pytest.raises(ValueError, match=r"no field 'value_params' .* \['kl_coef', 'opt_state'"):
@@ -336,52 +182,3 @@ def test_params_alone_come_back_bit_for_bit_and_are_replaced(tmp_path):
         params = make_state(seed).policy_params
         save_params(tmp_path / "params", params)
         assert_identical(load_params(tmp_path / "params"), params)
-
-
-def test_params_are_complete_or_absent(tmp_path):
-    with pytest.raises(ValueError, match="no params in .*: the folder does not exist"):
-        load_params(tmp_path / "params")
-    save_params(tmp_path / "params", make_state().policy_params)
-    shutil.rmtree(tmp_path / "params" / "state" / "d")
-    with pytest.raises(ValueError, match="params in .* cannot be read: "):
-        load_params(tmp_path / "params")
-
-
-WRITER = """
-import sys
-import numpy as np
-from ppo_jax.checkpoints import Checkpoints
-checkpoints = Checkpoints(sys.argv[1])
-example = {"w": np.zeros((600, 600), np.float32)}
-example["n"] = {str(i): np.zeros((), np.int32) for i in range(20)}
-restored = checkpoints.restore(example)
-step = 0 if restored is None else restored[1]
-print("ready", flush=True)
-while True:
-    step += 1
-    state = {"w": np.full((600, 600), step, np.float32)}
-    state["n"] = {name: np.int32(step) for name in example["n"]}
-    checkpoints.save(step, state, {"step_squared": step * step})
-"""
-
-
-def test_a_process_killed_at_any_moment_leaves_a_complete_step(tmp_path):
-    example = {"w": jax.ShapeDtypeStruct((600, 600), jnp.float32)}
-    example["n"] = {str(i): jax.ShapeDtypeStruct((), jnp.int32) for i in range(20)}
-    moments, reached = random.Random(0), 0
-    for _ in range(6):
-        command = [sys.executable, "-W", "ignore", "-c", WRITER, str(tmp_path)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as writer:
-            assert writer.stdout.readline() == b"ready\n"
-            time.sleep(0.2 + moments.random())
-            os.kill(writer.pid, signal.SIGKILL)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # a half-written step is expected here
-            restored = restore(tmp_path, example)
-        if restored is None:  # killed before the first step was complete
-            continue
-        state, step, metadata = restored
-        assert step >= reached and metadata == {"step_squared": step * step}
-        assert all((np.asarray(leaf) == step).all() for leaf in jax.tree.leaves(state))
-        reached = step
-    assert reached > 0

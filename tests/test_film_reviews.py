@@ -14,7 +14,7 @@ from ppo_jax.networks import policy_network, trunk_network
 from ppo_jax.partition import split_params
 from tests import tiny
 
-PARTS = ("train", "judge", "test")
+PARTS = ("train", "judge", "test", "validation")
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def normalised(rows, key="text"):
 
 def test_the_files_are_those_that_the_configs_name(data):
     ratings = [f"{part}_ratings" for part in PARTS]
-    names = ["sft", "prompts", "test_prompts", "vocabulary", *ratings]
+    names = ["sft", "prompts", "test_prompts", "validation_prompts", "vocabulary", *ratings]
     assert sorted(data) == sorted(names)
 
 
@@ -45,22 +45,22 @@ def test_fine_tuning_reads_the_texts_of_the_training_part_alone(data):
     assert set(normalised(data["sft"])) <= set(normalised(data["train_ratings"]))
 
 
-def test_no_test_prompt_is_a_training_prompt_or_begins_a_training_text(data):
-    training, unseen = (
-        normalised(data["prompts"], "prompt"),
-        normalised(data["test_prompts"], "prompt"),
+def test_prompts_of_unseen_parts_begin_no_training_text_and_are_their_own(data):
+    training, test, validation = (
+        set(normalised(data[name], "prompt"))
+        for name in ("prompts", "test_prompts", "validation_prompts")
     )
-    assert not set(training) & set(unseen)
+    assert not training & test and not training & validation and not test & validation
     words = film_reviews.PROMPT_WORDS
     begins = {" ".join(text.split()[:words]) for text in normalised(data["sft"])}
-    assert not begins & set(unseen)
+    assert not begins & (test | validation)
 
 
-@pytest.mark.parametrize(("prompts", "part"), [("prompts", "train"), ("test_prompts", "test")])
-def test_a_prompt_is_how_a_text_of_its_part_begins(data, prompts, part):
+@pytest.mark.parametrize("part", ["train", "test", "validation"])
+def test_a_prompt_is_how_a_text_of_its_part_begins(data, part):
     words = film_reviews.PROMPT_WORDS
     begins = {" ".join(row["text"].split()[:words]) for row in data[f"{part}_ratings"]}
-    found = [row["prompt"] for row in data[prompts]]
+    found = [row["prompt"] for row in data["prompts" if part == "train" else f"{part}_prompts"]]
     assert set(found) <= begins
     assert len(found) == len(set(found))
     assert {len(prompt.split()) for prompt in found} == {words}
@@ -73,7 +73,8 @@ def test_there_is_enough_of_everything(data):
     for part, share in film_reviews.PARTS.items():
         assert abs(sizes[f"{part}_ratings"] / total - share) < 0.02
     assert 3_000 < sizes["sft"] <= sizes["train_ratings"]
-    assert sizes["prompts"] > 3_000 and sizes["test_prompts"] > 800
+    assert sizes["prompts"] > 3_000
+    assert min(sizes["test_prompts"], sizes["validation_prompts"]) > 800
 
 
 def test_every_text_has_many_human_ratings_between_minus_four_and_four(data):

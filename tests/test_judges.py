@@ -50,7 +50,7 @@ def test_ridge_chooses_the_strong_penalty_when_the_targets_are_noise():
     assert both.std() < 0.01
 
 
-def test_pair_accuracy_equals_the_loop_over_pairs():
+def test_rating_accuracy_equals_the_loop_over_pairs():
     rng = np.random.default_rng(1)
     ratings, scores = rng.integers(-4, 5, 40).astype(float), rng.integers(0, 6, 40).astype(float)
     for gap in (1.0, 2.0):
@@ -60,16 +60,18 @@ def test_pair_accuracy_equals_the_loop_over_pairs():
             for j in range(40)
             if ratings[i] - ratings[j] >= gap
         ]
-        assert judges.pair_accuracy(scores, ratings, gap=gap) == pytest.approx(np.mean(results))
+        assert judges.rating_accuracy(scores, ratings, gap=gap) == pytest.approx(np.mean(results))
 
 
-def test_pair_accuracy_with_no_gap_leaves_out_pairs_of_equal_ratings():
-    assert judges.pair_accuracy(np.array([5.0, 1.0, 3.0]), np.array([1.0, 1.0, 0.0]), gap=0) == 0.5
+def test_rating_accuracy_with_no_gap_leaves_out_pairs_of_equal_ratings():
+    assert (
+        judges.rating_accuracy(np.array([5.0, 1.0, 3.0]), np.array([1.0, 1.0, 0.0]), gap=0) == 0.5
+    )
 
 
 def test_a_gap_of_exactly_one_counts_in_spite_of_rounding():
     ratings = np.array([2.466666667, 1.46666666701])
-    assert judges.pair_accuracy(np.array([1.0, 0.0]), ratings, gap=1.0) == 1.0
+    assert judges.rating_accuracy(np.array([1.0, 0.0]), ratings, gap=1.0) == 1.0
 
 
 def test_win_rates_of_both_sides_add_to_one():
@@ -139,7 +141,7 @@ def test_a_table_without_rated_texts_does_not_claim_an_accuracy():
         (lambda: judges.win_rate(np.zeros(2), np.zeros(3)), "scores_b must have shape"),
         (lambda: judges.win_rate(np.zeros(0), np.zeros(0)), "empty"),
         (lambda: judges.bootstrap_interval(np.ones(2), np.ones(2), seed=0, level=95), "level"),
-        (lambda: judges.pair_accuracy(np.zeros(2), np.zeros(2)), "gap = 1.0"),
+        (lambda: judges.rating_accuracy(np.zeros(2), np.zeros(2), gap=1), "min_gap=1"),
         (lambda: judges.distinct_n(["a"], 0), "n must be at least 1"),
         (lambda: judges.judge_table({}, {"sft": ["a"]}), "candidate 'ppo'"),
         (lambda: judges.judge_table({}, {"sft": ["a"], "ppo": []}), "one a prompt"),

@@ -18,30 +18,33 @@ CORE = [
     ["transformer"],
     ["networks"],
     ["advantages", "rewards", "losses", "optimizer", "partition", "rollout"],
-    ["steps"],
+    ["steps", "experience"],
     ["ppo"],
 ]
 SHELL = [
     [
         "data",
         "pairs",
-        "judges",
         "gguf_file",
         "families",
         "plugins",
+        "typed",
         "workdir",
+        "checksums",
+        "leaves",
         "report_panels",
         "report_page",
     ],
-    ["config", "checkpoints", "metrics", "sources", "batches", "report_summary", "plots"],
-    ["vocabulary", "hf", "inputs", "summary", "report"],
+    ["judges", "config", "checkpoints", "metrics", "sources", "batches", "report_summary", "plots"],
+    ["vocabulary", "hf", "inputs", "report"],
     ["models"],
-    ["runs", "generation"],
-    ["loops", "evaluate"],
-    ["ppo_setup"],
-    ["ppo_loop"],
+    ["runs", "generation", "training", "plan"],
+    ["reward_data", "sft_loop", "ppo_setup", "summary"],
+    ["reward_loop", "ppo_loop"],
+    ["evaluate"],
     ["checks"],
     ["pipeline"],
+    ["cli"],
 ]
 ROW = {name: row for row, names in enumerate(CORE + SHELL) for name in names}
 CORE_NAMES = {name for names in CORE for name in names}
@@ -119,7 +122,7 @@ def test_only_the_module_that_is_named_for_it_knows_a_third_party():
         "tokenizers": {"gguf_file", "vocabulary"},
         "transformers": {"gguf_file", "vocabulary"},
         "sklearn": {"judges"},
-        "ml_collections": {"config", "pipeline"},
+        "ml_collections": {"config", "pipeline", "cli"},
     }
     users = {name: imports(name)[1] for name in modules()}
     for package, home in homes.items():

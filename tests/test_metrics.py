@@ -1,7 +1,8 @@
 """What the files of a run hold after each step, after a kill, and after a divergence."""
 
 import json
-import subprocess
+import os
+import pty
 import sys
 
 import jax
@@ -12,19 +13,14 @@ from tensorboardX.proto import event_pb2
 from tensorboardX.record_writer import masked_crc32c
 
 from ppo_jax import metrics as metrics_module
-from ppo_jax import workdir as workdir_module
 from ppo_jax.metrics import MetricsWriter
-from ppo_jax.workdir import (
-    append_rows,
-    config_differences,
-    drop_lines_after,
-    prepare_workdir,
-    read_config,
-)
+from ppo_jax.workdir import append_rows, prepare_workdir
 
 
 def rows(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """The lines of a file without the time of a step, which is another every time."""
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "time/step_s"} for row in found]
 
 
 def steps(path, stage="ppo"):
@@ -44,6 +40,8 @@ def events(folder):
             if event.HasField("session_log"):
                 purges.append(event.step)
             for value in event.summary.value:
+                if value.tag == "time/step_s":
+                    continue
                 scalars.setdefault(value.tag, {})[event.step] = value.simple_value
     return purges, scalars
 
@@ -73,6 +71,20 @@ def test_one_fetch_a_step_passes_a_strict_transfer_guard(tmp_path, monkeypatch):
         writer.close()
     assert fetched == [{"a", "b", "c"}]
     assert rows(tmp_path / "metrics.jsonl") == [{"stage": "sft", "step": 1, "a": 1, "b": 2, "c": 3}]
+
+
+def test_a_step_lasts_from_the_metrics_before_it_to_its_own(tmp_path, monkeypatch):
+    clock = [50.0]
+    monkeypatch.setattr(metrics_module.time, "perf_counter", lambda: clock[0])
+    writer = MetricsWriter(tmp_path, "ppo", total_steps=2, tokens=("response/length", 64))
+    for step, seconds in ((0, 9.0), (1, 4.0), (2, 8.0)):
+        clock[0] += seconds
+        writer.write(step, {"response/length": 10.0} if step else {"score": 1.0})
+        writer.flush()
+    writer.close()
+    found = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row.get("time/step_s") for row in found] == [None, 4.0, 8.0]
+    assert [row.get("time/tokens_per_s") for row in found] == [None, 160.0, 80.0]
 
 
 def test_flush_writes_what_is_held_back_once(tmp_path):
@@ -165,38 +177,6 @@ def test_a_run_that_starts_again_from_nothing_drops_all_its_lines(tmp_path):
     assert rows(path) == [{"stage": "sft", "step": 9}]
 
 
-@pytest.mark.parametrize("torn", [b'{"stage": "ppo", "st', b'{"stage": "ppo", "step": 3}', b"\x00"])
-def test_a_torn_last_line_is_removed_and_the_others_stay_byte_for_byte(tmp_path, torn):
-    path = tmp_path / "samples.jsonl"
-    whole = '{"stage":"ppo", "step":1,  "response": "ça\\n va"}\n{"step": 2, "stage": "sft"}\n'
-    path.write_bytes(whole.encode() + torn)
-    drop_lines_after(path, "ppo", 5)
-    assert path.read_text(encoding="utf-8") == whole
-    assert [file.name for file in tmp_path.iterdir()] == ["samples.jsonl"]
-
-
-def test_a_damaged_line_in_the_middle_is_refused_by_its_number(tmp_path):
-    path = tmp_path / "samples.jsonl"
-    for damaged in ("{oops", "[1]", '{"stage": "ppo"}'):
-        path.write_text(f'{{"stage": "ppo", "step": 1}}\n{damaged}\n')
-        with pytest.raises(ValueError, match="samples.jsonl:2: must be a JSON object with stage"):
-            drop_lines_after(path, "ppo", 5)
-
-
-def test_dropping_lines_of_an_absent_file_does_nothing(tmp_path):
-    drop_lines_after(tmp_path / "samples.jsonl", "ppo", 5)
-    assert not list(tmp_path.iterdir())
-
-
-def test_rows_are_appended_as_whole_lines_of_valid_json(tmp_path):
-    path = tmp_path / "samples.jsonl"
-    row = {"stage": "ppo", "step": 1, "prompt": "a\nb", "response": "é\u2028"}
-    append_rows(path, [{**row, "score": np.float32(0.5)}, {**row, "score": float("nan")}])
-    append_rows(path, [{**row, "score": jnp.float32(2)}])
-    found = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
-    assert found == [{**row, "score": score} for score in (0.5, None, 2.0)]
-
-
 def printed(tmp_path, capsys, monkeypatch, *, total, seconds, restored_step=None):
     """The plain lines of a stage whose steps take so many seconds."""
     clock = [100.0]
@@ -219,19 +199,19 @@ def printed(tmp_path, capsys, monkeypatch, *, total, seconds, restored_step=None
 def test_plain_lines_come_about_every_tenth_of_the_steps(tmp_path, capsys, monkeypatch):
     lines = printed(tmp_path, capsys, monkeypatch, total=40, seconds=2)
     assert len(lines) == 10
-    assert lines[2] == "ppo 12/40  score 0.812  kl 3.2  2 s/step  eta 0:56"
-    assert lines[-1] == "ppo 40/40  score 0.812  kl 3.2  2 s/step  eta 0:00"
+    assert lines[2] == "ppo 12/40  score 0.812  kl 3.20  2.00 s/step  eta 0:56"
+    assert lines[-1] == "ppo 40/40  score 0.812  kl 3.20  2.00 s/step  eta 0:00"
 
 
 def test_slow_steps_are_reported_at_least_every_half_minute(tmp_path, capsys, monkeypatch):
     lines = printed(tmp_path, capsys, monkeypatch, total=100, seconds=15)
     assert len(lines) == 50
-    assert lines[0] == "ppo 2/100  score 0.812  kl 3.2  15 s/step  eta 24:30"
+    assert lines[0] == "ppo 2/100  score 0.812  kl 3.20  15.0 s/step  eta 24:30"
 
 
 def test_progress_of_a_resumed_run_counts_its_own_steps(tmp_path, capsys, monkeypatch):
     lines = printed(tmp_path, capsys, monkeypatch, total=10, seconds=3, restored_step=8)
-    assert lines[0] == "ppo 9/10  score 0.812  kl 3.2  3 s/step  eta 0:03"
+    assert lines[0] == "ppo 9/10  score 0.812  kl 3.20  3.00 s/step  eta 0:03"
 
 
 def test_a_terminal_shows_a_bar_with_the_figures(tmp_path, capsys, monkeypatch):
@@ -241,7 +221,29 @@ def test_a_terminal_shows_a_bar_with_the_figures(tmp_path, capsys, monkeypatch):
         writer.write(step, {"sft/loss": step / 4})
     writer.close()
     last = capsys.readouterr().out.split("\r")[-1]
-    assert last.startswith("sft: 100%") and "2/2" in last and "loss 0.5" in last
+    assert last.startswith("sft: 100%") and "2/2" in last and "loss 0.500" in last
+
+
+def test_a_terminal_that_claims_no_width_shows_the_bar_all_the_same(tmp_path, monkeypatch):
+    reader, terminal = pty.openpty()  # 0 columns wide, as those of some CI services
+    monkeypatch.delenv("COLUMNS", raising=False)
+    with os.fdopen(reader, "rb", buffering=0) as shown, os.fdopen(terminal, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        monkeypatch.setattr(sys, "__stdout__", stdout)
+        writer = MetricsWriter(tmp_path, "sft", total_steps=1, show={"sft/loss": "loss"})
+        writer.write(1, {"sft/loss": 0.25})
+        writer.close()
+        stdout.flush()
+        last = shown.read(10_000).decode().rstrip().split("\r")[-1]
+    assert last.startswith("sft: 100%|") and "1/1" in last and "loss 0.250" in last
+    assert len(last) == 80
+
+
+def test_a_figure_that_is_zero_but_for_rounding_reads_as_zero(tmp_path, capsys):
+    writer = MetricsWriter(tmp_path, "ppo", total_steps=1, show={"kl/ref": "kl"})
+    writer.write(1, {"kl/ref": -3.35e-08})
+    writer.close()
+    assert "  kl 0.000  " in capsys.readouterr().out
 
 
 def test_other_processes_write_nothing_but_stop_all_the_same(tmp_path, capsys, monkeypatch):
@@ -254,57 +256,3 @@ def test_other_processes_write_nothing_but_stop_all_the_same(tmp_path, capsys, m
     with pytest.raises(FloatingPointError):
         writer.close()
     assert not list(tmp_path.iterdir()) and not capsys.readouterr().out
-
-
-def test_config_json_tells_what_was_run_and_on_what(tmp_path):
-    config = {"ppo": {"kl_coef": 0.1, "eos_ids": (1, 2), "max_norm": float("inf")}, "seed": 0}
-    prepare_workdir(tmp_path / "runs" / "a", config)
-    text = (tmp_path / "runs" / "a" / "config.json").read_text()
-    record = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
-    assert record["packages"]["jax"] == jax.__version__
-    assert record["python"].count(".") == 2
-    assert record["devices"] == {"kind": "cpu", "count": 8, "processes": 1}
-    assert "git_commit" in record
-    read = read_config(tmp_path / "runs" / "a")
-    assert read == {"ppo": {"kl_coef": 0.1, "eos_ids": [1, 2], "max_norm": "inf"}, "seed": 0}
-    assert config_differences(read, config) == []
-
-
-def test_the_commit_is_the_one_of_the_checkout(tmp_path, monkeypatch):
-    source = tmp_path / "checkout"
-    (source / "ppo_jax").mkdir(parents=True)
-    monkeypatch.setattr(workdir_module, "__file__", str(source / "ppo_jax" / "workdir.py"))
-    assert workdir_module._git_commit() is None
-
-    def git(*arguments):
-        who = ["-c", "user.name=a", "-c", "user.email=a@example.com"]
-        command = ["git", "-C", str(source), *who, *arguments]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-
-    git("init", "-q")
-    assert workdir_module._git_commit() is None  # no commit yet
-    (source / "ppo_jax" / "metrics.py").write_text("1")
-    git("add", ".")
-    git("commit", "-q", "-m", "one")
-    git("tag", "-a", "v1", "-m", "v1")
-    assert workdir_module._git_commit() == git("rev-parse", "HEAD")
-    (source / "ppo_jax" / "metrics.py").write_text("2")
-    assert workdir_module._git_commit() == git("rev-parse", "HEAD") + "-dirty"
-
-
-def test_a_workdir_without_a_config_has_none_and_a_damaged_one_is_refused(tmp_path):
-    assert read_config(tmp_path) is None
-    for text in ("{", "[]", "{}"):
-        (tmp_path / "config.json").write_text(text)
-        with pytest.raises(ValueError, match="config.json must be a JSON object with a config"):
-            read_config(tmp_path)
-
-
-def test_config_differences_name_every_field_that_changed():
-    old = {"ppo": {"kl_coef": 0.1, "gamma": 1.0, "ids": [1]}, "data": {}, "a": None}
-    new = {"ppo": {"kl_coef": 0.2, "gamma": 1.0, "ids": (1,)}, "data": {"path": "x"}, "a": None}
-    assert config_differences(old, new) == [
-        "ppo.kl_coef: 0.1 -> 0.2",
-        "data: {} -> absent",
-        "data.path: absent -> x",
-    ]

@@ -60,6 +60,6 @@ def test_a_stage_is_computed_as_the_settings_say(stage):
 def test_where_adaptive_control_began_cannot_change_later(stage):
     folder, _ = stage
     settings = {"kl_control": "adaptive", "kl_coef": 0.1, "vf_coef": 0.5}
-    check_settings(folder, {"settings": settings})
+    check_settings(folder, {"stage": "ppo", "settings": settings})
     with pytest.raises(ValueError, match="kl_coef: 0.1 -> 0.2"):
-        check_settings(folder, {"settings": settings | {"kl_coef": 0.2}})
+        check_settings(folder, {"stage": "ppo", "settings": settings | {"kl_coef": 0.2}})

@@ -7,12 +7,15 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from ppo_jax import ppo
 from ppo_jax.advantages import gae
 from ppo_jax.distributions import token_logprobs
+from ppo_jax.experience import PPONetworks, make_experience
+from ppo_jax.networks import Network
 from ppo_jax.partition import merge_params
+from ppo_jax.ppo import experience_loss
 from ppo_jax.rewards import token_rewards
 from ppo_jax.rollout import response_outputs
+from ppo_jax.structs import Experience, Frozen
 from tests import tiny
 
 ONE_STEP = tiny.recipe(num_epochs=1, num_minibatches=1)
@@ -73,12 +76,58 @@ def test_the_kl_to_itself_is_zero(kind, temperature):
         logits = response_outputs(network, params, inputs, rollout.mask, response_length=length)
         same = token_logprobs(logits, rollout.response_tokens, temperature=numbers.temperature)
         rollout = rollout.replace(logprobs=jnp.where(rollout.response_mask, same, 0.0))
-        _, metrics = ppo.make_experience(rollout, scores, state, numbers, **run.parts)
+        _, metrics = make_experience(rollout, scores, state, numbers, **run.parts)
         return metrics["kl/ref"], metrics["reward/kl_penalty"]
 
     exact, penalty = kl(run.state, run.numbers, rollout, run.scores(rollout))
     assert exact == 0.0
     np.testing.assert_allclose(penalty, 0.0, atol=1e-6)
+
+
+def table_network() -> Network:
+    """Its parameters are its outputs, whatever it reads."""
+    return Network(
+        init=None,
+        apply=lambda params, inputs, mask, *, start=0: params["outputs"],
+        init_cache=None,
+        decode=None,
+    )
+
+
+@pytest.mark.parametrize(
+    ("high", "expected", "clipped"),
+    [(0.3, -0.225, 0.5), (0.2, -0.2, 1.0), (None, -0.2, 1.0)],  # -1.25 + 0.8, or -1.2 + 0.8
+)
+def test_the_upper_clip_is_one_of_its_own(high, expected, clipped):
+    # One token became likelier, by 1.25, and was good; one less likely, by 0.7, and was bad.
+    now, before = jnp.array([[0.5, 0.35]]), jnp.array([[0.4, 0.5]])
+    taken, zeros = jnp.array([[0, 0]]), jnp.zeros((1, 2))
+    mask = jnp.ones((1, 2), bool)
+    experience = Experience(
+        policy_inputs=jnp.zeros((1, 3), jnp.int32),
+        value_inputs=jnp.zeros((1, 3), jnp.int32),
+        mask=jnp.ones((1, 3), bool),
+        response_tokens=taken,
+        response_mask=mask,
+        logprobs=jnp.log(before),
+        values=zeros,
+        advantages=jnp.array([[1.0, -1.0]]),
+        returns=zeros,
+    )
+    logits = jnp.log(jnp.stack([now, 1.0 - now], axis=-1))
+    numbers = tiny.hyperparameters(clip_range=0.2, clip_range_high=high, entropy_coef=0.0)
+
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def loss(logits):
+        params = {"policy": {"outputs": logits}, "value": {"outputs": zeros}}
+        frozen, networks = Frozen(ref_policy={}), PPONetworks(table_network(), table_network())
+        return experience_loss(params, experience, numbers, frozen=frozen, networks=networks)
+
+    (got, metrics), gradient = loss(logits)
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+    assert metrics["policy/clip_fraction"] == clipped
+    # The good token still gains below its own limit; the bad one has reached the other.
+    assert gradient[0, 0].any() == (high == 0.3) and not gradient[0, 1].any()
 
 
 def test_every_minibatch_is_an_optimizer_step():

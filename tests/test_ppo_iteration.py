@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ppo_jax import ppo
+from ppo_jax.experience import adjust_scores
 from ppo_jax.kl import adaptive_kl_coef
+from ppo_jax.ppo import init_ppo
 from ppo_jax.steps import text_scores
 from tests import tiny
 
@@ -62,7 +63,7 @@ def test_with_learning_rate_0_two_iterations_sample_different_responses():
     [("keep", [1.0, 2.0]), ("replace", [1.0, -3.0]), ("penalty", [1.0, 5.0])],
 )
 def test_the_rule_for_responses_without_a_stop_token(rule, expected):
-    got = ppo.adjust_scores(
+    got = adjust_scores(
         jnp.array([1.0, 2.0]),
         jnp.array([True, False]),
         tiny.hyperparameters(missing_eos_score=-3.0),
@@ -73,7 +74,7 @@ def test_the_rule_for_responses_without_a_stop_token(rule, expected):
 
 def test_an_unknown_rule_is_refused():
     with pytest.raises(ValueError, match="unknown missing_eos 'drop'; choose from .*'replace'"):
-        ppo.adjust_scores(None, None, tiny.hyperparameters(), tiny.recipe(missing_eos="drop"))
+        adjust_scores(None, None, tiny.hyperparameters(), tiny.recipe(missing_eos="drop"))
 
 
 def test_integer_scores_are_refused():
@@ -127,7 +128,7 @@ def test_the_state_shares_no_buffer_with_anything():
     # The critic is the reward model here, and the reference is where the policy starts.
     setup, numbers = tiny.setup(), tiny.hyperparameters()
     frozen = setup.frozen
-    state = ppo.init_ppo(frozen.ref_policy, frozen.reward, numbers)
+    state = init_ppo(frozen.ref_policy, frozen.reward, numbers)
     buffers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state)]
     assert len(set(buffers)) == len(buffers)
     others = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves((frozen, numbers))}
@@ -139,9 +140,10 @@ def test_the_state_shares_no_buffer_with_anything():
 
 
 def test_ppo_learns_to_say_a_token():
-    wanted, prompts, shares = 7, tiny.prompts(batch_size=32), []
+    # The share of the token among all ends above 0.98 with any of eight keys that were tried.
+    wanted, prompts, shares = 7, tiny.prompts(batch_size=64), []
     run = tiny.Run("trunk", optimizer=dict(learning_rate=1e-2), kl_coef=0.0)
-    for i in range(30):
+    for i in range(40):
         key = jax.random.fold_in(tiny.RUN_KEY, i)
         rollout = tiny.sample_responses(run.state, run.numbers, prompts, key, **run.parts)
         mask = np.asarray(rollout.response_mask)
@@ -149,4 +151,4 @@ def test_ppo_learns_to_say_a_token():
         shares.append(hits.sum() / mask.sum())
         run.state, _ = run.learn(rollout, jnp.asarray(hits.sum(axis=1), jnp.float32))
     assert np.mean(shares[:3]) < 0.1
-    assert np.mean(shares[-3:]) > 0.6
+    assert np.mean(shares[-3:]) > 0.9

@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ppo_jax import ppo
+from ppo_jax.experience import Recipe, make_experience, sample_responses
+from ppo_jax.optimizer import schedule
+from ppo_jax.ppo import ppo_iteration
 from ppo_jax.structs import Hyperparameters, Optimizer
 from tests import tiny
 
@@ -27,6 +29,7 @@ NUMBERS = dict(
     ),
     value_learning_rate=3e-3,
     missing_eos_score=0.5,
+    clip_range_high=0.2,
     value_clip_range=0.01,
     gamma=0.9,
 )
@@ -48,6 +51,7 @@ CHANGES = {
     "gamma": 0.5,
     "gae_lambda": 0.5,
     "clip_range": 0.02,
+    "clip_range_high": 0.02,
     "value_clip_range": 0.1,
     "vf_coef": 0.5,
     "entropy_coef": 0.1,
@@ -96,7 +100,7 @@ def test_every_number_matters_and_none_recompiles(name):
 def test_the_kind_of_schedule_matters(kind):
     base, changed = numbers().optimizer, numbers(schedule=kind).optimizer
     assert (changed.schedule, base.schedule) == (kind, "linear")
-    assert ppo.schedule(changed, 2) != ppo.schedule(base, 2)
+    assert schedule(changed, 2) != schedule(base, 2)
 
 
 CHOICES = {
@@ -128,7 +132,7 @@ def test_every_choice_of_the_recipe_matters(name):
 
 def test_the_recipe_has_no_other_choices():
     # Sampling has tests of its own; micro-batches change the memory, see below, and nothing else.
-    fields = {f.name for f in dataclasses.fields(ppo.Recipe)}
+    fields = {f.name for f in dataclasses.fields(Recipe)}
     assert fields == CHOICES.keys() | {"sampling", "num_micro_batches"}
 
 
@@ -141,11 +145,11 @@ def test_micro_batches_save_memory():
         recipe = tiny.recipe(num_minibatches=1, num_micro_batches=num_micro_batches)
         parts = dict(frozen=setup.frozen, networks=setup.networks, recipe=recipe)
         state = setup.start(hyperparameters)
-        run = functools.partial(ppo.sample_responses, **parts)
+        run = functools.partial(sample_responses, **parts)
         responses = jax.eval_shape(run, state, hyperparameters, prompts, KEY)
         scores = jax.ShapeDtypeStruct((64,), jnp.float32)
         experience, _ = jax.eval_shape(
-            functools.partial(ppo.make_experience, **parts),
+            functools.partial(make_experience, **parts),
             responses,
             scores,
             state,
@@ -165,7 +169,7 @@ def test_a_sweep_is_one_program():
     @tiny.jit
     @functools.partial(jax.vmap, in_axes=(0, 0, None))
     def iterate(state, hyperparameters, key):
-        return ppo.ppo_iteration(state, hyperparameters, tiny.prompts(), key, **parts)
+        return ppo_iteration(state, hyperparameters, tiny.prompts(), key, **parts)
 
     stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *lanes)
     states = jax.vmap(setup.start)(stacked)
@@ -189,7 +193,7 @@ def test_frozen_parameters_are_arguments_not_constants_of_the_program():
     def constants(function, *args, **kwargs):
         return sum(np.size(x) for x in jax.make_jaxpr(function)(*args, **kwargs).consts)
 
-    iteration = functools.partial(ppo.ppo_iteration, **parts)
+    iteration = functools.partial(ppo_iteration, **parts)
     assert constants(iteration, *args, frozen=setup.frozen) < 100
     # The measure sees what is closed over: the trunk, reference and reward model.
     closed = functools.partial(iteration, frozen=setup.frozen)

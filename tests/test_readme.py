@@ -22,7 +22,7 @@ def test_the_first_example_prints_what_its_comment_says():
 
 def test_every_file_that_the_readme_names_exists():
     names = set(re.findall(r"(?:experiments|configs|ppo_jax)/\w+\.(?:py|png)", README))
-    layout = README[README.index("ppo_jax/pipeline.py") : README.index("Configs are `ml_coll")]
+    layout = README[README.index("ppo_jax/cli.py") : README.index("Configs are `ml_coll")]
     names |= {f"ppo_jax/{name}" for name in re.findall(r"(?<![\w/*])\w+\.py", layout)}
     missing = [name for name in names if not (ROOT / name).exists()]
     assert not missing

@@ -1,15 +1,18 @@
 """The report is whole, safe and self-contained, whatever parts a run has."""
 
 import html.parser
-import json
 import re
+import shutil
+import subprocess
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from ppo_jax import plots, report
-from ppo_jax.report_panels import PANELS, series
-from ppo_jax.report_summary import read_run, verdict
+from ppo_jax.report_panels import PANELS, Panel, series
+from ppo_jax.report_summary import read_run
+from tests.run_files import write_run
 
 VOID = {"meta", "br"}
 SHAPES = {"g", "path", "use", "rect", "image"}  # SVG elements that may close themselves
@@ -56,16 +59,6 @@ def metric_rows(stage, steps=30):
         | {name: 1.0 + step / (i + 2) for i, name in enumerate(names)}
         for step in range(steps)
     ]
-
-
-def write_run(folder, *, metrics=(), samples=(), results=None, config=None):
-    folder.mkdir(exist_ok=True)
-    for name, rows in (("metrics", metrics), ("samples", samples)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for name, tree in (("results", results), ("config", config)):
-        if tree is not None:
-            (folder / f"{name}.json").write_text(json.dumps(tree))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +158,7 @@ def test_a_run_of_sft_alone_has_the_parts_that_it_has(tmp_path):
     assert page.headings == ["sft", "Stages", "Supervised fine-tuning", "Loss"] + [
         "Validation perplexity"
     ]
-    assert "has not finished" in text and "perplexity from 1.0 to 1.5" in text
+    assert "has not finished" in text and "perplexity from 1.0 (step 0) to 1.5 (step 2)" in text
 
 
 def test_a_panel_without_its_metric_is_left_out(tmp_path):
@@ -198,30 +191,6 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
         report.write_report(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("results", "sentence"),
-    [
-        (
-            RESULTS,
-            "PPO is preferred to SFT in 87% of 256 unseen prompts by the gold judge (95% interval "
-            "83% to 91%), at 12.3 nats of KL per response.",
-        ),
-        (
-            {"gold/win_rate_ppo_vs_sft": 0.53, "gold/win_rate_ppo_vs_sft_interval": [0.47, 0.59]},
-            "PPO and SFT are not told apart: PPO is preferred in 53% of the unseen prompts by the "
-            "gold judge (95% interval 47% to 59%).",
-        ),
-        (
-            {"gold/win_rate_ppo_vs_sft": 0.2},
-            "PPO lost to SFT: it is preferred in 20% of the unseen prompts by the gold judge.",
-        ),
-        ({}, "There is no result to report yet."),
-    ],
-)
-def test_the_verdict_says_no_more_than_the_interval_allows(tmp_path, results, sentence):
-    assert verdict(read_run(write_run(tmp_path / "run", results=results))) == sentence
-
-
 def test_the_response_to_a_prompt_is_shown_from_first_to_last_step(whole_report):
     _, text = whole_report
     shown = [int(step) for step in re.findall(r"</i> v(\d+)</p>", text)]
@@ -242,3 +211,48 @@ def test_the_picture_of_a_run_is_a_png_and_needs_something_to_draw(whole_run, tm
     empty = write_run(tmp_path / "empty", results={"time/total_s": 1.0})
     with pytest.raises(ValueError, match="no curves"):
         report.save_curves_png(empty, tmp_path / "none.png")
+
+
+def test_a_kl_that_is_zero_but_for_rounding_reads_as_zero(tmp_path):
+    rows = [{"stage": "ppo", "step": i, "kl/ref": kl} for i, kl in enumerate((-3.4e-8, 2.5))]
+    _, text = read_report(write_run(tmp_path / "run", metrics=rows))
+    assert "KL per response 0.0 → 2.5 nats" in text
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_what_is_set_by_a_rule_is_not_smoothed(exact):
+    rows = [{"step": i, "rate": float(i == 0)} for i in range(100)]
+    axes = Figure().subplots()
+    plots.curves(rows, "ppo", Panel("Rate", "rate", "", {"rate": "rate"}, exact=exact))(axes)
+    drawn = [line.get_ydata().max() for line in axes.lines]
+    assert drawn == [1.0] if exact else drawn[1] < 0.5
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs the browser chromium")
+@pytest.mark.parametrize("width", [500, 1200])
+def test_no_text_is_too_long_for_the_page_to_fit_its_window(tmp_path, width):
+    results = RESULTS | {
+        "judges": [{**JUDGE, "judge": "j" * 60, "note": "n" * 300}],
+        "samples": [{"prompt": "p" * 300, "ppo": "r" * 300}],
+    }
+    samples = [
+        {"stage": "ppo", "step": i, "prompt": "p" * 300, "response": "r" * 300, "score": 1.0}
+        for i in range(2)
+    ]
+    folder = write_run(
+        tmp_path / ("run_" * 30),
+        metrics=metric_rows("ppo", steps=3),
+        samples=samples,
+        results=results,
+        config={"config": {"k" * 100: "v" * 300}},
+    )
+    text = report.write_report(folder).read_text().replace("<details>", "<details open>")
+    probe = "document.title = document.documentElement.scrollWidth + ' of ' + innerWidth"
+    page = tmp_path / "page.html"
+    page.write_text(text.replace("</body>", f"<script>{probe}</script></body>"))
+    command = ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+    command += [f"--user-data-dir={tmp_path / 'browser'}", f"--window-size={width},900"]
+    done = subprocess.run(
+        [*command, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=100
+    )
+    assert f"<title>{width} of {width}</title>" in done.stdout

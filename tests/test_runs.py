@@ -16,20 +16,16 @@ from ppo_jax import pipeline, ppo, ppo_loop, ppo_setup
 from ppo_jax.checkpoints import load_checkpoint_item
 from ppo_jax.config import from_config_dict
 from ppo_jax.generation import generate
-from ppo_jax.loops import (
-    as_text_batch,
-    init_reward_model,
-    init_train_state,
-    make_optimizer,
-    sft_data,
-)
 from ppo_jax.models import load_model, resolve
 from ppo_jax.networks import policy_network
 from ppo_jax.partition import merge_params, split_params
 from ppo_jax.plugins import load_function
+from ppo_jax.reward_loop import init_reward_model
 from ppo_jax.rollout import Sampling
 from ppo_jax.runs import check_settings
+from ppo_jax.sft_loop import as_text_batch, sft_data
 from ppo_jax.steps import sft_step
+from ppo_jax.training import init_train_state, make_optimizer
 from ppo_jax.workdir import drop_lines_after
 from tests import tiny_run
 
@@ -86,12 +82,15 @@ def interrupt(settings, workdir, stage, number):
 
 @pytest.mark.slow
 def test_a_run_killed_and_stopped_in_every_stage_is_the_uninterrupted_run(workdir, tmp_path):
-    """Five processes: SIGKILL in each stage, SIGTERM in one, and the last comes to the end."""
+    """SIGKILL in each stage, SIGINT and SIGTERM in one each, and the last comes to its end."""
     settings, folder = tiny_run.config(), tmp_path / "run"
     code, _ = interrupt(settings, folder, "sft", signal.SIGKILL)
     assert code == -signal.SIGKILL
+    code, output = interrupt(settings, folder, "sft", signal.SIGINT)
+    assert code == 130 and "sft: stopped by SIGINT, step 5 is saved" in output
+    assert "Traceback" not in output
     code, output = interrupt(settings, folder, "reward", signal.SIGKILL)
-    assert code == -signal.SIGKILL and "sft: resuming after step 3" in output
+    assert code == -signal.SIGKILL and "sft: resuming after step 5" in output
     code, output = interrupt(settings, folder, "ppo", signal.SIGKILL)
     assert code == -signal.SIGKILL and "reward: resuming after step 3" in output
     # A kill can tear the line that was being written.
@@ -144,17 +143,23 @@ def test_a_loss_that_is_no_number_stops_the_run_with_its_step(workdir, tmp_path)
     with pytest.raises(FloatingPointError, match=r"sft/.*loss is .* at step 2; last checkpoint 1"):
         pipeline.run(values, tmp_path)
     assert [path.name for path in (tmp_path / "sft" / "checkpoints").iterdir()] == ["1"]
-    assert [row["step"] for row in read_lines(tmp_path / "metrics.jsonl")] == [1, 2]
+    assert [row["step"] for row in read_lines(tmp_path / "metrics.jsonl")] == [0, 1, 2]
 
 
 def test_numbers_may_change_on_resume_and_sizes_may_not(tmp_path):
     sizes = {"rollout_batch_size": 8, "kl_coef": 0.1, "optimizer": {"learning_rate": 1e-3}}
     (tmp_path / "stage.json").write_text(json.dumps({"settings": sizes}))
     numbers = sizes | {"kl_coef": 0.2, "optimizer": {"learning_rate": 1e-4}}
-    check_settings(tmp_path, {"settings": numbers})
+    check_settings(tmp_path, {"stage": "ppo", "settings": numbers})
     with pytest.raises(ValueError, match="begun with other settings: rollout_batch_size: 8 -> 16"):
-        check_settings(tmp_path, {"settings": numbers | {"rollout_batch_size": 16}})
-    check_settings(tmp_path / "absent", {"settings": numbers})
+        check_settings(tmp_path, {"stage": "ppo", "settings": numbers | {"rollout_batch_size": 16}})
+    check_settings(tmp_path / "absent", {"stage": "ppo", "settings": numbers})
+    # A field that is younger than the stage had its default then.
+    younger = numbers | {"critic_init_from": ""}
+    check_settings(tmp_path, {"stage": "ppo", "settings": younger})
+    with pytest.raises(ValueError, match="critic_init_from:  -> policy"):
+        changed = numbers | {"critic_init_from": "policy"}
+        check_settings(tmp_path, {"stage": "ppo", "settings": changed})
 
 
 # --- frozen layers, computed once -----------------------------------------------------------------
@@ -269,13 +274,6 @@ def test_the_trunk_ends_where_the_first_network_departs(workdir):
     )
     everything = dataclasses.replace(settings, trainable="all")
     assert ppo_setup.find_trunk(everything, policy, [(same, 1)]) == (None, [False])
-
-
-def test_a_critic_without_a_reward_model_starts_at_zero(workdir):
-    policy = load_model(workdir / "sft")
-    critic = ppo_setup.make_critic(policy, None)
-    assert critic.kind == "reward" and not any(x.any() for x in critic.params["head"].values())
-    assert ppo_setup.make_critic(policy, critic) is critic
 
 
 # --- models and text ------------------------------------------------------------------------------

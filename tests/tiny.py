@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ppo_jax import ppo
+from ppo_jax import experience, ppo
 from ppo_jax.networks import (
     ModelConfig,
     Network,
@@ -91,9 +91,9 @@ def sampling(**changes) -> Sampling:
     return Sampling(**dict(response_length=RESPONSE_LENGTH, eos_ids=EOS) | changes)
 
 
-def recipe(**changes) -> ppo.Recipe:
+def recipe(**changes) -> experience.Recipe:
     base = dict(sampling=sampling(), num_epochs=2, num_minibatches=2)
-    return ppo.Recipe(**base | changes)
+    return experience.Recipe(**base | changes)
 
 
 def hyperparameters(**changes) -> Hyperparameters:
@@ -106,7 +106,7 @@ class Setup(NamedTuple):
     """A run without its numbers: the reference is not where the policy starts, so that the KL
     is not 0."""
 
-    networks: ppo.PPONetworks
+    networks: experience.PPONetworks
     frozen: Frozen
     policy_params: Params
     value_params: Params
@@ -138,7 +138,7 @@ def setup(trainable="all", on_trunk=False) -> Setup:
 
     value, reward = above(2), above(3)
     return Setup(
-        networks=ppo.PPONetworks(
+        networks=experience.PPONetworks(
             policy=policy_network(config, start_layer=start),
             value=value_network(config, start_layer=start),
             reward=reward_network(config, start_layer=start),
@@ -185,9 +185,9 @@ def program(function):
 
 
 sample = program(rollout)
-sample_responses = program(ppo.sample_responses)
-response_scores = program(ppo.response_scores)
-make_experience = program(ppo.make_experience)
+sample_responses = program(experience.sample_responses)
+response_scores = program(experience.response_scores)
+make_experience = program(experience.make_experience)
 update = program(ppo.ppo_update)
 learn = program(ppo.learn)
 iterate = program(ppo.ppo_iteration)

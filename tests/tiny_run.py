@@ -127,6 +127,16 @@ def config():
     }
 
 
+def on_base(workdir, **sections):
+    """A config that starts from a finished run's base model and reads its data."""
+    values = config()
+    values["model"] = {"path": str(workdir / "base")}
+    values = {name: values[name] for name in ("model", *sections)}
+    for name, changes in sections.items():
+        values[name].update(changes)
+    return json.loads(json.dumps(values).replace("{workdir}/data", str(workdir / "data")))
+
+
 def judges(workdir):
     """One judge: how many good words a text has more than bad ones."""
     assert (workdir / "ppo").is_dir()

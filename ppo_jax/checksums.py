@@ -1,0 +1,50 @@
+"""Checksums of a folder's files: written once when it is complete, compared before it is read."""
+
+import json
+import os
+import zlib
+from pathlib import Path
+
+CHECKSUMS = "checksums.json"  # {"state/_METADATA": {"bytes": 46983, "crc32": 3298103}, ...}
+CHUNK = 2**20  # bytes read at a time; they stay in the processor's cache
+
+
+def write_checksums(folder: Path) -> None:
+    """Write the size and checksum of every file under a folder into it, whole or not at all."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    sums = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "crc32": _crc32(path)}
+        for path in files
+        if not path.name.startswith(CHECKSUMS)
+    }
+    temporary = folder / f"{CHECKSUMS}.tmp"
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(sums, file)
+        file.flush()
+        os.fsync(file.fileno())  # or a power cut might leave the new name with no content
+    temporary.replace(folder / CHECKSUMS)
+
+
+def verify_checksums(folder: Path) -> None:
+    """Name a file that is lost or is not what it was. A folder without checksums passes.
+
+    Raises:
+        OSError: a file is absent, has another size, or has another content of the same size.
+    """
+    if not (folder / CHECKSUMS).exists():
+        return
+    for name, expected in json.loads((folder / CHECKSUMS).read_text(encoding="utf-8")).items():
+        path = folder / name
+        found = path.stat().st_size if path.exists() else "none"
+        if found != expected["bytes"]:
+            raise OSError(f"{name} should have {expected['bytes']} bytes, found {found}.")
+        if _crc32(path) != expected["crc32"]:
+            raise OSError(f"{name} has changed since it was written: its checksum differs.")
+
+
+def _crc32(path: Path) -> int:
+    total = 0
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            total = zlib.crc32(chunk, total)
+    return total

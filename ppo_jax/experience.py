@@ -1,0 +1,200 @@
+"""From prompts to experience: responses, their scores, rewards, advantages.
+
+Dimension key: B responses, P prompt tokens, T response tokens, L = P + T.
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ppo_jax.advantages import gae, whiten
+from ppo_jax.distributions import token_logprobs
+from ppo_jax.kl import kl_estimate
+from ppo_jax.losses import explained_variance
+from ppo_jax.masking import last_token_index
+from ppo_jax.networks import Network
+from ppo_jax.partition import merge_params
+from ppo_jax.rewards import missing_eos_scores, token_rewards
+from ppo_jax.rollout import Sampling, response_outputs, rollout
+from ppo_jax.structs import Experience, Frozen, Hyperparameters, PPOState, Prompts, Rollout
+
+
+class PPONetworks(NamedTuple):
+    """The networks of one run.
+
+    A network "on the trunk" reads the hidden states that the trunk gave during the rollout; any
+    other reads tokens. The policy is on the trunk whenever there is one.
+    """
+
+    policy: Network
+    value: Network
+    reward: Network | None = None  # None: scores come from outside
+    trunk: Network | None = None
+    value_on_trunk: bool = False
+    reward_on_trunk: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What shapes the program of an iteration; the numbers are in `Hyperparameters`."""
+
+    sampling: Sampling
+    num_epochs: int  # passes over a rollout
+    num_minibatches: int  # optimizer steps a pass
+    num_micro_batches: int = 1  # pieces of a minibatch held in memory one after the other
+    kl_estimator: str = "k1"  # of the penalty in the rewards
+    kl_control: str = "fixed"  # or "adaptive"
+    missing_eos: str = "keep"  # the score of a response without a stop token, or "replace", or
+    # "penalty": see `missing_eos_scores`
+
+
+def sample_responses(
+    state: PPOState,
+    hyperparameters: Hyperparameters,
+    prompts: Prompts,
+    key: jax.Array,
+    *,
+    frozen: Frozen,
+    networks: PPONetworks,
+    recipe: Recipe,
+) -> Rollout:
+    """The rollout of one iteration with the current policy. The key is consumed."""
+    return rollout(
+        networks.policy,
+        merge_params(frozen.policy, state.policy_params),
+        prompts,
+        key,
+        sampling=recipe.sampling,
+        temperature=hyperparameters.temperature,
+        trunk=networks.trunk,
+        trunk_params=frozen.trunk,
+    )
+
+
+def response_scores(rollout: Rollout, *, frozen: Frozen, networks: PPONetworks) -> jax.Array:
+    """The reward model's score of each response, [B] float32, read at its last token."""
+    inputs = rollout.hidden if networks.reward_on_trunk else rollout.tokens
+    start = rollout.prompt_mask.shape[1]
+    values = networks.reward.apply(frozen.reward, inputs, rollout.mask, start=start)
+    last = last_token_index(rollout.response_mask)
+    return jnp.take_along_axis(values, last[:, None], axis=1)[:, 0]
+
+
+def make_experience(
+    rollout: Rollout,
+    scores: jax.Array,
+    state: PPOState,
+    hyperparameters: Hyperparameters,
+    *,
+    frozen: Frozen,
+    networks: PPONetworks,
+    recipe: Recipe,
+) -> tuple[Experience, dict[str, jax.Array]]:
+    """Rewards, advantages and returns of a rollout.
+
+    Args:
+        rollout: B responses.
+        scores: [B] float, one a response.
+        state: holds the critic, and the coefficient of adaptive KL control.
+        hyperparameters: the numbers.
+        frozen: holds the reference.
+        networks: the networks.
+        recipe: the choices.
+
+    Returns:
+        (experience, metrics).
+    """
+    mask, numbers = rollout.response_mask, hyperparameters
+    policy_inputs = rollout.tokens if networks.trunk is None else rollout.hidden
+    value_inputs = rollout.hidden if networks.value_on_trunk else rollout.tokens
+    outputs = functools.partial(response_outputs, mask=rollout.mask, response_length=mask.shape[1])
+    ref_params = merge_params(frozen.policy, frozen.ref_policy)
+    ref_logprobs = token_logprobs(
+        outputs(networks.policy, ref_params, policy_inputs),
+        rollout.response_tokens,
+        temperature=numbers.temperature,
+    )
+    value_params = merge_params(frozen.value, state.value_params)
+    values = jnp.where(mask, outputs(networks.value, value_params, value_inputs), 0.0)
+    rewards, metrics = response_rewards(rollout, scores, ref_logprobs, state, numbers, recipe)
+    advantages, returns = gae(
+        rewards, values, mask, gamma=numbers.gamma, gae_lambda=numbers.gae_lambda
+    )
+    experience = Experience(
+        policy_inputs=policy_inputs,
+        value_inputs=value_inputs,
+        mask=rollout.mask,
+        response_tokens=rollout.response_tokens,
+        response_mask=mask,
+        logprobs=rollout.logprobs,
+        values=values,
+        advantages=whiten(advantages, mask),
+        returns=returns,
+    )
+    metrics |= {"value/explained_variance": explained_variance(values, returns, mask)}
+    return experience, metrics
+
+
+def response_rewards(
+    rollout: Rollout,
+    scores: jax.Array,
+    ref_logprobs: jax.Array,
+    state: PPOState,
+    hyperparameters: Hyperparameters,
+    recipe: Recipe,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The reward of each token: the score at the last, less the KL penalty at every one.
+
+    Args:
+        rollout: B responses.
+        scores: [B] float, one a response.
+        ref_logprobs: [B, T] float, of the tokens under the reference.
+        state: holds the coefficient of adaptive KL control.
+        hyperparameters: the numbers.
+        recipe: the choices.
+
+    Returns:
+        (rewards [B, T] float32, 0 where masked; metrics of scores, KL and responses).
+    """
+    mask = rollout.response_mask
+    adjusted = adjust_scores(scores, rollout.has_eos, hyperparameters, recipe)
+    kl_coef = hyperparameters.kl_coef if recipe.kl_control == "fixed" else state.kl_coef
+    rewards = token_rewards(
+        adjusted,
+        rollout.logprobs,
+        ref_logprobs,
+        mask,
+        kl_coef=kl_coef,
+        kl_kind=recipe.kl_estimator,
+    )
+    kl = jnp.where(mask, kl_estimate(rollout.logprobs, ref_logprobs, kind="k1"), 0.0)
+    metrics = {
+        "reward/score_mean": scores.mean(),
+        "reward/score_std": scores.std(),
+        "reward/adjusted_score_mean": adjusted.mean(),
+        "reward/kl_penalty": adjusted.mean() - rewards.sum(axis=1).mean(),
+        "kl/ref": kl.sum(axis=1).mean(),
+        "kl/coef": jnp.asarray(kl_coef, jnp.float32),
+        "response/length": mask.sum(axis=1).astype(jnp.float32).mean(),
+        "response/eos_fraction": rollout.has_eos.astype(jnp.float32).mean(),
+    }
+    return rewards, metrics
+
+
+def adjust_scores(scores, has_eos, hyperparameters: Hyperparameters, recipe: Recipe):
+    """The rule for responses that were cut off, as the recipe chooses it."""
+    number = hyperparameters.missing_eos_score
+    match recipe.missing_eos:
+        case "keep":
+            return scores
+        case "replace":
+            return missing_eos_scores(scores, has_eos, replace=number)
+        case "penalty":
+            return missing_eos_scores(scores, has_eos, penalty=number)
+        case unknown:
+            raise ValueError(
+                f"unknown missing_eos {unknown!r}; choose from ['keep', 'penalty', 'replace']"
+            )

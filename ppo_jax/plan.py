@@ -1,0 +1,88 @@
+"""What each stage of a run starts from, known before any parameters are read."""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ppo_jax import hf, vocabulary
+from ppo_jax.config import STAGES, Config, ModelSettings
+from ppo_jax.models import describe_stage, resolve, stage_config
+from ppo_jax.networks import ModelConfig
+from ppo_jax.sources import model_folder
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shape:
+    """A model without its parameters."""
+
+    kind: str  # "policy" or "reward"
+    config: ModelConfig
+    tokenizer: Any
+
+
+def read_shape(path: str | os.PathLike, settings: ModelSettings) -> Shape:
+    """The shape of a stage's model, or of anything that `hf.load_policy` reads.
+
+    Args:
+        path: the folder, file or name.
+        settings: how to compute with it.
+
+    Raises:
+        ValueError: there is no model at `path`, its weights are missing, or it is not supported.
+    """
+    how = {"dtype": settings.dtype, "scan_layers": settings.scan_layers}
+    if description := describe_stage(Path(path)):
+        return Shape(
+            kind=description["kind"],
+            config=dataclasses.replace(stage_config(description), **how),
+            tokenizer=vocabulary.load_tokenizer(Path(path) / "tokenizer"),
+        )
+    hf.weight_files(model_folder(path))
+    config = hf.load_config(path, **how)
+    return Shape(kind="policy", config=config, tokenizer=vocabulary.load_tokenizer(path))
+
+
+def needs_base(config: Config, stages: Sequence[str]) -> bool:
+    """Whether any of the stages that will run reads the base model."""
+    starts = [getattr(config, stage).init_from for stage in ("reward", "ppo") if stage in stages]
+    compared = "evaluate" in stages and config.ppo.init_from in ("base", "sft")
+    return "sft" in stages or "base" in starts or compared
+
+
+def find_starts(
+    config: Config, workdir: Path, base: str, stages: Sequence[str]
+) -> dict[str, Shape]:
+    """The models that the stages start from; one that the run will make has its shape already.
+
+    Args:
+        config: of the run.
+        workdir: the run's folder.
+        base: path of the base model, "" where none is needed.
+        stages: those that will run, in their order.
+
+    Returns:
+        Shapes under "sft", "reward" and "ppo" (for the evaluation too), and under "score" that of
+        PPO's reward model.
+    """
+    starts: dict[str, Shape] = {}
+    made: dict[str, Shape] = {}
+
+    def shape(name: str) -> Shape:
+        path = resolve(name, workdir, base)
+        made_here = name in STAGES and describe_stage(Path(path)) is None
+        return made[name] if made_here else read_shape(path, config.model)
+
+    if "sft" in stages:
+        starts["sft"] = made["sft"] = shape("base")
+    if "reward" in stages:
+        starts["reward"] = start = shape(config.reward.init_from)
+        depth = config.reward.num_layers or start.config.num_layers
+        lower = dataclasses.replace(start.config, num_layers=depth)
+        made["reward"] = dataclasses.replace(start, kind="reward", config=lower)
+    if "ppo" in stages or "evaluate" in stages:
+        starts["ppo"] = shape(config.ppo.init_from)
+    if "ppo" in stages and config.ppo.reward_model:
+        starts["score"] = shape(config.ppo.reward_model)
+    return starts

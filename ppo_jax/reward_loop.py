@@ -1,0 +1,123 @@
+"""The loop of reward-model training."""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ppo_jax.batches import Texts, encode_demonstrations
+from ppo_jax.config import Config, RewardSettings
+from ppo_jax.data import load_demonstrations
+from ppo_jax.inputs import Inputs, batch_width, on_device
+from ppo_jax.models import Model, load_source
+from ppo_jax.networks import Params, reward_network
+from ppo_jax.partition import keep_layers, merge_params
+from ppo_jax.reward_data import RewardData, reward_data
+from ppo_jax.runs import StageRun, open_stage
+from ppo_jax.steps import PreferenceBatch, reward_step, text_scores
+from ppo_jax.training import (
+    compile_step,
+    count_steps,
+    init_train_state,
+    inputs_reader,
+    make_optimizer,
+    row_batches,
+)
+
+SHOW = {
+    "reward_model/loss": "loss",
+    "reward_model/accuracy": "accuracy",
+    "reward_model/validation_accuracy": "validation",
+}
+
+
+def train_reward(config: Config, workdir: Path, base: str):
+    """Train a reward model; the result is the stage folder `workdir/reward`.
+
+    After the last step the head's bias is set so that the reference texts score 0 on average.
+
+    Args:
+        config: of the run; its reward section.
+        workdir: the run's folder.
+        base: path of the base model.
+    """
+    settings = config.reward
+    model = load_source(settings.init_from, workdir, base, config.model)
+    data, unseen = reward_data(settings, config.seed, model.tokenizer, model.config.max_length)
+    references = reference_texts(settings, model.tokenizer) or unseen.texts
+    num_steps = count_steps(settings, len(data.texts.tokens))
+    model = init_reward_model(model, settings.num_layers, config.seed)
+    start, parts = open_stage("reward", config, workdir, model, num_steps=num_steps)
+    network, frozen = reward_network(model.config, start_layer=start), on_device(parts.frozen)
+    read = inputs_reader(model.config, start, parts, settings.hidden_cache_gb)
+    inputs, unseen_inputs = read(data.texts), read(unseen.texts)
+    optimizer = make_optimizer(settings.optimizer, num_steps)
+    pieces = settings.num_micro_batches
+    step = compile_step(reward_step, network=network, num_micro_batches=pieces)
+    score = jax.jit(functools.partial(text_scores, network))
+
+    def scores_of(state, texts, inputs):
+        return all_scores(
+            score, merge_params(frozen, state.params), texts, inputs, settings.batch_size
+        )
+
+    with StageRun(
+        workdir, "reward", num_steps=num_steps, save_every=settings.save_every, show=SHOW
+    ) as run:
+        state = run.restore(init_train_state(parts, optimizer))
+        for i in run.steps():
+            batch = jax.device_put(preference_batch(data, inputs, config.seed, i, settings))
+            state, metrics = step(state, batch, optimizer, frozen=frozen)
+            if i + 1 == num_steps or (i + 1) % settings.eval_every == 0:
+                scores = scores_of(state, unseen.texts, unseen_inputs)
+                metrics |= unseen.accuracy(scores, config.seed)
+            if i + 1 == num_steps:
+                shift = -scores_of(state, references, read(references)).mean()
+                state = state.replace(params=shift_scores(state.params, shift))
+                metrics |= {"reward_model/calibration_shift": shift}
+            run.end_step(i + 1, state, metrics)
+
+
+def init_reward_model(model: Model, num_layers: int, seed: int) -> Model:
+    """A policy's body, or its lower layers, with a new scalar head; a reward model stays one."""
+    config, params = keep_layers(model.config, model.params, num_layers or model.config.num_layers)
+    if model.kind == "policy":
+        head = jax.jit(reward_network(config).init)(jax.random.key(seed))["head"]
+        params = {**params, "head": jax.tree.map(np.asarray, head)}
+    return dataclasses.replace(model, kind="reward", config=config, params=params)
+
+
+def preference_batch(
+    data: RewardData, inputs: Inputs, seed: int, step: int, settings: RewardSettings
+) -> PreferenceBatch:
+    rows, pairs, valid = data.batch(seed, step, settings)
+    width = batch_width(data.texts, rows)
+    mask = data.texts.mask[rows, :width]
+    return PreferenceBatch(inputs=inputs(rows, width), mask=mask, pairs=pairs, valid=valid)
+
+
+def all_scores(score, params, texts: Texts, inputs: Inputs, batch_size: int) -> np.ndarray:
+    """Scores of a whole data set, [N] float32."""
+    scores = []
+    for rows in row_batches(len(texts.tokens), batch_size):
+        width = batch_width(texts, rows)
+        scores.append(score(params, inputs(rows, width), texts.mask[rows, :width]))
+    return np.concatenate(jax.device_get(scores))
+
+
+def reference_texts(settings: RewardSettings, tokenizer: Any) -> Texts | None:
+    """The texts that shall score 0 on average; None stands for the held-out data."""
+    if not settings.reference_data:
+        return None
+    records = load_demonstrations(settings.reference_data)
+    return encode_demonstrations(records, tokenizer, max_length=settings.max_length)
+
+
+def shift_scores(params: Params, shift: float) -> Params:
+    """The same reward model with `shift` added to every score: it is in the head's bias."""
+    bias = params["head"]["bias"] + jnp.float32(shift)
+    return {**params, "head": {**params["head"], "bias": bias}}

@@ -1,0 +1,103 @@
+"""What SFT and reward training share: the split of the data, the number of steps, the start."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ppo_jax.config import OptimizerSettings, RewardSettings, SFTSettings
+from ppo_jax.data import split_by_text
+from ppo_jax.inputs import make_inputs, on_device
+from ppo_jax.networks import ModelConfig, trunk_network
+from ppo_jax.optimizer import init_optimizer
+from ppo_jax.partition import Parts
+from ppo_jax.structs import Optimizer, TrainState
+
+TextSettings = SFTSettings | RewardSettings
+
+
+def read_split(
+    settings: TextSettings, seed: int, read: Callable[[str], Sequence], key: Callable, **split: Any
+) -> tuple[Sequence, Sequence]:
+    """Training and validation records, disjoint by text.
+
+    Args:
+        settings: of the stage; names the files, or the share to hold out.
+        seed: of the split.
+        read: path -> records.
+        key: record -> the text that decides where it falls.
+        **split: for `split_by_text`.
+
+    Raises:
+        ValueError: a file is not readable, or one of the two would be empty.
+    """
+    if settings.validation_data:
+        return read(settings.data), read(settings.validation_data)
+    fraction = settings.validation_fraction
+    shares = {"train": 1 - fraction, "validation": fraction}
+    records = read(settings.data)
+    parts = split_by_text(records, shares, seed=seed, key=key, **split)
+    for name, chosen in parts.items():
+        if not chosen:
+            raise ValueError(
+                f"{settings.data}: its {len(records)} records leave none for {name} with "
+                f"validation_fraction={fraction}; change the fraction, or name a file as "
+                "validation_data"
+            )
+    return parts["train"], parts["validation"]
+
+
+def count_steps(settings: TextSettings, num_rows: int) -> int:
+    """Optimizer steps of num_epochs passes over `num_rows` texts."""
+    return max(1, math.ceil(settings.num_epochs * num_rows / settings.batch_size))
+
+
+def row_batches(num_rows: int, batch_size: int) -> list[np.ndarray]:
+    """All rows once, in order."""
+    return [
+        np.arange(begin, min(begin + batch_size, num_rows))
+        for begin in range(0, num_rows, batch_size)
+    ]
+
+
+def make_optimizer(settings: OptimizerSettings, total_steps: int) -> Optimizer:
+    """The numbers of an optimizer, on the device, where changing one does not recompile."""
+    values = dataclasses.asdict(settings) | {"total_steps": total_steps}
+    kind = values.pop("schedule")
+    return Optimizer(**{k: jnp.float32(v) for k, v in values.items()}, schedule=kind)
+
+
+def init_train_state(parts: Parts, optimizer: Optimizer) -> TrainState:
+    params = jax.tree.map(jnp.array, parts.trained)  # copies: the state is donated
+    opt_state = init_optimizer(optimizer, params)
+    return TrainState(step=jnp.int32(0), params=params, opt_state=opt_state)
+
+
+def compile_step(step: Callable, **parts: Any) -> Callable:
+    """A compiled step: its first argument, the state, is donated, and all others must be on the
+    device. A transfer that nobody asked for is an error.
+
+    Args:
+        step: (state, ...) -> (state, metrics).
+        **parts: networks and choices, which shape the program.
+    """
+    compiled = jax.jit(functools.partial(step, **parts), donate_argnums=0)
+
+    def call(*args: Any, **kwargs: Any):
+        with jax.transfer_guard("disallow"):
+            return compiled(*args, **kwargs)
+
+    return call
+
+
+def inputs_reader(config: ModelConfig, start: int | None, parts: Parts, cache_gb: float):
+    """(texts, used=None) -> `Inputs`: tokens, or the states below layer `start`."""
+    trunk = None if start is None else trunk_network(config, end_layer=start)
+    return functools.partial(
+        make_inputs, trunk=trunk, trunk_params=on_device(parts.trunk), cache_gb=cache_gb
+    )

@@ -1,0 +1,148 @@
+"""From nested dictionaries to frozen dataclasses: every value of its type, every error named.
+
+A field's hint is str, int, float, bool, `Limit`, tuple[str, ...], another dataclass (a section),
+`str | int`, or one of these with None.
+"""
+
+import dataclasses
+import math
+import types
+import typing
+from typing import Annotated, Any
+
+Limit = Annotated[float, "may be inf"]  # a float for which inf is no limit
+TEXTS = tuple[str, ...]
+
+WORDS = {
+    str: "a text",
+    int: "a whole number",
+    float: "a number",
+    Limit: "a number (or inf)",
+    bool: "True or False",
+    TEXTS: "a list of texts",
+    types.NoneType: "None",
+}
+RULES = {
+    "> 0": lambda x: x > 0,
+    ">= 0": lambda x: x >= 0,
+    "in (0, 1)": lambda x: 0 < x < 1,
+    "in (0, 1]": lambda x: 0 < x <= 1,
+    "in [0, 1)": lambda x: 0 <= x < 1,
+    "in [0, 1]": lambda x: 0 <= x <= 1,
+}
+
+
+class Check:
+    """The rules of one section. One that is broken gives a ValueError with field, rule and value.
+
+    Args:
+        settings: the section.
+        section: its name, "ppo.optimizer" for instance; "" is the whole config.
+    """
+
+    def __init__(self, settings: Any, section: str):
+        self.settings, self.prefix = settings, section and f"{section}."
+
+    def that(self, holds: bool, field: str, rule: str):
+        """`rule` says in words what `holds` tells of the field."""
+        if not holds:
+            got = getattr(self.settings, field)
+            raise ValueError(f"{self.prefix}{field} must be {rule}, got {got!r}")
+
+    def each(self, rule: str, *fields: str):
+        """Every one of the fields keeps a rule of `RULES`."""
+        for field in fields:
+            self.that(RULES[rule](getattr(self.settings, field)), field, rule)
+
+    def choice(self, field: str, *choices: Any):
+        self.that(getattr(self.settings, field) in choices, field, f"one of {list(choices)}")
+
+    def multiple(self, field: str, divisor: int, words: str):
+        """`words` say what the divisor is."""
+        holds = getattr(self.settings, field) % divisor == 0
+        self.that(holds, field, f"a multiple of {words} ({divisor})")
+
+
+def options(hint: Any) -> tuple:
+    """The types that a hint allows."""
+    is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    return typing.get_args(hint) if is_union else (hint,)
+
+
+def hints_of(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls, include_extras=True)
+
+
+def filled_in(cls: type, values: dict) -> dict:
+    """The values with the defaults of the fields that are not among them, section by section.
+
+    Meant for a dictionary that keeps the type of each of its values from then on: an int stands
+    as a float where the field is one, and as text where the field is a word or a number, so that
+    a later value may be 0.5 after 1, or "all" after 4. Nothing is checked.
+    """
+    hints = hints_of(cls)
+    fields = {f.name: f.default for f in dataclasses.fields(cls)}
+    defaults = {k: v for k, v in fields.items() if v is not dataclasses.MISSING}
+    return {k: widened(hints.get(k), v) for k, v in (defaults | values).items()}
+
+
+def widened(hint: Any, value: Any) -> Any:
+    """One value of `filled_in`."""
+    allowed = options(hint)
+    if isinstance(value, dict):
+        section = next((o for o in allowed if dataclasses.is_dataclass(o)), None)
+        return filled_in(section, value) if section else value
+    if type(value) is int and (float in allowed or Limit in allowed):
+        return float(value)
+    return str(value) if type(value) is int and str in allowed else value
+
+
+def build(cls: type, values: Any, section: str = "") -> Any:
+    """One dataclass from a dictionary of its fields.
+
+    Args:
+        cls: a dataclass; its `__post_init__` checks ranges.
+        values: {field: value}; a section is a dictionary in its turn.
+        section: what stands before the field in messages, with its dot.
+
+    Raises:
+        ValueError: a key that does not exist, a value of the wrong type or a missing field, with
+            the field, what was given and what is allowed.
+    """
+    name = section.rstrip(".") or "config"
+    if not isinstance(values, dict):
+        raise ValueError(f"{name} must be a section of settings, got {values!r}")
+    hints = hints_of(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    if unknown := sorted(set(values) - set(fields)):
+        raise ValueError(f"unknown setting {section}{unknown[0]}; known: {sorted(fields)}")
+    for field in fields.values():
+        no_default = field.default is dataclasses.MISSING
+        if no_default and field.name not in values:
+            raise ValueError(f"{section}{field.name} must be given")
+    return cls(**{k: convert(hints[k], v, f"{section}{k}") for k, v in values.items()})
+
+
+def convert(hint: Any, value: Any, field: str) -> Any:
+    """A value as the type of its field, or a ValueError that names the field."""
+    allowed = options(hint)
+    if value is None and types.NoneType in allowed:
+        return None
+    if set(allowed) == {str, int} and isinstance(value, str) and value.isdecimal():
+        return int(value)  # see `filled_in`
+    for option in allowed:
+        if dataclasses.is_dataclass(option):
+            return build(option, value, field + ".")
+        if option == TEXTS:
+            if isinstance(value, list | tuple) and all(isinstance(x, str) for x in value):
+                return tuple(value)
+        elif option in (float, Limit):
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                finite = math.isfinite(value) or (option == Limit and value == math.inf)
+                if not finite:
+                    raise ValueError(f"{field} must be a finite number, got {value!r}")
+                return float(value)
+        elif type(value) is option:
+            return value
+    words = " or ".join(WORDS[option] for option in allowed)
+    raise ValueError(f"{field} must be {words}, got {value!r}")

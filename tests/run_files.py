@@ -1,0 +1,13 @@
+"""The files that a run leaves, written by hand."""
+
+import json
+
+
+def write_run(folder, *, metrics=(), samples=(), results=None, config=None):
+    folder.mkdir(exist_ok=True)
+    for name, rows in (("metrics", metrics), ("samples", samples)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, tree in (("results", results), ("config", config)):
+        if tree is not None:
+            (folder / f"{name}.json").write_text(json.dumps(tree))
+    return folder

@@ -1,0 +1,104 @@
+"""From settings and models to networks and numbers: what starts where, and what is shared."""
+
+import dataclasses
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from ppo_jax.config import from_config_dict
+from ppo_jax.models import Model
+from ppo_jax.networks import policy_network, reward_network
+from ppo_jax.ppo import init_ppo
+from ppo_jax.ppo_setup import find_trunk, make_critic, make_hyperparameters, make_setup
+from tests import tiny
+from tests.tiny_config import changed
+
+LAYERS = 3
+TOKENIZER = types.SimpleNamespace(eos_token_id=1, get_vocab=dict)
+BY_FUNCTION = {"reward_model": "", "reward_function": "module:function"}
+
+
+def ppo_settings(**changes):
+    """A policy whose top layer is trained, and a critic whose top two are."""
+    small = dict(
+        rollout_batch_size=tiny.BATCH,
+        num_epochs=1,
+        response_length=tiny.RESPONSE_LENGTH,
+        trainable=1,
+        value_trainable="2",
+    )
+    fields = {f"ppo.{name}": value for name, value in (small | changes).items()}
+    return from_config_dict(changed(fields)).ppo
+
+
+def model(kind="policy", seed=0, **changes):
+    config = tiny.model_config(num_layers=LAYERS, **changes)
+    network = policy_network(config) if kind == "policy" else reward_network(config)
+    params = jax.tree.map(np.asarray, tiny.random_params(network, seed))
+    return Model(kind=kind, config=config, params=params, tokenizer=TOKENIZER)
+
+
+def test_the_critic_is_the_reward_model_or_the_body_of_the_policy():
+    policy, reward = model(), model("reward", seed=1)
+    for source in ("", "reward_model"):
+        assert make_critic(ppo_settings(critic_init_from=source), policy, reward) is reward
+    chosen = make_critic(ppo_settings(critic_init_from="policy"), policy, reward)
+    without = make_critic(ppo_settings(**BY_FUNCTION), policy, None)
+    for critic in (chosen, without):
+        assert critic.kind == "reward" and critic.config == policy.config
+        body = {name: tree for name, tree in critic.params.items() if name != "head"}
+        assert not tiny.leaves_differ(body, {name: policy.params[name] for name in body})
+        shapes = jax.eval_shape(reward_network(policy.config).init, jax.random.key(0))
+        assert jax.tree.structure(critic.params) == jax.tree.structure(shapes)
+        assert not any(leaf.any() for leaf in jax.tree.leaves(critic.params["head"]))
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize("source", ["reward model", "function"])
+def test_a_critic_on_the_policys_body_shares_the_trunk_and_starts_at_zero(source, scan_layers):
+    policy, reward = model(scan_layers=scan_layers), None
+    settings = ppo_settings(**BY_FUNCTION)
+    if source == "reward model":  # of other weights: it reads tokens
+        reward = model("reward", seed=1, scan_layers=scan_layers)
+        settings = ppo_settings(critic_init_from="policy")
+    critic = make_critic(settings, policy, reward)
+    # The policy trains layer 2, the critic layers 1 and 2.
+    assert find_trunk(settings, policy, [(critic, settings.value_trainable)]) == (1, [True])
+    setup = make_setup(settings, policy, reward, critic)
+    assert setup.networks.value_on_trunk and not setup.networks.reward_on_trunk
+    size = sum(leaf.size for leaf in jax.tree.leaves(policy.params["layers"]))
+    trees = (setup.frozen.trunk, setup.value_params, setup.policy_params)
+    for tree, count in zip(trees, (1, 2, 1), strict=True):
+        own = sum(leaf.size for leaf in jax.tree.leaves(tree["layers"]))
+        assert own == size * count // LAYERS
+
+    state = init_ppo(setup.policy_params, setup.value_params, setup.hyperparameters)
+    parts = dict(frozen=setup.frozen, networks=setup.networks, recipe=setup.recipe)
+    numbers, key = setup.hyperparameters, jax.random.key(0)
+    rollout = tiny.sample_responses(state, numbers, tiny.prompts(), key, **parts)
+    assert rollout.hidden is not None
+    scores = np.arange(tiny.BATCH, dtype=np.float32)
+    experience, _ = tiny.make_experience(rollout, scores, state, numbers, **parts)
+    assert not experience.values.any() and experience.value_inputs.ndim == 3
+    state, _ = tiny.learn(state, numbers, rollout, scores, key, **parts)
+    experience, _ = tiny.make_experience(rollout, scores, state, numbers, **parts)
+    assert experience.values.any()
+
+
+def test_the_upper_clip_is_the_lower_one_unless_it_is_given():
+    numbers = make_hyperparameters(ppo_settings(clip_range=0.1))
+    assert numbers.clip_range_high == numbers.clip_range == np.float32(0.1)
+    numbers = make_hyperparameters(ppo_settings(clip_range=0.1, clip_range_high=0.3))
+    assert numbers.clip_range_high == np.float32(0.3) and numbers.clip_range == np.float32(0.1)
+
+
+def test_the_numbers_of_the_settings_are_float32_on_the_device():
+    settings = ppo_settings(num_iterations=7)
+    numbers = make_hyperparameters(settings)
+    assert {leaf.dtype for leaf in jax.tree.leaves(numbers)} == {np.dtype("float32")}
+    assert numbers.optimizer.total_steps == 7
+    own = {field.name for field in dataclasses.fields(numbers)} - {"optimizer", "clip_range_high"}
+    for name in own:
+        assert getattr(numbers, name) == np.float32(getattr(settings, name)), name

@@ -1,0 +1,102 @@
+"""Random models of real families, as transformers makes and saves them, and damaged copies."""
+
+import json
+
+import jax
+import numpy as np
+import torch
+import transformers
+from safetensors.numpy import load_file, save_file
+
+VOCAB, LENGTH = 61, 24
+SMALL = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-3,  # far from the defaults, so that reading it matters
+}
+SMALL_GPT2 = {
+    "vocab_size": VOCAB,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 64,
+    "layer_norm_epsilon": 1e-3,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+TINY_MODELS = {
+    "gpt2": ("gpt2", {}),
+    "gpt2-untied": ("gpt2", {"tie_word_embeddings": False, "n_inner": 48}),
+    "llama": ("llama", {"tie_word_embeddings": True}),
+    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 12}),
+    "llama-3": ("llama", {"rope_parameters": LLAMA3_ROPE, "head_dim": 16}),
+    "qwen2": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen2-untied": ("qwen2", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
+    "qwen3": ("qwen3", {"head_dim": 12, "tie_word_embeddings": True}),
+    "qwen3-biases": ("qwen3", {"head_dim": 16, "attention_bias": True}),
+}
+
+
+def torch_model(name):
+    """A random model in which no bias is zero and no norm is one."""
+    family, options = TINY_MODELS[name]
+    small = SMALL_GPT2 if family == "gpt2" else SMALL
+    config = transformers.AutoConfig.for_model(family, **{**small, **options})
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            around = 1.0 if parameter.ndim == 1 else 0.0
+            parameter.copy_(around + 0.2 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def saver(make_folder):
+    """name -> (torch model, the folder it is saved in), each made once."""
+    made = {}
+
+    def get(name):
+        if name not in made:
+            folder = make_folder(name)
+            model = torch_model(name)
+            model.save_pretrained(folder)
+            made[name] = (model, folder)
+        return made[name]
+
+    return get
+
+
+def edit_config(source, folder, **changes):
+    """A copy of a saved model with some keys of its config.json changed, or removed by None."""
+    raw = json.loads((source / "config.json").read_text()) | changes
+    raw = {key: value for key, value in raw.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(raw))
+    (folder / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes())
+    return folder
+
+
+def edit_weights(source, folder, change):
+    """A copy of a saved model, with `change(tensors)` applied to its dict of arrays."""
+    tensors = load_file(source / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text((source / "config.json").read_text())
+    return folder
+
+
+def assert_same_tree(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
