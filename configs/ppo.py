@@ -4,7 +4,7 @@
         --config.ppo.prompts=prompts.jsonl --config.ppo.init_from=runs/sft/sft \
         --config.ppo.reward_model=runs/reward/reward
 
-A line of prompts.jsonl is {"prompt": ...}. For a score in Python, give
+A line of prompts.jsonl is {"prompt": ...} or {"messages": [...]}. For a score in Python, give
 --config.ppo.reward_model= --config.ppo.reward_function=my_rewards:score, where
 `score(prompts, responses)` takes two lists of strings and returns one number for each. Watch
 `reward/score_mean` rise and `kl/ref` stay below some tens of nats: on film reviews with the top 4

@@ -3,7 +3,8 @@
     python experiments/train_reward.py --config=configs/reward.py --workdir=runs/reward \
         --config.model.path=MODEL --config.reward.data=preferences.jsonl
 
-A line of preferences.jsonl is {"prompt": ..., "chosen": ..., "rejected": ...}; with
+A line of preferences.jsonl is {"prompt": ..., "chosen": ..., "rejected": ...}, or a ranking,
+{"prompt": ..., "responses": [best, ..., worst]} (batch_size is a multiple of their number); with
 --config.reward.format=ratings it is {"text": ..., "ratings": [...]}. Read the result in
 `reward_model/validation_accuracy` of metrics.jsonl: on film reviews 0.90 of the pairs with a gap of
 one or more (configs/quickstart.py, six minutes on two cores).

@@ -3,8 +3,9 @@
     python experiments/train_sft.py --config=configs/sft.py --workdir=runs/sft \
         --config.model.path=MODEL --config.sft.data=texts.jsonl
 
-MODEL is a Hugging Face folder, a .gguf file or a hub id; a line of texts.jsonl is {"text": ...} or
-{"prompt": ..., "completion": ...} (the loss is on the completion alone). SmolLM2-135M on 5,000
+MODEL is a Hugging Face folder, a .gguf file or a hub id; a line of texts.jsonl is {"text": ...},
+{"prompt": ..., "completion": ...} (the loss is on the completion alone) or {"messages": [...]} (on
+the assistant's turns). --dry-run shows the first of them and trains nothing. SmolLM2-135M on 5,000
 sentences takes about 10 minutes an epoch on two cores with trainable="4", and ends near 4.3 nats a
 token on film reviews.
 

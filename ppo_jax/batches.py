@@ -1,23 +1,23 @@
 """Padded arrays from text, and batches as pure functions of (seed, step). All of it is numpy.
 
-Dimensions: N rows, L tokens of a text, P tokens of a prompt.
+Dimensions: N rows, L tokens of a text, P tokens of a prompt, R rankings of up to K responses.
 
-The token id in padding is 0 and carries no meaning; the masks do. Of a Hugging Face tokenizer are
-used `tokenizer(texts, add_special_tokens=...)["input_ids"]`, `bos_token_id` and `eos_token_id`.
+The token id in padding is 0 and carries no meaning; the masks do.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import collections
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ppo_jax.data import Demonstration, Preference
+from ppo_jax.data import Demonstration, RatedText
+from ppo_jax.preferences import Ranking
 from ppo_jax.structs import Prompts
-
-MULTIPLE = 8  # tokens: lengths are rounded up to it, which bounds the number of compiled shapes
+from ppo_jax.token_rows import padded, token_rows
 
 
 @dataclass(frozen=True)
@@ -28,57 +28,75 @@ class Texts:
     mask: np.ndarray  # [N, L] bool, True on the text up to and including EOS
     loss_mask: np.ndarray  # [N, L] bool, True on the tokens to predict
     records: np.ndarray  # [N] int64, which of the given records the row is made from
-    num_dropped: int  # records left out because they are longer than max_length
+    left_out: Mapping[str, int] = field(default_factory=dict)  # why: how many of the records
+    segments: np.ndarray | None = None  # [N, L] int32 where rows hold several texts, see `packing`
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Which rows of `Texts` respond to one prompt, and which of them are better.
+
+    A ranking of fewer than K responses is filled up with its first, which is in no further pair.
+    """
+
+    rows: np.ndarray  # [R, K] int32, of the texts
+    pairs: np.ndarray  # [R, K(K-1)/2, 2] int32, (better, worse) among the K
+    valid: np.ndarray  # [R, K(K-1)/2] bool, False where there is no such pair
+
+    @property
+    def row_pairs(self) -> np.ndarray:
+        """[M, 2] int32, all pairs as rows of the texts."""
+        rows = np.take_along_axis(self.rows[:, None], self.pairs, axis=2)
+        return rows[self.valid]
 
 
 def encode_demonstrations(
-    demonstrations: Sequence[Demonstration],
+    records: Sequence[Demonstration | RatedText],
     tokenizer: Any,
     *,
     max_length: int,
     append_eos: bool = True,
 ) -> Texts:
-    """Tokens of prompt and completion, with the loss on the completion and its EOS.
+    """Tokens of the parts of each record, with the loss on those learned and on EOS.
 
-    Prompt and completion are tokenised apart, as in a rollout, where the response starts on a token
-    of its own. The tokenizer's BOS, where it adds one, belongs to the prompt. The first token of a
-    row is never in the loss: nothing stands before it to predict it from.
+    Parts are tokenised apart, as in a rollout, where the response starts on a token of its own; see
+    `token_rows`. The first token of a row is never in the loss: nothing stands before it.
 
     Args:
-        demonstrations: N or more records.
+        records: N or more; the useless, the repeated and the too long are left out.
         tokenizer: a Hugging Face tokenizer.
-        max_length: tokens; longer records are dropped, and counted in `num_dropped`.
+        max_length: tokens.
         append_eos: end each row with EOS, unless its text ends with it already.
 
     Raises:
-        ValueError: no record, none that fits, or no EOS to append.
+        ValueError: no record, none that is left, or no EOS to append.
     """
-    prompts = [demonstration.prompt for demonstration in demonstrations]
-    completions = [demonstration.completion for demonstration in demonstrations]
-    rows, starts = _joined(prompts, completions, tokenizer, append_eos=append_eos)
-    kept = [i for i, row in enumerate(rows) if len(row) <= max_length]
-    _check_kept(kept, rows, max_length)
-    return _padded_texts(rows, starts, kept, kept, max_length, len(rows) - len(kept))
+    rows = token_rows([record.parts for record in records], tokenizer, append_eos=append_eos)
+    kept, left_out = usable(
+        records, [r.flaw for r in records], [len(row.ids) for row in rows], max_length
+    )
+    return _padded_texts([rows[i] for i in kept], kept, max_length, left_out)
 
 
 def encode_texts(
     texts: Sequence[str], tokenizer: Any, *, max_length: int, append_eos: bool = True
 ) -> Texts:
-    """Tokens of whole texts; `encode_demonstrations` with the prompt "".
+    """Tokens of whole texts, whatever they are: only what is too long is left out.
 
     Args:
         texts: N or more.
         tokenizer: a Hugging Face tokenizer.
-        max_length: tokens; longer texts are dropped, and counted in `num_dropped`.
+        max_length: tokens.
         append_eos: end each row with EOS, unless its text ends with it already.
 
     Raises:
         ValueError: no text, none that fits, or no EOS to append.
     """
-    demonstrations = [Demonstration(prompt="", completion=text) for text in texts]
-    return encode_demonstrations(
-        demonstrations, tokenizer, max_length=max_length, append_eos=append_eos
-    )
+    rows = token_rows([((text, True),) for text in texts], tokenizer, append_eos=append_eos)
+    kept = [i for i, row in enumerate(rows) if len(row.ids) <= max_length]
+    left_out = collections.Counter({_too_long(max_length): len(rows) - len(kept)})
+    _check_kept(kept, [len(row.ids) for row in rows], max_length, left_out)
+    return _padded_texts([rows[i] for i in kept], kept, max_length, +left_out)
 
 
 def encode_all(texts: Sequence[str], tokenizer: Any, *, max_length: int) -> Texts:
@@ -88,43 +106,42 @@ def encode_all(texts: Sequence[str], tokenizer: Any, *, max_length: int) -> Text
         ValueError: no text, or one that is too long.
     """
     rows = encode_texts(texts, tokenizer, max_length=max_length)
-    if rows.num_dropped:
+    if rows.left_out:
         first = min(set(range(len(texts))) - set(rows.records.tolist()))
         raise ValueError(
-            f"texts must have at most {max_length} tokens, got {rows.num_dropped} longer ones, the "
-            f"first of them {texts[first][:40]!r}..."
+            f"texts must have at most {max_length} tokens, got {len(texts) - len(rows.records)} "
+            f"longer ones, the first of them {texts[first][:40]!r}..."
         )
     return rows
 
 
 def encode_preferences(
-    preferences: Sequence[Preference], tokenizer: Any, *, max_length: int
-) -> tuple[Texts, np.ndarray]:
-    """Tokens of both sides of each preference, and the rows that make the pairs.
+    rankings: Sequence[Ranking], tokenizer: Any, *, max_length: int
+) -> tuple[Texts, Groups]:
+    """Tokens of each prompt with each of its responses, and the pairs among them.
 
     Args:
-        preferences: N or more records.
+        rankings: R or more records.
         tokenizer: a Hugging Face tokenizer with an EOS, which ends every row.
-        max_length: tokens; a preference with a longer side is dropped whole.
+        max_length: tokens; a ranking with a longer response is left out whole.
 
     Returns:
-        (texts, pairs): 2N rows, prompt and chosen in row 2i, prompt and rejected in row 2i + 1; and
-        [N, 2] int32 rows of (chosen, rejected). `num_dropped` counts preferences.
+        (texts, groups): the rows of a ranking stand together, in the order of its responses.
 
     Raises:
-        ValueError: no record, none that fits, or no EOS to append.
+        ValueError: no record, none that is left, or no EOS to append.
     """
-    prompts = [preference.prompt for preference in preferences for _ in range(2)]
-    sides = [
-        side for preference in preferences for side in (preference.chosen, preference.rejected)
-    ]
-    rows, starts = _joined(prompts, sides, tokenizer, append_eos=True)
-    kept = [i for i in range(len(rows)) if max(len(rows[i]), len(rows[i ^ 1])) <= max_length]
-    _check_kept(kept, rows, max_length)
-    num_dropped = (len(rows) - len(kept)) // 2
-    records = [i // 2 for i in kept]
-    pairs = np.arange(len(kept), dtype=np.int32).reshape(-1, 2)
-    return _padded_texts(rows, starts, kept, records, max_length, num_dropped), pairs
+    responses = [(i, text) for i, ranking in enumerate(rankings) for text in ranking.responses]
+    parts = [((rankings[i].prompt, False), (text, True)) for i, text in responses]
+    rows = token_rows(parts, tokenizer, append_eos=True)
+    longest = [0] * len(rankings)
+    for (i, _), row in zip(responses, rows, strict=True):
+        longest[i] = max(longest[i], len(row.ids))
+    kept, left_out = usable(rankings, [r.flaw for r in rankings], longest, max_length)
+    used = set(kept)
+    chosen = [(i, row) for (i, _), row in zip(responses, rows, strict=True) if i in used]
+    texts = _padded_texts([r for _, r in chosen], [i for i, _ in chosen], max_length, left_out)
+    return texts, _groups([rankings[i] for i in kept])
 
 
 def encode_prompts(prompts: Sequence[str], tokenizer: Any, *, max_length: int) -> Prompts:
@@ -138,14 +155,16 @@ def encode_prompts(prompts: Sequence[str], tokenizer: Any, *, max_length: int) -
     Raises:
         ValueError: no prompt, one that is too long, or one without a token.
     """
-    rows, _ = _joined(prompts, [""] * len(prompts), tokenizer, append_eos=False)
+    rows = [
+        row.ids for row in token_rows([((p, False),) for p in prompts], tokenizer, append_eos=False)
+    ]
     for index, row in enumerate(rows):
         if not 1 <= len(row) <= max_length:
             raise ValueError(
                 f"prompt {index} has {len(row)} tokens, allowed are 1 to {max_length}: "
                 f"{prompts[index][:80]!r}"
             )
-    tokens, mask = _padded(rows, max_length)
+    tokens, mask = padded(rows, max_length)
     # Roll each row's padding from its right end to its left.
     columns = np.arange(tokens.shape[1]) - (~mask).sum(axis=1, keepdims=True)
     return Prompts(tokens=np.take_along_axis(tokens, columns, axis=1), mask=columns >= 0)
@@ -186,67 +205,77 @@ def batch_indices(seed: int, step: int, *, num_examples: int, batch_size: int) -
     return np.concatenate(epochs)[start - first * num_examples : stop - first * num_examples]
 
 
-def _joined(
-    prompts: Sequence[str], completions: Sequence[str], tokenizer: Any, *, append_eos: bool
-) -> tuple[list[list[int]], list[int]]:
-    """The tokens of each prompt and completion, and where the completion starts."""
-    if not prompts:
-        raise ValueError("at least one text is needed to make an array of tokens, got none")
-    if append_eos and tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer must have an EOS token to append, its eos_token_id is None")
-    leading = _leading_tokens(tokenizer)
-    rows, starts = [], []
-    for prompt, completion in zip(
-        _token_ids(prompts, tokenizer), _token_ids(completions, tokenizer), strict=True
-    ):
-        if append_eos and completion[-1:] != [tokenizer.eos_token_id]:
-            completion = completion + [tokenizer.eos_token_id]
-        rows.append(leading + prompt + completion)
-        starts.append(len(leading) + len(prompt))
-    return rows, starts
+def _too_long(max_length: int) -> str:
+    return f"too long (over {max_length:,} tokens)"
 
 
-def _token_ids(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
-    return tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+def usable(
+    records: Sequence[Any], flaws: Sequence[str], lengths: Sequence[int], max_length: int
+) -> tuple[list[int], Mapping[str, int]]:
+    """Which records are left, and how many are left out for which reason.
+
+    Args:
+        records: N, of which a second one like the first is left out.
+        flaws: why nothing can be learned from a record, or "".
+        lengths: tokens of each.
+        max_length: tokens.
+
+    Returns:
+        (their numbers, {reason: how many}).
+
+    Raises:
+        ValueError: none is left.
+    """
+    kept, seen = [], set()
+    left_out = collections.Counter()
+    for i, (record, flaw, length) in enumerate(zip(records, flaws, lengths, strict=True)):
+        reason = flaw or ("repeated" if record in seen else "")
+        reason = reason or (_too_long(max_length) if length > max_length else "")
+        seen.add(record)
+        if reason:
+            left_out[reason] += 1
+        else:
+            kept.append(i)
+    _check_kept(kept, lengths, max_length, left_out)
+    return kept, left_out
 
 
-def _leading_tokens(tokenizer: Any) -> list[int]:
-    """What the tokenizer puts before a text, without the EOS that some put after it."""
-    special = list(tokenizer("")["input_ids"])
-    ends = special[-1:] == [tokenizer.eos_token_id] and special != [tokenizer.bos_token_id]
-    return special[:-1] if ends else special
-
-
-def _padded_texts(rows, starts, kept, records, max_length, num_dropped) -> Texts:
-    tokens, mask = _padded([rows[i] for i in kept], max_length)
-    first_predicted = np.maximum([starts[i] for i in kept], 1)
-    loss_mask = mask & (np.arange(tokens.shape[1]) >= first_predicted[:, None])
-    return Texts(tokens, mask, loss_mask, np.array(records, dtype=np.int64), num_dropped)
-
-
-def _padded(rows: list[list[int]], max_length: int) -> tuple[np.ndarray, np.ndarray]:
-    lengths = np.array([len(row) for row in rows])
-    length = min(_rounded_up(int(lengths.max()), MULTIPLE), max_length)
-    mask = np.arange(length) < lengths[:, None]
-    tokens = np.zeros(mask.shape, dtype=np.int32)
-    tokens[mask] = np.concatenate(rows)
-    return tokens, mask
-
-
-def _check_kept(kept: list[int], rows: list[list[int]], max_length: int) -> None:
-    if not kept:
-        shortest = min(len(row) for row in rows)
+def _check_kept(kept, lengths, max_length, left_out: Mapping[str, int]) -> None:
+    if kept:
+        return
+    count, reasons = len(lengths), ", ".join(f"{n:,} {why}" for why, n in left_out.items())
+    if set(left_out) == {_too_long(max_length)}:
         raise ValueError(
-            f"max_length={max_length} tokens leaves no text of {len(rows)}: the shortest has "
-            f"{shortest}"
+            f"max_length={max_length} tokens leaves no text of {count}: the shortest has "
+            f"{min(lengths)}"
         )
+    raise ValueError(f"none of the {count} records can be used: {reasons}")
+
+
+def _groups(rankings: Sequence[Ranking]) -> Groups:
+    """The groups of rankings whose responses stand in rows one after the other."""
+    sizes = np.array([len(ranking.responses) for ranking in rankings])
+    most = int(sizes.max())
+    firsts = np.cumsum(sizes) - sizes
+    places = np.arange(most)
+    rows = firsts[:, None] + np.where(places < sizes[:, None], places, 0)
+    pairs = np.zeros((len(rankings), most * (most - 1) // 2, 2), np.int32)
+    valid = np.zeros(pairs.shape[:2], bool)
+    for i, ranking in enumerate(rankings):
+        pairs[i, : len(ranking.pairs)] = ranking.pairs
+        valid[i, : len(ranking.pairs)] = True
+    return Groups(rows=rows.astype(np.int32), pairs=pairs, valid=valid)
+
+
+def _padded_texts(rows, records, max_length, left_out) -> Texts:
+    tokens, mask = padded([row.ids for row in rows], max_length)
+    loss_mask = np.zeros(mask.shape, bool)
+    loss_mask[mask] = np.concatenate([row.learned for row in rows])
+    loss_mask[:, 0] = False
+    return Texts(tokens, mask, loss_mask, np.array(records, dtype=np.int64), left_out)
 
 
 def _check_positive(**sizes: int) -> None:
     for name, size in sizes.items():
         if size < 1:
             raise ValueError(f"{name} must be at least 1, got {size}")
-
-
-def _rounded_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple

@@ -2,16 +2,20 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from ppo_jax.batches import Texts, encode_prompts
-from ppo_jax.config import STAGES, Config, PPOSettings
-from ppo_jax.data import load_prompts
+from ppo_jax.batches import Texts
+from ppo_jax.config import STAGES, Config, PPOSettings, RewardSettings
+from ppo_jax.data import load_ratings
 from ppo_jax.evaluate import evaluation_prompts
+from ppo_jax.formats import check_packages, is_hub
 from ppo_jax.generation import stop_ids
 from ppo_jax.models import describe_stage, missing_steps
 from ppo_jax.plan import Shape, needs_base
 from ppo_jax.plugins import load_function
-from ppo_jax.reward_data import reward_data
+from ppo_jax.prompt_data import prompt_data
+from ppo_jax.reward_data import RewardData, reward_data
+from ppo_jax.reward_loop import reference_texts
 from ppo_jax.sft_loop import sft_data
 
 FILES = {
@@ -38,13 +42,16 @@ def check_named(config: Config, workdir: Path, stages: Sequence[str]):
     check_sources(config, workdir, stages)
 
 
-def check_run(config: Config, starts: Mapping[str, Shape], stages: Sequence[str]):
+def check_run(config: Config, starts: Mapping[str, Shape], stages: Sequence[str]) -> dict[str, Any]:
     """Check the stages against the models that they start from, and the data.
 
     Args:
         config: of the run.
         starts: what the stages start from, see `plan.find_starts`.
         stages: those that will run.
+
+    Returns:
+        What the stages read, see `check_data`.
 
     Raises:
         ValueError: a stage could not run when its turn comes.
@@ -56,7 +63,7 @@ def check_run(config: Config, starts: Mapping[str, Shape], stages: Sequence[str]
         check_reward(config, starts["reward"])
     if "ppo" in stages:
         check_ppo(config.ppo, starts["ppo"], starts.get("score"))
-    check_data(config, starts, stages)
+    return check_data(config, starts, stages)
 
 
 def check_functions(config: Config, stages: Sequence[str]):
@@ -80,34 +87,53 @@ def check_files(config: Config, workdir: Path, stages: Sequence[str]):
         named["model.vocabulary_data"] = config.model.vocabulary_data
     for field, path in named.items():
         comes_later = config.prepare and Path(path).is_relative_to(workdir / "data")
-        if path and not comes_later and not Path(path).is_file():
+        if not path or comes_later:
+            continue
+        if not is_hub(path) and not Path(path).is_file():
             raise ValueError(f"{field} must be a file, got {path!r}, which is not there")
+        check_packages(path)
 
 
 def check_sources(config: Config, workdir: Path, stages: Sequence[str]):
     """What a stage starts from is there, or is made by a stage before it."""
-    fields = {"reward": ["init_from"], "ppo": ["init_from", "reward_model"]}
+    read = {"reward": ["reward.init_from"], "ppo": ["ppo.init_from", "ppo.reward_model"]}
+    if "ppo" not in stages:
+        read["evaluate"] = ["ppo.init_from"]
     for stage in stages:
-        before = stages[: stages.index(stage)]
-        for field in fields.get(stage, []):
-            name = getattr(getattr(config, stage), field)
-            missing = missing_steps(workdir / name) if name in STAGES else None
-            if name not in before and missing:
-                raise ValueError(
-                    f"{stage}.{field}={name!r} needs the stage {name}, but {missing}: give the "
-                    f"config a section for it, or run it in {workdir} first"
-                )
-            path_given = name and name != "base" and name not in STAGES
-            is_stage = path_given and describe_stage(Path(name)) is not None
-            if is_stage and (missing := missing_steps(Path(name))):
-                raise ValueError(f"{stage}.{field}={name!r} is not complete: {missing}")
-            if path_given and field == "reward_model" and not is_stage:
-                raise ValueError(f"ppo.reward_model must be a stage or its folder, got {name!r}")
+        for field in read.get(stage, []):
+            section, name = field.split(".")
+            value = getattr(getattr(config, section), name)
+            if value in STAGES:
+                check_stage_name(field, value, workdir, stages[: stages.index(stage)])
+            elif value and not (value == "base" and name == "init_from"):
+                check_path(field, value)
     if config.model.path and describe_stage(Path(config.model.path)):
         raise ValueError(
             f"model.path must be a model, got the stage folder {config.model.path!r}: name it as "
             "reward.init_from or ppo.init_from"
         )
+
+
+def check_stage_name(field: str, value: str, workdir: Path, before: Sequence[str]):
+    """A stage of this run has run, or comes before the one that reads it."""
+    if value not in before and (missing := missing_steps(workdir / value)):
+        raise ValueError(
+            f"{field}={value!r} needs the stage {value}, but {missing}: give the config a section "
+            f"for it that comes before, or run it in {workdir} first"
+        )
+
+
+def check_path(field: str, value: str):
+    """A stage from elsewhere is complete; a run's folder is not taken for one of its stages."""
+    folder = Path(value)
+    if describe_stage(folder) is not None:
+        if missing := missing_steps(folder):
+            raise ValueError(f"{field}={value!r} is not complete: {missing}")
+        return
+    if stages := [stage for stage in STAGES if describe_stage(folder / stage) is not None]:
+        raise ValueError(f"{field} must be a stage, got the run {value!r}; it has {stages}")
+    if field == "ppo.reward_model":
+        raise ValueError(f"ppo.reward_model must be a stage or its folder, got {value!r}")
 
 
 def check_policy(stage: str, config: Config, start: Shape):
@@ -159,57 +185,76 @@ def check_depth(field: str, count: str | int, depth: int):
         raise ValueError(f"{field} must be at most {depth}, the model's layers, got {count}")
 
 
-def check_data(config: Config, starts: Mapping[str, Shape], stages: Sequence[str]):
-    """Read and tokenise the data of every stage, so that a bad file stops the run at once."""
+def check_data(
+    config: Config, starts: Mapping[str, Shape], stages: Sequence[str]
+) -> dict[str, Any]:
+    """Read and tokenise the data of every stage, so that a bad file stops the run at once.
+
+    Args:
+        config: of the run.
+        starts: what the stages start from.
+        stages: those that will run.
+
+    Returns:
+        Under "sft" the texts and under "reward" the `RewardData` to train on and to validate on,
+        under "references" the texts that shall score 0, where a file holds them, under "ppo" and
+        "evaluate" the `PromptData`, under "ratings" the records that measure the reward model.
+    """
+    data: dict[str, Any] = {}
     if "sft" in stages:
         start = starts["sft"]
-        parts = sft_data(config.sft, config.seed, start.tokenizer)
-        check_texts("sft", config.sft, parts, start.config.max_length)
+        data["sft"] = sft_data(config.sft, config.seed, start.tokenizer)
+        rows = len(data["sft"][0].mask)
+        check_texts("sft", config.sft, data["sft"], start.config.max_length, rows)
     if "reward" in stages:
         start, context = starts["reward"], starts["reward"].config.max_length
-        data = reward_data(config.reward, config.seed, start.tokenizer, context)
-        check_texts("reward", config.reward, [part.texts for part in data], context)
+        data["reward"] = reward_data(config.reward, config.seed, start.tokenizer, context)
+        check_rankings(config.reward, data["reward"][0])
+        texts, rows = [part.texts for part in data["reward"]], data["reward"][0].num_rows
+        check_texts("reward", config.reward, texts, context, rows)
+        if config.reward.reference_data:
+            data["references"] = reference_texts(config.reward, start.tokenizer)
     if "ppo" in starts:
-        stop_ids(starts["ppo"].tokenizer, config.ppo.stop_tokens)
-        check_prompts(config, config.ppo.prompts, load_prompts(config.ppo.prompts), starts["ppo"])
+        tokenizer, length = starts["ppo"].tokenizer, config.ppo.max_prompt_length
+        stop_ids(tokenizer, config.ppo.stop_tokens)
+    if "ppo" in stages:
+        data["ppo"] = prompt_data(config.ppo.prompts, tokenizer, max_length=length)
     if "evaluate" in stages:
-        prompts = evaluation_prompts(config.evaluate)
-        check_prompts(config, config.evaluate.prompts, prompts, starts["ppo"])
+        data["evaluate"] = evaluation_prompts(config, starts["ppo"].tokenizer)
+        if config.evaluate.ratings:
+            data["ratings"] = load_ratings(config.evaluate.ratings)
+    return data
 
 
-def check_prompts(config: Config, path: str, prompts: Sequence[str], policy: Shape):
-    """Every prompt has a token, and at most ppo.max_prompt_length of them."""
-    try:
-        length = config.ppo.max_prompt_length
-        encode_prompts(prompts, policy.tokenizer, max_length=length)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}; see ppo.max_prompt_length") from None
+def check_rankings(settings: RewardSettings, data: RewardData):
+    """Whole rankings fit into a batch: all responses to a prompt are in the same one."""
+    size = 1 if data.groups is None else data.groups.rows.shape[1]
+    if settings.batch_size % size:
+        raise ValueError(
+            f"reward.batch_size must be a multiple of {size}, the most responses to a prompt of "
+            f"{settings.data}, got {settings.batch_size}"
+        )
 
 
-def check_texts(stage: str, settings, parts: Sequence[Texts], context: int):
-    """Refuse texts beyond the model's context and batches beyond the data; tell what is left out.
+def check_texts(stage: str, settings, parts: Sequence[Texts], context: int, num_rows: int):
+    """Refuse texts beyond the model's context and batches beyond the data.
 
     Args:
         stage: its name.
         settings: the stage's section.
         parts: texts to train on, and to validate on.
         context: tokens that the model can read.
+        num_rows: of one pass over the texts to train on.
     """
+    what = "text" if parts[0].segments is None else "packed row"
     longest = max(int(part.mask.sum(axis=1).max()) for part in parts)
     if longest > context:
         raise ValueError(
             f"{stage}.max_length must be at most {context} (the model's context), got "
-            f"{settings.max_length}: a text has {longest} tokens"
+            f"{settings.max_length}: a {what} has {longest} tokens"
         )
-    rows = len(parts[0].mask)
-    if settings.batch_size > rows:
+    if settings.batch_size > num_rows:
         raise ValueError(
-            f"{stage}.batch_size must be at most {rows}, the texts to train on, got "
+            f"{stage}.batch_size must be at most {num_rows}, the {what}s to train on, got "
             f"{settings.batch_size}"
-        )
-    if dropped := sum(part.num_dropped for part in parts):
-        total = dropped + sum(len(set(part.records.tolist())) for part in parts)
-        print(
-            f"{stage}: {dropped} of {total} records are left out: longer than "
-            f"{settings.max_length} tokens"
         )

@@ -1,5 +1,6 @@
 """What the scripts have in common: their flags, and mistakes that are told in one line."""
 
+import os
 import pathlib
 import sys
 import traceback
@@ -10,6 +11,7 @@ from ml_collections import config_dict, config_flags
 
 from ppo_jax import pipeline
 from ppo_jax.config import STAGES
+from ppo_jax.overrides import check_overrides, explain
 
 USER_MISTAKE, INTERRUPTED = 2, 130  # exit codes
 OURS = pathlib.Path(__file__).parent
@@ -23,15 +25,21 @@ def run_stages(only: Sequence[str] = STAGES):
     """
     config = config_flags.DEFINE_config_file("config", help_string="FILE.py or FILE.py:VARIANT")
     workdir = flags.DEFINE_string("workdir", None, "The run's folder.")
+    dry_run = flags.DEFINE_boolean(
+        "dry_run", False, "Print the plan and the first examples of the data; train nothing."
+    )
+    flags.DEFINE_alias("dry-run", "dry_run")
     flags.mark_flags_as_required(["config", "workdir"])
-    for name in ("config", "workdir"):  # so that --help of the script lists them
+    for name in ("config", "workdir", "dry_run"):  # so that --help of the script lists them
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
 
     def main():
         if not isinstance(config.value, config_dict.ConfigDict):
             name = config_flags.get_config_filename(flags.FLAGS["config"])
-            raise ValueError(f"--config must be a config file, got {name!r}, which is not there")
-        pipeline.run(config.value, workdir.value, only=only)
+            kind = type(config.value).__name__
+            raise ValueError(f"get_config() of {name} must return a ConfigDict, got a {kind}")
+        start = pipeline.dry_run if dry_run.value else pipeline.run
+        start(config.value, workdir.value, only=only)
 
     run(main)
 
@@ -45,14 +53,17 @@ def run(main: Callable[[], None]):
     Args:
         main: the script.
     """
+    # transformers would say at every start that its models need torch; we use its tokenizers.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     sys.exit(app.run(lambda _: call(main), flags_parser=parse_flags))
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
     try:
+        check_overrides(argv)
         rest = flags.FLAGS(argv)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        stop(f"{one_line(error)}; --help lists the flags", USER_MISTAKE)
+    except Exception as error:  # flags and config files are the user's
+        stop(f"{explain(error)}; --help lists the flags", USER_MISTAKE)
     if len(rest) > 1:
         stop(f"unexpected arguments {rest[1:]}; --help lists the flags", USER_MISTAKE)
     return rest
@@ -62,13 +73,15 @@ def call(main: Callable[[], None]):
     try:
         main()
     except KeyboardInterrupt:
-        stop("interrupted; the same command goes on from the last checkpoint", INTERRUPTED)
+        stop("interrupted", INTERRUPTED)
     except FloatingPointError as error:
         stop(one_line(error), 1)
-    except (ValueError, ConnectionError, OSError) as error:
+    except (ValueError, ConnectionError) as error:
         if not raised_by_us(error):
             raise
         stop(one_line(error), USER_MISTAKE)
+    except OSError as error:  # a full disk, a folder that cannot be written
+        stop(str(error), 1)
 
 
 def raised_by_us(error: BaseException) -> bool:
@@ -80,8 +93,7 @@ def raised_by_us(error: BaseException) -> bool:
 
 def one_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error.args[0] if error.args else error).splitlines()]
-    lines = [line for line in lines if line not in ("", ";")]
-    return lines[-1] if any("Traceback" in line for line in lines) else "; ".join(lines)
+    return "; ".join(line for line in lines if line not in ("", ";"))
 
 
 def stop(message: str, code: int):

@@ -46,9 +46,9 @@ class ModelSettings:
 
     path: str = ""  # a Hugging Face folder, a .gguf file, a hub id or "package:NAME"
     scratch: ScratchSettings | None = None  # instead of a path
-    dtype: str = "float32"  # of the computation; "bfloat16" on accelerators
+    dtype: str = "float32"  # of the computation; "bfloat16" on accelerators, or "float16"
     scan_layers: bool = False  # True compiles faster; False runs faster on CPUs
-    vocabulary_data: str = ""  # JSONL of texts: keep only the tokens that they use; "" keeps all
+    vocabulary_data: str = ""  # rows of texts: keep only the tokens that they use; "" keeps all
 
     def __post_init__(self):
         if bool(self.path) == (self.scratch is not None):
@@ -58,7 +58,7 @@ class ModelSettings:
             )
         check = Check(self, "model")
         check.choice("dtype", "float32", "bfloat16", "float16")
-        texts = "the JSONL of texts to train the tokenizer of model.scratch on"
+        texts = "the texts to train the tokenizer of model.scratch on"
         check.that(bool(self.vocabulary_data or not self.scratch), "vocabulary_data", texts)
 
 
@@ -91,14 +91,15 @@ def check_optimizer(settings: OptimizerSettings, section: str):
 class SFTSettings:
     """Supervised fine-tuning on texts, or on completions of prompts."""
 
-    data: str  # JSONL of {"text"} or {"prompt", "completion"}
+    data: str  # rows of {"text"}, {"prompt", "completion"} or {"messages"}, see `formats`
     optimizer: OptimizerSettings  # of all trained parameters
-    validation_data: str = ""  # JSONL; "" holds out validation_fraction of the data
+    validation_data: str = ""  # rows as of data; "" holds out validation_fraction of the data
     validation_fraction: float = 0.05  # of the data's texts
     trainable: str | int = "all"  # "all", a number of top layers such as "4", or "head"
     num_epochs: float = 1.0  # passes over the data
-    batch_size: int = 32  # texts a step
+    batch_size: int = 32  # texts a step; rows of texts with packing
     num_micro_batches: int = 1  # pieces of a batch in memory one after the other
+    packing: bool = False  # several texts a row, up to max_length; no text sees another
     max_length: int = 512  # tokens; longer texts are left out and counted
     hidden_cache_gb: Limit = 4.0  # frozen layers' states are kept for all texts up to this size
     eval_every: int = 50  # steps between validations
@@ -112,14 +113,14 @@ class SFTSettings:
 class RewardSettings:
     """A reward model on preferences, or on human ratings."""
 
-    data: str  # JSONL of {"prompt", "chosen", "rejected"} or {"text", "ratings"}
+    data: str  # rows of preferences, see `preferences`, or of {"text", "ratings"}
     optimizer: OptimizerSettings  # of all trained parameters
     format: str = "preferences"  # or "ratings"
     init_from: str = "sft"  # a stage of this workdir, "base", a stage folder or a model
-    validation_data: str = ""  # JSONL; "" holds out validation_fraction of the data
+    validation_data: str = ""  # rows as of data; "" holds out validation_fraction of the data
     validation_fraction: float = 0.05  # of the data's texts
     num_layers: int = 0  # keep the lowest N layers of the model it starts from; 0 keeps all
-    reference_data: str = ""  # JSONL of texts to score 0 on average; "" is the held-out data
+    reference_data: str = ""  # rows of texts to score 0 on average; "" is the held-out data
     trainable: str | int = "all"  # "all", a number of top layers such as "4", or "head"
     num_epochs: float = 1.0  # passes over the data; more than one soon overfits
     batch_size: int = 64  # texts a step; a pair is two texts
@@ -149,7 +150,7 @@ def check_training(settings: SFTSettings | RewardSettings, check: Check):
     check.each(">= 0", "hidden_cache_gb")
     check.each("in (0, 1)", "validation_fraction")
     check_trainable(check, "trainable")
-    check.that(bool(settings.data), "data", "the path of a JSONL file")
+    check.that(bool(settings.data), "data", "the path of a data set")
     check.multiple("batch_size", settings.num_micro_batches, "num_micro_batches")
 
 
@@ -157,7 +158,7 @@ def check_training(settings: SFTSettings | RewardSettings, check: Check):
 class PPOSettings:
     """Proximal policy optimization with a KL penalty against the policy it starts from."""
 
-    prompts: str  # JSONL of {"prompt"}
+    prompts: str  # rows of {"prompt"} or {"messages"}
     optimizer: OptimizerSettings  # of the policy; max_grad_norm is over policy and critic
     value_learning_rate: float  # of the critic, on the same schedule
     init_from: str = "sft"  # the policy: a stage of this workdir, "base", a stage folder or a model
@@ -166,7 +167,7 @@ class PPOSettings:
     critic_init_from: str = ""  # "reward_model", or "policy": its body and a head of zeros; "" is
     # the reward model, or the policy where a function gives the scores
     trainable: str | int = "all"  # "all", a number of top layers such as "4", or "head"
-    value_trainable: str | int = "all"  # the same for the critic
+    value_trainable: str | int = "all"  # the same for the layers of the critic
 
     num_iterations: int = 100  # each is a rollout and the updates on it
     rollout_batch_size: int = 64  # responses an iteration
@@ -174,11 +175,11 @@ class PPOSettings:
     num_minibatches: int = 1  # optimizer steps a pass
     num_micro_batches: int = 1  # pieces of a minibatch in memory one after the other
 
-    max_prompt_length: int = 64  # tokens; a longer prompt is an error
+    max_prompt_length: int = 64  # tokens; longer prompts are left out and counted
     response_length: int = 64  # tokens at most
     stop_tokens: tuple[str, ...] = ()  # tokens that end a response besides the tokenizer's EOS
     temperature: float = 1.0  # divides the logits, in sampling and in training
-    top_k: int = 0  # 0 is off
+    top_k: int = 0  # the likeliest tokens; 0 is off
     top_p: float = 1.0  # 1 is off
     min_p: float = 0.0  # 0 is off
     missing_eos: str = "keep"  # the score of a response that was cut off: or "penalty", "replace"
@@ -204,6 +205,7 @@ class PPOSettings:
     def __post_init__(self):
         check = Check(self, "ppo")
         check_optimizer(self.optimizer, "ppo.optimizer")
+        check.that(bool(self.prompts), "prompts", "the path of a data set")
         check.each("> 0", "num_iterations", "rollout_batch_size", "num_epochs", "num_minibatches")
         check.each("> 0", "num_micro_batches", "max_prompt_length", "response_length")
         check.each("> 0", "temperature", "target_kl", "kl_horizon", "value_clip_range")
@@ -235,16 +237,17 @@ class PPOSettings:
 class EvaluateSettings:
     """Base, SFT and PPO on unseen prompts, before judges that had no part in the training."""
 
-    prompts: str  # JSONL of {"prompt"}
-    judges: str = ""  # "module:function": (workdir) -> {name: judge}; "" compares by score alone
-    ratings: str = ""  # JSONL of {"text", "ratings"}: pairs for the reward model; "" is the last
+    prompts: str  # rows of {"prompt"} or {"messages"}
+    judges: str = ""  # "module:function": (workdir) -> evaluate.Panel; "" is no judge
+    ratings: str = ""  # rows of {"text", "ratings"}: pairs for the reward model; "" is the last
     # validation's accuracy
-    num_prompts: int = 256  # the first of the file
+    num_prompts: int = 256  # the first prompts of the file
     batch_size: int = 64  # prompts at a time
     temperature: float = 1.0  # 0 is greedy
 
     def __post_init__(self):
         check = Check(self, "evaluate")
+        check.that(bool(self.prompts), "prompts", "the path of a data set")
         check.each("> 0", "num_prompts", "batch_size")
         check.each(">= 0", "temperature")
 
@@ -266,6 +269,9 @@ class Config:
         Check(self, "").each(">= 0", "seed")
         if self.evaluate is not None and self.ppo is None:
             raise ValueError("evaluate needs a ppo section, whose responses it judges, got none")
+        scored = self.reward is not None or (self.ppo is not None and self.ppo.reward_model)
+        if self.evaluate is not None and self.evaluate.ratings and not scored:
+            raise ValueError("evaluate.ratings must be '' without a reward model to measure")
 
 
 def with_defaults(values: dict) -> config_dict.ConfigDict:

@@ -1,41 +1,46 @@
-"""Records of text: read from JSON lines, checked line by line, and split by text.
+"""Records of text: read row by row, checked, and split by text.
 
-Another source (Parquet, a dataset id, chat messages) is one more function that returns these
-records; `batches` makes arrays of them and does not know where they come from.
+`formats` says what a row may come from, `batches` makes arrays of the records.
 """
 
 import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ppo_jax.chat import Chat, Part, assistant_turns, has_blank_turn, read_messages
+from ppo_jax.formats import Row, finite, json_lines, read_rows, string
+
 Record = TypeVar("Record")
 
-DEMONSTRATION_FORMS = (("text",), ("prompt", "completion"))
-PREFERENCE_FORMS = (("prompt", "chosen", "rejected"),)
-RATING_FORMS = (("text", "ratings"), ("text", "rating"))
-PROMPT_FORMS = (("prompt",),)
+DEMONSTRATION_FORMS = (("text",), ("prompt", "completion"), ("messages",))
+RATING_FORMS = (("text", "rating"), ("text", "ratings"))
+PROMPT_FORMS = (("prompt",), ("messages",))
 
 
 @dataclass(frozen=True)
 class Demonstration:
-    """One text to imitate; a plain text has the prompt ""."""
+    """A text to imitate, in parts (text, learned): the loss is on those that are learned.
 
-    prompt: str
-    completion: str
+    A plain text is one part, prompt and completion are two, a conversation has two for each turn of
+    the assistant's. Parts are tokenised apart, as prompt and response are in a rollout.
+    """
 
+    parts: tuple[Part, ...]
 
-@dataclass(frozen=True)
-class Preference:
-    """Two completions of one prompt, of which a judge chose the first."""
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return "".join(text for text, _ in self.parts)
 
-    prompt: str
-    chosen: str
-    rejected: str
+    @property
+    def flaw(self) -> str:
+        """Why nothing can be learned from it, or ""."""
+        return "" if any(learned and text.strip() for text, learned in self.parts) else "blank"
 
 
 @dataclass(frozen=True)
@@ -50,65 +55,74 @@ class RatedText:
         """The mean rating."""
         return sum(self.ratings) / len(self.ratings)
 
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """As a `Demonstration` has them."""
+        return ((self.text, True),)
 
-def load_demonstrations(path: str | os.PathLike) -> list[Demonstration]:
-    """Reads demonstrations from lines {"text"} or {"prompt", "completion"}.
+    @property
+    def flaw(self) -> str:
+        """Why nothing can be learned from it, or ""."""
+        return "" if self.text.strip() else "blank"
+
+
+def load_demonstrations(
+    path: str | os.PathLike, tokenizer: Any | None = None
+) -> list[Demonstration]:
+    """Reads demonstrations: {"text"}, {"prompt", "completion"} or {"messages"}.
+
+    Of messages the assistant's turns are learned, each with the token that ends it.
 
     Args:
-        path: a JSONL file. A prompt may be "", a text or a completion may not be blank.
+        path: as for `formats.read_rows`.
+        tokenizer: its chat template makes texts of messages; None takes their contents as they are.
 
     Raises:
-        ValueError: "file:line: what is wrong".
+        ValueError: "place: what is wrong".
     """
-    return [_demonstration(row, where) for where, row in _checked(path, DEMONSTRATION_FORMS)]
-
-
-def load_preferences(path: str | os.PathLike) -> list[Preference]:
-    """Reads preferences from lines {"prompt", "chosen", "rejected"}.
-
-    Args:
-        path: a JSONL file. A prompt may be ""; the two completions are not blank, and differ.
-
-    Raises:
-        ValueError: "file:line: what is wrong".
-    """
-    return [_preference(row, where) for where, row in _checked(path, PREFERENCE_FORMS)]
+    chat = Chat(tokenizer) if tokenizer is not None else None
+    return [demonstration(row, chat, at) for at, row in read_rows(path, DEMONSTRATION_FORMS)]
 
 
 def load_ratings(path: str | os.PathLike) -> list[RatedText]:
-    """Reads rated texts from lines {"text", "ratings": [x, ...]} or {"text", "rating": x}.
+    """Reads rated texts: {"text", "ratings": [x, ...]} or {"text", "rating": x}.
 
     Args:
-        path: a JSONL file. Ratings are finite numbers on any scale; higher is better.
+        path: as for `formats.read_rows`. Ratings are finite numbers on any scale; higher is better.
 
     Raises:
-        ValueError: "file:line: what is wrong".
+        ValueError: "place: what is wrong".
     """
-    return [_rated_text(row, where) for where, row in _checked(path, RATING_FORMS)]
+    return [rated_text(row, place) for place, row in read_rows(path, RATING_FORMS)]
 
 
-def load_prompts(path: str | os.PathLike) -> list[str]:
-    """Reads prompts from lines {"prompt"}.
+def load_prompts(path: str | os.PathLike, tokenizer: Any | None = None) -> list[str]:
+    """Reads prompts: {"prompt"}, a text or messages, or {"messages"}.
+
+    Of messages a last turn of the assistant's is left out: the policy writes its own.
 
     Args:
-        path: a JSONL file. A prompt may be "": whether that is one, the tokenizer decides.
+        path: as for `formats.read_rows`. A prompt may be "": whether that is one, the tokenizer
+            decides.
+        tokenizer: its chat template makes texts of messages; without it they are refused.
 
     Raises:
-        ValueError: "file:line: what is wrong".
+        ValueError: "place: what is wrong".
     """
-    return [_string(row, "prompt", where) for where, row in _checked(path, PROMPT_FORMS)]
+    chat = Chat(tokenizer)
+    return [prompt_text(row, chat, place) for place, row in read_rows(path, PROMPT_FORMS)]
 
 
-def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
+def read_jsonl(path: str | os.PathLike) -> list[Row]:
     """Reads a file of JSON objects, one a line; blank lines are passed over.
 
     Args:
-        path: a UTF-8 file.
+        path: a UTF-8 file, gzipped where its name ends with .gz.
 
     Raises:
         ValueError: no such file, no object in it, or "file:line: what is wrong".
     """
-    return [row for _, row in _numbered(path)]
+    return [row for _, row in json_lines(path)]
 
 
 def write_jsonl(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -189,87 +203,30 @@ def _split_of(text: str, fractions: Mapping[str, float], seed: int) -> str:
     return names[-1]  # The shares may sum to a little less than 1.
 
 
-def _demonstration(row: dict[str, Any], where: str) -> Demonstration:
+def demonstration(row: Row, chat: Chat | None, place: str) -> Demonstration:
     if "text" in row:
-        return Demonstration(prompt="", completion=_text(row, "text", where))
-    return Demonstration(_string(row, "prompt", where), _text(row, "completion", where))
+        return Demonstration(((string(row, "text", place), True),))
+    if "messages" not in row:
+        prompt, completion = (string(row, key, place) for key in ("prompt", "completion"))
+        return Demonstration(((prompt, False), (completion, True)))
+    messages = read_messages(row["messages"], "messages", place)
+    if chat is None:
+        return Demonstration(tuple((m["content"], m["role"] == "assistant") for m in messages))
+    return Demonstration(() if has_blank_turn(messages) else chat.parts(messages, place))
 
 
-def _preference(row: dict[str, Any], where: str) -> Preference:
-    chosen, rejected = _text(row, "chosen", where), _text(row, "rejected", where)
-    if chosen == rejected:
-        raise ValueError(f"{where}: chosen and rejected must differ, both are {chosen!r}")
-    return Preference(_string(row, "prompt", where), chosen, rejected)
+def prompt_text(row: Row, chat: Chat, place: str) -> str:
+    key = "prompt" if "prompt" in row else "messages"
+    if key == "prompt" and not isinstance(row[key], list):
+        return string(row, key, place)
+    messages = read_messages(row[key], key, place)
+    assistant_turns(messages, place)
+    return chat.prompt(messages[:-1] if messages[-1]["role"] == "assistant" else messages, place)
 
 
-def _rated_text(row: dict[str, Any], where: str) -> RatedText:
+def rated_text(row: Row, place: str) -> RatedText:
     ratings = row["ratings"] if "ratings" in row else [row["rating"]]
     if not isinstance(ratings, list) or not ratings:
-        raise ValueError(f"{where}: ratings must be a list of numbers, not empty, got {ratings!r}")
-    return RatedText(_text(row, "text", where), tuple(_rating(x, where) for x in ratings))
-
-
-def _rating(value: Any, where: str) -> float:
-    # In JSON true is no number, though Python takes it for 1. The limit is for float32.
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not abs(value) <= 1e30:
-        raise ValueError(f"{where}: a rating must be a finite number up to 1e30, got {value!r}")
-    return float(value)
-
-
-def _string(row: dict[str, Any], key: str, where: str) -> str:
-    value = row[key]
-    if not isinstance(value, str):
-        raise ValueError(f"{where}: {key} must be a string, got {value!r}")
-    # JSON can spell half a surrogate pair, which no tokenizer can encode.
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        raise ValueError(f"{where}: {key} must be valid Unicode, got {value!r}")
-    return value
-
-
-def _text(row: dict[str, Any], key: str, where: str) -> str:
-    value = _string(row, key, where)
-    if not value.strip():
-        raise ValueError(f"{where}: {key} must not be empty or blank, got {value!r}")
-    return value
-
-
-def _checked(path: str | os.PathLike, forms: tuple[tuple[str, ...], ...]) -> Iterator:
-    """Yields ("file:line", row) where the keys of the row are those of one of the forms."""
-    for where, row in _numbered(path):
-        if not any(row.keys() == set(form) for form in forms):
-            allowed = " or ".join(str(list(form)) for form in forms)
-            raise ValueError(f"{where}: the keys must be {allowed}, got {list(row)}")
-        yield where, row
-
-
-def _numbered(path: str | os.PathLike) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields ("file:line", object) for each line that is not blank."""
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: there is no such file")
-    empty = True
-    # As bytes, because some characters inside a JSON string end a line of text for Python.
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                empty = False
-                yield f"{path}:{number}", _object(line, f"{path}:{number}")
-    if empty:
-        raise ValueError(f"{path}: the file is empty, at least one line is needed")
-
-
-def _object(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_without_repeats)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not a JSON object on one line: {error}") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: a line must be a JSON object {{...}}, got {row!r}")
-    return row
-
-
-def _without_repeats(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(items)
-    if len(row) < len(items):
-        raise ValueError(f"a key stands twice in {[key for key, _ in items]}")
-    return row
+        raise ValueError(f"{place}: ratings must be a list of numbers, not empty, got {ratings!r}")
+    text = string(row, "text", place)
+    return RatedText(text, tuple(finite(x, "a rating", place) for x in ratings))

@@ -5,20 +5,22 @@ import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
-from ppo_jax.batches import Texts, encode_all
+from ppo_jax.batches import Texts, encode_all, encode_texts
 from ppo_jax.config import Config, EvaluateSettings
-from ppo_jax.data import load_prompts, load_ratings
+from ppo_jax.data import load_ratings
 from ppo_jax.distributions import token_logprobs
 from ppo_jax.generation import generate, stop_ids
 from ppo_jax.inputs import make_inputs, on_device
 from ppo_jax.judges import Judge, distinct_n, judge_table
-from ppo_jax.models import Model, describe_stage, load_model, load_source, resolve
-from ppo_jax.networks import policy_network, reward_network
+from ppo_jax.models import Model, describe_stage, load_source, resolve
+from ppo_jax.networks import ModelConfig, policy_network, reward_network
 from ppo_jax.plugins import load_function
+from ppo_jax.prompt_data import PromptData, prompt_data
 from ppo_jax.reward_data import rated
 from ppo_jax.reward_loop import all_scores
 from ppo_jax.rollout import Sampling, response_outputs
@@ -47,12 +49,13 @@ def evaluate(config: Config, workdir: Path, base: str):
         config: of the run; its evaluate section.
         workdir: the run's folder; its stages are complete.
         base: path of the base model.
-
     """
     settings = config.evaluate
-    prompts = evaluation_prompts(settings)
-    paths = compared(config, workdir, base)
-    policies = {name: load_model(path, config.model) for name, path in paths.items()}
+    policies = {
+        name: load_source(path, workdir, base, config.model)
+        for name, path in compared(config, workdir, base).items()
+    }
+    prompts = evaluation_prompts(config, policies["ppo"].tokenizer).texts[: settings.num_prompts]
     responses, rollouts = {}, {}
     for name, policy in policies.items():
         responses[name], rollouts[name] = respond(policy, prompts, config)
@@ -62,16 +65,18 @@ def evaluate(config: Config, workdir: Path, base: str):
         for name, rows in responses.items()
     }
     results = {f"text/distinct2_{name}": distinct_n(rows, 2) for name, rows in responses.items()}
-    reference = load_source(config.ppo.init_from, workdir, base, config.model)
+    start = "sft" if "sft" in policies else "base"  # where PPO began, and its reference
     results["policy/kl_per_response"] = kl_per_response(
-        reference, rollouts["ppo"], len(prompts), settings.temperature
+        policies[start], rollouts["ppo"], len(prompts), settings.temperature
     )
-    start = "sft" if "sft" in policies else "base"
     variety = results["text/distinct2_ppo"], results[f"text/distinct2_{start}"]
     results["text/distinct2_ratio"] = variety[0] / max(variety[1], 1e-9)
     results |= judge_all(settings, workdir, texts)
-    results["samples"] = side_by_side(config, workdir, prompts, responses, texts)
-    write_results(workdir, read_results(workdir) | results | reward_accuracies(config, workdir))
+    name = config.ppo.reward_model or ("reward" if config.reward is not None else "")
+    reward = load_source(name, workdir, base, config.model) if name else None
+    results["samples"] = side_by_side(reward, prompts, responses, texts)
+    results |= reward_accuracies(reward, config, workdir)
+    write_results(workdir, read_results(workdir) | results)
 
 
 def compared(config: Config, workdir: Path, base: str) -> dict[str, str]:
@@ -87,19 +92,20 @@ def compared(config: Config, workdir: Path, base: str) -> dict[str, str]:
     return paths | {"ppo": str(workdir / "ppo")}
 
 
-def evaluation_prompts(settings: EvaluateSettings) -> list[str]:
-    """The first num_prompts of the file.
+def evaluation_prompts(config: Config, tokenizer: Any) -> PromptData:
+    """The prompts of the evaluation, num_prompts or more.
 
     Raises:
         ValueError: there are fewer.
     """
-    prompts = load_prompts(settings.prompts)
-    if len(prompts) < settings.num_prompts:
+    settings = config.evaluate
+    data = prompt_data(settings.prompts, tokenizer, max_length=config.ppo.max_prompt_length)
+    if len(data.texts) < settings.num_prompts:
         raise ValueError(
-            f"evaluate.num_prompts must be at most the {len(prompts)} prompts of "
+            f"evaluate.num_prompts must be at most the {len(data.texts)} prompts of "
             f"{settings.prompts}, got {settings.num_prompts}"
         )
-    return prompts[: settings.num_prompts]
+    return data
 
 
 def respond(policy: Model, prompts: list[str], config: Config) -> tuple[list[str], list[Rollout]]:
@@ -160,25 +166,30 @@ def judge_all(settings: EvaluateSettings, workdir: Path, texts: dict[str, list[s
 
 
 def side_by_side(
-    config: Config,
-    workdir: Path,
+    reward: Model | None,
     prompts: list[str],
     responses: dict[str, list[str]],
     texts: dict[str, list[str]],
 ) -> list[dict]:
     """The first prompts with every policy's response and, with a reward model, its score."""
     scores = {}
-    if config.reward is not None:
-        model = load_model(workdir / "reward")
-        scores = {name: score_texts(model, rows[:NUM_SAMPLES]) for name, rows in texts.items()}
+    if reward is not None:
+        scores = {name: scores_that_fit(reward, rows[:NUM_SAMPLES]) for name, rows in texts.items()}
     return [
         {
             "prompt": prompts[i],
             **{name: rows[i] for name, rows in responses.items()},
-            "scores": {name: float(row[i]) for name, row in scores.items()},
+            "scores": {name: found[i] for name, found in scores.items() if i in found},
         }
         for i in range(min(NUM_SAMPLES, len(prompts)))
     ]
+
+
+def scores_that_fit(model: Model, texts: list[str]) -> dict[int, float]:
+    """Scores of the texts that fit into a reward model's context, by their numbers: a response
+    may have more tokens when its text is tokenised again."""
+    rows = encode_texts(texts, model.tokenizer, max_length=model.config.max_length)
+    return dict(zip(rows.records.tolist(), score_rows(model, rows).tolist(), strict=True))
 
 
 def score_texts(model: Model, texts: list[str]) -> np.ndarray:
@@ -186,24 +197,28 @@ def score_texts(model: Model, texts: list[str]) -> np.ndarray:
     return score_rows(model, encode_all(texts, model.tokenizer, max_length=model.config.max_length))
 
 
+@functools.lru_cache(maxsize=4)
+def compiled_scores(config: ModelConfig):
+    return jax.jit(functools.partial(text_scores, reward_network(config)))
+
+
 def score_rows(model: Model, rows: Texts) -> np.ndarray:
     """A reward model's scores of tokenised texts, [N] float32."""
-    score = jax.jit(functools.partial(text_scores, reward_network(model.config)))
-    inputs = make_inputs(rows, None, None, cache_gb=0.0)
+    score, inputs = compiled_scores(model.config), make_inputs(rows, None, None, cache_gb=0.0)
     return all_scores(score, on_device(model.params), rows, inputs, SCORED_AT_A_TIME)
 
 
-def reward_accuracies(config: Config, workdir: Path) -> dict[str, float]:
+def reward_accuracies(reward: Model | None, config: Config, workdir: Path) -> dict[str, float]:
     """The reward model's accuracy on unseen pairs, under results' names.
 
     On pairs of `evaluate.ratings`, or else what the last validation found.
     """
-    if config.reward is None:
+    if reward is None:
         return {}
     if config.evaluate.ratings:
-        model, records = load_model(workdir / "reward"), load_ratings(config.evaluate.ratings)
-        data = rated(records, model.tokenizer, model.config.max_length)
-        found = data.accuracy(score_rows(model, data.texts), config.seed)
+        records = load_ratings(config.evaluate.ratings)
+        data = rated(records, reward.tokenizer, reward.config.max_length)
+        found = data.accuracy(score_rows(reward, data.texts), config.seed)
     else:
         found = last_validation(workdir / "metrics.jsonl")
     return {k.replace("validation_accuracy", "accuracy"): v for k, v in found.items()}

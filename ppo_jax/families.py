@@ -1,10 +1,11 @@
 """What GPT-2, Llama, Qwen2 and Qwen3 checkpoints call things.
 
-For each family: how its config.json gives a `ModelConfig`, and under which name and in which layout
-each of our parameters lies in its weight files. An option that would change the outputs and that
-our Transformer does not have is refused by name.
+For each family: how its config.json gives a `ModelConfig` and the other way round, and under which
+name and in which layout each of our parameters lies in its weight files. An option that would
+change the outputs and that our Transformer does not have is refused by name.
 """
 
+import dataclasses
 import re
 from typing import Any, NamedTuple
 
@@ -222,3 +223,70 @@ def read_rope(raw: Json) -> tuple[float, RopeScaling | None]:
     if rope:
         raise ValueError(f"{sorted(rope)} are not understood in the settings of rope type {kind!r}")
     return theta, scaling
+
+
+def write_config(config: ModelConfig) -> Json:
+    """The inverse of `read_config`: the config.json of a model, without the ids of its tokens.
+
+    The family is the first whose checkpoints can hold such a model; dtype and layout of the layers
+    belong to the computation and are not in it.
+
+    Raises:
+        ValueError: no family has such a model.
+    """
+    if config.positions == "learned":
+        candidates = [write_gpt2(config)]
+    else:
+        candidates = [write_llama(config, family) for family in ("llama", "qwen2", "qwen3")]
+    for raw in candidates:
+        if read_config(raw, dtype=config.dtype, scan_layers=config.scan_layers) == config:
+            return raw
+    raise ValueError(f"none of {sorted(NAMES)} has a model of the shape {config}")
+
+
+def write_gpt2(config: ModelConfig) -> Json:
+    return {
+        "model_type": "gpt2",
+        "vocab_size": config.vocab_size,
+        "n_layer": config.num_layers,
+        "n_embd": config.embed_dim,
+        "n_head": config.num_heads,
+        "n_inner": config.mlp_dim,
+        "n_positions": config.max_length,
+        "layer_norm_epsilon": config.norm_eps,
+        "activation_function": "gelu_new",
+        "tie_word_embeddings": config.tie_embeddings,
+    }
+
+
+def write_llama(config: ModelConfig, family: str) -> Json:
+    """Llama, Qwen2 and Qwen3; an option that the family's own code does not read is left out."""
+    raw = {
+        "model_type": family,
+        "vocab_size": config.vocab_size,
+        "num_hidden_layers": config.num_layers,
+        "hidden_size": config.embed_dim,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.mlp_dim,
+        "max_position_embeddings": config.max_length,
+        "rms_norm_eps": config.norm_eps,
+        "hidden_act": "silu",
+        "tie_word_embeddings": config.tie_embeddings,
+        **write_rope(config.rope_theta, config.rope_scaling),
+    }
+    if family != "qwen2":
+        raw["attention_bias"] = config.attention_output_bias
+    if family == "llama":
+        raw["mlp_bias"] = config.mlp_bias
+    return raw
+
+
+def write_rope(theta: float, scaling: RopeScaling | None) -> Json:
+    """The older form, which all generations of transformers read."""
+    if scaling is None:
+        return {"rope_theta": theta}
+    numbers = dataclasses.asdict(scaling)
+    numbers["original_max_position_embeddings"] = numbers.pop("original_max_length")
+    return {"rope_theta": theta, "rope_scaling": {"rope_type": "llama3", **numbers}}

@@ -1,7 +1,9 @@
-"""Text in, text out: responses of a whole policy to prompts."""
+"""Text in, text out: responses of a whole policy to prompts, at once or token by token."""
 
 import functools
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,11 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from ppo_jax.batches import encode_prompts, take_prompts
+from ppo_jax.config import PPOSettings
 from ppo_jax.inputs import on_device
-from ppo_jax.models import Model
+from ppo_jax.models import Model, describe_stage
 from ppo_jax.networks import ModelConfig, policy_network
-from ppo_jax.rollout import Sampling, rollout
+from ppo_jax.rollout import Sampling, choose, rollout
+from ppo_jax.sources import model_folder
 from ppo_jax.structs import Rollout
+from ppo_jax.typed import filled_in
+
+CHUNK = 4  # tokens that a stream samples in one call
+LEAST_WIDTH = 64  # positions of a streamed prompt; each further width is twice as wide
 
 
 def stop_ids(tokenizer: Any, stop_tokens: Sequence[str] = ()) -> tuple[int, ...]:
@@ -27,6 +35,36 @@ def stop_ids(tokenizer: Any, stop_tokens: Sequence[str] = ()) -> tuple[int, ...]
         raise ValueError(f"stop tokens must be in the tokenizer's vocabulary, got {unknown}")
     ids = {tokenizer.eos_token_id} | {vocabulary[token] for token in stop_tokens}
     return tuple(sorted(ids))
+
+
+def find_sampling(path: str, tokenizer: Any, **asked: Any) -> dict[str, Any]:
+    """How to sample a model: {"sampling", "temperature"}, as `generate` takes them.
+
+    What is not asked for is that of the PPO stage in the same run, where the model is a stage's,
+    and else the default of the ppo section. Stop tokens of a generation_config.json count, too.
+
+    Args:
+        path: as in `models.load_model`.
+        tokenizer: the model's.
+        **asked: temperature, response_length, top_k, top_p, min_p; None is not asked for.
+    """
+    asked = {name: value for name, value in asked.items() if value is not None}
+    settings = filled_in(PPOSettings, declared_sampling(path, tokenizer) | asked)
+    shape = {name: settings[name] for name in ("response_length", "top_k", "top_p", "min_p")}
+    sampling = Sampling(eos_ids=stop_ids(tokenizer, settings["stop_tokens"]), **shape)
+    return {"sampling": sampling, "temperature": settings["temperature"]}
+
+
+def declared_sampling(path: str, tokenizer: Any) -> dict[str, Any]:
+    """What the files beside a model say of its sampling, under the names of the ppo section."""
+    stage = describe_stage(Path(path))
+    if stage is not None:
+        ppo = stage if stage["stage"] == "ppo" else describe_stage(Path(path).parent / "ppo")
+        return ppo["settings"] if ppo else {}
+    file = model_folder(path) / "generation_config.json"
+    ids = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
+    ids = ids if isinstance(ids, list) else [ids]
+    return {"stop_tokens": tokenizer.convert_ids_to_tokens([i for i in ids if i is not None])}
 
 
 def decode_responses(tokenizer: Any, responses: Rollout) -> list[str]:
@@ -89,3 +127,88 @@ def generate(
         responses += decode_responses(model.tokenizer, batch)
         rollouts.append(batch)
     return responses[: len(prompts)], rollouts
+
+
+@functools.lru_cache(maxsize=8)
+def compiled_stream(config: ModelConfig, sampling: Sampling):
+    """(begin, more): a prompt to the state before its response, and `CHUNK` tokens from there on.
+
+    The state is (t, logits [1, V], cache). Compiled once for each width of the prompt.
+    """
+    network = policy_network(config)
+
+    def begin(params, tokens, mask):
+        width = tokens.shape[1]
+        # The last chunk may run over the end; what it adds there is thrown away.
+        cache = network.init_cache(1, width + sampling.response_length + CHUNK)
+        logits, cache = network.decode(params, tokens, mask, cache, start=width - 1)
+        return jnp.int32(0), logits[:, 0], cache
+
+    def more(params, state, key, temperature):
+        row_keys = jax.random.fold_in(key, 0)[None]  # as the first row of a rollout
+
+        def step(state, _):
+            t, logits, cache = state
+            token, _ = choose(logits, row_keys, t, sampling, temperature)
+            mask = jnp.ones((1, 1), bool)
+            logits, cache = network.decode(params, token[:, None], mask, cache)
+            return (t + 1, logits[:, 0], cache), token[0]
+
+        return jax.lax.scan(step, state, length=CHUNK)
+
+    return jax.jit(begin), jax.jit(more, donate_argnums=1)
+
+
+def stream(
+    model: Model,
+    ids: Sequence[int],
+    key: jax.Array,
+    *,
+    sampling: Sampling,
+    temperature: float,
+) -> Iterator[int]:
+    """The tokens of one response as they are sampled, a stop token included.
+
+    They are those of a rollout with this prompt alone.
+
+    Args:
+        model: a policy; with its parameters on the device, if several responses are wanted.
+        ids: the tokens of the prompt, at most the model's positions less the response's.
+        key: of the sampling.
+        sampling: length, stop tokens and filters.
+        temperature: 0 is greedy.
+    """
+    width = min(prompt_width(len(ids)), model.config.max_length)
+    tokens = np.zeros((1, width), np.int32)
+    tokens[0, width - len(ids) :] = ids
+    mask = np.arange(width)[None] >= width - len(ids)
+    begin, more = compiled_stream(model.config, sampling)
+    params = on_device(model.params)
+    state = begin(params, tokens, mask)
+    for t in range(0, sampling.response_length, CHUNK):
+        state, chunk = more(params, state, key, jnp.float32(temperature))
+        for token in np.asarray(chunk)[: sampling.response_length - t].tolist():
+            yield token
+            if token in sampling.eos_ids:
+                return
+
+
+def prompt_width(length: int) -> int:
+    """The least width that holds a prompt, of few, so that few are compiled.
+
+    >>> [prompt_width(length) for length in (1, 64, 65, 300)]
+    [64, 64, 128, 512]
+    """
+    return LEAST_WIDTH << ((length - 1) // LEAST_WIDTH).bit_length()
+
+
+def text_pieces(tokenizer: Any, tokens: Iterable[int]) -> Iterator[str]:
+    """The text of tokens, piece by piece; a character is given once all of its bytes are there."""
+    ids, shown, text = [], 0, ""
+    for token in tokens:
+        ids.append(token)
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            yield text[shown:]
+            shown = len(text)
+    yield text[shown:]

@@ -43,6 +43,15 @@ LLAMA_KEYS = {
     "rope.dimension_count",
     "vocab_size",
 }
+NEEDED = [
+    "llama.block_count",
+    "llama.context_length",
+    "llama.embedding_length",
+    "llama.feed_forward_length",
+    "llama.attention.head_count",
+    "llama.attention.layer_norm_rms_epsilon",
+    "tokenizer.ggml.tokens",
+]
 CONTROL, USER_DEFINED = 3, 4  # token types of GGUF
 
 
@@ -65,12 +74,16 @@ def convert_gguf(path: Path, folder: Path) -> None:
         raise ValueError(f"{path} is not a readable GGUF file: {error}") from error
     metadata = {key: field.contents() for key, field in reader.fields.items()}
     names = {tensor.name for tensor in reader.tensors}
-    config = read_metadata(metadata, tied="output.weight" not in names)
-    tokenizer = build_tokenizer(metadata)
+    try:
+        config = read_metadata(metadata, tied="output.weight" not in names)
+        tokenizer = build_tokenizer(metadata)
+        hf_names = {name: hf_name(name) for name in names}
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     tensors = {}
     for tensor in reader.tensors:
         weight = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
-        tensors[hf_name(tensor.name)] = half_split(weight, tensor.name, config)
+        tensors[hf_names[tensor.name]] = half_split(weight, tensor.name, config)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     tokenizer.save_pretrained(folder)
@@ -85,6 +98,7 @@ def read_metadata(metadata: dict[str, Any], *, tied: bool) -> dict[str, Any]:
     llama = {k.removeprefix("llama."): v for k, v in metadata.items() if k.startswith("llama.")}
     if unknown := sorted(llama.keys() - LLAMA_KEYS):
         raise ValueError(f"GGUF option llama.{unknown[0]}={llama[unknown[0]]!r} is not supported")
+    refuse_missing(metadata, NEEDED)
     num_heads = llama["attention.head_count"]
     head_dim = llama.get("attention.key_length", llama["embedding_length"] // num_heads)
     for key in ("attention.value_length", "rope.dimension_count"):
@@ -152,6 +166,7 @@ def build_tokenizer(metadata: dict[str, Any]):
         ),
     }
     check_tokenizer(ggml, sorted(splitters))
+    refuse_missing(metadata, ["tokenizer.ggml.merges", "tokenizer.ggml.token_type"])
     vocab = {token: i for i, token in enumerate(ggml["tokens"])}
     merges = [tuple(merge.split(" ")) for merge in ggml["merges"]]
     backend = Tokenizer(models.BPE(vocab=vocab, merges=merges))
@@ -189,3 +204,8 @@ def check_tokenizer(ggml: dict[str, Any], splitters: list[str]) -> None:
     for option in ("add_bos_token", "add_eos_token", "add_space_prefix"):
         if ggml.get(option):
             raise ValueError(f"GGUF option tokenizer.ggml.{option}=True is not supported")
+
+
+def refuse_missing(metadata: dict[str, Any], needed: list[str]) -> None:
+    if missing := [key for key in needed if key not in metadata]:
+        raise ValueError(f"its metadata lack {missing}")

@@ -1,6 +1,7 @@
 """What a network reads of a data set: tokens, or the hidden states of a frozen trunk.
 
 The states of each text are computed once and kept without padding; a batch pads them again.
+A row of packed texts (see `packing`) counts as a text here.
 Dimension key: N texts, L positions, D model.
 """
 
@@ -43,7 +44,9 @@ def make_inputs(
     run = jax.jit(trunk.apply)
 
     def compute(rows, width):
-        return run(trunk_params, texts.tokens[rows, :width], texts.mask[rows, :width])
+        segments = None if texts.segments is None else texts.segments[rows, :width]
+        tokens, mask = texts.tokens[rows, :width], texts.mask[rows, :width]
+        return run(trunk_params, tokens, mask, segments=segments)
 
     shape = jax.eval_shape(trunk.apply, trunk_params, texts.tokens[:1], texts.mask[:1])
     used = np.arange(len(texts.mask)) if used is None else np.unique(used)

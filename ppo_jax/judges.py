@@ -200,15 +200,17 @@ def judge_table(
             "judge": name,
             **({"note": notes[name]} if notes and name in notes else {}),
             "num_prompts": len(responses[candidate]),
-            **(
-                {"pair_accuracy_gap1": rating_accuracy(judge(rated[0]), rated[1], gap=1)}
-                if rated
-                else {}
-            ),
+            **(_accuracy(judge, *rated) if rated else {}),
             **_comparison(judge, responses, candidate, seed),
         }
         for name, judge in judges.items()
     ]
+
+
+def _accuracy(judge: Judge, texts: Sequence[str], mean_ratings: np.ndarray) -> dict:
+    if np.ptp(mean_ratings) < 1:  # a scale of its own: no pair has the gap
+        return {}
+    return {"pair_accuracy_gap1": rating_accuracy(judge(texts), mean_ratings, gap=1)}
 
 
 def _comparison(judge: Judge, responses: Mapping, candidate: str, seed: int) -> dict:

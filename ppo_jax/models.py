@@ -24,6 +24,7 @@ from ppo_jax.partition import Parts, merge_params, stack_layers, unstack_layers
 from ppo_jax.sources import model_folder
 
 FIELD_OF_STAGE = {"sft": "params", "reward": "params", "ppo": "policy_params"}
+DESCRIPTION = {"stage", "kind", "model", "frozen", "settings", "num_steps"}  # keys of stage.json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,9 +89,22 @@ def resolve(name: str, workdir: Path, base: str) -> str:
 
 
 def describe_stage(folder: Path) -> dict | None:
-    """What `stage.json` says, or None where there is none."""
+    """What `stage.json` says, or None where there is none.
+
+    Raises:
+        ValueError: it is not as a stage writes it.
+    """
     path = folder / "stage.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    keys = set(description) if isinstance(description, dict) else set()
+    if missing := sorted(DESCRIPTION - keys):
+        raise ValueError(f"{path} must be as a stage writes it, but lacks {missing}")
+    return description
 
 
 def begin_stage(folder: Path, model: Model, parts: Parts, description: dict):
@@ -188,14 +202,18 @@ def prepare_base(settings: ModelSettings, folder: Path, seed: int) -> str:
     if not settings.vocabulary_data:
         return settings.path
     if not folder.is_dir():
-        records = load_demonstrations(settings.vocabulary_data)
-        texts = [record.prompt + record.completion for record in records]
+        tokenizer = None if settings.scratch else vocabulary.load_tokenizer(settings.path)
+        records = load_demonstrations(settings.vocabulary_data, tokenizer)
+        texts = [text for record in records for text, _ in record.parts]
         make = trimmed_model if settings.scratch is None else scratch_model
         temporary = folder.with_name(folder.name + ".tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        make(settings, temporary, texts, seed)
-        temporary.rename(folder)
+        try:
+            make(settings, temporary, texts, seed)
+            temporary.rename(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
     return str(folder)
 
 
@@ -203,7 +221,12 @@ def trimmed_model(settings: ModelSettings, folder: Path, texts: list[str], seed:
     """A pretrained model with the tokens that the texts use, and those that any text needs."""
     del seed  # nothing is drawn
     config, params = hf.load_policy(settings.path)
-    tokenizer, kept = vocabulary.trim_vocabulary(vocabulary.load_tokenizer(settings.path), texts)
+    tokenizer = vocabulary.load_tokenizer(settings.path)
+    try:
+        tokenizer, kept = vocabulary.trim_vocabulary(tokenizer, texts)
+    except ValueError as error:
+        what = f"model.vocabulary_data must be '' for {settings.path}"
+        raise ValueError(f"{what}: {error}") from error
     raw = hf.read_json(model_folder(settings.path))
     new_id = {old: new for new, old in enumerate(kept.tolist())}
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):

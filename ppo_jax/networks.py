@@ -41,12 +41,17 @@ class Network(NamedTuple):
     positions from `start` on, so that nobody pays for logits of a prompt.
 
     - `init(key) -> params`; the key is consumed.
-    - `apply(params, inputs, mask, *, start=0) -> outputs`
+    - `apply(params, inputs, mask, *, start=0, segments=None) -> outputs`; see below.
     - `init_cache(batch_size, length) -> cache`
     - `decode(params, inputs, mask, cache, *, start=0) -> (outputs, cache)`: the same for new
       positions that follow those in the cache.
 
     Value and reward networks need the first two only.
+
+    `segments` [B, L] int32 says which text of its row a position belongs to, 1, 2, ... and 0 in
+    padding, where several texts share a row: positions then begin anew with each text, and no text
+    sees another. It is given for packed rows alone (`sft.packing`); a network that is not trained
+    on such rows need not take it.
     """
 
     init: Callable[[jax.Array], Params]
@@ -63,11 +68,14 @@ def make_network(config, start, end, head, head_std=0.0) -> Network:
         mask = jnp.ones((1, 1), bool)
         shape = (1, 1) if start is None else (1, 1, config.embed_dim)
         inputs = jnp.zeros(shape, jnp.int32 if start is None else config.dtype)
-        return module.init(key, inputs, mask, None, 0)["params"]
+        return module.init(key, inputs, mask, None, None, 0)["params"]
 
-    def apply(params, inputs, mask, *, start=0):
+    def apply(params, inputs, mask, *, start=0, segments=None):
         check_inputs(config, module.start, inputs, mask)
-        return module.apply({"params": params}, inputs, mask, None, start)[0]
+        if segments is not None:
+            chex.assert_equal_shape([mask, segments])
+            chex.assert_type(segments, int)
+        return module.apply({"params": params}, inputs, mask, segments, None, start)[0]
 
     def init_cache(batch_size, length):
         shape = (batch_size, length, config.num_kv_heads, config.head_dim)
@@ -83,7 +91,7 @@ def make_network(config, start, end, head, head_std=0.0) -> Network:
 
     def decode(params, inputs, mask, cache, *, start=0):
         check_inputs(config, module.start, inputs, mask)
-        return module.apply({"params": params}, inputs, mask, cache, start)
+        return module.apply({"params": params}, inputs, mask, None, cache, start)
 
     return Network(init=init, apply=apply, init_cache=init_cache, decode=decode)
 

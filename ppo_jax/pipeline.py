@@ -1,23 +1,29 @@
 """A run from its data to its report: every stage that the config has, in order."""
 
+import contextlib
 import dataclasses
+import os
 import shutil
+import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from absl import logging
 from ml_collections import config_dict
 
+from ppo_jax.accounts import data_lines
 from ppo_jax.checkpoints import Checkpoints
 from ppo_jax.checks import check_named, check_run
 from ppo_jax.config import STAGES, Config, from_config_dict
 from ppo_jax.evaluate import evaluate
 from ppo_jax.models import missing_steps, prepare_base
-from ppo_jax.plan import find_starts, needs_base
+from ppo_jax.plan import Shape, find_starts, needs_base, read_shape
 from ppo_jax.plugins import load_function
 from ppo_jax.ppo_loop import train_ppo
+from ppo_jax.preview import brackets, colours, previews
 from ppo_jax.report import write_report
 from ppo_jax.report_summary import headlines, read_run, verdict
 from ppo_jax.reward_loop import train_reward
@@ -47,16 +53,10 @@ def run(settings: config_dict.ConfigDict | dict, workdir: str | Path, only: Sequ
         ValueError: a setting, a data file or a model is not usable; before training begins.
     """
     logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it writes
-    workdir = Path(workdir)
-    given = from_config_dict(settings)
-    config = fill_in_workdir(given, workdir)
-    stages = [stage for stage in STAGES if stage in only and getattr(config, stage) is not None]
-    if not stages:
-        raise ValueError(f"the config has none of the sections {list(only)}")
-    for stage in (stage for stage in stages if stage != "evaluate"):
-        check_settings(workdir / stage, describe(stage, config, workdir))
-    check_origin(workdir, dataclasses.asdict(given))
-    todo = [stage for stage in stages if not is_complete(stage, config, workdir)]
+    workdir = checked_folder(workdir)
+    given, config, stages = planned(settings, workdir, only)
+    complete = completeness(config, workdir)
+    todo = [stage for stage in stages if not complete[stage]]
     if todo:
         base = prepare(config, given, workdir, todo)
     for stage in stages:
@@ -70,6 +70,67 @@ def run(settings: config_dict.ConfigDict | dict, workdir: str | Path, only: Sequ
     if not todo:
         print("every stage is complete: nothing to do", flush=True)
     print(closing(workdir, report), flush=True)
+
+
+def planned(
+    settings: config_dict.ConfigDict | dict, workdir: Path, only: Sequence[str]
+) -> tuple[Config, Config, list[str]]:
+    """(the config as given, the same with `{workdir}` filled in, the stages that it asks for).
+
+    Raises:
+        ValueError: a setting is not usable, or does not fit to what the folder holds.
+    """
+    given = from_config_dict(settings)
+    config = fill_in_workdir(given, workdir)
+    stages = [stage for stage in STAGES if stage in only and getattr(config, stage) is not None]
+    if not stages:
+        raise ValueError(f"the config has none of the sections {list(only)}")
+    for stage in (stage for stage in stages if stage != "evaluate"):
+        check_settings(workdir / stage, describe(stage, config, workdir))
+    check_origin(workdir, dataclasses.asdict(given))
+    return given, config, stages
+
+
+def dry_run(
+    settings: config_dict.ConfigDict | dict, workdir: str | Path, only: Sequence[str] = STAGES
+):
+    """Print what `run` would begin with and the first examples of each stage; train nothing.
+
+    Data and base model, where they are yet to be made, are made in a temporary folder.
+
+    Args:
+        settings: as for `run`.
+        workdir: as for `run`; it is not touched, nor made.
+        only: as for `run`.
+
+    Raises:
+        ValueError: what `run` would refuse.
+    """
+    logging.set_verbosity(logging.WARNING)
+    workdir = checked_folder(workdir)
+    in_colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    with stand_in(workdir) as folder:
+        _, config, stages = planned(settings, folder, only)
+        check_named(config, folder, stages)
+        _, starts, data = make_ready(config, folder, stages)
+        table = [summary(config, starts, stages), "\n".join(data_lines(config, data))]
+        shown = [*table, *previews(data, starts, colours if in_colour else brackets)]
+    print("\n\n".join(shown).replace(str(folder), str(workdir)))
+    print(f"\ndry run: nothing is trained, nothing is written to {workdir}", flush=True)
+
+
+@contextlib.contextmanager
+def stand_in(workdir: Path) -> Iterator[Path]:
+    """A temporary folder with links to what the run's folder holds; messages name the latter."""
+    with tempfile.TemporaryDirectory() as name:
+        for entry in workdir.iterdir() if workdir.is_dir() else ():
+            if entry.suffix != ".tmp":  # what a killed run has left
+                (Path(name) / entry.name).symlink_to(entry.resolve())
+        try:
+            yield Path(name)
+        except ValueError as error:
+            error.args = tuple(str(x).replace(name, str(workdir)) for x in error.args)
+            raise
 
 
 def prepare(config: Config, given: Config, workdir: Path, stages: Sequence[str]) -> str:
@@ -86,29 +147,49 @@ def prepare(config: Config, given: Config, workdir: Path, stages: Sequence[str])
     """
     began = time.time()
     check_named(config, workdir, stages)
+    if makes_something(config, workdir, stages):  # what is made says from which settings it is
+        prepare_workdir(workdir, dataclasses.asdict(given))
+    base, starts, data = make_ready(config, workdir, stages)
     prepare_workdir(workdir, dataclasses.asdict(given))
-    make_data(config, workdir)
-    needed = needs_base(config, stages)
-    base = prepare_base(config.model, workdir / "base", config.seed) if needed else ""
-    starts = find_starts(config, workdir, base, stages)
-    check_run(config, starts, stages)
-    print(summary(config, starts, stages), flush=True)
+    print("\n".join([summary(config, starts, stages), *data_lines(config, data)]), flush=True)
     if "time/prepare_s" not in read_results(workdir):
         add_time(workdir, "prepare", began)
     return base
 
 
-def is_complete(stage: str, config: Config, workdir: Path) -> bool:
-    """Whether a stage has taken all of its steps, or the evaluation is of the newest ones."""
-    if stage == "evaluate":
-        before = [s for s in ("sft", "reward", "ppo") if getattr(config, s) is not None]
-        subject = evaluation_subject(config, workdir)
-        judged = read_results(workdir).get("evaluated") == subject
-        return judged and all(is_complete(s, config, workdir) for s in before)
-    if missing_steps(workdir / stage) is not None:
-        return False
-    steps = Checkpoints(workdir / stage / "checkpoints").latest_step()
-    return stage != "ppo" or steps >= config.ppo.num_iterations
+def make_ready(
+    config: Config, workdir: Path, stages: Sequence[str]
+) -> tuple[str, dict[str, Shape], dict[str, Any]]:
+    """Make the data and the base model where they are not there yet, and check all.
+
+    Returns:
+        (path of the base model or "", what the stages start from, what they read).
+    """
+    make_data(config, workdir)
+    base = ""
+    if needs_base(config, stages):
+        model = config.model
+        if model.path and model.vocabulary_data and not (workdir / "base").is_dir():
+            read_shape(model.path, model)  # refuses what cannot be cut down before it is read
+        base = prepare_base(config.model, workdir / "base", config.seed)
+    starts = find_starts(config, workdir, base, stages)
+    return base, starts, check_run(config, starts, stages)
+
+
+def completeness(config: Config, workdir: Path) -> dict[str, bool]:
+    """Whether each stage has taken all of its steps, and the evaluation is of the newest ones."""
+    complete = {}
+    for stage in ("sft", "reward", "ppo"):
+        if getattr(config, stage) is not None:
+            complete[stage] = missing_steps(workdir / stage) is None
+    if complete.get("ppo"):
+        steps = Checkpoints(workdir / "ppo" / "checkpoints").latest_step()
+        complete["ppo"] = steps >= config.ppo.num_iterations
+    if config.evaluate is not None:
+        judged = read_results(workdir).get("evaluated")
+        newest = all(complete.values()) and judged == evaluation_subject(config, workdir)
+        complete["evaluate"] = newest
+    return complete
 
 
 def closing(workdir: Path, report: Path) -> str:
@@ -119,21 +200,37 @@ def closing(workdir: Path, report: Path) -> str:
 
 
 def run_stage(stage: str, config: Config, workdir: Path, base: str):
-    began = time.time()
-    RUN[stage](config, workdir, base)
+    """Run a stage; what an earlier evaluation said does not outlive the models that it was of."""
+    began, results = time.time(), read_results(workdir)
+    write_results(workdir, {k: v for k, v in results.items() if k.startswith("time/")})
+    try:
+        RUN[stage](config, workdir, base)
+    finally:
+        add_time(workdir, stage, began)
     if stage == "evaluate":
         subject = evaluation_subject(config, workdir)
         write_results(workdir, read_results(workdir) | {"evaluated": subject})
-    add_time(workdir, stage, began)
+
+
+def checked_folder(workdir: str | Path) -> Path:
+    """The run's folder, which is one or is not there yet.
+
+    Raises:
+        ValueError: it has no name, or a file is in its place.
+    """
+    if not str(workdir) or Path(workdir).is_file():
+        raise ValueError(f"workdir must be a folder, or not there yet, got {str(workdir)!r}")
+    return Path(workdir)
 
 
 def check_origin(workdir: Path, config: dict):
     """Refuse a folder whose data or base model were made from other settings."""
     old = read_config(workdir)
-    made = any((workdir / name).is_dir() for name in ("data", "base"))
-    if old is None or not made:  # a start that failed before it made anything binds nobody
+    made_from = {"data": ["prepare"], "base": ["model", "seed"]}
+    fields = [x for name, of in made_from.items() if (workdir / name).is_dir() for x in of]
+    if old is None or not fields:  # a start that failed before it made anything binds nobody
         return
-    origins = ({name: c[name] for name in ("prepare", "model", "seed")} for c in (old, config))
+    origins = ({name: c[name] for name in fields} for c in (old, config))
     if differences := config_differences(*origins):
         raise ValueError(
             f"{workdir} was begun with other settings: {'; '.join(differences)}. "
@@ -154,6 +251,13 @@ def fill_in_workdir(settings: Any, workdir: Path) -> Any:
     return type(settings)(**values)
 
 
+def makes_something(config: Config, workdir: Path, stages: Sequence[str]) -> bool:
+    """Whether this start will make the data or the base model."""
+    needed = needs_base(config, stages)
+    made_here = {"data": config.prepare, "base": needed and config.model.vocabulary_data}
+    return any(made and not (workdir / name).is_dir() for name, made in made_here.items())
+
+
 def make_data(config: Config, workdir: Path):
     """Let the config's `prepare` function write `workdir/data`, once."""
     folder = workdir / "data"
@@ -162,8 +266,11 @@ def make_data(config: Config, workdir: Path):
     temporary = workdir / "data.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
-    load_function(config.prepare, "prepare")(temporary)
-    temporary.rename(folder)
+    try:
+        load_function(config.prepare, "prepare")(temporary)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def evaluation_subject(config: Config, workdir: Path) -> dict:
@@ -175,7 +282,7 @@ def evaluation_subject(config: Config, workdir: Path) -> dict:
 
 
 def add_time(workdir: Path, stage: str, began: float):
-    """Add wall time to results.json; a stage that was interrupted counts its last part only."""
+    """Add wall time to results.json; a stage killed at once loses its last part."""
     results = read_results(workdir)
     seconds = results.get(f"time/{stage}_s", 0.0) + time.time() - began
     results[f"time/{stage}_s"] = seconds

@@ -17,6 +17,8 @@ def load_function(name: str, field: str) -> Callable:
         sys.path.append(os.getcwd())
     try:
         function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, SyntaxError, AttributeError, ValueError) as error:
         raise ValueError(f"{field} must be 'module:function', got {name!r}: {error}") from error
+    if not callable(function):
+        raise ValueError(f"{field} must name a function, got {name!r}, which is {function!r}")
     return function

@@ -8,15 +8,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from ppo_jax.batches import batch_indices, encode_prompts, take_prompts
+from ppo_jax.batches import batch_indices, take_prompts
 from ppo_jax.config import Config, PPOSettings
-from ppo_jax.data import load_prompts
 from ppo_jax.experience import response_scores, sample_responses
 from ppo_jax.generation import decode_responses
 from ppo_jax.models import load_source
 from ppo_jax.plugins import load_function
 from ppo_jax.ppo import init_ppo, learn, ppo_iteration
 from ppo_jax.ppo_setup import Setup, make_critic, make_setup
+from ppo_jax.prompt_data import prompt_data
 from ppo_jax.runs import StageRun, open_stage
 from ppo_jax.structs import PPOState, Prompts, Rollout
 from ppo_jax.training import compile_step
@@ -46,8 +46,9 @@ def train_ppo(config: Config, workdir: Path, base: str):
         reward = load_source(settings.reward_model, workdir, base, config.model)
     else:
         function = load_function(settings.reward_function, "ppo.reward_function")
-    texts = load_prompts(settings.prompts)
-    rows = encode_prompts(texts, policy.tokenizer, max_length=settings.max_prompt_length)
+    length = settings.max_prompt_length
+    data = prompt_data(settings.prompts, policy.tokenizer, max_length=length)
+    texts, rows = data.texts, data.prompts
     num_steps, size = settings.num_iterations, settings.rollout_batch_size
     open_stage("ppo", config, workdir, policy, num_steps=num_steps)
     if settings.top_k or settings.top_p < 1 or settings.min_p:
@@ -75,6 +76,7 @@ def train_ppo(config: Config, workdir: Path, base: str):
             key = jax.random.fold_in(root_key, i)
             state, metrics = iterate(state, chosen, take_prompts(rows, chosen), key)
             if (i + 1) % settings.sample_every == 0 or i + 1 == num_steps:
+                run.settle()
                 append_rows(workdir / "samples.jsonl", samples(state, i + 1))
             run.end_step(i + 1, state, metrics)
 

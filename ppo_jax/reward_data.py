@@ -1,16 +1,25 @@
 """What a reward model learns from: tokenised texts, and which of two is preferred."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from ppo_jax.batches import Texts, batch_indices, encode_preferences, encode_texts
+from ppo_jax.batches import (
+    Groups,
+    Texts,
+    batch_indices,
+    encode_demonstrations,
+    encode_preferences,
+)
 from ppo_jax.config import RewardSettings
-from ppo_jax.data import load_preferences, load_ratings
+from ppo_jax.data import RatedText, load_ratings
+from ppo_jax.formats import naming
 from ppo_jax.pairs import held_out_pairs, pair_accuracy, rating_pairs
-from ppo_jax.training import read_split
+from ppo_jax.preferences import Ranking, load_preferences
+from ppo_jax.training import data_files, read_split
 
 VALIDATION_PAIRS = 20_000  # of unseen texts, ordered by their mean ratings
 GAPS = {"": 0.0, "_gap1": 1.0, "_gap2": 2.0}  # least difference of mean ratings, in rating units
@@ -21,28 +30,38 @@ class RewardData:
     """Texts, and which of them is preferred: by fixed pairs, or by ratings to draw pairs from."""
 
     texts: Texts
-    pairs: np.ndarray | None = None  # [M, 2] rows of (chosen, rejected)
+    groups: Groups | None = None  # of responses to one prompt
     ratings: list[tuple[float, ...]] | None = None  # a row each
 
+    @property
+    def num_rows(self) -> int:
+        """Rows that one pass takes; a ranking takes as many as the largest has responses."""
+        return len(self.ratings) if self.groups is None else self.groups.rows.size
+
     def batch(self, seed: int, step: int, settings: RewardSettings):
-        """(rows [N], pairs [M, 2] within them, valid [M]) of a training step."""
-        if self.ratings is None:
-            chosen = batch_indices(
-                seed, step, num_examples=len(self.pairs), batch_size=settings.batch_size // 2
+        """(rows [N], pairs [M, 2] within them, valid [M]) of a training step.
+
+        All responses to a prompt are in one batch, with all pairs among them.
+        """
+        if self.groups is None:
+            rows = batch_indices(
+                seed, step, num_examples=len(self.ratings), batch_size=settings.batch_size
             )
-            pairs = np.arange(settings.batch_size, dtype=np.int32).reshape(-1, 2)
-            return self.pairs[chosen].reshape(-1), pairs, np.ones(len(pairs), bool)
-        rows = batch_indices(
-            seed, step, num_examples=len(self.ratings), batch_size=settings.batch_size
+            ratings = [self.ratings[row] for row in rows]
+            return rows, *rating_pairs(ratings, seed, step, num_pairs=settings.pairs_per_batch)
+        groups, size = self.groups, self.groups.rows.shape[1]
+        chosen = batch_indices(
+            seed, step, num_examples=len(groups.rows), batch_size=settings.batch_size // size
         )
-        ratings = [self.ratings[row] for row in rows]
-        return rows, *rating_pairs(ratings, seed, step, num_pairs=settings.pairs_per_batch)
+        firsts = np.arange(len(chosen), dtype=np.int32) * size
+        pairs = (groups.pairs[chosen] + firsts[:, None, None]).reshape(-1, 2)
+        return groups.rows[chosen].reshape(-1), pairs, groups.valid[chosen].reshape(-1)
 
     def accuracy(self, scores: np.ndarray, seed: int) -> dict[str, float]:
         """Share of unseen pairs in the right order; with ratings, that of their means, by gap."""
         name = "reward_model/validation_accuracy"
-        if self.ratings is None:
-            return {name: pair_accuracy(scores, self.pairs)}
+        if self.groups is not None:
+            return {name: pair_accuracy(scores, self.groups.row_pairs)}
         means = np.array([np.mean(r) for r in self.ratings])
         reach = means.max() - means.min()
         return {
@@ -50,7 +69,7 @@ class RewardData:
                 scores, held_out_pairs(means, seed, num_pairs=VALIDATION_PAIRS, min_gap=gap)
             )
             for suffix, gap in GAPS.items()
-            if reach > gap
+            if reach > 0 and reach >= gap
         }
 
 
@@ -62,26 +81,27 @@ def reward_data(
     `max_length` limits the training texts alone; the validation texts may be as long as the
     model's context, so that the accuracy is that of all texts.
     """
-    lengths = (settings.max_length, context)
     if settings.format == "ratings":
-        split = read_split(settings, seed, load_ratings, lambda record: record.text)
-        return tuple(
-            rated(part, tokenizer, length) for part, length in zip(split, lengths, strict=True)
-        )
-    split = read_split(
-        settings,
-        seed,
-        load_preferences,
-        lambda record: record.prompt or record.chosen,
-        duplicates="keep",
-    )
-    encoded = (
-        encode_preferences(part, tokenizer, max_length=length)
-        for part, length in zip(split, lengths, strict=True)
-    )
-    return tuple(RewardData(texts=texts, pairs=pairs) for texts, pairs in encoded)
+        encode, key = rated, lambda record: record.text
+        split = read_split(settings, seed, load_ratings, key)
+    else:
+        encode, key = ranked, lambda record: record.prompt or record.responses[0]
+        read = functools.partial(load_preferences, tokenizer=tokenizer)
+        split = read_split(settings, seed, read, key)
+    lengths, parts = (settings.max_length, context), []
+    for path, part, length in zip(data_files(settings), split, lengths, strict=True):
+        with naming(path):
+            parts.append(encode(part, tokenizer, length))
+    return tuple(parts)
 
 
-def rated(records: Sequence, tokenizer: Any, max_length: int) -> RewardData:
-    texts = encode_texts([r.text for r in records], tokenizer, max_length=max_length)
+def ranked(records: Sequence[Ranking], tokenizer: Any, max_length: int) -> RewardData:
+    """Responses and which of them are better, tokenised."""
+    texts, groups = encode_preferences(records, tokenizer, max_length=max_length)
+    return RewardData(texts=texts, groups=groups)
+
+
+def rated(records: Sequence[RatedText], tokenizer: Any, max_length: int) -> RewardData:
+    """Rated texts, tokenised."""
+    texts = encode_demonstrations(records, tokenizer, max_length=max_length)
     return RewardData(texts=texts, ratings=[records[i].ratings for i in texts.records])

@@ -12,6 +12,7 @@ import numpy as np
 from ppo_jax.batches import Texts, encode_demonstrations
 from ppo_jax.config import Config, RewardSettings
 from ppo_jax.data import load_demonstrations
+from ppo_jax.formats import naming
 from ppo_jax.inputs import Inputs, batch_width, on_device
 from ppo_jax.models import Model, load_source
 from ppo_jax.networks import Params, reward_network
@@ -48,8 +49,8 @@ def train_reward(config: Config, workdir: Path, base: str):
     settings = config.reward
     model = load_source(settings.init_from, workdir, base, config.model)
     data, unseen = reward_data(settings, config.seed, model.tokenizer, model.config.max_length)
-    references = reference_texts(settings, model.tokenizer) or unseen.texts
-    num_steps = count_steps(settings, len(data.texts.tokens))
+    references = reference_texts(settings, model.tokenizer)
+    num_steps = count_steps(settings, data.num_rows)
     model = init_reward_model(model, settings.num_layers, config.seed)
     start, parts = open_stage("reward", config, workdir, model, num_steps=num_steps)
     network, frozen = reward_network(model.config, start_layer=start), on_device(parts.frozen)
@@ -73,10 +74,13 @@ def train_reward(config: Config, workdir: Path, base: str):
             batch = jax.device_put(preference_batch(data, inputs, config.seed, i, settings))
             state, metrics = step(state, batch, optimizer, frozen=frozen)
             if i + 1 == num_steps or (i + 1) % settings.eval_every == 0:
+                run.settle()
                 scores = scores_of(state, unseen.texts, unseen_inputs)
                 metrics |= unseen.accuracy(scores, config.seed)
             if i + 1 == num_steps:
-                shift = -scores_of(state, references, read(references)).mean()
+                if references is not None:  # else the scores of the unseen texts
+                    scores = scores_of(state, references, read(references))
+                shift = -scores.mean()
                 state = state.replace(params=shift_scores(state.params, shift))
                 metrics |= {"reward_model/calibration_shift": shift}
             run.end_step(i + 1, state, metrics)
@@ -102,19 +106,22 @@ def preference_batch(
 
 def all_scores(score, params, texts: Texts, inputs: Inputs, batch_size: int) -> np.ndarray:
     """Scores of a whole data set, [N] float32."""
-    scores = []
-    for rows in row_batches(len(texts.tokens), batch_size):
+    batches, scores = row_batches(texts.mask, batch_size), []
+    for rows in batches:
         width = batch_width(texts, rows)
         scores.append(score(params, inputs(rows, width), texts.mask[rows, :width]))
-    return np.concatenate(jax.device_get(scores))
+    ordered = np.empty(len(texts.mask), np.float32)
+    ordered[np.concatenate(batches)] = np.concatenate(jax.device_get(scores))
+    return ordered
 
 
 def reference_texts(settings: RewardSettings, tokenizer: Any) -> Texts | None:
     """The texts that shall score 0 on average; None stands for the held-out data."""
     if not settings.reference_data:
         return None
-    records = load_demonstrations(settings.reference_data)
-    return encode_demonstrations(records, tokenizer, max_length=settings.max_length)
+    records = load_demonstrations(settings.reference_data, tokenizer)
+    with naming(settings.reference_data):
+        return encode_demonstrations(records, tokenizer, max_length=settings.max_length)
 
 
 def shift_scores(params: Params, shift: float) -> Params:

@@ -80,7 +80,7 @@ class StageRun:
 
     def _stop_soon(self, number: int, _):
         if self.asked_to_stop:  # asked twice: at once, without saving
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(STOPS[number])
         self.asked_to_stop = signal.Signals(number)
         message = f"\n{self.stage}: stopping after this step (once more: at once, without saving)\n"
         os.write(2, message.encode())  # print() is not safe in a handler
@@ -111,6 +111,10 @@ class StageRun:
     def steps(self) -> Iterator[int]:
         """The numbers of steps already taken: from the restored one to num_steps - 1."""
         return iter(range(self.start, self.num_steps))
+
+    def settle(self):
+        """Wait for the step before and log it, so that what follows is not booked on it."""
+        self.writer.flush()
 
     def end_step(self, step: int, state: Any, metrics: Mapping[str, Any]):
         """Log a step; save it when its time has come.
@@ -146,7 +150,8 @@ def without_folder(values: Any, folder: str) -> Any:
     """The settings with `{workdir}/` for the run's folder, which may be moved or renamed."""
     if isinstance(values, dict):
         return {name: without_folder(value, folder) for name, value in values.items()}
-    return values.replace(folder, "{workdir}/") if isinstance(values, str) else values
+    inside = isinstance(values, str) and values.startswith(folder)
+    return "{workdir}/" + values.removeprefix(folder) if inside else values
 
 
 def open_stage(
@@ -173,7 +178,13 @@ def open_stage(
     folder, description = workdir / stage, describe(stage, config, workdir)
     check_settings(folder, description)
     description |= {"num_steps": num_steps}
-    if describe_stage(folder) is None:
+    old = describe_stage(folder)
+    if old and stage != "ppo" and old["num_steps"] != num_steps:
+        raise ValueError(
+            f"{folder} was begun with data for {old['num_steps']} steps, {stage}.data now gives "
+            f"{num_steps}: put the data back, or choose another workdir"
+        )
+    if old is None:
         begin_stage(folder, model, parts, description)
     else:
         update_stage(folder, description)

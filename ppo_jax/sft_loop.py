@@ -11,15 +11,18 @@ import numpy as np
 from ppo_jax.batches import Texts, batch_indices, encode_demonstrations
 from ppo_jax.config import Config, SFTSettings
 from ppo_jax.data import load_demonstrations
+from ppo_jax.formats import naming
 from ppo_jax.inputs import Inputs, batch_width, on_device
 from ppo_jax.models import load_source
 from ppo_jax.networks import policy_network
+from ppo_jax.packing import pack
 from ppo_jax.partition import merge_params
 from ppo_jax.runs import StageRun, open_stage
 from ppo_jax.steps import TextBatch, sft_loss, sft_step
 from ppo_jax.training import (
     compile_step,
     count_steps,
+    data_files,
     init_train_state,
     inputs_reader,
     make_optimizer,
@@ -31,10 +34,14 @@ SHOW = {"sft/loss": "loss", "sft/validation_loss": "validation"}
 
 
 def sft_data(settings: SFTSettings, seed: int, tokenizer: Any) -> tuple[Texts, Texts]:
-    """Tokenised training and validation texts."""
-    split = read_split(settings, seed, load_demonstrations, lambda r: r.prompt + r.completion)
-    length = settings.max_length
-    return tuple(encode_demonstrations(part, tokenizer, max_length=length) for part in split)
+    """Tokenised training and validation texts, one a row or packed."""
+    read = functools.partial(load_demonstrations, tokenizer=tokenizer)
+    split = read_split(settings, seed, read, lambda record: record.text)
+    length, parts = settings.max_length, []
+    for path, part in zip(data_files(settings), split, strict=True):
+        with naming(path):
+            parts.append(encode_demonstrations(part, tokenizer, max_length=length))
+    return tuple(pack(part, max_length=length) if settings.packing else part for part in parts)
 
 
 def train_sft(config: Config, workdir: Path, base: str):
@@ -77,6 +84,7 @@ def train_sft(config: Config, workdir: Path, base: str):
             batch = jax.device_put(as_text_batch(texts, inputs, rows_of(i)))
             state, metrics = step(state, batch, optimizer, frozen=frozen)
             if i + 1 == num_steps or (i + 1) % settings.eval_every == 0:
+                run.settle()
                 metrics |= validate(state)
             run.end_step(i + 1, state, metrics)
 
@@ -88,6 +96,7 @@ def as_text_batch(texts: Texts, inputs: Inputs, rows: np.ndarray) -> TextBatch:
         tokens=texts.tokens[rows, :width],
         mask=texts.mask[rows, :width],
         loss_mask=texts.loss_mask[rows, :width],
+        segments=None if texts.segments is None else texts.segments[rows, :width],
     )
 
 
@@ -95,7 +104,7 @@ def validation_loss(loss, params, texts: Texts, inputs: Inputs, batch_size: int)
     """Loss and perplexity over all validation texts, each token counted once."""
     sums = [
         loss(params, as_text_batch(texts, inputs, rows))[0]
-        for rows in row_batches(len(texts.tokens), batch_size)
+        for rows in row_batches(texts.mask, batch_size)
     ]
     mean = float(np.sum(jax.device_get(sums)) / texts.loss_mask.sum())
     return {"sft/validation_loss": mean, "sft/validation_perplexity": math.exp(min(mean, 700.0))}

@@ -21,12 +21,13 @@ from ppo_jax.structs import Optimizer, Params, TrainState
 
 @struct.dataclass(kw_only=True)
 class TextBatch:
-    """Texts to learn by heart, padded on the right."""
+    """Texts to learn by heart, padded on the right; one a row, or several with `segments`."""
 
     inputs: jax.Array  # [N, L] int32 tokens, or [N, L, D] a trunk's hidden states
     tokens: jax.Array  # [N, L] int32
     mask: jax.Array  # [N, L] bool, True on real tokens
-    loss_mask: jax.Array  # [N, L] bool, True on tokens to be predicted; False in column 0
+    loss_mask: jax.Array  # [N, L] bool, True on tokens to predict; False on a text's first token
+    segments: jax.Array | None = None  # [N, L] int32, which text of its row: 1, 2, .. or 0
 
 
 @struct.dataclass(kw_only=True)
@@ -45,15 +46,16 @@ def sft_loss(
     """Negative log-likelihood of the tokens in `loss_mask`, nats a token.
 
     Args:
-        network: gives logits.
+        network: gives logits; it must take `segments` where the batch has them.
         params: all of its parameters.
-        batch: N texts.
+        batch: N texts, or N rows of texts.
         normalizer: [] float, the token count to divide by; by default this batch's own.
 
     Returns:
         (loss, metrics).
     """
-    logits = network.apply(params, batch.inputs[:, :-1], batch.mask[:, :-1])
+    packed = {} if batch.segments is None else {"segments": batch.segments[:, :-1]}
+    logits = network.apply(params, batch.inputs[:, :-1], batch.mask[:, :-1], **packed)
     logprobs = token_logprobs(logits, batch.tokens[:, 1:])
     return next_token_loss(logprobs, batch.loss_mask[:, 1:], normalizer=normalizer)
 
@@ -71,7 +73,7 @@ def sft_step(
 
     Args:
         state: trained leaves and their optimizer state.
-        batch: N texts, a multiple of `num_micro_batches`.
+        batch: N rows, a multiple of `num_micro_batches`.
         optimizer: its numbers.
         network: gives logits; starts where `batch.inputs` end.
         frozen: the leaves of `network` that are not trained.

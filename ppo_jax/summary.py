@@ -1,6 +1,7 @@
 """What follows from a config, as one table at the start of a run."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -39,12 +40,13 @@ def summary(config: Config, starts: Mapping[str, Shape], stages: Sequence[str]) 
 
 def sft_rows(config: Config, start: Shape) -> Rows:
     s = config.sft
+    unit = "rows of texts" if s.packing else "texts"
     most = s.batch_size * s.max_length
     params = parameters(start)
     memory = count(params) + 2 * count_trained(start.config, params, s.trainable)
     return [
         ("sft starts from", describe(start)),
-        ("sft batch", f"{s.batch_size} texts, at most {most} tokens a step"),
+        ("sft batch", f"{s.batch_size} {unit}, at most {most} tokens a step"),
         ("sft trains", trained(start.config, params, s.trainable)),
         ("sft memory", f"{size_of(4 * memory)}, parameters and Adam's two moments"),
     ]
@@ -55,12 +57,12 @@ def reward_rows(config: Config, start: Shape) -> Rows:
     depth = s.num_layers or start.config.num_layers
     shape = dataclasses.replace(start.config, num_layers=depth)
     params = parameters(dataclasses.replace(start, kind="reward", config=shape))
-    pairs = s.pairs_per_batch if s.format == "ratings" else s.batch_size // 2
+    pairs = f", {s.pairs_per_batch} comparisons" if s.format == "ratings" else ""
     most = s.batch_size * s.max_length
     memory = count(params) + 2 * count_trained(shape, params, s.trainable)
     return [
         ("reward starts from", f"{describe(start)}; keeps {depth} layers"),
-        ("reward batch", f"{s.batch_size} texts, {pairs} comparisons, at most {most} tokens"),
+        ("reward batch", f"{s.batch_size} texts{pairs}, at most {most} tokens"),
         ("reward trains", trained(shape, params, s.trainable)),
         ("reward memory", f"{size_of(4 * memory)}, parameters and Adam's two moments"),
     ]
@@ -120,8 +122,13 @@ def describe(start: Shape) -> str:
 
 def parameters(shape: Shape):
     """The parameter tree of a model, as shapes alone."""
-    network = policy_network if shape.kind == "policy" else reward_network
-    return jax.eval_shape(network(shape.config).init, jax.random.key(0))
+    return parameters_of(shape.kind, shape.config)
+
+
+@functools.lru_cache(maxsize=8)  # tracing a deep network takes seconds
+def parameters_of(kind: str, config: ModelConfig):
+    network = policy_network if kind == "policy" else reward_network
+    return jax.eval_shape(network(config).init, jax.random.key(0))
 
 
 def count(tree) -> int:

@@ -22,7 +22,7 @@ TextSettings = SFTSettings | RewardSettings
 
 
 def read_split(
-    settings: TextSettings, seed: int, read: Callable[[str], Sequence], key: Callable, **split: Any
+    settings: TextSettings, seed: int, read: Callable[[str], Sequence], key: Callable
 ) -> tuple[Sequence, Sequence]:
     """Training and validation records, disjoint by text.
 
@@ -31,7 +31,6 @@ def read_split(
         seed: of the split.
         read: path -> records.
         key: record -> the text that decides where it falls.
-        **split: for `split_by_text`.
 
     Raises:
         ValueError: a file is not readable, or one of the two would be empty.
@@ -41,7 +40,7 @@ def read_split(
     fraction = settings.validation_fraction
     shares = {"train": 1 - fraction, "validation": fraction}
     records = read(settings.data)
-    parts = split_by_text(records, shares, seed=seed, key=key, **split)
+    parts = split_by_text(records, shares, seed=seed, key=key, duplicates="keep")
     for name, chosen in parts.items():
         if not chosen:
             raise ValueError(
@@ -52,17 +51,20 @@ def read_split(
     return parts["train"], parts["validation"]
 
 
+def data_files(settings: TextSettings) -> tuple[str, str]:
+    """Where the training and the validation records of `read_split` come from."""
+    return settings.data, settings.validation_data or settings.data
+
+
 def count_steps(settings: TextSettings, num_rows: int) -> int:
-    """Optimizer steps of num_epochs passes over `num_rows` texts."""
+    """Optimizer steps of num_epochs passes over `num_rows` rows, of a text or of several."""
     return max(1, math.ceil(settings.num_epochs * num_rows / settings.batch_size))
 
 
-def row_batches(num_rows: int, batch_size: int) -> list[np.ndarray]:
-    """All rows once, in order."""
-    return [
-        np.arange(begin, min(begin + batch_size, num_rows))
-        for begin in range(0, num_rows, batch_size)
-    ]
+def row_batches(mask: np.ndarray, batch_size: int) -> list[np.ndarray]:
+    """All rows once, those of like length together: a batch is as wide as its longest."""
+    order = np.argsort(mask.sum(axis=1), kind="stable")
+    return [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]
 
 
 def make_optimizer(settings: OptimizerSettings, total_steps: int) -> Optimizer:

@@ -247,10 +247,11 @@ class Transformer(nn.Module):
     head_std: float = 0.0
 
     @nn.compact
-    def __call__(self, inputs, mask_BS, cache, output_start):
+    def __call__(self, inputs, mask_BS, segments_BS, cache, output_start):
         c = self.config
-        seen, allowed_BSC, cache = visible(mask_BS, cache)
-        positions = jnp.maximum(seen[:, None] + jnp.cumsum(mask_BS, axis=1) - 1, 0)
+        allowed_BSC, cache = visible(mask_BS, segments_BS, cache)
+        # A token sees itself and all real ones of its text before it: counting them places it.
+        positions = jnp.maximum(allowed_BSC.sum(axis=2, dtype=jnp.int32) - 1, 0)
         needs_table = self.start is None or (self.head == "logits" and c.tie_embeddings)
         # Only the token table is needed above a trunk, so positions are not asked for there.
         table_config = c if self.start is None else dataclasses.replace(c, positions="rotary")
@@ -280,18 +281,16 @@ class Transformer(nn.Module):
         return project(x_BSD).astype(jnp.float32)
 
 
-def visible(mask_BS, cache: KVCache | None):
-    """Which slots each new position may attend to.
-
-    Returns:
-        ([B] real positions seen before, [B, S, C] bool allowed, the cache with the mask written).
-    """
+def visible(mask_BS, segments_BS, cache: KVCache | None):
+    """([B, S, C] bool, which slots each new position may attend to; the cache with its mask)."""
     length = mask_BS.shape[1]
     if cache is None:
         causal = jnp.tril(jnp.ones((length, length), bool))
-        return jnp.zeros(mask_BS.shape[0], jnp.int32), causal[None] & mask_BS[:, None], None
-    seen = cache.mask.sum(axis=1, dtype=jnp.int32)
+        allowed_BSS = causal[None] & mask_BS[:, None]
+        if segments_BS is not None:
+            allowed_BSS &= segments_BS[:, :, None] == segments_BS[:, None]
+        return allowed_BSS, None
     mask_BC = jax.lax.dynamic_update_slice_in_dim(cache.mask, mask_BS, cache.index, axis=1)
     slots = jnp.arange(mask_BC.shape[1])
     causal = slots[None] <= cache.index + jnp.arange(length)[:, None]
-    return seen, causal[None] & mask_BC[:, None], cache.replace(mask=mask_BC)
+    return causal[None] & mask_BC[:, None], cache.replace(mask=mask_BC)

@@ -5,9 +5,11 @@ A field's hint is str, int, float, bool, `Limit`, tuple[str, ...], another datac
 """
 
 import dataclasses
+import difflib
 import math
 import types
 import typing
+from collections.abc import Collection
 from typing import Annotated, Any
 
 Limit = Annotated[float, "may be inf"]  # a float for which inf is no limit
@@ -115,12 +117,25 @@ def build(cls: type, values: Any, section: str = "") -> Any:
     hints = hints_of(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     if unknown := sorted(set(values) - set(fields)):
-        raise ValueError(f"unknown setting {section}{unknown[0]}; known: {sorted(fields)}")
+        raise ValueError(unknown_setting(section, unknown[0], fields))
     for field in fields.values():
         no_default = field.default is dataclasses.MISSING
         if no_default and field.name not in values:
             raise ValueError(f"{section}{field.name} must be given")
     return cls(**{k: convert(hints[k], v, f"{section}{k}") for k, v in values.items()})
+
+
+def unknown_setting(section: str, name: str, known: Collection[str]) -> str:
+    """What to say of a name that is none of the settings of a section.
+
+    >>> unknown_setting("ppo.", "kl_coeff", ["kl_coef", "seed"])
+    "unknown setting ppo.kl_coeff; did you mean 'kl_coef'?"
+    >>> unknown_setting("ppo.", "beta", ["kl_coef", "seed"])
+    "unknown setting ppo.beta; known: ['kl_coef', 'seed']"
+    """
+    near = difflib.get_close_matches(name, known, n=1)
+    rest = f"did you mean {near[0]!r}?" if near else f"known: {sorted(known)}"
+    return f"unknown setting {section}{name}; {rest}"
 
 
 def convert(hint: Any, value: Any, field: str) -> Any:

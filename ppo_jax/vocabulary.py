@@ -6,9 +6,10 @@ third of the tokens can drop the other two thirds, of the tokenizer and of the p
 Dimension key: D model, V vocabulary.
 """
 
+import copy
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:  # slow to import, so each function that needs it does
     from transformers import PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
+PADDING = "<|pad|>"
 
 
 def load_tokenizer(path: str | os.PathLike) -> "PreTrainedTokenizerFast":
@@ -34,8 +36,6 @@ def load_tokenizer(path: str | os.PathLike) -> "PreTrainedTokenizerFast":
     Raises:
         ValueError: there is no tokenizer.json, or it has no end-of-sequence token.
     """
-    # Its advice at every start that models need torch is not for us: they are not used.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import PreTrainedTokenizerFast
 
     folder = model_folder(path)
@@ -68,6 +68,25 @@ def declared_eos(folder: Path, tokenizer: "PreTrainedTokenizerFast") -> str:
 def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", folder: str | os.PathLike) -> None:
     """Write tokenizer.json and tokenizer_config.json into `folder`."""
     tokenizer.save_pretrained(folder)
+
+
+def with_padding(
+    tokenizer: "PreTrainedTokenizerFast", ends: Collection[int]
+) -> "PreTrainedTokenizerFast":
+    """A tokenizer whose padding token ends no text; one is added to a copy where it is needed.
+
+    For code that tells padding by its id and not by a mask, as the sequence classification of
+    transformers does: it reads the last token that is not the padding token.
+
+    Args:
+        tokenizer: whose padding token may be absent, or its EOS.
+        ends: ids with which a text may end.
+    """
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in ends:
+        return tokenizer
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_special_tokens({"pad_token": PADDING})
+    return tokenizer
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerFast":

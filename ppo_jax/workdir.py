@@ -67,10 +67,16 @@ def prepare_workdir(workdir: str | Path, config: Mapping[str, Any]) -> None:
     Args:
         workdir: the folder.
         config: nested dicts; infinity is written as "inf".
+
+    Raises:
+        ValueError: the folder cannot be made.
     """
     if jax.process_index() != 0:
         return
-    Path(workdir).mkdir(parents=True, exist_ok=True)
+    try:
+        Path(workdir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"the workdir {workdir} cannot be made: {error.strerror}") from error
     kind, count = jax.devices()[0].device_kind, jax.device_count()
     record = {
         "config": _plain(config, nonfinite=str),
@@ -99,9 +105,18 @@ def read_config(workdir: str | Path) -> dict[str, Any] | None:
 
 
 def read_results(workdir: str | Path) -> dict[str, Any]:
-    """What results.json holds; empty where there is no such file."""
+    """What results.json holds; empty where there is no such file.
+
+    Raises:
+        ValueError: the file is not one that `write_results` wrote.
+    """
     path = Path(workdir) / "results.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if not path.exists():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} must be a JSON object: {error}") from error
 
 
 def write_results(workdir: str | Path, results: Mapping[str, Any]) -> None:

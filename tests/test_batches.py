@@ -6,7 +6,9 @@ import tokenizers
 import transformers
 
 from ppo_jax import batches
-from ppo_jax.data import Demonstration, Preference
+from ppo_jax.data import Demonstration, RatedText, write_jsonl
+from ppo_jax.preferences import Ranking
+from ppo_jax.prompt_data import prompt_data
 
 
 def make_tokenizer(template=None, **special):
@@ -39,6 +41,10 @@ def ids(text):
     return PLAIN(text, add_special_tokens=False)["input_ids"]
 
 
+def answered(prompt, text):
+    return Demonstration(((prompt, False), (text, True)))
+
+
 def rows_of(arrays):
     return [row[mask].tolist() for row, mask in zip(arrays.tokens, arrays.mask, strict=True)]
 
@@ -47,7 +53,7 @@ def rows_of(arrays):
     ("tokenizer", "leading"), [(PLAIN, []), (WITH_BOS, [BOS]), (WITH_BOS_AND_EOS, [BOS])]
 )
 def test_a_row_is_prompt_tokens_then_completion_tokens_then_eos(tokenizer, leading):
-    demonstrations = [Demonstration("the film", " is good"), Demonstration("", "bad")]
+    demonstrations = [answered("the film", " is good"), Demonstration((("bad", True),))]
     texts = batches.encode_demonstrations(demonstrations, tokenizer, max_length=32)
     prompt, completion = leading + ids("the film"), [*ids(" is good"), EOS]
     assert rows_of(texts) == [prompt + completion, [*leading, *ids("bad"), EOS]]
@@ -89,7 +95,7 @@ def test_lengths_are_multiples_of_eight_up_to_the_limit():
 def test_long_texts_are_dropped_and_counted():
     texts = batches.encode_texts(["x", "x" * 8, "y"], PLAIN, max_length=8)
     assert rows_of(texts) == [[*ids("x"), EOS], [*ids("y"), EOS]]
-    assert (texts.num_dropped, texts.records.tolist()) == (1, [0, 2])
+    assert (texts.left_out, texts.records.tolist()) == ({"too long (over 8 tokens)": 1}, [0, 2])
     with pytest.raises(ValueError, match="max_length=8 tokens leaves no text of 2.*has 9"):
         batches.encode_texts(["x" * 8, "x" * 9], PLAIN, max_length=8)
 
@@ -101,22 +107,63 @@ def test_arrays_have_their_types():
     assert (texts.mask.dtype, texts.loss_mask.dtype, prompts.mask.dtype) == (bool, bool, bool)
 
 
+def test_every_part_is_tokenised_for_itself_and_learned_or_not():
+    parts = (("the film", False), (" is", True), (" good the", False), (" film", True))
+    texts = batches.encode_demonstrations([Demonstration(parts)], PLAIN, max_length=32)
+    pieces = [(ids(text), is_learned) for text, is_learned in parts] + [([EOS], True)]
+    assert rows_of(texts) == [sum((piece for piece, _ in pieces), [])]
+    expected = [is_learned for piece, is_learned in pieces for _ in piece]
+    assert texts.loss_mask[0][texts.mask[0]].tolist() == expected
+
+
+def test_what_is_left_out_is_counted_under_its_reason():
+    records = [
+        answered("the", " good"),
+        answered("the", " \n"),
+        answered("the", " good"),
+        answered("the g", "ood"),  # the same text, but another record
+        answered("the", "x" * 20),
+        Demonstration(()),
+        answered("the", "x" * 20),
+    ]
+    texts = batches.encode_demonstrations(records, PLAIN, max_length=12)
+    assert texts.records.tolist() == [0, 3]
+    assert texts.left_out == {"blank": 2, "repeated": 2, "too long (over 12 tokens)": 1}
+    with pytest.raises(ValueError, match="none of the 3 records can be used: 2 blank, 1 too long"):
+        batches.encode_demonstrations([records[i] for i in (1, 5, 4)], PLAIN, max_length=12)
+
+
+def test_two_opinions_of_one_text_are_two_records():
+    records = [RatedText("good", (1.0,)), RatedText("good", (2.0,)), RatedText("good", (1.0,))]
+    texts = batches.encode_demonstrations(records, PLAIN, max_length=12)
+    assert texts.records.tolist() == [0, 1] and texts.left_out == {"repeated": 1}
+
+
+def test_texts_to_score_are_all_kept():
+    texts = batches.encode_all(["good", "good", ""], PLAIN, max_length=12)
+    assert rows_of(texts) == [[*ids("good"), EOS]] * 2 + [[EOS]]
+    with pytest.raises(ValueError, match="at most 8 tokens, got 1 longer ones.*'xxxxxxxx'"):
+        batches.encode_all(["good", "x" * 8], PLAIN, max_length=8)
+
+
 def test_preferences_fill_two_rows_each_and_are_dropped_whole():
     preferences = [
-        Preference("the", " good", " bad"),
-        Preference("x", "y" * 20, "z"),
-        Preference("x", "z", "y" * 20),
-        Preference("film", "a", "b"),
+        Ranking("the", (" good", " bad"), (1.0, 0.0)),
+        Ranking("x", ("y" * 20, "z"), (1.0, 0.0)),
+        Ranking("x", ("z", "y" * 20), (1.0, 0.0)),
+        Ranking("film", ("a", "b"), (0.0, 1.0)),
     ]
-    texts, pairs = batches.encode_preferences(preferences, PLAIN, max_length=12)
+    texts, groups = batches.encode_preferences(preferences, PLAIN, max_length=12)
     assert rows_of(texts) == [
         [*ids("the"), *ids(" good"), EOS],
         [*ids("the"), *ids(" bad"), EOS],
         [*ids("film"), *ids("a"), EOS],
         [*ids("film"), *ids("b"), EOS],
     ]
-    assert pairs.tolist() == [[0, 1], [2, 3]] and pairs.dtype == np.int32
-    assert (texts.num_dropped, texts.records.tolist()) == (2, [0, 0, 3, 3])
+    assert groups.rows.tolist() == [[0, 1], [2, 3]] and groups.rows.dtype == np.int32
+    assert groups.row_pairs.tolist() == [[0, 1], [3, 2]] and groups.row_pairs.dtype == np.int32
+    assert texts.left_out == {"too long (over 12 tokens)": 2}
+    assert texts.records.tolist() == [0, 0, 3, 3]
 
 
 def test_prompts_are_padded_on_the_left():
@@ -133,6 +180,20 @@ def test_a_prompt_that_is_too_long_or_empty_is_named():
     with pytest.raises(ValueError, match="prompt 0 has 0 tokens, allowed are 1 to 8: ''"):
         batches.encode_prompts([""], PLAIN, max_length=8)
     assert rows_of(batches.encode_prompts([""], WITH_BOS, max_length=8)) == [[BOS]]
+
+
+def test_prompts_of_a_file_that_are_of_no_use_are_left_out_and_counted(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    write_jsonl(path, [{"prompt": x} for x in ("the", "", "x" * 9, "film", "the")])
+    data = prompt_data(path, PLAIN, max_length=8)
+    assert data.texts == ["the", "film"] and rows_of(data.prompts) == [ids("the"), ids("film")]
+    assert data.left_out == {"blank": 1, "repeated": 1, "too long (over 8 tokens)": 1}
+    assert prompt_data(path, WITH_BOS, max_length=8).texts == ["the", "", "film"]
+    write_jsonl(path, [{"prompt": "x" * 9}])
+    with pytest.raises(
+        ValueError, match="prompts.jsonl: max_length=8 .* no text of 1: .* has 9; see"
+    ):
+        prompt_data(path, PLAIN, max_length=8)
 
 
 def test_a_tokenizer_without_eos_and_no_text_at_all_are_refused():

@@ -50,7 +50,7 @@ BAD = [
     ("sft.max_length", -4, "> 0"),
     ("sft.eval_every", 0, "> 0"),
     ("sft.save_every", 0, "> 0"),
-    ("sft.data", "", "JSONL"),
+    ("sft.data", "", "data set"),
     ("sft.validation_fraction", 0.0, "(0, 1)"),
     ("sft.validation_fraction", 1.0, "(0, 1)"),
     ("sft.hidden_cache_gb", -2.5, "-2.5"),

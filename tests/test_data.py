@@ -6,7 +6,8 @@ from dataclasses import asdict
 import pytest
 
 from ppo_jax import data
-from ppo_jax.data import Demonstration, Preference, RatedText
+from ppo_jax.data import Demonstration, RatedText
+from ppo_jax.preferences import Ranking, load_preferences
 
 
 def written(tmp_path, *lines):
@@ -17,9 +18,12 @@ def written(tmp_path, *lines):
 
 def test_each_reader_reads_its_forms(tmp_path):
     path = written(tmp_path, '{"text": "a b"}', "", '{"prompt": "p", "completion": " c"}')
-    assert data.load_demonstrations(path) == [Demonstration("", "a b"), Demonstration("p", " c")]
+    text, completion = data.load_demonstrations(path)
+    assert text == Demonstration((("a b", True),)) and text.text == "a b"
+    assert completion == Demonstration((("p", False), (" c", True)))
+    assert completion.text == "p c"
     path = written(tmp_path, '{"prompt": "", "chosen": "x", "rejected": "y"}')
-    assert data.load_preferences(path) == [Preference("", "x", "y")]
+    assert load_preferences(path) == [Ranking("", ("x", "y"), (1.0, 0.0))]
     path = written(tmp_path, '{"text": "x", "ratings": [1, -2.5]}', '{"text": "y", "rating": 3}')
     assert data.load_ratings(path) == [RatedText("x", (1.0, -2.5)), RatedText("y", (3.0,))]
     assert data.load_ratings(path)[0].mean == -0.75
@@ -59,7 +63,7 @@ def test_a_missing_and_an_empty_file_are_refused(tmp_path):
 
 GOOD = {
     data.load_demonstrations: {"text": "good"},
-    data.load_preferences: {"prompt": "p", "chosen": "c", "rejected": "r"},
+    load_preferences: {"prompt": "p", "chosen": "c", "rejected": "r"},
     data.load_ratings: {"text": "good", "ratings": [1]},
     data.load_prompts: {"prompt": "p"},
 }
@@ -72,16 +76,22 @@ GOOD = {
         (data.load_demonstrations, "[" * 100_000, "not a JSON object"),
         (data.load_demonstrations, '["text"]', "must be a JSON object"),
         (data.load_demonstrations, '{"text": "a", "text": "b"}', "a key stands twice"),
-        (data.load_demonstrations, "{}", r"must be \['text'\] or \['prompt', 'completion'\], got"),
+        (
+            data.load_demonstrations,
+            "{}",
+            r"must be \['text'\] or \['prompt', 'completion'\] or \['messages'\], got",
+        ),
         (data.load_demonstrations, '{"text": "a", "source": 1}', r"got \['text', 'source'\]"),
         (data.load_demonstrations, '{"text": "a", "prompt": "b"}', "the keys must be"),
         (data.load_demonstrations, '{"text": 7}', "text must be a string, got 7"),
-        (data.load_demonstrations, '{"text": " \\n"}', "text must not be empty or blank"),
         (data.load_demonstrations, '{"text": "\\ud800"}', "text must be valid Unicode"),
-        (data.load_demonstrations, '{"prompt": "a", "completion": ""}', "completion must not be"),
-        (data.load_preferences, '{"chosen": "a", "rejected": "b"}', "the keys must be"),
-        (data.load_preferences, '{"prompt": "", "chosen": "a", "rejected": "a"}', "must differ"),
-        (data.load_preferences, '{"prompt": null, "chosen": "a", "rejected": "b"}', "a string"),
+        (
+            data.load_demonstrations,
+            '{"prompt": "a", "completion": 3}',
+            "completion must be a string",
+        ),
+        (load_preferences, '{"chosen": "a", "rejected": "b"}', "without a prompt"),
+        (load_preferences, '{"prompt": null, "chosen": "a", "rejected": "b"}', "a string"),
         (data.load_ratings, '{"text": "a", "ratings": []}', "ratings must be a list"),
         (data.load_ratings, '{"text": "a", "ratings": 1}', "ratings must be a list"),
         (data.load_ratings, '{"text": "a", "ratings": [1, NaN]}', "finite number.*got nan"),
@@ -90,9 +100,12 @@ GOOD = {
         (data.load_ratings, '{"text": "a", "rating": 1%s}' % ("0" * 400), "finite number"),
         (data.load_ratings, '{"text": "a", "rating": true}', "finite number.*got True"),
         (data.load_ratings, '{"text": "a", "rating": "5"}', "finite number.*got '5'"),
-        (data.load_ratings, '{"text": "", "rating": 5}', "text must not be empty"),
-        (data.load_prompts, '{"prompt": ["a"]}', "prompt must be a string"),
-        (data.load_prompts, '{"text": "a"}', r"must be \['prompt'\], got \['text'\]"),
+        (data.load_prompts, '{"prompt": ["a"]}', r"prompt\[0\] must have role and content"),
+        (
+            data.load_prompts,
+            '{"text": "a"}',
+            r"must be \['prompt'\] or \['messages'\], got \['text'\]",
+        ),
     ],
 )
 def test_a_bad_line_is_named_with_its_file_and_number(tmp_path, load, line, message):
@@ -140,7 +153,7 @@ def test_texts_that_differ_in_case_and_spacing_are_one_text():
 
 
 def test_preferences_over_one_prompt_stay_together_and_all_are_kept():
-    records = [Preference(f"p{n // 3}", f"c{n}", "r") for n in range(90)]
+    records = [Ranking(f"p{n // 3}", (f"c{n}", "r"), (1.0, 0.0)) for n in range(90)]
     splits = data.split_by_text(
         records, SHARES, seed=0, key=lambda record: record.prompt, duplicates="keep"
     )
@@ -155,3 +168,20 @@ def test_shares_that_do_not_sum_to_one_are_refused():
             data.split_by_text(texts(range(3)), fractions, seed=0)
     with pytest.raises(ValueError, match="duplicates must be 'drop' or 'keep', got 'all'"):
         data.split_by_text(texts(range(3)), {"a": 1.0}, seed=0, duplicates="all")
+
+
+@pytest.mark.parametrize(
+    ("record", "flaw"),
+    [
+        (Demonstration((("p", False), (" c", True))), ""),
+        (Demonstration((("p", False), (" \n", True))), "blank"),
+        (Demonstration(()), "blank"),
+        (RatedText("\t", (1.0,)), "blank"),
+        (Ranking("", ("a", "b"), (1.0, 0.0)), ""),
+        (Ranking("p", ("a", " "), (1.0, 0.0)), "blank"),
+        (Ranking("p", ("a", "b"), (2.0, 2.0)), "tied"),
+        (Ranking("p", ("a", "a"), (1.0, 0.0)), "tied"),
+    ],
+)
+def test_a_record_says_why_nothing_can_be_learned_from_it(record, flaw):
+    assert record.flaw == flaw

@@ -1,5 +1,8 @@
 """Weights of real model families: parity with torch, and back again without a difference."""
 
+import json
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +11,7 @@ import torch
 from safetensors.numpy import load_file
 
 from ppo_jax import hf
+from ppo_jax.families import read_config, write_config
 from ppo_jax.networks import policy_apply
 from tests.tiny_hf import (
     LENGTH,
@@ -106,6 +110,21 @@ def test_old_and_new_forms_of_rope_settings_are_the_same(saved, tmp_path):
     config = hf.load_config(folder)
     assert config.rope_theta == 500.0 and config.rope_scaling.factor == 8.0
     assert hf.load_config(old) == config
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_writing_and_reading_a_config_are_inverse(saved, name):
+    config = hf.load_config(saved(name)[1], dtype="bfloat16", scan_layers=True)
+    raw = json.loads(json.dumps(write_config(config)))
+    assert raw["model_type"] == TINY_MODELS[name][0]
+    assert read_config(raw, dtype="bfloat16", scan_layers=True) == config
+
+
+def test_a_shape_of_no_family_has_no_config(saved):
+    llama, gpt2 = (hf.load_config(saved(name)[1]) for name in ("llama", "gpt2"))
+    for config in (replace(llama, mlp="gelu"), replace(gpt2, num_kv_heads=2)):
+        with pytest.raises(ValueError, match="none of .*'gpt2', 'llama', 'qwen2', 'qwen3'.* has a"):
+            write_config(config)
 
 
 def test_a_checkpoint_without_the_base_prefix_loads_the_same(saved, tmp_path):

@@ -151,8 +151,18 @@ def test_the_reward_model_scores_the_reference_texts_zero_on_average(workdir, ot
             assert "reward_model/calibration_shift" in rows_of(folder, "reward")[-1]
             continue
         records = load_demonstrations(workdir / "data" / f"{data}.jsonl")
-        scores = score_texts(model, [record.completion for record in records])
+        scores = score_texts(model, [record.text for record in records])
         assert abs(scores.mean()) < 1e-5 < scores.std()
+
+
+def test_a_score_does_not_depend_on_the_texts_beside_it(workdir):
+    """Texts are scored in batches of like length, and come back in their order."""
+    model = load_model(workdir / "reward")
+    texts = [text for text, _ in tiny_run.sentences("train")][::3] + ["good", "a long and dull end"]
+    together = score_texts(model, texts)
+    alone = [score_texts(model, [text])[0] for text in texts]
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+    assert together.std() > 0.01
 
 
 def test_sft_on_completions_reward_on_preferences_and_ppo_on_a_function(workdir, other):

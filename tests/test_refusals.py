@@ -39,7 +39,11 @@ def refused(values, folder, match):
         ("reward", {"format": "preferences"}, "train_ratings.jsonl:1: the keys must be"),
         ("ppo", {"trainable": "3"}, "ppo.trainable must be at most 2"),
         ("ppo", {"value_trainable": "3"}, "ppo.value_trainable must be at most 2"),
-        ("ppo", {"max_prompt_length": 2}, "prompt 0 has .* allowed are 1 to 2"),
+        (
+            "ppo",
+            {"max_prompt_length": 2},
+            "max_length=2 tokens leaves no text of 6: .*see ppo.max_prom",
+        ),
         ("ppo", {"response_length": 25}, r"at most 48 .*got 24 \+ 25"),
         ("ppo", {"stop_tokens": ["<nonsense>"]}, "stop tokens .*<nonsense>"),
         ("ppo", {"reward_model": "", "reward_function": "no_module:f"}, "ppo.reward_function"),
@@ -87,7 +91,8 @@ def test_a_text_beyond_the_context_is_refused_and_one_beyond_max_length_counted(
     refused(values, tmp_path / "run", "sft.max_length must be at most 48")
     values["sft"]["max_length"] = 40
     pipeline.run(values, tmp_path / "run")
-    assert "sft: 1 of 65 records are left out: longer than 40 tokens" in capsys.readouterr().out
+    counts = "49 read, 1 too long (over 40 tokens); 48 used"
+    assert f"sft.data: {data}: {counts}\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

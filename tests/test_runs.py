@@ -1,31 +1,19 @@
 """Killed or stopped at any moment and started again, a run is the same run, bit for bit."""
 
-import dataclasses
-import functools
 import json
 import shutil
 import signal
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ppo_jax import pipeline, ppo, ppo_loop, ppo_setup
+from ppo_jax import pipeline, sft_loop
 from ppo_jax.checkpoints import load_checkpoint_item
 from ppo_jax.config import from_config_dict
-from ppo_jax.generation import generate
-from ppo_jax.models import load_model, resolve
-from ppo_jax.networks import policy_network
-from ppo_jax.partition import merge_params, split_params
-from ppo_jax.plugins import load_function
-from ppo_jax.reward_loop import init_reward_model
-from ppo_jax.rollout import Sampling
-from ppo_jax.runs import check_settings
-from ppo_jax.sft_loop import as_text_batch, sft_data
-from ppo_jax.steps import sft_step
-from ppo_jax.training import init_train_state, make_optimizer
+from ppo_jax.models import DESCRIPTION
+from ppo_jax.runs import check_settings, describe
 from ppo_jax.workdir import drop_lines_after
 from tests import tiny_run
 
@@ -146,9 +134,39 @@ def test_a_loss_that_is_no_number_stops_the_run_with_its_step(workdir, tmp_path)
     assert [row["step"] for row in read_lines(tmp_path / "metrics.jsonl")] == [0, 1, 2]
 
 
+def test_a_validation_is_not_booked_on_the_step_before(workdir, tmp_path, monkeypatch):
+    """The steps before it are logged, with their times, when it begins."""
+    logged = []
+
+    def validation_loss(*_):
+        path = tmp_path / "metrics.jsonl"
+        logged.append(len(read_lines(path)) if path.exists() else 0)
+        return {}
+
+    monkeypatch.setattr(sft_loop, "validation_loss", validation_loss)
+    pipeline.run(tiny_run.on_base(workdir, sft={}), tmp_path)
+    assert logged == [0, 2, 4, 6]  # step 0 has a line of its own
+
+
+def test_other_data_are_refused_on_resume(workdir, tmp_path):
+    data = tmp_path / "texts.jsonl"
+    lines = (workdir / "data" / "train_texts.jsonl").read_text().splitlines(keepends=True)
+    data.write_text("".join(lines[:40]))
+    values = tiny_run.on_base(workdir, sft={"data": str(data)})
+    shutil.copytree(workdir / "sft", tmp_path / "run" / "sft")
+    path = tmp_path / "run" / "sft" / "stage.json"
+    description = json.loads(path.read_text())
+    config = from_config_dict(values)
+    description |= describe("sft", config, tmp_path / "run") | {"num_steps": 9}
+    path.write_text(json.dumps(description))
+    with pytest.raises(ValueError, match="begun with data for 9 steps, sft.data now gives 5"):
+        pipeline.run(values, tmp_path / "run")
+
+
 def test_numbers_may_change_on_resume_and_sizes_may_not(tmp_path):
     sizes = {"rollout_batch_size": 8, "kl_coef": 0.1, "optimizer": {"learning_rate": 1e-3}}
-    (tmp_path / "stage.json").write_text(json.dumps({"settings": sizes}))
+    description = dict.fromkeys(DESCRIPTION) | {"settings": sizes}
+    (tmp_path / "stage.json").write_text(json.dumps(description))
     numbers = sizes | {"kl_coef": 0.2, "optimizer": {"learning_rate": 1e-4}}
     check_settings(tmp_path, {"stage": "ppo", "settings": numbers})
     with pytest.raises(ValueError, match="begun with other settings: rollout_batch_size: 8 -> 16"):
@@ -160,170 +178,3 @@ def test_numbers_may_change_on_resume_and_sizes_may_not(tmp_path):
     with pytest.raises(ValueError, match="critic_init_from:  -> policy"):
         changed = numbers | {"critic_init_from": "policy"}
         check_settings(tmp_path, {"stage": "ppo", "settings": changed})
-
-
-# --- frozen layers, computed once -----------------------------------------------------------------
-
-
-def sft_settings(workdir, **changes):
-    values = tiny_run.config()
-    del values["prepare"]
-    values["sft"] |= {"trainable": "1", "optimizer": tiny_run.optimizer(eps=1e-4)} | changes
-    values["model"] = {"path": str(workdir / "base")}
-    values = {name: values[name] for name in ("model", "sft")}
-    return json.loads(json.dumps(values).replace("{workdir}", str(workdir)))
-
-
-def train_with_the_whole_network(workdir, settings):
-    """The oracle: no trunk, no cache; the frozen layers run in every step."""
-    config = from_config_dict(settings)
-    model = load_model(workdir / "base")
-    texts, _ = sft_data(config.sft, config.seed, model.tokenizer)
-    parts = split_params(model.config, model.params, 1, None)
-    optimizer = make_optimizer(config.sft.optimizer, 6)
-    state = init_train_state(parts, optimizer)
-    step = jax.jit(functools.partial(sft_step, network=policy_network(model.config)))
-    order = np.random.default_rng((config.seed, 0)).permutation(48)
-    for rows in order.reshape(6, 8):
-        batch = as_text_batch(texts, lambda rows, width: texts.tokens[rows, :width], rows)
-        state, _ = step(state, batch, optimizer, frozen=parts.frozen)
-    return state.params
-
-
-def test_cached_states_states_of_each_batch_and_the_whole_network_train_alike(workdir, tmp_path):
-    trained = [train_with_the_whole_network(workdir, sft_settings(workdir))]
-    for gigabytes in (4.0, 0.0):
-        folder = tmp_path / str(gigabytes)
-        pipeline.run(sft_settings(workdir, hidden_cache_gb=gigabytes), folder)
-        trained.append(load_checkpoint_item(folder / "sft" / "checkpoints", "params"))
-    for other in trained[1:]:
-        for x, y in zip(jax.tree.leaves(trained[0]), jax.tree.leaves(other), strict=True):
-            np.testing.assert_allclose(x, y, atol=1e-5, rtol=1e-5)
-    start = load_model(workdir / "base").params["layers"]["1"]["mlp"]["up"]["kernel"]
-    moved = trained[0]["layers"]["1"]["mlp"]["up"]["kernel"] - start
-    assert np.abs(moved).max() > 1e-2  # six steps of 1e-2: the agreement says something
-
-
-def ppo_settings(**changes):
-    settings = from_config_dict(tiny_run.config()).ppo
-    return dataclasses.replace(settings, **changes)
-
-
-def one_iteration(settings, policy, reward, critic):
-    setup = ppo_setup.make_setup(settings, policy, reward, critic)
-    state = ppo.init_ppo(setup.policy_params, setup.value_params, setup.hyperparameters)
-    iterate = ppo_loop.make_iteration(setup, policy.tokenizer, [], None)
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(5, 300, size=(8, 8)).astype(np.int32)
-    mask = np.arange(8) >= np.arange(8)[:, None]
-    prompts = ppo.Prompts(tokens=jnp.asarray(tokens), mask=jnp.asarray(mask))
-    state, metrics = iterate(state, None, prompts, jax.random.key(1))
-    return setup, state, metrics
-
-
-SLOW = [pytest.param(x, marks=pytest.mark.slow) for x in ("same base", "all of it trained")]
-
-
-@pytest.mark.parametrize("scorers", ["fewer layers", *SLOW])
-def test_a_shared_trunk_changes_no_number_of_an_iteration(workdir, monkeypatch, scorers):
-    policy = load_model(workdir / "sft")
-    if scorers == "all of it trained":  # shares not even the token table with the policy
-        params = jax.tree.map(lambda x: x * np.float32(1.25), load_model(workdir / "reward").params)
-        reward = dataclasses.replace(load_model(workdir / "reward"), params=params)
-    else:
-        reward = init_reward_model(policy, 1 if scorers == "fewer layers" else 0, seed=3)
-    settings = ppo_settings(response_length=4, num_epochs=1)
-    setup, state, metrics = one_iteration(settings, policy, reward, reward)
-    # With fewer layers the critic's one layer is trained, but all of the reward model is trunk.
-    expected = {"same base": (True, True), "fewer layers": (False, True)}
-    on_trunk = (setup.networks.value_on_trunk, setup.networks.reward_on_trunk)
-    assert on_trunk == expected.get(scorers, (False, False))
-    assert setup.networks.trunk is not None and setup.frozen.trunk is not None
-
-    monkeypatch.setattr(ppo_setup, "find_trunk", lambda *_: (None, [False, False]))
-    setup, plain_state, plain = one_iteration(settings, policy, reward, reward)
-    assert setup.networks.trunk is None
-    assert metrics.keys() == plain.keys()
-    for name in plain:
-        np.testing.assert_allclose(metrics[name], plain[name], rtol=1e-4, atol=1e-5, err_msg=name)
-    for x, y in zip(
-        jax.tree.leaves(state.policy_params),
-        jax.tree.leaves(plain_state.policy_params),
-        strict=True,
-    ):
-        np.testing.assert_allclose(x, y, atol=1e-3)  # a tenth of the learning rate
-
-
-def test_the_trunk_ends_where_the_first_network_departs(workdir):
-    policy = load_model(workdir / "sft")
-    same = init_reward_model(policy, 0, seed=3)
-    changed = jax.tree.map(lambda x: x, same.params)
-    changed["layers"] = {
-        **changed["layers"],
-        "1": jax.tree.map(lambda x: x + 1, changed["layers"]["1"]),
-    }
-    differs = dataclasses.replace(same, params=changed)
-    settings = ppo_settings()
-    assert ppo_setup.shared_layers(policy, same) == 2
-    assert ppo_setup.shared_layers(policy, differs) == 1
-    assert ppo_setup.find_trunk(settings, policy, [(same, 1), (same, "head")]) == (1, [True, True])
-    assert ppo_setup.find_trunk(settings, policy, [(same, "all")]) == (1, [False])
-    assert ppo_setup.find_trunk(settings, policy, [(same, 2), (differs, "head")]) == (
-        1,
-        [False, True],
-    )
-    everything = dataclasses.replace(settings, trainable="all")
-    assert ppo_setup.find_trunk(everything, policy, [(same, 1)]) == (None, [False])
-
-
-# --- models and text ------------------------------------------------------------------------------
-
-
-def test_a_stage_is_its_frozen_and_its_trained_parameters(workdir):
-    base, sft = load_model(workdir / "base"), load_model(workdir / "sft")
-    trained = load_checkpoint_item(workdir / "sft" / "checkpoints", "params")
-    parts = split_params(base.config, base.params, 1, 1)
-    assert_same_bits(sft.params, merge_params(parts.trunk, parts.frozen, trained))
-
-
-def test_a_reward_model_of_the_lower_layers_is_the_lower_layers(workdir):
-    policy = load_model(workdir / "sft")
-    reward = init_reward_model(policy, 1, seed=0)
-    assert list(reward.params["layers"]) == ["0"] and reward.config.num_layers == 1
-    assert_same_bits(reward.params["layers"]["0"], policy.params["layers"]["0"])
-    assert reward.params["head"]["kernel"].shape == (32, 1)
-    assert_same_bits(init_reward_model(reward, 0, seed=9).params, reward.params)
-
-
-def test_a_name_stands_for_the_base_a_stage_or_itself(tmp_path):
-    assert resolve("base", tmp_path, "where/it/is") == "where/it/is"
-    assert resolve("sft", tmp_path, "base") == str(tmp_path / "sft")
-    assert resolve("some/sft", tmp_path, "base") == "some/sft"
-
-
-def test_a_stage_without_a_checkpoint_is_no_model_yet(workdir, tmp_path):
-    (tmp_path / "stage.json").write_bytes((workdir / "sft" / "stage.json").read_bytes())
-    with pytest.raises(ValueError, match="no checkpoint yet: run the stage first"):
-        load_model(tmp_path)
-
-
-def test_a_response_depends_on_its_place_and_not_on_the_batch_size(workdir):
-    model = load_model(workdir / "ppo")
-    sampling = Sampling(response_length=4, eos_ids=(model.tokenizer.eos_token_id,))
-    numbers = dict(sampling=sampling, temperature=1.0, seed=5, max_prompt_length=8)
-    prompts = ["the film is", "a plot", "the end"]
-    by_two, rollouts = generate(model, prompts, batch_size=2, **numbers)
-    by_three, _ = generate(model, prompts, batch_size=3, **numbers)
-    assert by_two == by_three and len(rollouts) == 2
-    with pytest.raises(ValueError, match="must be a policy"):
-        generate(load_model(workdir / "reward"), prompts, batch_size=3, **numbers)
-
-
-@pytest.mark.parametrize("name", ["nothing", "no_such_module:f", "math:nothing", ":f", ""])
-def test_a_function_is_named_by_module_and_name(name):
-    with pytest.raises(ValueError, match=f"the.field must be 'module:function', got '{name}'"):
-        load_function(name, "the.field")
-
-
-def test_a_function_of_a_module_is_found():
-    assert load_function("tests.tiny_run:letters", "field")([], ["ab c"]) == [3.0]

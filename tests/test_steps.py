@@ -149,6 +149,34 @@ def test_the_normalizer_of_the_sft_loss_is_its_own_count_by_default():
     np.testing.assert_allclose(total, mean * count, rtol=1e-5)
 
 
+def packed(batch):
+    """Two texts a row; the padding of the first stays between them."""
+    rows = jax.tree.map(lambda x: x.reshape(N // 2, 2 * L), batch)
+    numbers = jnp.arange(2 * L)[None] // L + 1
+    return rows.replace(segments=jnp.where(rows.mask, numbers, 0))
+
+
+@pytest.mark.parametrize("num_micro_batches", [1, 2, 4])
+def test_packed_rows_give_the_gradient_of_their_texts(num_micro_batches):
+    batch, state = texts(), start(POLICY)
+    got, metrics = sft(
+        state, packed(batch), PLAIN, network=POLICY, frozen={}, num_micro_batches=num_micro_batches
+    )
+    expected, single = sft(state, batch, PLAIN, network=POLICY, frozen={})
+    tiny.leaves_close(gradient_of(got), gradient_of(expected), atol=1e-6, rtol=1e-4)
+    tiny.leaves_close(metrics, single, rtol=1e-5)
+
+
+def test_a_network_that_knows_no_segments_learns_from_single_texts():
+    def apply(params, inputs, mask, *, start=0):
+        return POLICY.apply(params, inputs, mask, start=start)
+
+    network, params, batch = POLICY._replace(apply=apply), tiny.random_params(POLICY), texts()
+    assert sft_loss(network, params, batch)[0] > 0.0
+    with pytest.raises(TypeError, match="segments"):
+        sft_loss(network, params, packed(batch))
+
+
 def preferences(pairs, valid=None):
     tokens, mask = tiny.tokens_and_mask(3, 4, L, least=3, side="right")
     valid = [True] * len(pairs) if valid is None else valid

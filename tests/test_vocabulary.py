@@ -16,6 +16,7 @@ from ppo_jax.vocabulary import (
     train_tokenizer,
     trim_params,
     trim_vocabulary,
+    with_padding,
 )
 
 FOREIGN = ["Grüße aus 東京 \U0001f3ac\u2028zero\x00width\u200b", "  \n\t", "x" * 50, "0123 4.5e-6"]
@@ -106,6 +107,20 @@ def test_a_trimmed_tokenizer_survives_saving(full, films, tmp_path):
     assert again.get_vocab() == small.get_vocab() and again.eos_token_id == small.eos_token_id
     assert again.chat_template == small.chat_template and again.pad_token is None
     assert encode(again, films[:20] + FOREIGN) == encode(small, films[:20] + FOREIGN)
+
+
+def test_padding_gets_a_token_of_its_own_where_it_would_end_texts(full):
+    assert full.pad_token is None
+    own = with_padding(full, (0,))
+    assert own.pad_token == "<|pad|>" and own.pad_token_id == len(full) == len(own) - 1
+    assert encode(own, ["a film<|pad|>"])[0][-1] == own.pad_token_id
+    assert own.chat_template == full.chat_template and own.eos_token_id == full.eos_token_id
+    assert full.pad_token is None and len(full) == 4001  # a copy was changed
+    assert with_padding(own, (0,)) is own
+    own.pad_token = own.eos_token
+    assert with_padding(own, (0,)).pad_token == "<|pad|>"
+    own.pad_token = "<|turn|>"
+    assert with_padding(own, (0, 4000)).pad_token_id == 4001  # a turn may end a text, too
 
 
 def test_only_bpe_over_bytes_is_trimmed():

@@ -1,0 +1,24 @@
+"""A finished stage as a Hugging Face folder: weights, tokenizer, generation config, model card.
+
+python experiments/export_hf.py --workdir=runs/quickstart --stage=ppo --out=exported/film-policy
+"""
+
+from absl import flags, logging
+
+from ppo_jax import cli
+from ppo_jax.export import DTYPES, export_stage
+
+WORKDIR = flags.DEFINE_string("workdir", None, "A run's folder.", required=True)
+STAGE = flags.DEFINE_enum("stage", None, ["sft", "reward", "ppo"], "Whose model.", required=True)
+OUT = flags.DEFINE_string("out", None, "The folder to write, new or empty.", required=True)
+DTYPE = flags.DEFINE_enum("dtype", "float32", DTYPES, "Of the weights.")
+
+
+def main():
+    logging.set_verbosity(logging.WARNING)
+    export_stage(WORKDIR.value, STAGE.value, OUT.value, dtype=DTYPE.value)
+    print(f"{OUT.value} is written: its README.md says how to load it")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,181 @@
+"""A finished stage as a Hugging Face folder, which transformers loads with equal outputs.
+
+Dimension key: D model, V vocabulary.
+"""
+
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save_file
+
+from ppo_jax import hf, vocabulary
+from ppo_jax.families import write_config
+from ppo_jax.generation import find_sampling
+from ppo_jax.model_card import write_card
+from ppo_jax.models import Model, load_model, missing_steps
+from ppo_jax.networks import ModelConfig, Params
+from ppo_jax.rollout import Sampling
+
+DTYPES = ("float32", "bfloat16")
+SHARD_BYTES = 5_000_000_000  # of one weight file, as far as its tensors allow
+CLASSES = {"gpt2": "GPT2", "llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+HEADS = {"policy": "ForCausalLM", "reward": "ForSequenceClassification"}
+
+
+def export_stage(
+    workdir: str | os.PathLike, stage: str, out: str | os.PathLike, *, dtype: str = "float32"
+) -> None:
+    """Write the model of a stage with tokenizer, generation config and model card.
+
+    The folder appears whole or not at all. A policy loads as `AutoModelForCausalLM`, a reward model
+    as `AutoModelForSequenceClassification`; `reward_head` tells of a constant that its scores lack.
+
+    Args:
+        workdir: the run's folder.
+        stage: "sft", "reward" or "ppo".
+        out: the folder to write, which is absent or empty.
+        dtype: of the weights, "float32" or "bfloat16".
+
+    Raises:
+        ValueError: the stage is not complete, `out` holds something, the dtype is another, or no
+            family has a model of this shape.
+    """
+    source, out = Path(workdir) / stage, Path(out).absolute()
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {list(DTYPES)}, got {dtype!r}")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ValueError(f"{out} must be a new or an empty folder, but it holds something already")
+    if missing := missing_steps(source):
+        raise ValueError(f"the stage {source} cannot be exported: {missing}")
+    model = load_model(source)
+    how = find_sampling(str(source), model.tokenizer)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".partial-") as partial:
+        folder = Path(partial) / "new"
+        folder.mkdir()
+        write_model(folder, model, dtype=dtype, **how)
+        write_card(folder, Path(workdir), stage, out=out.name, dtype=dtype)
+        os.rename(folder, out)
+
+
+def write_model(
+    folder: Path, model: Model, *, dtype: str, sampling: Sampling, temperature: float
+) -> None:
+    """All but the card: weights, config.json, tokenizer, and how to sample a policy."""
+    if model.kind == "reward":
+        model = padded(model, sampling.eos_ids)
+        params, bias = reward_head(model.config, model.params)
+        model = dataclasses.replace(model, params=params)
+        extra = {"id2label": {"0": "score"}, "label2id": {"score": 0}, "score_bias": bias}
+    else:
+        extra = {}
+        numbers = generation_config(model.tokenizer, sampling, temperature)
+        write_json(folder / "generation_config.json", numbers)
+    raw = write_config(model.config)
+    family, tokenizer = raw["model_type"], model.tokenizer
+    about = {"architectures": [CLASSES[family] + HEADS[model.kind]], "torch_dtype": dtype}
+    ids = {name: getattr(tokenizer, name) for name in TOKEN_IDS}
+    write_json(folder / "config.json", about | raw | ids | extra)
+    write_weights(folder, named_tensors(model, family), dtype=dtype)
+    tokenizer.padding_side = "right" if model.kind == "reward" else "left"
+    vocabulary.save_tokenizer(tokenizer, folder)
+
+
+def padded(model: Model, ends: tuple[int, ...]) -> Model:
+    """The same model with a padding token of its own, for which the token table may grow by rows.
+
+    transformers reads a score at the last token that is not padding: with EOS for padding, it would
+    be read before EOS.
+    """
+    tokenizer = vocabulary.with_padding(model.tokenizer, ends)
+    tokens = model.params["embed"]["tokens"]
+    more = max(0, len(tokenizer) - len(tokens))
+    embed = {**model.params["embed"], "tokens": np.pad(tokens, ((0, more), (0, 0)))}
+    return dataclasses.replace(
+        model,
+        tokenizer=tokenizer,
+        params={**model.params, "embed": embed},
+        config=dataclasses.replace(model.config, vocab_size=len(tokens) + more),
+    )
+
+
+def reward_head(config: ModelConfig, params: Params) -> tuple[Params, float]:
+    """A reward model whose head needs no bias, and the constant that its scores then lack.
+
+    The score head of transformers has none. After LayerNorm nothing is lost: its bias c takes the
+    head's up,  w·(n + c + w b / |w|²) = w·(n + c) + b.  RMSNorm has no place for it: there b is
+    left over, score = logits + b.
+    """
+    kernel, bias = params["head"]["kernel"], float(params["head"]["bias"][0])
+    if config.norm != "layernorm":
+        return params, bias
+    shift = kernel[:, 0] * (bias / np.square(kernel).sum())
+    norm = {**params["final_norm"], "bias": params["final_norm"]["bias"] + shift}
+    return {**params, "final_norm": norm}, 0.0
+
+
+def generation_config(tokenizer: Any, sampling: Sampling, temperature: float) -> dict[str, Any]:
+    """The content of generation_config.json: sampling as in the run. top_k=0 is off there, too."""
+    padding = tokenizer.pad_token_id
+    return {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": list(sampling.eos_ids),
+        "pad_token_id": tokenizer.eos_token_id if padding is None else padding,
+        "do_sample": True,
+        "temperature": temperature,
+        "top_k": sampling.top_k,
+        "top_p": sampling.top_p,
+        "min_p": sampling.min_p,
+        "max_new_tokens": sampling.response_length,
+    }
+
+
+def named_tensors(model: Model, family: str) -> dict[str, np.ndarray]:
+    """The parameters under the names of a checkpoint; a reward model's head [D, 1] as [1, D]."""
+    if model.kind == "policy":
+        return hf.params_to_hf(model.config, family, model.params)
+    body = {name: part for name, part in model.params.items() if name != "head"}
+    score = np.ascontiguousarray(model.params["head"]["kernel"].T)
+    return {**hf.params_to_hf(model.config, family, body), "score.weight": score}
+
+
+def write_weights(
+    folder: Path, tensors: Mapping[str, np.ndarray], *, dtype: str, shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Write one safetensors file, or several with their index where one would be too large."""
+    size = jnp.dtype(dtype).itemsize
+    shards = list(split(tensors, shard_bytes // size))
+    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        names = ["model.safetensors"]
+    for name, keys in zip(names, shards, strict=True):
+        part = {key: tensors[key].astype(jnp.dtype(dtype)) for key in keys}
+        save_file(part, folder / name, metadata={"format": "pt"})
+    if len(shards) > 1:
+        total = size * sum(tensor.size for tensor in tensors.values())
+        where = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
+        write_json(folder / hf.INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+
+
+def split(tensors: Mapping[str, np.ndarray], most: int) -> Iterator[list[str]]:
+    """Names in their order, in groups of at most `most` numbers or of a single tensor."""
+    group, count = [], 0
+    for name, tensor in tensors.items():
+        if group and count + tensor.size > most:
+            yield group
+            group, count = [], 0
+        group.append(name)
+        count += tensor.size
+    yield group
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
