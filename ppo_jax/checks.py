@@ -1,18 +1,20 @@
 """What is refused before a run begins, so that nothing fails in its third stage after an hour."""
 
+import collections
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ppo_jax.batches import Texts
 from ppo_jax.config import STAGES, Config, PPOSettings, RewardSettings
-from ppo_jax.data import load_ratings
+from ppo_jax.data import PROMPT_FORMS, load_demonstrations, load_ratings
 from ppo_jax.evaluate import evaluation_prompts
-from ppo_jax.formats import check_packages, is_hub
+from ppo_jax.formats import check_packages, is_hub, is_table, read_rows
 from ppo_jax.generation import stop_ids
 from ppo_jax.models import describe_stage, missing_steps
 from ppo_jax.plan import Shape, needs_base
 from ppo_jax.plugins import load_function
+from ppo_jax.preferences import PREFERENCE_FORMS
 from ppo_jax.prompt_data import prompt_data
 from ppo_jax.reward_data import RewardData, reward_data
 from ppo_jax.reward_loop import reference_texts
@@ -90,8 +92,25 @@ def check_files(config: Config, workdir: Path, stages: Sequence[str]):
         if not path or comes_later:
             continue
         if not is_hub(path) and not Path(path).is_file():
-            raise ValueError(f"{field} must be a file, got {path!r}, which is not there")
+            why = "a folder" if Path(path).is_dir() else "not there"
+            raise ValueError(f"{field} must be a file, got {path!r}, which is {why}")
         check_packages(path)
+        if not is_table(path):  # its rows are read one by one when their turn comes
+            check_rows(field, path, config)
+
+
+def check_rows(field: str, path: str, config: Config):
+    """Every line is as it must be, so far as that can be told before there is a tokenizer."""
+    section, name = field.split(".")
+    rates = section == "reward" and name != "reference_data" and config.reward.format == "ratings"
+    if rates or name == "ratings":
+        load_ratings(path)
+    elif section == "reward" and name != "reference_data":
+        collections.deque(read_rows(path, PREFERENCE_FORMS), maxlen=0)
+    elif name == "prompts":
+        collections.deque(read_rows(path, PROMPT_FORMS), maxlen=0)
+    else:
+        load_demonstrations(path)
 
 
 def check_sources(config: Config, workdir: Path, stages: Sequence[str]):

@@ -209,3 +209,22 @@ def test_no_record_for_validation_names_the_setting(workdir, tmp_path):
     changes = {"data": str(data), "validation_data": "", "validation_fraction": 0.001}
     values = tiny_run.on_base(workdir, sft=changes)
     refused(values, tmp_path / "run", "leave none for validation with validation_fraction=0.001")
+
+
+@pytest.mark.parametrize("line", ['{"text": "bad"', '{"texts": "bad"}'])
+def test_a_malformed_line_is_found_before_the_base_model_is_made(workdir, tmp_path, line):
+    data = tmp_path / "texts.jsonl"
+    data.write_text('{"text": "good"}\n' + line + "\n")
+    values = tiny_run.on_base(workdir, sft={"data": str(data)})
+    values["model"] = tiny_run.config()["model"]
+    values["model"]["vocabulary_data"] = str(workdir / "data" / "train_texts.jsonl")
+    refused(values, tmp_path / "run", "texts.jsonl:2: ")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_rating_that_is_no_number_is_found_before_the_base_model_is_made(workdir, tmp_path):
+    data = tmp_path / "ratings.jsonl"
+    data.write_text('{"text": "good", "ratings": [1.0, NaN]}\n')
+    values = tiny_run.on_base(workdir, reward={"validation_data": str(data), "init_from": "base"})
+    values["model"]["path"] = "nowhere/at-all"
+    refused(values, tmp_path / "run", "ratings.jsonl:1: ")
