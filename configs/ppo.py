@@ -8,7 +8,7 @@ A line of prompts.jsonl is {"prompt": ...} or {"messages": [...]}. For a score i
 --config.ppo.reward_model= --config.ppo.reward_function=my_rewards:score, where
 `score(prompts, responses)` takes two lists of strings and returns one number for each. Watch
 `reward/score_mean` rise and `kl/ref` stay below some tens of nats: on film reviews with the top 4
-layers (configs/quickstart.py) the score gains 3 at 9 nats in 36 iterations of 12 s on two cores.
+layers (configs/quickstart.py) the score gains 3 at 9 nats in 36 iterations of 13 s on two cores.
 """
 
 from ml_collections import config_dict

@@ -7,7 +7,7 @@ A line of preferences.jsonl is {"prompt": ..., "chosen": ..., "rejected": ...}, 
 {"prompt": ..., "responses": [best, ..., worst]} (batch_size is a multiple of their number); with
 --config.reward.format=ratings it is {"text": ..., "ratings": [...]}. Read the result in
 `reward_model/validation_accuracy` of metrics.jsonl: on film reviews 0.90 of the pairs with a gap of
-one or more (configs/quickstart.py, six minutes on two cores).
+one or more (configs/quickstart.py, twelve minutes on two cores).
 """
 
 from ml_collections import config_dict
