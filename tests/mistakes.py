@@ -78,7 +78,7 @@ train_sft --config.sft.max_length=2
 train_sft --config.sft.validation_fraction=0.001
     {texts}: its 48 records leave none for validation with ...=0.001; ...
 train_sft --config.sft.data={tmp}
-    sft.data must be a file, got '{tmp}', which is not there
+    sft.data must be a file, got '{tmp}', which is a folder
 train_sft --config.sft.optimizer.schedule=step
     sft.optimizer.schedule must be one of ['constant', 'linear', 'cosine'], got 'step'
 train_sft --config={root}/configs/sft.py:scratch --config.model.scratch.vocab_size=256
