@@ -30,6 +30,7 @@ def get_config() -> config_dict.ConfigDict:
                 init_from="base",  # or the folder of an SFT stage
                 reward_model="runs/reward/reward",  # the folder of a reward stage, or "" and
                 reward_function="",  # "module:function"
+                critic_init_from="",  # the reward model, or "policy": its body and a new head
                 trainable="all",  # or a number of top layers
                 value_trainable="all",  # the same for the critic
                 num_iterations=200,
@@ -47,6 +48,7 @@ def get_config() -> config_dict.ConfigDict:
                 gamma=1.0,  # discount a token
                 gae_lambda=0.95,
                 clip_range=0.2,
+                clip_range_high=0.0,  # above a ratio of 1; 0 is the same as clip_range
                 value_clip_range=0.2,
                 vf_coef=0.1,
                 sample_every=10,  # iterations

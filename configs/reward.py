@@ -34,7 +34,7 @@ def get_config() -> config_dict.ConfigDict:
                 num_layers=0,  # keep the lowest N layers; 0 keeps all
                 trainable="all",  # or a number of top layers, or "head"
                 num_epochs=1.0,  # passes over the data; more than one soon overfits
-                batch_size=64,  # texts; two a pair
+                batch_size=64,  # texts; a multiple of the responses to a prompt, two in a pair
                 num_micro_batches=1,  # more need less memory
                 max_length=512,  # tokens
                 eval_every=50,  # steps

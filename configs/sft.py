@@ -55,6 +55,7 @@ def default() -> dict:
             num_epochs=1.0,  # passes over the data
             batch_size=32,  # texts
             num_micro_batches=1,  # more need less memory
+            packing=False,  # True puts several texts into a row; faster where lengths differ
             max_length=512,  # tokens
             eval_every=50,  # steps
             save_every=100,  # steps

@@ -17,10 +17,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from ppo_jax.batches import Texts, encode_all
+from ppo_jax.batches import encode_all
 from ppo_jax.data import RatedText, load_ratings, split_by_text, write_jsonl
 from ppo_jax.evaluate import Panel
-from ppo_jax.inputs import TRUNK_BATCH, batch_width, on_device
+from ppo_jax.inputs import on_device, text_states
 from ppo_jax.judges import fit_ridge, fit_tfidf_judge, textblob_judge, vader_judge
 from ppo_jax.models import Model, load_model
 from ppo_jax.networks import trunk_network
@@ -145,24 +145,14 @@ def make_trunk(model: Model):
 def hidden_features(model: Model, trunk, texts: list[str]) -> np.ndarray:
     """[N, 2 D]: the mean over a text's tokens, and the state of its last token."""
     rows = encode_all(texts, model.tokenizer, max_length=model.config.max_length)
-    lengths = rows.mask.sum(axis=1)
     features = np.zeros((len(texts), 2 * model.config.embed_dim), np.float32)
-    order = np.argsort(lengths, kind="stable")
-    for begin in range(0, len(order), TRUNK_BATCH):
-        chosen = order[begin : begin + TRUNK_BATCH]
-        features[chosen] = batch_features(trunk, rows, chosen)
+
+    def compute(chosen, width):
+        return trunk(rows.tokens[chosen, :width], rows.mask[chosen, :width])
+
+    for row, states in text_states(rows, np.arange(len(texts)), compute):
+        features[row] = np.concatenate([states.mean(axis=0), states[-1]])
     return features
-
-
-def batch_features(trunk, rows: Texts, chosen: np.ndarray) -> np.ndarray:
-    filled = np.concatenate([chosen, np.repeat(chosen[:1], TRUNK_BATCH - len(chosen))])
-    width = batch_width(rows, chosen)
-    mask = rows.mask[filled, :width]
-    states = np.asarray(trunk(rows.tokens[filled, :width], mask))
-    lengths = mask.sum(axis=1)
-    mean = np.where(mask[:, :, None], states, 0).sum(axis=1) / lengths[:, None]
-    last = states[np.arange(len(filled)), lengths - 1]
-    return np.concatenate([mean, last], axis=1)[: len(chosen)]
 
 
 def mentions_acting(prompts: list[str], responses: list[str]) -> list[float]:

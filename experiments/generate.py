@@ -5,13 +5,11 @@ python experiments/generate.py --workdir=runs/quickstart --stage=ppo --prompts=a
 python experiments/generate.py --model=package:smollm2-135m-instruct --interactive
 """
 
-import pathlib
-
 from absl import flags, logging
 
 from ppo_jax import chat_terminal, cli
 from ppo_jax.generation import find_sampling
-from ppo_jax.models import load_model
+from ppo_jax.models import load_model, stage_folder
 
 PROMPT = flags.DEFINE_multi_string("prompt", None, "What to respond to; may be repeated.")
 PROMPTS = flags.DEFINE_string("prompts", None, "Instead: a JSONL of {prompt}; needs --out.")
@@ -41,7 +39,7 @@ def main():
     num_modes = bool(PROMPT.value) + in_file + CHAT.value
     if num_modes != 1 or (in_file and not (PROMPTS.value and OUT.value)):
         raise ValueError("give --prompt, or --prompts and --out, or --interactive")
-    path = MODEL.value or str(pathlib.Path(WORKDIR.value) / STAGE.value)
+    path = MODEL.value or str(stage_folder(WORKDIR.value, STAGE.value))
     model = load_model(path)
     asked = {name: flag.value for name, flag in SAMPLING.items()}
     how = find_sampling(path, model.tokenizer, **asked) | {"seed": SEED.value}

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ppo_jax.data import Demonstration, RatedText
+from ppo_jax.formats import NothingUsable
 from ppo_jax.preferences import Ranking
 from ppo_jax.structs import Prompts
 from ppo_jax.token_rows import padded, token_rows
@@ -224,7 +225,7 @@ def usable(
         (their numbers, {reason: how many}).
 
     Raises:
-        ValueError: none is left.
+        NothingUsable: none is left.
     """
     kept, seen = [], set()
     left_out = collections.Counter()
@@ -243,13 +244,12 @@ def usable(
 def _check_kept(kept, lengths, max_length, left_out: Mapping[str, int]) -> None:
     if kept:
         return
-    count, reasons = len(lengths), ", ".join(f"{n:,} {why}" for why, n in left_out.items())
-    if set(left_out) == {_too_long(max_length)}:
-        raise ValueError(
-            f"max_length={max_length} tokens leaves no text of {count}: the shortest has "
-            f"{min(lengths)}"
-        )
-    raise ValueError(f"none of the {count} records can be used: {reasons}")
+    why = ", ".join(f"{n:,} {why}" for why, n in left_out.items())
+    too_long = bool(left_out.get(_too_long(max_length)))
+    if too_long:
+        shortest = min(length for length in lengths if length > max_length)
+        why += f", the shortest of which has {shortest:,}"
+    raise NothingUsable(f"none of the {len(lengths)} records can be used: {why}", too_long)
 
 
 def _groups(rankings: Sequence[Ranking]) -> Groups:

@@ -13,6 +13,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,7 +22,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 from orbax.checkpoint import v1 as ocp
 
-from ppo_jax.checksums import verify_checksums, write_checksums
+from ppo_jax.checksums import verify_again, verify_checksums, write_checksums
 from ppo_jax.leaves import abstract, detach, differences, named_leaves
 
 T = TypeVar("T")
@@ -45,7 +46,7 @@ class Checkpoints:
         self._broken: set[int] = set()  # steps that could not be read
         self._verified: int | None = None  # the newest step that was restored or saved
         self._saving: tuple[int, Future] | None = None  # step, and what ends when it is on disk
-        self._background = ThreadPoolExecutor(max_workers=1)
+        self._background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoints")
 
     def save(self, step: int, state: Any, metadata: dict[str, Any] | None = None) -> None:
         """Start to save a state, and return as soon as its buffers may be donated.
@@ -65,8 +66,7 @@ class Checkpoints:
         self.wait()
         if step == self._verified:
             return
-        later = [other for other in self._complete_steps() if other >= step]
-        if later:
+        if later := [other for other in self.steps() if other >= step]:
             have = f"step {step} cannot be saved in {self.directory}: it holds steps {later}."
             raise ValueError(f"{have} Restore them first, or choose another workdir.")
         # Named, so that a state is saved under the same paths whatever its nodes are made of.
@@ -104,7 +104,7 @@ class Checkpoints:
         """
 
         def read(step: int, path: Path) -> tuple[Any, dict[str, Any]]:
-            saved, metadata = _read_metadata(path, step)
+            saved, metadata = _read_metadata(step, path)
             if lines := differences(saved, example):
                 unfit = f"checkpoint {path} does not fit this run's state:"
                 raise _Mismatch("\n  ".join([unfit, *lines]))
@@ -115,19 +115,19 @@ class Checkpoints:
         if found is None:
             return None
         self._verified, (state, metadata) = found
-        self._broken.update(step for step in self._complete_steps() if step > self._verified)
+        self._broken.update(step for step in self.steps() if step > self._verified)
         return state, self._verified, metadata
 
     def latest_step(self) -> int | None:
-        """The newest step, complete by its name and not found broken; None if there is none."""
-        return max(self._complete_steps(), default=None)
+        """The newest of `steps`; None if there is none."""
+        return max(self.steps(), default=None)
 
     def readable_step(self) -> int | None:
         """The newest step whose files are as they were written; None if none was ever complete.
 
-        Warns and raises as `restore` does.
+        For decisions, see `verify_again`. Warns and raises as `restore` does.
         """
-        found = _newest_readable(self.directory, lambda step, path: _read_metadata(path, step))
+        found = _newest_readable(self.directory, partial(_read_metadata, verify=verify_again))
         return None if found is None else found[0]
 
     def wait(self) -> None:
@@ -145,15 +145,17 @@ class Checkpoints:
             self._remove_old()
 
     def close(self) -> None:
-        """Wait for the last save; nothing else is held open."""
-        self.wait()
+        """Wait for the last save and end the thread that saves; nothing can be saved any more."""
+        with self._background:
+            self.wait()
 
-    def _complete_steps(self) -> list[int]:
+    def steps(self) -> list[int]:
+        """All steps that are complete by their names and not found broken, oldest first."""
         folders = _step_folders(self.directory)
         return [step for step, path in folders if path.name.isdigit() and step not in self._broken]
 
     def _remove_old(self) -> None:
-        newest, oldest_kept = self._complete_steps()[-1], self._complete_steps()[-self.keep :][0]
+        newest, oldest_kept = self.steps()[-1], self.steps()[-self.keep :][0]
         for step, path in _step_folders(self.directory):
             if path.name.isdigit() and step < oldest_kept:
                 # Renamed first: a kill in between must not leave half a step under its name.
@@ -178,7 +180,7 @@ def load_checkpoint_item(directory: str | Path, name: str, step: int | None = No
     """
 
     def read(step: int, path: Path) -> Any:
-        saved, _ = _read_metadata(path, step)
+        saved, _ = _read_metadata(step, path)
         if name not in saved:
             raise _Mismatch(f"no field {name!r} in {path}; it holds {sorted(saved)}.")
         return _load_as_numpy(path, {name: saved[name]})[name]
@@ -217,7 +219,7 @@ def load_params(path: str | Path) -> Any:
     if not path.is_dir():
         raise ValueError(f"no params in {path}: the folder does not exist.")
     with _damage_named(f"params in {path}"):
-        return _load_as_numpy(path, _read_metadata(path, None)[0])
+        return _load_as_numpy(path, _read_metadata(None, path)[0])
 
 
 class _Mismatch(ValueError):
@@ -250,9 +252,8 @@ def _newest_readable(directory: Path, read: Callable[[int, Path], T]) -> tuple[i
             damaged.append(f"  {step}: {_reason(error)}")
             warnings.warn(f"passed over checkpoint {path}: {_reason(error)}", stacklevel=3)
     if damaged:
-        lines = [f"none of the checkpoints in {directory} can be read:", *damaged]
-        lines += ["Mend one from a copy, or move the folder away to begin again."]
-        raise ValueError("\n".join(lines))
+        told = "\n".join([f"none of the checkpoints in {directory} can be read:", *damaged])
+        raise ValueError(f"{told}\nMend one from a copy, or move the folder away to begin again.")
     return None
 
 
@@ -270,9 +271,11 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}"
 
 
-def _read_metadata(path: Path, step: int | None) -> tuple[dict[str, Any], dict[str, Any]]:
+def _read_metadata(
+    step: int | None, path: Path, verify: Callable[[Path], None] = verify_checksums
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """(the tree of what was saved, with shapes and dtypes; the caller's metadata)."""
-    verify_checksums(path)
+    verify(path)
     found = ocp.metadata(path)
     own = found.custom_metadata
     # Orbax logs what it could not read, and returns None in its place.

@@ -11,7 +11,7 @@ from ppo_jax.data import PROMPT_FORMS, load_demonstrations, load_ratings
 from ppo_jax.evaluate import evaluation_prompts
 from ppo_jax.formats import check_packages, is_hub, is_table, read_rows
 from ppo_jax.generation import stop_ids
-from ppo_jax.models import describe_stage, missing_steps
+from ppo_jax.models import check_pin, describe_stage, missing_steps, source_steps
 from ppo_jax.plan import Shape, needs_base
 from ppo_jax.plugins import load_function
 from ppo_jax.preferences import PREFERENCE_FORMS
@@ -122,7 +122,10 @@ def check_sources(config: Config, workdir: Path, stages: Sequence[str]):
         for field in read.get(stage, []):
             section, name = field.split(".")
             value = getattr(getattr(config, section), name)
-            if value in STAGES:
+            pin = source_steps(workdir / section).get(name)
+            if pin is not None and value not in STAGES:
+                check_pin(Path(value), pin)
+            elif value in STAGES:
                 check_stage_name(field, value, workdir, stages[: stages.index(stage)])
             elif value and not (value == "base" and name == "init_from"):
                 check_path(field, value)

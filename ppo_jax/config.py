@@ -123,7 +123,7 @@ class RewardSettings:
     reference_data: str = ""  # rows of texts to score 0 on average; "" is the held-out data
     trainable: str | int = "all"  # "all", a number of top layers such as "4", or "head"
     num_epochs: float = 1.0  # passes over the data; more than one soon overfits
-    batch_size: int = 64  # texts a step; a pair is two texts
+    batch_size: int = 64  # texts a step; a multiple of the most responses to a prompt, of pairs 2
     pairs_per_batch: int = 256  # ratings only: comparisons drawn among the texts of a batch
     num_micro_batches: int = 1  # pieces of a batch in memory one after the other
     max_length: int = 512  # tokens; longer texts are left out and counted
@@ -138,8 +138,6 @@ class RewardSettings:
         check.each("> 0", "pairs_per_batch")
         check.each(">= 0", "num_layers")
         check.that(self.batch_size >= 2, "batch_size", ">= 2")
-        is_even = self.batch_size % 2 == 0
-        check.that(is_even or self.format == "ratings", "batch_size", "even (pairs)")
 
 
 def check_training(settings: SFTSettings | RewardSettings, check: Check):
@@ -269,8 +267,7 @@ class Config:
         Check(self, "").each(">= 0", "seed")
         if self.evaluate is not None and self.ppo is None:
             raise ValueError("evaluate needs a ppo section, whose responses it judges, got none")
-        scored = self.reward is not None or (self.ppo is not None and self.ppo.reward_model)
-        if self.evaluate is not None and self.evaluate.ratings and not scored:
+        if self.evaluate and self.evaluate.ratings and not (self.reward or self.ppo.reward_model):
             raise ValueError("evaluate.ratings must be '' without a reward model to measure")
 
 

@@ -14,16 +14,17 @@ from ppo_jax.batches import Texts, encode_all, encode_texts
 from ppo_jax.config import Config, EvaluateSettings
 from ppo_jax.data import load_ratings
 from ppo_jax.distributions import token_logprobs
-from ppo_jax.generation import generate, stop_ids
+from ppo_jax.formats import naming_data
+from ppo_jax.generation import generate, make_sampling
 from ppo_jax.inputs import make_inputs, on_device
 from ppo_jax.judges import Judge, distinct_n, judge_table
-from ppo_jax.models import Model, describe_stage, load_source, resolve
+from ppo_jax.models import Model, describe_stage, load_source, resolve, source_steps
 from ppo_jax.networks import ModelConfig, policy_network, reward_network
 from ppo_jax.plugins import load_function
 from ppo_jax.prompt_data import PromptData, prompt_data
-from ppo_jax.reward_data import rated
+from ppo_jax.reward_data import CONTEXT, rated
 from ppo_jax.reward_loop import all_scores
-from ppo_jax.rollout import Sampling, response_outputs
+from ppo_jax.rollout import response_outputs
 from ppo_jax.steps import text_scores
 from ppo_jax.structs import Rollout
 from ppo_jax.workdir import read_results, write_results
@@ -51,9 +52,10 @@ def evaluate(config: Config, workdir: Path, base: str):
         base: path of the base model.
     """
     settings = config.evaluate
+    pins = source_steps(workdir / "ppo")
     policies = {
-        name: load_source(path, workdir, base, config.model)
-        for name, path in compared(config, workdir, base).items()
+        name: load_source(path, workdir, base, config.model, pin)
+        for name, (path, pin) in compared(config, workdir, base, pins.get("init_from")).items()
     }
     prompts = evaluation_prompts(config, policies["ppo"].tokenizer).texts[: settings.num_prompts]
     responses, rollouts = {}, {}
@@ -71,25 +73,39 @@ def evaluate(config: Config, workdir: Path, base: str):
     )
     variety = results["text/distinct2_ppo"], results[f"text/distinct2_{start}"]
     results["text/distinct2_ratio"] = variety[0] / max(variety[1], 1e-9)
-    results |= judge_all(settings, workdir, texts)
+    # What is found is on disk before a judge or the reward model can fail.
+    add_results(workdir, results)
+    add_results(workdir, judge_all(settings, workdir, texts))
     name = config.ppo.reward_model or ("reward" if config.reward is not None else "")
-    reward = load_source(name, workdir, base, config.model) if name else None
-    results["samples"] = side_by_side(reward, prompts, responses, texts)
-    results |= reward_accuracies(reward, config, workdir)
+    pin = pins.get("reward_model") if config.ppo.reward_model else None
+    reward = load_source(name, workdir, base, config.model, pin) if name else None
+    add_results(workdir, {"samples": side_by_side(reward, prompts, responses, texts)})
+    add_results(workdir, reward_accuracies(reward, config, workdir))
+
+
+def add_results(workdir: Path, results: Mapping[str, Any]):
     write_results(workdir, read_results(workdir) | results)
 
 
-def compared(config: Config, workdir: Path, base: str) -> dict[str, str]:
-    """Paths of the policies to compare: "base" and "sft" as far as PPO began there, and "ppo".
+def compared(
+    config: Config, workdir: Path, base: str, pin: int | None
+) -> dict[str, tuple[str, int | None]]:
+    """(path, step) of the policies to compare: "base" and "sft" as far as PPO began there, "ppo".
 
     A stage folder from elsewhere that PPO began from is "sft", any other model is "base".
+
+    Args:
+        config: of the run.
+        workdir: the run's folder.
+        base: path of the base model.
+        pin: the step of the stage that PPO began from, see `models.source_steps`.
     """
     origin = config.ppo.init_from
     path = resolve(origin, workdir, base)
-    paths = {"base": base} if origin in ("base", "sft") else {}
+    found = {"base": (base, None)} if origin in ("base", "sft") else {}
     if origin != "base":
-        paths["base" if describe_stage(Path(path)) is None else "sft"] = path
-    return paths | {"ppo": str(workdir / "ppo")}
+        found["base" if describe_stage(Path(path)) is None else "sft"] = (path, pin)
+    return found | {"ppo": (str(workdir / "ppo"), None)}
 
 
 def evaluation_prompts(config: Config, tokenizer: Any) -> PromptData:
@@ -99,7 +115,12 @@ def evaluation_prompts(config: Config, tokenizer: Any) -> PromptData:
         ValueError: there are fewer.
     """
     settings = config.evaluate
-    data = prompt_data(settings.prompts, tokenizer, max_length=config.ppo.max_prompt_length)
+    data = prompt_data(
+        settings.prompts,
+        tokenizer,
+        max_length=config.ppo.max_prompt_length,
+        field="evaluate.prompts",
+    )
     if len(data.texts) < settings.num_prompts:
         raise ValueError(
             f"evaluate.num_prompts must be at most the {len(data.texts)} prompts of "
@@ -111,17 +132,10 @@ def evaluation_prompts(config: Config, tokenizer: Any) -> PromptData:
 def respond(policy: Model, prompts: list[str], config: Config) -> tuple[list[str], list[Rollout]]:
     """Responses as long as those of the training, from the same key for every policy."""
     ppo, settings = config.ppo, config.evaluate
-    sampling = Sampling(
-        response_length=ppo.response_length,
-        eos_ids=stop_ids(policy.tokenizer, ppo.stop_tokens),
-        top_k=ppo.top_k,
-        top_p=ppo.top_p,
-        min_p=ppo.min_p,
-    )
     return generate(
         policy,
         prompts,
-        sampling=sampling,
+        sampling=make_sampling(vars(ppo), policy.tokenizer),
         temperature=settings.temperature,
         seed=config.seed + 1,
         batch_size=settings.batch_size,
@@ -217,7 +231,8 @@ def reward_accuracies(reward: Model | None, config: Config, workdir: Path) -> di
         return {}
     if config.evaluate.ratings:
         records = load_ratings(config.evaluate.ratings)
-        data = rated(records, reward.tokenizer, reward.config.max_length)
+        with naming_data("evaluate.ratings", config.evaluate.ratings, CONTEXT):
+            data = rated(records, reward.tokenizer, reward.config.max_length)
         found = data.accuracy(score_rows(reward, data.texts), config.seed)
     else:
         found = last_validation(workdir / "metrics.jsonl")

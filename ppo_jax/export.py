@@ -19,7 +19,7 @@ from ppo_jax import hf, vocabulary
 from ppo_jax.families import write_config
 from ppo_jax.generation import find_sampling
 from ppo_jax.model_card import write_card
-from ppo_jax.models import Model, load_model, missing_steps
+from ppo_jax.models import Model, load_model, missing_steps, stage_folder
 from ppo_jax.networks import ModelConfig, Params
 from ppo_jax.rollout import Sampling
 
@@ -48,11 +48,12 @@ def export_stage(
         ValueError: the stage is not complete, `out` holds something, the dtype is another, or no
             family has a model of this shape.
     """
-    source, out = Path(workdir) / stage, Path(out).absolute()
+    out = Path(out).absolute()
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {list(DTYPES)}, got {dtype!r}")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"{out} must be a new or an empty folder, but it holds something already")
+    source = stage_folder(workdir, stage)
     if missing := missing_steps(source):
         raise ValueError(f"the stage {source} cannot be exported: {missing}")
     model = load_model(source)

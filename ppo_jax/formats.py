@@ -62,13 +62,34 @@ def unread_columns(path: str | os.PathLike, forms: Forms) -> list[str]:
     return [name for name in columns if name not in form_of(path, columns, forms)]
 
 
+class NothingUsable(ValueError):
+    """No record of a data set is left.
+
+    Args:
+        message: why.
+        too_long: whether some of them are too long, and a higher limit would help.
+    """
+
+    def __init__(self, message: str, too_long: bool):
+        super().__init__(message)
+        self.too_long = too_long
+
+
 @contextlib.contextmanager
-def naming(path: str | os.PathLike) -> Iterator[None]:
-    """Puts the path before the message of an error about what it holds as a whole."""
+def naming_data(field: str, path: str | os.PathLike, limit: str) -> Iterator[None]:
+    """Errors about a data set as a whole begin with its field and file.
+
+    Args:
+        field: of the config, "sft.data" for instance.
+        path: what the field holds.
+        limit: what sets the most tokens; named where records are too long.
+    """
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        too_long = isinstance(error, NothingUsable) and error.too_long
+        see = f"; see {limit}" if too_long else ""
+        raise ValueError(f"{field}: {path}: {error}{see}") from error
 
 
 def is_hub(path: str | os.PathLike) -> bool:

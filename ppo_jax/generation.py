@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,19 @@ def stop_ids(tokenizer: Any, stop_tokens: Sequence[str] = ()) -> tuple[int, ...]
     """
     vocabulary = tokenizer.get_vocab()
     if unknown := [token for token in stop_tokens if token not in vocabulary]:
-        raise ValueError(f"stop tokens must be in the tokenizer's vocabulary, got {unknown}")
+        known = ", ".join(tokenizer.all_special_tokens)
+        raise ValueError(
+            f"ppo.stop_tokens must be among the {len(vocabulary):,} tokens of the tokenizer (such "
+            f"as {known}), got {unknown}"
+        )
     ids = {tokenizer.eos_token_id} | {vocabulary[token] for token in stop_tokens}
     return tuple(sorted(ids))
+
+
+def make_sampling(settings: Mapping[str, Any], tokenizer: Any) -> Sampling:
+    """What shapes the responses of a rollout, out of the fields of the ppo section."""
+    shape = {name: settings[name] for name in ("response_length", "top_k", "top_p", "min_p")}
+    return Sampling(eos_ids=stop_ids(tokenizer, settings["stop_tokens"]), **shape)
 
 
 def find_sampling(path: str, tokenizer: Any, **asked: Any) -> dict[str, Any]:
@@ -50,9 +60,10 @@ def find_sampling(path: str, tokenizer: Any, **asked: Any) -> dict[str, Any]:
     """
     asked = {name: value for name, value in asked.items() if value is not None}
     settings = filled_in(PPOSettings, declared_sampling(path, tokenizer) | asked)
-    shape = {name: settings[name] for name in ("response_length", "top_k", "top_p", "min_p")}
-    sampling = Sampling(eos_ids=stop_ids(tokenizer, settings["stop_tokens"]), **shape)
-    return {"sampling": sampling, "temperature": settings["temperature"]}
+    return {
+        "sampling": make_sampling(settings, tokenizer),
+        "temperature": settings["temperature"],
+    }
 
 
 def declared_sampling(path: str, tokenizer: Any) -> dict[str, Any]:
@@ -63,8 +74,11 @@ def declared_sampling(path: str, tokenizer: Any) -> dict[str, Any]:
         return ppo["settings"] if ppo else {}
     file = model_folder(path) / "generation_config.json"
     ids = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
-    ids = ids if isinstance(ids, list) else [ids]
-    return {"stop_tokens": tokenizer.convert_ids_to_tokens([i for i in ids if i is not None])}
+    ids = [i for i in (ids if isinstance(ids, list) else [ids]) if i is not None]
+    tokens = tokenizer.convert_ids_to_tokens(ids)
+    if None in tokens:
+        raise ValueError(f"{file}: eos_token_id must be ids of the tokenizer's tokens, got {ids}")
+    return {"stop_tokens": tokens}
 
 
 def decode_responses(tokenizer: Any, responses: Rollout) -> list[str]:

@@ -17,13 +17,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from ppo_jax.families import DERIVED, NAMES, PREFIX, Tensor, read_config
 from ppo_jax.networks import ModelConfig, Params, policy_network
 from ppo_jax.sources import model_folder
 
-DTYPES = ("float32", "float16", "bfloat16")
+DTYPES = ("F32", "F16", "BF16")  # as safetensors calls them
 INDEX = "model.safetensors.index.json"
 
 
@@ -65,15 +65,39 @@ def load_policy(
     folder = model_folder(path)
     raw = read_json(folder)
     config = read_config(raw, dtype=dtype, scan_layers=scan_layers)
+    with open_weights(folder, config, raw["model_type"]) as tensors:
+        return config, read_params(config, raw["model_type"], tensors)
+
+
+@contextlib.contextmanager
+def open_weights(
+    folder: Path, config: ModelConfig, family: str
+) -> Iterator[dict[str, tuple[Any, str]]]:
+    """The tensors of a folder as `canonical_names` gives them, checked by the files' headers alone.
+
+    Raises:
+        ValueError: a file or a tensor is not as the config asks for; with the folder.
+    """
     with contextlib.ExitStack() as stack:
         files = {
             key: file
             for name in weight_files(folder)
-            for file in [stack.enter_context(safe_open(folder / name, framework="numpy"))]
+            for file in [stack.enter_context(open_file(folder / name))]
             for key in file.keys()  # noqa: SIM118, a safetensors file is not a mapping
         }
-        tensors = canonical_names(files, raw["model_type"])
-        return config, read_params(config, raw["model_type"], tensors)
+        try:
+            tensors = canonical_names(files, family)
+            check_tensors(config, family, tensors)
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from error
+        yield tensors
+
+
+def open_file(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="numpy")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
 
 
 def read_json(folder: Path) -> dict[str, Any]:
@@ -131,85 +155,77 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def read_params(config: ModelConfig, family: str, tensors: dict[str, tuple[Any, str]]) -> Params:
     """Fill the parameter tree from open files; see `load_policy`."""
     shapes = parameter_shapes(config)
-    rows = {path: NAMES[family][path] for path in shapes}
-    check_names(config, rows, tensors)
+    names = NAMES[family]
     flat = {}
     for path, shape in shapes.items():
         flat[path] = np.empty(shape, np.float32)
-        for name, target in targets(path, rows[path], flat[path]):
-            target[...] = from_file(read_tensor(*tensors[name]), name, path, rows[path], target)
+        for i, target in enumerate(flat[path] if path.startswith("layers.") else [flat[path]]):
+            file, key = tensors[names[path].name.format(i)]
+            target[...] = from_file(file.get_tensor(key), names[path], target.shape)
     if config.tie_embeddings and "lm_head.weight" in tensors:
-        if not np.array_equal(read_tensor(*tensors["lm_head.weight"]), flat["embed.tokens"]):
+        file, key = tensors["lm_head.weight"]
+        if not np.array_equal(file.get_tensor(key), flat["embed.tokens"]):
             raise ValueError(
                 "config.json ties the head to the embedding, but lm_head.weight differs from "
-                f"{rows['embed.tokens'].name}; should tie_word_embeddings be false?"
+                f"{names['embed.tokens'].name}; should tie_word_embeddings be false?"
             )
     return nest(flat, scan_layers=config.scan_layers)
 
 
-def targets(path: str, row: Tensor, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-    """(name in the file, the part of `array` that it fills), layer by layer."""
-    if not path.startswith("layers."):
-        yield row.name, array
-        return
-    for i in range(len(array)):
-        yield row.name.format(i), array[i]
-
-
-def check_names(config: ModelConfig, rows: dict[str, Tensor], tensors: dict[str, Any]) -> None:
-    """Refuse, before anything is read, files that lack a tensor or have one too many."""
-    needed = {
-        row.name.format(i)
-        for path, row in rows.items()
-        for i in range(config.num_layers if path.startswith("layers.") else 1)
-    }
-    allowed = needed | ({"lm_head.weight"} if config.tie_embeddings else set())
-    if missing := sorted(needed - tensors.keys()):
+def check_tensors(config: ModelConfig, family: str, tensors: dict[str, tuple[Any, str]]) -> None:
+    """Refuse, before anything is read, a tensor that is missing, too many, or not as it must be."""
+    needed = {}
+    for path, shape in parameter_shapes(config).items():
+        row, layers = NAMES[family][path], 1
+        if path.startswith("layers."):
+            layers, shape = shape[0], shape[1:]
+        needed |= {row.name.format(i): shape_in_file(path, row, shape) for i in range(layers)}
+    allowed = needed.keys() | ({"lm_head.weight"} if config.tie_embeddings else set())
+    if missing := sorted(needed.keys() - tensors.keys()):
         raise ValueError(f"the weight files lack {len(missing)} tensors: {shorten(missing)}")
     if unused := sorted(tensors.keys() - allowed):
         raise ValueError(
             f"the weight files hold {len(unused)} tensors that the model of config.json does not "
             f"have: {shorten(unused)}"
         )
+    for name, (file, key) in tensors.items():
+        header = file.get_slice(key)
+        shape, dtype = tuple(header.get_shape()), header.get_dtype()
+        if dtype not in DTYPES:
+            raise ValueError(f"{name} is stored as {dtype}; choose from {list(DTYPES)}")
+        if shape != (expected := needed.get(name, shape)):
+            raise ValueError(f"{name} has shape {shape}, but config.json asks for {expected}")
 
 
 def shorten(names: list[str]) -> str:
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
-def read_tensor(file: Any, key: str) -> np.ndarray:
-    tensor = file.get_tensor(key)
-    if tensor.dtype.name not in DTYPES:
-        raise ValueError(f"{key} is stored as {tensor.dtype}; choose from {list(DTYPES)}")
-    return tensor
-
-
-def from_file(
-    tensor: np.ndarray, name: str, path: str, row: Tensor, target: np.ndarray
-) -> np.ndarray:
-    """A stored tensor in the layout of the parameter that it fills."""
-    expected = as_matrix(path, target).shape
+def shape_in_file(path: str, row: Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape in which one parameter of one layer is stored."""
+    stored = matrix_shape(path, shape)
     if row.third is not None:
-        expected = (*expected[:-1], 3 * expected[-1])
-    if row.transposed:
-        expected = expected[::-1]
-    if tensor.shape != expected:
-        raise ValueError(f"{name} has shape {tensor.shape}, but config.json asks for {expected}")
+        stored = (*stored[:-1], 3 * stored[-1])
+    return stored[::-1] if row.transposed else stored
+
+
+def from_file(tensor: np.ndarray, row: Tensor, shape: tuple[int, ...]) -> np.ndarray:
+    """A stored tensor in the layout of the parameter that it fills."""
     if row.third is not None:
         tensor = np.split(tensor, 3, axis=-1)[row.third]
-    return (tensor.T if row.transposed else tensor).reshape(target.shape)
+    return (tensor.T if row.transposed else tensor).reshape(shape)
 
 
-def as_matrix(path: str, array: np.ndarray) -> np.ndarray:
+def matrix_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """One parameter of one layer with its heads flattened: [in, out] for a kernel, else [size].
 
     Kernels are [D, H, K] before the heads and [H, K, D] after them; biases [H, K].
     """
     if path.endswith("output.kernel"):
-        return array.reshape(-1, array.shape[-1])
-    if path.endswith("bias"):
-        return array.reshape(-1)
-    return array.reshape(array.shape[0], math.prod(array.shape[1:])) if array.ndim > 1 else array
+        return (math.prod(shape[:-1]), shape[-1])
+    if path.endswith("bias") or len(shape) == 1:
+        return (math.prod(shape),)
+    return (shape[0], math.prod(shape[1:]))
 
 
 def nest(flat: dict[str, np.ndarray], *, scan_layers: bool) -> Params:
@@ -255,7 +271,7 @@ def params_to_hf(config: ModelConfig, family: str, params: Params) -> dict[str, 
         if path not in NAMES[family]:
             raise ValueError(f"a {family} checkpoint has no place for the parameter {path}")
         row = NAMES[family][path]
-        matrix = as_matrix(path, np.asarray(leaf))
+        matrix = np.reshape(leaf, matrix_shape(path, np.shape(leaf)))
         name = row.name.format(layer)
         if row.third is not None:
             thirds = tensors.setdefault(

@@ -5,7 +5,7 @@ A row of packed texts (see `packing`) counts as a text here.
 Dimension key: N texts, L positions, D model.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +53,7 @@ def make_inputs(
     gigabytes = texts.mask[used].sum() * shape.shape[-1] * shape.dtype.itemsize / 1e9
     if gigabytes > cache_gb:
         return compute
-    states = compute_states(texts, used, compute)
+    states = {row: kept.copy() for row, kept in text_states(texts, used, compute)}
 
     def look_up(rows, width):
         out = np.zeros((len(rows), width, shape.shape[-1]), shape.dtype)
@@ -64,10 +64,15 @@ def make_inputs(
     return look_up
 
 
-def compute_states(texts: Texts, used: Rows, compute: Inputs) -> dict[int, np.ndarray]:
-    """The trunk's states of each used text, [its length, D]; texts of like length go together."""
+def text_states(texts: Texts, used: Rows, compute: Inputs) -> Iterator[tuple[int, np.ndarray]]:
+    """(row, the trunk's states [its length, D]) of each used text, those of like length together.
+
+    Args:
+        texts: the data set.
+        used: rows.
+        compute: (rows [N], width L) -> states [N, L, D].
+    """
     lengths = texts.mask.sum(axis=1)
-    states: dict[int, np.ndarray] = {}
     order = used[np.argsort(lengths[used], kind="stable")]
     for begin in range(0, len(order), TRUNK_BATCH):
         # The last batch is filled up with its own first row, so that no new shape is compiled.
@@ -75,8 +80,7 @@ def compute_states(texts: Texts, used: Rows, compute: Inputs) -> dict[int, np.nd
         padded = np.concatenate([rows, np.repeat(rows[:1], TRUNK_BATCH - len(rows))])
         hidden = np.asarray(compute(padded, batch_width(texts, rows)))
         for i, row in enumerate(rows):
-            states[row] = hidden[i, : lengths[row]].copy()
-    return states
+            yield row, hidden[i, : lengths[row]]
 
 
 def batch_width(texts: Texts, rows: Rows) -> int:

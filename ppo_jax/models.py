@@ -1,4 +1,4 @@
-"""Whole models on disk: the base model of a run, and what each stage leaves.
+"""Whole models on disk: what each stage leaves, and what it starts from.
 
 A stage folder holds `stage.json` (what it is), `tokenizer/`, `frozen/` (parameters that the stage
 does not train, written once) and `checkpoints/` (the trained ones, step by step).
@@ -7,21 +7,17 @@ does not train, written once) and `checkpoints/` (the trained ones, step by step
 import dataclasses
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from safetensors.numpy import save_file
 
 from ppo_jax import hf, vocabulary
 from ppo_jax.checkpoints import Checkpoints, load_checkpoint_item, load_params, save_params
-from ppo_jax.config import STAGES, ModelSettings, ScratchSettings
-from ppo_jax.data import load_demonstrations
-from ppo_jax.networks import ModelConfig, Params, RopeScaling, policy_network
+from ppo_jax.config import STAGES, ModelSettings
+from ppo_jax.networks import ModelConfig, Params, RopeScaling
 from ppo_jax.partition import Parts, merge_params, stack_layers, unstack_layers
-from ppo_jax.sources import model_folder
 
 FIELD_OF_STAGE = {"sft": "params", "reward": "params", "ppo": "policy_params"}
 DESCRIPTION = {"stage", "kind", "model", "frozen", "settings", "num_steps"}  # keys of stage.json
@@ -35,20 +31,24 @@ class Model:
     config: ModelConfig
     params: Params
     tokenizer: Any
+    step: int | None = None  # of the stage that it is from, where one was asked for
 
 
-def load_model(path: str | os.PathLike, settings: ModelSettings | None = None) -> Model:
+def load_model(
+    path: str | os.PathLike, settings: ModelSettings | None = None, step: int | None = None
+) -> Model:
     """A model from a stage folder, or a policy from anything that `hf.load_policy` reads.
 
     Args:
         path: the folder, file or name.
         settings: how to compute with it (dtype, scan_layers); None is float32, or as the stage did.
+        step: of a stage's checkpoint; None is the newest.
 
     Raises:
         ValueError: there is no complete model at `path`.
     """
     if (Path(path) / "stage.json").is_file():
-        model = load_stage(Path(path))
+        model = load_stage(Path(path), step)
         return model if settings is None else compute_as(model, settings)
     how = {}
     if settings is not None:
@@ -147,7 +147,27 @@ def missing_steps(folder: Path) -> str | None:
     return None if (step or 0) >= last else f"it has {step or 0} of {last} steps"
 
 
-def load_source(name: str, workdir: Path, base: str, settings: ModelSettings) -> Model:
+def source_steps(folder: Path) -> dict[str, int]:
+    """{field: step} of the stages that a stage began from; {} if it has not begun."""
+    return (describe_stage(folder) or {}).get("sources", {})
+
+
+def check_pin(folder: Path, step: int):
+    """A stage still has the step that another began from, however far it has gone on since.
+
+    Raises:
+        ValueError: the step is gone.
+    """
+    if step not in (steps := Checkpoints(folder / "checkpoints").steps()):
+        raise ValueError(
+            f"{folder} had taken {step} steps when this run began from it, but holds checkpoints "
+            f"of steps {steps} alone now: put that of step {step} back, or choose another workdir"
+        )
+
+
+def load_source(
+    name: str, workdir: Path, base: str, settings: ModelSettings, step: int | None = None
+) -> Model:
     """The model that a stage starts from; a stage must be complete.
 
     Args:
@@ -155,14 +175,35 @@ def load_source(name: str, workdir: Path, base: str, settings: ModelSettings) ->
         workdir: the run's folder.
         base: path of the base model.
         settings: how to compute with it.
+        step: from which the run began before, see `source_steps`; None is the newest.
 
     Raises:
         ValueError: the stage is not complete: half of a training is seldom meant.
     """
     path = resolve(name, workdir, base)
-    if describe_stage(Path(path)) and (missing := missing_steps(Path(path))):
-        raise ValueError(f"the stage {path} is not complete: {missing}. Run it to its end first.")
-    return load_model(path, settings)
+    folder = Path(path)
+    if step is not None:
+        check_pin(folder, step)
+    elif describe_stage(folder) is not None:
+        if missing := missing_steps(folder):
+            told = f"the stage {path} is not complete: {missing}. Run it to its end first."
+            raise ValueError(told)
+        step = Checkpoints(folder / "checkpoints").readable_step()
+    return load_model(path, settings, step)
+
+
+def stage_folder(workdir: str | os.PathLike, stage: str) -> Path:
+    """Where a run keeps one of its stages.
+
+    Raises:
+        ValueError: the run has no such stage.
+    """
+    workdir = Path(workdir)
+    found = [name for name in STAGES if describe_stage(workdir / name) is not None]
+    if stage not in found:
+        has = f"it has {', '.join(found)}" if found else "it has none"
+        raise ValueError(f"{workdir} has no stage {stage}; {has}")
+    return workdir / stage
 
 
 def stage_config(description: dict) -> ModelConfig:
@@ -172,106 +213,18 @@ def stage_config(description: dict) -> ModelConfig:
     return ModelConfig(**values, rope_scaling=RopeScaling(**scaling) if scaling else None)
 
 
-def load_stage(folder: Path) -> Model:
-    """The model of a stage, at its newest complete checkpoint."""
+def load_stage(folder: Path, step: int | None = None) -> Model:
+    """The model of a stage, at a step or at its newest complete checkpoint."""
     description = describe_stage(folder)
     checkpoints = folder / "checkpoints"
     if not checkpoints.is_dir():
         raise ValueError(f"{folder} has no checkpoint yet: run the stage first")
-    trained = load_checkpoint_item(checkpoints, FIELD_OF_STAGE[description["stage"]])
+    trained = load_checkpoint_item(checkpoints, FIELD_OF_STAGE[description["stage"]], step)
     frozen = load_params(folder / "frozen") if description["frozen"] else {}
     return Model(
         kind=description["kind"],
         config=stage_config(description),
         params=jax.tree.map(np.asarray, merge_params(frozen, trained)),
         tokenizer=vocabulary.load_tokenizer(folder / "tokenizer"),
+        step=step,
     )
-
-
-def prepare_base(settings: ModelSettings, folder: Path, seed: int) -> str:
-    """The path of the base model, made first where it has to be made.
-
-    With a vocabulary to trim, or from scratch, the base model is written once into `folder` as a
-    Hugging Face folder; otherwise it is used where it lies.
-
-    Args:
-        settings: the model section.
-        folder: where a made model goes.
-        seed: of the weights from scratch.
-    """
-    if not settings.vocabulary_data:
-        return settings.path
-    if not folder.is_dir():
-        tokenizer = None if settings.scratch else vocabulary.load_tokenizer(settings.path)
-        records = load_demonstrations(settings.vocabulary_data, tokenizer)
-        texts = [text for record in records for text, _ in record.parts]
-        make = trimmed_model if settings.scratch is None else scratch_model
-        temporary = folder.with_name(folder.name + ".tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        try:
-            make(settings, temporary, texts, seed)
-            temporary.rename(folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    return str(folder)
-
-
-def trimmed_model(settings: ModelSettings, folder: Path, texts: list[str], seed: int):
-    """A pretrained model with the tokens that the texts use, and those that any text needs."""
-    del seed  # nothing is drawn
-    config, params = hf.load_policy(settings.path)
-    tokenizer = vocabulary.load_tokenizer(settings.path)
-    try:
-        tokenizer, kept = vocabulary.trim_vocabulary(tokenizer, texts)
-    except ValueError as error:
-        what = f"model.vocabulary_data must be '' for {settings.path}"
-        raise ValueError(f"{what}: {error}") from error
-    raw = hf.read_json(model_folder(settings.path))
-    new_id = {old: new for new, old in enumerate(kept.tolist())}
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        if isinstance(raw.get(name), int):
-            raw[name] = new_id.get(raw[name])
-        elif isinstance(raw.get(name), list):
-            raw[name] = [new_id[i] for i in raw[name] if i in new_id]
-    config = dataclasses.replace(config, vocab_size=len(kept))
-    raw["vocab_size"] = len(kept)
-    write_folder(folder, raw, config, vocabulary.trim_params(params, kept), tokenizer)
-
-
-def scratch_model(settings: ModelSettings, folder: Path, texts: list[str], seed: int):
-    """A small Llama with random weights and a tokenizer of its own."""
-    tokenizer = vocabulary.train_tokenizer(texts, settings.scratch.vocab_size)
-    raw = llama_config(settings.scratch, len(tokenizer), tokenizer.eos_token_id)
-    config = hf.read_config(raw)
-    params = policy_network(config).init(jax.random.key(seed))
-    write_folder(folder, raw, config, jax.tree.map(np.asarray, params), tokenizer)
-
-
-def llama_config(scratch: ScratchSettings, vocab_size: int, eos_token_id: int) -> dict:
-    """The config.json of a model from scratch."""
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": vocab_size,
-        "hidden_size": scratch.embed_dim,
-        "intermediate_size": scratch.mlp_dim,
-        "num_hidden_layers": scratch.num_layers,
-        "num_attention_heads": scratch.num_heads,
-        "num_key_value_heads": scratch.num_heads,
-        "max_position_embeddings": scratch.max_length,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10_000.0,
-        "hidden_act": "silu",
-        "tie_word_embeddings": True,
-        "eos_token_id": eos_token_id,
-        "torch_dtype": "float32",
-    }
-
-
-def write_folder(folder: Path, raw: dict, config: ModelConfig, params: Params, tokenizer: Any):
-    """A policy as a Hugging Face folder; `raw` is its config.json."""
-    tensors = hf.params_to_hf(config, raw["model_type"], params)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
-    vocabulary.save_tokenizer(tokenizer, folder)

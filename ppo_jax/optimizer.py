@@ -76,7 +76,7 @@ def apply_gradients(
     Returns:
         (params, opt_state, the norm of the gradients before the limit).
     """
-    norm = optax.global_norm(gradients)
+    norm = optax.tree.norm(gradients)
     updates, opt_state = transformation(settings).update(gradients, opt_state, params)
     updates = jax.tree.map(
         lambda rate, tree: jax.tree.map(lambda u: -rate * u, tree), learning_rates, updates

@@ -15,11 +15,12 @@ from absl import logging
 from ml_collections import config_dict
 
 from ppo_jax.accounts import data_lines
+from ppo_jax.base_model import prepare_base
 from ppo_jax.checkpoints import Checkpoints
 from ppo_jax.checks import check_named, check_run
 from ppo_jax.config import STAGES, Config, from_config_dict
 from ppo_jax.evaluate import evaluate
-from ppo_jax.models import missing_steps, prepare_base
+from ppo_jax.models import missing_steps
 from ppo_jax.plan import Shape, find_starts, needs_base, read_shape
 from ppo_jax.plugins import load_function
 from ppo_jax.ppo_loop import train_ppo
@@ -27,14 +28,16 @@ from ppo_jax.preview import brackets, colours, previews
 from ppo_jax.report import write_report
 from ppo_jax.report_summary import headlines, read_run, verdict
 from ppo_jax.reward_loop import train_reward
-from ppo_jax.runs import check_settings, describe, without_folder
+from ppo_jax.runs import check_settings, describe
 from ppo_jax.sft_loop import train_sft
 from ppo_jax.summary import summary
 from ppo_jax.workdir import (
     config_differences,
+    fill_in_workdir,
     prepare_workdir,
     read_config,
     read_results,
+    without_workdir,
     write_results,
 )
 
@@ -238,19 +241,6 @@ def check_origin(workdir: Path, config: dict):
         )
 
 
-def fill_in_workdir(settings: Any, workdir: Path) -> Any:
-    """The same settings with `{workdir}` in every string replaced by the folder."""
-    values = {}
-    for field in dataclasses.fields(settings):
-        value = getattr(settings, field.name)
-        if isinstance(value, str):
-            value = value.replace("{workdir}", str(workdir))
-        elif dataclasses.is_dataclass(value):
-            value = fill_in_workdir(value, workdir)
-        values[field.name] = value
-    return type(settings)(**values)
-
-
 def makes_something(config: Config, workdir: Path, stages: Sequence[str]) -> bool:
     """Whether this start will make the data or the base model."""
     needed = needs_base(config, stages)
@@ -275,7 +265,7 @@ def make_data(config: Config, workdir: Path):
 
 def evaluation_subject(config: Config, workdir: Path) -> dict:
     """What a verdict is about: its settings, and the newest step of every stage."""
-    settings = without_folder(dataclasses.asdict(config.evaluate), f"{workdir}/")
+    settings = without_workdir(dataclasses.asdict(config.evaluate), workdir)
     folders = [workdir / stage / "checkpoints" for stage in STAGES]
     steps = {x.parent.name: Checkpoints(x).latest_step() for x in folders if x.is_dir()}
     return {"settings": settings, "steps": steps}

@@ -7,11 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from ppo_jax import hf, vocabulary
 from ppo_jax.config import STAGES, Config, ModelSettings
-from ppo_jax.families import NAMES
 from ppo_jax.models import check_tokenizer, describe_stage, resolve, stage_config
 from ppo_jax.networks import ModelConfig
 from ppo_jax.sources import model_folder
@@ -47,7 +44,8 @@ def read_shape(path: str | os.PathLike, settings: ModelSettings) -> Shape:
         folder = model_folder(path)
         config = hf.load_config(folder, **how)
     with naming(path, "the weights"):
-        check_weights(folder, config)
+        with hf.open_weights(folder, config, hf.read_json(folder)["model_type"]):
+            pass  # opening them is what checks them
     with naming(path, "the tokenizer"):
         tokenizer = vocabulary.load_tokenizer(folder)
         check_tokenizer(tokenizer, config, path)
@@ -62,24 +60,6 @@ def naming(path: str | os.PathLike, part: str) -> Iterator[None]:
     except Exception as error:
         told = str(error) if type(error) is ValueError else f"{part} cannot be read: {error!r}"
         raise ValueError(told if str(path) in told else f"{path}: {told}") from error
-
-
-def check_weights(folder: Path, config: ModelConfig):
-    """The weight files are whole and hold the tensors of the config, by their headers alone.
-
-    Raises:
-        ValueError: one is damaged, or a tensor is missing, or is too many.
-    """
-    tensors = {}
-    for name in hf.weight_files(folder):
-        try:
-            with safe_open(folder / name, framework="numpy") as file:
-                tensors |= dict.fromkeys(file.keys())
-        except SafetensorError as error:
-            raise ValueError(f"{folder / name} is damaged: {error}") from error
-    family = hf.read_json(folder)["model_type"]
-    rows = {path: NAMES[family][path] for path in hf.parameter_shapes(config)}
-    hf.check_names(config, rows, hf.canonical_names(tensors, family))
 
 
 def needs_base(config: Config, stages: Sequence[str]) -> bool:

@@ -12,7 +12,7 @@ from ppo_jax.batches import batch_indices, take_prompts
 from ppo_jax.config import Config, PPOSettings
 from ppo_jax.experience import response_scores, sample_responses
 from ppo_jax.generation import decode_responses
-from ppo_jax.models import load_source
+from ppo_jax.models import load_source, source_steps
 from ppo_jax.plugins import load_function
 from ppo_jax.ppo import init_ppo, learn, ppo_iteration
 from ppo_jax.ppo_setup import Setup, make_critic, make_setup
@@ -40,17 +40,19 @@ def train_ppo(config: Config, workdir: Path, base: str):
         base: path of the base model.
     """
     settings = config.ppo
-    policy = load_source(settings.init_from, workdir, base, config.model)
-    reward, function = None, None
+    pins, reward, function = source_steps(workdir / "ppo"), None, None
+    load = functools.partial(load_source, workdir=workdir, base=base, settings=config.model)
+    policy = load(settings.init_from, step=pins.get("init_from"))
     if settings.reward_model:
-        reward = load_source(settings.reward_model, workdir, base, config.model)
+        reward = load(settings.reward_model, step=pins.get("reward_model"))
     else:
         function = load_function(settings.reward_function, "ppo.reward_function")
     length = settings.max_prompt_length
     data = prompt_data(settings.prompts, policy.tokenizer, max_length=length)
     texts, rows = data.texts, data.prompts
     num_steps, size = settings.num_iterations, settings.rollout_batch_size
-    open_stage("ppo", config, workdir, policy, num_steps=num_steps)
+    sources = {"init_from": policy, "reward_model": reward}
+    open_stage("ppo", config, workdir, policy, num_steps=num_steps, sources=sources)
     if settings.top_k or settings.top_p < 1 or settings.min_p:
         print("ppo: top_k, top_p and min_p shape what is sampled, not the log-probs of the update")
 

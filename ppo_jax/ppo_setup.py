@@ -9,12 +9,11 @@ import numpy as np
 
 from ppo_jax.config import PPOSettings
 from ppo_jax.experience import PPONetworks, Recipe
-from ppo_jax.generation import stop_ids
+from ppo_jax.generation import make_sampling
 from ppo_jax.inputs import on_device
 from ppo_jax.models import Model
 from ppo_jax.networks import policy_network, reward_network, trunk_network, value_network
 from ppo_jax.partition import layer_range, merge_params, split_params, start_layer
-from ppo_jax.rollout import Sampling
 from ppo_jax.structs import Frozen, Hyperparameters, Params
 from ppo_jax.training import make_optimizer
 
@@ -43,13 +42,7 @@ def make_hyperparameters(settings: PPOSettings) -> Hyperparameters:
 def make_recipe(settings: PPOSettings, tokenizer: Any) -> Recipe:
     """The choices of the settings; what shapes the program."""
     names = {field.name for field in dataclasses.fields(Recipe)} - {"sampling"}
-    sampling = Sampling(
-        response_length=settings.response_length,
-        eos_ids=stop_ids(tokenizer, settings.stop_tokens),
-        top_k=settings.top_k,
-        top_p=settings.top_p,
-        min_p=settings.min_p,
-    )
+    sampling = make_sampling(vars(settings), tokenizer)
     return Recipe(sampling=sampling, **{name: getattr(settings, name) for name in names})
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from ppo_jax.batches import encode_prompts, usable
 from ppo_jax.data import load_prompts
+from ppo_jax.formats import naming_data
 from ppo_jax.structs import Prompts
 from ppo_jax.token_rows import token_rows
 
@@ -23,7 +24,9 @@ class PromptData:
     left_out: Mapping[str, int]  # why: how many of the records
 
 
-def prompt_data(path: str | os.PathLike, tokenizer: Any, *, max_length: int) -> PromptData:
+def prompt_data(
+    path: str | os.PathLike, tokenizer: Any, *, max_length: int, field: str = "ppo.prompts"
+) -> PromptData:
     """Read prompts; leave out those without a token, those repeated and those too long.
 
     None is cut, since that would change the task.
@@ -31,7 +34,8 @@ def prompt_data(path: str | os.PathLike, tokenizer: Any, *, max_length: int) -> 
     Args:
         path: as for `formats.read_rows`.
         tokenizer: of the policy.
-        max_length: tokens.
+        max_length: tokens, `ppo.max_prompt_length`.
+        field: that names the file, for the message of an error.
 
     Raises:
         ValueError: a row is malformed, or no prompt is left.
@@ -40,10 +44,8 @@ def prompt_data(path: str | os.PathLike, tokenizer: Any, *, max_length: int) -> 
     rows = token_rows([((text, False),) for text in texts], tokenizer, append_eos=False)
     lengths = [len(row.ids) for row in rows]
     flaws = ["" if length else "blank" for length in lengths]
-    try:
+    with naming_data(field, path, "ppo.max_prompt_length"):
         kept, left_out = usable(texts, flaws, lengths, max_length)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}; see ppo.max_prompt_length") from None
     texts = [texts[i] for i in kept]
     prompts = encode_prompts(texts, tokenizer, max_length=max_length)
     return PromptData(texts=texts, prompts=prompts, left_out=left_out)

@@ -11,7 +11,7 @@ import numpy as np
 from ppo_jax import plots
 from ppo_jax import report_page as page
 from ppo_jax.report_panels import PANELS, STAGES, STEP_NAMES, Group
-from ppo_jax.report_summary import Run, duration, headlines, read_run, verdict
+from ppo_jax.report_summary import Run, duration, headlines, read_run, unfinished, verdict
 
 NAMES = {"base": "base", "sft": "SFT", "reward": "reward model", "ppo": "PPO"}
 SHOWN_SAMPLES = 6  # the others are folded
@@ -65,11 +65,12 @@ def save_curves_png(workdir: str | Path, path: str | Path) -> None:
 
 
 def _header(run: Run) -> str:
-    warning = "This run has not finished: it has no results.json yet."
+    todo = unfinished(run)
+    warning = f'<p class="warning">This run has not finished: {escape(todo)}.</p>\n'
     return (
         f'<header>\n<div class="kicker">ppo_jax · {escape(run.date)}</div>\n'
         f'<h1>{escape(run.name)}</h1>\n<p class="verdict">{escape(verdict(run))}</p>\n'
-        + ("" if run.results else f'<p class="warning">{warning}</p>\n')
+        + (warning if todo else "")
         + f"{page.cards(headlines(run))}</header>\n"
     )
 

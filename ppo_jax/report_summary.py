@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
 
-from ppo_jax.report_panels import series
+from ppo_jax.report_panels import STAGES, series
 
 FILES = ("config.json", "metrics.jsonl", "samples.jsonl", "results.json")
 
@@ -22,6 +22,7 @@ class Run(NamedTuple):
     metrics: list[dict]
     samples: list[dict]
     results: dict
+    num_steps: dict[str, int]  # of each stage that has begun
 
     def rows(self, stage: str) -> list[dict]:
         """The metrics of one stage, in the order they were written."""
@@ -53,7 +54,23 @@ def read_run(workdir: str | Path) -> Run:
         raise ValueError(f"{workdir} is not a run's workdir: it holds none of {', '.join(FILES)}.")
     newest = max(path.stat().st_mtime for path in paths if path.is_file())
     date = datetime.datetime.fromtimestamp(newest, datetime.UTC).strftime("%d %B %Y, %H:%M UTC")
-    return Run(Path(workdir).resolve().name, date, *map(_read, paths))
+    stages = {stage: _read(Path(workdir) / stage / "stage.json") for stage in STAGES}
+    num_steps = {stage: found["num_steps"] for stage, found in stages.items() if found}
+    return Run(Path(workdir).resolve().name, date, *map(_read, paths), num_steps)
+
+
+def unfinished(run: Run) -> str:
+    """What the stages of the config have yet to do, as far as the files tell; "" is nothing."""
+    wanted, todo = run.config.get("config", run.config), []
+    for stage in STAGES:
+        step = max((row["step"] for row in run.rows(stage)), default=0)
+        if step < run.num_steps.get(stage, 0):
+            todo.append(f"{stage} is at step {step} of {run.num_steps[stage]}")
+        elif wanted.get(stage) and not step:
+            todo.append(f"{stage} has not begun")
+    if wanted.get("evaluate") and "evaluated" not in run.results:
+        todo.append("nothing is evaluated yet")
+    return ", ".join(todo)
 
 
 def verdict(run: Run) -> str:

@@ -16,12 +16,13 @@ from ppo_jax.batches import (
 )
 from ppo_jax.config import RewardSettings
 from ppo_jax.data import RatedText, load_ratings
-from ppo_jax.formats import naming
+from ppo_jax.formats import naming_data
 from ppo_jax.pairs import held_out_pairs, pair_accuracy, rating_pairs
 from ppo_jax.preferences import Ranking, load_preferences
 from ppo_jax.training import data_files, read_split
 
 VALIDATION_PAIRS = 20_000  # of unseen texts, ordered by their mean ratings
+CONTEXT = "the model's context"  # what limits the texts that are only scored
 GAPS = {"": 0.0, "_gap1": 1.0, "_gap2": 2.0}  # least difference of mean ratings, in rating units
 
 
@@ -88,9 +89,11 @@ def reward_data(
         encode, key = ranked, lambda record: record.prompt or record.responses[0]
         read = functools.partial(load_preferences, tokenizer=tokenizer)
         split = read_split(settings, seed, read, key)
-    lengths, parts = (settings.max_length, context), []
-    for path, part, length in zip(data_files(settings), split, lengths, strict=True):
-        with naming(path):
+    limits, parts = ((settings.max_length, "reward.max_length"), (context, CONTEXT)), []
+    for (field, path), part, (length, limit) in zip(
+        data_files(settings), split, limits, strict=True
+    ):
+        with naming_data(f"reward.{field}", path, limit):
             parts.append(encode(part, tokenizer, length))
     return tuple(parts)
 

@@ -12,9 +12,9 @@ import numpy as np
 from ppo_jax.batches import Texts, encode_demonstrations
 from ppo_jax.config import Config, RewardSettings
 from ppo_jax.data import load_demonstrations
-from ppo_jax.formats import naming
+from ppo_jax.formats import naming_data
 from ppo_jax.inputs import Inputs, batch_width, on_device
-from ppo_jax.models import Model, load_source
+from ppo_jax.models import Model, load_source, source_steps
 from ppo_jax.networks import Params, reward_network
 from ppo_jax.partition import keep_layers, merge_params
 from ppo_jax.reward_data import RewardData, reward_data
@@ -47,15 +47,21 @@ def train_reward(config: Config, workdir: Path, base: str):
         base: path of the base model.
     """
     settings = config.reward
-    model = load_source(settings.init_from, workdir, base, config.model)
+    pin = source_steps(workdir / "reward").get("init_from")
+    model = load_source(settings.init_from, workdir, base, config.model, pin)
     data, unseen = reward_data(settings, config.seed, model.tokenizer, model.config.max_length)
     references = reference_texts(settings, model.tokenizer)
     num_steps = count_steps(settings, data.num_rows)
     model = init_reward_model(model, settings.num_layers, config.seed)
-    start, parts = open_stage("reward", config, workdir, model, num_steps=num_steps)
+    start, parts = open_stage(
+        "reward", config, workdir, model, num_steps=num_steps, sources={"init_from": model}
+    )
     network, frozen = reward_network(model.config, start_layer=start), on_device(parts.frozen)
     read = inputs_reader(model.config, start, parts, settings.hidden_cache_gb)
-    inputs, unseen_inputs = read(data.texts), read(unseen.texts)
+    steps = () if start is None else range(num_steps)
+    used = [data.batch(config.seed, i, settings)[0] for i in steps]
+    inputs = read(data.texts, used=np.concatenate(used) if used else None)
+    unseen_inputs = read(unseen.texts)
     optimizer = make_optimizer(settings.optimizer, num_steps)
     pieces = settings.num_micro_batches
     step = compile_step(reward_step, network=network, num_micro_batches=pieces)
@@ -120,7 +126,7 @@ def reference_texts(settings: RewardSettings, tokenizer: Any) -> Texts | None:
     if not settings.reference_data:
         return None
     records = load_demonstrations(settings.reference_data, tokenizer)
-    with naming(settings.reference_data):
+    with naming_data("reward.reference_data", settings.reference_data, "reward.max_length"):
         return encode_demonstrations(records, tokenizer, max_length=settings.max_length)
 
 

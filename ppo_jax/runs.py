@@ -22,7 +22,7 @@ from ppo_jax.metrics import MetricsWriter
 from ppo_jax.models import Model, begin_stage, describe_stage, update_stage
 from ppo_jax.partition import Parts, split_params, start_layer
 from ppo_jax.typed import filled_in
-from ppo_jax.workdir import config_differences, drop_lines_after
+from ppo_jax.workdir import config_differences, drop_lines_after, without_workdir
 
 SECTIONS = {"sft": SFTSettings, "reward": RewardSettings, "ppo": PPOSettings}
 STOPS = {signal.SIGTERM: 143, signal.SIGINT: 130}  # signal: exit code of a run that was saved
@@ -143,19 +143,17 @@ def describe(stage: str, config: Config, workdir: Path) -> dict:
     """What stage.json keeps of the settings, to compare with when the stage is resumed."""
     settings = dataclasses.asdict(getattr(config, stage))
     settings |= {"seed": config.seed, "model": dataclasses.asdict(config.model)}
-    return {"stage": stage, "settings": without_folder(settings, f"{workdir}/")}
-
-
-def without_folder(values: Any, folder: str) -> Any:
-    """The settings with `{workdir}/` for the run's folder, which may be moved or renamed."""
-    if isinstance(values, dict):
-        return {name: without_folder(value, folder) for name, value in values.items()}
-    inside = isinstance(values, str) and values.startswith(folder)
-    return "{workdir}/" + values.removeprefix(folder) if inside else values
+    return {"stage": stage, "settings": without_workdir(settings, workdir)}
 
 
 def open_stage(
-    stage: str, config: Config, workdir: Path, model: Model, *, num_steps: int
+    stage: str,
+    config: Config,
+    workdir: Path,
+    model: Model,
+    *,
+    num_steps: int,
+    sources: Mapping[str, Model | None],
 ) -> tuple[int | None, Parts]:
     """Begin a stage, or make sure that the one begun before can go on with these settings.
 
@@ -165,6 +163,8 @@ def open_stage(
         workdir: the run's folder.
         model: what the stage starts from.
         num_steps: of the stage.
+        sources: {field: model} of all that it starts from. The steps of those that are stages stay
+            in stage.json: a source may go on meanwhile, and a resumed run must not notice.
 
     Returns:
         (the layer that its trained part starts at or None, the model's parameters, split).
@@ -185,7 +185,9 @@ def open_stage(
             f"{num_steps}: put the data back, or choose another workdir"
         )
     if old is None:
-        begin_stage(folder, model, parts, description)
+        steps = {field: source.step for field, source in sources.items() if source is not None}
+        pins = {field: step for field, step in steps.items() if step is not None}
+        begin_stage(folder, model, parts, description | {"sources": pins})
     else:
         update_stage(folder, description)
     return start, parts

@@ -11,7 +11,7 @@ import numpy as np
 from ppo_jax.batches import Texts, batch_indices, encode_demonstrations
 from ppo_jax.config import Config, SFTSettings
 from ppo_jax.data import load_demonstrations
-from ppo_jax.formats import naming
+from ppo_jax.formats import naming_data
 from ppo_jax.inputs import Inputs, batch_width, on_device
 from ppo_jax.models import load_source
 from ppo_jax.networks import policy_network
@@ -38,8 +38,8 @@ def sft_data(settings: SFTSettings, seed: int, tokenizer: Any) -> tuple[Texts, T
     read = functools.partial(load_demonstrations, tokenizer=tokenizer)
     split = read_split(settings, seed, read, lambda record: record.text)
     length, parts = settings.max_length, []
-    for path, part in zip(data_files(settings), split, strict=True):
-        with naming(path):
+    for (field, path), part in zip(data_files(settings), split, strict=True):
+        with naming_data(f"sft.{field}", path, "sft.max_length"):
             parts.append(encode_demonstrations(part, tokenizer, max_length=length))
     return tuple(pack(part, max_length=length) if settings.packing else part for part in parts)
 
@@ -56,7 +56,7 @@ def train_sft(config: Config, workdir: Path, base: str):
     model = load_source("base", workdir, base, config.model)
     texts, unseen = sft_data(settings, config.seed, model.tokenizer)
     num_steps = count_steps(settings, len(texts.tokens))
-    start, parts = open_stage("sft", config, workdir, model, num_steps=num_steps)
+    start, parts = open_stage("sft", config, workdir, model, num_steps=num_steps, sources={})
     network, frozen = policy_network(model.config, start_layer=start), on_device(parts.frozen)
     rows_of = functools.partial(
         batch_indices, config.seed, num_examples=len(texts.tokens), batch_size=settings.batch_size

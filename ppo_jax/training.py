@@ -51,9 +51,11 @@ def read_split(
     return parts["train"], parts["validation"]
 
 
-def data_files(settings: TextSettings) -> tuple[str, str]:
-    """Where the training and the validation records of `read_split` come from."""
-    return settings.data, settings.validation_data or settings.data
+def data_files(settings: TextSettings) -> tuple[tuple[str, str], tuple[str, str]]:
+    """(field, path) of the training and of the validation records of `read_split`."""
+    unseen = settings.validation_data
+    validation = ("validation_data", unseen) if unseen else ("data, held out", settings.data)
+    return ("data", settings.data), validation
 
 
 def count_steps(settings: TextSettings, num_rows: int) -> int:

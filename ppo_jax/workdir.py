@@ -4,6 +4,7 @@ Only process 0 writes. A line is written whole and flushed, so a killed process 
 last one; `drop_lines_after` removes it, together with what a resumed run will write again.
 """
 
+import dataclasses
 import importlib.metadata
 import json
 import math
@@ -19,6 +20,7 @@ import numpy as np
 
 PACKAGES = ("ppo_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "chex", "numpy")
 PACKAGES += ("transformers", "tokenizers", "safetensors")
+WORKDIR = "{workdir}"  # stands for the run's folder in the paths of a config
 
 
 def append_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -124,6 +126,27 @@ def write_results(workdir: str | Path, results: Mapping[str, Any]) -> None:
     if jax.process_index() == 0:
         text = json.dumps(_plain(results, nonfinite=lambda x: None), indent=2, ensure_ascii=False)
         _write_atomically(Path(workdir) / "results.json", (text + "\n").encode())
+
+
+def fill_in_workdir(settings: Any, workdir: Path) -> Any:
+    """The same settings with `{workdir}` in every string replaced by the folder."""
+    values = {}
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if isinstance(value, str):
+            value = value.replace(WORKDIR, str(workdir))
+        elif dataclasses.is_dataclass(value):
+            value = fill_in_workdir(value, workdir)
+        values[field.name] = value
+    return type(settings)(**values)
+
+
+def without_workdir(values: Any, workdir: Path) -> Any:
+    """Nested dicts with `{workdir}/` for the folder again, which may be moved or renamed."""
+    if isinstance(values, dict):
+        return {name: without_workdir(value, workdir) for name, value in values.items()}
+    inside = isinstance(values, str) and values.startswith(f"{workdir}/")
+    return f"{WORKDIR}/" + values.removeprefix(f"{workdir}/") if inside else values
 
 
 def config_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

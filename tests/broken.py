@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 
-from ppo_jax import models
+from ppo_jax import base_model
 from ppo_jax.config import ModelSettings, ScratchSettings
 from tests import tiny_run
 from tests.command_line import ROOT, run_script
@@ -90,7 +90,7 @@ def make_world(folder: pathlib.Path):
     sizes = dict(vocab_size=320, num_layers=2, embed_dim=32, num_heads=2, mlp_dim=48, max_length=48)
     settings = ModelSettings(scratch=ScratchSettings(**sizes), vocabulary_data="texts")
     texts = [text for text, _ in tiny_run.sentences("train")]
-    models.scratch_model(settings, folder / "base", texts, seed=0)
+    base_model.scratch_model(settings, folder / "base", texts, seed=0)
     for stage in ("sft", "reward"):
         run = f"--workdir={folder / stage}_run"
         ended = run_script(f"train_{stage}", *Places(folder, folder).flags(f"train_{stage}", run))
@@ -125,7 +125,8 @@ def edit_json(path: pathlib.Path, changes: dict):
 
 def edit_weights(model: pathlib.Path, **changes: np.ndarray | None):
     """Tensors of a model by the last part of their names, changed, or removed by None."""
-    names = {"norm": "model.norm.weight", "more": "model.more"}
+    names = {"norm": "model.norm.weight", "embed": "model.embed_tokens.weight"}
+    names["more"] = "model.more"
     tensors = load_file(model / "model.safetensors")
     tensors |= {names[name]: array for name, array in changes.items()}
     kept = {name: array for name, array in tensors.items() if array is not None}
@@ -147,6 +148,11 @@ def forget_the_end(model: pathlib.Path):
     edit_json(model / "tokenizer_config.json", {"eos_token": None})
 
 
+def lose_tokens(model: pathlib.Path):
+    edit_json(model / "config.json", {"vocab_size": 100})
+    edit_weights(model, embed=np.zeros((100, 32), np.float32))
+
+
 def use_words(model: pathlib.Path):
     """A tokenizer that is not made of bytes."""
     backend = Tokenizer(WordLevel({"<|endoftext|>": 0, "?": 1}, unk_token="?"))
@@ -161,6 +167,7 @@ OF_MODEL = {
     "a shard is missing": lose_a_shard,
     "no tokenizer.json": lambda model: (model / "tokenizer.json").unlink(),
     "no end of sequence": forget_the_end,
+    "fewer tokens than the tokenizer": lose_tokens,
     "words": use_words,
     "weights without a norm": lambda model: edit_weights(model, norm=None),
     "weights with more": lambda model: edit_weights(model, more=np.zeros(1, np.float32)),

@@ -3,11 +3,14 @@
 import json
 
 
-def write_run(folder, *, metrics=(), samples=(), results=None, config=None):
+def write_run(folder, *, metrics=(), samples=(), results=None, config=None, steps=None):
     folder.mkdir(exist_ok=True)
     for name, rows in (("metrics", metrics), ("samples", samples)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name, tree in (("results", results), ("config", config)):
         if tree is not None:
             (folder / f"{name}.json").write_text(json.dumps(tree))
+    for stage, count in (steps or {}).items():
+        (folder / stage).mkdir(exist_ok=True)
+        (folder / stage / "stage.json").write_text(json.dumps({"num_steps": count}))
     return folder

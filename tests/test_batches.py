@@ -96,7 +96,7 @@ def test_long_texts_are_dropped_and_counted():
     texts = batches.encode_texts(["x", "x" * 8, "y"], PLAIN, max_length=8)
     assert rows_of(texts) == [[*ids("x"), EOS], [*ids("y"), EOS]]
     assert (texts.left_out, texts.records.tolist()) == ({"too long (over 8 tokens)": 1}, [0, 2])
-    with pytest.raises(ValueError, match="max_length=8 tokens leaves no text of 2.*has 9"):
+    with pytest.raises(ValueError, match=r"none of the 2 .*2 too long \(over 8 tokens\).*has 9"):
         batches.encode_texts(["x" * 8, "x" * 9], PLAIN, max_length=8)
 
 
@@ -190,10 +190,13 @@ def test_prompts_of_a_file_that_are_of_no_use_are_left_out_and_counted(tmp_path)
     assert data.left_out == {"blank": 1, "repeated": 1, "too long (over 8 tokens)": 1}
     assert prompt_data(path, WITH_BOS, max_length=8).texts == ["the", "", "film"]
     write_jsonl(path, [{"prompt": "x" * 9}])
-    with pytest.raises(
-        ValueError, match="prompts.jsonl: max_length=8 .* no text of 1: .* has 9; see"
-    ):
+    too_long = r"ppo\.prompts: .*1 too long .* has 9; see ppo\.max_prompt_length$"
+    with pytest.raises(ValueError, match=too_long):
         prompt_data(path, PLAIN, max_length=8)
+    write_jsonl(path, [{"prompt": ""}])
+    blank = r"evaluate\.prompts: .*prompts\.jsonl: none of the 1 records can be used: 1 blank$"
+    with pytest.raises(ValueError, match=blank):
+        prompt_data(path, PLAIN, max_length=8, field="evaluate.prompts")
 
 
 def test_a_tokenizer_without_eos_and_no_text_at_all_are_refused():

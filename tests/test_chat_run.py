@@ -7,9 +7,10 @@ import pyarrow.parquet
 import pytest
 
 from ppo_jax import pipeline
+from ppo_jax.base_model import prepare_base
 from ppo_jax.config import ModelSettings, ScratchSettings
 from ppo_jax.data import write_jsonl
-from ppo_jax.models import load_model, prepare_base
+from ppo_jax.models import load_model
 from tests import tiny_run
 from tests.chats import turns
 
@@ -54,7 +55,7 @@ def test_every_stage_learns_from_chats(tmp_path, monkeypatch):
         values[stage] |= {"max_length": 96, "num_epochs": 0.1}
     values["reward"] |= {"validation_fraction": 0.5, "batch_size": 2, "reference_data": ""}
     pipeline.run(values, tmp_path / "run")
-    (row, *_) = (json.loads(x) for x in (tmp_path / "run" / "samples.jsonl").open())
+    row = json.loads((tmp_path / "run" / "samples.jsonl").read_text().splitlines()[0])
     opened = f"user: {ASKED[0]}<|endoftext|>\nassistant: good<|endoftext|>\nuser: {ASKED[0]}"
     assert row["prompt"] == opened + "<|endoftext|>\nassistant: "
     assert load_model(tmp_path / "run" / "ppo").tokenizer.chat_template == TEMPLATE

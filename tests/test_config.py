@@ -16,9 +16,9 @@ from ml_collections import config_dict
 from ppo_jax import config as settings_module
 from ppo_jax.config import Config, from_config_dict, with_defaults
 from ppo_jax.experience import Recipe
-from ppo_jax.pipeline import fill_in_workdir
 from ppo_jax.rollout import Sampling
 from ppo_jax.structs import Hyperparameters, Optimizer
+from ppo_jax.workdir import fill_in_workdir, without_workdir
 from tests.tiny_config import changed, whole
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -148,6 +148,12 @@ def test_the_workdir_stands_in_every_path():
     assert filled.model.vocabulary_data == "runs/a/data/texts.jsonl"
     assert filled.ppo.prompts == "runs/a/data/prompts.jsonl"
     assert "{workdir}" not in str(filled)
+    ppo = dataclasses.asdict(filled.ppo)
+    assert without_workdir(ppo, pathlib.Path("runs/a")) == dataclasses.asdict(
+        from_config_dict(values).ppo
+    )
+    assert without_workdir(ppo, pathlib.Path("runs")) != ppo != without_workdir(ppo, "runs/a")
+    assert without_workdir(ppo, pathlib.Path("run")) == ppo
     assert filled.reward == from_config_dict(values).reward
 
 

@@ -2,11 +2,11 @@
 
 import os
 import random
-import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 
@@ -17,47 +17,17 @@ import pytest
 
 from ppo_jax import checkpoints as checkpoints_module
 from ppo_jax.checkpoints import Checkpoints, load_checkpoint_item, load_params, save_params
-from tests.tiny_state import assert_identical, make_state, restore, save_all, saved_steps
+from tests.tiny_state import (
+    assert_identical,
+    flip_a_bit,
+    largest_file,
+    make_state,
+    restore,
+    save_all,
+    saved_steps,
+)
 
 UNFINISHED = ".orbax-checkpoint-tmp"
-
-
-def flip_a_bit(path):
-    """Change one bit in the middle of a file."""
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def largest_file(folder):
-    return max(
-        (path for path in folder.rglob("*") if path.is_file()), key=lambda x: x.stat().st_size
-    )
-
-
-def test_a_flipped_bit_in_an_array_is_found_and_the_older_step_is_restored(tmp_path):
-    save_all(tmp_path, [3, 6])
-    data = largest_file(tmp_path / "6")
-    flip_a_bit(data)
-    named = f"passed over checkpoint {tmp_path}/6: OSError: {data.relative_to(tmp_path / '6')} has"
-    with pytest.warns(UserWarning, match=re.escape(named)):
-        state, step, _ = restore(tmp_path)
-    assert step == 3
-    assert_identical(state, make_state(3))
-    with pytest.warns(UserWarning, match=re.escape(named)):
-        assert Checkpoints(tmp_path).readable_step() == 3
-    with pytest.warns(UserWarning, match=re.escape(named)):
-        params = load_checkpoint_item(tmp_path, "policy_params")
-    assert_identical(params, make_state(3).policy_params)
-    with pytest.raises(ValueError, match="6 cannot be read: OSError: .* its checksum differs"):
-        load_checkpoint_item(tmp_path, "policy_params", step=6)
-
-
-def test_a_flipped_bit_in_params_alone_is_refused(tmp_path):
-    save_params(tmp_path / "params", make_state().policy_params)
-    flip_a_bit(largest_file(tmp_path / "params"))
-    with pytest.raises(ValueError, match="params cannot be read: OSError: .* its checksum differs"):
-        load_params(tmp_path / "params")
 
 
 @pytest.mark.filterwarnings("ignore:passed over")
@@ -85,17 +55,28 @@ def test_a_run_that_was_killed_in_its_first_save_begins_again(tmp_path):
         assert restore(tmp_path) is None
 
 
-def test_checksums_are_written_in_the_background_as_soon_as_a_step_is_complete(tmp_path):
+@pytest.fixture
+def threads_that_save():
+    """() -> the threads that were made for it since the test began."""
+
+    def find():
+        return {x for x in threading.enumerate() if x.name.startswith("checkpoints")} - before
+
+    before = set(threading.enumerate())
+    return find
+
+
+def test_close_ends_the_thread_that_saves(tmp_path, threads_that_save):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(3, make_state(3))
-    until = time.monotonic() + 60
-    while not (tmp_path / "3" / "checksums.json").exists() and time.monotonic() < until:
-        time.sleep(0.01)
-    assert (tmp_path / "3" / "checksums.json").exists()
+    assert threads_that_save()
     checkpoints.close()
+    assert not threads_that_save() and saved_steps(tmp_path) == ["3"]
 
 
-def test_what_goes_wrong_in_the_background_is_raised_by_wait(tmp_path, monkeypatch):
+def test_what_goes_wrong_in_the_background_is_raised_at_the_end(
+    tmp_path, monkeypatch, threads_that_save
+):
     def fail(folder):
         raise OSError("disk full")
 
@@ -103,7 +84,8 @@ def test_what_goes_wrong_in_the_background_is_raised_by_wait(tmp_path, monkeypat
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(3, make_state(3))
     with pytest.raises(OSError, match="disk full"):
-        checkpoints.wait()
+        checkpoints.close()
+    assert not threads_that_save()
     assert restore(tmp_path)[1] == 3  # a step without checksums is read as it is
 
 

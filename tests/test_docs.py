@@ -212,7 +212,7 @@ def commands():
             yield pytest.param(command, id=f"{source.name}: {command.split(' --workdir')[0]}")
 
 
-@pytest.mark.parametrize("command", commands())
+@pytest.mark.parametrize("command", list(commands()))
 def test_every_command_parses(command, monkeypatch):
     """Its flags exist, its config is one, and its settings are allowed; nothing is run."""
     monkeypatch.chdir(ROOT)

@@ -6,7 +6,6 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 import transformers
 
 from ppo_jax import hf
@@ -19,7 +18,7 @@ from ppo_jax.vocabulary import load_tokenizer
 from tests import tiny
 from tests.command_line import run_script
 from tests.run_files import write_run
-from tests.tiny_hf import LENGTH, TINY_MODELS, VOCAB, assert_same_tree, saver
+from tests.tiny_hf import LENGTH, TINY_MODELS, VOCAB, assert_same_tree, saver, torch
 from tests.tiny_stage import TEMPLATE, exported, random_model, word_tokenizer, write_stage
 
 BIAS = 1.5  # of the reward heads
@@ -221,7 +220,7 @@ def test_what_cannot_be_exported_is_refused_and_leaves_nothing(saved, workdir, t
     (full / "mine.txt").write_text("mine")
     with pytest.raises(ValueError, match="sft cannot be exported: it has 1 of 3 steps"):
         export_stage(workdir, "sft", tmp_path / "out")
-    with pytest.raises(ValueError, match="ppo cannot be exported: it has not begun"):
+    with pytest.raises(ValueError, match="run has no stage ppo; it has sft"):
         export_stage(workdir, "ppo", tmp_path / "out")
     with pytest.raises(ValueError, match="full must be a new or an empty folder"):
         export_stage(workdir, "sft", full)

@@ -52,6 +52,10 @@ def test_a_folder_is_sampled_with_the_defaults_and_its_stop_tokens(tmp_path, mod
     for ids, found in ((9, (0, 9)), ([8, 0], (0, 8)), (None, (0,))):
         (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
         assert find_sampling(str(tmp_path), model.tokenizer)["sampling"].eos_ids == found
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [0, 99999]}')
+    told = r"generation_config\.json: eos_token_id must be ids of the tokenizer.*\[0, 99999\]"
+    with pytest.raises(ValueError, match=told):
+        find_sampling(str(tmp_path), model.tokenizer)
     write_stage(tmp_path, "sft", model)
     assert find_sampling(str(tmp_path / "sft"), model.tokenizer) == default
 

@@ -1,6 +1,7 @@
 """What a folder of weights lacks, has too much, or asks for in vain is refused by name."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -99,8 +100,29 @@ def test_stored_integers_are_refused(saved, tmp_path):
     def quantise(tensors):
         tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(np.int8)
 
-    with pytest.raises(ValueError, match=r"model\.norm\.weight is stored as int8"):
+    with pytest.raises(ValueError, match=r"model\.norm\.weight is stored as I8; choose from"):
         hf.load_policy(edit_weights(saved("llama")[1], tmp_path, quantise))
+
+
+@pytest.mark.parametrize("damage", ["empty", "torn", "shortened"])
+def test_a_damaged_file_is_named(saved, tmp_path, damage):
+    folder = edit_weights(saved("llama")[1], tmp_path, lambda tensors: None)
+    path = folder / "model.safetensors"
+    content = {"empty": b"", "torn": b'{"a', "shortened": path.read_bytes()[:-1]}[damage]
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(path))} is damaged: .*$"):
+        hf.load_policy(folder)
+
+
+def test_a_wrong_shape_is_found_before_any_weight_is_read(saved, tmp_path, monkeypatch):
+    def cut(tensors):
+        tensors["model.norm.weight"] = np.zeros(3, np.float32)
+
+    monkeypatch.setattr(hf, "read_params", None)
+    folder = edit_weights(saved("llama")[1], tmp_path, cut)
+    told = rf"{folder}: model\.norm\.weight has shape \(3,\), but config\.json asks for \(32,\)"
+    with pytest.raises(ValueError, match=told):
+        hf.load_policy(folder)
 
 
 def test_a_tied_head_in_the_file_must_equal_the_embedding(saved, tmp_path):

@@ -39,7 +39,7 @@ SHELL = [
     ["data", "preferences", "token_rows"],
     ["judges", "config", "checkpoints", "metrics", "sources", "batches", "report_summary", "plots"],
     ["vocabulary", "hf", "inputs", "overrides", "packing", "prompt_data", "report"],
-    ["models"],
+    ["models", "base_model"],
     ["runs", "generation", "training", "plan", "model_card"],
     ["reward_data", "sft_loop", "ppo_setup", "summary", "export"],
     ["reward_loop", "ppo_loop"],

@@ -10,6 +10,7 @@ import pytest
 
 from ppo_jax import pipeline
 from tests import broken, mistakes
+from tests import mistakes_in_files as in_files
 from tests.command_line import ROOT, Ended, run_script
 
 
@@ -25,7 +26,7 @@ class Mistake(NamedTuple):
         """(script, its flags)"""
         script, *more = self.command.split()
         if more[:1] == ["without"]:
-            return script, places.flags(script, without=more[1])
+            return script, places.flags(script, *more[2:], without=more[1])
         return script, places.flags(script, *more)
 
 
@@ -41,11 +42,11 @@ def read(table: str, leaves: tuple[str, ...] = ()) -> dict[str, Mistake]:
 
 
 EARLY = (mistakes.FLAGS, mistakes.SETTINGS, mistakes.CONFIGS)
-EARLY += (mistakes.DATA, mistakes.MODELS, mistakes.WORKDIRS)
+EARLY += (in_files.DATA, in_files.MODELS, in_files.WORKDIRS)
 MISTAKES = read("".join(EARLY).replace("\n\n", "\n"))
-MISTAKES |= read(mistakes.LATE, leaves=("run", "run/config.json", "run/results.json"))
+MISTAKES |= read(in_files.LATE, leaves=("run", "run/config.json", "run/results.json"))
 # Some of them are told by a process of its own too.
-OF_PROCESSES = (mistakes.FLAGS, mistakes.DATA, mistakes.MODELS, mistakes.WORKDIRS)
+OF_PROCESSES = (mistakes.FLAGS, in_files.DATA, in_files.MODELS, in_files.WORKDIRS)
 AS_PROCESSES = [list(read(table))[3] for table in OF_PROCESSES]
 
 

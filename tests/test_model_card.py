@@ -27,6 +27,7 @@ def workdir(tmp_path):
 
 
 def run_code_of(card, folder, monkeypatch):
+    pytest.importorskip("torch")
     monkeypatch.chdir(folder)
     exec(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1], {})
 

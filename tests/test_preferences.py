@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from ppo_jax import batches
+from ppo_jax.checks import check_rankings
 from ppo_jax.config import OptimizerSettings, RewardSettings
 from ppo_jax.data import write_jsonl
 from ppo_jax.preferences import Ranking, load_preferences
@@ -225,5 +226,33 @@ def test_the_file_that_leaves_nothing_to_use_is_named(tmp_path):
     write_jsonl(tmp_path / "tied.jsonl", [tied])
     files = {"data": str(tmp_path / "good.jsonl"), "validation_data": str(tmp_path / "tied.jsonl")}
     named = RewardSettings(**{**vars(settings()), **files})
-    with pytest.raises(ValueError, match=r"tied\.jsonl: none of the 1 records can be used: 1 tied"):
+    told = r"^reward\.validation_data: .*tied\.jsonl: none of the 1 records can be used: 1 tied$"
+    with pytest.raises(ValueError, match=told):
         reward_data(named, 0, TOKENIZER, 32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "context", "told"),
+    [
+        ({"max_length": 2}, 32, r"^reward\.data: .*1 too long \(over 2 tokens\), .*reward.max_len"),
+        ({}, 2, r"^reward\.data, held out: .*1 too long .* has 3; see the model's context$"),
+    ],
+)
+def test_the_limit_that_leaves_nothing_to_use_is_named(tmp_path, changes, context, told):
+    path = tmp_path / "good.jsonl"
+    write_jsonl(path, [{"prompt": x, "chosen": "Yes", "rejected": "No"} for x in ("Hi", "Ho")])
+    changed = {**vars(settings()), **changes, "data": str(path), "validation_fraction": 0.4}
+    with pytest.raises(ValueError, match=told):
+        reward_data(RewardSettings(**changed), 2, TOKENIZER, context)
+
+
+@pytest.mark.parametrize("batch_size", [3, 9])
+def test_a_batch_holds_whole_rankings_whether_its_size_is_even_or_odd(batch_size):
+    texts, groups = batches.encode_preferences(rankings(), TOKENIZER, max_length=8)
+    data, chosen = RewardData(texts=texts, groups=groups), settings(batch_size=batch_size)
+    check_rankings(chosen, data)
+    rows, pairs, valid = data.batch(0, 0, chosen)
+    assert rows.shape == (batch_size,) and len(pairs) == len(valid) == batch_size
+    told = r"reward\.batch_size must be a multiple of 3, the most responses to a prompt of x, got 8"
+    with pytest.raises(ValueError, match=told):
+        check_rankings(settings(batch_size=8), data)

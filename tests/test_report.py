@@ -154,11 +154,15 @@ def test_the_same_files_give_the_same_report(whole_run, whole_report):
 
 
 def test_a_run_of_sft_alone_has_the_parts_that_it_has(tmp_path):
-    page, text = read_report(write_run(tmp_path / "sft", metrics=metric_rows("sft", steps=3)))
+    folder = write_run(tmp_path / "sft", metrics=metric_rows("sft", steps=3), steps={"sft": 2})
+    page, text = read_report(folder)
     assert page.headings == ["sft", "Stages", "Supervised fine-tuning", "Loss"] + [
         "Validation perplexity"
     ]
-    assert "has not finished" in text and "perplexity from 1.0 (step 0) to 1.5 (step 2)" in text
+    assert "has not finished" not in text
+    assert "perplexity from 1.0 (step 0) to 1.5 (step 2)" in text
+    write_run(folder, metrics=metric_rows("sft", steps=3), steps={"sft": 4})
+    assert "This run has not finished: sft is at step 2 of 4." in read_report(folder)[1]
 
 
 def test_a_panel_without_its_metric_is_left_out(tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ppo_jax.report_summary import headlines, read_run, verdict
+from ppo_jax.report_summary import headlines, read_run, unfinished, verdict
 from tests.run_files import write_run
 
 EVALUATED = {
@@ -170,3 +170,22 @@ def test_ppo_that_began_from_the_base_model_is_not_compared_with_sft(tmp_path):
         ("3.0 nats", "KL per response", "from the base policy"),
         ("50%", "of base's distinct-2", "variety of word pairs"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        ({"metrics": [*SFT, *ppo([0.5])], "steps": {"sft": 125, "ppo": 1}}, ""),
+        ({"metrics": SFT, "steps": {"sft": 125, "ppo": 1}}, "ppo is at step 0 of 1"),
+        ({"metrics": SFT, "steps": {"sft": 300}}, "sft is at step 125 of 300"),
+        # results.json has times from the start of a run on: it says nothing of its end.
+        (
+            {"config": {"config": {"sft": {}, "ppo": {"a": 1}, "evaluate": {"a": 1}}}}
+            | {"results": {"time/prepare_s": 1.0}},
+            "ppo has not begun, nothing is evaluated yet",
+        ),
+        ({"config": {"config": {"evaluate": {"a": 1}}}, "results": {"evaluated": {}}}, ""),
+    ],
+)
+def test_what_a_run_has_yet_to_do_is_told(tmp_path, files, told):
+    assert unfinished(a_run(tmp_path, **files)) == told

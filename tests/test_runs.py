@@ -9,8 +9,9 @@ import jax
 import numpy as np
 import pytest
 
-from ppo_jax import pipeline, sft_loop
-from ppo_jax.checkpoints import load_checkpoint_item
+from ppo_jax import evaluate as evaluate_module
+from ppo_jax import pipeline, sft_loop, training
+from ppo_jax.checkpoints import Checkpoints, load_checkpoint_item
 from ppo_jax.config import from_config_dict
 from ppo_jax.models import DESCRIPTION
 from ppo_jax.runs import check_settings, describe
@@ -161,6 +162,88 @@ def test_other_data_are_refused_on_resume(workdir, tmp_path):
     path.write_text(json.dumps(description))
     with pytest.raises(ValueError, match="begun with data for 9 steps, sft.data now gives 5"):
         pipeline.run(values, tmp_path / "run")
+
+
+# --- what a stage starts from ---------------------------------------------------------------------
+
+
+def test_a_source_that_goes_on_meanwhile_is_read_at_the_step_that_was_taken(workdir, tmp_path):
+    """PPO from another run's PPO, which is given more iterations."""
+    source, straight, broken_off = (tmp_path / name for name in ("source", "straight", "run"))
+    shutil.copytree(workdir, source)
+    start = {"init_from": str(source / "ppo"), "reward_model": str(source / "reward")}
+
+    def train(folder, iterations):
+        changes = start | {"num_iterations": iterations, "save_every": 1}
+        pipeline.run(tiny_run.on_base(workdir, ppo=changes), folder)
+
+    def more(iterations):
+        values = tiny_run.config()
+        values["ppo"] |= {"num_iterations": iterations, "save_every": 1}
+        pipeline.run(values, source, only=("ppo",))
+
+    train(straight, 2)
+    train(broken_off, 1)
+    description = json.loads((broken_off / "ppo" / "stage.json").read_text())
+    assert description["sources"] == {"init_from": 6, "reward_model": 6}
+    more(7)
+    path = source / "ppo" / "stage.json"  # as of a run that goes on, with the step still there
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_steps": 99}))
+    train(broken_off, 2)
+    for name in TRAINED["ppo"]:
+        folders = (folder / "ppo" / "checkpoints" for folder in (straight, broken_off))
+        assert_same_bits(*(load_checkpoint_item(folder, name, step=2) for folder in folders))
+    more(8)
+    told = (
+        rf"{source}/ppo had taken 6 steps when this run began from it, .* steps \[7, 8\] alone now"
+    )
+    with pytest.raises(ValueError, match=told):
+        train(broken_off, 3)
+    values = tiny_run.on_base(workdir, ppo=start | {"num_iterations": 2}, evaluate={})
+    with pytest.raises(ValueError, match=told):  # which would compare it with another policy
+        pipeline.run(values, broken_off)
+    assert Checkpoints(broken_off / "ppo" / "checkpoints").latest_step() == 2
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+def test_less_than_an_epoch_runs_the_frozen_layers_on_the_texts_that_it_takes(
+    workdir, tmp_path, monkeypatch, stage
+):
+    rows, make_inputs = [], training.make_inputs
+
+    def record(texts, **parts):
+        rows.append(parts.get("used"))
+        return make_inputs(texts, **parts)
+
+    monkeypatch.setattr(training, "make_inputs", record)
+    changes = {"num_epochs": 0.1} | ({"init_from": "base"} if stage == "reward" else {})
+    pipeline.run(tiny_run.on_base(workdir, **{stage: changes}), tmp_path)
+    assert len(rows[0]) == 8 and all(used is None for used in rows[1:])  # a batch of 48 texts
+
+
+# --- the evaluation -------------------------------------------------------------------------------
+
+
+def test_what_was_found_before_a_judge_fails_is_kept(workdir, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    shutil.copytree(workdir, folder)
+    whole = json.loads((folder / "results.json").read_text())
+    (folder / "results.json").write_text("{}")  # not evaluated yet
+    names = {"judges": (tiny_run, "judges"), "samples": (evaluate_module, "side_by_side")}
+    found = []
+    for where in names.values():
+        with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+            patch.setattr(*where, lambda *_: 1 / 0)
+            pipeline.run(tiny_run.config(), folder)
+        found.append(json.loads((folder / "results.json").read_text()))
+    for name in ("policy/kl_per_response", "text/distinct2_ratio"):
+        assert [results[name] for results in found] == [whole[name]] * 2
+    assert ["judges" in results for results in found] == [False, True]
+    assert not any("evaluated" in results or "samples" in results for results in found)
+    pipeline.run(tiny_run.config(), folder)
+    results = json.loads((folder / "results.json").read_text())
+    without_times = [{k: v for k, v in x.items() if "time/" not in k} for x in (whole, results)]
+    assert without_times[0] == without_times[1]
 
 
 def test_numbers_may_change_on_resume_and_sizes_may_not(tmp_path):

@@ -8,12 +8,12 @@ import gguf
 import huggingface_hub
 import numpy as np
 import pytest
-import torch
 import transformers
 
 from ppo_jax import gguf_file, hf, sources
 from ppo_jax.networks import policy_apply
 from ppo_jax.vocabulary import load_tokenizer, train_tokenizer
+from tests.tiny_hf import torch
 
 WHEEL = "tiny_texts-1.0-py3-none-any.whl"
 
@@ -145,6 +145,7 @@ def test_an_unknown_rating_set_is_refused():
 
 @pytest.fixture(scope="module")
 def tiny_llama():
+    pytest.importorskip("torch")
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=300,

@@ -50,3 +50,16 @@ def save_all(directory, steps, keep=2):
 
 def restore(directory, example=None):
     return Checkpoints(directory).restore(make_state() if example is None else example)
+
+
+def flip_a_bit(path):
+    """Change one bit in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def largest_file(folder):
+    return max(
+        (path for path in folder.rglob("*") if path.is_file()), key=lambda x: x.stat().st_size
+    )
