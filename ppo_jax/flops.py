@@ -1,0 +1,147 @@
+"""The matrix products of our Transformer, counted from its shape: what a program should cost.
+
+Floating-point operations, 2 for a multiplication and its addition. Elementwise operations, norms,
+softmax and the optimizer are left out: together they are of lower order.
+
+Dimension key: N sequences, S positions, C attended slots, O positions with an output, D model,
+H heads, G key/value heads, K head size, F feed-forward, V vocabulary, P prompt tokens, T response
+tokens.
+"""
+
+from ppo_jax.shapes import ModelConfig
+
+
+def projection_flops(config: ModelConfig) -> int:
+    """Products with parameters in one layer, for one position: 2 D (2 H K + 2 G K + m F), where m
+    is 3 with a gate and 2 without."""
+    c = config
+    heads = 2 * c.num_heads * c.head_dim + 2 * c.num_kv_heads * c.head_dim
+    return 2 * c.embed_dim * (heads + (3 if c.mlp == "gated_silu" else 2) * c.mlp_dim)
+
+
+def attention_flops(config: ModelConfig, attended: int) -> int:
+    """Scores and their mix of values in one layer, for one position: 4 H K C.
+
+    Over all C slots, as the program computes them: masked ones are computed, too.
+    """
+    return 4 * config.num_heads * config.head_dim * attended
+
+
+def head_flops(config: ModelConfig, head: str) -> int:
+    """The output of one position: 2 D V for "logits", 2 D for a "scalar"."""
+    return 2 * config.embed_dim * (config.vocab_size if head == "logits" else 1)
+
+
+def forward_flops(
+    config: ModelConfig, *, sequences: int, positions: int, attended: int, outputs: int, head: str
+) -> int:
+    """N (S layers (projections + attention over C) + O head).
+
+    Args:
+        config: the model.
+        sequences: N.
+        positions: S, of each sequence.
+        attended: C; without a cache the positions themselves.
+        outputs: O, the positions of a sequence that have logits or a value.
+        head: "logits" or "scalar".
+    """
+    layer = projection_flops(config) + attention_flops(config, attended)
+    return sequences * (positions * config.num_layers * layer + outputs * head_flops(config, head))
+
+
+def recomputed_flops(config: ModelConfig, *, sequences: int, positions: int, attended: int) -> int:
+    """What the backward pass computes again, by the model's `remat`.
+
+    N S layers times: nothing for "none"; the attention for "dots", which keeps the products with
+    parameters; for "full" all but the layer's last product, which nobody asks for again:
+    projections - 2 F D + attention.
+    """
+    c, attention = config, attention_flops(config, attended)
+    whole = projection_flops(c) - 2 * c.mlp_dim * c.embed_dim + attention
+    again = {"none": 0, "dots": attention, "full": whole}[c.remat]
+    return sequences * positions * c.num_layers * again
+
+
+def training_flops(
+    config: ModelConfig, *, sequences: int, positions: int, outputs: int, head: str
+) -> int:
+    """Forward and backward of all parameters: 3 x forward + what is computed again.
+
+    Each product y = x w costs two of the same size in the backward pass, dx = dy w' and
+    dw = x' dy.
+    """
+    where = dict(sequences=sequences, positions=positions, attended=positions)
+    forward = forward_flops(config, outputs=outputs, head=head, **where)
+    return 3 * forward + recomputed_flops(config, **where)
+
+
+def rollout_flops(
+    policy: ModelConfig, *, sequences: int, prompt_length: int, response_length: int
+) -> int:
+    """Prompts through the policy, then T single tokens, each over the whole cache of P + T slots.
+
+    The worst case: the decode loop ends earlier when every row has stopped.
+    """
+    capacity = prompt_length + response_length
+    where = dict(sequences=sequences, attended=capacity, outputs=1, head="logits")
+    prefill = forward_flops(policy, positions=prompt_length, **where)
+    return prefill + response_length * forward_flops(policy, positions=1, **where)
+
+
+def scoring_flops(
+    policy: ModelConfig,
+    value: ModelConfig,
+    reward: ModelConfig | None,
+    *,
+    sequences: int,
+    prompt_length: int,
+    response_length: int,
+) -> int:
+    """Reference and critic over P + T - 1 positions, the reward model over P + T; T outputs each.
+
+    Args:
+        policy: the policy and its reference.
+        value: the critic.
+        reward: the reward model; None where scores come from outside.
+        sequences: N.
+        prompt_length: P.
+        response_length: T.
+    """
+    length = prompt_length + response_length
+    total = 0
+    for config, positions, head in (
+        (policy, length - 1, "logits"),
+        (value, length - 1, "scalar"),
+        (reward, length, "scalar"),
+    ):
+        if config is not None:
+            total += forward_flops(
+                config,
+                sequences=sequences,
+                positions=positions,
+                attended=positions,
+                outputs=response_length,
+                head=head,
+            )
+    return total
+
+
+def update_flops(
+    policy: ModelConfig,
+    value: ModelConfig,
+    *,
+    sequences: int,
+    prompt_length: int,
+    response_length: int,
+    num_epochs: int,
+) -> int:
+    """num_epochs x (training of the policy + training of the critic) over P + T - 1 positions.
+
+    The same for any number of minibatches and micro-batches. All layers are trained.
+    """
+    positions = prompt_length + response_length - 1
+    where = dict(sequences=sequences, positions=positions, outputs=response_length)
+    return num_epochs * (
+        training_flops(policy, head="logits", **where)
+        + training_flops(value, head="scalar", **where)
+    )

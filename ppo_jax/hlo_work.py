@@ -1,0 +1,168 @@
+"""What one instruction of a compiled program computes, and what it sends to other chips."""
+
+import functools
+import math
+import re
+
+import numpy as np
+
+from ppo_jax.hlo import Computation, Instruction, Module
+
+# Matrix products by a library: oneDNN on CPUs, cuBLAS on GPUs.
+MATMUL_CALLS = ("__onednn$matmul", "__cublas$gemm", "__cublas$lt$matmul")
+# Of the bytes that a chip hands in, the share that it sends; n chips are in a group.
+SHARE_SENT = {
+    "all-reduce": lambda n: 2 * (n - 1) / n,
+    "all-gather": lambda n: n - 1,
+    "reduce-scatter": lambda n: (n - 1) / n,
+    "all-to-all": lambda n: (n - 1) / n,
+    "ragged-all-to-all": lambda n: (n - 1) / n,
+    "collective-permute": lambda n: 1,
+    "collective-broadcast": lambda n: 1,
+}
+
+
+def matmul_flops(computation: Computation, instruction: Instruction) -> float:
+    """Floating-point operations of a matrix product or a convolution, 0 for all else.
+
+    2 M N K for a product of [M, K] and [K, N], times what is batched. Elementwise operations and
+    reductions are not counted: they are bound by memory, not by the matrix units.
+    """
+    inputs = computation.inputs(instruction)
+    if instruction.opcode == "dot":
+        dims = inputs[0].outputs[0].dims
+        depth = math.prod(dims[i] for i in instruction.numbers("lhs_contracting_dims"))
+        return 2.0 * instruction.outputs[0].size * depth
+    if instruction.opcode == "convolution":
+        return convolution_flops(instruction, inputs[0].outputs[0].dims, inputs[1].outputs[0].dims)
+    if instruction.opcode == "custom-call" and instruction.target in MATMUL_CALLS:
+        left, right, product = (x.outputs[0] for x in (inputs[0], inputs[1], instruction))
+        batch = math.prod(product.dims[:-2]) if len(right.dims) > 2 else 1
+        # |left| |right| / |product| = batch K^2, whichever operand is transposed.
+        return 2.0 * product.size * math.sqrt(left.size * right.size / product.size / batch)
+    return 0.0
+
+
+def convolution_flops(instruction: Instruction, left: tuple, right: tuple) -> float:
+    """2 x (batch / batch groups) x out features x in features a group x hits.
+
+    TPUs write matrix products, too, as convolutions: batch axes and heads become spatial ones
+    whose padding and dilation leave one hit a row. A hit is an output position and a place in the
+    window that meet a number of the input, and neither padding nor a hole.
+
+    Args:
+        instruction: with `dim_labels`, where b, f are batch and features of the input and the
+            output, i, o the features of the kernel, digits the spatial axes.
+        left: the input's shape.
+        right: the kernel's shape.
+    """
+    labels = re.split(r"_|->", instruction.attribute("dim_labels"))
+    sizes = (left, right, instruction.outputs[0].dims)
+    of_left, of_right, of_out = (
+        dict(zip(names, dims, strict=True)) for names, dims in zip(labels, sizes, strict=True)
+    )
+    batch_groups = (instruction.numbers("batch_group_count") or (1,))[0]
+    hits = 1
+    window = window_axes(instruction.attribute("window") or "")
+    for axis, (stride, low, input_gap, kernel_gap) in enumerate(window):
+        key = str(axis)
+        hits *= count_hits(
+            of_left[key], of_right[key], of_out[key], stride, low, input_gap, kernel_gap
+        )
+    return 2.0 * of_left["b"] / batch_groups * of_right["o"] * of_right["i"] * hits
+
+
+def window_axes(text: str) -> list[tuple[int, int, int, int]]:
+    """(stride, padding before, dilation of the input, of the kernel) of each spatial axis.
+
+    >>> window_axes("size=8x2 stride=7x1 pad=0_0x1_1 lhs_dilate=8x1")
+    [(7, 0, 8, 1), (1, 1, 1, 1)]
+    """
+    fields = dict(part.split("=") for part in text.split())
+    if not fields:
+        return []
+    count = len(fields["size"].split("x"))
+
+    def axes(name: str, default: str) -> list[int]:
+        values = fields[name].split("x") if name in fields else [default] * count
+        return [int(value.split("_")[0]) for value in values]
+
+    return list(
+        zip(
+            axes("stride", "1"),
+            axes("pad", "0_0"),
+            axes("lhs_dilate", "1"),
+            axes("rhs_dilate", "1"),
+            strict=True,
+        )
+    )
+
+
+@functools.cache
+def count_hits(num_in, size, num_out, stride, low, input_gap, kernel_gap) -> int:
+    """How many (output position, place in the window) pairs meet a number of the input."""
+    starts = np.arange(num_out) * stride - low
+    hits = 0
+    for place in range(size):
+        at = starts + place * kernel_gap
+        hits += np.count_nonzero((at >= 0) & (at % input_gap == 0) & (at // input_gap < num_in))
+    return int(hits)
+
+
+def collective(
+    module: Module, computation: Computation, instruction: Instruction
+) -> tuple[str, float] | None:
+    """(kind, bytes that a chip sends over the interconnect) of a collective; None for all else.
+
+    With n chips in a group and I bytes that each hands in, in rings:
+
+    - all-reduce sends 2 (n - 1) / n I: a reduce-scatter, then an all-gather;
+    - all-gather (n - 1) I: each piece goes round;
+    - reduce-scatter and all-to-all (n - 1) / n I (an all-to-all that goes the direct way);
+    - collective-permute I, and nothing where every chip keeps its own.
+
+    An asynchronous one counts where it starts. TPUs fuse one with the computation that runs beside
+    it, in several stages that name it again; and write a reduce-scatter as a fusion of an
+    all-reduce and a slice.
+    """
+    kind = instruction.opcode.removesuffix("-start")
+    if kind not in SHARE_SENT or is_later_stage(computation):
+        return None
+    if kind == "all-reduce" and computation.name.startswith("all-reduce-scatter"):
+        kind = "reduce-scatter"
+    size = sum(array.bytes for x in computation.inputs(instruction) for array in x.outputs)
+    group = group_size(instruction, module.num_devices)
+    return (kind, SHARE_SENT[kind](group) * size) if group > 1 else (kind, 0.0)
+
+
+def is_later_stage(computation: Computation) -> bool:
+    """Whether a fused computation carries on, or ends, a collective that another has started."""
+    targets = {i.target for i in computation if i.opcode == "custom-call"}
+    if "AsyncCollectiveStart" in targets:
+        return False
+    staged = computation.name.startswith("async_collective_fusion")
+    return staged or "AsyncCollectiveDone" in targets
+
+
+def group_size(instruction: Instruction, num_devices: int) -> int:
+    """How many chips a collective joins: the largest of its groups.
+
+    Read from `{{0,1},{2,3}}`, from `[2,4]<=[8]` (2 groups of 4), from
+    `mesh['a'=2,'b'=4] {'b'}` (along b, 4; `'b':(1)2` is a part of 2 of it), or all where no group
+    is named.
+    """
+    text = instruction.attributes
+    if pairs := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", text):
+        moved = [a != b for a, b in re.findall(r"(\d+),(\d+)", pairs[1])]
+        return 2 if any(moved) else 1
+    if lists := re.search(r"replica_groups=\{(\{[\d,{}]*\})\}", text):
+        return max(len(group.split(",")) for group in re.findall(r"\{([\d,]+)\}", lists[1]))
+    if iota := re.search(r"replica_groups=\[\d+,(\d+)\]<=", text):
+        return int(iota[1])
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\].*?\{([^}]*)\}", text):
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", mesh[1]))
+        parts = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", mesh[2])
+        return math.prod(int(part or sizes[name]) for name, part in parts)
+    if named := re.search(r"replica_groups=(?!\{\})\S+", text):
+        raise ValueError(f"{instruction.op_name}: groups in an unknown form, {named[0]!r}")
+    return num_devices

@@ -1,0 +1,191 @@
+"""The programs of one PPO iteration without any arrays: rollout, scoring, update.
+
+They are those of the loop, cut as the loop cuts them; their arguments are shapes, so that they can
+be compiled for devices that are not there.
+
+Dimension key: N responses, P prompt tokens, T response tokens.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ppo_jax import flops
+from ppo_jax.config import Config, PPOSettings
+from ppo_jax.experience import (
+    PPONetworks,
+    Recipe,
+    make_experience,
+    response_scores,
+    sample_responses,
+)
+from ppo_jax.networks import Network
+from ppo_jax.plan_shapes import Models
+from ppo_jax.ppo import init_ppo, ppo_update
+from ppo_jax.ppo_setup import make_hyperparameters, make_networks
+from ppo_jax.rollout import Sampling
+from ppo_jax.sharding import Layout, abstract
+from ppo_jax.structs import Experience, Frozen, Prompts, Rollout
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Phase:
+    """One program of an iteration, and what it should cost by the shapes alone."""
+
+    name: str
+    lower: Callable[[], jax.stages.Lowered]
+    trips: int | None  # of its loop whose end depends on data, at worst
+    flops: int  # of all devices together, with what is computed again, see `flops`
+    model_flops: int  # the same without what is computed again
+
+
+def phases(config: Config, models: Models, layouts: tuple[Layout, Layout]) -> list[Phase]:
+    """Rollout, scoring and update of a config.
+
+    Every program keeps all of the state and of the frozen parameters among its arguments, read or
+    not: in a run they stay in memory all the time.
+
+    Args:
+        config: of the run.
+        models: its shapes.
+        layouts: of the updates, and of the rollout; their devices may be described ones.
+    """
+    s, layout = config.ppo, layouts[0]
+    networks = make_networks(models.policy, models.critic, models.reward, (None,) * 3, layouts)
+    args = Arguments(config, networks, layout)
+    parts = dict(networks=networks, recipe=make_recipe(s))
+    rows, whole = layout.rows, layout.whole
+    state_lies = jax.tree.map(lambda leaf: leaf.sharding, args.state)
+
+    def program(function, *inputs, **out):
+        bound = functools.partial(function, **parts)
+        compiled = jax.jit(bound, keep_unused=True, **out)
+        return lambda: compiled.lower(args.state, args.numbers, *inputs, frozen=args.frozen)
+
+    scores = () if models.reward else (args.rows((), jnp.float32),)
+    lower = {
+        "rollout": program(sample_responses, args.prompts, args.key, out_shardings=rows),
+        "scoring": program(score, args.rollout, *scores, out_shardings=(rows, whole)),
+        "update": program(
+            update, args.experience, args.key, donate_argnums=0, out_shardings=(state_lies, whole)
+        ),
+    }
+    with_again, once = analytic_flops(s, models), analytic_flops(s, without_remat(models))
+    trips = {"rollout": s.response_length}
+    return [
+        Phase(
+            name=name,
+            lower=lower[name],
+            trips=trips.get(name),
+            flops=with_again[name],
+            model_flops=once[name],
+        )
+        for name in lower
+    ]
+
+
+def score(state, hyperparameters, rollout, scores=None, *, frozen, networks, recipe):
+    """What lies between the rollout and the updates."""
+    if scores is None:
+        scores = response_scores(rollout, frozen=frozen, networks=networks)
+    parts = dict(frozen=frozen, networks=networks, recipe=recipe)
+    return make_experience(rollout, scores, state, hyperparameters, **parts)
+
+
+def update(state, hyperparameters, experience, key, **parts):
+    """`ppo_update` with its arguments in the order of the other two."""
+    return ppo_update(state, experience, hyperparameters, key, **parts)
+
+
+def make_recipe(settings: PPOSettings) -> Recipe:
+    """As `ppo_setup.make_recipe` does, with some stop token: no program depends on which it is."""
+    names = {field.name for field in dataclasses.fields(Recipe)} - {"sampling"}
+    shape = {k: getattr(settings, k) for k in ("response_length", "top_k", "top_p", "min_p")}
+    choices = {name: getattr(settings, name) for name in names}
+    return Recipe(sampling=Sampling(eos_ids=(0,), **shape), **choices)
+
+
+class Arguments:
+    """What the programs are given, as shapes with their shardings."""
+
+    def __init__(self, config: Config, networks: PPONetworks, layout: Layout):
+        s, self.layout, self.batch = config.ppo, layout, config.ppo.rollout_batch_size
+        numbers = make_hyperparameters(s)
+        self.numbers = jax.tree.map(lambda x: self.whole(x.dtype), numbers)
+        self.key = self.whole(jax.random.key(0).dtype)
+
+        def init(network: Network) -> Any:
+            return jax.eval_shape(network.init, jax.random.key(0))
+
+        policy = init(networks.policy)
+        self.state = abstract(layout, init_ppo, policy, init(networks.value), numbers)
+        frozen_dtype = jnp.dtype(config.model.frozen_dtype)
+
+        def freeze(params: Any) -> Any:
+            return jax.tree.map(lambda x: x.astype(frozen_dtype), params)
+
+        self.frozen = Frozen(
+            ref_policy=abstract(layout, freeze, policy),
+            reward=networks.reward and abstract(layout, freeze, init(networks.reward)),
+        )
+        prompt, response = s.max_prompt_length, s.response_length
+        texts = self.rows((prompt + response,), jnp.int32)
+        numbers_of_tokens = self.rows((response,), jnp.float32)
+        tokens = dict(
+            response_tokens=self.rows((response,), jnp.int32),
+            response_mask=self.rows((response,), bool),
+            logprobs=numbers_of_tokens,
+        )
+        self.prompts = Prompts(
+            tokens=self.rows((prompt,), jnp.int32), mask=self.rows((prompt,), bool)
+        )
+        self.rollout = Rollout(
+            prompt_tokens=self.prompts.tokens,
+            prompt_mask=self.prompts.mask,
+            has_eos=self.rows((), bool),
+            **tokens,
+        )
+        self.experience = Experience(
+            policy_inputs=texts,
+            value_inputs=texts,
+            mask=self.rows((prompt + response,), bool),
+            values=numbers_of_tokens,
+            advantages=numbers_of_tokens,
+            returns=numbers_of_tokens,
+            **tokens,
+        )
+
+    def rows(self, shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
+        """[N, *shape]"""
+        return jax.ShapeDtypeStruct((self.batch, *shape), dtype, sharding=self.layout.rows)
+
+    def whole(self, dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((), dtype, sharding=self.layout.whole)
+
+
+def without_remat(models: Models) -> Models:
+    """The same models, of which nothing is computed again."""
+    found = {name: getattr(models, name) for name in ("policy", "critic", "reward")}
+    plain = {k: v and dataclasses.replace(v, remat="none") for k, v in found.items()}
+    return Models(**plain)
+
+
+def analytic_flops(settings: PPOSettings, models: Models) -> dict[str, int]:
+    """What each phase should compute, on all devices together."""
+    s = settings
+    where = dict(
+        sequences=s.rollout_batch_size,
+        prompt_length=s.max_prompt_length,
+        response_length=s.response_length,
+    )
+    return {
+        "rollout": flops.rollout_flops(models.policy, **where),
+        "scoring": flops.scoring_flops(models.policy, models.critic, models.reward, **where),
+        "update": flops.update_flops(
+            models.policy, models.critic, num_epochs=s.num_epochs, **where
+        ),
+    }
