@@ -20,8 +20,8 @@ from ppo_jax.config import OptimizerSettings
 from ppo_jax.inputs import make_inputs
 from ppo_jax.networks import ModelConfig, policy_network
 from ppo_jax.packing import fullness, pack
-from ppo_jax.partition import Parts
 from ppo_jax.sft_loop import as_text_batch
+from ppo_jax.sharding import init_in_pieces, one_device
 from ppo_jax.steps import sft_step
 from ppo_jax.training import compile_step, init_train_state, make_optimizer
 
@@ -53,17 +53,18 @@ def random_texts(count: int) -> Texts:
 def epoch_time(texts: Texts, batch_size: int) -> float:
     """Process seconds, over all threads, for a pass over the data; nothing compiles meanwhile."""
     network, num_rows = policy_network(MODEL), len(texts.mask)
-    parts = Parts({}, {}, jax.jit(network.init)(jax.random.key(0)))
-    optimizer = make_optimizer(OptimizerSettings(learning_rate=1e-3), 100)
-    state = init_train_state(parts, optimizer)
-    step = compile_step(sft_step, network=network)
+    layout = one_device()
+    params = init_in_pieces(layout, network.init, jax.random.key(0))
+    optimizer = layout.put_whole(make_optimizer(OptimizerSettings(learning_rate=1e-3), 100))
+    state = init_in_pieces(layout, init_train_state, params, optimizer)
+    step = compile_step(sft_step, state, layout, network=network)
     inputs = make_inputs(texts, None, None, cache_gb=0.0)
     num_steps, times = math.ceil(num_rows / batch_size), []
     for _ in range(1 + REPEATS):  # all of the same batches, so that the first compiles for the rest
         began = time.process_time()
         for i in range(num_steps):
             rows = batch_indices(0, i, num_examples=num_rows, batch_size=batch_size)
-            batch = jax.device_put(as_text_batch(texts, inputs, rows))
+            batch = layout.put_rows(as_text_batch(texts, inputs, rows))
             state, _ = step(state, batch, optimizer, frozen={})
         jax.block_until_ready(state)
         times.append(time.process_time() - began)

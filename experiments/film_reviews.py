@@ -20,11 +20,12 @@ import numpy as np
 from ppo_jax.batches import encode_all
 from ppo_jax.data import RatedText, load_ratings, split_by_text, write_jsonl
 from ppo_jax.evaluate import Panel
-from ppo_jax.inputs import on_device, text_states
+from ppo_jax.inputs import text_states
 from ppo_jax.judges import fit_ridge, fit_tfidf_judge, textblob_judge, vader_judge
 from ppo_jax.models import Model, load_model
 from ppo_jax.networks import trunk_network
 from ppo_jax.partition import split_params
+from ppo_jax.sharding import one_device
 from ppo_jax.sources import film_ratings
 
 BASE_MODEL = "package:smollm2-135m-instruct"
@@ -138,7 +139,7 @@ def make_trunk(model: Model):
     trunk = trunk_network(model.config, end_layer=JUDGE_LAYER)
     top = model.config.num_layers - JUDGE_LAYER
     parts = split_params(model.config, model.params, top, JUDGE_LAYER)
-    run, params = jax.jit(trunk.apply), on_device(parts.trunk)
+    run, params = jax.jit(trunk.apply), one_device().put(parts.trunk)
     return lambda tokens, mask: run(params, tokens, mask)
 
 

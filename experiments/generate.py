@@ -11,7 +11,9 @@ from ppo_jax import chat_terminal, cli
 from ppo_jax.generation import find_sampling
 from ppo_jax.models import load_model, stage_folder
 
-PROMPT = flags.DEFINE_multi_string("prompt", None, "What to respond to; may be repeated.")
+PROMPT = flags.DEFINE_multi_string(
+    "prompt", None, "What to respond to; may be repeated. Printed as PROMPT|RESPONSE."
+)
 PROMPTS = flags.DEFINE_string("prompts", None, "Instead: a JSONL of {prompt}; needs --out.")
 CHAT = flags.DEFINE_bool("interactive", False, "Instead: a chat by the tokenizer's template.")
 OUT = flags.DEFINE_string("out", None, "A new JSONL of {prompt, response}, for --prompts.")
@@ -37,6 +39,8 @@ def main():
         raise ValueError("give either --model, or --workdir and --stage")
     in_file = bool(PROMPTS.value or OUT.value or REWARD.value)
     num_modes = bool(PROMPT.value) + in_file + CHAT.value
+    if PROMPT.value and not all(PROMPT.value):
+        raise ValueError("--prompt is empty")
     if num_modes != 1 or (in_file and not (PROMPTS.value and OUT.value)):
         raise ValueError("give --prompt, or --prompts and --out, or --interactive")
     path = MODEL.value or str(stage_folder(WORKDIR.value, STAGE.value))

@@ -1,6 +1,9 @@
 """Run the reward stage of a config.
 
 python experiments/train_reward.py --config=configs/reward.py --workdir=runs/reward
+
+Every field of ppo_jax/config.py can be set with --config.SECTION.FIELD=VALUE, for instance
+--config.reward.optimizer.learning_rate=1e-4; the comments there say what it means.
 """
 
 from ppo_jax import cli

@@ -1,6 +1,9 @@
 """Run the sft stage of a config.
 
 python experiments/train_sft.py --config=configs/sft.py --workdir=runs/sft
+
+Every field of ppo_jax/config.py can be set with --config.SECTION.FIELD=VALUE, for instance
+--config.sft.optimizer.learning_rate=1e-4; the comments there say what it means.
 """
 
 from ppo_jax import cli

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +18,23 @@ from ppo_jax.networks import ModelConfig, Params, policy_network
 from ppo_jax.sources import model_folder
 
 
-def prepare_base(settings: ModelSettings, folder: Path, seed: int) -> str:
-    """The path of the base model, made first where it has to be made.
+def base_path(settings: ModelSettings, folder: Path) -> str:
+    """Where the base model lies: where it is from, or in the folder that `prepare_base` makes."""
+    return str(folder) if settings.vocabulary_data else settings.path
 
-    With a vocabulary to trim, or from scratch, the base model is written once into `folder` as a
-    Hugging Face folder; otherwise it is used where it lies.
+
+def prepare_base(settings: ModelSettings, folder: Path, seed: int):
+    """Make the base model where it has to be made.
+
+    With a vocabulary to trim, or from scratch, it is written once into `folder` as a Hugging Face
+    folder; otherwise it is used where it lies.
 
     Args:
         settings: the model section.
         folder: where a made model goes.
         seed: of the weights from scratch.
     """
-    if not settings.vocabulary_data:
-        return settings.path
-    if not folder.is_dir():
+    if settings.vocabulary_data and not folder.is_dir():
         tokenizer = None if settings.scratch else vocabulary.load_tokenizer(settings.path)
         records = load_demonstrations(settings.vocabulary_data, tokenizer)
         texts = [text for record in records for text, _ in record.parts]
@@ -43,7 +47,6 @@ def prepare_base(settings: ModelSettings, folder: Path, seed: int) -> str:
             temporary.rename(folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-    return str(folder)
 
 
 def trimmed_model(settings: ModelSettings, folder: Path, texts: list[str], seed: int):
@@ -98,9 +101,18 @@ def llama_config(scratch: ScratchSettings, vocab_size: int, eos_token_id: int) -
     }
 
 
+def save_tensors(tensors: Mapping[str, np.ndarray], path: Path):
+    """Write a safetensors file that others may read as any new file: its own mode is 0600."""
+    save_file(dict(tensors), path, metadata={"format": "pt"})
+    like = path.with_name(path.name + ".tmp")
+    like.touch()
+    shutil.copymode(like, path)
+    like.unlink()
+
+
 def write_folder(folder: Path, raw: dict, config: ModelConfig, params: Params, tokenizer: Any):
     """A policy as a Hugging Face folder; `raw` is its config.json."""
     tensors = hf.params_to_hf(config, raw["model_type"], params)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    save_tensors(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
     vocabulary.save_tokenizer(tokenizer, folder)

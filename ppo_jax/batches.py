@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ppo_jax.data import Demonstration, RatedText
@@ -173,7 +172,7 @@ def encode_prompts(prompts: Sequence[str], tokenizer: Any, *, max_length: int) -
 
 def take_prompts(prompts: Prompts, rows: np.ndarray) -> Prompts:
     """Some of the prompts, on the device. All have one width: one compiled program."""
-    return jax.tree.map(lambda x: jnp.asarray(x[rows]), prompts)
+    return jax.tree.map(lambda x: x[rows], prompts)
 
 
 def batch_indices(seed: int, step: int, *, num_examples: int, batch_size: int) -> np.ndarray:

@@ -12,7 +12,6 @@ from ppo_jax.chat import Chat, Message
 from ppo_jax.data import load_prompts, write_jsonl
 from ppo_jax.evaluate import score_texts
 from ppo_jax.generation import generate, stream, text_pieces
-from ppo_jax.inputs import on_device
 from ppo_jax.models import Model
 from ppo_jax.rollout import Sampling
 from ppo_jax.token_rows import token_rows
@@ -45,7 +44,7 @@ def chat(
         seed: of the sampling.
         use_template: False continues lines even if the tokenizer has a template.
     """
-    model = dataclasses.replace(model, params=on_device(model.params))
+    model = dataclasses.replace(model, params=jax.device_put(model.params))
     room = prompt_room(model, sampling)
     use_template = use_template and bool(model.tokenizer.chat_template)
     show(f"{opening(use_template)}\n")

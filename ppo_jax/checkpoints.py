@@ -1,21 +1,16 @@
 """Checkpoints of a whole state, step by step, and of params alone. The only file that knows Orbax.
 
-A folder of checkpoints holds one folder a step, named by its number. Orbax writes a step under a
-temporary name and renames it when all of it is on disk, so a folder named by a number alone was
-complete once; one with Orbax's mark in its name was being written, or removed, as a process ended.
-Orbax has no checksums of what arrays hold, so a step gets those of its files as soon as it is
-complete, and is compared with them before it is read.
+A folder of checkpoints holds one folder a step, see `step_folders`. Orbax has no checksums of what
+arrays hold, so a step gets those of its files as soon as it is complete, and is compared with them
+before it is read.
 """
 
-import contextlib
-import re
 import shutil
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,10 +19,15 @@ from orbax.checkpoint import v1 as ocp
 
 from ppo_jax.checksums import verify_again, verify_checksums, write_checksums
 from ppo_jax.leaves import abstract, detach, differences, named_leaves
+from ppo_jax.step_folders import (
+    UNFINISHED,
+    Mismatch,
+    damage_named,
+    newest_readable,
+    step_folders,
+)
 
-T = TypeVar("T")
-UNFINISHED = ".orbax-checkpoint-tmp"
-STEP_FOLDER = re.compile(rf"(\d+)({re.escape(UNFINISHED)}.*)?")
+Shardings = Callable[[Any], Any]
 
 
 class Checkpoints:
@@ -107,11 +107,11 @@ class Checkpoints:
             saved, metadata = _read_metadata(step, path)
             if lines := differences(saved, example):
                 unfit = f"checkpoint {path} does not fit this run's state:"
-                raise _Mismatch("\n  ".join([unfit, *lines]))
+                raise Mismatch("\n  ".join([unfit, *lines]))
             return _load_like(path, example), metadata
 
         self.wait()
-        found = _newest_readable(self.directory, read)
+        found = newest_readable(self.directory, read)
         if found is None:
             return None
         self._verified, (state, metadata) = found
@@ -127,7 +127,7 @@ class Checkpoints:
 
         For decisions, see `verify_again`. Warns and raises as `restore` does.
         """
-        found = _newest_readable(self.directory, partial(_read_metadata, verify=verify_again))
+        found = newest_readable(self.directory, partial(_read_metadata, verify=verify_again))
         return None if found is None else found[0]
 
     def wait(self) -> None:
@@ -151,12 +151,12 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """All steps that are complete by their names and not found broken, oldest first."""
-        folders = _step_folders(self.directory)
+        folders = step_folders(self.directory)
         return [step for step, path in folders if path.name.isdigit() and step not in self._broken]
 
     def _remove_old(self) -> None:
         newest, oldest_kept = self.steps()[-1], self.steps()[-self.keep :][0]
-        for step, path in _step_folders(self.directory):
+        for step, path in step_folders(self.directory):
             if path.name.isdigit() and step < oldest_kept:
                 # Renamed first: a kill in between must not leave half a step under its name.
                 path = path.rename(path.with_name(f"{step}{UNFINISHED}-old"))
@@ -164,32 +164,38 @@ class Checkpoints:
                 shutil.rmtree(path)
 
 
-def load_checkpoint_item(directory: str | Path, name: str, step: int | None = None) -> Any:
+def load_checkpoint_item(
+    directory: str | Path, name: str, step: int | None = None, shardings: Shardings | None = None
+) -> Any:
     """Load one top-level field of a saved state, for instance the params without the optimizer.
 
     Args:
         directory: the folder of a run's checkpoints.
         name: the field, for instance "policy_params".
         step: which checkpoint; None is the newest that can be read (others: a warning each).
+        shardings: from the tree that is loaded, as `jax.ShapeDtypeStruct`s, to the tree of its
+            shardings, for instance `Layout.shardings`. None loads to the host.
 
     Returns:
-        The field as nested dicts of numpy arrays (tuples are dicts with keys "0", "1" ...).
+        The field as nested dicts (tuples are dicts with keys "0", "1" ...) of numpy arrays or,
+        with shardings, of arrays of which each process has read its own pieces.
 
     Raises:
-        ValueError: there is no such checkpoint, it is damaged, or there is no such field in it.
+        ValueError: there is no such checkpoint, it is damaged, or there is no such field in it;
+            or what `shardings` raises.
     """
 
     def read(step: int, path: Path) -> Any:
         saved, _ = _read_metadata(step, path)
         if name not in saved:
-            raise _Mismatch(f"no field {name!r} in {path}; it holds {sorted(saved)}.")
-        return _load_as_numpy(path, {name: saved[name]})[name]
+            raise Mismatch(f"no field {name!r} in {path}; it holds {sorted(saved)}.")
+        return _load_part(path, {name: saved[name]}, shardings)[name]
 
     directory = Path(directory).absolute()
     if step is not None:
-        with _damage_named(f"checkpoint {directory / str(step)}"):
+        with damage_named(f"checkpoint {directory / str(step)}"):
             return read(step, directory / str(step))
-    found = _newest_readable(directory, read)
+    found = newest_readable(directory, read)
     if found is None:
         raise ValueError(f"no complete checkpoint in {directory}.")
     return found[1]
@@ -209,66 +215,17 @@ def save_params(path: str | Path, params: Any) -> None:
         write_checksums(path)
 
 
-def load_params(path: str | Path) -> Any:
-    """Load what `save_params` wrote: nested dicts of numpy arrays, on no device yet.
+def load_params(path: str | Path, shardings: Shardings | None = None) -> Any:
+    """Load what `save_params` wrote, as `load_checkpoint_item` loads a field.
 
     Raises:
-        ValueError: the folder is absent or damaged.
+        ValueError: the folder is absent or damaged, or what `shardings` raises.
     """
     path = Path(path).absolute()
     if not path.is_dir():
         raise ValueError(f"no params in {path}: the folder does not exist.")
-    with _damage_named(f"params in {path}"):
-        return _load_as_numpy(path, _read_metadata(None, path)[0])
-
-
-class _Mismatch(ValueError):
-    """The checkpoint is whole, but not what the caller asks for: never a reason to pass it over."""
-
-
-def _step_folders(directory: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of all steps, finished or not, oldest first."""
-    names = directory.iterdir() if directory.is_dir() else ()
-    matches = [(STEP_FOLDER.fullmatch(path.name), path) for path in names]
-    return sorted((int(match[1]), path) for match, path in matches if match)
-
-
-def _newest_readable(directory: Path, read: Callable[[int, Path], T]) -> tuple[int, T] | None:
-    """The newest step and what `read(step, folder)` gives for it; None if none was ever complete.
-
-    Warns of every newer step, by name. Raises ValueError when all complete steps are damaged: to
-    begin again as if there were none would lose them without a word.
-    """
-    damaged = []
-    for step, path in reversed(_step_folders(directory)):
-        if not path.name.isdigit():
-            warnings.warn(f"passed over {path}: it was not written to its end.", stacklevel=3)
-            continue
-        try:
-            return step, read(step, path)
-        except (_Mismatch, MemoryError, jax.errors.JaxRuntimeError):
-            raise  # the checkpoint may be whole: passing it over would lose work
-        except Exception as error:  # Orbax has no common error for damaged files
-            damaged.append(f"  {step}: {_reason(error)}")
-            warnings.warn(f"passed over checkpoint {path}: {_reason(error)}", stacklevel=3)
-    if damaged:
-        told = "\n".join([f"none of the checkpoints in {directory} can be read:", *damaged])
-        raise ValueError(f"{told}\nMend one from a copy, or move the folder away to begin again.")
-    return None
-
-
-@contextlib.contextmanager
-def _damage_named(what: str) -> Iterator[None]:
-    try:
-        yield
-    except (_Mismatch, MemoryError):
-        raise
-    except Exception as error:
-        raise ValueError(f"{what} cannot be read: {_reason(error)}") from error
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}"
+    with damage_named(f"params in {path}"):
+        return _load_part(path, _read_metadata(None, path)[0], shardings)
 
 
 def _read_metadata(
@@ -291,9 +248,17 @@ def _load_like(path: Path, example: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(example), [loaded[name] for name in wanted])
 
 
-def _load_as_numpy(path: Path, saved: Any) -> Any:
+def _load_part(path: Path, saved: Any, shardings: Shardings | None) -> Any:
     """Load the part of a checkpoint that `saved`, a subtree of its metadata, describes."""
+    wanted = jax.tree.map(lambda _: np.ndarray, saved)
+    if shardings is not None:
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), saved)
+        try:
+            where = shardings(shapes)
+        except ValueError as error:  # of the layout, not of the checkpoint
+            raise Mismatch(str(error)) from error
+        wanted = jax.tree.map(lambda leaf, to: leaf.update(sharding=to), shapes, where)
     context = ocp.Context()
     context.pytree.loading.partial_load = True
-    with context:
-        return ocp.load(path, jax.tree.map(lambda _: np.ndarray, saved))
+    with context, jax.transfer_guard("allow"):
+        return ocp.load(path, wanted)

@@ -12,11 +12,12 @@ from ppo_jax.evaluate import evaluation_prompts
 from ppo_jax.formats import check_packages, is_hub, is_table, read_rows
 from ppo_jax.generation import stop_ids
 from ppo_jax.models import check_pin, describe_stage, missing_steps, source_steps
-from ppo_jax.plan import Shape, needs_base
+from ppo_jax.plan import Shape, needs_base, scratch_shape
 from ppo_jax.plugins import load_function
 from ppo_jax.preferences import PREFERENCE_FORMS
 from ppo_jax.prompt_data import prompt_data
 from ppo_jax.reward_data import RewardData, reward_data
+from ppo_jax.reward_functions import load_reward_function
 from ppo_jax.reward_loop import reference_texts
 from ppo_jax.sft_loop import sft_data
 
@@ -39,6 +40,8 @@ def check_named(config: Config, workdir: Path, stages: Sequence[str]):
     Raises:
         ValueError: a function, a file or a stage is missing.
     """
+    if config.model.scratch is not None:
+        check_scratch(config, stages)
     check_functions(config, stages)
     check_files(config, workdir, stages)
     check_sources(config, workdir, stages)
@@ -73,7 +76,7 @@ def check_functions(config: Config, stages: Sequence[str]):
     if config.prepare:
         load_function(config.prepare, "prepare")
     if "ppo" in stages and config.ppo.reward_function:
-        load_function(config.ppo.reward_function, "ppo.reward_function")
+        load_reward_function(config.ppo.reward_function)
     if "evaluate" in stages and config.evaluate.judges:
         load_function(config.evaluate.judges, "evaluate.judges")
 
@@ -155,6 +158,8 @@ def check_path(field: str, value: str):
     if stages := [stage for stage in STAGES if describe_stage(folder / stage) is not None]:
         raise ValueError(f"{field} must be a stage, got the run {value!r}; it has {stages}")
     if field == "ppo.reward_model":
+        if not folder.exists():
+            raise ValueError(f"ppo.reward_model: there is no folder {value}")
         raise ValueError(f"ppo.reward_model must be a stage or its folder, got {value!r}")
 
 
@@ -171,6 +176,17 @@ def check_policy(stage: str, config: Config, start: Shape):
             "its head to the token table, got 'head'"
         )
     check_depth(f"{stage}.trainable", trainable, start.config.num_layers)
+
+
+def check_scratch(config: Config, stages: Sequence[str]):
+    """What the stages ask of a model from scratch, before it is made."""
+    shape = scratch_shape(config.model.scratch)
+    start = {stage: getattr(getattr(config, stage), "init_from", "base") for stage in stages}
+    mine = [stage for stage in ("sft", "reward", "ppo") if start.get(stage) in ("base", "sft")]
+    for stage in mine:
+        check_reward(config, shape) if stage == "reward" else check_policy(stage, config, shape)
+    if "ppo" in mine and config.ppo.reward_function:
+        check_ppo(config.ppo, shape, None)
 
 
 def check_reward(config: Config, start: Shape):

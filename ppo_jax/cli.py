@@ -4,14 +4,17 @@ import os
 import pathlib
 import sys
 import traceback
+import types
 from collections.abc import Callable, Sequence
 
+import jax
 from absl import app, flags
 from ml_collections import config_dict, config_flags
 
-from ppo_jax import pipeline
+from ppo_jax import pipeline, processes
 from ppo_jax.config import STAGES
 from ppo_jax.overrides import check_overrides, explain
+from ppo_jax.reward_functions import FunctionFailed
 
 USER_MISTAKE, INTERRUPTED = 2, 130  # exit codes
 OURS = pathlib.Path(__file__).parent
@@ -29,11 +32,22 @@ def run_stages(only: Sequence[str] = STAGES):
         "dry_run", False, "Print the plan and the first examples of the data; train nothing."
     )
     flags.DEFINE_alias("dry-run", "dry_run")
+    multihost = flags.DEFINE_boolean(
+        "multihost", False, "This is one of several processes, on a TPU pod for instance."
+    )
+    coordinator = flags.DEFINE_string(
+        "coordinator", None, "HOST:PORT of process 0, where jax does not find it by itself."
+    )
+    num_processes = flags.DEFINE_integer("num_processes", None, "Of the run; see --coordinator.")
+    process_id = flags.DEFINE_integer("process_id", None, "This one's; see --coordinator.")
     flags.mark_flags_as_required(["config", "workdir"])
-    for name in ("config", "workdir", "dry_run"):  # so that --help of the script lists them
+    own = ("config", "workdir", "dry_run", "multihost", "coordinator")
+    for name in (*own, "num_processes", "process_id"):  # so that --help of the script lists them
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
 
     def main():
+        if multihost.value:
+            processes.join(coordinator.value, num_processes.value, process_id.value)
         if not isinstance(config.value, config_dict.ConfigDict):
             name = config_flags.get_config_filename(flags.FLAGS["config"])
             kind = type(config.value).__name__
@@ -76,12 +90,33 @@ def call(main: Callable[[], None]):
         stop("interrupted", INTERRUPTED)
     except FloatingPointError as error:
         stop(one_line(error), 1)
+    except FunctionFailed as error:  # of the user's own: what lies in it, without our frames
+        if cause := error.__cause__:
+            traceback.print_exception(cause.with_traceback(users_frames(cause.__traceback__)))
+        stop(one_line(error), 1)
     except (ValueError, ConnectionError) as error:
         if not raised_by_us(error):
-            raise
+            bug(error)
         stop(one_line(error), USER_MISTAKE)
     except OSError as error:  # a full disk, a folder that cannot be written
         stop(str(error), 1)
+    except Exception as error:
+        bug(error)
+
+
+def users_frames(trace: types.TracebackType | None) -> types.TracebackType | None:
+    """A traceback from the first frame on that is not this package's."""
+    while trace and pathlib.Path(trace.tb_frame.f_code.co_filename).is_relative_to(OURS):
+        trace = trace.tb_next
+    return trace
+
+
+def bug(error: Exception):
+    """An error with its traceback; of several processes, this one must not wait for the others."""
+    if processes.joined():
+        traceback.print_exception(error)
+        stop(f"ended by {type(error).__name__}", 1)
+    raise error
 
 
 def raised_by_us(error: BaseException) -> bool:
@@ -97,5 +132,8 @@ def one_line(error: BaseException) -> str:
 
 
 def stop(message: str, code: int):
-    print(f"{pathlib.Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    who = f"process {jax.process_index()}: " if processes.joined() else ""
+    print(f"{pathlib.Path(sys.argv[0]).name}: {who}{message}", file=sys.stderr, flush=True)
+    if processes.joined():
+        os._exit(code)  # a proper end would wait for the other processes
     sys.exit(code)

@@ -5,10 +5,12 @@ global. A section that is None means that the stage is not part of the run.
 """
 
 import dataclasses
+import math
 
 from ml_collections import config_dict
 
 from ppo_jax.optimizer import SCHEDULES
+from ppo_jax.sharding import MeshSettings
 from ppo_jax.typed import Check, Limit, build, filled_in
 
 STAGES = ("sft", "reward", "ppo", "evaluate")
@@ -47,7 +49,12 @@ class ModelSettings:
     path: str = ""  # a Hugging Face folder, a .gguf file, a hub id or "package:NAME"
     scratch: ScratchSettings | None = None  # instead of a path
     dtype: str = "float32"  # of the computation; "bfloat16" on accelerators, or "float16"
+    frozen_dtype: str = "float32"  # of parameters that are not trained, the reference's and the
+    # reward model's among them; "bfloat16" halves their memory
     scan_layers: bool = False  # True compiles faster; False runs faster on CPUs
+    remat: str = "none"  # what the backward pass computes again to save memory: "none" is fastest,
+    # "dots" keeps the products with parameters, "full" only each layer's input: for the longest
+    # rows and largest models
     vocabulary_data: str = ""  # rows of texts: keep only the tokens that they use; "" keeps all
 
     def __post_init__(self):
@@ -58,6 +65,8 @@ class ModelSettings:
             )
         check = Check(self, "model")
         check.choice("dtype", "float32", "bfloat16", "float16")
+        check.choice("frozen_dtype", "float32", "bfloat16")
+        check.choice("remat", "none", "dots", "full")
         texts = "the texts to train the tokenizer of model.scratch on"
         check.that(bool(self.vocabulary_data or not self.scratch), "vocabulary_data", texts)
 
@@ -162,6 +171,7 @@ class PPOSettings:
     init_from: str = "sft"  # the policy: a stage of this workdir, "base", a stage folder or a model
     reward_model: str = "reward"  # a stage of this workdir or a stage folder; "" with a function
     reward_function: str = ""  # "module:function": (prompts, responses) -> one number a response
+    reward_seconds: Limit = math.inf  # that a call of reward_function may take, else the run ends
     critic_init_from: str = ""  # "reward_model", or "policy": its body and a head of zeros; "" is
     # the reward model, or the policy where a function gives the scores
     trainable: str | int = "all"  # "all", a number of top layers such as "4", or "head"
@@ -207,7 +217,7 @@ class PPOSettings:
         check.each("> 0", "num_iterations", "rollout_batch_size", "num_epochs", "num_minibatches")
         check.each("> 0", "num_micro_batches", "max_prompt_length", "response_length")
         check.each("> 0", "temperature", "target_kl", "kl_horizon", "value_clip_range")
-        check.each("> 0", "sample_every", "save_every")
+        check.each("> 0", "sample_every", "save_every", "reward_seconds")
         check.each(">= 0", "kl_coef", "vf_coef", "entropy_coef", "value_learning_rate")
         check.each(">= 0", "top_k", "num_samples")
         check.each("in [0, 1]", "gamma", "gae_lambda", "min_p")
@@ -256,6 +266,7 @@ class Config:
 
     model: ModelSettings  # where the run starts
     seed: int = 0  # of initial weights, data order and sampling
+    mesh: MeshSettings = MeshSettings()  # how the devices are arranged, see `sharding`
     prepare: str = ""  # "module:function": (folder) -> None, writes the run's data files first
     # The stages, in the order in which they run; None leaves one out.
     sft: SFTSettings | None = None  # demonstrations
@@ -289,11 +300,13 @@ def from_config_dict(config: config_dict.ConfigDict | dict) -> Config:
     return build(Config, config)
 
 
-# Settings that a resumed run may change: numbers that no shape and no data order depends on.
+# Settings that a resumed run may change: neither the state's shapes nor the data order depend on
+# them.
 MAY_CHANGE = frozenset(
     [field.name for field in dataclasses.fields(OptimizerSettings)]
     + ["value_learning_rate", "num_iterations", "temperature", "missing_eos_score", "kl_coef"]
     + ["target_kl", "kl_horizon", "gamma", "gae_lambda", "clip_range", "clip_range_high"]
     + ["value_clip_range", "vf_coef", "entropy_coef", "sample_every", "num_samples"]
-    + ["save_every", "eval_every", "num_micro_batches", "hidden_cache_gb"]
+    + ["save_every", "eval_every", "num_micro_batches", "hidden_cache_gb", "remat"]
+    + ["reward_seconds"]
 )

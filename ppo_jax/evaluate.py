@@ -16,7 +16,7 @@ from ppo_jax.data import load_ratings
 from ppo_jax.distributions import token_logprobs
 from ppo_jax.formats import naming_data
 from ppo_jax.generation import generate, make_sampling
-from ppo_jax.inputs import make_inputs, on_device
+from ppo_jax.inputs import make_inputs
 from ppo_jax.judges import Judge, distinct_n, judge_table
 from ppo_jax.models import Model, describe_stage, load_source, resolve, source_steps
 from ppo_jax.networks import ModelConfig, policy_network, reward_network
@@ -25,6 +25,7 @@ from ppo_jax.prompt_data import PromptData, prompt_data
 from ppo_jax.reward_data import CONTEXT, rated
 from ppo_jax.reward_loop import all_scores
 from ppo_jax.rollout import response_outputs
+from ppo_jax.sharding import Layout, fetch, make_layouts, one_device
 from ppo_jax.steps import text_scores
 from ppo_jax.structs import Rollout
 from ppo_jax.workdir import read_results, write_results
@@ -51,16 +52,16 @@ def evaluate(config: Config, workdir: Path, base: str):
         workdir: the run's folder; its stages are complete.
         base: path of the base model.
     """
-    settings = config.evaluate
+    settings, (layout, of_rollout) = config.evaluate, make_layouts(config.mesh)
     pins = source_steps(workdir / "ppo")
     policies = {
-        name: load_source(path, workdir, base, config.model, pin)
+        name: load_source(path, workdir, base, config.model, layout, pin)
         for name, (path, pin) in compared(config, workdir, base, pins.get("init_from")).items()
     }
     prompts = evaluation_prompts(config, policies["ppo"].tokenizer).texts[: settings.num_prompts]
     responses, rollouts = {}, {}
     for name, policy in policies.items():
-        responses[name], rollouts[name] = respond(policy, prompts, config)
+        responses[name], rollouts[name] = respond(policy, prompts, config, of_rollout)
         print(f"evaluate: {len(prompts)} responses of {name}", flush=True)
     texts = {
         name: [p + r for p, r in zip(prompts, rows, strict=True)]
@@ -78,7 +79,7 @@ def evaluate(config: Config, workdir: Path, base: str):
     add_results(workdir, judge_all(settings, workdir, texts))
     name = config.ppo.reward_model or ("reward" if config.reward is not None else "")
     pin = pins.get("reward_model") if config.ppo.reward_model else None
-    reward = load_source(name, workdir, base, config.model, pin) if name else None
+    reward = load_source(name, workdir, base, config.model, layout, pin) if name else None
     add_results(workdir, {"samples": side_by_side(reward, prompts, responses, texts)})
     add_results(workdir, reward_accuracies(reward, config, workdir))
 
@@ -129,7 +130,9 @@ def evaluation_prompts(config: Config, tokenizer: Any) -> PromptData:
     return data
 
 
-def respond(policy: Model, prompts: list[str], config: Config) -> tuple[list[str], list[Rollout]]:
+def respond(
+    policy: Model, prompts: list[str], config: Config, layout: Layout
+) -> tuple[list[str], list[Rollout]]:
     """Responses as long as those of the training, from the same key for every policy."""
     ppo, settings = config.ppo, config.evaluate
     return generate(
@@ -140,6 +143,7 @@ def respond(policy: Model, prompts: list[str], config: Config) -> tuple[list[str
         seed=config.seed + 1,
         batch_size=settings.batch_size,
         max_prompt_length=ppo.max_prompt_length,
+        layout=layout,
     )
 
 
@@ -150,7 +154,7 @@ def kl_per_response(
 
     The sum over a response of logprobs - ref_logprobs, averaged over the first `count` responses.
     """
-    network, params = policy_network(reference.config), on_device(reference.params)
+    network = policy_network(reference.config, constrain=reference.layout.constrain)
 
     @jax.jit
     def log_ratio(params, rollout):
@@ -161,7 +165,7 @@ def kl_per_response(
         ref = token_logprobs(logits, rollout.response_tokens, temperature=temperature)
         return jax.numpy.where(rollout.response_mask, rollout.logprobs - ref, 0.0).sum(axis=1)
 
-    ratios = np.concatenate([np.asarray(log_ratio(params, r)) for r in rollouts])
+    ratios = np.concatenate(fetch([log_ratio(reference.params, r) for r in rollouts]))
     return float(ratios[:count].mean())
 
 
@@ -212,14 +216,16 @@ def score_texts(model: Model, texts: list[str]) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=4)
-def compiled_scores(config: ModelConfig):
-    return jax.jit(functools.partial(text_scores, reward_network(config)))
+def compiled_scores(config: ModelConfig, layout: Layout):
+    network = reward_network(config, constrain=layout.constrain)
+    return jax.jit(functools.partial(text_scores, network))
 
 
 def score_rows(model: Model, rows: Texts) -> np.ndarray:
     """A reward model's scores of tokenised texts, [N] float32."""
-    score, inputs = compiled_scores(model.config), make_inputs(rows, None, None, cache_gb=0.0)
-    return all_scores(score, on_device(model.params), rows, inputs, SCORED_AT_A_TIME)
+    layout = model.layout or one_device()
+    score, inputs = compiled_scores(model.config, layout), make_inputs(rows, None, None, cache_gb=0)
+    return all_scores(score, layout.put(model.params), rows, inputs, layout, SCORED_AT_A_TIME)
 
 
 def reward_accuracies(reward: Model | None, config: Config, workdir: Path) -> dict[str, float]:
@@ -236,14 +242,14 @@ def reward_accuracies(reward: Model | None, config: Config, workdir: Path) -> di
         found = data.accuracy(score_rows(reward, data.texts), config.seed)
     else:
         found = last_validation(workdir / "metrics.jsonl")
-    return {k.replace("validation_accuracy", "accuracy"): v for k, v in found.items()}
+    return {name.replace("/validation_", "/"): value for name, value in found.items()}
 
 
 def last_validation(path: Path) -> dict[str, float]:
-    """The last validation accuracies of the reward model in metrics.jsonl."""
+    """The last validation of the reward model in metrics.jsonl."""
     found = {}
     for line in path.read_text().splitlines():
         row = json.loads(line)
         if row["stage"] == "reward":
-            found |= {k: v for k, v in row.items() if "validation_accuracy" in k}
+            found |= {k: v for k, v in row.items() if "/validation_" in k}
     return found

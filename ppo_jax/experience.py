@@ -5,6 +5,7 @@ Dimension key: B responses, P prompt tokens, T response tokens, L = P + T.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -19,7 +20,23 @@ from ppo_jax.networks import Network
 from ppo_jax.partition import merge_params
 from ppo_jax.rewards import missing_eos_scores, token_rewards
 from ppo_jax.rollout import Sampling, response_outputs, rollout
-from ppo_jax.structs import Experience, Frozen, Hyperparameters, PPOState, Prompts, Rollout
+from ppo_jax.structs import (
+    Experience,
+    Frozen,
+    Hyperparameters,
+    Params,
+    PPOState,
+    Prompts,
+    Rollout,
+)
+
+
+class Sampler(NamedTuple):
+    """The policy as the rollout runs it, where devices share the work in another way there."""
+
+    policy: Network
+    trunk: Network | None
+    place: Callable[[Params], Params]  # once an iteration: to where, and as, the rollout reads them
 
 
 class PPONetworks(NamedTuple):
@@ -35,6 +52,7 @@ class PPONetworks(NamedTuple):
     trunk: Network | None = None
     value_on_trunk: bool = False
     reward_on_trunk: bool = False
+    sampler: Sampler | None = None  # None: policy and trunk as they are
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,15 +80,16 @@ def sample_responses(
     recipe: Recipe,
 ) -> Rollout:
     """The rollout of one iteration with the current policy. The key is consumed."""
+    policy, trunk, place = networks.sampler or (networks.policy, networks.trunk, lambda x: x)
     return rollout(
-        networks.policy,
-        merge_params(frozen.policy, state.policy_params),
+        policy,
+        place(merge_params(frozen.policy, state.policy_params)),
         prompts,
         key,
         sampling=recipe.sampling,
         temperature=hyperparameters.temperature,
-        trunk=networks.trunk,
-        trunk_params=frozen.trunk,
+        trunk=trunk,
+        trunk_params=None if trunk is None else place(frozen.trunk),
     )
 
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import save_file
 
 from ppo_jax import hf, vocabulary
+from ppo_jax.base_model import save_tensors
 from ppo_jax.families import write_config
 from ppo_jax.generation import find_sampling
 from ppo_jax.model_card import write_card
@@ -159,7 +159,7 @@ def write_weights(
         names = ["model.safetensors"]
     for name, keys in zip(names, shards, strict=True):
         part = {key: tensors[key].astype(jnp.dtype(dtype)) for key in keys}
-        save_file(part, folder / name, metadata={"format": "pt"})
+        save_tensors(part, folder / name)
     if len(shards) > 1:
         total = size * sum(tensor.size for tensor in tensors.values())
         where = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}

@@ -10,6 +10,7 @@ import re
 from typing import Any, NamedTuple
 
 from ppo_jax.networks import ModelConfig, RopeScaling
+from ppo_jax.shapes import computation
 
 Json = dict[str, Any]
 
@@ -105,8 +106,12 @@ SUSPICIOUS = re.compile(
 )
 
 
-def read_config(raw: Json, *, dtype: str = "float32", scan_layers: bool = False) -> ModelConfig:
+def read_config(raw: Json, **choices: Any) -> ModelConfig:
     """The content of a config.json as a `ModelConfig`.
+
+    Args:
+        raw: the content.
+        choices: how to compute with it, see `shapes.computation`.
 
     Raises:
         ValueError: the family or one of its options is not supported, or a key is missing.
@@ -116,7 +121,7 @@ def read_config(raw: Json, *, dtype: str = "float32", scan_layers: bool = False)
         raise ValueError(f"model_type {family!r} is not supported; choose from {sorted(NAMES)}")
     refuse_unsupported(raw, family)
     read = read_gpt2 if family == "gpt2" else read_llama
-    return ModelConfig(dtype=dtype, scan_layers=scan_layers, **read(raw))
+    return ModelConfig(**choices, **read(raw))
 
 
 def refuse_unsupported(raw: Json, family: str) -> None:
@@ -228,8 +233,8 @@ def read_rope(raw: Json) -> tuple[float, RopeScaling | None]:
 def write_config(config: ModelConfig) -> Json:
     """The inverse of `read_config`: the config.json of a model, without the ids of its tokens.
 
-    The family is the first whose checkpoints can hold such a model; dtype and layout of the layers
-    belong to the computation and are not in it.
+    The family is the first whose checkpoints can hold such a model; the choices of `computation`
+    are not in it.
 
     Raises:
         ValueError: no family has such a model.
@@ -239,7 +244,7 @@ def write_config(config: ModelConfig) -> Json:
     else:
         candidates = [write_llama(config, family) for family in ("llama", "qwen2", "qwen3")]
     for raw in candidates:
-        if read_config(raw, dtype=config.dtype, scan_layers=config.scan_layers) == config:
+        if read_config(raw, **computation(config)) == config:
             return raw
     raise ValueError(f"none of {sorted(NAMES)} has a model of the shape {config}")
 

@@ -185,7 +185,10 @@ def json_lines(path: str | os.PathLike) -> Iterator[tuple[str, Row]]:
 
 def json_object(line: bytes, place: str) -> Row:
     try:
-        row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=without_repeats)
+        row = json.loads(line.decode("utf-8-sig").rstrip("\r\n"), object_pairs_hook=without_repeats)
+    except json.JSONDecodeError as error:  # which would name a line of this line
+        why = f"{error.msg} at column {error.colno}"
+        raise ValueError(f"{place}: not a JSON object on one line: {why}") from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{place}: not a JSON object on one line: {error}") from error
     if not isinstance(row, dict):

@@ -12,10 +12,10 @@ import numpy as np
 
 from ppo_jax.batches import encode_prompts, take_prompts
 from ppo_jax.config import PPOSettings
-from ppo_jax.inputs import on_device
 from ppo_jax.models import Model, describe_stage
 from ppo_jax.networks import ModelConfig, policy_network
 from ppo_jax.rollout import Sampling, choose, rollout
+from ppo_jax.sharding import Layout, fetch, one_device
 from ppo_jax.sources import model_folder
 from ppo_jax.structs import Rollout
 from ppo_jax.typed import filled_in
@@ -81,17 +81,22 @@ def declared_sampling(path: str, tokenizer: Any) -> dict[str, Any]:
     return {"stop_tokens": tokens}
 
 
-def decode_responses(tokenizer: Any, responses: Rollout) -> list[str]:
-    """The responses as text, without their stop tokens."""
-    tokens, mask = jax.device_get((responses.response_tokens, responses.response_mask))
+def decode_rows(tokenizer: Any, tokens: np.ndarray, mask: np.ndarray) -> list[str]:
+    """Responses [N, T] as text, without their stop tokens."""
     ids = [row[kept].tolist() for row, kept in zip(tokens, mask, strict=True)]
     return [tokenizer.decode(row, skip_special_tokens=True) for row in ids]
 
 
 @functools.lru_cache(maxsize=8)
-def compiled_rollout(config: ModelConfig, sampling: Sampling):
+def compiled_rollout(config: ModelConfig, sampling: Sampling, layout: Layout):
     """One jitted rollout for all models of a shape: base, SFT and PPO compile once."""
-    return jax.jit(functools.partial(rollout, policy_network(config), sampling=sampling))
+    network = policy_network(config, constrain=layout.constrain)
+
+    def sample(params, *args, **kwargs):
+        params = layout.decoding_params(params, config.dtype)
+        return rollout(network, params, *args, sampling=sampling, **kwargs)
+
+    return jax.jit(sample, out_shardings=layout.rows)
 
 
 def generate(
@@ -103,6 +108,7 @@ def generate(
     seed: int,
     batch_size: int,
     max_prompt_length: int,
+    layout: Layout | None = None,
 ) -> tuple[list[str], list[Rollout]]:
     """Sample a response to each prompt.
 
@@ -116,6 +122,7 @@ def generate(
         seed: of the sampling.
         batch_size: prompts at a time.
         max_prompt_length: tokens; a longer prompt is an error.
+        layout: of the rollout; None is the first device.
 
     Returns:
         (N responses, the rollouts of the batches; the last is filled up with prompt 0).
@@ -126,20 +133,20 @@ def generate(
     if model.kind != "policy":
         raise ValueError("model must be a policy to generate text, got a reward model")
     rows = encode_prompts(prompts, model.tokenizer, max_length=max_prompt_length)
-    sample, params = compiled_rollout(model.config, sampling), on_device(model.params)
+    layout = layout or one_device()
+    sample, params = compiled_rollout(model.config, sampling, layout), layout.put(model.params)
+    key, temperature = layout.put_whole((jax.random.key(seed), np.float32(temperature)))
     responses, rollouts = [], []
+    pieces = layout.pieces("batch")
+    batch_size = -(-batch_size // pieces) * pieces
     for begin in range(0, len(prompts), batch_size):
         numbers = np.arange(begin, begin + batch_size)
         chosen = np.where(numbers < len(prompts), numbers, 0)
-        batch = sample(
-            params,
-            take_prompts(rows, chosen),
-            jax.random.key(seed),
-            temperature=jnp.float32(temperature),
-            rows=jnp.asarray(numbers),
-        )
-        responses += decode_responses(model.tokenizer, batch)
-        rollouts.append(batch)
+        batch, numbers = layout.put_rows((take_prompts(rows, chosen), numbers))
+        found = sample(params, batch, key, temperature=temperature, rows=numbers)
+        tokens, mask = fetch((found.response_tokens, found.response_mask))
+        responses += decode_rows(model.tokenizer, tokens, mask)
+        rollouts.append(found)
     return responses[: len(prompts)], rollouts
 
 
@@ -197,7 +204,7 @@ def stream(
     tokens[0, width - len(ids) :] = ids
     mask = np.arange(width)[None] >= width - len(ids)
     begin, more = compiled_stream(model.config, sampling)
-    params = on_device(model.params)
+    params = jax.device_put(model.params)
     state = begin(params, tokens, mask)
     for t in range(0, sampling.response_length, CHUNK):
         state, chunk = more(params, state, key, jnp.float32(temperature))

@@ -2,16 +2,12 @@
 
 Every tensor in the files is used and every parameter is filled, or the load fails and names it.
 Pickled weights and code from a checkpoint are never run.
-
-Dimension key: D model, H heads, G key/value heads, K head size, F feed-forward, V vocabulary.
 """
 
 import contextlib
 import json
-import math
 import os
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +15,20 @@ import jax
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from ppo_jax.families import DERIVED, NAMES, PREFIX, Tensor, read_config
-from ppo_jax.networks import ModelConfig, Params, policy_network
+from ppo_jax.families import NAMES, read_config
+from ppo_jax.hf_tensors import Files, find_parameters, matrix_shape, read_parameters
+from ppo_jax.networks import ModelConfig, Params
 from ppo_jax.sources import model_folder
 
-DTYPES = ("F32", "F16", "BF16")  # as safetensors calls them
 INDEX = "model.safetensors.index.json"
 
 
 def load_config(
-    path: str | os.PathLike, *, dtype: str = "float32", scan_layers: bool = False
+    path: str | os.PathLike,
+    *,
+    dtype: str = "float32",
+    scan_layers: bool = False,
+    remat: str = "none",
 ) -> ModelConfig:
     """The shape of a pretrained model, without its weights.
 
@@ -36,16 +36,22 @@ def load_config(
         path: as in `load_policy`.
         dtype: of the computation, "float32", "bfloat16" or "float16".
         scan_layers: one scanned body instead of unrolled layers.
+        remat: what the backward pass computes again, "none", "dots" or "full".
 
     Raises:
         ValueError: the path leads nowhere, or to a family or an option that is not supported.
     """
-    folder = model_folder(path)
-    return read_config(read_json(folder), dtype=dtype, scan_layers=scan_layers)
+    raw = read_json(model_folder(path))
+    return read_config(raw, dtype=dtype, scan_layers=scan_layers, remat=remat)
 
 
 def load_policy(
-    path: str | os.PathLike, *, dtype: str = "float32", scan_layers: bool = False
+    path: str | os.PathLike,
+    *,
+    dtype: str = "float32",
+    scan_layers: bool = False,
+    remat: str = "none",
+    shardings: Callable[[Params], Any] | None = None,
 ) -> tuple[ModelConfig, Params]:
     """A pretrained model of the GPT-2, Llama, Qwen2 or Qwen3 family.
 
@@ -54,50 +60,28 @@ def load_policy(
             Hugging Face hub, or "package:smollm2-135m-instruct".
         dtype: of the computation. Parameters are float32 whatever the files hold.
         scan_layers: layers stacked along a leading axis instead of one subtree each.
+        remat: what the backward pass computes again, "none", "dots" or "full".
+        shardings: from the tree of parameters, as `jax.ShapeDtypeStruct`s, to the tree of their
+            shardings: `Layout.shardings`. None loads to the host.
 
     Returns:
-        (config, params). The parameters are numpy arrays in the memory of the host, at most one
-        tensor above their own size while loading; where they go from there is for the caller.
+        (config, params). Without `shardings` numpy arrays in the memory of the host, at most one
+        tensor above their own size while loading. With them arrays on the mesh: a process reads
+        what its own devices hold and nothing else, one piece of one parameter after another.
 
     Raises:
-        ValueError: the model is not supported, or its files and its config.json do not agree.
+        ValueError: the model is not supported, or its files and its config.json do not agree, or
+            what `shardings` raises.
     """
     folder = model_folder(path)
     raw = read_json(folder)
-    config = read_config(raw, dtype=dtype, scan_layers=scan_layers)
-    with open_weights(folder, config, raw["model_type"]) as tensors:
-        return config, read_params(config, raw["model_type"], tensors)
-
-
-@contextlib.contextmanager
-def open_weights(
-    folder: Path, config: ModelConfig, family: str
-) -> Iterator[dict[str, tuple[Any, str]]]:
-    """The tensors of a folder as `canonical_names` gives them, checked by the files' headers alone.
-
-    Raises:
-        ValueError: a file or a tensor is not as the config asks for; with the folder.
-    """
-    with contextlib.ExitStack() as stack:
-        files = {
-            key: file
-            for name in weight_files(folder)
-            for file in [stack.enter_context(open_file(folder / name))]
-            for key in file.keys()  # noqa: SIM118, a safetensors file is not a mapping
-        }
+    config = read_config(raw, dtype=dtype, scan_layers=scan_layers, remat=remat)
+    with open_weights(folder) as files:
         try:
-            tensors = canonical_names(files, family)
-            check_tensors(config, family, tensors)
+            stored = find_parameters(config, raw["model_type"], files)
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from error
-        yield tensors
-
-
-def open_file(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="numpy")
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+        return config, read_parameters(stored, shardings)
 
 
 def read_json(folder: Path) -> dict[str, Any]:
@@ -129,124 +113,22 @@ def weight_files(folder: Path) -> list[str]:
     )
 
 
-def canonical_names(files: dict[str, Any], family: str) -> dict[str, tuple[Any, str]]:
-    """Full name of each tensor -> (open file, its name there), without derived constants."""
-    tensors: dict[str, tuple[Any, str]] = {}
-    for key, file in files.items():
-        is_full = key.startswith((PREFIX[family], "lm_head."))
-        name = key if is_full else PREFIX[family] + key
-        if DERIVED.fullmatch(name.removeprefix(PREFIX[family])):
-            continue
-        if name in tensors:
-            raise ValueError(f"the weight files hold {name} twice: {key}, {tensors[name][1]}")
-        tensors[name] = (file, key)
-    return tensors
+@contextlib.contextmanager
+def open_weights(folder: Path) -> Iterator[Files]:
+    """The weight files of a folder, open; their headers alone have been read.
 
-
-def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Path -> shape of all parameters of a policy; those of layers with a leading layer axis."""
-    stacked = replace(config, scan_layers=True)  # one layer to trace, however many there are
-    tree = jax.eval_shape(policy_network(stacked).init, jax.random.key(0))
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    paths = [(".".join(entry.key for entry in path), leaf.shape) for path, leaf in leaves]
-    return {path.replace("layers.stack.", "layers."): shape for path, shape in paths}
-
-
-def read_params(config: ModelConfig, family: str, tensors: dict[str, tuple[Any, str]]) -> Params:
-    """Fill the parameter tree from open files; see `load_policy`."""
-    shapes = parameter_shapes(config)
-    names = NAMES[family]
-    flat = {}
-    for path, shape in shapes.items():
-        flat[path] = np.empty(shape, np.float32)
-        for i, target in enumerate(flat[path] if path.startswith("layers.") else [flat[path]]):
-            file, key = tensors[names[path].name.format(i)]
-            target[...] = from_file(file.get_tensor(key), names[path], target.shape)
-    if config.tie_embeddings and "lm_head.weight" in tensors:
-        file, key = tensors["lm_head.weight"]
-        if not np.array_equal(file.get_tensor(key), flat["embed.tokens"]):
-            raise ValueError(
-                "config.json ties the head to the embedding, but lm_head.weight differs from "
-                f"{names['embed.tokens'].name}; should tie_word_embeddings be false?"
-            )
-    return nest(flat, scan_layers=config.scan_layers)
-
-
-def check_tensors(config: ModelConfig, family: str, tensors: dict[str, tuple[Any, str]]) -> None:
-    """Refuse, before anything is read, a tensor that is missing, too many, or not as it must be."""
-    needed = {}
-    for path, shape in parameter_shapes(config).items():
-        row, layers = NAMES[family][path], 1
-        if path.startswith("layers."):
-            layers, shape = shape[0], shape[1:]
-        needed |= {row.name.format(i): shape_in_file(path, row, shape) for i in range(layers)}
-    allowed = needed.keys() | ({"lm_head.weight"} if config.tie_embeddings else set())
-    if missing := sorted(needed.keys() - tensors.keys()):
-        raise ValueError(f"the weight files lack {len(missing)} tensors: {shorten(missing)}")
-    if unused := sorted(tensors.keys() - allowed):
-        raise ValueError(
-            f"the weight files hold {len(unused)} tensors that the model of config.json does not "
-            f"have: {shorten(unused)}"
-        )
-    for name, (file, key) in tensors.items():
-        header = file.get_slice(key)
-        shape, dtype = tuple(header.get_shape()), header.get_dtype()
-        if dtype not in DTYPES:
-            raise ValueError(f"{name} is stored as {dtype}; choose from {list(DTYPES)}")
-        if shape != (expected := needed.get(name, shape)):
-            raise ValueError(f"{name} has shape {shape}, but config.json asks for {expected}")
-
-
-def shorten(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-
-
-def shape_in_file(path: str, row: Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape in which one parameter of one layer is stored."""
-    stored = matrix_shape(path, shape)
-    if row.third is not None:
-        stored = (*stored[:-1], 3 * stored[-1])
-    return stored[::-1] if row.transposed else stored
-
-
-def from_file(tensor: np.ndarray, row: Tensor, shape: tuple[int, ...]) -> np.ndarray:
-    """A stored tensor in the layout of the parameter that it fills."""
-    if row.third is not None:
-        tensor = np.split(tensor, 3, axis=-1)[row.third]
-    return (tensor.T if row.transposed else tensor).reshape(shape)
-
-
-def matrix_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """One parameter of one layer with its heads flattened: [in, out] for a kernel, else [size].
-
-    Kernels are [D, H, K] before the heads and [H, K, D] after them; biases [H, K].
+    Raises:
+        ValueError: there are none, or one is damaged.
     """
-    if path.endswith("output.kernel"):
-        return (math.prod(shape[:-1]), shape[-1])
-    if path.endswith("bias") or len(shape) == 1:
-        return (math.prod(shape),)
-    return (shape[0], math.prod(shape[1:]))
-
-
-def nest(flat: dict[str, np.ndarray], *, scan_layers: bool) -> Params:
-    """Paths to a tree; layers as one stack, or as a subtree of views for each."""
-    tree: Params = {}
-    for path, array in flat.items():
-        if not path.startswith("layers."):
-            put(tree, path, array)
-        elif scan_layers:
-            put(tree, path.replace("layers.", "layers.stack.", 1), array)
-        else:
-            for i, layer in enumerate(array):
-                put(tree, path.replace("layers.", f"layers.{i}.", 1), layer)
-    return tree
-
-
-def put(tree: Params, path: str, value: np.ndarray) -> None:
-    *parents, name = path.split(".")
-    for parent in parents:
-        tree = tree.setdefault(parent, {})
-    tree[name] = value
+    with contextlib.ExitStack() as stack:
+        files: Files = {}
+        for name in weight_files(folder):
+            try:
+                file = stack.enter_context(safe_open(folder / name, framework="numpy"))
+            except SafetensorError as error:
+                raise ValueError(f"{folder / name} is damaged: {error}") from error
+            files |= dict.fromkeys(file.keys(), file)
+        yield files
 
 
 def params_to_hf(config: ModelConfig, family: str, params: Params) -> dict[str, np.ndarray]:
@@ -271,7 +153,8 @@ def params_to_hf(config: ModelConfig, family: str, params: Params) -> dict[str, 
         if path not in NAMES[family]:
             raise ValueError(f"a {family} checkpoint has no place for the parameter {path}")
         row = NAMES[family][path]
-        matrix = np.reshape(leaf, matrix_shape(path, np.shape(leaf)))
+        array = np.asarray(leaf)
+        matrix = array.reshape(matrix_shape(path, array.shape))
         name = row.name.format(layer)
         if row.third is not None:
             thirds = tensors.setdefault(

@@ -131,12 +131,15 @@ class MetricsWriter:
 
 
 class _Progress:
-    """A bar on a terminal; elsewhere a line about every tenth of the steps, or every 30 seconds."""
+    """A bar on a terminal; elsewhere a line about every tenth of the steps, or every 30 seconds,
+    and one for each step that has figures which the step before it lacks, of a validation."""
 
     def __init__(self, stage: str, done: int, total: int, show: Mapping[str, str]):
         self._stage, self._total, self._show = stage, total, show
-        self._figures: dict[str, str] = {}
-        self._last_step, self._last_time = done, time.monotonic()
+        self._figures: dict[str, tuple[str, int]] = {}  # label: (figure, step)
+        self._shown: set[str] = set()  # labels of the newest step
+        self._step = self._last_step = done
+        self._last_time = time.monotonic()
         self._bar = None
         if sys.stdout.isatty():
             # A terminal may say that it has no columns and no lines; tqdm would then show nothing.
@@ -145,17 +148,21 @@ class _Progress:
             self._bar = tqdm(total=total, initial=done, desc=stage, **shape)
 
     def update(self, step: int, values: Mapping[str, float]) -> None:
-        for name in self._show.keys() & values.keys():
-            self._figures[self._show[name]] = _figure(values[name])
+        shown = {label: values[name] for name, label in self._show.items() if name in values}
+        has_more = bool(self._shown) and self._shown < shown.keys()  # than the step before
+        self._figures |= {label: (_figure(value), step) for label, value in shown.items()}
+        self._shown, self._step = set(shown), step
         if self._bar is not None:
             self._bar.set_postfix_str(self._figures_text(), refresh=False)
             self._bar.update(step - self._bar.n)
-        elif self._is_due(step):
+        elif self._is_due(step) or has_more or step == 0:
             self._print(step)
 
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
+        elif self._step > self._last_step:  # stopped before its line was due
+            self._print(self._step)
 
     def _is_due(self, step: int) -> bool:
         tenth = step * 10 // self._total > self._last_step * 10 // self._total
@@ -166,13 +173,19 @@ class _Progress:
         seconds = (now - self._last_time) / max(step - self._last_step, 1)
         left = round(seconds * (self._total - step))
         parts = [f"{self._stage} {step}/{self._total}", self._figures_text()]
-        parts += [f"{_figure(seconds)} s/step", f"eta {left // 60}:{left % 60:02d}"]
+        if step:
+            parts += [f"{_figure(seconds)} s/step", f"eta {left // 60}:{left % 60:02d}"]
         print("  ".join(part for part in parts if part), flush=True)
         self._last_step, self._last_time = step, now
 
     def _figures_text(self) -> str:
-        labels = [label for label in self._show.values() if label in self._figures]
-        return "  ".join(f"{label} {self._figures[label]}" for label in labels)
+        """Those of this step; a bar, which is written over, keeps older ones with their step."""
+        of_line = self._shown if self._bar is None else self._figures.keys()
+        texts = []
+        for label in (x for x in self._show.values() if x in of_line):
+            figure, step = self._figures[label]
+            texts.append(f"{label} {figure}" + (f" (step {step})" if step < self._step else ""))
+        return "  ".join(texts)
 
 
 def _figure(value: float) -> str:

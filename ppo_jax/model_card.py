@@ -20,6 +20,7 @@ WHAT = {
 TASKS = {"policy": "text-generation", "reward": "text-classification"}
 BEFORE = {"sft": ["sft"], "reward": ["sft", "reward"], "ppo": ["sft", "reward", "ppo"]}
 DATA = ("data", "validation_data", "reference_data", "prompts", "reward_function")
+OF_BASE = ("path", "scratch", "vocabulary_data")
 FIGURE = {"sft": "Loss", "reward": "Accuracy"}
 
 # AutoTokenizer rebuilds what it takes for a tokenizer of Qwen2; this class reads tokenizer.json.
@@ -148,7 +149,7 @@ def recipe(stages: Mapping[str, Mapping[str, Any]], stage: str) -> str:
     ]
     tables = [
         folded(f"Settings of the {name} stage", table(("setting", "value"), rows_of(settings)))
-        for name, settings in stages.items()
+        for name, settings in zip(stages, map(used, stages.values()), strict=True)
     ]
     return "\n".join([f"## Recipe\n\n{began}\n", table(("stage", "data", "from"), data), *tables])
 
@@ -165,6 +166,14 @@ def made_by(record: Mapping[str, Any], command: str) -> str:
     }
     rows = [row for row in made.items() if row[1]]
     return f"## Made by\n\n```\n{command}\n```\n\n{table(('the run', ''), rows)}"
+
+
+def used(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The settings without those of a base model that the stage did not begin with."""
+    if settings.get("init_from", "base") in ("base", *BEFORE):  # or a stage of the run did
+        return settings
+    model = {name: x for name, x in settings["model"].items() if name not in OF_BASE}
+    return {**settings, "model": model}
 
 
 def rows_of(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

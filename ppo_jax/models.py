@@ -18,6 +18,9 @@ from ppo_jax.checkpoints import Checkpoints, load_checkpoint_item, load_params, 
 from ppo_jax.config import STAGES, ModelSettings
 from ppo_jax.networks import ModelConfig, Params, RopeScaling
 from ppo_jax.partition import Parts, merge_params, stack_layers, unstack_layers
+from ppo_jax.processes import by_first
+from ppo_jax.shapes import computation
+from ppo_jax.sharding import Layout
 
 FIELD_OF_STAGE = {"sft": "params", "reward": "params", "ppo": "policy_params"}
 DESCRIPTION = {"stage", "kind", "model", "frozen", "settings", "num_steps"}  # keys of stage.json
@@ -25,48 +28,56 @@ DESCRIPTION = {"stage", "kind", "model", "frozen", "settings", "num_steps"}  # k
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
-    """A model with all of its parameters, on the host."""
+    """A model with all of its parameters."""
 
     kind: str  # "policy" or "reward"
     config: ModelConfig
-    params: Params
+    params: Params  # numpy on the host, or arrays on the mesh of a layout
     tokenizer: Any
+    layout: Layout | None = None  # of the parameters; None is the host
     step: int | None = None  # of the stage that it is from, where one was asked for
 
 
 def load_model(
-    path: str | os.PathLike, settings: ModelSettings | None = None, step: int | None = None
+    path: str | os.PathLike,
+    settings: ModelSettings | None = None,
+    layout: Layout | None = None,
+    step: int | None = None,
 ) -> Model:
     """A model from a stage folder, or a policy from anything that `hf.load_policy` reads.
 
     Args:
         path: the folder, file or name.
-        settings: how to compute with it (dtype, scan_layers); None is float32, or as the stage did.
+        settings: how to compute with it, see `shapes.computation`; None is float32, or as the
+            stage did.
+        layout: where its parameters go, straight into their pieces; None is the host.
         step: of a stage's checkpoint; None is the newest.
 
     Raises:
-        ValueError: there is no complete model at `path`.
+        ValueError: there is no complete model at `path`, or the layout cannot cut it.
     """
     if (Path(path) / "stage.json").is_file():
-        model = load_stage(Path(path), step)
+        model = load_stage(Path(path), layout, step)
         return model if settings is None else compute_as(model, settings)
-    how = {}
-    if settings is not None:
-        how = {"dtype": settings.dtype, "scan_layers": settings.scan_layers}
-    config, params = hf.load_policy(path, **how)
+    how = {} if settings is None else computation(settings)
+    config, params = hf.load_policy(path, shardings=layout and layout.shardings, **how)
     tokenizer = vocabulary.load_tokenizer(path)
     check_tokenizer(tokenizer, config, path)
-    return Model(kind="policy", config=config, params=params, tokenizer=tokenizer)
+    return Model(kind="policy", config=config, params=params, tokenizer=tokenizer, layout=layout)
+
+
+def settle(params: Params, layout: Layout | None) -> Params:
+    """Parameters that were joined or taken apart, on the host or in the pieces of the layout."""
+    return jax.tree.map(np.asarray, params) if layout is None else layout.put(params)
 
 
 def compute_as(model: Model, settings: ModelSettings) -> Model:
-    """The same model with the dtype and the layout of layers that the settings ask for."""
-    how = {"dtype": settings.dtype, "scan_layers": settings.scan_layers}
+    """The same model, computed as the settings ask for; its parameters stay where they are."""
     params = model.params
     if model.config.scan_layers != settings.scan_layers:
         change = stack_layers if settings.scan_layers else unstack_layers
-        params = jax.tree.map(np.asarray, change(params))
-    config = dataclasses.replace(model.config, **how)
+        params = settle(change(params), model.layout)
+    config = dataclasses.replace(model.config, **computation(settings))
     return dataclasses.replace(model, config=config, params=params)
 
 
@@ -116,26 +127,28 @@ def begin_stage(folder: Path, model: Model, parts: Parts, description: dict):
         parts: its parameters, split.
         description: the stage's name and settings, kept in stage.json.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    vocabulary.save_tokenizer(model.tokenizer, folder / "tokenizer")
+    by_first(vocabulary.save_tokenizer, model.tokenizer, folder / "tokenizer")
     frozen = merge_params(parts.trunk, parts.frozen)
     if frozen:
         save_params(folder / "frozen", frozen)
     of_model = {"kind": model.kind, "model": dataclasses.asdict(model.config)}
-    write_description(folder, description | of_model | {"frozen": bool(frozen)})
+    by_first(write_description, folder, description | of_model | {"frozen": bool(frozen)})
 
 
 def update_stage(folder: Path, description: dict):
     """Settings that may change, and the number of steps, as the resumed run has them."""
-    old = describe_stage(folder)
-    if old | description != old:
-        write_description(folder, old | description)
+    by_first(write_description, folder, describe_stage(folder) | description)
 
 
 def write_description(folder: Path, description: dict):
     temporary = folder / "stage.json.tmp"
     temporary.write_text(json.dumps(description, indent=2) + "\n")
     temporary.replace(folder / "stage.json")
+
+
+def has_begun(folder: Path) -> bool:
+    """Whether a stage has a checkpoint: before its first one it is begun anew, whatever differs."""
+    return describe_stage(folder) is not None and bool(Checkpoints(folder / "checkpoints").steps())
 
 
 def missing_steps(folder: Path) -> str | None:
@@ -149,7 +162,7 @@ def missing_steps(folder: Path) -> str | None:
 
 def source_steps(folder: Path) -> dict[str, int]:
     """{field: step} of the stages that a stage began from; {} if it has not begun."""
-    return (describe_stage(folder) or {}).get("sources", {})
+    return describe_stage(folder).get("sources", {}) if has_begun(folder) else {}
 
 
 def check_pin(folder: Path, step: int):
@@ -166,7 +179,12 @@ def check_pin(folder: Path, step: int):
 
 
 def load_source(
-    name: str, workdir: Path, base: str, settings: ModelSettings, step: int | None = None
+    name: str,
+    workdir: Path,
+    base: str,
+    settings: ModelSettings,
+    layout: Layout | None = None,
+    step: int | None = None,
 ) -> Model:
     """The model that a stage starts from; a stage must be complete.
 
@@ -175,6 +193,7 @@ def load_source(
         workdir: the run's folder.
         base: path of the base model.
         settings: how to compute with it.
+        layout: as in `load_model`.
         step: from which the run began before, see `source_steps`; None is the newest.
 
     Raises:
@@ -189,16 +208,18 @@ def load_source(
             told = f"the stage {path} is not complete: {missing}. Run it to its end first."
             raise ValueError(told)
         step = Checkpoints(folder / "checkpoints").readable_step()
-    return load_model(path, settings, step)
+    return load_model(path, settings, layout, step)
 
 
 def stage_folder(workdir: str | os.PathLike, stage: str) -> Path:
     """Where a run keeps one of its stages.
 
     Raises:
-        ValueError: the run has no such stage.
+        ValueError: there is no such run, or it has no such stage.
     """
     workdir = Path(workdir)
+    if not workdir.is_dir():
+        raise ValueError(f"there is no run {workdir}")
     found = [name for name in STAGES if describe_stage(workdir / name) is not None]
     if stage not in found:
         has = f"it has {', '.join(found)}" if found else "it has none"
@@ -213,18 +234,20 @@ def stage_config(description: dict) -> ModelConfig:
     return ModelConfig(**values, rope_scaling=RopeScaling(**scaling) if scaling else None)
 
 
-def load_stage(folder: Path, step: int | None = None) -> Model:
-    """The model of a stage, at a step or at its newest complete checkpoint."""
+def load_stage(folder: Path, layout: Layout | None = None, step: int | None = None) -> Model:
+    """The model of a stage, at a step or at its newest complete checkpoint; see `load_model`."""
     description = describe_stage(folder)
     checkpoints = folder / "checkpoints"
     if not checkpoints.is_dir():
         raise ValueError(f"{folder} has no checkpoint yet: run the stage first")
-    trained = load_checkpoint_item(checkpoints, FIELD_OF_STAGE[description["stage"]], step)
-    frozen = load_params(folder / "frozen") if description["frozen"] else {}
+    field, shardings = FIELD_OF_STAGE[description["stage"]], layout and layout.shardings
+    trained = load_checkpoint_item(checkpoints, field, step, shardings)
+    frozen = load_params(folder / "frozen", shardings) if description["frozen"] else {}
     return Model(
         kind=description["kind"],
         config=stage_config(description),
-        params=jax.tree.map(np.asarray, merge_params(frozen, trained)),
+        params=settle(merge_params(frozen, trained), layout),
         tokenizer=vocabulary.load_tokenizer(folder / "tokenizer"),
+        layout=layout,
         step=step,
     )

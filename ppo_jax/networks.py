@@ -3,6 +3,9 @@
 A network is the four functions of `Network`. Ours are Transformers; a network of your own (NNX,
 Equinox, plain JAX) takes part in everything by giving the same four.
 
+`constrain` of the functions here pins how arrays lie on a mesh by their logical axes (see `axes`
+and `sharding.Layout`); by default it does nothing.
+
 Dimension key: B sequences, L positions, D model, V vocabulary.
 """
 
@@ -14,8 +17,10 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from ppo_jax.attention import KVCache
+from ppo_jax.axes import CACHE, Constrain, uncut
 from ppo_jax.shapes import ModelConfig, RopeScaling
-from ppo_jax.transformer import KVCache, Params, Transformer
+from ppo_jax.transformer import Params, Transformer
 
 __all__ = [
     "KVCache",
@@ -60,15 +65,16 @@ class Network(NamedTuple):
     decode: Callable[..., tuple[jax.Array, Any]] | None = None
 
 
-def make_network(config, start, end, head, head_std=0.0) -> Network:
+def make_network(config, start, end, head, constrain, head_std=0.0) -> Network:
     """The four functions of one Transformer module."""
-    module = Transformer(config, start, end, head, head_std)
+    module = Transformer(config, start, end, head, head_std, constrain)
 
     def init(key):
         mask = jnp.ones((1, 1), bool)
         shape = (1, 1) if start is None else (1, 1, config.embed_dim)
         inputs = jnp.zeros(shape, jnp.int32 if start is None else config.dtype)
-        return module.init(key, inputs, mask, None, None, 0)["params"]
+        # One row cannot be cut: where parameters lie is for whoever calls to say.
+        return module.clone(constrain=uncut).init(key, inputs, mask, None, None, 0)["params"]
 
     def apply(params, inputs, mask, *, start=0, segments=None):
         check_inputs(config, module.start, inputs, mask)
@@ -80,14 +86,17 @@ def make_network(config, start, end, head, head_std=0.0) -> Network:
     def init_cache(batch_size, length):
         shape = (batch_size, length, config.num_kv_heads, config.head_dim)
         count = end - (module.start or 0)
+
+        def pair(lead, axes):
+            empty = jnp.zeros((*lead, *shape), config.dtype)
+            return tuple(constrain(empty, axes) for _ in range(2))
+
         if config.scan_layers:
-            pair = tuple(jnp.zeros((count, *shape), config.dtype) for _ in range(2))
+            layers = pair((count,), (None, *CACHE))
         else:
-            pair = tuple(
-                tuple(jnp.zeros(shape, config.dtype) for _ in range(2)) for _ in range(count)
-            )
-        mask = jnp.zeros((batch_size, length), bool)
-        return KVCache(layers=pair, mask=mask, index=jnp.zeros((), jnp.int32))
+            layers = tuple(pair((), CACHE) for _ in range(count))
+        mask = constrain(jnp.zeros((batch_size, length), bool), CACHE[:2])
+        return KVCache(layers=layers, mask=mask, index=jnp.zeros((), jnp.int32))
 
     def decode(params, inputs, mask, cache, *, start=0):
         check_inputs(config, module.start, inputs, mask)
@@ -106,28 +115,34 @@ def check_inputs(config, start_layer, inputs, mask):
         )
 
 
-def policy_network(config: ModelConfig, *, start_layer: int | None = None) -> Network:
+def policy_network(
+    config: ModelConfig, *, start_layer: int | None = None, constrain: Constrain = uncut
+) -> Network:
     """Tokens (or hidden states after `start_layer` layers) to logits, float32."""
-    return make_network(config, start_layer, config.num_layers, "logits")
+    return make_network(config, start_layer, config.num_layers, "logits", constrain)
 
 
-def reward_network(config: ModelConfig, *, start_layer: int | None = None) -> Network:
+def reward_network(
+    config: ModelConfig, *, start_layer: int | None = None, constrain: Constrain = uncut
+) -> Network:
     """One scalar a position; the head starts with std 1 / sqrt(D + 1), bias 0.
 
     Reference: Stiennon et al. 2020, https://arxiv.org/abs/2009.01325 (the released code).
     """
     std = 1.0 / math.sqrt(config.embed_dim + 1)
-    return make_network(config, start_layer, config.num_layers, "scalar", std)
+    return make_network(config, start_layer, config.num_layers, "scalar", constrain, std)
 
 
-def value_network(config: ModelConfig, *, start_layer: int | None = None) -> Network:
+def value_network(
+    config: ModelConfig, *, start_layer: int | None = None, constrain: Constrain = uncut
+) -> Network:
     """One scalar a position; the head starts at zero, so that the first values are 0."""
-    return make_network(config, start_layer, config.num_layers, "scalar")
+    return make_network(config, start_layer, config.num_layers, "scalar", constrain)
 
 
-def trunk_network(config: ModelConfig, *, end_layer: int) -> Network:
+def trunk_network(config: ModelConfig, *, end_layer: int, constrain: Constrain = uncut) -> Network:
     """Tokens to the hidden states after `end_layer` layers: what networks above it start from."""
-    return make_network(config, None, end_layer, "none")
+    return make_network(config, None, end_layer, "none", constrain)
 
 
 def policy_apply(

@@ -93,6 +93,8 @@ def explain(error: Exception) -> str:
         return f"{error.filename}:{error.lineno}: {error.msg}"
     if match := re.match(r'Override (\S+) can not be applied because field "(\w+)" is None', text):
         return f"{match[1]} cannot be set: the config has no section {match[2]}"
+    if match := re.match(r"flag --(\w+)=None: Flag --\1 must have a value", text):
+        return f"--{match[1]} is missing"
     if "no attribute 'get_config'" in text:
         return "the config file must have a function get_config"
     if "get_config() takes" in text:

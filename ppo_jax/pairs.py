@@ -107,6 +107,18 @@ def pair_accuracy(scores: np.ndarray, pairs: np.ndarray) -> float:
     return float(np.mean((winners > losers) + 0.5 * (winners == losers)))
 
 
+def share_interval(share: float, count: int) -> tuple[float, float]:
+    """The 95% interval of a share of independent pairs (Wilson 1927).
+
+    >>> [round(x, 3) for x in share_interval(0.9, 100)]
+    [0.826, 0.945]
+    """
+    z = 1.96
+    middle, width = share + z * z / (2 * count), share * (1 - share) / count
+    reach = z * (width + (z / (2 * count)) ** 2) ** 0.5
+    return tuple((middle + sign * reach) / (1 + z * z / count) for sign in (-1, 1))
+
+
 def _round_robin(size: int, num_pairs: int) -> tuple[np.ndarray, np.ndarray]:
     """Partners on a circle: all at distance 1, then all at distance 2, and so on.
 

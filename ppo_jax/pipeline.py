@@ -15,27 +15,30 @@ from absl import logging
 from ml_collections import config_dict
 
 from ppo_jax.accounts import data_lines
-from ppo_jax.base_model import prepare_base
+from ppo_jax.base_model import base_path, prepare_base
 from ppo_jax.checkpoints import Checkpoints
 from ppo_jax.checks import check_named, check_run
 from ppo_jax.config import STAGES, Config, from_config_dict
 from ppo_jax.evaluate import evaluate
+from ppo_jax.fingerprints import check_same_data
+from ppo_jax.mesh_checks import check_mesh
 from ppo_jax.models import missing_steps
+from ppo_jax.origins import check_origin, drop_outdated_base
 from ppo_jax.plan import Shape, find_starts, needs_base, read_shape
 from ppo_jax.plugins import load_function
 from ppo_jax.ppo_loop import train_ppo
 from ppo_jax.preview import brackets, colours, previews
+from ppo_jax.processes import by_first, wait_for_all
 from ppo_jax.report import write_report
 from ppo_jax.report_summary import headlines, read_run, verdict
 from ppo_jax.reward_loop import train_reward
 from ppo_jax.runs import check_settings, describe
 from ppo_jax.sft_loop import train_sft
+from ppo_jax.sharding import make_mesh
 from ppo_jax.summary import summary
 from ppo_jax.workdir import (
-    config_differences,
     fill_in_workdir,
     prepare_workdir,
-    read_config,
     read_results,
     without_workdir,
     write_results,
@@ -69,7 +72,7 @@ def run(settings: config_dict.ConfigDict | dict, workdir: str | Path, only: Sequ
             print(f"{stage}: complete", flush=True)
     report = workdir / "report.html"
     if todo or not report.exists():
-        write_report(workdir)
+        by_first(write_report, workdir)
     if not todo:
         print("every stage is complete: nothing to do", flush=True)
     print(closing(workdir, report), flush=True)
@@ -88,6 +91,7 @@ def planned(
     stages = [stage for stage in STAGES if stage in only and getattr(config, stage) is not None]
     if not stages:
         raise ValueError(f"the config has none of the sections {list(only)}")
+    make_mesh(config.mesh)  # refused before anything is made
     for stage in (stage for stage in stages if stage != "evaluate"):
         check_settings(workdir / stage, describe(stage, config, workdir))
     check_origin(workdir, dataclasses.asdict(given))
@@ -113,10 +117,11 @@ def dry_run(
     workdir = checked_folder(workdir)
     in_colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     with stand_in(workdir) as folder:
-        _, config, stages = planned(settings, folder, only)
+        given, config, stages = planned(settings, folder, only)
         check_named(config, folder, stages)
+        drop_outdated_base(folder, dataclasses.asdict(given))
         _, starts, data = make_ready(config, folder, stages)
-        table = [summary(config, starts, stages), "\n".join(data_lines(config, data))]
+        table = [summary(config, starts, stages, data), "\n".join(data_lines(config, data))]
         shown = [*table, *previews(data, starts, colours if in_colour else brackets)]
     print("\n\n".join(shown).replace(str(folder), str(workdir)))
     print(f"\ndry run: nothing is trained, nothing is written to {workdir}", flush=True)
@@ -150,11 +155,12 @@ def prepare(config: Config, given: Config, workdir: Path, stages: Sequence[str])
     """
     began = time.time()
     check_named(config, workdir, stages)
+    by_first(drop_outdated_base, workdir, dataclasses.asdict(given))
     if makes_something(config, workdir, stages):  # what is made says from which settings it is
         prepare_workdir(workdir, dataclasses.asdict(given))
     base, starts, data = make_ready(config, workdir, stages)
     prepare_workdir(workdir, dataclasses.asdict(given))
-    print("\n".join([summary(config, starts, stages), *data_lines(config, data)]), flush=True)
+    print("\n".join([summary(config, starts, stages, data), *data_lines(config, data)]), flush=True)
     if "time/prepare_s" not in read_results(workdir):
         add_time(workdir, "prepare", began)
     return base
@@ -168,15 +174,19 @@ def make_ready(
     Returns:
         (path of the base model or "", what the stages start from, what they read).
     """
-    make_data(config, workdir)
+    by_first(make_data, config, workdir)
     base = ""
     if needs_base(config, stages):
         model = config.model
         if model.path and model.vocabulary_data and not (workdir / "base").is_dir():
             read_shape(model.path, model)  # refuses what cannot be cut down before it is read
-        base = prepare_base(config.model, workdir / "base", config.seed)
+        by_first(prepare_base, config.model, workdir / "base", config.seed)
+        base = base_path(config.model, workdir / "base")
     starts = find_starts(config, workdir, base, stages)
-    return base, starts, check_run(config, starts, stages)
+    check_mesh(config, starts, stages)
+    data = check_run(config, starts, stages)
+    check_same_data(config, workdir, data)
+    return base, starts, data
 
 
 def completeness(config: Config, workdir: Path) -> dict[str, bool]:
@@ -210,6 +220,7 @@ def run_stage(stage: str, config: Config, workdir: Path, base: str):
         RUN[stage](config, workdir, base)
     finally:
         add_time(workdir, stage, began)
+    wait_for_all(f"the end of {stage}")
     if stage == "evaluate":
         subject = evaluation_subject(config, workdir)
         write_results(workdir, read_results(workdir) | {"evaluated": subject})
@@ -224,21 +235,6 @@ def checked_folder(workdir: str | Path) -> Path:
     if not str(workdir) or Path(workdir).is_file():
         raise ValueError(f"workdir must be a folder, or not there yet, got {str(workdir)!r}")
     return Path(workdir)
-
-
-def check_origin(workdir: Path, config: dict):
-    """Refuse a folder whose data or base model were made from other settings."""
-    old = read_config(workdir)
-    made_from = {"data": ["prepare"], "base": ["model", "seed"]}
-    fields = [x for name, of in made_from.items() if (workdir / name).is_dir() for x in of]
-    if old is None or not fields:  # a start that failed before it made anything binds nobody
-        return
-    origins = ({name: c[name] for name in fields} for c in (old, config))
-    if differences := config_differences(*origins):
-        raise ValueError(
-            f"{workdir} was begun with other settings: {'; '.join(differences)}. "
-            "Set them back, or choose another workdir."
-        )
 
 
 def makes_something(config: Config, workdir: Path, stages: Sequence[str]) -> bool:

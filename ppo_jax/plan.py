@@ -2,16 +2,22 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from ppo_jax import hf, vocabulary
-from ppo_jax.config import STAGES, Config, ModelSettings
-from ppo_jax.models import check_tokenizer, describe_stage, resolve, stage_config
-from ppo_jax.networks import ModelConfig
-from ppo_jax.sources import model_folder
+from ppo_jax.base_model import llama_config
+from ppo_jax.config import STAGES, Config, ModelSettings, ScratchSettings
+from ppo_jax.hf_tensors import find_parameters
+from ppo_jax.models import check_tokenizer, describe_stage, has_begun, resolve, stage_config
+from ppo_jax.networks import ModelConfig, policy_network, reward_network
+from ppo_jax.shapes import computation
+from ppo_jax.sources import NotThere, model_folder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,6 +27,17 @@ class Shape:
     kind: str  # "policy" or "reward"
     config: ModelConfig
     tokenizer: Any
+
+
+def parameters(shape: Shape):
+    """The parameter tree of a model, as shapes alone."""
+    return parameters_of(shape.kind, shape.config)
+
+
+@functools.lru_cache(maxsize=8)  # tracing a deep network takes seconds
+def parameters_of(kind: str, config: ModelConfig):
+    network = policy_network if kind == "policy" else reward_network
+    return jax.eval_shape(network(config).init, jax.random.key(0))
 
 
 def read_shape(path: str | os.PathLike, settings: ModelSettings) -> Shape:
@@ -33,7 +50,7 @@ def read_shape(path: str | os.PathLike, settings: ModelSettings) -> Shape:
     Raises:
         ValueError: there is no model at `path`, its weights are missing, or it is not supported.
     """
-    how = {"dtype": settings.dtype, "scan_layers": settings.scan_layers}
+    how = computation(settings)
     if description := describe_stage(Path(path)):
         return Shape(
             kind=description["kind"],
@@ -44,8 +61,7 @@ def read_shape(path: str | os.PathLike, settings: ModelSettings) -> Shape:
         folder = model_folder(path)
         config = hf.load_config(folder, **how)
     with naming(path, "the weights"):
-        with hf.open_weights(folder, config, hf.read_json(folder)["model_type"]):
-            pass  # opening them is what checks them
+        check_weights(folder, config)
     with naming(path, "the tokenizer"):
         tokenizer = vocabulary.load_tokenizer(folder)
         check_tokenizer(tokenizer, config, path)
@@ -57,9 +73,27 @@ def naming(path: str | os.PathLike, part: str) -> Iterator[None]:
     """Errors name the model, and what of it: files from elsewhere may hold anything."""
     try:
         yield
+    except NotThere:
+        raise
     except Exception as error:
         told = str(error) if type(error) is ValueError else f"{part} cannot be read: {error!r}"
         raise ValueError(told if str(path) in told else f"{path}: {told}") from error
+
+
+def check_weights(folder: Path, config: ModelConfig):
+    """The weight files are whole and hold the tensors of the config, by their headers alone.
+
+    Raises:
+        ValueError: one is damaged, or a tensor is missing, is too many or has another shape.
+    """
+    with hf.open_weights(folder) as files:
+        find_parameters(config, hf.read_json(folder)["model_type"], files)
+
+
+def scratch_shape(settings: ScratchSettings) -> Shape:
+    """What is known of a model from scratch before it is made: all but its tokenizer."""
+    raw = llama_config(settings, settings.vocab_size, eos_token_id=0)
+    return Shape(kind="policy", config=hf.read_config(raw), tokenizer=None)
 
 
 def needs_base(config: Config, stages: Sequence[str]) -> bool:
@@ -87,20 +121,24 @@ def find_starts(
     starts: dict[str, Shape] = {}
     made: dict[str, Shape] = {}
 
-    def shape(name: str) -> Shape:
+    def shape(field: str, name: str) -> Shape:
         path = resolve(name, workdir, base)
-        made_here = name in STAGES and describe_stage(Path(path)) is None
-        return made[name] if made_here else read_shape(path, config.model)
+        if name in STAGES and not has_begun(Path(path)):  # made here
+            return made[name]
+        try:
+            return read_shape(path, config.model)
+        except NotThere as error:
+            raise ValueError(f"{'model.path' if name == 'base' else field}: {error}") from error
 
     if "sft" in stages:
-        starts["sft"] = made["sft"] = shape("base")
+        starts["sft"] = made["sft"] = shape("model.path", "base")
     if "reward" in stages:
-        starts["reward"] = start = shape(config.reward.init_from)
+        starts["reward"] = start = shape("reward.init_from", config.reward.init_from)
         depth = config.reward.num_layers or start.config.num_layers
         lower = dataclasses.replace(start.config, num_layers=depth)
         made["reward"] = dataclasses.replace(start, kind="reward", config=lower)
     if "ppo" in stages or "evaluate" in stages:
-        starts["ppo"] = shape(config.ppo.init_from)
+        starts["ppo"] = shape("ppo.init_from", config.ppo.init_from)
     if "ppo" in stages and config.ppo.reward_model:
-        starts["score"] = shape(config.ppo.reward_model)
+        starts["score"] = shape("ppo.reward_model", config.ppo.reward_model)
     return starts

@@ -18,7 +18,26 @@ def load_function(name: str, field: str) -> Callable:
     try:
         function = getattr(importlib.import_module(module_name), function_name)
     except (ImportError, SyntaxError, AttributeError, ValueError) as error:
-        raise ValueError(f"{field} must be 'module:function', got {name!r}: {error}") from error
+        told = f"{field} must be 'module:function', got {name!r}: {error}{hint(name)}"
+        raise ValueError(told) from error
     if not callable(function):
         raise ValueError(f"{field} must name a function, got {name!r}, which is {function!r}")
     return function
+
+
+def hint(name: str) -> str:
+    """How to write what looks like a file, or has a dot for the colon; "" for anything else.
+
+    >>> hint("rewards/mine.py:score")
+    '; write it as module:function, e.g. rewards.mine:score'
+    >>> hint("mine.score")
+    '; write it as module:function, e.g. mine:score'
+    >>> hint("mine:score")
+    ''
+    """
+    module, _, function = name.partition(":")
+    if not function and not name.endswith(".py"):
+        module, _, function = name.rpartition(".")
+    module = module.removesuffix(".py").replace("/", ".").strip(".")
+    better = f"{module}:{function or 'score'}"
+    return f"; write it as module:function, e.g. {better}" if module and better != name else ""

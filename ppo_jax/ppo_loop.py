@@ -1,7 +1,6 @@
 """The PPO loop: builds the networks, jits the iteration, restores, logs, samples, saves."""
 
 import functools
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +10,19 @@ import numpy as np
 from ppo_jax.batches import batch_indices, take_prompts
 from ppo_jax.config import Config, PPOSettings
 from ppo_jax.experience import response_scores, sample_responses
-from ppo_jax.generation import decode_responses
+from ppo_jax.fingerprints import fingerprint
+from ppo_jax.generation import decode_rows
 from ppo_jax.models import load_source, source_steps
-from ppo_jax.plugins import load_function
 from ppo_jax.ppo import init_ppo, learn, ppo_iteration
 from ppo_jax.ppo_setup import Setup, make_critic, make_setup
 from ppo_jax.prompt_data import prompt_data
+from ppo_jax.reward_functions import FunctionFailed, RewardFunction, load_reward_function
 from ppo_jax.runs import StageRun, open_stage
+from ppo_jax.sharding import Layout, fetch, make_layouts, own_rows
 from ppo_jax.structs import PPOState, Prompts, Rollout
 from ppo_jax.training import compile_step
 from ppo_jax.workdir import append_rows
 
-RewardFunction = Callable[[list[str], list[str]], Sequence[float]]
 SHOW = {
     "reward/score_mean": "score",
     "kl/ref": "kl",
@@ -39,27 +39,38 @@ def train_ppo(config: Config, workdir: Path, base: str):
         workdir: the run's folder.
         base: path of the base model.
     """
-    settings = config.ppo
+    settings, layouts = config.ppo, make_layouts(config.mesh)
+    layout = layouts[0]
     pins, reward, function = source_steps(workdir / "ppo"), None, None
-    load = functools.partial(load_source, workdir=workdir, base=base, settings=config.model)
+    load = functools.partial(
+        load_source, workdir=workdir, base=base, settings=config.model, layout=layout
+    )
     policy = load(settings.init_from, step=pins.get("init_from"))
     if settings.reward_model:
         reward = load(settings.reward_model, step=pins.get("reward_model"))
     else:
-        function = load_function(settings.reward_function, "ppo.reward_function")
+        function = load_reward_function(settings.reward_function, settings.reward_seconds)
     length = settings.max_prompt_length
     data = prompt_data(settings.prompts, policy.tokenizer, max_length=length)
     texts, rows = data.texts, data.prompts
     num_steps, size = settings.num_iterations, settings.rollout_batch_size
-    sources = {"init_from": policy, "reward_model": reward}
-    open_stage("ppo", config, workdir, policy, num_steps=num_steps, sources=sources)
+    open_stage(
+        "ppo",
+        config,
+        workdir,
+        policy,
+        num_steps=num_steps,
+        data=fingerprint(data),
+        sources={"init_from": policy, "reward_model": reward},
+    )
     if settings.top_k or settings.top_p < 1 or settings.min_p:
         print("ppo: top_k, top_p and min_p shape what is sampled, not the log-probs of the update")
 
-    setup = make_setup(settings, policy, reward, make_critic(settings, policy, reward))
-    iterate = make_iteration(setup, policy.tokenizer, texts, function)
-    samples = make_sampler(setup, policy.tokenizer, texts, rows, settings, function)
-    root_key = jax.random.key(config.seed)
+    critic = make_critic(settings, policy, reward)
+    setup, *start = make_setup(settings, policy, reward, critic, layouts, config.model.frozen_dtype)
+    tokenizer = policy.tokenizer
+    del policy, reward, critic  # what of them is used lies in the setup
+    samples = make_sampler(setup, tokenizer, texts, rows, settings, function, layout)
     with StageRun(
         workdir,
         "ppo",
@@ -68,22 +79,40 @@ def train_ppo(config: Config, workdir: Path, base: str):
         show=SHOW,
         tokens=("response/length", size),
     ) as run:
-        state = run.restore(
-            init_ppo(setup.policy_params, setup.value_params, setup.hyperparameters)
-        )
+        state = run.restore(layout, init_ppo, *start, setup.hyperparameters)
+        del start
+        iterate = make_iteration(setup, state, tokenizer, texts, function, layout)
+        tell_what_comes(run.start, settings, workdir / "samples.jsonl")
         if run.start == 0:
             append_rows(workdir / "samples.jsonl", samples(state, 0))
         for i in run.steps():
             chosen = batch_indices(config.seed, i, num_examples=len(texts), batch_size=size)
-            key = jax.random.fold_in(root_key, i)
-            state, metrics = iterate(state, chosen, take_prompts(rows, chosen), key)
+            prompts = layout.put_rows(take_prompts(rows, chosen))
+            state, metrics = iterate(state, chosen, prompts, layout.key(config.seed, i))
             if (i + 1) % settings.sample_every == 0 or i + 1 == num_steps:
                 run.settle()
                 append_rows(workdir / "samples.jsonl", samples(state, i + 1))
             run.end_step(i + 1, state, metrics)
 
 
-def make_iteration(setup: Setup, tokenizer: Any, texts: list[str], function: RewardFunction | None):
+def tell_what_comes(start: int, settings: PPOSettings, samples: Path):
+    """Whether there is anything to do, and where what comes of it can be read."""
+    if start >= settings.num_iterations:
+        taken = f"has taken {start} iterations, num_iterations is {settings.num_iterations}"
+        print(f"ppo: {taken}: nothing to do", flush=True)
+    elif settings.num_samples:
+        often = f"every {settings.sample_every} iterations"
+        print(f"ppo: samples ({often}) go to {samples}", flush=True)
+
+
+def make_iteration(
+    setup: Setup,
+    state: PPOState,
+    tokenizer: Any,
+    texts: list[str],
+    function: RewardFunction | None,
+    layout: Layout,
+):
     """(state, chosen prompts, their tokens, key) -> (state, metrics).
 
     With a reward model an iteration is one program. With a function it is two, and the function
@@ -92,18 +121,18 @@ def make_iteration(setup: Setup, tokenizer: Any, texts: list[str], function: Rew
     parts = dict(networks=setup.networks, recipe=setup.recipe)
     hyperparameters, frozen = setup.hyperparameters, setup.frozen
     if function is None:
-        whole = compile_step(ppo_iteration, **parts)
+        whole = compile_step(ppo_iteration, state, layout, **parts)
         return lambda state, chosen, prompts, key: whole(
             state, hyperparameters, prompts, key, frozen=frozen
         )
-    sample = jax.jit(functools.partial(sample_responses, **parts))
-    update = compile_step(learn, **parts)
+    sample = jax.jit(functools.partial(sample_responses, **parts), out_shardings=layout.rows)
+    update = compile_step(learn, state, layout, **parts)
 
     def iterate(state: PPOState, chosen: np.ndarray, prompts: Prompts, key: jax.Array):
         rollout_key, shuffle_key = jax.random.split(key)
         rollout = sample(state, hyperparameters, prompts, rollout_key, frozen=frozen)
         scores = call_function(function, [texts[i] for i in chosen], rollout, tokenizer)
-        scores = jax.device_put(scores)
+        scores = layout.put_rows(scores)
         return update(state, hyperparameters, rollout, scores, shuffle_key, frozen=frozen)
 
     return iterate
@@ -112,18 +141,16 @@ def make_iteration(setup: Setup, tokenizer: Any, texts: list[str], function: Rew
 def call_function(
     function: RewardFunction, prompts: list[str], rollout: Rollout, tokenizer: Any
 ) -> np.ndarray:
-    """The function's scores of responses, checked.
-
-    Raises:
-        ValueError: it did not give one finite number a response.
-    """
-    responses = decode_responses(tokenizer, rollout)
-    scores = np.asarray(function(prompts, responses), np.float32)
-    if scores.shape != (len(responses),) or not np.isfinite(scores).all():
-        raise ValueError(
-            f"ppo.reward_function must give {len(responses)} finite numbers, got {scores!r}"
-        )
-    return scores
+    """The function's scores of responses, [B] float32; NaN for those of other processes."""
+    rows, tokens = own_rows(rollout.response_tokens)
+    responses = decode_rows(tokenizer, tokens, own_rows(rollout.response_mask)[1])
+    whole = np.full(len(prompts), np.nan, np.float32)
+    try:
+        whole[rows] = function([prompts[row] for row in rows], responses)
+    except FunctionFailed as error:
+        told = f"{error} (rows {rows[0]} to {rows[-1]} of {len(prompts)})"
+        raise FunctionFailed(told) from error.__cause__
+    return whole
 
 
 def make_sampler(
@@ -133,28 +160,35 @@ def make_sampler(
     rows: Prompts,
     settings: PPOSettings,
     function: RewardFunction | None,
+    layout: Layout,
 ):
     """(state, step) -> rows of samples.jsonl: the same prompts and the same key every time."""
-    count = min(settings.num_samples, len(texts))
+    chosen = np.arange(min(settings.num_samples, len(texts)))
+    filled = layout.fill_up(chosen)
     sample = jax.jit(
-        functools.partial(sample_responses, networks=setup.networks, recipe=setup.recipe)
+        functools.partial(sample_responses, networks=setup.networks, recipe=setup.recipe),
+        out_shardings=layout.rows,
     )
     score = jax.jit(functools.partial(response_scores, networks=setup.networks))
 
     def samples(state: PPOState, step: int) -> list[dict]:
-        if not count:
+        if not len(chosen):
             return []
-        prompts = take_prompts(rows, np.arange(count))
-        key = jax.random.key(0)
+        prompts, key = (
+            layout.put_rows(take_prompts(rows, filled)),
+            layout.put_whole(jax.random.key(0)),
+        )
         rollout = sample(state, setup.hyperparameters, prompts, key, frozen=setup.frozen)
         if function is None:
-            scores = np.asarray(score(rollout, frozen=setup.frozen))
+            scores = score(rollout, frozen=setup.frozen)
         else:
-            scores = call_function(function, texts[:count], rollout, tokenizer)
-        responses = decode_responses(tokenizer, rollout)
+            prompts = [texts[i] for i in filled]
+            scores = layout.put_rows(call_function(function, prompts, rollout, tokenizer))
+        scores, shown = fetch((scores, (rollout.response_tokens, rollout.response_mask)))
+        responses = decode_rows(tokenizer, *shown)
         return [
             {"stage": "ppo", "step": step, "prompt": p, "response": r, "score": float(s)}
-            for p, r, s in zip(texts[:count], responses, scores, strict=True)
+            for p, r, s in zip((texts[i] for i in chosen), responses, scores, strict=False)
         ]
 
     return samples

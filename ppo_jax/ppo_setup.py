@@ -1,6 +1,7 @@
 """What a PPO run is made of: its networks, its numbers, and what of them is shared or frozen."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -8,14 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from ppo_jax.config import PPOSettings
-from ppo_jax.experience import PPONetworks, Recipe
+from ppo_jax.experience import PPONetworks, Recipe, Sampler
 from ppo_jax.generation import make_sampling
-from ppo_jax.inputs import on_device
 from ppo_jax.models import Model
-from ppo_jax.networks import policy_network, reward_network, trunk_network, value_network
+from ppo_jax.networks import (
+    ModelConfig,
+    policy_network,
+    reward_network,
+    trunk_network,
+    value_network,
+)
 from ppo_jax.partition import layer_range, merge_params, split_params, start_layer
+from ppo_jax.sharding import Layout
 from ppo_jax.structs import Frozen, Hyperparameters, Params
-from ppo_jax.training import make_optimizer
+from ppo_jax.training import freeze, make_optimizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,15 +33,13 @@ class Setup:
     recipe: Recipe
     hyperparameters: Hyperparameters
     frozen: Frozen
-    policy_params: Params  # the trained leaves, as they start
-    value_params: Params
 
 
 def make_hyperparameters(settings: PPOSettings) -> Hyperparameters:
-    """The numbers of the settings, as float32 on the device."""
+    """The numbers of the settings, as float32."""
     names = {field.name for field in dataclasses.fields(Hyperparameters)} - {"optimizer"}
-    numbers = {name: jnp.float32(getattr(settings, name)) for name in names}
-    numbers["clip_range_high"] = jnp.float32(settings.clip_range_high or settings.clip_range)
+    numbers = {name: np.float32(getattr(settings, name)) for name in names}
+    numbers["clip_range_high"] = np.float32(settings.clip_range_high or settings.clip_range)
     optimizer = make_optimizer(settings.optimizer, settings.num_iterations)
     return Hyperparameters(optimizer=optimizer, **numbers)
 
@@ -47,11 +52,14 @@ def make_recipe(settings: PPOSettings, tokenizer: Any) -> Recipe:
 
 
 def same(a: Params, b: Params) -> bool:
-    """Whether two parameter trees hold the same numbers."""
+    """Whether two parameter trees hold the same numbers; compared where they lie."""
     if jax.tree.structure(a) != jax.tree.structure(b):
         return False
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    return all(x is y or np.array_equal(x, y) for x, y in pairs)
+    return all(x is y or bool(equal(x, y)) for x, y in pairs)
+
+
+equal = jax.jit(jnp.array_equal)
 
 
 def shared_layers(policy: Model, other: Model) -> int | None:
@@ -93,7 +101,54 @@ def find_trunk(settings: PPOSettings, policy: Model, scorers: list[tuple[Model, 
     return min([start] + [end for end in ends if end > 0]), on_trunk
 
 
-def make_setup(settings: PPOSettings, policy: Model, reward: Model | None, critic: Model) -> Setup:
+def make_networks(
+    policy: ModelConfig,
+    critic: ModelConfig,
+    reward: ModelConfig | None,
+    starts: tuple[int | None, int | None, int | None],
+    layouts: tuple[Layout, Layout],
+) -> PPONetworks:
+    """The networks of a run.
+
+    Args:
+        policy: shape of the policy and the reference.
+        critic: shape of the critic.
+        reward: shape of the reward model, or None with a reward function.
+        starts: the layer at which each of the three starts above the trunk; None reads tokens.
+        layouts: of the updates, and of the rollout.
+    """
+    layout, of_rollout = layouts
+    start, value_start, reward_start = starts
+    constrain, constrain_rollout = layout.constrain, of_rollout.constrain
+
+    def trunk(constrain):
+        if start is None:
+            return None
+        return trunk_network(policy, end_layer=start, constrain=constrain)
+
+    return PPONetworks(
+        policy=policy_network(policy, start_layer=start, constrain=constrain),
+        value=value_network(critic, start_layer=value_start, constrain=constrain),
+        reward=reward and reward_network(reward, start_layer=reward_start, constrain=constrain),
+        trunk=trunk(constrain),
+        value_on_trunk=value_start is not None,
+        reward_on_trunk=reward_start is not None,
+        sampler=Sampler(
+            policy=policy_network(policy, start_layer=start, constrain=constrain_rollout),
+            trunk=trunk(constrain_rollout),
+            place=functools.partial(of_rollout.decoding_params, dtype=policy.dtype),
+        ),
+    )
+
+
+def make_setup(
+    settings: PPOSettings,
+    policy: Model,
+    reward: Model | None,
+    critic: Model,
+    layouts: tuple[Layout, Layout],
+    frozen_dtype: str = "float32",
+) -> tuple[Setup, Params, Params]:
     """Networks and parameters of a run, with all that can be shared shared.
 
     Args:
@@ -101,40 +156,40 @@ def make_setup(settings: PPOSettings, policy: Model, reward: Model | None, criti
         policy: where the policy starts, and the reference.
         reward: the reward model, or None with a reward function.
         critic: where the critic starts.
+        layouts: of the updates, and of the rollout.
+        frozen_dtype: of the parameters that are not trained.
+
+    Returns:
+        (setup, the trained leaves of the policy as they start, those of the critic).
     """
     scorers = [(critic, settings.value_trainable)] + ([(reward, "head")] if reward else [])
     start, on_trunk = find_trunk(settings, policy, scorers)
-    value_shares, reward_shares = (on_trunk + [False])[:2]
+    value_start, reward_start = (start if on else None for on in (on_trunk + [False])[:2])
     parts = split_params(policy.config, policy.params, settings.trainable, start)
-    value_start, reward_start = (start if on else None for on in (value_shares, reward_shares))
     value_parts = split_params(critic.config, critic.params, settings.value_trainable, value_start)
-    networks = PPONetworks(
-        policy=policy_network(policy.config, start_layer=start),
-        value=value_network(critic.config, start_layer=value_start),
-        reward=reward and reward_network(reward.config, start_layer=reward_start),
-        trunk=None if start is None else trunk_network(policy.config, end_layer=start),
-        value_on_trunk=value_shares,
-        reward_on_trunk=reward_shares,
-    )
+    layout = layouts[0]
+    frozen_on = functools.partial(freeze, layout=layout, dtype=frozen_dtype)
     reward_params = None
     if reward is not None:
         reward_parts = split_params(reward.config, reward.params, "head", reward_start)
-        reward_params = on_device(merge_params(reward_parts.frozen, reward_parts.trained))
+        reward_params = frozen_on(merge_params(reward_parts.frozen, reward_parts.trained))
     frozen = Frozen(
-        ref_policy=on_device(parts.trained),
+        ref_policy=frozen_on(parts.trained),
         reward=reward_params,
-        trunk=None if start is None else on_device(parts.trunk),
-        policy=on_device(parts.frozen),
-        value=on_device(value_parts.frozen),
+        trunk=None if start is None else frozen_on(parts.trunk),
+        policy=frozen_on(parts.frozen),
+        value=frozen_on(value_parts.frozen),
     )
-    return Setup(
-        networks=networks,
+    starts = (start, value_start, reward_start)
+    setup = Setup(
+        networks=make_networks(
+            policy.config, critic.config, reward and reward.config, starts, layouts
+        ),
         recipe=make_recipe(settings, policy.tokenizer),
-        hyperparameters=make_hyperparameters(settings),
+        hyperparameters=layout.put_whole(make_hyperparameters(settings)),
         frozen=frozen,
-        policy_params=parts.trained,
-        value_params=value_parts.trained,
     )
+    return setup, layout.put(parts.trained), layout.put(value_parts.trained)
 
 
 def make_critic(settings: PPOSettings, policy: Model, reward: Model | None) -> Model:

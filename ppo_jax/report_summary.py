@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
 
+from ppo_jax.pairs import share_interval
 from ppo_jax.report_panels import STAGES, series
 
 FILES = ("config.json", "metrics.jsonl", "samples.jsonl", "results.json")
@@ -202,9 +203,26 @@ def _accuracies(run: Run) -> dict[str, float]:
     return found
 
 
+def _measured_on(run: Run, suffix: str, accuracy: float) -> str:
+    """How many unseen pairs an accuracy is of; its interval, where they are independent."""
+    counts = [count for _, count in run.points("reward", f"reward_model/validation_pairs{suffix}")]
+    count = run.results.get(f"reward_model/pairs{suffix}", counts[-1] if counts else None)
+    if count is None:
+        return "unseen pairs"
+    told = f"{round(count):,} unseen pairs"
+    if _of_reward(run).get("format") != "preferences":  # drawn many times from the same texts
+        return told
+    return told + "; 95% interval {:.1%} to {:.1%}".format(*share_interval(accuracy, count))
+
+
+def _of_reward(run: Run) -> dict:
+    """The settings of the reward model; {} where they are unknown."""
+    return run.config.get("config", run.config).get("reward") or {}
+
+
 def _pairs_a_step(run: Run) -> str:
     """How many pairs a step of reward-model training compares; "" where the config is unknown."""
-    settings = run.config.get("config", run.config).get("reward") or {}
+    settings = _of_reward(run)
     if settings.get("format") == "ratings" and "pairs_per_batch" in settings:
         return f"up to {settings['pairs_per_batch']} pairs"  # pairs of equal ratings are left out
     return f"{settings['batch_size'] // 2} pairs" if "batch_size" in settings else ""
@@ -231,23 +249,19 @@ def _reward_cards(run: Run) -> list[tuple[str, str, str]]:
     accuracies, what = _accuracies(run), "reward-model accuracy"
     human = run.results.get("reference", {}).get("human rater")
     if _evaluated(run) and "_gap1" in accuracies:
-        note = "gap of 1 or more" + (f"; a human rater {human:.1%}" if human else "")
+        pairs = _measured_on(run, "_gap1", accuracies["_gap1"])
+        told = "" if pairs == "unseen pairs" else f"{pairs} with a "
+        note = f"{told}gap of 1 or more" + (f"; a human rater {human:.1%}" if human else "")
         return [(f"{accuracies['_gap1']:.1%}", what, note)]
     if "" not in accuracies:
         return []
-    note = "on unseen pairs"
+    note = f"on {_measured_on(run, '', accuracies[''])}"
     if "_gap1" in accuracies:
         note += f"; {accuracies['_gap1']:.1%} at a gap of 1 or more"
     cards = [(f"{accuracies['']:.1%}", what, note)]
     if (rows := run.rows("reward")) and not _evaluated(run):
-        pairs = _pairs_a_step(run)
-        cards.append(
-            (
-                f"{rows[-1]['step']}",
-                "reward-model steps",
-                f"{pairs} each" if pairs else "of the optimizer",
-            )
-        )
+        each = f"{pairs} each" if (pairs := _pairs_a_step(run)) else "of the optimizer"
+        cards.append((f"{rows[-1]['step']}", "reward-model steps", each))
     return cards
 
 

@@ -59,16 +59,24 @@ class RewardData:
         return groups.rows[chosen].reshape(-1), pairs, groups.valid[chosen].reshape(-1)
 
     def accuracy(self, scores: np.ndarray, seed: int) -> dict[str, float]:
-        """Share of unseen pairs in the right order; with ratings, that of their means, by gap."""
-        name = "reward_model/validation_accuracy"
+        """Share of unseen pairs in the right order, and how many they are.
+
+        With ratings the order is that of their means, and pairs are drawn for each gap.
+        """
+        found = {}
+        for suffix, pairs in self.unseen_pairs(seed).items():
+            found["reward_model/validation_accuracy" + suffix] = pair_accuracy(scores, pairs)
+            found["reward_model/validation_pairs" + suffix] = len(pairs)
+        return found
+
+    def unseen_pairs(self, seed: int) -> dict[str, np.ndarray]:
+        """{"": all pairs, "_gap1": those that differ by 1 or more ...}, rows of (better, worse)."""
         if self.groups is not None:
-            return {name: pair_accuracy(scores, self.groups.row_pairs)}
+            return {"": self.groups.row_pairs}
         means = np.array([np.mean(r) for r in self.ratings])
         reach = means.max() - means.min()
         return {
-            name + suffix: pair_accuracy(
-                scores, held_out_pairs(means, seed, num_pairs=VALIDATION_PAIRS, min_gap=gap)
-            )
+            suffix: held_out_pairs(means, seed, num_pairs=VALIDATION_PAIRS, min_gap=gap)
             for suffix, gap in GAPS.items()
             if reach > 0 and reach >= gap
         }

@@ -6,23 +6,26 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ppo_jax.batches import Texts, encode_demonstrations
 from ppo_jax.config import Config, RewardSettings
 from ppo_jax.data import load_demonstrations
+from ppo_jax.fingerprints import fingerprint
 from ppo_jax.formats import naming_data
-from ppo_jax.inputs import Inputs, batch_width, on_device
+from ppo_jax.inputs import Inputs, batch_width
 from ppo_jax.models import Model, load_source, source_steps
-from ppo_jax.networks import Params, reward_network
+from ppo_jax.networks import reward_network
 from ppo_jax.partition import keep_layers, merge_params
 from ppo_jax.reward_data import RewardData, reward_data
 from ppo_jax.runs import StageRun, open_stage
+from ppo_jax.sharding import Layout, fetch, make_layouts
 from ppo_jax.steps import PreferenceBatch, reward_step, text_scores
+from ppo_jax.structs import TrainState
 from ppo_jax.training import (
     compile_step,
     count_steps,
+    freeze,
     init_train_state,
     inputs_reader,
     make_optimizer,
@@ -46,38 +49,50 @@ def train_reward(config: Config, workdir: Path, base: str):
         workdir: the run's folder.
         base: path of the base model.
     """
-    settings = config.reward
+    settings, (layout, _) = config.reward, make_layouts(config.mesh)
     pin = source_steps(workdir / "reward").get("init_from")
-    model = load_source(settings.init_from, workdir, base, config.model, pin)
+    model = load_source(settings.init_from, workdir, base, config.model, layout, pin)
     data, unseen = reward_data(settings, config.seed, model.tokenizer, model.config.max_length)
     references = reference_texts(settings, model.tokenizer)
     num_steps = count_steps(settings, data.num_rows)
     model = init_reward_model(model, settings.num_layers, config.seed)
+    sources = {"init_from": model}
     start, parts = open_stage(
-        "reward", config, workdir, model, num_steps=num_steps, sources={"init_from": model}
+        "reward",
+        config,
+        workdir,
+        model,
+        num_steps=num_steps,
+        data=fingerprint(data),
+        sources=sources,
     )
-    network, frozen = reward_network(model.config, start_layer=start), on_device(parts.frozen)
-    read = inputs_reader(model.config, start, parts, settings.hidden_cache_gb)
+    network = reward_network(model.config, start_layer=start, constrain=layout.constrain)
+    trunk_params, frozen = (
+        freeze(part, layout, config.model.frozen_dtype) for part in (parts.trunk, parts.frozen)
+    )
+    read = inputs_reader(model.config, start, trunk_params, layout, settings.hidden_cache_gb)
     steps = () if start is None else range(num_steps)
     used = [data.batch(config.seed, i, settings)[0] for i in steps]
     inputs = read(data.texts, used=np.concatenate(used) if used else None)
     unseen_inputs = read(unseen.texts)
-    optimizer = make_optimizer(settings.optimizer, num_steps)
+    optimizer = layout.put_whole(make_optimizer(settings.optimizer, num_steps))
     pieces = settings.num_micro_batches
-    step = compile_step(reward_step, network=network, num_micro_batches=pieces)
     score = jax.jit(functools.partial(text_scores, network))
 
     def scores_of(state, texts, inputs):
-        return all_scores(
-            score, merge_params(frozen, state.params), texts, inputs, settings.batch_size
-        )
+        params = merge_params(frozen, state.params)
+        return all_scores(score, params, texts, inputs, layout, settings.batch_size)
 
     with StageRun(
         workdir, "reward", num_steps=num_steps, save_every=settings.save_every, show=SHOW
     ) as run:
-        state = run.restore(init_train_state(parts, optimizer))
+        state = run.restore(layout, init_train_state, layout.put(parts.trained), optimizer)
+        step = compile_step(reward_step, state, layout, network=network, num_micro_batches=pieces)
+        if run.start == 0:
+            scores = scores_of(state, unseen.texts, unseen_inputs)
+            run.log_start(unseen.accuracy(scores, config.seed))
         for i in run.steps():
-            batch = jax.device_put(preference_batch(data, inputs, config.seed, i, settings))
+            batch = preference_batch(data, inputs, config.seed, i, settings, layout)
             state, metrics = step(state, batch, optimizer, frozen=frozen)
             if i + 1 == num_steps or (i + 1) % settings.eval_every == 0:
                 run.settle()
@@ -87,7 +102,7 @@ def train_reward(config: Config, workdir: Path, base: str):
                 if references is not None:  # else the scores of the unseen texts
                     scores = scores_of(state, references, read(references))
                 shift = -scores.mean()
-                state = state.replace(params=shift_scores(state.params, shift))
+                state = shift_scores(state, shift)
                 metrics |= {"reward_model/calibration_shift": shift}
             run.end_step(i + 1, state, metrics)
 
@@ -102,22 +117,33 @@ def init_reward_model(model: Model, num_layers: int, seed: int) -> Model:
 
 
 def preference_batch(
-    data: RewardData, inputs: Inputs, seed: int, step: int, settings: RewardSettings
+    data: RewardData,
+    inputs: Inputs,
+    seed: int,
+    step: int,
+    settings: RewardSettings,
+    layout: Layout,
 ) -> PreferenceBatch:
     rows, pairs, valid = data.batch(seed, step, settings)
     width = batch_width(data.texts, rows)
-    mask = data.texts.mask[rows, :width]
-    return PreferenceBatch(inputs=inputs(rows, width), mask=mask, pairs=pairs, valid=valid)
+    rows = layout.fill_up(rows, settings.num_micro_batches)  # no pair has what fills it up
+    inputs, mask = layout.put_rows((inputs(rows, width), data.texts.mask[rows, :width]))
+    pairs, valid = layout.put_whole((pairs, valid))
+    return PreferenceBatch(inputs=inputs, mask=mask, pairs=pairs, valid=valid)
 
 
-def all_scores(score, params, texts: Texts, inputs: Inputs, batch_size: int) -> np.ndarray:
+def all_scores(
+    score, params, texts: Texts, inputs: Inputs, layout: Layout, batch_size: int
+) -> np.ndarray:
     """Scores of a whole data set, [N] float32."""
     batches, scores = row_batches(texts.mask, batch_size), []
     for rows in batches:
-        width = batch_width(texts, rows)
-        scores.append(score(params, inputs(rows, width), texts.mask[rows, :width]))
+        width, filled = batch_width(texts, rows), layout.fill_up(rows)
+        batch = layout.put_rows((inputs(filled, width), texts.mask[filled, :width]))
+        scores.append(score(params, *batch))
     ordered = np.empty(len(texts.mask), np.float32)
-    ordered[np.concatenate(batches)] = np.concatenate(jax.device_get(scores))
+    for rows, found in zip(batches, fetch(scores), strict=True):
+        ordered[rows] = found[: len(rows)]
     return ordered
 
 
@@ -130,7 +156,8 @@ def reference_texts(settings: RewardSettings, tokenizer: Any) -> Texts | None:
         return encode_demonstrations(records, tokenizer, max_length=settings.max_length)
 
 
-def shift_scores(params: Params, shift: float) -> Params:
+def shift_scores(state: TrainState, shift: float) -> TrainState:
     """The same reward model with `shift` added to every score: it is in the head's bias."""
-    bias = params["head"]["bias"] + jnp.float32(shift)
-    return {**params, "head": {**params["head"], "bias": bias}}
+    head = state.params["head"]
+    bias = head["bias"] + np.float32(shift)
+    return state.replace(params={**state.params, "head": {**head, "bias": bias}})

@@ -5,13 +5,14 @@ import dataclasses
 import os
 import signal
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
 from ppo_jax.checkpoints import Checkpoints
 from ppo_jax.config import (
     MAY_CHANGE,
+    STAGES,
     Config,
     ModelSettings,
     PPOSettings,
@@ -19,8 +20,10 @@ from ppo_jax.config import (
     SFTSettings,
 )
 from ppo_jax.metrics import MetricsWriter
-from ppo_jax.models import Model, begin_stage, describe_stage, update_stage
+from ppo_jax.models import Model, begin_stage, describe_stage, has_begun, update_stage
 from ppo_jax.partition import Parts, split_params, start_layer
+from ppo_jax.processes import preempted, stop_signals
+from ppo_jax.sharding import Layout, abstract, init_in_pieces
 from ppo_jax.typed import filled_in
 from ppo_jax.workdir import config_differences, drop_lines_after, without_workdir
 
@@ -33,7 +36,7 @@ class StageRun:
 
     Use it as a context, and in it:
 
-        state = run.restore(state)
+        state = run.restore(layout, init, *args)
         for step in run.steps():  # steps already taken
             state, metrics = ...
             run.end_step(step + 1, state, metrics)
@@ -60,12 +63,15 @@ class StageRun:
         self.workdir, self.stage, self.num_steps = Path(workdir), stage, num_steps
         self.save_every, self.show, self.tokens = save_every, show, tokens
         self.folder = self.workdir / stage
+        self.unit = "iteration" if stage == "ppo" else "step"
         self.start = 0
         self.asked_to_stop: signal.Signals | None = None
         self.checkpoints = Checkpoints(self.folder / "checkpoints")
 
     def __enter__(self) -> "StageRun":
-        self._old_handlers = {number: signal.signal(number, self._stop_soon) for number in STOPS}
+        self._old_handlers = {
+            number: signal.signal(number, self._stop_soon) for number in stop_signals()
+        }
         return self
 
     def __exit__(self, *error):
@@ -82,15 +88,22 @@ class StageRun:
         if self.asked_to_stop:  # asked twice: at once, without saving
             raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(STOPS[number])
         self.asked_to_stop = signal.Signals(number)
-        message = f"\n{self.stage}: stopping after this step (once more: at once, without saving)\n"
+        message = f"\n{self.stage}: stopping when the {self.unit} at hand is finished and saved "
+        message += "(once more: at once, without saving)\n"
         os.write(2, message.encode())  # print() is not safe in a handler
 
-    def restore(self, state: Any) -> Any:
-        """The newest complete checkpoint's state, or the given one when there is none."""
-        found = self.checkpoints.restore(state)
-        if found is not None:
+    def restore(self, layout: Layout, init: Callable[..., Any], *args: Any) -> Any:
+        """The newest complete checkpoint's state, or `init(*args)` when there is none; in both
+        cases in the pieces of the layout, whatever the mesh was that saved it."""
+        found = self.checkpoints.restore(abstract(layout, init, *args))
+        if found is None:
+            state = init_in_pieces(layout, init, *args)
+        else:
             state, self.start, _ = found
+        if 0 < self.start < self.num_steps:
             print(f"{self.stage}: resuming after step {self.start}", flush=True)
+        if self.start < self.num_steps:
+            print(f"{self.stage}: compiling the first {self.unit}", flush=True)
         restored = None if found is None else self.start
         drop_lines_after(self.workdir / "samples.jsonl", self.stage, restored)
         self.writer = MetricsWriter(
@@ -124,12 +137,15 @@ class StageRun:
             SystemExit: after SIGTERM (code 143) or Ctrl-C (130), when the state is on disk.
         """
         self.writer.write(step, metrics)
+        if preempted(STAGES.index(self.stage), step):
+            self.asked_to_stop = signal.SIGTERM
         if step % self.save_every and step < self.num_steps and not self.asked_to_stop:
             return
         self.writer.flush()  # a state whose loss is not finite is never saved
         self.checkpoints.save(step, state, describe_stage(self.folder))
         if self.asked_to_stop:
             self.checkpoints.wait()
+            self.writer.close()  # its last line comes before the next one
             print(
                 f"{self.stage}: stopped by {self.asked_to_stop.name}, step {step} is saved; "
                 "the same command goes on from there",
@@ -153,9 +169,12 @@ def open_stage(
     model: Model,
     *,
     num_steps: int,
+    data: Mapping[str, int],
     sources: Mapping[str, Model | None],
 ) -> tuple[int | None, Parts]:
     """Begin a stage, or make sure that the one begun before can go on with these settings.
+
+    A stage without a checkpoint is begun anew.
 
     Args:
         stage: its name.
@@ -163,6 +182,7 @@ def open_stage(
         workdir: the run's folder.
         model: what the stage starts from.
         num_steps: of the stage.
+        data: the `fingerprint` of what it trains on.
         sources: {field: model} of all that it starts from. The steps of those that are stages stay
             in stage.json: a source may go on meanwhile, and a resumed run must not notice.
 
@@ -177,8 +197,8 @@ def open_stage(
     parts = split_params(model.config, model.params, trainable, start)
     folder, description = workdir / stage, describe(stage, config, workdir)
     check_settings(folder, description)
-    description |= {"num_steps": num_steps}
-    old = describe_stage(folder)
+    description |= {"num_steps": num_steps, "data": data}
+    old = describe_stage(folder) if has_begun(folder) else None
     if old and stage != "ppo" and old["num_steps"] != num_steps:
         raise ValueError(
             f"{folder} was begun with data for {old['num_steps']} steps, {stage}.data now gives "
@@ -195,21 +215,25 @@ def open_stage(
 
 def check_settings(folder: Path, description: dict):
     """Refuse to resume a stage with settings that change what its checkpoints mean."""
-    old = describe_stage(folder)
-    if old is None:
+    if not has_begun(folder):
         return
+    old = describe_stage(folder)
     stage = description["stage"]
     both = (with_younger_fields(stage, x["settings"]) for x in (old, description))
-    differences = config_differences(*both)
     may_change = set(MAY_CHANGE)
     if description["settings"].get("kl_control") == "adaptive":
         may_change.remove("kl_coef")  # where the control began; its state has moved on
-    fixed = [d for d in differences if d.split(":")[0].split(".")[-1] not in may_change]
-    if fixed:
+    if fixed := fixed_differences(*both, may_change):
         raise ValueError(
             f"{folder} was begun with other settings: {'; '.join(fixed)}. "
             "Set them back, or choose another workdir."
         )
+
+
+def fixed_differences(old: dict, new: dict, may_change: Set[str] = MAY_CHANGE) -> list[str]:
+    """`config_differences` without those in settings that a resumed run may change."""
+    differences = config_differences(old, new)
+    return [d for d in differences if d.split(":")[0].split(".")[-1] not in may_change]
 
 
 def with_younger_fields(stage: str, settings: dict) -> dict:

@@ -11,18 +11,21 @@ import numpy as np
 from ppo_jax.batches import Texts, batch_indices, encode_demonstrations
 from ppo_jax.config import Config, SFTSettings
 from ppo_jax.data import load_demonstrations
+from ppo_jax.fingerprints import fingerprint
 from ppo_jax.formats import naming_data
-from ppo_jax.inputs import Inputs, batch_width, on_device
+from ppo_jax.inputs import Inputs, batch_width
 from ppo_jax.models import load_source
 from ppo_jax.networks import policy_network
 from ppo_jax.packing import pack
 from ppo_jax.partition import merge_params
 from ppo_jax.runs import StageRun, open_stage
+from ppo_jax.sharding import make_layouts
 from ppo_jax.steps import TextBatch, sft_loss, sft_step
 from ppo_jax.training import (
     compile_step,
     count_steps,
     data_files,
+    freeze,
     init_train_state,
     inputs_reader,
     make_optimizer,
@@ -52,36 +55,51 @@ def train_sft(config: Config, workdir: Path, base: str):
         workdir: the run's folder.
         base: path of the base model.
     """
-    settings = config.sft
-    model = load_source("base", workdir, base, config.model)
+    settings, (layout, _) = config.sft, make_layouts(config.mesh)
+    model = load_source("base", workdir, base, config.model, layout)
     texts, unseen = sft_data(settings, config.seed, model.tokenizer)
     num_steps = count_steps(settings, len(texts.tokens))
-    start, parts = open_stage("sft", config, workdir, model, num_steps=num_steps, sources={})
-    network, frozen = policy_network(model.config, start_layer=start), on_device(parts.frozen)
+    start, parts = open_stage(
+        "sft", config, workdir, model, num_steps=num_steps, data=fingerprint(texts), sources={}
+    )
+    network = policy_network(model.config, start_layer=start, constrain=layout.constrain)
+    trunk_params, frozen = (
+        freeze(part, layout, config.model.frozen_dtype) for part in (parts.trunk, parts.frozen)
+    )
     rows_of = functools.partial(
         batch_indices, config.seed, num_examples=len(texts.tokens), batch_size=settings.batch_size
     )
-    read = inputs_reader(model.config, start, parts, settings.hidden_cache_gb)
+    read = inputs_reader(model.config, start, trunk_params, layout, settings.hidden_cache_gb)
     used = None if start is None else np.concatenate([rows_of(i) for i in range(num_steps)])
     inputs, unseen_inputs = read(texts, used=used), read(unseen)
-    optimizer = make_optimizer(settings.optimizer, num_steps)
+    optimizer = layout.put_whole(make_optimizer(settings.optimizer, num_steps))
     pieces = settings.num_micro_batches
-    step = compile_step(sft_step, network=network, num_micro_batches=pieces)
     # Divided by 1: the sum, so that each token counts once however the batches fall.
     loss = jax.jit(functools.partial(sft_loss, network, normalizer=1.0))
 
+    def batch_of(texts, inputs, rows):
+        return layout.put_rows(as_text_batch(texts, inputs, rows, layout.fill_up(rows, pieces)))
+
     def validate(state):
+        """Loss and perplexity over all validation texts, each token counted once."""
         params = merge_params(frozen, state.params)
-        return validation_loss(loss, params, unseen, unseen_inputs, settings.batch_size)
+        batches = row_batches(unseen.mask, settings.batch_size)
+        sums = [loss(params, batch_of(unseen, unseen_inputs, rows))[0] for rows in batches]
+        mean = float(np.sum(jax.device_get(sums)) / unseen.loss_mask.sum())
+        return {
+            "sft/validation_loss": mean,
+            "sft/validation_perplexity": math.exp(min(mean, 700.0)),
+        }
 
     with StageRun(
         workdir, "sft", num_steps=num_steps, save_every=settings.save_every, show=SHOW
     ) as run:
-        state = run.restore(init_train_state(parts, optimizer))
+        state = run.restore(layout, init_train_state, layout.put(parts.trained), optimizer)
+        step = compile_step(sft_step, state, layout, network=network, num_micro_batches=pieces)
         if run.start == 0:
             run.log_start(validate(state))
         for i in run.steps():
-            batch = jax.device_put(as_text_batch(texts, inputs, rows_of(i)))
+            batch = batch_of(texts, inputs, rows_of(i))
             state, metrics = step(state, batch, optimizer, frozen=frozen)
             if i + 1 == num_steps or (i + 1) % settings.eval_every == 0:
                 run.settle()
@@ -89,22 +107,18 @@ def train_sft(config: Config, workdir: Path, base: str):
             run.end_step(i + 1, state, metrics)
 
 
-def as_text_batch(texts: Texts, inputs: Inputs, rows: np.ndarray) -> TextBatch:
+def as_text_batch(
+    texts: Texts, inputs: Inputs, rows: np.ndarray, filled: np.ndarray | None = None
+) -> TextBatch:
+    """The texts of `rows`; what `filled` has behind them is no text to learn."""
+    filled = rows if filled is None else filled
     width = batch_width(texts, rows)
+    loss_mask = texts.loss_mask[filled, :width]
+    loss_mask[len(rows) :] = False
     return TextBatch(
-        inputs=inputs(rows, width),
-        tokens=texts.tokens[rows, :width],
-        mask=texts.mask[rows, :width],
-        loss_mask=texts.loss_mask[rows, :width],
-        segments=None if texts.segments is None else texts.segments[rows, :width],
+        inputs=inputs(filled, width),
+        tokens=texts.tokens[filled, :width],
+        mask=texts.mask[filled, :width],
+        loss_mask=loss_mask,
+        segments=None if texts.segments is None else texts.segments[filled, :width],
     )
-
-
-def validation_loss(loss, params, texts: Texts, inputs: Inputs, batch_size: int) -> dict:
-    """Loss and perplexity over all validation texts, each token counted once."""
-    sums = [
-        loss(params, as_text_batch(texts, inputs, rows))[0]
-        for rows in row_batches(texts.mask, batch_size)
-    ]
-    mean = float(np.sum(jax.device_get(sums)) / texts.loss_mask.sum())
-    return {"sft/validation_loss": mean, "sft/validation_perplexity": math.exp(min(mean, 700.0))}

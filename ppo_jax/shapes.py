@@ -1,6 +1,7 @@
 """The shape of a Transformer, as frozen settings."""
 
 import dataclasses
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,7 @@ class ModelConfig:
     tie_embeddings: bool = True
     scan_layers: bool = False  # True compiles faster; False runs faster on CPUs
     dtype: str = "float32"  # of the computation; parameters are always float32
+    remat: str = "none"  # what the backward pass computes again: or "dots", "full"
 
     def __post_init__(self):
         choices = {
@@ -45,6 +47,7 @@ class ModelConfig:
             "norm": ("rmsnorm", "layernorm"),
             "mlp": ("gated_silu", "gelu"),
             "dtype": ("float32", "bfloat16", "float16"),
+            "remat": ("none", "dots", "full"),
         }
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:
@@ -62,3 +65,11 @@ class ModelConfig:
             )
         if self.positions == "rotary" and self.head_dim % 2:
             raise ValueError(f"model.head_dim must be even for rotary, got {self.head_dim}")
+
+
+def computation(settings: Any) -> dict[str, Any]:
+    """How a model is computed, by field: of a `ModelConfig`, or of whatever has these fields.
+
+    Everything else in a `ModelConfig` is what the model is.
+    """
+    return {name: getattr(settings, name) for name in ("dtype", "scan_layers", "remat")}

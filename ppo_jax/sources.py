@@ -28,6 +28,10 @@ HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 CONVERSION = 1  # raise it when convert_gguf changes what it writes
 
 
+class NotThere(ValueError):
+    """A name stands for no model."""
+
+
 def cache_dir() -> Path:
     """The folder for downloads: $PPO_JAX_CACHE, or ~/.cache/ppo_jax."""
     folder = Path(os.environ.get("PPO_JAX_CACHE") or "~/.cache/ppo_jax").expanduser()
@@ -43,7 +47,8 @@ def model_folder(path: str | os.PathLike) -> Path:
             model out of a Python package; or the id of a model on the Hugging Face hub.
 
     Raises:
-        ValueError: there is nothing at `path`, or the hub does not give it.
+        NotThere: there is nothing at `path`, or the hub does not give it.
+        ValueError: what is there is no model.
     """
     name = os.fspath(path)
     if name.startswith("package:"):
@@ -55,7 +60,7 @@ def model_folder(path: str | os.PathLike) -> Path:
             raise ValueError(f"{name} is neither a folder nor a .gguf file")
         return gguf_folder(Path(name).resolve())
     if not HUB_ID.fullmatch(name):
-        raise ValueError(f"there is no folder or .gguf file {name}")
+        raise NotThere(f"there is no folder or .gguf file {name}")
     return hub_folder(name)
 
 
@@ -63,7 +68,7 @@ def package_model(name: str) -> Path:
     """The folder of a model out of a Python package."""
     models = {"smollm2-135m-instruct": smollm2_gguf}
     if name not in models:
-        raise ValueError(f"unknown model 'package:{name}'; choose from {sorted(models)}")
+        raise NotThere(f"unknown model 'package:{name}'; choose from {sorted(models)}")
     folder = cache_dir() / f"{name}-{CONVERSION}"
     return make_once(folder, lambda partial: convert_gguf(models[name](), partial))
 
@@ -88,7 +93,7 @@ def hub_folder(name: str) -> Path:
         )
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(
+        raise NotThere(
             f"{name} is neither a local folder nor to be had from the Hugging Face hub ({reason})"
         ) from error
     return Path(folder)

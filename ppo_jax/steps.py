@@ -115,7 +115,7 @@ def text_scores(
     if num_micro_batches == 1:
         return last_value((inputs, mask))
     pieces = split((inputs, mask), num_micro_batches)
-    return jax.lax.map(jax.checkpoint(last_value), pieces).reshape(-1)
+    return jax.lax.map(jax.checkpoint(last_value), pieces).T.reshape(-1)
 
 
 def reward_step(
@@ -160,8 +160,11 @@ def take_step(
 
 
 def split(batch: Any, pieces: int) -> Any:
-    """Every leaf [N, ...] as [pieces, N / pieces, ...]."""
-    return jax.tree.map(lambda x: x.reshape(pieces, -1, *x.shape[1:]), batch)
+    """Every leaf [N, ...] as [pieces, N / pieces, ...]; piece i has the rows i, i + pieces, ...
+
+    So each device, which holds neighbouring rows, has its share of every piece.
+    """
+    return jax.tree.map(lambda x: x.reshape(-1, pieces, *x.shape[1:]).swapaxes(0, 1), batch)
 
 
 def accumulate(

@@ -1,68 +1,109 @@
 """What follows from a config, as one table at the start of a run."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 
-from ppo_jax.config import Config, PPOSettings
-from ppo_jax.networks import ModelConfig, policy_network, reward_network
+from ppo_jax.config import STAGES, Config, PPOSettings
+from ppo_jax.mesh_checks import share_of_a_device
+from ppo_jax.networks import ModelConfig
 from ppo_jax.partition import split_params, start_layer
-from ppo_jax.plan import Shape
+from ppo_jax.plan import Shape, parameters
+from ppo_jax.sharding import Layout, make_layouts
+from ppo_jax.training import count_steps
 
 Rows = list[tuple[str, str]]
 
 
-def summary(config: Config, starts: Mapping[str, Shape], stages: Sequence[str]) -> str:
+def summary(
+    config: Config, starts: Mapping[str, Shape], stages: Sequence[str], data: Mapping[str, Any]
+) -> str:
     """A table of two columns.
 
     Args:
         config: of the run.
         starts: what the stages start from, see `plan.find_starts`.
         stages: those that will run.
+        data: what they read, see `checks.check_data`.
     """
-    used = f"{jax.devices()[0].device_kind}, the first of {jax.device_count()}"
-    rows = [("device", f"{used}; it holds all of the sizes below")]
+    steps = stage_steps(config, data)
+    rows = mesh_rows(make_layouts(config.mesh)[0], next(iter(starts.values())))
     if "sft" in stages:
-        rows += sft_rows(config, starts["sft"])
+        rows += sft_rows(config, starts["sft"], steps["sft"])
     if "reward" in stages:
-        rows += reward_rows(config, starts["reward"])
+        rows += reward_rows(config, starts["reward"], steps["reward"])
     if "ppo" in stages:
         rows += ppo_rows(config.ppo, starts["ppo"].config)
         rows += memory_rows(config.ppo, starts["ppo"], starts.get("score"))
     if "evaluate" in stages:
         rows += [("evaluation", f"{config.evaluate.num_prompts} prompts")]
     width = max(len(label) for label, _ in rows)
-    return "\n".join(f"  {label:<{width}}  {value}" for label, value in rows)
+    lines = [f"  {label:<{width}}  {value}" for label, value in rows]
+    return "\n".join([*lines, *warm_up_lines(config, steps)])
 
 
-def sft_rows(config: Config, start: Shape) -> Rows:
+def stage_steps(config: Config, data: Mapping[str, Any]) -> dict[str, int]:
+    """How many steps each stage has that `data` is of; iterations in PPO."""
+    steps = {"ppo": config.ppo.num_iterations} if "ppo" in data else {}
+    if "sft" in data:
+        steps["sft"] = count_steps(config.sft, len(data["sft"][0].tokens))
+    if "reward" in data:
+        steps["reward"] = count_steps(config.reward, data["reward"][0].num_rows)
+    return steps
+
+
+def warm_up_lines(config: Config, steps: Mapping[str, int]) -> list[str]:
+    """A line for each stage that is over before its learning rate has risen."""
+    warm_up = {stage: getattr(config, stage).optimizer.warmup_steps for stage in steps}
+    return [
+        f"{stage}: warmup_steps={warm_up[stage]}, but the stage has {steps[stage]} "
+        f"{'iterations' if stage == 'ppo' else 'steps'}: the learning rate never reaches its height"
+        for stage in STAGES
+        if stage in steps and warm_up[stage] >= steps[stage]
+    ]
+
+
+def mesh_rows(layout: Layout, shape: Shape) -> Rows:
+    devices = layout.mesh.devices.flatten()
+    rows = [("devices", f"{len(devices)} x {devices[0].device_kind}; sizes are of all together")]
+    if len(devices) == 1:
+        return rows
+    sizes = " x ".join(f"{axis} {size}" for axis, size in layout.mesh.shape.items())
+    share = 1 / share_of_a_device(layout, shape)
+    what = f"1/{layout.pieces('batch')} of the rows, 1/{share:.1f} of the parameters"
+    return [*rows, ("mesh", sizes), ("a device has", what)]
+
+
+def sft_rows(config: Config, start: Shape, steps: int) -> Rows:
     s = config.sft
     unit = "rows of texts" if s.packing else "texts"
-    most = s.batch_size * s.max_length
+    most = s.batch_size * min(s.max_length, start.config.max_length)
     params = parameters(start)
     memory = count(params) + 2 * count_trained(start.config, params, s.trainable)
     return [
         ("sft starts from", describe(start)),
         ("sft batch", f"{s.batch_size} {unit}, at most {most} tokens a step"),
+        ("sft steps", f"{steps}, {s.num_epochs:g} passes over the data"),
         ("sft trains", trained(start.config, params, s.trainable)),
         ("sft memory", f"{size_of(4 * memory)}, parameters and Adam's two moments"),
     ]
 
 
-def reward_rows(config: Config, start: Shape) -> Rows:
+def reward_rows(config: Config, start: Shape, steps: int) -> Rows:
     s = config.reward
     depth = s.num_layers or start.config.num_layers
     shape = dataclasses.replace(start.config, num_layers=depth)
     params = parameters(dataclasses.replace(start, kind="reward", config=shape))
     pairs = f", {s.pairs_per_batch} comparisons" if s.format == "ratings" else ""
-    most = s.batch_size * s.max_length
+    most = s.batch_size * min(s.max_length, start.config.max_length)
     memory = count(params) + 2 * count_trained(shape, params, s.trainable)
     return [
         ("reward starts from", f"{describe(start)}; keeps {depth} layers"),
         ("reward batch", f"{s.batch_size} texts{pairs}, at most {most} tokens"),
+        ("reward steps", f"{steps}, {s.num_epochs:g} passes over the data"),
         ("reward trains", trained(shape, params, s.trainable)),
         ("reward memory", f"{size_of(4 * memory)}, parameters and Adam's two moments"),
     ]
@@ -88,21 +129,23 @@ def ppo_rows(s: PPOSettings, model: ModelConfig) -> Rows:
 
 
 def memory_rows(s: PPOSettings, policy: Shape, score: Shape | None) -> Rows:
-    """Float32 parameters of the four models. Frozen layers that two of them share count once."""
+    """Float32 parameters of the models. Frozen layers that two of them share count once."""
     params = parameters(policy)
     policy_trained = count_trained(policy.config, params, s.trainable)
     critic = policy if score is None or s.critic_init_from == "policy" else score
     critic_params = parameters(dataclasses.replace(critic, kind="reward"))
     critic_trained = count_trained(critic.config, critic_params, s.value_trainable)
     partial = s.trainable != "all" and s.value_trainable != "all"
-    scorer = 0 if score is None else count(parameters(score))
     rows = [
         ("memory, policy", count(params)),
         ("memory, reference", policy_trained),
         ("memory, critic", critic_trained if partial else count(critic_params)),
-        ("memory, reward model", min(scorer, critic_trained) if partial else scorer),
         ("memory, optimizer", 2 * (policy_trained + critic_trained)),
     ]
+    if score is not None:
+        scorer = count(parameters(score))
+        scorer = min(scorer, critic_trained) if partial else scorer
+        rows.insert(3, ("memory, reward model", scorer))
     return [
         ("ppo starts from", describe(policy)),
         ("policy trains", trained(policy.config, params, s.trainable)),
@@ -118,17 +161,6 @@ def describe(start: Shape) -> str:
         f"{model.num_layers} layers x {model.embed_dim}, {model.vocab_size} tokens, "
         f"context {model.max_length}"
     )
-
-
-def parameters(shape: Shape):
-    """The parameter tree of a model, as shapes alone."""
-    return parameters_of(shape.kind, shape.config)
-
-
-@functools.lru_cache(maxsize=8)  # tracing a deep network takes seconds
-def parameters_of(kind: str, config: ModelConfig):
-    network = policy_network if kind == "policy" else reward_network
-    return jax.eval_shape(network(config).init, jax.random.key(0))
 
 
 def count(tree) -> int:

@@ -12,11 +12,11 @@ import numpy as np
 
 from ppo_jax.config import OptimizerSettings, RewardSettings, SFTSettings
 from ppo_jax.data import split_by_text
-from ppo_jax.inputs import make_inputs, on_device
+from ppo_jax.inputs import make_inputs
 from ppo_jax.networks import ModelConfig, trunk_network
 from ppo_jax.optimizer import init_optimizer
-from ppo_jax.partition import Parts
-from ppo_jax.structs import Optimizer, TrainState
+from ppo_jax.sharding import Layout
+from ppo_jax.structs import Optimizer, Params, TrainState
 
 TextSettings = SFTSettings | RewardSettings
 
@@ -70,27 +70,35 @@ def row_batches(mask: np.ndarray, batch_size: int) -> list[np.ndarray]:
 
 
 def make_optimizer(settings: OptimizerSettings, total_steps: int) -> Optimizer:
-    """The numbers of an optimizer, on the device, where changing one does not recompile."""
+    """The numbers of an optimizer, as float32; on the devices, changing one does not recompile."""
     values = dataclasses.asdict(settings) | {"total_steps": total_steps}
     kind = values.pop("schedule")
-    return Optimizer(**{k: jnp.float32(v) for k, v in values.items()}, schedule=kind)
+    return Optimizer(**{k: np.float32(v) for k, v in values.items()}, schedule=kind)
 
 
-def init_train_state(parts: Parts, optimizer: Optimizer) -> TrainState:
-    params = jax.tree.map(jnp.array, parts.trained)  # copies: the state is donated
+def init_train_state(params: Params, optimizer: Optimizer) -> TrainState:
+    params = jax.tree.map(jnp.copy, params)  # the state is donated
     opt_state = init_optimizer(optimizer, params)
     return TrainState(step=jnp.int32(0), params=params, opt_state=opt_state)
 
 
-def compile_step(step: Callable, **parts: Any) -> Callable:
+def freeze(params: Params, layout: Layout, dtype: str) -> Params:
+    """Parameters that are not trained: on the mesh, in the dtype that is enough for them."""
+    return jax.tree.map(lambda x: x.astype(dtype), layout.put(params))
+
+
+def compile_step(step: Callable, state: Any, layout: Layout, **parts: Any) -> Callable:
     """A compiled step: its first argument, the state, is donated, and all others must be on the
-    device. A transfer that nobody asked for is an error.
+    devices. A transfer that nobody asked for is an error.
 
     Args:
         step: (state, ...) -> (state, metrics).
+        state: what the first step is given; every step returns one that lies as it does.
+        layout: every device has a copy of the metrics.
         **parts: networks and choices, which shape the program.
     """
-    compiled = jax.jit(functools.partial(step, **parts), donate_argnums=0)
+    lies = (jax.tree.map(lambda leaf: leaf.sharding, state), layout.whole)
+    compiled = jax.jit(functools.partial(step, **parts), donate_argnums=0, out_shardings=lies)
 
     def call(*args: Any, **kwargs: Any):
         with jax.transfer_guard("disallow"):
@@ -99,9 +107,12 @@ def compile_step(step: Callable, **parts: Any) -> Callable:
     return call
 
 
-def inputs_reader(config: ModelConfig, start: int | None, parts: Parts, cache_gb: float):
+def inputs_reader(
+    config: ModelConfig, start: int | None, trunk_params: Params, layout: Layout, cache_gb: float
+):
     """(texts, used=None) -> `Inputs`: tokens, or the states below layer `start`."""
-    trunk = None if start is None else trunk_network(config, end_layer=start)
+    constrain = layout.constrain
+    trunk = None if start is None else trunk_network(config, end_layer=start, constrain=constrain)
     return functools.partial(
-        make_inputs, trunk=trunk, trunk_params=on_device(parts.trunk), cache_gb=cache_gb
+        make_inputs, trunk=trunk, trunk_params=trunk_params, layout=layout, cache_gb=cache_gb
     )

@@ -1,34 +1,28 @@
 """A decoder-only Transformer in Flax Linen. Nothing but `networks` sees these Modules.
 
+Every Module has `constrain`, which pins how an array lies on a mesh by its logical axes (`axes`);
+without a mesh it does nothing.
+
 Dimension key: B sequences, L positions, S new positions, C cache slots, D model, H heads,
 G key/value heads, R = H / G queries per key, K head size, F feed-forward, V vocabulary.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import struct
 
+from ppo_jax.attention import attend, rotate, visible
+from ppo_jax.axes import HIDDEN, KERNELS, TABLES, Constrain, gathered, uncut
 from ppo_jax.shapes import ModelConfig
 
 Params = dict[str, Any]
-
-
-class KVCache(struct.PyTreeNode):
-    """Keys and values of the positions seen so far.
-
-    `layers` is one (keys, values) pair of [B, C, G, K] a layer, or one pair with a leading layer
-    axis when layers are scanned. Slots from `index` on are unused; `mask` is False there and on
-    padding.
-    """
-
-    layers: Any
-    mask: jax.Array  # [B, C] bool
-    index: jax.Array  # [] int32, the next free slot
+# What the backward pass finds in memory: the products with parameters, or only a layer's input.
+REMAT = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
 
 
 class Norm(nn.Module):
@@ -58,70 +52,36 @@ class Projection(nn.Module):
     use_bias: bool
     num_in: int = 1
     std: float = 0.02
+    constrain: Constrain = uncut
 
     @nn.compact
     def __call__(self, x):
         in_shape = x.shape[x.ndim - self.num_in :]
+        before, after = KERNELS[self.name]
         kernel = self.param("kernel", nn.initializers.normal(self.std), (*in_shape, *self.shape))
-        kernel = kernel.reshape(math.prod(in_shape), math.prod(self.shape)).astype(x.dtype)
+        kernel = self.constrain(kernel.astype(x.dtype), gathered(before + after))
+        kernel = kernel.reshape(math.prod(in_shape), math.prod(self.shape))
         y = x.reshape(*x.shape[: x.ndim - self.num_in], -1) @ kernel
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, self.shape).astype(x.dtype)
             y = y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
-        return y.reshape(*y.shape[:-1], *self.shape)
-
-
-def rotary_frequencies(config: ModelConfig) -> list[float]:
-    """Radians per position of each rotated pair, [K / 2], with the scaling of Llama 3."""
-    base = [config.rope_theta ** (-i / config.head_dim) for i in range(0, config.head_dim, 2)]
-    if config.rope_scaling is None:
-        return base
-    s = config.rope_scaling
-
-    def scaled(frequency):
-        turns = s.original_max_length * frequency / (2 * math.pi)  # within the original context
-        ramp = (turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
-        keep = min(max(ramp, 0.0), 1.0)
-        return keep * frequency + (1 - keep) * frequency / s.factor
-
-    return [scaled(frequency) for frequency in base]
-
-
-def rotate(x_BLHK: jax.Array, positions_BL: jax.Array, config: ModelConfig) -> jax.Array:
-    """Rotary position embedding, in the half-split layout of Hugging Face."""
-    frequencies = jnp.asarray(rotary_frequencies(config), jnp.float32)
-    angles = positions_BL[:, :, None, None] * frequencies[None, None, None, :]
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    a, b = jnp.split(x_BLHK.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BLHK.dtype)
-
-
-def attend(q_BSHK, k_BCGK, v_BCGK, allowed_BSC) -> jax.Array:
-    """Softmax attention in float32, grouped queries without repeating keys."""
-    B, S, H, K = q_BSHK.shape
-    G = k_BCGK.shape[2]
-    q_BSGRK = q_BSHK.reshape(B, S, G, H // G, K)
-    scores_BGRSC = jnp.einsum(
-        "BSGRK,BCGK->BGRSC", q_BSGRK, k_BCGK, preferred_element_type=jnp.float32
-    )
-    # A finite floor: a padded query that may attend to nothing gives an average, not NaN.
-    floor = jnp.finfo(jnp.float32).min
-    scores_BGRSC = jnp.where(allowed_BSC[:, None, None], scores_BGRSC / math.sqrt(K), floor)
-    probs_BGRSC = jax.nn.softmax(scores_BGRSC, axis=-1).astype(v_BCGK.dtype)
-    return jnp.einsum("BGRSC,BCGK->BSGRK", probs_BGRSC, v_BCGK).reshape(B, S, H, K)
+        y = y.reshape(*y.shape[:-1], *self.shape)
+        return self.constrain(y, ("batch", None, *gathered(after)))
 
 
 class Attention(nn.Module):
     """Causal self-attention; with a cache, over the cached and the new positions."""
 
     config: ModelConfig
+    constrain: Constrain = uncut
 
     @nn.compact
     def __call__(self, x_BSD, positions_BS, allowed_BSC, layer_cache, index):
         c = self.config
-        q = Projection((c.num_heads, c.head_dim), c.qkv_bias, name="query")(x_BSD)
-        k = Projection((c.num_kv_heads, c.head_dim), c.qkv_bias, name="key")(x_BSD)
-        v = Projection((c.num_kv_heads, c.head_dim), c.qkv_bias, name="value")(x_BSD)
+        project = functools.partial(Projection, constrain=self.constrain)
+        q = project((c.num_heads, c.head_dim), c.qkv_bias, name="query")(x_BSD)
+        k = project((c.num_kv_heads, c.head_dim), c.qkv_bias, name="key")(x_BSD)
+        v = project((c.num_kv_heads, c.head_dim), c.qkv_bias, name="value")(x_BSD)
         if c.qk_norm:
             q = Norm(c, name="query_norm")(q)
             k = Norm(c, name="key_norm")(k)
@@ -134,7 +94,7 @@ class Attention(nn.Module):
             )
             layer_cache = (k, v)
         mixed = attend(q, k, v, allowed_BSC)
-        output = Projection(
+        output = project(
             (c.embed_dim,),
             c.attention_output_bias,
             num_in=2,
@@ -148,34 +108,38 @@ class MLP(nn.Module):
     """gelu(up) or silu(gate) * up, then down."""
 
     config: ModelConfig
+    constrain: Constrain = uncut
 
     @nn.compact
     def __call__(self, x_BSD):
         c = self.config
-        hidden = Projection((c.mlp_dim,), c.mlp_bias, name="up")(x_BSD)
+        project = functools.partial(Projection, constrain=self.constrain)
+        hidden = project((c.mlp_dim,), c.mlp_bias, name="up")(x_BSD)
         if c.mlp == "gelu":
             hidden = jax.nn.gelu(hidden, approximate=True)
         else:
-            gate = Projection((c.mlp_dim,), c.mlp_bias, name="gate")(x_BSD)
+            gate = project((c.mlp_dim,), c.mlp_bias, name="gate")(x_BSD)
             hidden = jax.nn.silu(gate) * hidden
         std = 0.02 / math.sqrt(2 * c.num_layers)
-        return Projection((c.embed_dim,), c.mlp_bias, std=std, name="down")(hidden)
+        return project((c.embed_dim,), c.mlp_bias, std=std, name="down")(hidden)
 
 
 class Block(nn.Module):
     """One pre-norm layer. The order of arguments and results is what `nn.scan` wants."""
 
     config: ModelConfig
+    constrain: Constrain = uncut
 
     @nn.compact
     def __call__(self, x_BSD, layer_cache, positions_BS, allowed_BSC, index):
-        normed = Norm(self.config, name="attention_norm")(x_BSD)
-        mixed, layer_cache = Attention(self.config, name="attention")(
+        c, constrain = self.config, self.constrain
+        normed = Norm(c, name="attention_norm")(x_BSD)
+        mixed, layer_cache = Attention(c, constrain, name="attention")(
             normed, positions_BS, allowed_BSC, layer_cache, index
         )
         x_BSD = x_BSD + mixed
-        x_BSD = x_BSD + MLP(self.config, name="mlp")(Norm(self.config, name="mlp_norm")(x_BSD))
-        return x_BSD, layer_cache
+        x_BSD = x_BSD + MLP(c, constrain, name="mlp")(Norm(c, name="mlp_norm")(x_BSD))
+        return constrain(x_BSD, HIDDEN), layer_cache
 
 
 class Layers(nn.Module):
@@ -184,24 +148,31 @@ class Layers(nn.Module):
     config: ModelConfig
     start: int
     end: int
+    constrain: Constrain = uncut
 
     @nn.compact
     def __call__(self, x_BSD, layer_caches, *where):
         if self.start == self.end:
             return x_BSD, layer_caches
+        block = Block
+        if self.config.remat != "none":
+            # Under a scan nothing can be merged across the border anyway.
+            apart = not self.config.scan_layers
+            block = nn.remat(Block, prevent_cse=apart, policy=REMAT[self.config.remat])
         if self.config.scan_layers:
             stack = nn.scan(
-                Block,
+                block,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
                 in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
                 length=self.end - self.start,
             )
-            return stack(self.config, name="stack")(x_BSD, layer_caches, *where)
+            return stack(self.config, self.constrain, name="stack")(x_BSD, layer_caches, *where)
         caches = []
         for i in range(self.start, self.end):
             cache = None if layer_caches is None else layer_caches[i - self.start]
-            x_BSD, cache = Block(self.config, name=str(i))(x_BSD, cache, *where)
+            layer = block(self.config, self.constrain, name=str(i))
+            x_BSD, cache = layer(x_BSD, cache, *where)
             caches.append(cache)
         return x_BSD, (None if layer_caches is None else tuple(caches))
 
@@ -210,6 +181,7 @@ class Embedding(nn.Module):
     """Token table and, for GPT-2, position table."""
 
     config: ModelConfig
+    constrain: Constrain = uncut
 
     def setup(self):
         c, init = self.config, nn.initializers.normal(0.02)
@@ -218,19 +190,21 @@ class Embedding(nn.Module):
             self.positions = self.param("positions", init, (c.max_length, c.embed_dim))
 
     def __call__(self, tokens_BS, positions_BS):
-        # Parameters may be numpy arrays, which a tracer cannot index.
-        x = jnp.asarray(self.tokens)[tokens_BS]
+        x = self.table("tokens")[tokens_BS]
         if self.config.positions == "learned":
-            x = x + jnp.asarray(self.positions)[positions_BS]
-        return x.astype(self.config.dtype)
+            x = x + self.table("positions")[positions_BS]
+        return self.constrain(x, HIDDEN)
+
+    def table(self, name):
+        # Parameters may be numpy arrays, which a tracer cannot index.
+        values = jnp.asarray(getattr(self, name)).astype(self.config.dtype)
+        return self.constrain(values, gathered(TABLES[name]))
 
     def logits(self, x_BSD):
-        return jnp.einsum(
-            "BSD,VD->BSV",
-            x_BSD,
-            self.tokens.astype(x_BSD.dtype),
-            preferred_element_type=jnp.float32,
+        logits = jnp.einsum(
+            "BSD,VD->BSV", x_BSD, self.table("tokens"), preferred_element_type=jnp.float32
         )
+        return self.constrain(logits, ("batch", None, "vocab"))
 
 
 class Transformer(nn.Module):
@@ -245,6 +219,7 @@ class Transformer(nn.Module):
     end: int
     head: str
     head_std: float = 0.0
+    constrain: Constrain = uncut
 
     @nn.compact
     def __call__(self, inputs, mask_BS, segments_BS, cache, output_start):
@@ -255,12 +230,13 @@ class Transformer(nn.Module):
         needs_table = self.start is None or (self.head == "logits" and c.tie_embeddings)
         # Only the token table is needed above a trunk, so positions are not asked for there.
         table_config = c if self.start is None else dataclasses.replace(c, positions="rotary")
-        embed = Embedding(table_config, name="embed") if needs_table else None
+        embed = Embedding(table_config, self.constrain, name="embed") if needs_table else None
         if self.start is None:
             x = embed(jnp.where(mask_BS, inputs, 0), positions)
         else:
             x = jnp.where(mask_BS[:, :, None], inputs, 0).astype(c.dtype)
-        layers = Layers(c, self.start or 0, self.end, name="layers")
+            x = self.constrain(x, HIDDEN)
+        layers = Layers(c, self.start or 0, self.end, self.constrain, name="layers")
         index = None if cache is None else cache.index
         caches = None if cache is None else cache.layers
         x, caches = layers(x, caches, positions, allowed_BSC, index)
@@ -273,24 +249,10 @@ class Transformer(nn.Module):
             return x_BSD
         x_BSD = Norm(self.config, name="final_norm")(x_BSD)
         if self.head == "scalar":
-            project = Projection((1,), True, std=self.head_std, name="head")
+            project = Projection((1,), True, 1, self.head_std, self.constrain, name="head")
             return project(x_BSD.astype(jnp.float32))[..., 0]
         if self.config.tie_embeddings:
             return embed.logits(x_BSD)
-        project = Projection((self.config.vocab_size,), False, name="head")
+        width = self.config.vocab_size
+        project = Projection((width,), False, constrain=self.constrain, name="head")
         return project(x_BSD).astype(jnp.float32)
-
-
-def visible(mask_BS, segments_BS, cache: KVCache | None):
-    """([B, S, C] bool, which slots each new position may attend to; the cache with its mask)."""
-    length = mask_BS.shape[1]
-    if cache is None:
-        causal = jnp.tril(jnp.ones((length, length), bool))
-        allowed_BSS = causal[None] & mask_BS[:, None]
-        if segments_BS is not None:
-            allowed_BSS &= segments_BS[:, :, None] == segments_BS[:, None]
-        return allowed_BSS, None
-    mask_BC = jax.lax.dynamic_update_slice_in_dim(cache.mask, mask_BS, cache.index, axis=1)
-    slots = jnp.arange(mask_BC.shape[1])
-    causal = slots[None] <= cache.index + jnp.arange(length)[:, None]
-    return causal[None] & mask_BC[:, None], cache.replace(mask=mask_BC)

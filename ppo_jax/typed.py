@@ -85,6 +85,8 @@ def filled_in(cls: type, values: dict) -> dict:
     hints = hints_of(cls)
     fields = {f.name: f.default for f in dataclasses.fields(cls)}
     defaults = {k: v for k, v in fields.items() if v is not dataclasses.MISSING}
+    sections = {k: v for k, v in defaults.items() if dataclasses.is_dataclass(v)}
+    defaults |= {k: dataclasses.asdict(v) for k, v in sections.items()}
     return {k: widened(hints.get(k), v) for k, v in (defaults | values).items()}
 
 

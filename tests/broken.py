@@ -190,7 +190,14 @@ def halve_a_stage(places: Places):
     edit_json(places.tmp / "half" / "stage.json", {"num_steps": 99})
 
 
+def begin_with_other_data(places: Places):
+    shutil.copytree(places.world / "sft_run", places.tmp / "run")
+    changes = {"num_steps": 99, "data": {"rows": 9, "crc32": 1}}
+    edit_json(places.tmp / "run" / "sft" / "stage.json", changes)
+
+
 OF_PLACES = {
+    "a run begun with other data": begin_with_other_data,
     "a file as workdir": lambda places: (places.tmp / "run").write_text("notes"),
     "half a stage": halve_a_stage,
     "a slip in a module": lambda places: (places.tmp / "slipped.py").write_text("def score(:\n"),

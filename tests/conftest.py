@@ -16,11 +16,27 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from ppo_jax import sharding
+
 CACHE = pathlib.Path(os.environ.get("PPO_JAX_CACHE", "~/.cache/ppo_jax")).expanduser()
 
 jax.config.update("jax_compilation_cache_dir", str(CACHE / "compiled"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def runs_use_one_device():
+    """A run takes all devices; the tests' take one, but for those that ask for `all_devices`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "devices_of_run", lambda: jax.devices()[:1])
+        yield
+
+
+@pytest.fixture
+def all_devices(monkeypatch):
+    """Runs inside the test take all eight devices."""
+    monkeypatch.setattr(sharding, "devices_of_run", jax.devices)
 
 
 @pytest.fixture

@@ -5,11 +5,11 @@ In a line `...` stands for anything, and `{tmp}`, `{base}` ... for the places of
 
 FLAGS = """
 rlhf without --config
-    flag --config=None: Flag --config must have a value other than None.; --help lists the flags
+    --config is missing; --help lists the flags
 train_sft without --config
     --config=FILE.py must be given before --config.model.path; --help lists the flags
 train_sft without --workdir
-    flag --workdir=None: Flag --workdir must have a value other than None.; --help lists the flags
+    --workdir is missing; --help lists the flags
 train_sft --wrkdir=a
     Unknown command line flag 'wrkdir'. Did you mean: workdir ?; --help lists the flags
 train_sft more
@@ -18,8 +18,10 @@ train_sft --config={tmp}/none.py
     --config must be a config file, got '{tmp}/none.py', which is not there; --help lists the flags
 train_sft --config={root}/configs/sft.py:nonsense
     unknown variant 'nonsense'; choose from ['default', 'scratch']; --help lists the flags
-train_reward --config={root}/configs/reward.py:tiny
+rlhf --config={root}/configs/verifiable.py:tiny
     this config file has no variants: leave out the colon and what follows it; ...
+train_reward --config={root}/configs/reward.py:tiny
+    unknown variant 'tiny'; choose from ['default', 'scratch']; --help lists the flags
 train_sft --config.sft.batchsize=3
     unknown setting sft.batchsize; did you mean 'batch_size'?; --help lists the flags
 train_sft --config.ppo.kl_coef=0.1
@@ -47,7 +49,9 @@ generate --top_p=0
 generate --temperature=-1
     flag --temperature=-1: -1.0 is not a non-negative number; --help lists the flags
 generate --prompt=
-    prompt 0 has 0 tokens, allowed are 1 to 46: ''
+    --prompt is empty
+generate without --model --workdir={tmp}/none --stage=ppo
+    there is no run {tmp}/none
 generate without --model --workdir={sft}/.. --stage=ppo
     {sft}/.. has no stage ppo; it has sft
 generate without --model --workdir={data} --stage=sft
@@ -89,6 +93,8 @@ train_sft --config.sft.optimizer.schedule=step
     sft.optimizer.schedule must be one of ['constant', 'linear', 'cosine'], got 'step'
 train_sft --config={root}/configs/sft.py:scratch --config.model.scratch.vocab_size=256
     model.scratch.vocab_size must be >= 300, got 256
+train_sft --config={root}/configs/sft.py:scratch --config.model.path= --config.sft.trainable=12
+    sft.trainable must be at most 6, the model's layers, got 12
 train_reward --config.reward.format=pairs
     reward.format must be one of ['preferences', 'ratings'], got 'pairs'
 train_reward --config.reward.batch_size=7
@@ -115,14 +121,26 @@ train_ppo --config.ppo.stop_tokens=<none>
     ppo.stop_tokens must be among the ... tokens of the tokenizer (...), got ['<none>']
 train_ppo --config.ppo.reward_model= --config.ppo.reward_function=nothing:here
     ppo.reward_function must be 'module:function', got 'nothing:here': No module named 'nothing'
+train_ppo --config.ppo.reward_model= --config.ppo.reward_function=tests/tiny_run.py:letters
+    ppo.reward_function must be 'module:function', got ..., e.g. tests.tiny_run:letters
+train_ppo --config.ppo.reward_model= --config.ppo.reward_function=tests.tiny_run.letters
+    ppo.reward_function must be 'module:function', got ..., e.g. tests.tiny_run:letters
+train_ppo --config.ppo.reward_model= --config.ppo.reward_function=tests.tiny_run:prepare
+    ppo.reward_function must be a function (prompts: list[str], ...) ..., got ... with (folder): ...
 train_ppo --config.ppo.reward_model= --config.ppo.reward_function=math:pi
     ppo.reward_function must name a function, got 'math:pi', which is 3.14...
 train_ppo --config.model.path={sft}
     model.path must be a model, got the stage folder '{sft}': name it as reward.init_from ...
 train_ppo --config.model.path={tmp}/none
-    there is no folder or .gguf file {tmp}/none
+    model.path: there is no folder or .gguf file {tmp}/none
 train_ppo --config.model.path=package:none
-    unknown model 'package:none'; choose from ['smollm2-135m-instruct']
+    model.path: unknown model 'package:none'; choose from ['smollm2-135m-instruct']
+train_ppo --config.ppo.init_from={tmp}/none
+    ppo.init_from: there is no folder or .gguf file {tmp}/none
+train_ppo --config.ppo.reward_model={tmp}/none
+    ppo.reward_model: there is no folder {tmp}/none
+train_reward --config.reward.init_from={tmp}/none
+    reward.init_from: there is no folder or .gguf file {tmp}/none
 """
 
 CONFIGS = r"""

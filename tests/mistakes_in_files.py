@@ -4,7 +4,7 @@ DATA = r"""
 train_sft --config.sft.data={lines} # lines
     {lines}: the file is empty, at least one line is needed
 train_sft --config.sft.data={lines} # lines {"text": "a"}\n{"text": "b"\n
-    {lines}:2: not a JSON object on one line: ...
+    {lines}:2: not a JSON object on one line: Expecting ',' delimiter at column 13
 train_sft --config.sft.data={lines} # lines {"text": "a"}\n\n["text"]\n
     {lines}:3: a line must be a JSON object {...}, got ['text']
 train_sft --config.sft.data={lines} # lines {"text": "a", "text": "b"}
@@ -127,6 +127,8 @@ train_sft --config.sft.batch_size=4 # a finished run
     {tmp}/run/sft was begun with other settings: batch_size: 8 -> 4. Set them back, or ...
 train_sft --config.seed=1 # a finished run
     {tmp}/run/sft was begun with other settings: seed: 0 -> 1. Set them back, or ...
+train_sft # a run begun with other data
+    {texts} has changed since {tmp}/run/sft was begun (9 -> 4... rows): put it back, or ...
 train_sft # a finished run with a torn config.json
     {tmp}/run/config.json must be a JSON object with a config: ...
 train_sft # a finished run with a torn results.json

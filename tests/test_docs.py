@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 
 import ppo_jax
-from ppo_jax import cli, data, pipeline, preferences
+from ppo_jax import cli, data, pipeline, preferences, processes
 from ppo_jax import config as settings_module
 from ppo_jax.config import Config, from_config_dict
 from ppo_jax.data import write_jsonl
@@ -44,7 +44,8 @@ UNITS += " iteration"
 def comments():
     """{(class, field): its comment}, at the end of its line and on lines of their own below it."""
     found, place, cls = {}, None, None
-    for line in (ROOT / "ppo_jax" / "config.py").read_text().splitlines():
+    files = [(ROOT / "ppo_jax" / name).read_text() for name in ("config.py", "sharding.py")]
+    for line in "\n".join(files).splitlines():
         if match := re.match(r"class (\w+)", line):
             cls = match[1]
         if match := re.match(r"    (\w+): [^#]*(?:#(.*))?$", line):
@@ -226,7 +227,7 @@ def test_every_command_parses(command, monkeypatch):
         patch = mock.patch.multiple(pipeline, run=start, dry_run=start)
     else:
         patch = mock.patch.object(cli, "call", given.append)
-    with patch:
+    with patch, mock.patch.object(processes, "join"):
         ended = run_script(script, *flags)
     assert (ended.code, ended.err) == (0, "") and len(given) == 1
 

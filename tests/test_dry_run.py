@@ -48,7 +48,7 @@ def test_a_dry_run_of_a_script_shows_every_stage_and_leaves_nothing(tmp_path):
     done = subprocess.run(
         [*command, f"--workdir={tmp_path / 'run'}"],
         cwd=tiny_run.ROOT,
-        env=os.environ | {"PYTHONPATH": str(tiny_run.ROOT), "TMPDIR": str(home)},
+        env=os.environ | {"PYTHONPATH": str(tiny_run.ROOT), "TMPDIR": str(home), "XLA_FLAGS": ""},
         capture_output=True,
         text=True,
         encoding="utf-8",
@@ -59,6 +59,8 @@ def test_a_dry_run_of_a_script_shows_every_stage_and_leaves_nothing(tmp_path):
     out, data = done.stdout, tmp_path / "run" / "data"
     for line in (
         "  sft batch             8 texts, at most 384 tokens a step",
+        "  sft steps             6, 1 passes over the data",
+        "  reward steps          6, 1 passes over the data",
         f"sft.data: {data}/train_texts.jsonl: 48 read; 48 used",
         f"sft.validation_data: {data}/unseen_texts.jsonl: 16 read; 16 used",
         f"reward.data: {data}/train_ratings.jsonl: 48 read; 48 used",
@@ -87,6 +89,18 @@ def test_only_the_stages_of_a_script_are_shown(finished, capsys):
     pipeline.dry_run(tiny_run.config(), finished, only=["reward"])
     out = capsys.readouterr().out
     assert "reward.data" in out and "sft.data" not in out and "ppo.prompts" not in out
+
+
+@pytest.mark.parametrize("warmup_steps", [5, 6])
+def test_a_warm_up_that_outlasts_its_stage_is_told(finished, capsys, warmup_steps):
+    changes = {"optimizer": tiny_run.optimizer(warmup_steps=warmup_steps)}
+    values = tiny_run.on_base(finished, sft=changes, ppo={"init_from": "base"})
+    values["ppo"] |= {"reward_model": "", "reward_function": "tests.tiny_run:letters"}
+    pipeline.dry_run(values, finished.parent / "other")
+    out = capsys.readouterr().out
+    told = "sft: warmup_steps=6, but the stage has 6 steps: the learning rate never reaches its"
+    assert (told in out) == (warmup_steps == 6) and out.count("warmup_steps") <= 1
+    assert "memory, critic" in out and "memory, reward model" not in out
 
 
 def test_both_sides_of_a_preference_are_shown(finished, capsys):

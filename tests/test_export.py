@@ -139,6 +139,15 @@ def test_scanned_layers_are_exported_as_the_unrolled_ones(saved, workdir):
     assert_same_tree(params, model.params)
 
 
+def test_every_file_may_be_read_by_those_who_may_read_a_new_one(saved, workdir):
+    out = exported(workdir, "sft", policy(saved, "llama-biases"))
+    (workdir / "new").touch()
+    mode = (workdir / "new").stat().st_mode
+    assert {path.name: path.stat().st_mode for path in out.iterdir()} == dict.fromkeys(
+        (path.name for path in out.iterdir()), mode
+    )
+
+
 def test_large_models_are_written_in_shards(saved, workdir):
     model = policy(saved, "llama-biases")
     folder = exported(workdir, "sft", model)

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 from ppo_jax import hf
 from ppo_jax.families import read_config, write_config
 from ppo_jax.networks import policy_apply
+from ppo_jax.shapes import computation
 from tests.tiny_hf import (
     LENGTH,
     LLAMA3_ROPE,
@@ -115,10 +116,12 @@ def test_old_and_new_forms_of_rope_settings_are_the_same(saved, tmp_path):
 
 @pytest.mark.parametrize("name", TINY_MODELS)
 def test_writing_and_reading_a_config_are_inverse(saved, name):
-    config = hf.load_config(saved(name)[1], dtype="bfloat16", scan_layers=True)
+    choices = {"dtype": "bfloat16", "scan_layers": True, "remat": "dots"}
+    config = hf.load_config(saved(name)[1], **choices)
     raw = json.loads(json.dumps(write_config(config)))
     assert raw["model_type"] == TINY_MODELS[name][0]
-    assert read_config(raw, dtype="bfloat16", scan_layers=True) == config
+    assert read_config(raw, **choices) == config
+    assert computation(config) == choices
 
 
 def test_a_shape_of_no_family_has_no_config(saved):

@@ -118,7 +118,7 @@ def test_a_wrong_shape_is_found_before_any_weight_is_read(saved, tmp_path, monke
     def cut(tensors):
         tensors["model.norm.weight"] = np.zeros(3, np.float32)
 
-    monkeypatch.setattr(hf, "read_params", None)
+    monkeypatch.setattr(hf, "read_parameters", None)
     folder = edit_weights(saved("llama")[1], tmp_path, cut)
     told = rf"{folder}: model\.norm\.weight has shape \(3,\), but config\.json asks for \(32,\)"
     with pytest.raises(ValueError, match=told):

@@ -1,5 +1,6 @@
 """What the files of a run hold after each step, after a kill, and after a divergence."""
 
+import functools
 import json
 import os
 import pty
@@ -212,6 +213,54 @@ def test_slow_steps_are_reported_at_least_every_half_minute(tmp_path, capsys, mo
 def test_progress_of_a_resumed_run_counts_its_own_steps(tmp_path, capsys, monkeypatch):
     lines = printed(tmp_path, capsys, monkeypatch, total=10, seconds=3, restored_step=8)
     assert lines[0] == "ppo 9/10  score 0.812  kl 3.20  3.00 s/step  eta 0:03"
+
+
+INIT = metrics_module.tqdm.__init__
+
+
+def every_time(bar, *args, **kwargs):
+    """A bar that is drawn at every step, however soon."""
+    INIT(bar, *args, **kwargs, mininterval=0, miniters=1)
+
+
+def validated(tmp_path, total=20):
+    """A stage that validates before its first step, at step 7 and at its last."""
+    show = {"sft/loss": "loss", "sft/validation_loss": "validation"}
+    writer = MetricsWriter(tmp_path, "sft", total_steps=total, show=show)
+    writer.write(0, {"sft/validation_loss": 7.5})
+    for step in range(1, total + 1):
+        more = {"sft/validation_loss": step / 2} if step in (7, total) else {}
+        writer.write(step, {"sft/loss": float(step)} | more)
+    writer.close()
+
+
+def test_a_validation_is_on_the_line_of_its_own_step_alone(tmp_path, capsys):
+    validated(tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "sft 0/20  validation 7.50"
+    with_it = [line.split("  ")[:3] for line in lines[1:] if "validation" in line]
+    assert with_it == [
+        ["sft 7/20", "loss 7.00", "validation 3.50"],
+        ["sft 20/20", "loss 20.0", "validation 10.0"],
+    ]
+    assert [line.split()[1] for line in lines[1:5]] == ["2/20", "4/20", "6/20", "7/20"]
+
+
+def test_a_bar_keeps_the_last_validation_and_says_of_which_step(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setattr(metrics_module.tqdm, "__init__", functools.partialmethod(every_time))
+    validated(tmp_path)
+    shown = capsys.readouterr().out
+    assert "loss 9.00  validation 3.50 (step 7)" in shown
+    assert "loss 20.0  validation 10.0" in shown and "10.0 (step" not in shown
+
+
+def test_a_stage_that_is_stopped_prints_its_last_step(tmp_path, capsys):
+    writer = MetricsWriter(tmp_path, "ppo", total_steps=100, show={"kl/ref": "kl"})
+    for step in (1, 2, 3):
+        writer.write(step, {"kl/ref": step / 4})
+    writer.close()
+    assert [line[:14] for line in capsys.readouterr().out.splitlines()] == ["ppo 3/100  kl "]
 
 
 def test_a_terminal_shows_a_bar_with_the_figures(tmp_path, capsys, monkeypatch):

@@ -1,6 +1,7 @@
 """The README of an exported model: what it tells, and that its code runs."""
 
 import re
+import shutil
 
 import pytest
 
@@ -65,6 +66,17 @@ def test_the_card_of_a_reward_model_gives_its_scores(workdir, monkeypatch, capsy
     assert "It began with `models/mine`." in card and "training.png" not in card
     run_code_of(card, out, monkeypatch)
     assert capsys.readouterr().out.startswith("tensor([")
+
+
+def test_a_card_does_not_list_a_base_model_that_was_never_read(workdir):
+    model = {"path": "package:some-model", "dtype": "float32"}
+    out = exported(workdir, "ppo", random_model(), model=model, init_from="runs/small/sft")
+    card = (out / "README.md").read_text()
+    assert "It began with `runs/small/sft`." in card and "package:some-model" not in card
+    assert "| `model.dtype` | `float32` |" in card
+    shutil.rmtree(out)
+    out = exported(workdir, "sft", random_model(), model=model)
+    assert "| `model.path` | `package:some-model` |" in (out / "README.md").read_text()
 
 
 def test_a_card_without_anything_to_tell_is_still_one(tmp_path):

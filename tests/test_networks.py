@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ppo_jax.attention import rotary_frequencies
 from ppo_jax.networks import (
     ModelConfig,
     policy_apply,
@@ -14,7 +15,6 @@ from ppo_jax.networks import (
     value_network,
 )
 from ppo_jax.partition import stack_layers, unstack_layers
-from ppo_jax.transformer import rotary_frequencies
 from tests import tiny
 
 

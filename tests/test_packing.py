@@ -242,7 +242,7 @@ def train_on_single_texts(workdir, settings):
     num_rows = num_steps = len(of_row)  # two epochs, two rows a step
     parts = split_params(model.config, model.params, config.sft.trainable, None)
     optimizer = make_optimizer(config.sft.optimizer, num_steps)
-    state = init_train_state(parts, optimizer)
+    state = init_train_state(parts.trained, optimizer)
     step = jax.jit(functools.partial(sft_step, network=policy_network(model.config)))
     inputs = make_inputs(texts, None, None, cache_gb=0.0)
     for i in range(num_steps):

@@ -12,6 +12,7 @@ from ppo_jax.models import Model
 from ppo_jax.networks import policy_network, reward_network
 from ppo_jax.ppo import init_ppo
 from ppo_jax.ppo_setup import find_trunk, make_critic, make_hyperparameters, make_setup
+from ppo_jax.sharding import MeshSettings, make_layouts
 from tests import tiny
 from tests.tiny_config import changed
 
@@ -66,15 +67,16 @@ def test_a_critic_on_the_policys_body_shares_the_trunk_and_starts_at_zero(source
     critic = make_critic(settings, policy, reward)
     # The policy trains layer 2, the critic layers 1 and 2.
     assert find_trunk(settings, policy, [(critic, settings.value_trainable)]) == (1, [True])
-    setup = make_setup(settings, policy, reward, critic)
+    layouts = make_layouts(MeshSettings())
+    setup, policy_params, value_params = make_setup(settings, policy, reward, critic, layouts)
     assert setup.networks.value_on_trunk and not setup.networks.reward_on_trunk
     size = sum(leaf.size for leaf in jax.tree.leaves(policy.params["layers"]))
-    trees = (setup.frozen.trunk, setup.value_params, setup.policy_params)
+    trees = (setup.frozen.trunk, value_params, policy_params)
     for tree, count in zip(trees, (1, 2, 1), strict=True):
         own = sum(leaf.size for leaf in jax.tree.leaves(tree["layers"]))
         assert own == size * count // LAYERS
 
-    state = init_ppo(setup.policy_params, setup.value_params, setup.hyperparameters)
+    state = init_ppo(policy_params, value_params, setup.hyperparameters)
     parts = dict(frozen=setup.frozen, networks=setup.networks, recipe=setup.recipe)
     numbers, key = setup.hyperparameters, jax.random.key(0)
     rollout = tiny.sample_responses(state, numbers, tiny.prompts(), key, **parts)

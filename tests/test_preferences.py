@@ -192,7 +192,8 @@ def test_accuracy_counts_every_pair_of_every_ranking():
     # Pairs of rows (0, 1), (3, 2), (3, 4), (6, 5): right, wrong, right, tied.
     scores = np.array([1.0, 0.0, 5.0, 4.0, 3.0, 2.0, 2.0])
     found = RewardData(texts=texts, groups=groups).accuracy(scores, 0)
-    assert found == {"reward_model/validation_accuracy": 2.5 / 4}
+    name = "reward_model/validation_"
+    assert found == {f"{name}accuracy": 2.5 / 4, f"{name}pairs": 4}
 
 
 def test_a_split_leaves_the_rankings_of_a_prompt_together(tmp_path):

@@ -43,7 +43,7 @@ def refused(values, folder, match):
         ("ppo", {"response_length": 25}, r"at most 48 .*got 24 \+ 25"),
         ("ppo", {"stop_tokens": ["<nonsense>"]}, "ppo.stop_tokens must be among .*<nonsense>"),
         ("ppo", {"reward_model": "", "reward_function": "no_module:f"}, "ppo.reward_function"),
-        ("ppo", {"reward_model": "some/folder"}, "ppo.reward_model must be a stage or its folder"),
+        ("ppo", {"reward_model": "some/folder"}, "ppo.reward_model: there is no folder"),
         ("ppo", {"init_from": "ppo"}, "ppo.init_from='ppo' needs the stage ppo"),
         ("evaluate", {"num_prompts": 7}, "evaluate.num_prompts must be at most the 6"),
         ("evaluate", {"judges": "tests.tiny_run:juries"}, "evaluate.judges must be"),

@@ -106,6 +106,20 @@ def test_a_reward_model_of_comparisons_has_no_gaps(tmp_path):
     assert headlines(run)[0] == ("75.0%", "reward-model accuracy", "on unseen pairs")
 
 
+def test_an_accuracy_tells_how_many_pairs_it_is_of(tmp_path):
+    row = {"stage": "reward", "step": 7, ACCURACY: 0.75, "reward_model/validation_pairs": 200}
+    compared = a_run(tmp_path, metrics=[row], config={"reward": {"format": "preferences"}})
+    told = "on 200 unseen pairs; 95% interval 68.6% to 80.5%"
+    assert headlines(compared)[0] == ("75.0%", "reward-model accuracy", told)
+    rated = compared._replace(config={"reward": {"format": "ratings"}})  # pairs share texts
+    assert headlines(rated)[0][2] == "on 200 unseen pairs"
+    results = {"reward_model/accuracy": 0.8, "reward_model/accuracy_gap1": 0.9}
+    results |= {"reward_model/pairs_gap1": 1234, "policy/kl_per_response": 1.0}
+    cards = headlines(rated._replace(results=results))
+    evaluated = [note for _, what, note in cards if "accuracy" in what]
+    assert evaluated == ["1,234 unseen pairs with a gap of 1 or more"]
+
+
 def test_a_reward_model_without_its_config_tells_the_steps_alone(tmp_path):
     run = a_run(tmp_path, metrics=REWARD)
     assert verdict(run).endswith(", after 299 steps.")

@@ -5,7 +5,6 @@ import functools
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -20,6 +19,7 @@ from ppo_jax.plugins import load_function
 from ppo_jax.reward_loop import init_reward_model
 from ppo_jax.rollout import Sampling
 from ppo_jax.sft_loop import as_text_batch, sft_data
+from ppo_jax.sharding import MeshSettings, init_in_pieces, make_layouts
 from ppo_jax.steps import sft_step
 from ppo_jax.training import init_train_state, make_optimizer
 from tests import tiny_run
@@ -58,7 +58,7 @@ def train_with_the_whole_network(workdir, settings):
     texts, _ = sft_data(config.sft, config.seed, model.tokenizer)
     parts = split_params(model.config, model.params, 1, None)
     optimizer = make_optimizer(config.sft.optimizer, 6)
-    state = init_train_state(parts, optimizer)
+    state = init_train_state(parts.trained, optimizer)
     step = jax.jit(functools.partial(sft_step, network=policy_network(model.config)))
     order = np.random.default_rng((config.seed, 0)).permutation(48)
     for rows in order.reshape(6, 8):
@@ -87,14 +87,16 @@ def ppo_settings(**changes):
 
 
 def one_iteration(settings, policy, reward, critic):
-    setup = ppo_setup.make_setup(settings, policy, reward, critic)
-    state = ppo.init_ppo(setup.policy_params, setup.value_params, setup.hyperparameters)
-    iterate = ppo_loop.make_iteration(setup, policy.tokenizer, [], None)
+    layouts = make_layouts(MeshSettings())
+    setup, *start = ppo_setup.make_setup(settings, policy, reward, critic, layouts)
+    state = init_in_pieces(layouts[0], ppo.init_ppo, *start, setup.hyperparameters)
+    iterate = ppo_loop.make_iteration(setup, state, policy.tokenizer, [], None, layouts[0])
     rng = np.random.default_rng(0)
     tokens = rng.integers(5, 300, size=(8, 8)).astype(np.int32)
     mask = np.arange(8) >= np.arange(8)[:, None]
-    prompts = ppo.Prompts(tokens=jnp.asarray(tokens), mask=jnp.asarray(mask))
-    state, metrics = iterate(state, None, prompts, jax.random.key(1))
+    prompts = layouts[0].put_rows(ppo.Prompts(tokens=tokens, mask=mask))
+    key = layouts[0].put_whole(jax.random.key(1))
+    state, metrics = iterate(state, None, prompts, key)
     return setup, state, metrics
 
 

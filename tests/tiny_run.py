@@ -162,10 +162,6 @@ def too_few(prompts, responses):
     return [1.0] * (len(responses) - 1)
 
 
-def not_a_number(prompts, responses):
-    return [float("nan")] * len(responses)
-
-
 def start(settings, workdir, stall="none"):
     """A process that runs the config, and stops to wait for a signal at step 4 of a stage."""
     command = [sys.executable, "-m", "tests.tiny_run", json.dumps(settings), str(workdir), stall]

@@ -1,0 +1,275 @@
+"""Where arrays lie on many devices: one mesh, and one table from logical axes to its axes.
+
+The only file that spells a mesh axis. A program is the same on one device and on many; a `Layout`
+says how the arrays that it is given, and those inside it, are cut.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils, multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from ppo_jax.axes import Axes, parameter_axes
+from ppo_jax.leaves import named_leaves
+from ppo_jax.typed import Check
+
+MESH_AXES = ("data", "fsdp", "model")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AxisRules:
+    """The mesh axes that each logical axis is cut over; () leaves it whole."""
+
+    batch: tuple[str, ...] = ("data", "fsdp")  # rows of batches, activations and KV caches
+    vocab: tuple[str, ...] = ("model",)  # of the token table, the head and the logits
+    embed: tuple[str, ...] = ("fsdp",)  # of stored parameters; gathered where they are used
+    heads: tuple[str, ...] = ("model",)  # query heads
+    kv_heads: tuple[str, ...] = ("model",)  # key and value heads, in the KV cache as well
+    mlp: tuple[str, ...] = ("model",)  # hidden units of the feed-forward layers
+    layers: tuple[str, ...] = ()  # of scanned layers
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RolloutRules(AxisRules):
+    """The same while responses are sampled: the decode loop reads every parameter for every token,
+    so that none may have to be gathered."""
+
+    embed: tuple[str, ...] = ()
+
+
+RULES, ROLLOUT_RULES = AxisRules(), RolloutRules()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshSettings:
+    """How the devices are arranged. The product of the three sizes is the number of devices."""
+
+    data: int = -1  # number of copies of the model, with rows of their own; -1 is what is left
+    fsdp: int = 1  # number of pieces of every parameter and optimizer state, and of the rows, too
+    model: int = 1  # number of pieces of heads, MLPs and vocabulary: tensor parallelism
+    rules: AxisRules = RULES  # of parameters, optimizer states, experience and updates
+    rollout_rules: RolloutRules = ROLLOUT_RULES  # of the policy and its KV cache while it samples
+
+    def __post_init__(self):
+        check = Check(self, "mesh")
+        for axis in MESH_AXES:
+            check.that(getattr(self, axis) == -1 or getattr(self, axis) >= 1, axis, "-1 or >= 1")
+        open_axes = [axis for axis in MESH_AXES if getattr(self, axis) == -1]
+        if len(open_axes) > 1:
+            raise ValueError(f"mesh: only one size may be -1, got {open_axes}")
+        for field in ("rules", "rollout_rules"):
+            rules = Check(getattr(self, field), f"mesh.{field}")
+            for axis in dataclasses.fields(AxisRules):
+                over = getattr(rules.settings, axis.name)
+                distinct = len(set(over)) == len(over) and set(over) <= set(MESH_AXES)
+                rules.that(distinct, axis.name, f"different axes out of {list(MESH_AXES)}")
+
+
+def devices_of_run() -> Sequence[jax.Device]:
+    """All devices of all processes, in the order of the processes."""
+    return jax.devices()
+
+
+def mesh_shape(settings: MeshSettings, num_devices: int) -> tuple[int, ...]:
+    """The sizes of the mesh axes.
+
+    Raises:
+        ValueError: they do not multiply to the number of devices.
+    """
+    sizes = (settings.data, settings.fsdp, settings.model)  # as in MESH_AXES
+    given = math.prod(size for size in sizes if size != -1)
+    filled = [num_devices // given if size == -1 else size for size in sizes]
+    if math.prod(filled) != num_devices:
+        shape = ", ".join(f"{a}={s}" for a, s in zip(MESH_AXES, sizes, strict=True))
+        needs = f"a multiple of {given}" if -1 in sizes else str(given)
+        raise ValueError(f"mesh ({shape}) needs {needs} devices, have {num_devices}")
+    return tuple(filled)
+
+
+def make_mesh(settings: MeshSettings, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of a run.
+
+    Args:
+        settings: the sizes.
+        devices: by default all devices of all processes.
+
+    Raises:
+        ValueError: the sizes do not fit the number of devices.
+    """
+    devices = devices_of_run() if devices is None else devices
+    shape = mesh_shape(settings, len(devices))
+    # Linen needs the Auto type; Explicit is the default of today's jax.
+    types = (AxisType.Auto,) * len(MESH_AXES)
+    # An axis of the torus may be cut in two: a mesh of 16 x 4 fits on 8 x 8 chips.
+    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(grid, MESH_AXES, axis_types=types)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A mesh and the rules by which arrays are cut over it."""
+
+    mesh: Mesh
+    rules: AxisRules = RULES
+
+    def cuts(self, axis: str | None) -> tuple[str, ...]:
+        """The mesh axes, longer than 1, that a logical axis is cut over."""
+        over = () if axis is None else getattr(self.rules, axis)
+        return tuple(name for name in over if self.mesh.shape[name] > 1)
+
+    def pieces(self, axis: str | None) -> int:
+        """Into how many pieces a logical axis is cut."""
+        return math.prod(self.mesh.shape[name] for name in self.cuts(axis))
+
+    def sharding(self, axes: Axes, shape: Sequence[int], name: str = "an array") -> NamedSharding:
+        """Where an array lies.
+
+        Args:
+            axes: its logical axes.
+            shape: its shape. A dimension of 1 is whole whatever the rules say.
+            name: what the errors call it.
+
+        Raises:
+            ValueError: a mesh axis would cut it twice, or does not divide the dimension it cuts.
+        """
+        entries: list[tuple[str, ...]] = []
+        for axis, size in zip(axes, shape, strict=True):
+            over = () if size == 1 else self.cuts(axis)
+            if twice := sorted({x for entry in entries for x in entry} & set(over)):
+                raise ValueError(f"{name}: the rules cut it twice over the mesh axis {twice[0]}")
+            pieces = math.prod(self.mesh.shape[x] for x in over)
+            if size % pieces:
+                raise ValueError(
+                    f"{name}: its {axis} axis of {size} cannot be cut into the {pieces} equal "
+                    f"pieces of {' x '.join(over)}; choose another mesh, or mesh.rules.{axis}=()"
+                )
+            entries.append(over)
+        return NamedSharding(self.mesh, PartitionSpec(*(entry or None for entry in entries)))
+
+    def constrain(self, x: jax.Array, axes: Axes) -> jax.Array:
+        """`axes.Constrain` of this layout: pins how an array inside a program lies."""
+        return jax.lax.with_sharding_constraint(x, self.sharding(axes, x.shape))
+
+    def shardings(self, tree: Any) -> Any:
+        """The sharding of every leaf of a tree of parameters, or of a state that holds some.
+
+        Args:
+            tree: of arrays or `jax.ShapeDtypeStruct`s. What is no parameter of a Transformer is
+                copied to every device: counters, coefficients.
+
+        Raises:
+            ValueError: as `sharding` does, with the leaf's name.
+        """
+
+        def one(name: str, leaf: Any) -> NamedSharding:
+            axes = parameter_axes(name.split("/"))
+            return self.sharding(axes or (None,) * len(leaf.shape), leaf.shape, name)
+
+        shardings = [one(name, leaf) for name, leaf in named_leaves(tree).items()]
+        return jax.tree.unflatten(jax.tree.structure(tree), shardings)
+
+    def put(self, tree: Any) -> Any:
+        """Parameters, or a state that holds some, in their pieces; numpy leaves of all processes
+        hold the same."""
+        return jax.tree.map(place, tree, self.shardings(tree))
+
+    @property
+    def rows(self) -> NamedSharding:
+        """The sharding of a batch: its first axis is cut."""
+        return NamedSharding(self.mesh, PartitionSpec(self.cuts("batch") or None))
+
+    @property
+    def whole(self) -> NamedSharding:
+        """The sharding of what every device has a copy of."""
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    def put_rows(self, batch: Any) -> Any:
+        """A batch [N, ...] a leaf, in its pieces; N is a multiple of `pieces("batch")`."""
+        return jax.tree.map(lambda x: place(x, self.rows), batch)
+
+    def put_whole(self, tree: Any) -> Any:
+        """Arrays and numbers that every device has a copy of."""
+        return jax.tree.map(lambda x: place(x, self.whole), tree)
+
+    def key(self, seed: int, step: int) -> jax.Array:
+        """The random key of a step: a resumed run has the same."""
+        return jax.jit(step_key, out_shardings=self.whole)(seed, step)
+
+    def fill_up(self, rows: np.ndarray, multiple: int = 1) -> np.ndarray:
+        """The rows, and their first again until they are a multiple of a number and the mesh can
+        cut them into equal pieces."""
+        lacking = -len(rows) % math.lcm(multiple, self.pieces("batch"))
+        return np.concatenate([rows, np.repeat(rows[:1], lacking)])
+
+    def decoding_params(self, params: Any, dtype: str) -> Any:
+        """Parameters as the rollout reads them, inside a program: cut by these rules, and what is
+        cast at every use is cast once. Norms are computed in float32 and stay as they are."""
+
+        def one(name: str, leaf: jax.Array) -> jax.Array:
+            path = name.split("/")
+            axes = parameter_axes(path) or (None,) * leaf.ndim
+            cast = leaf if path[-2].endswith("norm") else leaf.astype(dtype)
+            return jax.lax.with_sharding_constraint(cast, self.sharding(axes, leaf.shape, name))
+
+        leaves = [one(name, leaf) for name, leaf in named_leaves(params).items()]
+        return jax.tree.unflatten(jax.tree.structure(params), leaves)
+
+
+def step_key(seed: jax.Array, step: jax.Array) -> jax.Array:
+    return jax.random.fold_in(jax.random.key(seed), step)
+
+
+def fetch(tree: Any) -> Any:
+    """Arrays as numpy, whole, on every process: for what is small."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def own_rows(x: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+    """(numbers [n] of the rows that lie on this process's devices, those rows [n, ...])."""
+    found = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+    blocks = [(begin, np.asarray(found[begin])) for begin in sorted(found)]
+    numbers = [np.arange(begin, begin + len(block)) for begin, block in blocks]
+    return np.concatenate(numbers), np.concatenate([block for _, block in blocks])
+
+
+def place(x: Any, sharding: NamedSharding) -> jax.Array:
+    """One array in its pieces: a process makes those of its own devices alone."""
+    if isinstance(x, jax.Array) and (x.is_fully_addressable <= sharding.is_fully_addressable):
+        return jax.device_put(x, sharding)
+    if isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(place(jax.random.key_data(x), sharding))
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+
+def one_device() -> Layout:
+    """Everything on this process's first device."""
+    return Layout(make_mesh(MeshSettings(), jax.local_devices()[:1]))
+
+
+def make_layouts(settings: MeshSettings) -> tuple[Layout, Layout]:
+    """(the layout of training, the layout of the rollout) on the mesh of a run."""
+    mesh = make_mesh(settings)
+    return Layout(mesh, settings.rules), Layout(mesh, settings.rollout_rules)
+
+
+def abstract(layout: Layout, init: Callable[..., Any], *args: Any) -> Any:
+    """The shapes, dtypes and shardings of what `init_in_pieces` would make."""
+    shapes = jax.eval_shape(init, *args)
+    lies = layout.shardings(shapes)
+    return jax.tree.map(
+        lambda x, lie: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=lie), shapes, lies
+    )
+
+
+def init_in_pieces(layout: Layout, init: Callable[..., Any], *args: Any) -> Any:
+    """What `init(*args)` gives, made in its pieces: no device ever holds a whole array."""
+    lies = layout.shardings(jax.eval_shape(init, *args))
+    return jax.jit(init, out_shardings=lies)(*args)
