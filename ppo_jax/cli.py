@@ -46,8 +46,13 @@ def run_stages(only: Sequence[str] = STAGES):
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
 
     def main():
+        addresses = (coordinator.value, num_processes.value, process_id.value)
+        if not multihost.value and any(value is not None for value in addresses):
+            raise ValueError("--coordinator, --num_processes and --process_id need --multihost")
+        if multihost.value and dry_run.value:
+            raise ValueError("--dry_run is for one process: leave --multihost out")
         if multihost.value:
-            processes.join(coordinator.value, num_processes.value, process_id.value)
+            processes.join(*addresses)
         if not isinstance(config.value, config_dict.ConfigDict):
             name = config_flags.get_config_filename(flags.FLAGS["config"])
             kind = type(config.value).__name__

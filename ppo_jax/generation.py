@@ -134,7 +134,9 @@ def generate(
         raise ValueError("model must be a policy to generate text, got a reward model")
     rows = encode_prompts(prompts, model.tokenizer, max_length=max_prompt_length)
     layout = layout or one_device()
-    sample, params = compiled_rollout(model.config, sampling, layout), layout.put(model.params)
+    sample = compiled_rollout(model.config, sampling, layout)
+    # On a mesh the program itself puts them where the rollout reads them, cast first.
+    params = model.params if model.layout else layout.put(model.params)
     key, temperature = layout.put_whole((jax.random.key(seed), np.float32(temperature)))
     responses, rollouts = [], []
     pieces = layout.pieces("batch")

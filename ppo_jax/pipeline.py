@@ -71,8 +71,7 @@ def run(settings: config_dict.ConfigDict | dict, workdir: str | Path, only: Sequ
         else:
             print(f"{stage}: complete", flush=True)
     report = workdir / "report.html"
-    if todo or not report.exists():
-        by_first(write_report, workdir)
+    by_first(lambda: (todo or not report.exists()) and write_report(workdir))
     if not todo:
         print("every stage is complete: nothing to do", flush=True)
     print(closing(workdir, report), flush=True)

@@ -18,7 +18,7 @@ from ppo_jax.ppo_setup import Setup, make_critic, make_setup
 from ppo_jax.prompt_data import prompt_data
 from ppo_jax.reward_functions import FunctionFailed, RewardFunction, load_reward_function
 from ppo_jax.runs import StageRun, open_stage
-from ppo_jax.sharding import Layout, fetch, make_layouts, own_rows
+from ppo_jax.sharding import Layout, fetch, gather_rows, make_layouts, own_rows
 from ppo_jax.structs import PPOState, Prompts, Rollout
 from ppo_jax.training import compile_step
 from ppo_jax.workdir import append_rows
@@ -141,16 +141,15 @@ def make_iteration(
 def call_function(
     function: RewardFunction, prompts: list[str], rollout: Rollout, tokenizer: Any
 ) -> np.ndarray:
-    """The function's scores of responses, [B] float32; NaN for those of other processes."""
+    """The function's scores of responses, [B] float32; every process asks for its own rows."""
     rows, tokens = own_rows(rollout.response_tokens)
     responses = decode_rows(tokenizer, tokens, own_rows(rollout.response_mask)[1])
-    whole = np.full(len(prompts), np.nan, np.float32)
     try:
-        whole[rows] = function([prompts[row] for row in rows], responses)
+        scores = function([prompts[row] for row in rows], responses) if len(rows) else []
     except FunctionFailed as error:
         told = f"{error} (rows {rows[0]} to {rows[-1]} of {len(prompts)})"
         raise FunctionFailed(told) from error.__cause__
-    return whole
+    return gather_rows(rows, scores, len(prompts))
 
 
 def make_sampler(

@@ -3,6 +3,7 @@
 The run's folder is one that all processes see. Everything here is a no-op in a run of one process.
 """
 
+import itertools
 import os
 import signal
 import sys
@@ -14,7 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 HEARTBEAT_S = 20  # without a sign of life from a process for so long, the others end
-STEPS_A_STAGE = 10**9  # more than any stage has: steps of later stages have higher numbers
+CALLS = itertools.count(1)  # the same on all processes, without gaps: jax waits for the next one
 
 
 def join(coordinator: str | None, num_processes: int | None, process_id: int | None):
@@ -80,19 +81,26 @@ def wait_for_all(where: str):
         multihost_utils.sync_global_devices(where)
 
 
-def preempted(stage: int, step: int) -> bool:
-    """Whether some process was asked to stop (SIGTERM), and this is the step that all stop after.
+def preempted() -> bool:
+    """Whether some process was asked to stop, and this is the step that all stop after.
 
-    To be called once a step by every process.
+    To be called once a step by every process: the calls are counted, over all stages, and all
+    processes stop after the same call.
     """
-    return are_several() and multihost_utils.reached_preemption_sync_point(
-        stage * STEPS_A_STAGE + step
-    )
+    return are_several() and multihost_utils.reached_preemption_sync_point(next(CALLS))
 
 
-def stop_signals() -> tuple[signal.Signals, ...]:
-    """The signals that a stage answers to by itself; SIGTERM of several processes is jax's."""
-    return (signal.SIGINT,) if are_several() else (signal.SIGINT, signal.SIGTERM)
+def ask_all_to_stop(number: int, frame: Any):
+    """A handler of Ctrl-C among several processes: what SIGTERM does, which jax tells to all."""
+    del number, frame
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def stop_handlers(stop_soon: Callable[[int, Any], None]) -> dict[signal.Signals, Callable]:
+    """What a stage does on Ctrl-C and SIGTERM; among several processes SIGTERM is jax's."""
+    if are_several():
+        return {signal.SIGINT: ask_all_to_stop}
+    return {signal.SIGINT: stop_soon, signal.SIGTERM: stop_soon}
 
 
 def joined() -> bool:

@@ -76,7 +76,9 @@ def train_reward(config: Config, workdir: Path, base: str):
     inputs = read(data.texts, used=np.concatenate(used) if used else None)
     unseen_inputs = read(unseen.texts)
     optimizer = layout.put_whole(make_optimizer(settings.optimizer, num_steps))
-    pieces = settings.num_micro_batches
+    pieces, trained = settings.num_micro_batches, layout.put(parts.trained)
+    # What of them is used is in `frozen`, in the inputs and, soon, in the state.
+    del model, parts, sources
     score = jax.jit(functools.partial(text_scores, network))
 
     def scores_of(state, texts, inputs):
@@ -86,7 +88,8 @@ def train_reward(config: Config, workdir: Path, base: str):
     with StageRun(
         workdir, "reward", num_steps=num_steps, save_every=settings.save_every, show=SHOW
     ) as run:
-        state = run.restore(layout, init_train_state, layout.put(parts.trained), optimizer)
+        state = run.restore(layout, init_train_state, trained, optimizer)
+        del trained
         step = compile_step(reward_step, state, layout, network=network, num_micro_batches=pieces)
         if run.start == 0:
             scores = scores_of(state, unseen.texts, unseen_inputs)
@@ -111,7 +114,8 @@ def init_reward_model(model: Model, num_layers: int, seed: int) -> Model:
     """A policy's body, or its lower layers, with a new scalar head; a reward model stays one."""
     config, params = keep_layers(model.config, model.params, num_layers or model.config.num_layers)
     if model.kind == "policy":
-        head = jax.jit(reward_network(config).init)(jax.random.key(seed))["head"]
+        init = reward_network(config).init
+        head = jax.jit(lambda key: init(key)["head"])(jax.random.key(seed))  # nothing else is made
         params = {**params, "head": jax.tree.map(np.asarray, head)}
     return dataclasses.replace(model, kind="reward", config=config, params=params)
 
@@ -126,7 +130,8 @@ def preference_batch(
 ) -> PreferenceBatch:
     rows, pairs, valid = data.batch(seed, step, settings)
     width = batch_width(data.texts, rows)
-    rows = layout.fill_up(rows, settings.num_micro_batches)  # no pair has what fills it up
+    # Each micro-batch falls into equal pieces; no pair has what fills the batch up.
+    rows = layout.fill_up(rows, settings.num_micro_batches * layout.pieces("batch"))
     inputs, mask = layout.put_rows((inputs(rows, width), data.texts.mask[rows, :width]))
     pairs, valid = layout.put_whole((pairs, valid))
     return PreferenceBatch(inputs=inputs, mask=mask, pairs=pairs, valid=valid)

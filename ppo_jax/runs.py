@@ -12,7 +12,6 @@ from typing import Any
 from ppo_jax.checkpoints import Checkpoints
 from ppo_jax.config import (
     MAY_CHANGE,
-    STAGES,
     Config,
     ModelSettings,
     PPOSettings,
@@ -22,7 +21,7 @@ from ppo_jax.config import (
 from ppo_jax.metrics import MetricsWriter
 from ppo_jax.models import Model, begin_stage, describe_stage, has_begun, update_stage
 from ppo_jax.partition import Parts, split_params, start_layer
-from ppo_jax.processes import preempted, stop_signals
+from ppo_jax.processes import preempted, stop_handlers
 from ppo_jax.sharding import Layout, abstract, init_in_pieces
 from ppo_jax.typed import filled_in
 from ppo_jax.workdir import config_differences, drop_lines_after, without_workdir
@@ -69,9 +68,8 @@ class StageRun:
         self.checkpoints = Checkpoints(self.folder / "checkpoints")
 
     def __enter__(self) -> "StageRun":
-        self._old_handlers = {
-            number: signal.signal(number, self._stop_soon) for number in stop_signals()
-        }
+        handlers = stop_handlers(self._stop_soon)
+        self._old_handlers = {number: signal.signal(number, x) for number, x in handlers.items()}
         return self
 
     def __exit__(self, *error):
@@ -137,7 +135,7 @@ class StageRun:
             SystemExit: after SIGTERM (code 143) or Ctrl-C (130), when the state is on disk.
         """
         self.writer.write(step, metrics)
-        if preempted(STAGES.index(self.stage), step):
+        if preempted():
             self.asked_to_stop = signal.SIGTERM
         if step % self.save_every and step < self.num_steps and not self.asked_to_stop:
             return

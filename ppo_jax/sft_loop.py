@@ -74,11 +74,15 @@ def train_sft(config: Config, workdir: Path, base: str):
     inputs, unseen_inputs = read(texts, used=used), read(unseen)
     optimizer = layout.put_whole(make_optimizer(settings.optimizer, num_steps))
     pieces = settings.num_micro_batches
+    multiple = pieces * layout.pieces("batch")  # each micro-batch falls into equal pieces
+    trained = layout.put(parts.trained)
+    del model, parts  # what of them is used is in `frozen`, in the inputs and, soon, in the state
     # Divided by 1: the sum, so that each token counts once however the batches fall.
     loss = jax.jit(functools.partial(sft_loss, network, normalizer=1.0))
 
     def batch_of(texts, inputs, rows):
-        return layout.put_rows(as_text_batch(texts, inputs, rows, layout.fill_up(rows, pieces)))
+        filled = layout.fill_up(rows, multiple)
+        return layout.put_rows(as_text_batch(texts, inputs, rows, filled))
 
     def validate(state):
         """Loss and perplexity over all validation texts, each token counted once."""
@@ -94,7 +98,8 @@ def train_sft(config: Config, workdir: Path, base: str):
     with StageRun(
         workdir, "sft", num_steps=num_steps, save_every=settings.save_every, show=SHOW
     ) as run:
-        state = run.restore(layout, init_train_state, layout.put(parts.trained), optimizer)
+        state = run.restore(layout, init_train_state, trained, optimizer)
+        del trained
         step = compile_step(sft_step, state, layout, network=network, num_micro_batches=pieces)
         if run.start == 0:
             run.log_start(validate(state))

@@ -232,11 +232,26 @@ def fetch(tree: Any) -> Any:
 
 
 def own_rows(x: jax.Array) -> tuple[np.ndarray, np.ndarray]:
-    """(numbers [n] of the rows that lie on this process's devices, those rows [n, ...])."""
-    found = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+    """(numbers [n] of this process's rows, those rows [n, ...]).
+
+    Each row is one process's alone, the one that holds its first copy, so that what is done with
+    rows is done once; a process may have none.
+    """
+    found = {s.index[0].start or 0: s.data for s in x.addressable_shards if s.replica_id == 0}
     blocks = [(begin, np.asarray(found[begin])) for begin in sorted(found)]
     numbers = [np.arange(begin, begin + len(block)) for begin, block in blocks]
-    return np.concatenate(numbers), np.concatenate([block for _, block in blocks])
+    nothing = np.zeros((0, *x.shape[1:]), x.dtype)
+    rows = np.concatenate([np.zeros(0, int), *numbers])
+    return rows, np.concatenate([nothing, *(block for _, block in blocks)])
+
+
+def gather_rows(rows: np.ndarray, values: np.ndarray, count: int) -> np.ndarray:
+    """The values [count] of all rows on every process, from those that each has for its own."""
+    whole = np.full(count, np.nan, np.float32)
+    whole[rows] = values
+    if jax.process_count() == 1:
+        return whole
+    return np.nanmax(multihost_utils.process_allgather(whole), axis=0)
 
 
 def place(x: Any, sharding: NamedSharding) -> jax.Array:

@@ -168,6 +168,7 @@ def start(settings, workdir, stall="none"):
     compiled = {
         "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+        "XLA_FLAGS": "",  # one device, as the runs in this process have
     }
     return subprocess.Popen(
         command,
