@@ -1,7 +1,8 @@
 """The programs of one PPO iteration without any arrays: rollout, scoring, update.
 
-They are those of the loop, cut as the loop cuts them; their arguments are shapes, so that they can
-be compiled for devices that are not there.
+They are made of the loop's own pieces; with a reward model the loop compiles all three as one, so
+that a plan's memory is an estimate of it. Their arguments are shapes, so that they can be compiled
+for devices that are not there.
 
 Dimension key: N responses, P prompt tokens, T response tokens.
 """
@@ -18,7 +19,6 @@ from ppo_jax import flops
 from ppo_jax.config import Config, PPOSettings
 from ppo_jax.experience import (
     PPONetworks,
-    Recipe,
     make_experience,
     response_scores,
     sample_responses,
@@ -26,7 +26,7 @@ from ppo_jax.experience import (
 from ppo_jax.networks import Network
 from ppo_jax.plan_shapes import Models
 from ppo_jax.ppo import init_ppo, ppo_update
-from ppo_jax.ppo_setup import make_hyperparameters, make_networks
+from ppo_jax.ppo_setup import make_hyperparameters, make_networks, make_recipe
 from ppo_jax.rollout import Sampling
 from ppo_jax.sharding import Layout, abstract
 from ppo_jax.structs import Experience, Frozen, Prompts, Rollout
@@ -57,7 +57,7 @@ def phases(config: Config, models: Models, layouts: tuple[Layout, Layout]) -> li
     s, layout = config.ppo, layouts[0]
     networks = make_networks(models.policy, models.critic, models.reward, (None,) * 3, layouts)
     args = Arguments(config, networks, layout)
-    parts = dict(networks=networks, recipe=make_recipe(s))
+    parts = dict(networks=networks, recipe=make_recipe(s, make_sampling(s)))
     rows, whole = layout.rows, layout.whole
     state_lies = jax.tree.map(lambda leaf: leaf.sharding, args.state)
 
@@ -101,12 +101,10 @@ def update(state, hyperparameters, experience, key, **parts):
     return ppo_update(state, experience, hyperparameters, key, **parts)
 
 
-def make_recipe(settings: PPOSettings) -> Recipe:
-    """As `ppo_setup.make_recipe` does, with some stop token: no program depends on which it is."""
-    names = {field.name for field in dataclasses.fields(Recipe)} - {"sampling"}
+def make_sampling(settings: PPOSettings) -> Sampling:
+    """With some stop token: no program depends on which it is."""
     shape = {k: getattr(settings, k) for k in ("response_length", "top_k", "top_p", "min_p")}
-    choices = {name: getattr(settings, name) for name in names}
-    return Recipe(sampling=Sampling(eos_ids=(0,), **shape), **choices)
+    return Sampling(eos_ids=(0,), **shape)
 
 
 class Arguments:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +19,7 @@ from ppo_jax.networks import (
     value_network,
 )
 from ppo_jax.partition import layer_range, merge_params, split_params, start_layer
+from ppo_jax.rollout import Sampling
 from ppo_jax.sharding import Layout
 from ppo_jax.structs import Frozen, Hyperparameters, Params
 from ppo_jax.training import freeze, make_optimizer
@@ -44,10 +44,9 @@ def make_hyperparameters(settings: PPOSettings) -> Hyperparameters:
     return Hyperparameters(optimizer=optimizer, **numbers)
 
 
-def make_recipe(settings: PPOSettings, tokenizer: Any) -> Recipe:
+def make_recipe(settings: PPOSettings, sampling: Sampling) -> Recipe:
     """The choices of the settings; what shapes the program."""
     names = {field.name for field in dataclasses.fields(Recipe)} - {"sampling"}
-    sampling = make_sampling(vars(settings), tokenizer)
     return Recipe(sampling=sampling, **{name: getattr(settings, name) for name in names})
 
 
@@ -185,7 +184,7 @@ def make_setup(
         networks=make_networks(
             policy.config, critic.config, reward and reward.config, starts, layouts
         ),
-        recipe=make_recipe(settings, policy.tokenizer),
+        recipe=make_recipe(settings, make_sampling(vars(settings), policy.tokenizer)),
         hyperparameters=layout.put_whole(make_hyperparameters(settings)),
         frozen=frozen,
     )

@@ -198,7 +198,7 @@ class Layout:
 
     def key(self, seed: int, step: int) -> jax.Array:
         """The random key of a step: a resumed run has the same."""
-        return jax.jit(step_key, out_shardings=self.whole)(seed, step)
+        return self.put_whole(jax.random.fold_in(jax.random.key(seed), step))
 
     def fill_up(self, rows: np.ndarray, multiple: int = 1) -> np.ndarray:
         """The rows, and their first again until they are a multiple of a number and the mesh can
@@ -218,10 +218,6 @@ class Layout:
 
         leaves = [one(name, leaf) for name, leaf in named_leaves(params).items()]
         return jax.tree.unflatten(jax.tree.structure(params), leaves)
-
-
-def step_key(seed: jax.Array, step: jax.Array) -> jax.Array:
-    return jax.random.fold_in(jax.random.key(seed), step)
 
 
 def fetch(tree: Any) -> Any:
