@@ -40,7 +40,8 @@ from ppo_jax.optimizer import apply_gradients, init_optimizer, schedule
 from ppo_jax.partition import merge_params, split_params
 from ppo_jax.ppo import experience_loss, init_ppo, learn, ppo_iteration, ppo_update
 from ppo_jax.rewards import missing_eos_scores, token_rewards
-from ppo_jax.rollout import Sampling, response_outputs, rollout
+from ppo_jax.rollout import response_outputs, rollout
+from ppo_jax.sampling import Sampling
 from ppo_jax.steps import (
     PreferenceBatch,
     TextBatch,

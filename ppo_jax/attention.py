@@ -1,7 +1,7 @@
 """Attention as functions of arrays: who sees whom, where a token stands, what it takes from others.
 
 Dimension key: B sequences, L positions, S new positions, C cache slots, H heads, G key/value heads,
-R = H / G queries per key, K head size.
+R = H / G queries per key, K head size; F prompts of P positions that enter a cache.
 """
 
 import math
@@ -15,16 +15,16 @@ from ppo_jax.shapes import ModelConfig
 
 
 class KVCache(struct.PyTreeNode):
-    """Keys and values of the positions seen so far.
+    """Keys and values of the positions seen so far: a ring of C slots for each sequence.
 
-    `layers` is one (keys, values) pair of [B, C, G, K] a layer, or one pair with a leading layer
-    axis when layers are scanned. Slots from `index` on are unused; `mask` is False there and on
-    padding.
+    `layers` is one (keys, values) pair of [B, G, C, K] a layer, or one pair with a leading layer
+    axis when layers are scanned. A CPU reads this order of axes as it lies; with C before G it
+    copies the whole cache for every token. `mask` is False on slots that hold nothing, or padding.
     """
 
     layers: Any
     mask: jax.Array  # [B, C] bool
-    index: jax.Array  # [] int32, the next free slot
+    index: jax.Array  # [] int32, positions seen: the next one takes slot `index` mod C
 
 
 def visible(mask_BS, segments_BS, cache: KVCache | None):
@@ -36,10 +36,41 @@ def visible(mask_BS, segments_BS, cache: KVCache | None):
         if segments_BS is not None:
             allowed_BSS &= segments_BS[:, :, None] == segments_BS[:, None]
         return allowed_BSS, None
-    mask_BC = jax.lax.dynamic_update_slice_in_dim(cache.mask, mask_BS, cache.index, axis=1)
-    slots = jnp.arange(mask_BC.shape[1])
-    causal = slots[None] <= cache.index + jnp.arange(length)[:, None]
-    return causal[None] & mask_BC[:, None], cache.replace(mask=mask_BC)
+    capacity = cache.mask.shape[1]
+    begin = cache.index % capacity
+    mask_BC = jax.lax.dynamic_update_slice_in_dim(cache.mask, mask_BS, begin, axis=1)
+    # The new positions take slots 0, 1, ... from `begin` on; all others came before.
+    order_C = (jnp.arange(capacity) - begin) % capacity
+    causal_SC = (order_C[None] <= jnp.arange(length)[:, None]) | (order_C[None] >= length)
+    return causal_SC[None] & mask_BC[:, None], cache.replace(mask=mask_BC)
+
+
+def refill_cache(cache: KVCache, fresh: KVCache, source_B: jax.Array) -> KVCache:
+    """Sequences of a cache begin anew with a prompt, as if it had just been seen.
+
+    Args:
+        cache: of B sequences.
+        fresh: of F prompts of P positions, P slots each, P <= C.
+        source_B: [B] int32, which prompt each sequence begins with; -1 leaves it as it is.
+
+    Returns:
+        The cache. The prompts lie in the P slots before the next one.
+    """
+    length, capacity = fresh.mask.shape[1], cache.mask.shape[1]
+    position_C = (jnp.arange(capacity) - cache.index) % capacity - (capacity - length)
+    prompt_C, position_C = position_C >= 0, jnp.maximum(position_C, 0)
+    anew_B, source_B = source_B >= 0, jnp.maximum(source_B, 0)
+
+    def moved(old_BGCK, new_FGPK):
+        new_BGCK = new_FGPK[source_B][:, :, position_C]
+        where_BC = anew_B[:, None] & prompt_C[None]
+        return jnp.where(where_BC[:, None, :, None], new_BGCK.astype(old_BGCK.dtype), old_BGCK)
+
+    stacked = jax.tree.leaves(cache.layers)[0].ndim == 5
+    layers = jax.tree.map(jax.vmap(moved) if stacked else moved, cache.layers, fresh.layers)
+    mask_BC = fresh.mask[source_B][:, position_C] & prompt_C[None]
+    mask_BC = jnp.where(anew_B[:, None], mask_BC, cache.mask)
+    return cache.replace(layers=layers, mask=mask_BC)
 
 
 def rotary_frequencies(config: ModelConfig) -> list[float]:
@@ -67,16 +98,16 @@ def rotate(x_BLHK: jax.Array, positions_BL: jax.Array, config: ModelConfig) -> j
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BLHK.dtype)
 
 
-def attend(q_BSHK, k_BCGK, v_BCGK, allowed_BSC) -> jax.Array:
+def attend(q_BSHK, k_BGCK, v_BGCK, allowed_BSC) -> jax.Array:
     """Softmax attention in float32, grouped queries without repeating keys."""
     B, S, H, K = q_BSHK.shape
-    G = k_BCGK.shape[2]
+    G = k_BGCK.shape[1]
     q_BSGRK = q_BSHK.reshape(B, S, G, H // G, K)
     scores_BGRSC = jnp.einsum(
-        "BSGRK,BCGK->BGRSC", q_BSGRK, k_BCGK, preferred_element_type=jnp.float32
+        "BSGRK,BGCK->BGRSC", q_BSGRK, k_BGCK, preferred_element_type=jnp.float32
     )
     # A finite floor: a padded query that may attend to nothing gives an average, not NaN.
     floor = jnp.finfo(jnp.float32).min
     scores_BGRSC = jnp.where(allowed_BSC[:, None, None], scores_BGRSC / math.sqrt(K), floor)
-    probs_BGRSC = jax.nn.softmax(scores_BGRSC, axis=-1).astype(v_BCGK.dtype)
-    return jnp.einsum("BGRSC,BCGK->BSGRK", probs_BGRSC, v_BCGK).reshape(B, S, H, K)
+    probs_BGRSC = jax.nn.softmax(scores_BGRSC, axis=-1).astype(v_BGCK.dtype)
+    return jnp.einsum("BGRSC,BGCK->BSGRK", probs_BGRSC, v_BGCK).reshape(B, S, H, K)

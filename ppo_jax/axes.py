@@ -28,7 +28,7 @@ HEAD_NORMS = ("query_norm", "key_norm")  # over a head's numbers; the others ove
 TOP = ("embed", "layers", "final_norm", "head")  # the parts of a network
 
 HIDDEN: Axes = ("batch", None, None)  # of hidden states [B, L, D]
-CACHE: Axes = ("batch", None, "kv_heads", None)  # of cached keys and values [B, C, G, K]
+CACHE: Axes = ("batch", "kv_heads", None, None)  # of cached keys and values [B, G, C, K]
 
 
 def uncut(x: jax.Array, axes: Axes) -> jax.Array:

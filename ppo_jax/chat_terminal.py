@@ -13,7 +13,7 @@ from ppo_jax.data import load_prompts, write_jsonl
 from ppo_jax.evaluate import score_texts
 from ppo_jax.generation import generate, stream, text_pieces
 from ppo_jax.models import Model
-from ppo_jax.rollout import Sampling
+from ppo_jax.sampling import Sampling
 from ppo_jax.token_rows import token_rows
 
 AT_A_TIME = 64  # prompts

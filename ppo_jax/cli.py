@@ -12,9 +12,11 @@ from absl import app, flags
 from ml_collections import config_dict, config_flags
 
 from ppo_jax import pipeline, processes
+from ppo_jax.compilation import keep_programs
 from ppo_jax.config import STAGES
 from ppo_jax.overrides import check_overrides, explain
 from ppo_jax.reward_functions import FunctionFailed
+from ppo_jax.sources import cache_dir
 
 USER_MISTAKE, INTERRUPTED = 2, 130  # exit codes
 OURS = pathlib.Path(__file__).parent
@@ -74,6 +76,7 @@ def run(main: Callable[[], None]):
     """
     # transformers would say at every start that its models need torch; we use its tokenizers.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    keep_programs(cache_dir() / "compiled")
     sys.exit(app.run(lambda _: call(main), flags_parser=parse_flags))
 
 

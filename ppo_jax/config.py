@@ -182,6 +182,10 @@ class PPOSettings:
     num_epochs: int = 4  # passes over a rollout
     num_minibatches: int = 1  # optimizer steps a pass
     num_micro_batches: int = 1  # pieces of a minibatch in memory one after the other
+    samples_per_prompt: int = 1  # responses of an iteration to each of its prompts
+    slots: int = 0  # responses under way at a time; 0 is all. Fewer save work where lengths differ
+    # much, and a KV cache of so many rows: when a response ends, the next prompt takes its slot
+    refill: int = 0  # free slots that prompts wait for, to enter together; 0 is a quarter of them
 
     max_prompt_length: int = 64  # tokens; longer prompts are left out and counted
     response_length: int = 64  # tokens at most
@@ -219,6 +223,7 @@ class PPOSettings:
         check.each("> 0", "temperature", "target_kl", "kl_horizon", "value_clip_range")
         check.each("> 0", "sample_every", "save_every", "reward_seconds")
         check.each(">= 0", "kl_coef", "vf_coef", "entropy_coef", "value_learning_rate")
+        check.each("> 0", "samples_per_prompt")
         check.each(">= 0", "top_k", "num_samples")
         check.each("in [0, 1]", "gamma", "gae_lambda", "min_p")
         check.each("in (0, 1]", "top_p")
@@ -232,6 +237,14 @@ class PPOSettings:
         check_trainable(check, "trainable", "value_trainable")
         pieces = self.num_minibatches * self.num_micro_batches
         check.multiple("rollout_batch_size", pieces, "num_minibatches x num_micro_batches")
+        samples = self.samples_per_prompt
+        check.multiple("rollout_batch_size", samples, "samples_per_prompt")
+        for field, most, of in (
+            ("slots", self.rollout_batch_size, "rollout_batch_size"),
+            ("refill", self.slots, "slots"),
+        ):
+            value, rule = getattr(self, field), f"0, or a multiple of samples_per_prompt up to {of}"
+            check.that(0 <= value <= most and value % samples == 0, field, f"{rule} ({most})")
         if bool(self.reward_model) == bool(self.reward_function):
             raise ValueError(
                 "ppo needs either a reward_model or a reward_function, got "

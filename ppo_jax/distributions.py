@@ -96,12 +96,11 @@ def sample(
     if top_k < 0:
         raise ValueError(f"top_k must be at least 0 (0 is off), got {top_k}.")
     chex.assert_type(logits, float)
-    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     if _is_number(temperature, 0):
-        return greedy
+        return _first_largest(logits)
 
     logits = logits.astype(jnp.float32) / _divisor(temperature)
-    noise = jax.random.gumbel(key, logits.shape)
+    noise = jnp.where(temperature == 0, 0.0, jax.random.gumbel(key, logits.shape))
     tokens = None
     if top_k or not _is_number(top_p, 1):
         vocab_size = logits.shape[-1]
@@ -112,10 +111,20 @@ def sample(
         floor = jnp.max(logits, axis=-1, keepdims=True) + jnp.log(min_p)
         logits = jnp.where(logits >= floor, logits, -jnp.inf)
 
-    drawn = jnp.argmax(logits + noise, axis=-1)
+    drawn = _first_largest(logits + noise)
     if tokens is not None:
         drawn = jnp.take_along_axis(tokens, drawn[..., None], axis=-1)[..., 0]
-    return jnp.where(temperature == 0, greedy, drawn.astype(jnp.int32))
+    return drawn
+
+
+def _first_largest(x: jax.Array) -> jax.Array:
+    """`jnp.argmax` of [..., V] as two reductions of one value each, which XLA vectorises on a CPU.
+
+    [...] int32; of a row with NaN it is 0.
+    """
+    below = x < jnp.max(x, axis=-1, keepdims=True)
+    ids = jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
+    return jnp.min(jnp.where(below, x.shape[-1], ids), axis=-1)
 
 
 def _in_nucleus(sorted_logits: jax.Array, top_p: Number) -> jax.Array:

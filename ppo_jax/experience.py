@@ -19,7 +19,8 @@ from ppo_jax.masking import last_token_index
 from ppo_jax.networks import Network
 from ppo_jax.partition import merge_params
 from ppo_jax.rewards import missing_eos_scores, token_rewards
-from ppo_jax.rollout import Sampling, response_outputs, rollout
+from ppo_jax.rollout import response_outputs, rollout
+from ppo_jax.sampling import Sampling
 from ppo_jax.structs import (
     Experience,
     Frozen,

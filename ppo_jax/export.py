@@ -21,7 +21,7 @@ from ppo_jax.generation import find_sampling
 from ppo_jax.model_card import write_card
 from ppo_jax.models import Model, load_model, missing_steps, stage_folder
 from ppo_jax.networks import ModelConfig, Params
-from ppo_jax.rollout import Sampling
+from ppo_jax.sampling import Sampling
 
 DTYPES = ("float32", "bfloat16")
 SHARD_BYTES = 5_000_000_000  # of one weight file, as far as its tensors allow

@@ -76,16 +76,29 @@ def training_flops(
 
 
 def rollout_flops(
-    policy: ModelConfig, *, sequences: int, prompt_length: int, response_length: int
+    policy: ModelConfig,
+    *,
+    sequences: int,
+    prompt_length: int,
+    response_length: int,
+    samples_per_prompt: int = 1,
 ) -> int:
     """Prompts through the policy, then T single tokens, each over the whole cache of P + T slots.
 
-    The worst case: the decode loop ends earlier when every row has stopped.
+    The worst case: the decode loop ends earlier when every row has stopped. Several samples of a
+    prompt share its pass, which is over the prompt alone.
     """
     capacity = prompt_length + response_length
-    where = dict(sequences=sequences, attended=capacity, outputs=1, head="logits")
-    prefill = forward_flops(policy, positions=prompt_length, **where)
-    return prefill + response_length * forward_flops(policy, positions=1, **where)
+    where = dict(outputs=1, head="logits")
+    prefill = forward_flops(
+        policy,
+        sequences=sequences // samples_per_prompt,
+        positions=prompt_length,
+        attended=capacity if samples_per_prompt == 1 else prompt_length,
+        **where,
+    )
+    token = forward_flops(policy, sequences=sequences, positions=1, attended=capacity, **where)
+    return prefill + response_length * token
 
 
 def scoring_flops(

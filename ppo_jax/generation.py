@@ -14,7 +14,8 @@ from ppo_jax.batches import encode_prompts, take_prompts
 from ppo_jax.config import PPOSettings
 from ppo_jax.models import Model, describe_stage
 from ppo_jax.networks import ModelConfig, policy_network
-from ppo_jax.rollout import Sampling, choose, rollout
+from ppo_jax.rollout import rollout
+from ppo_jax.sampling import Sampling, choose
 from ppo_jax.sharding import Layout, fetch, one_device
 from ppo_jax.sources import model_folder
 from ppo_jax.structs import Rollout

@@ -7,6 +7,7 @@ import jax
 
 from ppo_jax.config import Config, PPOSettings
 from ppo_jax.plan import Shape, parameters
+from ppo_jax.sampling import Sampling
 from ppo_jax.sharding import Layout, make_layouts
 
 
@@ -48,6 +49,22 @@ def check_rows(settings: PPOSettings, layouts: Sequence[Layout]):
             f"x the {rows} pieces that the mesh cuts a batch into ({piece * rows}), got "
             f"{s.rollout_batch_size}"
         )
+    sampling = Sampling(
+        response_length=1, eos_ids=(), samples_per_prompt=s.samples_per_prompt, refill=s.refill
+    )
+    slots = s.slots or s.rollout_batch_size
+    fields = {
+        "ppo.rollout_batch_size / samples_per_prompt": s.rollout_batch_size // s.samples_per_prompt,
+        "ppo.slots / samples_per_prompt": slots // s.samples_per_prompt,
+    }
+    if s.slots:
+        fields["ppo.refill / samples_per_prompt"] = sampling.group(slots) // s.samples_per_prompt
+    for field, value in fields.items():
+        if value % rows:
+            raise ValueError(
+                f"{field} must be a multiple of the {rows} pieces that the mesh cuts a batch "
+                f"into, got {value}"
+            )
 
 
 def share_of_a_device(layout: Layout, shape: Shape) -> float:

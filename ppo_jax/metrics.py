@@ -13,6 +13,7 @@ import numpy as np
 import tensorboardX
 from tqdm import tqdm
 
+from ppo_jax.compilation import compile_seconds
 from ppo_jax.workdir import append_rows, drop_lines_after
 
 
@@ -34,7 +35,8 @@ class MetricsWriter:
 
     Every step gets `time/step_s`, the wall seconds from when the metrics of the step before were
     there to when its own are, with all that happens in between (validation, samples, a save), and
-    with `tokens` also `time/tokens_per_s`.
+    with `tokens` also `time/tokens_per_s`. The first line of a start has `time/compile_s`, the
+    seconds that compiling took up to there.
 
     Attributes:
         last_checkpoint: the newest complete checkpoint, set by the loop, named when a run diverges.
@@ -55,6 +57,8 @@ class MetricsWriter:
         self._path = Path(workdir) / "metrics.jsonl"
         self._pending: tuple[int, Mapping[str, Any]] | None = None
         self._there = time.perf_counter()  # when the newest metrics were
+        self._compiled = compile_seconds()  # before the first step of this start
+        self._first = True
         self._tensorboard = self._progress = None
         if jax.process_index() == 0:
             done = -1 if restored_step is None else restored_step
@@ -113,6 +117,9 @@ class MetricsWriter:
         if step == 0:  # figures from before the first step
             return {}
         times = {"time/step_s": seconds}
+        if self._first and compile_seconds() > self._compiled:
+            times["time/compile_s"] = compile_seconds() - self._compiled
+        self._first = False
         if self._tokens is not None:
             name, factor = self._tokens
             times["time/tokens_per_s"] = values[name] * factor / seconds

@@ -17,7 +17,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from ppo_jax.attention import KVCache
+from ppo_jax.attention import KVCache, refill_cache
 from ppo_jax.axes import CACHE, Constrain, uncut
 from ppo_jax.shapes import ModelConfig, RopeScaling
 from ppo_jax.transformer import Params, Transformer
@@ -50,6 +50,10 @@ class Network(NamedTuple):
     - `init_cache(batch_size, length) -> cache`
     - `decode(params, inputs, mask, cache, *, start=0) -> (outputs, cache)`: the same for new
       positions that follow those in the cache.
+    - `refill(cache, fresh, source) -> cache`: sequence b of the cache begins anew with what
+      `fresh`, the cache of some prompts, holds of prompt source[b], or goes on where that is -1.
+      Needed where `Sampling` has fewer slots than responses, or several samples of a prompt; the
+      cache must then hold a sequence of its length wherever it begins (ours is a ring).
 
     Value and reward networks need the first two only.
 
@@ -63,6 +67,7 @@ class Network(NamedTuple):
     apply: Callable[..., jax.Array]
     init_cache: Callable[[int, int], Any] | None = None
     decode: Callable[..., tuple[jax.Array, Any]] | None = None
+    refill: Callable[[Any, Any, jax.Array], Any] | None = None
 
 
 def make_network(config, start, end, head, constrain, head_std=0.0) -> Network:
@@ -84,7 +89,7 @@ def make_network(config, start, end, head, constrain, head_std=0.0) -> Network:
         return module.apply({"params": params}, inputs, mask, segments, None, start)[0]
 
     def init_cache(batch_size, length):
-        shape = (batch_size, length, config.num_kv_heads, config.head_dim)
+        shape = (batch_size, config.num_kv_heads, length, config.head_dim)
         count = end - (module.start or 0)
 
         def pair(lead, axes):
@@ -95,14 +100,19 @@ def make_network(config, start, end, head, constrain, head_std=0.0) -> Network:
             layers = pair((count,), (None, *CACHE))
         else:
             layers = tuple(pair((), CACHE) for _ in range(count))
-        mask = constrain(jnp.zeros((batch_size, length), bool), CACHE[:2])
+        mask = constrain(jnp.zeros((batch_size, length), bool), ("batch", None))
         return KVCache(layers=layers, mask=mask, index=jnp.zeros((), jnp.int32))
 
     def decode(params, inputs, mask, cache, *, start=0):
         check_inputs(config, module.start, inputs, mask)
         return module.apply({"params": params}, inputs, mask, None, cache, start)
 
-    return Network(init=init, apply=apply, init_cache=init_cache, decode=decode)
+    def refill(cache, fresh, source):
+        cache = refill_cache(cache, fresh, source)
+        axes = (None, *CACHE) if config.scan_layers else CACHE
+        return cache.replace(layers=jax.tree.map(lambda x: constrain(x, axes), cache.layers))
+
+    return Network(init=init, apply=apply, init_cache=init_cache, decode=decode, refill=refill)
 
 
 def check_inputs(config, start_layer, inputs, mask):

@@ -27,7 +27,7 @@ from ppo_jax.networks import Network
 from ppo_jax.plan_shapes import Models
 from ppo_jax.ppo import init_ppo, ppo_update
 from ppo_jax.ppo_setup import make_hyperparameters, make_networks, make_recipe
-from ppo_jax.rollout import Sampling
+from ppo_jax.sampling import Sampling
 from ppo_jax.sharding import Layout, abstract
 from ppo_jax.structs import Experience, Frozen, Prompts, Rollout
 
@@ -112,6 +112,7 @@ class Arguments:
 
     def __init__(self, config: Config, networks: PPONetworks, layout: Layout):
         s, self.layout, self.batch = config.ppo, layout, config.ppo.rollout_batch_size
+        self.samples = s.samples_per_prompt
         numbers = make_hyperparameters(s)
         self.numbers = jax.tree.map(lambda x: self.whole(x.dtype), numbers)
         self.key = self.whole(jax.random.key(0).dtype)
@@ -139,11 +140,11 @@ class Arguments:
             logprobs=numbers_of_tokens,
         )
         self.prompts = Prompts(
-            tokens=self.rows((prompt,), jnp.int32), mask=self.rows((prompt,), bool)
+            tokens=self.prompts_of((prompt,), jnp.int32), mask=self.prompts_of((prompt,), bool)
         )
         self.rollout = Rollout(
-            prompt_tokens=self.prompts.tokens,
-            prompt_mask=self.prompts.mask,
+            prompt_tokens=self.rows((prompt,), jnp.int32),
+            prompt_mask=self.rows((prompt,), bool),
             has_eos=self.rows((), bool),
             **tokens,
         )
@@ -160,6 +161,11 @@ class Arguments:
     def rows(self, shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
         """[N, *shape]"""
         return jax.ShapeDtypeStruct((self.batch, *shape), dtype, sharding=self.layout.rows)
+
+    def prompts_of(self, shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
+        """[N / samples_per_prompt, *shape]"""
+        count = self.batch // self.samples
+        return jax.ShapeDtypeStruct((count, *shape), dtype, sharding=self.layout.rows)
 
     def whole(self, dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((), dtype, sharding=self.layout.whole)
@@ -181,7 +187,9 @@ def analytic_flops(settings: PPOSettings, models: Models) -> dict[str, int]:
         response_length=s.response_length,
     )
     return {
-        "rollout": flops.rollout_flops(models.policy, **where),
+        "rollout": flops.rollout_flops(
+            models.policy, samples_per_prompt=s.samples_per_prompt, **where
+        ),
         "scoring": flops.scoring_flops(models.policy, models.critic, models.reward, **where),
         "update": flops.update_flops(
             models.policy, models.critic, num_epochs=s.num_epochs, **where

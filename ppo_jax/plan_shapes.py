@@ -30,8 +30,8 @@ def read_models(config: Config) -> Models:
     shape of the base model.
 
     Raises:
-        ValueError: there is no ppo section, it trains a part of the layers, or `model.path` is
-            neither a public model of the table nor there.
+        ValueError: there is no ppo section, it trains a part of the layers or has slots, or
+            `model.path` is neither a public model of the table nor there.
     """
     if config.ppo is None:
         raise ValueError("plan needs a config with a ppo section, got none")
@@ -39,6 +39,8 @@ def read_models(config: Config) -> Models:
     for field in ("trainable", "value_trainable"):
         if getattr(s, field) != "all":
             raise ValueError(f"ppo.{field} must be 'all' to plan, got {getattr(s, field)!r}")
+    if s.slots:
+        raise ValueError(f"ppo.slots must be 0 to plan, which is the worst case, got {s.slots}")
     base = base_shape(config.model)
     policy = shape_at(s.init_from, config.model) or base
     reward = None

@@ -1,5 +1,6 @@
 """The PPO loop: builds the networks, jits the iteration, restores, logs, samples, saves."""
 
+import dataclasses
 import functools
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ def train_ppo(config: Config, workdir: Path, base: str):
     data = prompt_data(settings.prompts, policy.tokenizer, max_length=length)
     texts, rows = data.texts, data.prompts
     num_steps, size = settings.num_iterations, settings.rollout_batch_size
+    samples_each = settings.samples_per_prompt
     open_stage(
         "ppo",
         config,
@@ -86,8 +88,11 @@ def train_ppo(config: Config, workdir: Path, base: str):
         if run.start == 0:
             append_rows(workdir / "samples.jsonl", samples(state, 0))
         for i in run.steps():
-            chosen = batch_indices(config.seed, i, num_examples=len(texts), batch_size=size)
+            chosen = batch_indices(
+                config.seed, i, num_examples=len(texts), batch_size=size // samples_each
+            )
             prompts = layout.put_rows(take_prompts(rows, chosen))
+            chosen = chosen.repeat(samples_each)  # of each response
             state, metrics = iterate(state, chosen, prompts, layout.key(config.seed, i))
             if (i + 1) % settings.sample_every == 0 or i + 1 == num_steps:
                 run.settle()
@@ -164,8 +169,10 @@ def make_sampler(
     """(state, step) -> rows of samples.jsonl: the same prompts and the same key every time."""
     chosen = np.arange(min(settings.num_samples, len(texts)))
     filled = layout.fill_up(chosen)
+    once = dataclasses.replace(setup.recipe.sampling, samples_per_prompt=1, slots=0, refill=0)
+    recipe = dataclasses.replace(setup.recipe, sampling=once)
     sample = jax.jit(
-        functools.partial(sample_responses, networks=setup.networks, recipe=setup.recipe),
+        functools.partial(sample_responses, networks=setup.networks, recipe=recipe),
         out_shardings=layout.rows,
     )
     score = jax.jit(functools.partial(response_scores, networks=setup.networks))

@@ -19,7 +19,7 @@ from ppo_jax.networks import (
     value_network,
 )
 from ppo_jax.partition import layer_range, merge_params, split_params, start_layer
-from ppo_jax.rollout import Sampling
+from ppo_jax.sampling import Sampling
 from ppo_jax.sharding import Layout
 from ppo_jax.structs import Frozen, Hyperparameters, Params
 from ppo_jax.training import freeze, make_optimizer
@@ -47,6 +47,8 @@ def make_hyperparameters(settings: PPOSettings) -> Hyperparameters:
 def make_recipe(settings: PPOSettings, sampling: Sampling) -> Recipe:
     """The choices of the settings; what shapes the program."""
     names = {field.name for field in dataclasses.fields(Recipe)} - {"sampling"}
+    of_rollout = ("samples_per_prompt", "slots", "refill")
+    sampling = dataclasses.replace(sampling, **{k: getattr(settings, k) for k in of_rollout})
     return Recipe(sampling=sampling, **{name: getattr(settings, name) for name in names})
 
 

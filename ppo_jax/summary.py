@@ -116,14 +116,15 @@ def ppo_rows(s: PPOSettings, model: ModelConfig) -> Rows:
     length = s.max_prompt_length + s.response_length
     episodes = s.rollout_batch_size * s.num_iterations
     heads = 2 * model.num_kv_heads * model.head_dim * model.num_layers
-    cache = s.rollout_batch_size * length * heads * (4 if model.dtype == "float32" else 2)
+    slots, size = s.slots or s.rollout_batch_size, 4 if model.dtype == "float32" else 2
+    cache = slots * length * heads * size
     logits = piece * s.response_length * model.vocab_size * 4
     return [
         ("ppo iteration", f"{s.rollout_batch_size} episodes, at most {length} tokens each"),
         ("ppo update", f"{steps} optimizer steps of {minibatch} episodes, {piece} at a time"),
         ("ppo in all", f"{episodes} episodes, {steps * s.num_iterations} optimizer steps"),
         ("ppo tokens a step", f"{minibatch * s.response_length} response tokens at most"),
-        ("KV cache", size_of(cache)),
+        ("KV cache", f"{size_of(cache)}, {slots} responses at a time"),
         ("logits of a piece", size_of(logits)),
     ]
 

@@ -87,9 +87,10 @@ class Attention(nn.Module):
             k = Norm(c, name="key_norm")(k)
         if c.positions == "rotary":
             q, k = rotate(q, positions_BS, c), rotate(k, positions_BS, c)
+        k, v = (x.swapaxes(1, 2) for x in (k, v))
         if layer_cache is not None:
             k, v = (
-                jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), index, axis=1)
+                jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), index, axis=2)
                 for old, new in zip(layer_cache, (k, v), strict=True)
             )
             layer_cache = (k, v)
@@ -237,11 +238,11 @@ class Transformer(nn.Module):
             x = jnp.where(mask_BS[:, :, None], inputs, 0).astype(c.dtype)
             x = self.constrain(x, HIDDEN)
         layers = Layers(c, self.start or 0, self.end, self.constrain, name="layers")
-        index = None if cache is None else cache.index
+        index = None if cache is None else cache.index % cache.mask.shape[1]
         caches = None if cache is None else cache.layers
         x, caches = layers(x, caches, positions, allowed_BSC, index)
         if cache is not None:
-            cache = cache.replace(layers=caches, index=index + mask_BS.shape[1])
+            cache = cache.replace(layers=caches, index=cache.index + mask_BS.shape[1])
         return self.finish(x[:, output_start:], embed), cache
 
     def finish(self, x_BSD, embed):

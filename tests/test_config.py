@@ -17,7 +17,7 @@ from ppo_jax import config as settings_module
 from ppo_jax import sharding
 from ppo_jax.config import Config, from_config_dict, with_defaults
 from ppo_jax.experience import Recipe
-from ppo_jax.rollout import Sampling
+from ppo_jax.sampling import Sampling
 from ppo_jax.structs import Hyperparameters, Optimizer
 from ppo_jax.workdir import fill_in_workdir, without_workdir
 from tests.tiny_config import changed, whole

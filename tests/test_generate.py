@@ -13,7 +13,7 @@ from ppo_jax.chat_terminal import chat, fitting, respond_to_file
 from ppo_jax.data import read_jsonl, write_jsonl
 from ppo_jax.evaluate import score_texts
 from ppo_jax.generation import compiled_stream, find_sampling, generate, stream, text_pieces
-from ppo_jax.rollout import Sampling
+from ppo_jax.sampling import Sampling
 from tests.command_line import run_script
 from tests.tiny_stage import TEMPLATE, byte_tokenizer, random_model, write_stage
 

@@ -15,10 +15,11 @@ PACKAGE = pathlib.Path(ppo_jax.__file__).parent
 # From the bottom to the top: a module imports only from rows before its own.
 CORE = [
     ["structs", "masking", "distributions", "kl", "shapes", "axes"],
-    ["attention"],
+    ["attention", "sampling"],
     ["transformer"],
     ["networks"],
-    ["advantages", "rewards", "losses", "optimizer", "partition", "rollout"],
+    ["advantages", "rewards", "losses", "optimizer", "partition", "slots"],
+    ["rollout"],
     ["steps", "experience"],
     ["ppo"],
 ]
@@ -33,6 +34,7 @@ SHELL = [
         "workdir",
         "checksums",
         "leaves",
+        "compilation",
         "processes",
         "step_folders",
         "hlo",

@@ -17,7 +17,7 @@ from ppo_jax.networks import policy_network
 from ppo_jax.partition import merge_params, split_params
 from ppo_jax.plugins import load_function
 from ppo_jax.reward_loop import init_reward_model
-from ppo_jax.rollout import Sampling
+from ppo_jax.sampling import Sampling
 from ppo_jax.sft_loop import as_text_batch, sft_data
 from ppo_jax.sharding import MeshSettings, init_in_pieces, make_layouts
 from ppo_jax.steps import sft_step
@@ -131,6 +131,27 @@ def test_a_shared_trunk_changes_no_number_of_an_iteration(workdir, monkeypatch, 
         strict=True,
     ):
         np.testing.assert_allclose(x, y, atol=1e-3)  # a tenth of the learning rate
+
+
+def test_slots_change_no_number_of_a_run(workdir, tmp_path):
+    """Four responses to each prompt, with all under way at once and in half as many slots."""
+
+    def metrics(**changes):
+        shape = dict(samples_per_prompt=4, num_iterations=2, rollout_batch_size=8) | changes
+        source = dict(reward_function="tests.tiny_run:letters", reward_model="")
+        folder = tmp_path / str(changes)
+        pipeline.run(
+            tiny_run.on_base(workdir, ppo=dict(init_from="base", **source, **shape)), folder
+        )
+        samples = (folder / "samples.jsonl").read_text().splitlines()
+        assert len(samples) == 2 * 3  # before and after: one response to each prompt
+        rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        names = ("reward/score_mean", "kl/ref", "policy/loss", "response/length")
+        return [[row[name] for name in names] for row in rows if "policy/loss" in row]
+
+    expected = metrics()
+    assert len(expected) == 2 and expected[1][-1] < 8
+    np.testing.assert_allclose(metrics(slots=4, refill=4), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_the_trunk_ends_where_the_first_network_departs(workdir):

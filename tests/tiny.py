@@ -19,7 +19,8 @@ from ppo_jax.networks import (
     value_network,
 )
 from ppo_jax.partition import merge_params, split_params, start_layer
-from ppo_jax.rollout import Sampling, rollout
+from ppo_jax.rollout import rollout
+from ppo_jax.sampling import Sampling
 from ppo_jax.structs import Frozen, Hyperparameters, Optimizer, Params, Prompts
 
 VOCAB = 50
