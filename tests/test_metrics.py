@@ -17,11 +17,13 @@ from ppo_jax import metrics as metrics_module
 from ppo_jax.metrics import MetricsWriter
 from ppo_jax.workdir import append_rows, prepare_workdir
 
+OWN_TIMES = ("time/step_s", "time/compile_s")  # that no test knows beforehand
+
 
 def rows(path):
     """The lines of a file without the time of a step, which is another every time."""
     found = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "time/step_s"} for row in found]
+    return [{k: v for k, v in row.items() if k not in OWN_TIMES} for row in found]
 
 
 def steps(path, stage="ppo"):
@@ -41,7 +43,7 @@ def events(folder):
             if event.HasField("session_log"):
                 purges.append(event.step)
             for value in event.summary.value:
-                if value.tag == "time/step_s":
+                if value.tag in OWN_TIMES:
                     continue
                 scalars.setdefault(value.tag, {})[event.step] = value.simple_value
     return purges, scalars
@@ -86,6 +88,19 @@ def test_a_step_lasts_from_the_metrics_before_it_to_its_own(tmp_path, monkeypatc
     found = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row.get("time/step_s") for row in found] == [None, 4.0, 8.0]
     assert [row.get("time/tokens_per_s") for row in found] == [None, 160.0, 80.0]
+
+
+def test_the_first_step_of_a_start_tells_how_long_compiling_took(tmp_path, monkeypatch):
+    compiled = [7.0]
+    monkeypatch.setattr(metrics_module, "compile_seconds", lambda: compiled[0])
+    writer = MetricsWriter(tmp_path, "ppo", total_steps=2)
+    for step in (1, 2):
+        compiled[0] += 2.5
+        writer.write(step, {"x": 1.0})
+        writer.flush()
+    writer.close()
+    found = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row.get("time/compile_s") for row in found] == [2.5, None]
 
 
 def test_flush_writes_what_is_held_back_once(tmp_path):
