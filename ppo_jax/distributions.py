@@ -52,8 +52,78 @@ def entropy(logits: jax.Array) -> jax.Array:
     chex.assert_type(logits, float)
     logits = logits.astype(jnp.float32)
     logprobs = logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    finite = jnp.where(logprobs == -jnp.inf, 0.0, logprobs)
-    return -jnp.sum(jnp.exp(logprobs) * finite, axis=-1)
+    return -jnp.sum(jnp.exp(logprobs) * _finite(logprobs), axis=-1)
+
+
+def token_statistics(
+    logits: jax.Array, tokens: jax.Array, *, temperature: Number = 1.0
+) -> tuple[jax.Array, jax.Array]:
+    """`token_logprobs` and the `entropy` at the same temperature, with a gradient in one pass.
+
+    Autodiff of the two keeps and passes over several arrays of [B, T, V]. This keeps the logits as
+    they are given, and two numbers a position; with z = logits / temperature,
+
+    dL/dz_v = dL/dlogprob (1[v = token] - p_v) - dL/dH p_v (log p_v + H).
+
+    Reverse mode only: `jax.jvp` is refused.
+
+    Args:
+        logits: [..., V] float, mostly [B, T, V].
+        tokens: [...] int, ids in [0, V); at padding any valid id.
+        temperature: [] or a number, divides the logits. 0 counts as 1.
+
+    Returns:
+        (logprobs, entropies in nats), each [...] float32. Positions do not mix: what padding holds
+        stays in padding.
+
+    >>> logprobs, entropies = token_statistics(jnp.zeros((1, 1, 4)), jnp.array([[2]]))
+    >>> jnp.exp(logprobs).round(5).tolist(), jnp.exp(entropies).round(5).tolist()
+    ([[0.25]], [[4.0]])
+    """
+    chex.assert_type([logits, tokens], [float, int])
+    chex.assert_shape(tokens, logits.shape[:-1])
+    return _statistics(logits, tokens, jnp.asarray(temperature, jnp.float32))
+
+
+@jax.custom_vjp
+def _statistics(logits, tokens, temperature):
+    return _statistics_forward(logits, tokens, temperature)[0]
+
+
+def _statistics_forward(logits, tokens, temperature):
+    divisor = _divisor(temperature)
+    scaled = logits.astype(jnp.float32) / divisor
+    normalizer = jax.nn.logsumexp(scaled, axis=-1)
+    logprobs = scaled - normalizer[..., None]
+    entropies = -jnp.sum(jnp.exp(logprobs) * _finite(logprobs), axis=-1)
+    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+    chosen = chosen.astype(jnp.float32) / divisor - normalizer
+    return (chosen, entropies), (logits, tokens, temperature, normalizer, entropies)
+
+
+def _statistics_backward(saved, gradients):
+    logits, tokens, temperature, normalizer, entropies = saved
+    of_logprob, of_entropy = (g[..., None] for g in gradients)
+    divisor = _divisor(temperature)
+    scaled = logits.astype(jnp.float32) / divisor
+    logprobs = scaled - normalizer[..., None]
+    # A comparison in place of a scatter, which a CPU does element by element.
+    ids = jax.lax.broadcasted_iota(tokens.dtype, logits.shape, logits.ndim - 1)
+    of_scaled = jnp.where(ids == tokens[..., None], of_logprob, 0.0) - jnp.exp(logprobs) * (
+        of_logprob + of_entropy * (_finite(logprobs) + entropies[..., None])
+    )
+    # A logit of -inf has a gradient of 0 and does not depend on the temperature.
+    of_temperature = -jnp.sum(of_scaled * _finite(scaled)) / divisor
+    of_temperature = jnp.where(temperature == 0, 0.0, of_temperature)
+    return (of_scaled / divisor).astype(logits.dtype), None, of_temperature
+
+
+_statistics.defvjp(_statistics_forward, _statistics_backward)
+
+
+def _finite(x: jax.Array) -> jax.Array:
+    """0 in the place of -inf: 0 x log 0 is 0."""
+    return jnp.where(x == -jnp.inf, 0.0, x)
 
 
 def sample(
@@ -77,7 +147,7 @@ def sample(
         temperature: divides the logits; 0 is greedy, whatever the filters.
         top_k: keeps the k largest logits. Static; 0 is off.
         top_p: keeps the smallest set of the largest probabilities that reaches top_p, at least
-            one token. The Python number 1.0 is off and saves the sort.
+            one token. The Python number 1.0 is off and saves its search.
         min_p: keeps probabilities of at least min_p times the largest. 0 is off.
 
     Returns:
@@ -102,11 +172,12 @@ def sample(
     logits = logits.astype(jnp.float32) / _divisor(temperature)
     noise = jnp.where(temperature == 0, 0.0, jax.random.gumbel(key, logits.shape))
     tokens = None
-    if top_k or not _is_number(top_p, 1):
-        vocab_size = logits.shape[-1]
-        logits, tokens = jax.lax.top_k(logits, min(top_k or vocab_size, vocab_size))
+    if top_k:
+        logits, tokens = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))
         noise = jnp.take_along_axis(noise, tokens, axis=-1)
         logits = jnp.where(_in_nucleus(logits, top_p), logits, -jnp.inf)
+    elif not _is_number(top_p, 1):
+        logits = jnp.where(_nucleus(logits, top_p), logits, -jnp.inf)
     if not _is_number(min_p, 0):
         floor = jnp.max(logits, axis=-1, keepdims=True) + jnp.log(min_p)
         logits = jnp.where(logits >= floor, logits, -jnp.inf)
@@ -135,6 +206,36 @@ def _in_nucleus(sorted_logits: jax.Array, top_p: Number) -> jax.Array:
     # sum to 1 before its end, while a top_p of 1 is off by definition.
     above_zero = jnp.maximum(top_p, jnp.finfo(jnp.float32).tiny)
     return before < jnp.where(top_p >= 1, jnp.inf, above_zero)
+
+
+def _nucleus(logits: jax.Array, top_p: Number) -> jax.Array:
+    """The same for logits [..., V] in any order, without sorting them.
+
+    A bisection finds the largest threshold whose tokens reach top_p together: 32 sums, which cost
+    a twentieth of a sort of 8,192 tokens on a CPU.
+    """
+    bits = jax.lax.bitcast_convert_type(logits, jnp.int32)
+    order = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers in the order of the floats
+    probs = jax.nn.softmax(logits, axis=-1)
+    bound = jnp.maximum(top_p, jnp.finfo(jnp.float32).tiny)
+
+    def mass(chosen):
+        return jnp.sum(jnp.where(chosen, probs, 0.0), axis=-1, keepdims=True)
+
+    def halve(_, span):
+        low, high = span
+        middle = (low & high) + ((low ^ high) >> 1)  # their mean, which does not overflow
+        reached = mass(order >= middle) >= bound
+        return jnp.where(reached, middle, low), jnp.where(reached, high, middle)
+
+    ends = jnp.iinfo(jnp.int32)
+    span = tuple(jnp.full((*logits.shape[:-1], 1), end, jnp.int32) for end in (ends.min, ends.max))
+    threshold, _ = jax.lax.fori_loop(0, 32, halve, span)
+    above, equal = order > threshold, order == threshold
+    # Of equal ones the first are in, as many as it takes.
+    first = jnp.cumsum(equal, axis=-1) - 1
+    inside = above | (equal & (mass(above) + first * probs < bound))
+    return inside | (top_p >= 1)
 
 
 def _divisor(temperature: Number) -> jax.Array:

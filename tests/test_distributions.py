@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ppo_jax.distributions import _in_nucleus, entropy, sample, token_logprobs
+from ppo_jax.distributions import _in_nucleus, _nucleus, entropy, sample, token_logprobs
 
 TEMPERATURES = [0.5, 0.7, 1.0, 2.0]
 
@@ -198,16 +198,33 @@ def test_equal_rows_draw_different_tokens():
     assert len(set(tokens.tolist())) > 20
 
 
-def test_off_filters_need_no_sort():
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("scale", [0.1, 1.0, 5.0])
+def test_the_nucleus_is_that_of_the_sorted_tokens(top_p, scale):
+    """Also among equal logits, and with some of -inf."""
+    for seed in range(3):
+        logits = random_logits(seed, (4, 7 + 90 * seed), scale=scale)
+        logits[1] = np.round(logits[1])
+        logits[2, ::3] = -np.inf
+        chosen, tokens = jax.lax.top_k(jnp.asarray(logits), logits.shape[1])
+        in_order = np.take_along_axis(np.asarray(_nucleus(logits, top_p)), np.asarray(tokens), 1)
+        probs = jax.nn.softmax(chosen)
+        clear = np.abs(np.cumsum(probs, axis=1) - probs - top_p) > 1e-6  # of the rounding of sums
+        np.testing.assert_array_equal(in_order[clear], _in_nucleus(chosen, top_p)[clear])
+        assert clear.mean() > 0.95
+
+
+def test_no_filter_but_top_k_sorts():
     def program(**numbers):
         def run(key, logits):
             return sample(key, logits, **numbers)
 
         return str(jax.make_jaxpr(run)(jax.random.key(0), jnp.zeros((2, 8))))
 
-    assert "top_k" in program(top_p=0.9) and "top_k" in program(top_k=2)
-    off = program(temperature=0.7, top_k=0, top_p=1.0, min_p=0.0)
-    assert "top_k" not in off and "sort" not in off
+    assert "top_k" in program(top_k=2)
+    for numbers in (dict(top_p=0.9, min_p=0.1), dict(temperature=0.7, top_k=0, top_p=1.0)):
+        assert "top_k" not in program(**numbers) and "sort" not in program(**numbers)
+    assert "while" not in program(top_p=1.0)  # off, it costs nothing
 
 
 def test_a_negative_top_k_is_refused():
