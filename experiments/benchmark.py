@@ -1,77 +1,34 @@
-"""What an option saves, as a ratio of CPU times.
+"""What an option saves, and what things cost: one measurement a subcommand.
 
-    python experiments/benchmark.py --what=packing
+    python experiments/benchmark.py packing
 
-Two minutes on two cores; the ratio is 0.3.
-
-packing: an epoch of SFT with `sft.packing` and without, with as many learned tokens a step.
+packing: an epoch of SFT with `sft.packing` and without, as a ratio of CPU times. Two minutes.
+scaling: what a PPO iteration costs a chip as chips are added; compiled, not run.
 """
 
-import math
-import time
-
-import jax
-import numpy as np
-from absl import flags
+import importlib
+import sys
 
 from ppo_jax import cli
-from ppo_jax.batches import Texts, batch_indices
-from ppo_jax.config import OptimizerSettings
-from ppo_jax.inputs import make_inputs
-from ppo_jax.networks import ModelConfig, policy_network
-from ppo_jax.packing import fullness, pack
-from ppo_jax.sft_loop import as_text_batch
-from ppo_jax.sharding import init_in_pieces, one_device
-from ppo_jax.steps import sft_step
-from ppo_jax.training import compile_step, init_train_state, make_optimizer
 
-MAX_LENGTH = 256  # tokens
-SIZES = dict(num_layers=4, embed_dim=128, num_heads=4, num_kv_heads=4, head_dim=32, mlp_dim=384)
-MODEL = ModelConfig(vocab_size=4096, max_length=MAX_LENGTH, **SIZES)
-REPEATS = 2  # timed epochs; the fastest counts
+# subcommand -> (module, function)
+SUBCOMMANDS = {
+    "packing": ("packing", "main"),
+    "scaling": ("scaling", "main"),
+}
 
 
-def packing():
-    texts = random_texts(256)
-    packed = pack(texts, max_length=MAX_LENGTH)
-    per_row = len(texts.mask) / len(packed.mask)
-    single, together = epoch_time(texts, 32), epoch_time(packed, round(32 / per_row))
-    print(f"packed: {fullness(packed)}")
-    print(f"CPU time an epoch: {together:.2f} s packed, {single:.2f} s with one text a row")
-    print(f"ratio: {together / single:.2f}")
-
-
-def random_texts(count: int) -> Texts:
-    """Log-normal lengths, as those of paragraphs: half of the texts have more than 40 tokens."""
-    rng = np.random.default_rng(0)
-    lengths = rng.lognormal(math.log(40), 0.7, size=count).astype(int).clip(4, MAX_LENGTH)
-    mask = np.arange(MAX_LENGTH) < lengths[:, None]
-    tokens = np.where(mask, rng.integers(5, MODEL.vocab_size, size=mask.shape, dtype=np.int32), 0)
-    return Texts(tokens, mask, mask & (np.arange(MAX_LENGTH) >= 1), np.arange(count))
-
-
-def epoch_time(texts: Texts, batch_size: int) -> float:
-    """Process seconds, over all threads, for a pass over the data; nothing compiles meanwhile."""
-    network, num_rows = policy_network(MODEL), len(texts.mask)
-    layout = one_device()
-    params = init_in_pieces(layout, network.init, jax.random.key(0))
-    optimizer = layout.put_whole(make_optimizer(OptimizerSettings(learning_rate=1e-3), 100))
-    state = init_in_pieces(layout, init_train_state, params, optimizer)
-    step = compile_step(sft_step, state, layout, network=network)
-    inputs = make_inputs(texts, None, None, cache_gb=0.0)
-    num_steps, times = math.ceil(num_rows / batch_size), []
-    for _ in range(1 + REPEATS):  # all of the same batches, so that the first compiles for the rest
-        began = time.process_time()
-        for i in range(num_steps):
-            rows = batch_indices(0, i, num_examples=num_rows, batch_size=batch_size)
-            batch = layout.put_rows(as_text_batch(texts, inputs, rows))
-            state, _ = step(state, batch, optimizer, frozen={})
-        jax.block_until_ready(state)
-        times.append(time.process_time() - began)
-    return min(times[1:]) * num_rows / (num_steps * batch_size)  # the last batch begins anew
+def main():
+    name = sys.argv.pop(1) if len(sys.argv) > 1 else ""
+    if name in ("--help", "-h"):
+        print(__doc__)
+        return
+    if name not in SUBCOMMANDS:
+        told = f"got {name!r}" if name else "got none"
+        cli.stop(f"needs a subcommand, one of {list(SUBCOMMANDS)}, {told}", cli.USER_MISTAKE)
+    module, function = SUBCOMMANDS[name]
+    cli.run(getattr(importlib.import_module(f"benchmarks.{module}"), function))
 
 
 if __name__ == "__main__":
-    WHAT = {"packing": packing}
-    what = flags.DEFINE_enum("what", None, sorted(WHAT), "What to measure.", required=True)
-    cli.run(lambda: WHAT[what.value]())
+    main()
