@@ -1,6 +1,6 @@
 """What an option saves, and what things cost: one measurement a subcommand.
 
-    python experiments/benchmark.py SUBCOMMAND [--help]
+    python experiments/benchmark.py packing
 
 iteration, rollout, update: PPO on random models, in seconds of CPU time.
 packing: an epoch of SFT with `sft.packing` and without, as a ratio of CPU times. Two minutes.

@@ -2,7 +2,7 @@
 
 A folder of checkpoints holds one folder a step, see `step_folders`. Orbax has no checksums of what
 arrays hold, so a step gets those of its files as soon as it is complete, and is compared with them
-before it is read.
+before it is read. Of several processes, process 0 compares and chooses the step for all.
 """
 
 import shutil
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -19,6 +19,7 @@ from orbax.checkpoint import v1 as ocp
 
 from ppo_jax.checksums import verify_again, verify_checksums, write_checksums
 from ppo_jax.leaves import abstract, detach, differences, named_leaves
+from ppo_jax.processes import ALONE, are_several, from_first
 from ppo_jax.step_folders import (
     UNFINISHED,
     Mismatch,
@@ -27,7 +28,9 @@ from ppo_jax.step_folders import (
     step_folders,
 )
 
+T = TypeVar("T")
 Shardings = Callable[[Any], Any]
+Verify = Callable[[Path], None]
 
 
 class Checkpoints:
@@ -66,9 +69,8 @@ class Checkpoints:
         self.wait()
         if step == self._verified:
             return
-        if later := [other for other in self.steps() if other >= step]:
-            have = f"step {step} cannot be saved in {self.directory}: it holds steps {later}."
-            raise ValueError(f"{have} Restore them first, or choose another workdir.")
+        # The others wait here while process 0 writes checksums; inside of Orbax they would give up.
+        from_first(self._check_new, step)
         # Named, so that a state is saved under the same paths whatever its nodes are made of.
         tree = unflatten_dict(named_leaves(detach(state)), sep="/")
         # Orbax's transfer to the host is implicit; a caller's guard is for the caller's code.
@@ -80,6 +82,11 @@ class Checkpoints:
                 custom_metadata={"step": step, "metadata": metadata or {}},
             )
         self._saving = (step, self._background.submit(self._finish, step, response))
+
+    def _check_new(self, step: int) -> None:
+        if later := [other for other in self.steps() if other >= step]:
+            have = f"step {step} cannot be saved in {self.directory}: it holds steps {later}."
+            raise ValueError(f"{have} Restore them first, or choose another workdir.")
 
     def _finish(self, step: int, response: Any) -> None:
         response.result()
@@ -103,15 +110,14 @@ class Checkpoints:
                 all complete steps are damaged.
         """
 
-        def read(step: int, path: Path) -> tuple[Any, dict[str, Any]]:
-            saved, metadata = _read_metadata(step, path)
+        def load(path: Path, saved: Any, metadata: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             if lines := differences(saved, example):
                 unfit = f"checkpoint {path} does not fit this run's state:"
                 raise Mismatch("\n  ".join([unfit, *lines]))
             return _load_like(path, example), metadata
 
         self.wait()
-        found = newest_readable(self.directory, read)
+        found = _load_newest(self.directory, load)
         if found is None:
             return None
         self._verified, (state, metadata) = found
@@ -127,8 +133,7 @@ class Checkpoints:
 
         For decisions, see `verify_again`. Warns and raises as `restore` does.
         """
-        found = newest_readable(self.directory, partial(_read_metadata, verify=verify_again))
-        return None if found is None else found[0]
+        return from_first(_newest_step, self.directory, verify_again)
 
     def wait(self) -> None:
         """Wait until the last `save` is on disk, and drop what `keep` no longer covers.
@@ -185,17 +190,18 @@ def load_checkpoint_item(
             or what `shardings` raises.
     """
 
-    def read(step: int, path: Path) -> Any:
-        saved, _ = _read_metadata(step, path)
+    def load(path: Path, saved: Any, _: Any) -> Any:
         if name not in saved:
             raise Mismatch(f"no field {name!r} in {path}; it holds {sorted(saved)}.")
         return _load_part(path, {name: saved[name]}, shardings)[name]
 
     directory = Path(directory).absolute()
     if step is not None:
-        with damage_named(f"checkpoint {directory / str(step)}"):
-            return read(step, directory / str(step))
-    found = newest_readable(directory, read)
+        path = directory / str(step)
+        with damage_named(f"checkpoint {path}"):
+            from_first(verify_checksums, path)
+            return load(path, *_read_metadata(step, path))
+    found = _load_newest(directory, load)
     if found is None:
         raise ValueError(f"no complete checkpoint in {directory}.")
     return found[1]
@@ -225,14 +231,35 @@ def load_params(path: str | Path, shardings: Shardings | None = None) -> Any:
     if not path.is_dir():
         raise ValueError(f"no params in {path}: the folder does not exist.")
     with damage_named(f"params in {path}"):
+        from_first(verify_checksums, path)
         return _load_part(path, _read_metadata(None, path)[0], shardings)
 
 
-def _read_metadata(
-    step: int | None, path: Path, verify: Callable[[Path], None] = verify_checksums
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(the tree of what was saved, with shapes and dtypes; the caller's metadata)."""
+def _load_newest(directory: Path, load: Callable[..., T]) -> tuple[int, T] | None:
+    """The newest step that can be read, and what `load(folder, tree of what was saved, metadata)`
+    gives for it. Several processes load the step that process 0 has verified and chosen."""
+    if not are_several():
+        return newest_readable(directory, lambda step, path: load(path, *_verified(step, path)))
+    step = from_first(_newest_step, directory)
+    if step is None:
+        return None
+    path = directory / str(step)
+    with damage_named(f"checkpoint {path}"):
+        return step, load(path, *_read_metadata(step, path))
+
+
+def _newest_step(directory: Path, verify: Verify = verify_checksums) -> int | None:
+    found = newest_readable(directory, partial(_verified, verify=verify))
+    return None if found is None else found[0]
+
+
+def _verified(step: int, path: Path, verify: Verify = verify_checksums) -> tuple[Any, dict]:
     verify(path)
+    return _read_metadata(step, path)
+
+
+def _read_metadata(step: int | None, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(the tree of what was saved, with shapes and dtypes; the caller's metadata)."""
     found = ocp.metadata(path)
     own = found.custom_metadata
     # Orbax logs what it could not read, and returns None in its place.
@@ -243,8 +270,7 @@ def _read_metadata(
 
 def _load_like(path: Path, example: Any) -> Any:
     wanted = named_leaves(jax.tree.map(abstract, example))
-    with jax.transfer_guard("allow"):
-        loaded = named_leaves(ocp.load(path, unflatten_dict(wanted, sep="/")))
+    loaded = named_leaves(_load(path, unflatten_dict(wanted, sep="/"), ocp.Context()))
     return jax.tree.unflatten(jax.tree.structure(example), [loaded[name] for name in wanted])
 
 
@@ -260,5 +286,14 @@ def _load_part(path: Path, saved: Any, shardings: Shardings | None) -> Any:
         wanted = jax.tree.map(lambda leaf, to: leaf.update(sharding=to), shapes, where)
     context = ocp.Context()
     context.pytree.loading.partial_load = True
+    return _load(path, wanted, context)
+
+
+def _load(path: Path, wanted: Any, context: ocp.Context) -> Any:
+    if ALONE.is_set():  # Orbax would wait for the others
+        raise Mismatch(
+            f"{path} must be loaded by all processes, not by process 0 alone: in the function that "
+            "evaluate.judges names, not in a judge"
+        )
     with context, jax.transfer_guard("allow"):
         return ocp.load(path, wanted)

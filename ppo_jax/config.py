@@ -9,19 +9,11 @@ import math
 
 from ml_collections import config_dict
 
-from ppo_jax.optimizer import SCHEDULES
+from ppo_jax.setting_rules import check_optimizer, check_trainable, check_training
 from ppo_jax.sharding import MeshSettings
 from ppo_jax.typed import Check, Limit, build, filled_in
 
 STAGES = ("sft", "reward", "ppo", "evaluate")
-
-
-def check_trainable(check: Check, *fields: str):
-    for field in fields:
-        value = getattr(check.settings, field)
-        is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-        rule = "'all', 'head' or a number of top layers >= 1"
-        check.that(is_count or value in ("all", "head"), field, rule)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,16 +78,6 @@ class OptimizerSettings:
     eps: float = 1e-8  # added to the root of the mean squared gradient
 
 
-def check_optimizer(settings: OptimizerSettings, section: str):
-    """Checked by the stage that it belongs to: several have one, and the message says which."""
-    check = Check(settings, section)
-    check.choice("schedule", *SCHEDULES)
-    check.each("> 0", "max_grad_norm", "eps")
-    check.each(">= 0", "learning_rate", "warmup_steps", "weight_decay")
-    check.each("in [0, 1)", "b1", "b2")
-    check.each("in [0, 1]", "final_fraction")
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SFTSettings:
     """Supervised fine-tuning on texts, or on completions of prompts."""
@@ -110,12 +92,12 @@ class SFTSettings:
     num_micro_batches: int = 1  # pieces of a batch in memory one after the other
     packing: bool = False  # several texts a row, up to max_length; no text sees another
     max_length: int = 512  # tokens; longer texts are left out and counted
-    hidden_cache_gb: Limit = 4.0  # frozen layers' states are kept for all texts up to this size
+    hidden_cache_gb: Limit = 4.0  # frozen layers' states kept up to this; not by several processes
     eval_every: int = 50  # steps between validations
     save_every: int = 100  # steps between checkpoints
 
     def __post_init__(self):
-        check_training(self, Check(self, "sft"))
+        check_training(Check(self, "sft"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -136,29 +118,17 @@ class RewardSettings:
     pairs_per_batch: int = 256  # ratings only: comparisons drawn among the texts of a batch
     num_micro_batches: int = 1  # pieces of a batch in memory one after the other
     max_length: int = 512  # tokens; longer texts are left out and counted
-    hidden_cache_gb: Limit = 4.0  # frozen layers' states are kept for all texts up to this size
+    hidden_cache_gb: Limit = 4.0  # frozen layers' states kept up to this; not by several processes
     eval_every: int = 50  # steps between validations
     save_every: int = 100  # steps between checkpoints
 
     def __post_init__(self):
         check = Check(self, "reward")
-        check_training(self, check)
+        check_training(check)
         check.choice("format", "preferences", "ratings")
         check.each("> 0", "pairs_per_batch")
         check.each(">= 0", "num_layers")
         check.that(self.batch_size >= 2, "batch_size", ">= 2")
-
-
-def check_training(settings: SFTSettings | RewardSettings, check: Check):
-    """What the two kinds of training on texts have in common."""
-    check_optimizer(settings.optimizer, f"{check.prefix}optimizer")
-    check.each("> 0", "num_epochs", "batch_size", "num_micro_batches", "max_length")
-    check.each("> 0", "eval_every", "save_every")
-    check.each(">= 0", "hidden_cache_gb")
-    check.each("in (0, 1)", "validation_fraction")
-    check_trainable(check, "trainable")
-    check.that(bool(settings.data), "data", "the path of a data set")
-    check.multiple("batch_size", settings.num_micro_batches, "num_micro_batches")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -216,7 +186,7 @@ class PPOSettings:
 
     def __post_init__(self):
         check = Check(self, "ppo")
-        check_optimizer(self.optimizer, "ppo.optimizer")
+        check_optimizer(Check(self.optimizer, "ppo.optimizer"))
         check.that(bool(self.prompts), "prompts", "the path of a data set")
         check.each("> 0", "num_iterations", "rollout_batch_size", "num_epochs", "num_minibatches")
         check.each("> 0", "num_micro_batches", "max_prompt_length", "response_length")

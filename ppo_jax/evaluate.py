@@ -21,6 +21,7 @@ from ppo_jax.judges import Judge, distinct_n, judge_table
 from ppo_jax.models import Model, describe_stage, load_source, resolve, source_steps
 from ppo_jax.networks import ModelConfig, policy_network, reward_network
 from ppo_jax.plugins import load_function
+from ppo_jax.processes import from_first, stop_if_asked
 from ppo_jax.prompt_data import PromptData, prompt_data
 from ppo_jax.reward_data import CONTEXT, rated
 from ppo_jax.reward_loop import all_scores
@@ -77,6 +78,7 @@ def evaluate(config: Config, workdir: Path, base: str):
     # What is found is on disk before a judge or the reward model can fail.
     add_results(workdir, results)
     add_results(workdir, judge_all(settings, workdir, texts))
+    stop_if_asked()
     name = config.ppo.reward_model or ("reward" if config.reward is not None else "")
     pin = pins.get("reward_model") if config.ppo.reward_model else None
     reward = load_source(name, workdir, base, config.model, layout, pin) if name else None
@@ -170,11 +172,15 @@ def kl_per_response(
 
 
 def judge_all(settings: EvaluateSettings, workdir: Path, texts: dict[str, list[str]]) -> dict:
-    """The judges' table and the gold judge's verdict."""
+    """The judges' table and the gold judge's verdict.
+
+    Every process makes the panel, which may load models: that is done together. The judges, which
+    may be slow, paid or random, are asked by process 0 alone; they compute on its own devices.
+    """
     if not settings.judges:
         return {}
     panel: Panel = load_function(settings.judges, "evaluate.judges")(workdir)
-    table = judge_table(panel.judges, texts, notes=panel.notes, rated=panel.rated)
+    table = from_first(judge_table, panel.judges, texts, notes=panel.notes, rated=panel.rated)
     results = {"judges": table, "reference": dict(panel.reference)}
     gold = next((row for row in table if row["judge"] == "gold"), None)
     if gold and "win_rate_ppo_vs_sft" in gold:

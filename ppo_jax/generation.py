@@ -14,6 +14,7 @@ from ppo_jax.batches import encode_prompts, take_prompts
 from ppo_jax.config import PPOSettings
 from ppo_jax.models import Model, describe_stage
 from ppo_jax.networks import ModelConfig, policy_network
+from ppo_jax.processes import stop_if_asked
 from ppo_jax.rollout import rollout
 from ppo_jax.sampling import Sampling, choose
 from ppo_jax.sharding import Layout, fetch, one_device
@@ -130,6 +131,7 @@ def generate(
 
     Raises:
         ValueError: the model is no policy, or a prompt is too long or has no token.
+        SystemExit: see `stop_if_asked`.
     """
     if model.kind != "policy":
         raise ValueError("model must be a policy to generate text, got a reward model")
@@ -143,6 +145,7 @@ def generate(
     pieces = layout.pieces("batch")
     batch_size = -(-batch_size // pieces) * pieces
     for begin in range(0, len(prompts), batch_size):
+        stop_if_asked()
         numbers = np.arange(begin, begin + batch_size)
         chosen = np.where(numbers < len(prompts), numbers, 0)
         batch, numbers = layout.put_rows((take_prompts(rows, chosen), numbers))

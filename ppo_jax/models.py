@@ -18,7 +18,7 @@ from ppo_jax.checkpoints import Checkpoints, load_checkpoint_item, load_params, 
 from ppo_jax.config import STAGES, ModelSettings
 from ppo_jax.networks import ModelConfig, Params, RopeScaling
 from ppo_jax.partition import Parts, merge_params, stack_layers, unstack_layers
-from ppo_jax.processes import by_first
+from ppo_jax.processes import from_first
 from ppo_jax.shapes import computation
 from ppo_jax.sharding import Layout
 
@@ -127,17 +127,17 @@ def begin_stage(folder: Path, model: Model, parts: Parts, description: dict):
         parts: its parameters, split.
         description: the stage's name and settings, kept in stage.json.
     """
-    by_first(vocabulary.save_tokenizer, model.tokenizer, folder / "tokenizer")
+    from_first(vocabulary.save_tokenizer, model.tokenizer, folder / "tokenizer")
     frozen = merge_params(parts.trunk, parts.frozen)
     if frozen:
         save_params(folder / "frozen", frozen)
     of_model = {"kind": model.kind, "model": dataclasses.asdict(model.config)}
-    by_first(write_description, folder, description | of_model | {"frozen": bool(frozen)})
+    from_first(write_description, folder, description | of_model | {"frozen": bool(frozen)})
 
 
 def update_stage(folder: Path, description: dict):
     """Settings that may change, and the number of steps, as the resumed run has them."""
-    by_first(write_description, folder, describe_stage(folder) | description)
+    from_first(write_description, folder, describe_stage(folder) | description)
 
 
 def write_description(folder: Path, description: dict):

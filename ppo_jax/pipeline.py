@@ -28,7 +28,7 @@ from ppo_jax.plan import Shape, find_starts, needs_base, read_shape
 from ppo_jax.plugins import load_function
 from ppo_jax.ppo_loop import train_ppo
 from ppo_jax.preview import brackets, colours, previews
-from ppo_jax.processes import by_first, wait_for_all
+from ppo_jax.processes import from_first, stop_if_asked, wait_for_all
 from ppo_jax.report import write_report
 from ppo_jax.report_summary import headlines, read_run, verdict
 from ppo_jax.reward_loop import train_reward
@@ -61,7 +61,7 @@ def run(settings: config_dict.ConfigDict | dict, workdir: str | Path, only: Sequ
     logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it writes
     workdir = checked_folder(workdir)
     given, config, stages = planned(settings, workdir, only)
-    complete = completeness(config, workdir)
+    complete = from_first(completeness, config, workdir)
     todo = [stage for stage in stages if not complete[stage]]
     if todo:
         base = prepare(config, given, workdir, todo)
@@ -71,7 +71,7 @@ def run(settings: config_dict.ConfigDict | dict, workdir: str | Path, only: Sequ
         else:
             print(f"{stage}: complete", flush=True)
     report = workdir / "report.html"
-    by_first(lambda: (todo or not report.exists()) and write_report(workdir))
+    from_first(lambda: (todo or not report.exists()) and write_report(workdir))
     if not todo:
         print("every stage is complete: nothing to do", flush=True)
     print(closing(workdir, report), flush=True)
@@ -154,7 +154,7 @@ def prepare(config: Config, given: Config, workdir: Path, stages: Sequence[str])
     """
     began = time.time()
     check_named(config, workdir, stages)
-    by_first(drop_outdated_base, workdir, dataclasses.asdict(given))
+    from_first(drop_outdated_base, workdir, dataclasses.asdict(given))
     if makes_something(config, workdir, stages):  # what is made says from which settings it is
         prepare_workdir(workdir, dataclasses.asdict(given))
     base, starts, data = make_ready(config, workdir, stages)
@@ -173,13 +173,15 @@ def make_ready(
     Returns:
         (path of the base model or "", what the stages start from, what they read).
     """
-    by_first(make_data, config, workdir)
+    from_first(make_data, config, workdir)
+    stop_if_asked()
     base = ""
     if needs_base(config, stages):
         model = config.model
         if model.path and model.vocabulary_data and not (workdir / "base").is_dir():
             read_shape(model.path, model)  # refuses what cannot be cut down before it is read
-        by_first(prepare_base, config.model, workdir / "base", config.seed)
+        from_first(prepare_base, config.model, workdir / "base", config.seed)
+        stop_if_asked()
         base = base_path(config.model, workdir / "base")
     starts = find_starts(config, workdir, base, stages)
     check_mesh(config, starts, stages)
@@ -213,6 +215,7 @@ def closing(workdir: Path, report: Path) -> str:
 
 def run_stage(stage: str, config: Config, workdir: Path, base: str):
     """Run a stage; what an earlier evaluation said does not outlive the models that it was of."""
+    stop_if_asked()
     began, results = time.time(), read_results(workdir)
     write_results(workdir, {k: v for k, v in results.items() if k.startswith("time/")})
     try:

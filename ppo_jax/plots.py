@@ -14,8 +14,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.text import Annotation, Text
 from matplotlib.ticker import MaxNLocator
 
+from ppo_jax.plot_labels import along, clear_place, filled
 from ppo_jax.report_panels import STEP_NAMES, Panel, series
 
 COLORS = {
@@ -111,27 +113,28 @@ def curves(rows: Sequence[dict], stage: str, panel: Panel) -> Draw | None:
 def trajectory(rows: Sequence[dict]) -> Draw | None:
     """Score against KL, coloured from the first iteration (SFT blue) to the last (PPO green)."""
     rows = [row for row in rows if "kl/ref" in row and "reward/score_mean" in row]
-    if len(rows) < 2:
-        return None
     steps, kl = map(np.array, series(rows, "kl/ref"))
-    score = np.array(series(rows, "reward/score_mean")[1])
+    points = np.stack([kl, series(rows, "reward/score_mean")[1]], axis=1)  # [N, 2]
+    known = np.isfinite(points).all(axis=1)
+    steps, points = steps[known], points[known]
+    if len(points) < 2:
+        return None
     shades = LinearSegmentedColormap.from_list("", [COLORS["sft"], COLORS["ppo"]])
 
     def draw(axes: Axes) -> None:
-        if len(rows) >= NOISY:
-            axes.plot(smooth(kl), smooth(score), color=_ink(), lw=0.8, alpha=0.45)
-        axes.scatter(kl, score, c=np.arange(len(rows)), cmap=shades, s=20, lw=0, alpha=0.9)
-        for at, offset, side in ((0, (7, -10), "left"), (-1, (-2, 9), "right")):
-            axes.annotate(
-                f"{STEP_NAMES['ppo']} {steps[at]}",
-                (kl[at], score[at]),
-                xytext=offset,
-                textcoords="offset points",
-                ha=side,
-                fontweight="bold",
-            )
+        line = points[:0]
+        if len(points) >= NOISY:
+            line = np.stack([smooth(values) for values in points.T], axis=1)
+            axes.plot(*line.T, color=_ink(), lw=0.8, alpha=0.45)
+        axes.scatter(*points.T, c=np.arange(len(points)), cmap=shades, s=20, lw=0, alpha=0.9)
+        ends = points[[0, -1]]
+        axes.scatter(*ends.T, facecolors="none", edgecolors=_ink(), s=34, lw=0.9)
         axes.set(xlabel="KL from the SFT policy (nats per response)", ylabel="mean score")
-        axes.margins(x=0.05, y=0.15)
+        axes.margins(x=0.05, y=0.22)  # a label has a place above and below the points
+        first = _Label(f"{STEP_NAMES['ppo']} {steps[0]}", ends[0], points, line)
+        last = _Label(f"{STEP_NAMES['ppo']} {steps[-1]}", ends[1], points, line, first)
+        for label in (first, last):
+            axes.add_artist(label)
 
     return draw
 
@@ -194,6 +197,38 @@ def smooth(values: np.ndarray) -> np.ndarray:
     width = max(1.5, len(values) / 40)
     weights = np.exp(-(((at[:, None] - at[known]) / width) ** 2) / 2) + 1e-30
     return (weights * values[known]).sum(1) / weights.sum(1)
+
+
+class _Label(Annotation):
+    """The name of a point, near it and clear of all points, of a line and of another label.
+
+    Its place is found when it is drawn: the size of the axes is not known before.
+    """
+
+    def __init__(self, text: str, at: np.ndarray, points: np.ndarray, line: np.ndarray, other=None):
+        pointer = {"arrowstyle": "-", "lw": 0.6, "color": _ink(), "shrinkA": 0, "shrinkB": 3.5}
+        where = {"xytext": (0, 0), "textcoords": "offset pixels", "ha": "left", "va": "bottom"}
+        super().__init__(text, at, **where, fontweight="bold", arrowprops=pointer)
+        self.points, self.line, self.other = points, line, other
+        self.pixels = np.zeros((0, 2))  # that it covers, once it is drawn
+        self.set_in_layout(False)
+
+    def draw(self, renderer) -> None:
+        to_pixels = self.axes.transData.transform
+        # The air around a label, from the middle of a point; and that to the edge of the axes.
+        pad, edge = map(renderer.points_to_pixels, (6.0, 3.0))
+        size = np.array(Text.get_window_extent(self, renderer).size)
+        things = [to_pixels(self.points)]
+        things += [along(to_pixels(self.line))] if len(self.line) else []
+        things += [self.other.pixels] if self.other else []
+        near = to_pixels(self.xy)
+        within = self.axes.bbox.padded(pad - edge).extents
+        corner = pad + np.array(clear_place(near, size + 2 * pad, np.concatenate(things), within))
+        nearest = np.clip(near, corner, corner + size)
+        self.arrow_patch.set_visible(np.hypot(*(nearest - near)) > 2 * pad)
+        self.pixels = np.concatenate([filled(corner, size), along(np.stack([nearest, near]))])
+        self.set_position(corner - near)
+        super().draw(renderer)
 
 
 def _draw_line(

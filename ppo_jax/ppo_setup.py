@@ -169,17 +169,16 @@ def make_setup(
     parts = split_params(policy.config, policy.params, settings.trainable, start)
     value_parts = split_params(critic.config, critic.params, settings.value_trainable, value_start)
     layout = layouts[0]
-    frozen_on = functools.partial(freeze, layout=layout, dtype=frozen_dtype)
     reward_params = None
     if reward is not None:
         reward_parts = split_params(reward.config, reward.params, "head", reward_start)
-        reward_params = frozen_on(merge_params(reward_parts.frozen, reward_parts.trained))
+        reward_params = merge_params(reward_parts.frozen, reward_parts.trained)
     frozen = Frozen(
-        ref_policy=frozen_on(parts.trained),
+        ref_policy=parts.trained,
         reward=reward_params,
-        trunk=None if start is None else frozen_on(parts.trunk),
-        policy=frozen_on(parts.frozen),
-        value=frozen_on(value_parts.frozen),
+        trunk=None if start is None else parts.trunk,
+        policy=parts.frozen,
+        value=value_parts.frozen,
     )
     starts = (start, value_start, reward_start)
     setup = Setup(
@@ -188,7 +187,7 @@ def make_setup(
         ),
         recipe=make_recipe(settings, make_sampling(vars(settings), policy.tokenizer)),
         hyperparameters=layout.put_whole(make_hyperparameters(settings)),
-        frozen=frozen,
+        frozen=freeze(frozen, layout, frozen_dtype),
     )
     return setup, layout.put(parts.trained), layout.put(value_parts.trained)
 

@@ -3,19 +3,29 @@
 The run's folder is one that all processes see. Everything here is a no-op in a run of one process.
 """
 
+import contextlib
 import itertools
 import os
+import pickle
 import signal
 import sys
+import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
-import numpy as np
+from jax._src import distributed  # the client of the coordination service has no public name
 from jax.experimental import multihost_utils
 
+T = TypeVar("T")
 HEARTBEAT_S = 20  # without a sign of life from a process for so long, the others end
+# Processes wait for each other without a limit, which a collective has: one that dies ends all.
+NO_LIMIT_MS = 365 * 24 * 3600 * 1000
+FAREWELL_MS = 10_000  # the time to hear of a failure before the process that failed is gone
+STOPS = {signal.SIGTERM: 143, signal.SIGINT: 130}  # signal: exit code of a run that was saved
 CALLS = itertools.count(1)  # the same on all processes, without gaps: jax waits for the next one
+TURNS = itertools.count(1)  # of `from_first`, the same on all processes
+ALONE = threading.Event()  # set on process 0 while the others wait in `from_first`
 
 
 def join(coordinator: str | None, num_processes: int | None, process_id: int | None):
@@ -44,50 +54,109 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # process 0 tells for all
 
 
+def joined() -> bool:
+    """Whether `join` has made this one of several processes."""
+    return jax.distributed.is_initialized()
+
+
 def is_first() -> bool:
     """Whether this process is the one that writes files and tells what happens."""
     return jax.process_index() == 0
 
 
 def are_several() -> bool:
-    return jax.process_count() > 1
-
-
-def by_first(do: Callable[..., Any], *args: Any):
-    """Process 0 does something to files that all read afterwards; the others wait for it.
-
-    Raises:
-        ValueError: on the others, when it failed on process 0, where the error is what it was.
-    """
-    if not are_several():
-        do(*args)
-        return
-    failed = None
-    if is_first():
-        try:
-            do(*args)
-        except Exception as error:
-            failed = error
-    done = multihost_utils.broadcast_one_to_all(np.int32(failed is None))
-    if failed is not None:
-        raise failed
-    if not done:
-        raise ValueError("process 0 has failed, and says why")
+    """Whether others take part in what this process does now: not in `from_first`."""
+    return jax.process_count() > 1 and not ALONE.is_set()
 
 
 def wait_for_all(where: str):
-    """No process goes on before all are here."""
+    """No process goes on before all are here.
+
+    Args:
+        where: a name that no other call has.
+    """
     if are_several():
-        multihost_utils.sync_global_devices(where)
+        distributed.global_state.client.wait_at_barrier(f"ppo_jax/{where}", NO_LIMIT_MS)
+
+
+def from_first(do: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """What `do(...)` gives on process 0, which alone calls it, on all processes.
+
+    It begins when all are here, so that nobody reads a file any more that it changes, and the
+    others go on when it has ended. Inside of it nothing can be done by all together.
+
+    Args:
+        do: what it gives must be a value that pickle knows.
+        *args: its arguments.
+        **kwargs: the same, by name.
+
+    Raises:
+        SystemExit: on all processes, if it ends process 0 so.
+        ValueError: on the others, if anything else is raised on process 0, be it Ctrl-C.
+    """
+    if not are_several():
+        return do(*args, **kwargs)
+    turn = f"turn {next(TURNS)}"
+    wait_for_all(turn)
+    if is_first():
+        return _tell(turn, lambda: do(*args, **kwargs))
+    told = distributed.global_state.client.blocking_key_value_get_bytes(turn, NO_LIMIT_MS)
+    given, error = pickle.loads(told)
+    if error is not None:
+        _part(turn)
+        raise error
+    return given
+
+
+def _tell(turn: str, do: Callable[[], T]) -> T:
+    """Do it, and tell the others what came of it, whatever that is."""
+    client = distributed.global_state.client
+    ALONE.set()
+    try:
+        given = do()
+        told = pickle.dumps((given, None))
+    except BaseException as error:  # a user's code may call sys.exit, or be interrupted
+        failed: BaseException = ValueError("process 0 has failed, and says why")
+        if isinstance(error, SystemExit):  # all leave properly, with the same exit code
+            failed = SystemExit(error.code)
+        client.key_value_set_bytes(turn, pickle.dumps((None, failed)))
+        _part(turn)
+        raise
+    finally:
+        ALONE.clear()
+    client.key_value_set_bytes(turn, told)
+    return given
+
+
+def _part(turn: str):
+    """All know of a failure before process 0 goes, and the connection to it with it."""
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        distributed.global_state.client.wait_at_barrier(f"{turn} failed", FAREWELL_MS)
 
 
 def preempted() -> bool:
-    """Whether some process was asked to stop, and this is the step that all stop after.
+    """Whether some process was asked to stop, and this is the call that all stop after.
 
-    To be called once a step by every process: the calls are counted, over all stages, and all
+    To be asked once a step by every process: the calls are counted, over all stages, and all
     processes stop after the same call.
     """
     return are_several() and multihost_utils.reached_preemption_sync_point(next(CALLS))
+
+
+def stop_if_asked():
+    """End here if some process was asked to stop: where nothing has to be saved.
+
+    It is asked after the data and after the base model are made, before each stage, and before
+    each batch and after the judges of an evaluation; the steps of training ask `preempted`. What
+    lies between two such places (a user's `prepare`, the reading of data and models, a
+    compilation) is not broken off: a SIGTERM that comes meanwhile waits for the next.
+
+    Raises:
+        SystemExit: with code 143, on all processes at the same call.
+    """
+    if preempted():
+        print("stopped by SIGTERM, nothing is lost; the same command goes on", flush=True)
+        sys.exit(STOPS[signal.SIGTERM])
 
 
 def ask_all_to_stop(number: int, frame: Any):
@@ -101,8 +170,3 @@ def stop_handlers(stop_soon: Callable[[int, Any], None]) -> dict[signal.Signals,
     if are_several():
         return {signal.SIGINT: ask_all_to_stop}
     return {signal.SIGINT: stop_soon, signal.SIGTERM: stop_soon}
-
-
-def joined() -> bool:
-    """Whether `join` has made this one of several processes."""
-    return jax.distributed.is_initialized()

@@ -67,9 +67,7 @@ def train_reward(config: Config, workdir: Path, base: str):
         sources=sources,
     )
     network = reward_network(model.config, start_layer=start, constrain=layout.constrain)
-    trunk_params, frozen = (
-        freeze(part, layout, config.model.frozen_dtype) for part in (parts.trunk, parts.frozen)
-    )
+    trunk_params, frozen = freeze((parts.trunk, parts.frozen), layout, config.model.frozen_dtype)
     read = inputs_reader(model.config, start, trunk_params, layout, settings.hidden_cache_gb)
     steps = () if start is None else range(num_steps)
     used = [data.batch(config.seed, i, settings)[0] for i in steps]

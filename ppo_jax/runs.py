@@ -21,13 +21,12 @@ from ppo_jax.config import (
 from ppo_jax.metrics import MetricsWriter
 from ppo_jax.models import Model, begin_stage, describe_stage, has_begun, update_stage
 from ppo_jax.partition import Parts, split_params, start_layer
-from ppo_jax.processes import preempted, stop_handlers
+from ppo_jax.processes import STOPS, preempted, stop_handlers
 from ppo_jax.sharding import Layout, abstract, init_in_pieces
 from ppo_jax.typed import filled_in
 from ppo_jax.workdir import config_differences, drop_lines_after, without_workdir
 
 SECTIONS = {"sft": SFTSettings, "reward": RewardSettings, "ppo": PPOSettings}
-STOPS = {signal.SIGTERM: 143, signal.SIGINT: 130}  # signal: exit code of a run that was saved
 
 
 class StageRun:
@@ -132,7 +131,8 @@ class StageRun:
 
         Raises:
             FloatingPointError: a loss is not finite.
-            SystemExit: after SIGTERM (code 143) or Ctrl-C (130), when the state is on disk.
+            SystemExit: after SIGTERM (code 143) or Ctrl-C (130; among several processes it is
+                SIGTERM for all, 143), when the state is on disk.
         """
         self.writer.write(step, metrics)
         if preempted():

@@ -63,9 +63,7 @@ def train_sft(config: Config, workdir: Path, base: str):
         "sft", config, workdir, model, num_steps=num_steps, data=fingerprint(texts), sources={}
     )
     network = policy_network(model.config, start_layer=start, constrain=layout.constrain)
-    trunk_params, frozen = (
-        freeze(part, layout, config.model.frozen_dtype) for part in (parts.trunk, parts.frozen)
-    )
+    trunk_params, frozen = freeze((parts.trunk, parts.frozen), layout, config.model.frozen_dtype)
     rows_of = functools.partial(
         batch_indices, config.seed, num_examples=len(texts.tokens), batch_size=settings.batch_size
     )

@@ -144,12 +144,20 @@ class Layout:
                 raise ValueError(f"{name}: the rules cut it twice over the mesh axis {twice[0]}")
             pieces = math.prod(self.mesh.shape[x] for x in over)
             if size % pieces:
-                raise ValueError(
-                    f"{name}: its {axis} axis of {size} cannot be cut into the {pieces} equal "
-                    f"pieces of {' x '.join(over)}; choose another mesh, or mesh.rules.{axis}=()"
-                )
+                raise ValueError(f"{name}: {self.no_cut(axis, size, over)}")
             entries.append(over)
         return NamedSharding(self.mesh, PartitionSpec(*(entry or None for entry in entries)))
+
+    def no_cut(self, axis: str, size: int, over: Sequence[str]) -> str:
+        """What to say of a dimension that the mesh axes `over` do not divide, and what would."""
+        both = math.gcd(size, self.mesh.size)  # the number of devices has to be divided as well
+        works = [n for n in range(1, both + 1) if both % n == 0]
+        axes = " x ".join(f"mesh.{x}" for x in over)
+        return (
+            f"its {axis} axis of {size:,} cannot be cut into the {self.pieces(axis)} equal "
+            f"pieces of {axes}; choose {axes} from {works}, or keep it whole with "
+            f"mesh.rules.{axis}=() and mesh.rollout_rules.{axis}=()"
+        )
 
     def constrain(self, x: jax.Array, axes: Axes) -> jax.Array:
         """`axes.Constrain` of this layout: pins how an array inside a program lies."""
@@ -208,21 +216,26 @@ class Layout:
 
     def decoding_params(self, params: Any, dtype: str) -> Any:
         """Parameters as the rollout reads them, inside a program: cut by these rules, and what is
-        cast at every use is cast once. Norms are computed in float32 and stay as they are."""
+        cast at every use is cast once. Norms are computed in float32 and stay as they are; so does
+        what is no parameter of a Transformer, of which nobody here knows how it is used."""
 
         def one(name: str, leaf: jax.Array) -> jax.Array:
             path = name.split("/")
-            axes = parameter_axes(path) or (None,) * leaf.ndim
-            cast = leaf if path[-2].endswith("norm") else leaf.astype(dtype)
-            return jax.lax.with_sharding_constraint(cast, self.sharding(axes, leaf.shape, name))
+            axes = parameter_axes(path)
+            stays = axes is None or path[-2].endswith("norm")
+            lie = self.sharding(axes or (None,) * leaf.ndim, leaf.shape, name)
+            return jax.lax.with_sharding_constraint(leaf if stays else leaf.astype(dtype), lie)
 
         leaves = [one(name, leaf) for name, leaf in named_leaves(params).items()]
         return jax.tree.unflatten(jax.tree.structure(params), leaves)
 
 
 def fetch(tree: Any) -> Any:
-    """Arrays as numpy, whole, on every process: for what is small."""
-    if jax.process_count() == 1:
+    """Arrays as numpy, whole, on every process: for what is small.
+
+    What lies on this process's devices alone is fetched without the others.
+    """
+    if all(leaf.is_fully_addressable for leaf in jax.tree.leaves(tree)):
         return jax.device_get(tree)
     return multihost_utils.process_allgather(tree, tiled=True)
 

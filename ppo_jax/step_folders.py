@@ -39,7 +39,7 @@ def newest_readable(directory: Path, read: Callable[[int, Path], T]) -> tuple[in
     damaged = []
     for step, path in reversed(step_folders(directory)):
         if not path.name.isdigit():
-            warnings.warn(f"passed over {path}: it was not written to its end.", stacklevel=3)
+            warnings.warn(f"passed over {path}: it was not written to its end.", stacklevel=4)
             continue
         try:
             return step, read(step, path)
@@ -47,7 +47,7 @@ def newest_readable(directory: Path, read: Callable[[int, Path], T]) -> tuple[in
             raise  # the checkpoint may be whole: passing it over would lose work
         except Exception as error:  # Orbax has no common error for damaged files
             damaged.append(f"  {step}: {reason(error)}")
-            warnings.warn(f"passed over checkpoint {path}: {reason(error)}", stacklevel=3)
+            warnings.warn(f"passed over checkpoint {path}: {reason(error)}", stacklevel=4)
     if damaged:
         lines = [f"none of the checkpoints in {directory} can be read:", *damaged]
         lines += ["Mend one from a copy, or move the folder away to begin again."]

@@ -9,13 +9,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from ppo_jax.config import OptimizerSettings, RewardSettings, SFTSettings
 from ppo_jax.data import split_by_text
 from ppo_jax.inputs import make_inputs
 from ppo_jax.networks import ModelConfig, trunk_network
 from ppo_jax.optimizer import init_optimizer
-from ppo_jax.sharding import Layout
+from ppo_jax.sharding import Layout, place
 from ppo_jax.structs import Optimizer, Params, TrainState
 
 TextSettings = SFTSettings | RewardSettings
@@ -82,9 +83,24 @@ def init_train_state(params: Params, optimizer: Optimizer) -> TrainState:
     return TrainState(step=jnp.int32(0), params=params, opt_state=opt_state)
 
 
-def freeze(params: Params, layout: Layout, dtype: str) -> Params:
-    """Parameters that are not trained: on the mesh, in the dtype that is enough for them."""
-    return jax.tree.map(lambda x: x.astype(dtype), layout.put(params))
+def freeze(params: Any, layout: Layout, dtype: str) -> Any:
+    """Parameters that are not trained: on the mesh, in the dtype that is enough for them.
+
+    Args:
+        params: of one network or, in any tree, of several. An array that stands in it more than
+            once does so in the result, and takes its memory once.
+        layout: where they are put.
+        dtype: what they are cast to.
+    """
+    frozen: dict[tuple[int, Any], jax.Array] = {}
+
+    def one(leaf: Any, lie: NamedSharding) -> jax.Array:
+        key = (id(leaf), lie)  # the tree keeps every leaf alive: no id is used twice
+        if key not in frozen:
+            frozen[key] = place(leaf, lie).astype(dtype)
+        return frozen[key]
+
+    return jax.tree.map(one, params, layout.shardings(params))
 
 
 def compile_step(step: Callable, state: Any, layout: Layout, **parts: Any) -> Callable:

@@ -41,8 +41,9 @@ SHELL = [
         "flops",
         "report_panels",
         "report_page",
+        "plot_labels",
     ],
-    ["chat", "sharding", "hlo_loops", "hlo_work", "published"],
+    ["chat", "sharding", "setting_rules", "hlo_loops", "hlo_work", "published"],
     ["data", "preferences", "token_rows", "hlo_traffic", "reward_functions"],
     [
         "judges",

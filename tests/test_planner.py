@@ -1,4 +1,4 @@
-"""Plans of PPO: what they count, what they say, and how the script ends."""
+"""Plans of PPO: what they count, how alternatives are ranked, and how the script ends."""
 
 import dataclasses
 import json
@@ -9,60 +9,19 @@ import sys
 import jax
 import pytest
 
-from ppo_jax import chips, phases, plan_report, planner, published
+from ppo_jax import phases, plan_report, planner, published
 from ppo_jax.chips import Roofline
 from ppo_jax.config import from_config_dict
 from ppo_jax.plan import parameters_of
-from ppo_jax.programs import Account, Memory
+from tests import tiny_plan
 from tests.command_line import ROOT, run_script
 from tests.test_config import load_config_file
-
-CHIP = dataclasses.replace(chips.find_chip("v5e"), name="fake", device_kind="cpu")
-PHASES = ("rollout", "scoring", "update")
-SCRATCH = dict(vocab_size=320, num_layers=2, embed_dim=32, num_heads=4, mlp_dim=48, max_length=32)
-
-
-def settings(**sections):
-    """A small model over all three axes of a mesh; every loop of an iteration turns twice."""
-    values = {
-        "model": dict(
-            scratch=SCRATCH,
-            vocabulary_data="texts",
-            scan_layers=True,
-            remat="full",
-            dtype="float32",
-        ),
-        "mesh": dict(data=2, fsdp=2, model=2),
-        "ppo": dict(
-            prompts="prompts.jsonl",
-            init_from="base",
-            reward_model="reward",
-            rollout_batch_size=32,
-            num_epochs=2,
-            num_minibatches=2,
-            num_micro_batches=2,
-            max_prompt_length=8,
-            response_length=8,
-            value_learning_rate=1e-5,
-            optimizer=dict(learning_rate=1e-5),
-        ),
-    }
-    for name, changes in sections.items():
-        values[name] = values[name] | changes if changes else None
-    return from_config_dict(values)
-
-
-TARGET = planner.Target(name="fake", devices=jax.devices(), chip=CHIP)
+from tests.tiny_plan import CHIP, PHASES, TARGET, on_a_chip_of, settings
 
 
 @pytest.fixture(scope="module")
 def plan():
-    return planner.make_plan(settings(), TARGET)
-
-
-def on_a_chip_of(plan, memory):
-    chip = dataclasses.replace(CHIP, usable_bytes=memory)
-    return dataclasses.replace(plan, target=dataclasses.replace(TARGET, chip=chip))
+    return tiny_plan.make_plan()
 
 
 # --- what is counted ------------------------------------------------------------------------------
@@ -117,90 +76,6 @@ def test_scores_of_a_function_are_an_argument():
     ppo = settings().ppo
     whole, less = (phases.analytic_flops(ppo, m)["scoring"] for m in (with_model, models))
     assert 1.4 < whole / less < 1.6
-
-
-# --- what is said ---------------------------------------------------------------------------------
-
-
-def test_the_table_has_every_figure_and_ends_with_the_verdict(plan):
-    lines = plan_report.table(plan)
-    assert "8 devices (fake), 15.75 GiB each; mesh data 2 x fsdp 2 x model 2; remat full" in lines
-    assert any("not run" in line for line in lines)
-    text = "\n".join(lines)
-    for label in ("peak, GiB", "all-gather, count: GB", "by ici, s", "model-flops utilisation"):
-        assert f"\n{label}" in text or f"\n  {label}" in text
-    assert lines[-1].startswith("fits: 15.7")
-
-
-def test_a_chip_that_is_too_small(plan):
-    small = on_a_chip_of(plan, 2e5)
-    assert not small.fits and small.spare < 0
-    assert plan_report.table(small)[-1].startswith("does not fit: ")
-    found = plan_report.figures(small)
-    assert not found["fits"] and found["change_first"]
-
-
-REFUSED = "RESOURCE_EXHAUSTED: TPU: memory required (36.00G) exceeds available HBM (15.75G)\nmore"
-
-
-def refused(message):
-    def lower():
-        raise jax.errors.JaxRuntimeError(message)
-
-    return phases.Phase(name="update", lower=lower, trips=None, flops=1, model_flops=1)
-
-
-def test_what_the_compiler_refuses_does_not_fit(plan):
-    cost = planner.cost_of(refused(REFUSED), TARGET, {})
-    other = dataclasses.replace(plan, costs=(*plan.costs[:2], cost))
-    assert not other.fits and other.spare is None and other.seconds is None
-    found = plan_report.figures(other)["phases"]["update"]
-    assert not found["fits"] and "36.00G" in found["refusal"]
-    assert "refuses update: TPU: memory required (36.00G)" in plan_report.table(other)[-1]
-    with pytest.raises(jax.errors.JaxRuntimeError):
-        planner.cost_of(refused("INTERNAL: a bug"), TARGET, {})
-
-
-def test_without_published_figures_there_are_no_seconds(plan):
-    target = dataclasses.replace(TARGET, chip=None)
-    costs = tuple(dataclasses.replace(cost, lies=None) for cost in plan.costs)
-    unknown = dataclasses.replace(plan, target=target, costs=costs)
-    assert unknown.fits and unknown.seconds is None  # into the memory of this machine
-    text = "\n".join(plan_report.table(unknown))
-    assert "no published figures" in text and "by ici" not in text
-
-
-FULL = dict(model=dict(remat="full", frozen_dtype="bfloat16"))
-CHANGES = {
-    "mesh.data=1 and mesh.fsdp=4": ("arguments", {}),
-    "model.frozen_dtype=bfloat16": ("arguments", dict(mesh=dict(data=1, fsdp=4))),
-    "more devices": ("arguments", dict(mesh=dict(data=1, fsdp=4), **FULL)),
-    "mesh.model=4 and mesh.fsdp=1": ("rollout", {}),
-    "ppo.rollout_batch_size=64": (
-        "scoring",
-        dict(mesh=dict(data=1, fsdp=2, model=4), ppo=dict(rollout_batch_size=128)),
-    ),
-    "ppo.num_micro_batches=4": ("update", {}),
-    "model.remat=full": ("update", dict(model=dict(remat="dots"), ppo=dict(num_micro_batches=4))),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_the_first_thing_to_change(plan, change):
-    where, sections = CHANGES[change]
-    config = settings(**sections)
-    sizes = dict.fromkeys(("arguments", "outputs", "aliased", "temporaries", "code"), 0)
-    costs = []
-    for cost in plan.costs:
-        memory = sizes | {"arguments": 90 if where == "arguments" else 10}
-        memory["temporaries"] = 200 if cost.phase.name == where else 20
-        costs.append(dataclasses.replace(cost, account=Account(memory=Memory(**memory))))
-    mesh = {axis: getattr(config.mesh, axis) for axis in ("data", "fsdp", "model")}
-    changed = dataclasses.replace(
-        on_a_chip_of(plan, 100), config=config, costs=tuple(costs), mesh=mesh
-    )
-    assert not changed.fits
-    assert plan_report.first_change(changed).startswith(change)
 
 
 # --- alternatives ---------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from ppo_jax.config import from_config_dict
+from ppo_jax.leaves import named_leaves
 from ppo_jax.models import Model
 from ppo_jax.networks import policy_network, reward_network
 from ppo_jax.ppo import init_ppo
@@ -104,3 +105,38 @@ def test_the_numbers_of_the_settings_are_float32_on_the_device():
     own = {field.name for field in dataclasses.fields(numbers)} - {"optimizer", "clip_range_high"}
     for name in own:
         assert getattr(numbers, name) == np.float32(getattr(settings, name)), name
+
+
+def on_device(kind, seed, **changes):
+    found = model(kind, seed, **changes)
+    return dataclasses.replace(found, params=jax.tree.map(jax.numpy.asarray, found.params))
+
+
+SHARING = {
+    "reward model": {},
+    "body of the policy": {"critic_init_from": "policy", "trainable": "all"},
+    "token table": {"value_trainable": "all"},
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("source", SHARING)
+def test_what_networks_share_is_shared_in_every_dtype_of_frozen_parameters(source, dtype):
+    settings = ppo_settings(**SHARING[source])
+    policy, reward = on_device("policy", 0), on_device("reward", 1)
+    critic = make_critic(settings, policy, reward)
+    layouts = make_layouts(MeshSettings())
+    setup, *_ = make_setup(settings, policy, reward, critic, layouts, dtype)
+    frozen = setup.frozen
+    one, other = {
+        "reward model": (frozen.reward, frozen.value),
+        "body of the policy": (frozen.ref_policy, frozen.value),
+        "token table": (frozen.trunk, frozen.policy),
+    }[source]
+    one, other = named_leaves(one), named_leaves(other)
+    assert other and all(leaf is one[name] for name, leaf in other.items())
+    leaves = jax.tree.leaves(frozen)
+    assert {leaf.dtype for leaf in leaves} == {np.dtype(dtype)}
+    held = {leaf.unsafe_buffer_pointer(): leaf.size for leaf in leaves}
+    sources = {id(leaf): leaf.size for m in (policy, reward) for leaf in jax.tree.leaves(m.params)}
+    assert sum(held.values()) == sum(sources.values())

@@ -11,15 +11,21 @@ import numpy as np
 import pytest
 
 from ppo_jax import pipeline, sharding
-from ppo_jax.checkpoints import load_checkpoint_item
+from ppo_jax.checkpoints import Checkpoints, load_checkpoint_item
 from ppo_jax.leaves import named_leaves
 from tests import tiny_run, two_processes
+from tests.tiny_state import flip_a_bit, largest_file
+from tests.users_code import CALLS, WAITS
 
 pytestmark = pytest.mark.slow
 # The tokenizer of these runs has 317 tokens.
 WHOLE = {"rules": {"vocab": ()}, "rollout_rules": {"vocab": ()}}
 CUBE = {"data": 2, "fsdp": 2, "model": 2, **WHOLE}
+# Each row lies on all eight devices, and so on both processes.
+WHOLE_ROWS = {"vocab": (), "heads": (), "kv_heads": ()}
+ACROSS = {"data": 1, "model": 8, "rules": WHOLE_ROWS, "rollout_rules": WHOLE_ROWS}
 PATIENCE = 300  # seconds
+NOTICE_S = 5  # jax looks for SIGTERM once a second
 
 
 def settings(mesh=CUBE, **ppo):
@@ -27,34 +33,16 @@ def settings(mesh=CUBE, **ppo):
     config["mesh"] = mesh
     config["ppo"] |= {"rollout_batch_size": 16, **ppo}
     config["ppo"]["optimizer"]["schedule"] = "constant"
+    config["prepare"] = "tests.users_code:prepare"
+    config["evaluate"]["judges"] = "tests.users_code:judges"
     return config
 
 
 def by_function(name, **ppo):
-    """PPO alone, from the base model, with a reward function of this module."""
+    """PPO alone, from the base model, with a reward function of `users_code`."""
     config = settings(init_from="base", reward_model="", **ppo)
-    config["ppo"]["reward_function"] = f"tests.test_two_processes:{name}"
+    config["ppo"]["reward_function"] = f"tests.users_code:{name}"
     return {name: config[name] for name in ("prepare", "model", "mesh", "ppo")}
-
-
-def count_vowels(prompts, responses):
-    return [float(sum(r.count(v) for v in "aeiou")) for r in responses]
-
-
-def fails_on_process_1(prompts, responses):
-    if jax.process_index() == 1:
-        raise KeyError("no such word")
-    return count_vowels(prompts, responses)
-
-
-def hangs_on_process_1(prompts, responses):
-    time.sleep(3600 * jax.process_index())
-    return count_vowels(prompts, responses)
-
-
-def sleeps(prompts, responses):
-    time.sleep(0.4)
-    return count_vowels(prompts, responses)
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +94,12 @@ def test_two_processes_run_every_stage_as_one_does(one, two):
     assert texts[0] == texts[1]
 
 
+def test_judges_are_asked_by_one_process_alone(two):
+    assert (two / "judged.txt").read_text().split() == ["0"] * 3  # base, SFT and PPO
+    (row,) = json.loads((two / "results.json").read_text())["judges"]
+    assert 0 < row["mean_ppo"] < 1
+
+
 def test_what_two_processes_saved_one_goes_on_with(one, two, tmp_path, all_devices):
     shutil.copytree(two, tmp_path, dirs_exist_ok=True)
     pipeline.run(settings(num_iterations=8), tmp_path, only=["ppo"])
@@ -142,23 +136,90 @@ def wait_until(ready, processes):
 def slow_run(tmp_path_factory):
     """(settings of PPO with a slow reward function, the folder of one that nobody stopped)."""
     folder = tmp_path_factory.mktemp("slow")
-    config = by_function("sleeps", num_iterations=12, save_every=4)
+    config = by_function("sleeps", num_iterations=16, save_every=4)
     for code, output in two_processes.finish(two_processes.start(config, folder)):
         assert code == 0, output
     return config, folder
 
 
-def test_sigterm_on_one_host_saves_one_step_on_all(slow_run, tmp_path):
-    config, whole = slow_run
-    processes = two_processes.start(config, tmp_path)
-    wait_until(lambda: begun(tmp_path, 2), processes)
-    processes[1].send_signal(signal.SIGTERM)
+def assert_stopped(processes, told):
     ended = two_processes.finish(processes)
     assert [code for code, _ in ended] == [143, 143], ended
-    assert "stopped by SIGTERM" in ended[0][1]
+    assert told() in ended[0][1], ended
+
+
+def test_a_signal_to_one_saves_one_step_on_all_and_a_damaged_one_is_passed_over_by_all(
+    slow_run, tmp_path
+):
+    config, whole = slow_run
+    checkpoints, newest = Checkpoints(tmp_path / "ppo" / "checkpoints"), 0
+    for asked, number in ((1, signal.SIGTERM), (0, signal.SIGINT)):
+        processes = two_processes.start(config, tmp_path)
+        wait_until(lambda last=newest: begun(tmp_path, last + 2), processes)
+        processes[asked].send_signal(number)
+        assert_stopped(processes, lambda: f"step {checkpoints.latest_step()} is saved")
+        newest = checkpoints.latest_step()
+    flip_a_bit(largest_file(checkpoints.directory / str(newest)))
+    older = checkpoints.steps()[-2]
+    ended = two_processes.finish(two_processes.start(config, tmp_path))
+    assert [code for code, _ in ended] == [0, 0], ended
+    assert f"ppo: resuming after step {older}" in ended[0][1]
+    passed_over = f"passed over checkpoint {checkpoints.directory}/{newest}"
+    assert [passed_over in output for _, output in ended] == [True, False], ended
+    assert_same_numbers(whole, tmp_path, ["ppo"])
+
+
+def test_sigterm_while_the_data_is_made_ends_all_and_leaves_it_whole(tmp_path, monkeypatch):
+    monkeypatch.setenv(WAITS, "1")
+    processes = two_processes.start(by_function("count_vowels"), tmp_path)
+    wait_until((tmp_path / "reached").exists, processes)
+    stop_at_the_next_place(processes, 0, tmp_path)
+    assert (tmp_path / "data" / "prompts.jsonl").is_file()
+    assert not (tmp_path / "base").exists()
+
+
+def test_sigterm_in_an_evaluation_ends_all_and_loses_nothing(
+    two, tmp_path, monkeypatch, all_devices
+):
+    shutil.copytree(two, tmp_path, dirs_exist_ok=True)
+    config = settings()
+    config["evaluate"]["num_prompts"] = 4
+    with monkeypatch.context() as patch:
+        patch.setenv(WAITS, "1")
+        processes = two_processes.start(config, tmp_path)
+        wait_until((tmp_path / "reached").exists, processes)
+        stop_at_the_next_place(processes, 1, tmp_path)
+    assert "evaluated" not in json.loads((tmp_path / "results.json").read_text())
+    pipeline.run(config, tmp_path)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["evaluated"]["settings"]["num_prompts"] == results["judges"][0]["num_prompts"]
+
+
+def stop_at_the_next_place(processes, asked, folder):
+    """SIGTERM to a process; the one that waits goes on when all know of it."""
+    processes[asked].send_signal(signal.SIGTERM)
+    time.sleep(NOTICE_S)
+    (folder / "go_on").touch()
+    assert_stopped(processes, lambda: "stopped by SIGTERM, nothing is lost")
+
+
+def test_when_a_users_code_ends_process_0_all_end_with_its_code(tmp_path):
+    config = by_function("count_vowels") | {"prepare": "tests.users_code:prepare_nothing"}
+    began = time.monotonic()
+    ended = two_processes.finish(two_processes.start(config, tmp_path), 100)
+    assert [code for code, _ in ended] == [7, 7], ended
+    assert time.monotonic() - began < 60
+
+
+def test_rows_that_lie_on_both_processes_are_scored_once(slow_run, tmp_path, monkeypatch):
+    monkeypatch.setenv(CALLS, str(tmp_path / "calls.txt"))
+    config = by_function("tells", num_iterations=2) | {"mesh": ACROSS}
     for code, output in two_processes.finish(two_processes.start(config, tmp_path)):
         assert code == 0, output
-    assert_same_numbers(whole, tmp_path, ["ppo"])
+    calls = (tmp_path / "calls.txt").read_text().splitlines()
+    assert calls == ["0 3", "0 16", "0 16", "0 3"]  # samples, two iterations, samples
+    mine, theirs = (rows(x, "metrics.jsonl")[0] for x in (tmp_path, slow_run[1]))
+    assert mine["reward/score_mean"] == pytest.approx(theirs["reward/score_mean"], rel=1e-6)
 
 
 @pytest.mark.parametrize("killed", [0, 1])
@@ -190,5 +251,5 @@ def test_a_reward_function_that_fails_names_the_process_and_ends_both(tmp_path, 
     config = by_function(function, reward_seconds=2.0)
     ended = two_processes.finish(two_processes.start(config, tmp_path), 200)
     assert [code == 0 for code, _ in ended] == [False, False], ended
-    assert "process 1: ppo.reward_function tests.test_two_processes:" in ended[1][1], ended
+    assert "process 1: ppo.reward_function tests.users_code:" in ended[1][1], ended
     assert f"{told} (rows 2 to 3 of 4)" in ended[1][1]

@@ -1,6 +1,7 @@
-"""Real processes that run a script as one program, on the CPU.
+"""Real processes that run a config, or a function of a folder, as one program, on the CPU.
 
 python -m tests.two_processes '{"model": ...}' WORKDIR COORDINATOR NUM_PROCESSES PROCESS_ID
+python -m tests.two_processes tests.module:function FOLDER COORDINATOR NUM_PROCESSES PROCESS_ID
 """
 
 import json
@@ -22,8 +23,15 @@ def free_port():
         return found.getsockname()[1]
 
 
-def start(settings, workdir, num_processes=2, only=None):
-    """The processes, NUM_DEVICES / num_processes devices each."""
+def start(what, workdir, num_processes=2, only=None):
+    """The processes, NUM_DEVICES / num_processes devices each.
+
+    Args:
+        what: a config, or "module:function".
+        workdir: the run's folder, or what the function is called with.
+        num_processes: of the run.
+        only: stages.
+    """
     address = f"localhost:{free_port()}"
     count = NUM_DEVICES // num_processes
     environment = os.environ | {
@@ -33,10 +41,11 @@ def start(settings, workdir, num_processes=2, only=None):
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir or "",
         "PYTHONPATH": f"{ROOT}:{ROOT / 'experiments'}",
     }
-    what = [json.dumps(settings), str(workdir), address, str(num_processes)]
+    what = what if isinstance(what, str) else json.dumps(what)
+    common = [what, str(workdir), address, str(num_processes)]
     return [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.two_processes", *what, str(i), *(only or [])],
+            [sys.executable, "-m", "tests.two_processes", *common, str(i), *(only or [])],
             env=environment,
             cwd=ROOT,
             stdout=subprocess.PIPE,
@@ -57,13 +66,17 @@ def finish(processes, seconds=400):
     return [(process.returncode, out) for process, out in zip(processes, outputs, strict=True)]
 
 
-def main(settings, workdir, coordinator, num_processes, process_id, *only):
+def main(what, workdir, coordinator, num_processes, process_id, *only):
     from ppo_jax import cli, pipeline, processes
     from ppo_jax.config import STAGES
+    from ppo_jax.plugins import load_function
 
     def run():
         processes.join(coordinator, int(num_processes), int(process_id))
-        pipeline.run(json.loads(settings), workdir, only or STAGES)
+        if what.startswith("{"):
+            pipeline.run(json.loads(what), workdir, only or STAGES)
+        else:
+            load_function(what, "what")(pathlib.Path(workdir))
 
     cli.call(run)
 

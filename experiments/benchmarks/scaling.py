@@ -13,6 +13,7 @@ import json
 import math
 import pathlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from absl import flags
 from matplotlib.axes import Axes
@@ -177,7 +178,9 @@ def draw_flops(axes: Axes, found: Sequence[dict]):
     for style, (rows, plans) in zip(STYLES, series(found).items(), strict=False):
         flops = [plan["iteration"]["flops_per_chip"] / rows for plan in plans]
         relative = [each / flops[0] for each in flops]
-        axes.plot(chips(plans), relative, "o" + style, color=plots.COLORS["ppo"], label=name(rows))
+        axes.plot(
+            chips(plans), relative, "o" + style, ms=4, color=plots.COLORS["ppo"], label=name(rows)
+        )
     axes.axhspan(0.95, 1.05, color=plots.COLORS["base"], alpha=0.15, lw=0, label="5 %")
     axes.set_ylim(0.9, 1.1)
     finish(axes, found)
@@ -187,9 +190,11 @@ def draw_sent(axes: Axes, found: Sequence[dict]):
     """All phases and kinds together."""
     for style, (rows, plans) in zip(STYLES, series(found).items(), strict=False):
         gigabytes = [sent(plan) / GB for plan in plans]
-        axes.plot(chips(plans), gigabytes, "o" + style, color=plots.COLORS["ppo"], label=name(rows))
+        axes.plot(
+            chips(plans), gigabytes, "o" + style, ms=4, color=plots.COLORS["ppo"], label=name(rows)
+        )
     axes.set_ylim(0)
-    finish(axes, found)
+    finish(axes, found, loc="lower right")
 
 
 def draw_shares(axes: Axes, found: Sequence[dict]):
@@ -197,11 +202,13 @@ def draw_shares(axes: Axes, found: Sequence[dict]):
     for style, (rows, plans) in zip(STYLES, series(found).items(), strict=False):
         for color, phase in zip(COLORS, plans[0]["phases"], strict=False):
             shares = [share(plan, phase) for plan in plans]
-            label = f"{phase}, {rows}"
-            axes.plot(chips(plans), shares, "o" + style, color=plots.COLORS[color], label=label)
+            label = f"{phase}, {rows} a chip"
+            axes.plot(
+                chips(plans), shares, "o" + style, ms=4, color=plots.COLORS[color], label=label
+            )
     axes.axhline(1, color=plots.COLORS["base"], lw=1)
     axes.set_yscale("log")
-    finish(axes, found)
+    finish(axes, found, loc="center", bbox_to_anchor=(0.5, 0.33), ncols=2)
 
 
 def name(rows: int) -> str:
@@ -212,11 +219,11 @@ def chips(plans: Sequence[dict]) -> list[int]:
     return [plan["devices"] for plan in plans]
 
 
-def finish(axes: Axes, found: Sequence[dict]):
+def finish(axes: Axes, found: Sequence[dict], **legend: Any):
     """Chips from left to right, each time twice as many."""
     axes.set_xscale("log", base=2)
     axes.set_xticks(sorted({plan["devices"] for plan in found}))
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("chips")
-    axes.legend()
+    axes.legend(handlelength=3, **legend)

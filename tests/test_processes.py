@@ -1,0 +1,256 @@
+"""What process 0 does for all, what it chooses for all, and which rows are whose: in one start."""
+
+import json
+import types
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ppo_jax import checksums, generation, vocabulary
+from ppo_jax.checkpoints import Checkpoints, load_checkpoint_item, load_params, save_params
+from ppo_jax.generation import generate
+from ppo_jax.ppo_loop import call_function
+from ppo_jax.processes import are_several, from_first, preempted
+from ppo_jax.reward_functions import RewardFunction
+from ppo_jax.rollout import Sampling
+from ppo_jax.sharding import Layout, MeshSettings, RolloutRules, fetch, make_mesh
+from tests import two_processes
+from tests.tiny_stage import random_model
+from tests.tiny_state import flip_a_bit, largest_file
+
+NUM_ROWS = 16
+
+
+# --- what each of the two processes does ----------------------------------------------------------
+
+
+def play(folder):
+    """All scenes, and what this process found, in a file of its own."""
+    found = {scene.__name__: scene(folder) for scene in SCENES}
+    (folder / f"{jax.process_index()}.json").write_text(json.dumps(found))
+
+
+def raised(do, *args, **kwargs):
+    """What a call raises, as text."""
+    try:
+        do(*args, **kwargs)
+    except BaseException as error:
+        return repr(error)
+    return ""
+
+
+def done_for_all(folder):
+    calls = []
+    answer = from_first(lambda word: calls.append(word) or [jax.process_index(), word], "a")
+    inside = from_first(lambda: [are_several(), preempted(), from_first(jax.process_index)])
+    return {"answer": answer, "calls": calls, "inside": inside, "after": are_several()}
+
+
+def failed_for_all(folder):
+    def fail(error):
+        raise error
+
+    errors = [KeyError("lost"), SystemExit(7), KeyboardInterrupt("asked")]
+    told = [raised(from_first, fail, error) for error in errors]
+    return {"raised": told, "no_value": raised(from_first, lambda: lambda: 0)}
+
+
+def a_damaged_step(folder):
+    layout = Layout(make_mesh(MeshSettings(data=8)))
+
+    def state(step):
+        numbers = np.random.default_rng(step).normal(size=(512, 32)).astype(np.float32)
+        return {"w": layout.put_rows(numbers)}
+
+    def damage(step):
+        from_first(lambda: flip_a_bit(largest_file(folder / "steps" / str(step))))
+
+    def rows(tree):
+        return {"w": layout.rows}
+
+    def first_number(array):
+        return float(fetch(array)[0, 0])
+
+    checkpoints = Checkpoints(folder / "steps")
+    for step in (3, 6):
+        checkpoints.save(step, state(step))
+    checkpoints.close()
+    save_params(folder / "params", state(1))
+    damage(6)
+    found, read, crc32 = {}, [], checksums._crc32
+    checksums._crc32 = lambda path: read.append(path.name) or crc32(path)
+    again = Checkpoints(folder / "steps")
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        restored, step, _ = again.restore(state(0))
+        found["restored"] = [step, first_number(restored["w"])]
+        found["readable"] = again.readable_step()
+        item = load_checkpoint_item(folder / "steps", "w", shardings=rows)
+        found["item"] = first_number(item)
+    found["warned"] = [str(x.message) for x in warned if "passed over" in str(x.message)]
+    at = {"name": "w", "shardings": rows}
+    item = load_checkpoint_item(folder / "steps", step=3, **at)
+    found["item_of_step"] = first_number(item)
+    found["damaged_item"] = raised(load_checkpoint_item, folder / "steps", step=6, **at)
+    found["params"] = first_number(load_params(folder / "params", rows)["w"])
+    found["alone"] = raised(from_first, load_params, folder / "params")
+    damage(3)
+    found["all_damaged"] = [
+        raised(again.restore, state(0)),
+        raised(Checkpoints(folder / "steps").readable_step),
+        raised(load_checkpoint_item, folder / "steps", **at),
+    ]
+    from_first(lambda: flip_a_bit(largest_file(folder / "params")))
+    found["damaged_params"] = raised(load_params, folder / "params", rows)
+    checksums._crc32 = crc32
+    return found | {"expected": [float(fetch(state(s)["w"])[0, 0]) for s in (3, 1)], "read": read}
+
+
+def rows_of_a_reward_function(folder):
+    """{mesh: (rows that this process scored, scores that it got)}."""
+    devices = jax.devices()
+    meshes = {
+        "rows in eight": (MeshSettings(data=8), devices),
+        "rows in two": (MeshSettings(data=2, model=4), devices),
+        "whole rows": (MeshSettings(data=1, model=8), devices),
+        "whole by rule": (MeshSettings(data=8, rules=RolloutRules(batch=())), devices),
+        # Each row has a copy on both processes, the first one now on this, now on that.
+        "mixed": (MeshSettings(data=4, model=2), [devices[i] for i in (0, 4, 5, 1, 2, 6, 7, 3)]),
+    }
+    tokenizer = vocabulary.train_tokenizer(["a film of few words"] * 3, 300)
+    prompts = [str(i) for i in range(NUM_ROWS)]
+    found = {}
+    for name, (settings, order) in meshes.items():
+        layout, scored = Layout(make_mesh(settings, order), settings.rules), []
+        score = RewardFunction("score", lambda p, r, scored=scored: scored.extend(p) or map_int(p))
+        tokens = layout.put_rows(np.full((NUM_ROWS, 3), 5, np.int32))
+        mask = layout.put_rows(np.ones((NUM_ROWS, 3), bool))
+        rollout = types.SimpleNamespace(response_tokens=tokens, response_mask=mask)
+        scores = call_function(score, prompts, rollout, tokenizer)
+        found[name] = [[int(row) for row in scored], scores.tolist()]
+    return found
+
+
+def map_int(prompts):
+    return [float(prompt) for prompt in prompts]
+
+
+def arrays_of_its_own(folder):
+    return [
+        fetch({"x": jnp.arange(3)})["x"].tolist(),
+        from_first(lambda: fetch(jnp.ones(2)).sum().item()),
+    ]
+
+
+SCENES = [
+    done_for_all,
+    failed_for_all,
+    a_damaged_step,
+    rows_of_a_reward_function,
+    arrays_of_its_own,
+]
+
+
+# --- what they found ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """Scene -> what process 0 and process 1 found."""
+    folder = tmp_path_factory.mktemp("scenes")
+    for code, output in two_processes.finish(two_processes.start(f"{__name__}:play", folder), 200):
+        assert code == 0, output
+    both = [json.loads((folder / f"{i}.json").read_text()) for i in (0, 1)]
+    return {name: [x[name] for x in both] for name in both[0]}
+
+
+@pytest.mark.slow
+def test_process_0_does_it_once_and_all_have_what_it_gave(found):
+    first, other = found["done_for_all"]
+    assert first["answer"] == other["answer"] == [0, "a"]
+    assert (first["calls"], other["calls"]) == (["a"], [])
+    assert first["inside"] == other["inside"] == [False, False, 0]
+    assert first["after"] and other["after"]
+
+
+@pytest.mark.slow
+def test_whatever_process_0_raises_the_others_are_told(found):
+    first, other = found["failed_for_all"]
+    assert first["raised"] == ["KeyError('lost')", "SystemExit(7)", "KeyboardInterrupt('asked')"]
+    told = "ValueError('process 0 has failed, and says why')"
+    assert other["raised"] == [told, "SystemExit(7)", told]
+    assert "pickle" in first["no_value"] and other["no_value"] == told
+
+
+@pytest.mark.slow
+def test_all_pass_over_a_damaged_step_that_process_0_alone_has_read(found):
+    first, other = found["a_damaged_step"]
+    third, params = first["expected"]
+    for mine in (first, other):
+        assert mine["restored"] == [3, third] and mine["readable"] == 3
+        assert mine["item"] == mine["item_of_step"] == third and mine["params"] == params
+    assert len(first["warned"]) == 3 and all("/steps/6: OSError" in x for x in first["warned"])
+    assert first["read"] and other["warned"] == other["read"] == []
+
+
+@pytest.mark.slow
+def test_process_0_says_what_is_damaged_and_the_others_end_as_well(found):
+    first, other = found["a_damaged_step"]
+    for mine, told in ((first, "its checksum differs"), (other, "process 0 has failed")):
+        assert "steps/6 cannot be read" in mine["damaged_item"] and told in mine["damaged_item"]
+        assert "params cannot be read" in mine["damaged_params"] and told in mine["damaged_params"]
+    assert all("none of the checkpoints" in text for text in first["all_damaged"])
+    assert all("process 0 has failed" in text for text in other["all_damaged"])
+
+
+@pytest.mark.slow
+def test_what_is_loaded_together_is_not_loaded_by_process_0_alone(found):
+    first, other = found["a_damaged_step"]
+    assert "must be loaded by all processes, not by process 0 alone" in first["alone"]
+    assert "process 0 has failed" in other["alone"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mesh", "of_process_0"),
+    [
+        ("rows in eight", range(8)),
+        ("rows in two", range(8)),
+        ("whole rows", range(16)),
+        ("whole by rule", range(16)),
+        ("mixed", [0, 1, 2, 3, 8, 9, 10, 11]),
+    ],
+)
+def test_each_row_is_scored_once_wherever_its_copies_lie(found, mesh, of_process_0):
+    (mine, scores), (theirs, same_scores) = (x[mesh] for x in found["rows_of_a_reward_function"])
+    assert mine == list(of_process_0)
+    assert theirs == [row for row in range(NUM_ROWS) if row not in mine]
+    assert scores == same_scores == list(range(NUM_ROWS))
+
+
+@pytest.mark.slow
+def test_what_lies_on_one_process_is_fetched_without_the_others(found):
+    assert found["arrays_of_its_own"] == [[[0, 1, 2], 2.0]] * 2
+
+
+# --- in one process -------------------------------------------------------------------------------
+
+
+def test_one_process_does_it_and_raises_as_it_is():
+    assert from_first(divmod, 7, 2) == (3, 1)
+    with pytest.raises(ZeroDivisionError):
+        from_first(divmod, 7, 0)
+    unpicklable = from_first(lambda: lambda: 5)
+    assert unpicklable() == 5 and not preempted()
+
+
+def test_generation_may_end_before_each_batch(monkeypatch):
+    asked = []
+    monkeypatch.setattr(generation, "stop_if_asked", lambda: asked.append(1))
+    sampling = Sampling(response_length=2, eos_ids=(0,))
+    how = {"sampling": sampling, "temperature": 1.0, "seed": 0, "max_prompt_length": 20}
+    generate(random_model(max_length=32), ["a film"] * 5, batch_size=2, **how)
+    assert len(asked) == 3
