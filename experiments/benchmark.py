@@ -10,6 +10,8 @@ scaling: what a PPO iteration costs a chip as chips are added; compiled, not run
 import importlib
 import sys
 
+from absl import flags
+
 from ppo_jax import cli
 
 # subcommand -> (module, function)
@@ -24,14 +26,18 @@ SUBCOMMANDS = {
 
 def main():
     name = sys.argv.pop(1) if len(sys.argv) > 1 else ""
-    if name in ("--help", "-h"):
+    if name.startswith("-"):  # --help
         print(__doc__)
         return
     if name not in SUBCOMMANDS:
         told = f"got {name!r}" if name else "got none"
         cli.stop(f"needs a subcommand, one of {list(SUBCOMMANDS)}, {told}", cli.USER_MISTAKE)
     module, function = SUBCOMMANDS[name]
-    cli.run(getattr(importlib.import_module(f"benchmarks.{module}"), function))
+    module = importlib.import_module(f"benchmarks.{module}")
+    for part in filter(None, (module, sys.modules.get("benchmarks.work"))):
+        flags.adopt_module_key_flags(part)  # for --help
+    sys.modules["__main__"].__doc__ = module.__doc__
+    cli.run(getattr(module, function))
 
 
 if __name__ == "__main__":

@@ -19,14 +19,8 @@ from orbax.checkpoint import v1 as ocp
 
 from ppo_jax.checksums import verify_again, verify_checksums, write_checksums
 from ppo_jax.leaves import abstract, detach, differences, named_leaves
-from ppo_jax.processes import ALONE, are_several, from_first
-from ppo_jax.step_folders import (
-    UNFINISHED,
-    Mismatch,
-    damage_named,
-    newest_readable,
-    step_folders,
-)
+from ppo_jax.processes import are_several, from_first, need_all
+from ppo_jax.step_folders import UNFINISHED, Mismatch, damage_named, newest_readable, step_folders
 
 T = TypeVar("T")
 Shardings = Callable[[Any], Any]
@@ -63,9 +57,11 @@ class Checkpoints:
             metadata: what JSON can hold, given back by `restore`.
 
         Raises:
+            NotTogether: it is called in `from_first`, where Orbax would wait for the others.
             ValueError: a leaf is not an array, or the folder holds a complete checkpoint of this
                 step or a later one, which a run that did not restore it would overwrite.
         """
+        need_all(f"step {step} of {self.directory} must be saved")
         self.wait()
         if step == self._verified:
             return
@@ -97,6 +93,8 @@ class Checkpoints:
     def restore(self, example: Any) -> tuple[Any, int, dict[str, Any]] | None:
         """Load the newest step that is whole; a half-written or damaged one is named in a warning.
 
+        Several processes load the step whose files process 0 has found whole, and no other.
+
         Args:
             example: the state's structure: arrays or `jax.ShapeDtypeStruct`s. Shardings are
                 respected; a leaf without one goes to the first device.
@@ -107,7 +105,8 @@ class Checkpoints:
 
         Raises:
             ValueError: the checkpoint's paths, shapes or dtypes are not those of the example, or
-                all complete steps are damaged.
+                all complete steps are damaged, or the arrays of the step that process 0 has
+                chosen cannot be loaded by several.
         """
 
         def load(path: Path, saved: Any, metadata: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -214,6 +213,7 @@ def save_params(path: str | Path, params: Any) -> None:
         path: the folder.
         params: nested dicts with string keys, of jax or numpy arrays.
     """
+    need_all(f"{path} must be saved")
     path, tree = Path(path).absolute(), detach(params)
     with jax.transfer_guard("allow"):
         ocp.save(path, tree, overwrite=True, custom_metadata={"step": None, "metadata": {}})
@@ -244,7 +244,8 @@ def _load_newest(directory: Path, load: Callable[..., T]) -> tuple[int, T] | Non
     if step is None:
         return None
     path = directory / str(step)
-    with damage_named(f"checkpoint {path}"):
+    advice = "; remove or rename that folder, and the step before it is taken"
+    with damage_named(f"checkpoint {path}", advice):
         return step, load(path, *_read_metadata(step, path))
 
 
@@ -290,10 +291,6 @@ def _load_part(path: Path, saved: Any, shardings: Shardings | None) -> Any:
 
 
 def _load(path: Path, wanted: Any, context: ocp.Context) -> Any:
-    if ALONE.is_set():  # Orbax would wait for the others
-        raise Mismatch(
-            f"{path} must be loaded by all processes, not by process 0 alone: in the function that "
-            "evaluate.judges names, not in a judge"
-        )
+    need_all(f"{path} must be loaded")
     with context, jax.transfer_guard("allow"):
         return ocp.load(path, wanted)

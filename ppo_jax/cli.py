@@ -128,10 +128,10 @@ def bug(error: Exception):
 
 
 def raised_by_us(error: BaseException) -> bool:
-    """Whether the innermost frame of an error is in this package or in a script."""
+    """Whether the innermost frame of an error is in this package, a script or a benchmark."""
     frames = traceback.extract_tb(error.__traceback__)
-    path = pathlib.Path(frames[-1].filename)
-    return path.is_relative_to(OURS) or path.parent == pathlib.Path(sys.argv[0]).resolve().parent
+    path, scripts = pathlib.Path(frames[-1].filename), pathlib.Path(sys.argv[0]).resolve().parent
+    return path.is_relative_to(OURS) or path.parent in (scripts, scripts / "benchmarks")
 
 
 def one_line(error: BaseException) -> str:

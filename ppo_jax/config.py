@@ -152,6 +152,8 @@ class PPOSettings:
     num_epochs: int = 4  # passes over a rollout
     num_minibatches: int = 1  # optimizer steps a pass
     num_micro_batches: int = 1  # pieces of a minibatch in memory one after the other
+    logits_chunk: int = 0  # response positions whose logits are held at a time; 0 is all. For a
+    # large vocabulary that does not fit: the backward pass computes them again
     samples_per_prompt: int = 1  # responses of an iteration to each of its prompts
     slots: int = 0  # responses under way at a time; 0 is all. Fewer save work where lengths differ
     # much, and a KV cache of so many rows: when a response ends, the next prompt takes its slot
@@ -194,7 +196,7 @@ class PPOSettings:
         check.each("> 0", "sample_every", "save_every", "reward_seconds")
         check.each(">= 0", "kl_coef", "vf_coef", "entropy_coef", "value_learning_rate")
         check.each("> 0", "samples_per_prompt")
-        check.each(">= 0", "top_k", "num_samples")
+        check.each(">= 0", "top_k", "num_samples", "logits_chunk")
         check.each("in [0, 1]", "gamma", "gae_lambda", "min_p")
         check.each("in (0, 1]", "top_p")
         check.each("in (0, 1)", "clip_range")

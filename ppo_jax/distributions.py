@@ -108,8 +108,9 @@ def _statistics_backward(saved, gradients):
     scaled = logits.astype(jnp.float32) / divisor
     logprobs = scaled - normalizer[..., None]
     # A comparison in place of a scatter, which a CPU does element by element.
-    ids = jax.lax.broadcasted_iota(tokens.dtype, logits.shape, logits.ndim - 1)
-    of_scaled = jnp.where(ids == tokens[..., None], of_logprob, 0.0) - jnp.exp(logprobs) * (
+    ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    hit = ids == tokens[..., None].astype(jnp.int32)
+    of_scaled = jnp.where(hit, of_logprob, 0.0) - jnp.exp(logprobs) * (
         of_logprob + of_entropy * (_finite(logprobs) + entropies[..., None])
     )
     # A logit of -inf has a gradient of 0 and does not depend on the temperature.

@@ -78,7 +78,6 @@ def evaluate(config: Config, workdir: Path, base: str):
     # What is found is on disk before a judge or the reward model can fail.
     add_results(workdir, results)
     add_results(workdir, judge_all(settings, workdir, texts))
-    stop_if_asked()
     name = config.ppo.reward_model or ("reward" if config.reward is not None else "")
     pin = pins.get("reward_model") if config.ppo.reward_model else None
     reward = load_source(name, workdir, base, config.model, layout, pin) if name else None
@@ -146,6 +145,7 @@ def respond(
         batch_size=settings.batch_size,
         max_prompt_length=ppo.max_prompt_length,
         layout=layout,
+        before_batch=lambda: stop_if_asked("the same command begins the evaluation anew"),
     )
 
 

@@ -4,7 +4,6 @@ Dimension key: B responses, P prompt tokens, T response tokens, L = P + T.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,14 +11,13 @@ import jax
 import jax.numpy as jnp
 
 from ppo_jax.advantages import gae, whiten
-from ppo_jax.distributions import token_logprobs
 from ppo_jax.kl import kl_estimate
 from ppo_jax.losses import explained_variance
 from ppo_jax.masking import last_token_index
 from ppo_jax.networks import Network
 from ppo_jax.partition import merge_params
 from ppo_jax.rewards import missing_eos_scores, token_rewards
-from ppo_jax.rollout import response_outputs, rollout
+from ppo_jax.rollout import response_outputs, response_statistics, rollout
 from ppo_jax.sampling import Sampling
 from ppo_jax.structs import (
     Experience,
@@ -130,15 +128,22 @@ def make_experience(
     mask, numbers = rollout.response_mask, hyperparameters
     policy_inputs = rollout.tokens if networks.trunk is None else rollout.hidden
     value_inputs = rollout.hidden if networks.value_on_trunk else rollout.tokens
-    outputs = functools.partial(response_outputs, mask=rollout.mask, response_length=mask.shape[1])
-    ref_params = merge_params(frozen.policy, frozen.ref_policy)
-    ref_logprobs = token_logprobs(
-        outputs(networks.policy, ref_params, policy_inputs),
+    ref_logprobs, _ = response_statistics(
+        networks.policy,
+        merge_params(frozen.policy, frozen.ref_policy),
+        policy_inputs,
+        rollout.mask,
         rollout.response_tokens,
         temperature=numbers.temperature,
     )
-    value_params = merge_params(frozen.value, state.value_params)
-    values = jnp.where(mask, outputs(networks.value, value_params, value_inputs), 0.0)
+    values = response_outputs(
+        networks.value,
+        merge_params(frozen.value, state.value_params),
+        value_inputs,
+        rollout.mask,
+        response_length=mask.shape[1],
+    )
+    values = jnp.where(mask, values, 0.0)
     rewards, metrics = response_rewards(rollout, scores, ref_logprobs, state, numbers, recipe)
     advantages, returns = gae(
         rewards, values, mask, gamma=numbers.gamma, gae_lambda=numbers.gae_lambda

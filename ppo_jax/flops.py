@@ -8,6 +8,9 @@ H heads, G key/value heads, K head size, F feed-forward, V vocabulary, P prompt 
 tokens.
 """
 
+import math
+
+from ppo_jax.chunks import chunk_shape
 from ppo_jax.shapes import ModelConfig
 
 
@@ -109,6 +112,7 @@ def scoring_flops(
     sequences: int,
     prompt_length: int,
     response_length: int,
+    logits_chunk: int = 0,
 ) -> int:
     """Reference and critic over P + T - 1 positions, the reward model over P + T; T outputs each.
 
@@ -119,13 +123,14 @@ def scoring_flops(
         sequences: N.
         prompt_length: P.
         response_length: T.
+        logits_chunk: see `filled_outputs`.
     """
     length = prompt_length + response_length
     total = 0
-    for config, positions, head in (
-        (policy, length - 1, "logits"),
-        (value, length - 1, "scalar"),
-        (reward, length, "scalar"),
+    for config, positions, head, chunk in (
+        (policy, length - 1, "logits", logits_chunk),
+        (value, length - 1, "scalar", 0),
+        (reward, length, "scalar", 0),
     ):
         if config is not None:
             total += forward_flops(
@@ -133,7 +138,7 @@ def scoring_flops(
                 sequences=sequences,
                 positions=positions,
                 attended=positions,
-                outputs=response_length,
+                outputs=filled_outputs(response_length, chunk),
                 head=head,
             )
     return total
@@ -147,14 +152,25 @@ def update_flops(
     prompt_length: int,
     response_length: int,
     num_epochs: int,
+    logits_chunk: int = 0,
 ) -> int:
     """num_epochs x (training of the policy + training of the critic) over P + T - 1 positions.
 
-    The same for any number of minibatches and micro-batches. All layers are trained.
+    The same for any number of minibatches and micro-batches. All layers are trained. Logits in
+    chunks are computed once more in the backward pass.
     """
-    positions = prompt_length + response_length - 1
-    where = dict(sequences=sequences, positions=positions, outputs=response_length)
+    where = dict(sequences=sequences, positions=prompt_length + response_length - 1)
+    outputs = filled_outputs(response_length, logits_chunk)
+    again = sequences * outputs * head_flops(policy, "logits") if logits_chunk else 0
     return num_epochs * (
-        training_flops(policy, head="logits", **where)
-        + training_flops(value, head="scalar", **where)
+        training_flops(policy, head="logits", outputs=outputs, **where)
+        + again
+        + training_flops(value, head="scalar", outputs=response_length, **where)
     )
+
+
+def filled_outputs(response_length: int, logits_chunk: int) -> int:
+    """Positions that have logits: T, filled up to whole chunks."""
+    if not logits_chunk:
+        return response_length
+    return math.prod(chunk_shape(response_length, logits_chunk))

@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from ppo_jax.batches import encode_prompts, take_prompts
 from ppo_jax.config import PPOSettings
 from ppo_jax.models import Model, describe_stage
 from ppo_jax.networks import ModelConfig, policy_network
-from ppo_jax.processes import stop_if_asked
 from ppo_jax.rollout import rollout
 from ppo_jax.sampling import Sampling, choose
 from ppo_jax.sharding import Layout, fetch, one_device
@@ -111,6 +110,7 @@ def generate(
     batch_size: int,
     max_prompt_length: int,
     layout: Layout | None = None,
+    before_batch: Callable[[], None] | None = None,
 ) -> tuple[list[str], list[Rollout]]:
     """Sample a response to each prompt.
 
@@ -125,13 +125,13 @@ def generate(
         batch_size: prompts at a time.
         max_prompt_length: tokens; a longer prompt is an error.
         layout: of the rollout; None is the first device.
+        before_batch: called before each batch; it may end the process.
 
     Returns:
         (N responses, the rollouts of the batches; the last is filled up with prompt 0).
 
     Raises:
         ValueError: the model is no policy, or a prompt is too long or has no token.
-        SystemExit: see `stop_if_asked`.
     """
     if model.kind != "policy":
         raise ValueError("model must be a policy to generate text, got a reward model")
@@ -145,7 +145,8 @@ def generate(
     pieces = layout.pieces("batch")
     batch_size = -(-batch_size // pieces) * pieces
     for begin in range(0, len(prompts), batch_size):
-        stop_if_asked()
+        if before_batch is not None:
+            before_batch()
         numbers = np.arange(begin, begin + batch_size)
         chosen = np.where(numbers < len(prompts), numbers, 0)
         batch, numbers = layout.put_rows((take_prompts(rows, chosen), numbers))

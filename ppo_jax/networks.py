@@ -1,7 +1,7 @@
 """Networks as plain functions.
 
-A network is the four functions of `Network`. Ours are Transformers; a network of your own (NNX,
-Equinox, plain JAX) takes part in everything by giving the same four.
+A network is the functions of `Network`. Ours are Transformers; a network of your own (NNX, Equinox,
+plain JAX) takes part in everything by giving the first four.
 
 `constrain` of the functions here pins how arrays lie on a mesh by their logical axes (see `axes`
 and `sharding.Layout`); by default it does nothing.
@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from ppo_jax.attention import KVCache, refill_cache
 from ppo_jax.axes import CACHE, Constrain, uncut
+from ppo_jax.chunks import chunked_token_statistics
 from ppo_jax.shapes import ModelConfig, RopeScaling
 from ppo_jax.transformer import Params, Transformer
 
@@ -37,7 +38,7 @@ __all__ = [
 
 
 class Network(NamedTuple):
-    """A network as four functions.
+    """A network as functions: the first four are a policy, the others save time or memory.
 
     `inputs` is tokens [B, L] int32, or, for a network that starts above a frozen trunk, the hidden
     states [B, L, D] that the trunk gives. `mask` [B, L] bool is True on real positions; padding may
@@ -54,6 +55,9 @@ class Network(NamedTuple):
       `fresh`, the cache of some prompts, holds of prompt source[b], or goes on where that is -1.
       Needed where `Sampling` has fewer slots than responses, or several samples of a prompt; the
       cache must then hold a sequence of its length wherever it begins (ours is a ring).
+    - `token_statistics(params, inputs, mask, tokens, temperature, *, start=0) -> (logprobs,
+      entropies)`: what `distributions.token_statistics` gives for the logits of `apply` and
+      tokens [B, L - start], without holding all of the logits.
 
     Value and reward networks need the first two only.
 
@@ -68,10 +72,11 @@ class Network(NamedTuple):
     init_cache: Callable[[int, int], Any] | None = None
     decode: Callable[..., tuple[jax.Array, Any]] | None = None
     refill: Callable[[Any, Any, jax.Array], Any] | None = None
+    token_statistics: Callable[..., tuple[jax.Array, jax.Array]] | None = None
 
 
 def make_network(config, start, end, head, constrain, head_std=0.0) -> Network:
-    """The four functions of one Transformer module."""
+    """The functions of one Transformer module."""
     module = Transformer(config, start, end, head, head_std, constrain)
 
     def init(key):
@@ -126,10 +131,33 @@ def check_inputs(config, start_layer, inputs, mask):
 
 
 def policy_network(
-    config: ModelConfig, *, start_layer: int | None = None, constrain: Constrain = uncut
+    config: ModelConfig,
+    *,
+    start_layer: int | None = None,
+    constrain: Constrain = uncut,
+    logits_chunk: int = 0,
 ) -> Network:
-    """Tokens (or hidden states after `start_layer` layers) to logits, float32."""
-    return make_network(config, start_layer, config.num_layers, "logits", constrain)
+    """Tokens (or hidden states after `start_layer` layers) to logits, float32.
+
+    With a `logits_chunk` its `token_statistics` hold the logits of so many positions at a time, and
+    compute them again in the backward pass.
+    """
+    network = make_network(config, start_layer, config.num_layers, "logits", constrain)
+    if not logits_chunk:
+        return network
+    module = Transformer(config, start_layer, config.num_layers, "logits", constrain=constrain)
+
+    def token_statistics(params, inputs, mask, tokens, temperature, *, start=0):
+        check_inputs(config, start_layer, inputs, mask)
+
+        def read(*head):
+            return chunked_token_statistics(
+                *head, tokens, temperature=temperature, chunk=logits_chunk
+            )
+
+        return module.apply({"params": params}, inputs, mask, None, None, start, read)[0]
+
+    return network._replace(token_statistics=token_statistics)
 
 
 def reward_network(

@@ -55,7 +55,8 @@ def phases(config: Config, models: Models, layouts: tuple[Layout, Layout]) -> li
         layouts: of the updates, and of the rollout; their devices may be described ones.
     """
     s, layout = config.ppo, layouts[0]
-    networks = make_networks(models.policy, models.critic, models.reward, (None,) * 3, layouts)
+    shapes = models.policy, models.critic, models.reward
+    networks = make_networks(*shapes, (None,) * 3, layouts, s.logits_chunk)
     args = Arguments(config, networks, layout)
     parts = dict(networks=networks, recipe=make_recipe(s, make_sampling(s)))
     rows, whole = layout.rows, layout.whole
@@ -74,7 +75,8 @@ def phases(config: Config, models: Models, layouts: tuple[Layout, Layout]) -> li
             update, args.experience, args.key, donate_argnums=0, out_shardings=(state_lies, whole)
         ),
     }
-    with_again, once = analytic_flops(s, models), analytic_flops(s, without_remat(models))
+    at_once = dataclasses.replace(s, logits_chunk=0)
+    with_again, once = analytic_flops(s, models), analytic_flops(at_once, without_remat(models))
     trips = {"rollout": s.response_length}
     return [
         Phase(
@@ -190,8 +192,14 @@ def analytic_flops(settings: PPOSettings, models: Models) -> dict[str, int]:
         "rollout": flops.rollout_flops(
             models.policy, samples_per_prompt=s.samples_per_prompt, **where
         ),
-        "scoring": flops.scoring_flops(models.policy, models.critic, models.reward, **where),
+        "scoring": flops.scoring_flops(
+            models.policy, models.critic, models.reward, logits_chunk=s.logits_chunk, **where
+        ),
         "update": flops.update_flops(
-            models.policy, models.critic, num_epochs=s.num_epochs, **where
+            models.policy,
+            models.critic,
+            num_epochs=s.num_epochs,
+            logits_chunk=s.logits_chunk,
+            **where,
         ),
     }

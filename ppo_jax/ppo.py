@@ -6,7 +6,6 @@ Dimension key: B responses, T response tokens.
 import jax
 import jax.numpy as jnp
 
-from ppo_jax.distributions import entropy, token_logprobs
 from ppo_jax.experience import (
     PPONetworks,
     Recipe,
@@ -18,7 +17,7 @@ from ppo_jax.kl import adaptive_kl_coef
 from ppo_jax.losses import ppo_loss
 from ppo_jax.optimizer import apply_gradients, init_optimizer, schedule
 from ppo_jax.partition import merge_params
-from ppo_jax.rollout import response_outputs
+from ppo_jax.rollout import response_outputs, response_statistics
 from ppo_jax.steps import accumulate
 from ppo_jax.structs import (
     Experience,
@@ -61,7 +60,7 @@ def experience_loss(
     Args:
         params: {"policy": trained leaves, "value": trained leaves}.
         experience: B responses.
-        hyperparameters: the numbers; temperature > 0, at 0 the loss is NaN.
+        hyperparameters: the numbers; a temperature of 0 counts as 1.
         frozen: the leaves that are not trained.
         networks: the networks.
         normalizer: [] float, the response tokens to divide by; by default those of this piece.
@@ -70,12 +69,13 @@ def experience_loss(
         (loss, metrics).
     """
     e, mask = experience, experience.response_mask
-    logits = response_outputs(
+    logprobs, entropies = response_statistics(
         networks.policy,
         merge_params(frozen.policy, params["policy"]),
         e.policy_inputs,
         e.mask,
-        response_length=mask.shape[1],
+        e.response_tokens,
+        temperature=hyperparameters.temperature,
     )
     values = response_outputs(
         networks.value,
@@ -85,9 +85,9 @@ def experience_loss(
         response_length=mask.shape[1],
     )
     return ppo_loss(
-        token_logprobs(logits, e.response_tokens, temperature=hyperparameters.temperature),
+        logprobs,
         values,
-        entropy(logits / hyperparameters.temperature),
+        entropies,
         mask,
         old_logprobs=e.logprobs,
         old_values=e.values,

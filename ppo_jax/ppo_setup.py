@@ -108,6 +108,7 @@ def make_networks(
     reward: ModelConfig | None,
     starts: tuple[int | None, int | None, int | None],
     layouts: tuple[Layout, Layout],
+    logits_chunk: int = 0,
 ) -> PPONetworks:
     """The networks of a run.
 
@@ -117,6 +118,7 @@ def make_networks(
         reward: shape of the reward model, or None with a reward function.
         starts: the layer at which each of the three starts above the trunk; None reads tokens.
         layouts: of the updates, and of the rollout.
+        logits_chunk: see `policy_network`.
     """
     layout, of_rollout = layouts
     start, value_start, reward_start = starts
@@ -128,7 +130,9 @@ def make_networks(
         return trunk_network(policy, end_layer=start, constrain=constrain)
 
     return PPONetworks(
-        policy=policy_network(policy, start_layer=start, constrain=constrain),
+        policy=policy_network(
+            policy, start_layer=start, constrain=constrain, logits_chunk=logits_chunk
+        ),
         value=value_network(critic, start_layer=value_start, constrain=constrain),
         reward=reward and reward_network(reward, start_layer=reward_start, constrain=constrain),
         trunk=trunk(constrain),
@@ -183,7 +187,12 @@ def make_setup(
     starts = (start, value_start, reward_start)
     setup = Setup(
         networks=make_networks(
-            policy.config, critic.config, reward and reward.config, starts, layouts
+            policy.config,
+            critic.config,
+            reward and reward.config,
+            starts,
+            layouts,
+            settings.logits_chunk,
         ),
         recipe=make_recipe(settings, make_sampling(vars(settings), policy.tokenizer)),
         hyperparameters=layout.put_whole(make_hyperparameters(settings)),

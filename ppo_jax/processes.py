@@ -1,6 +1,7 @@
 """Several processes as one program: who writes, who waits, and how all end together.
 
-The run's folder is one that all processes see. Everything here is a no-op in a run of one process.
+The run's folder is one that all processes see. In a run of one process `from_first` just calls,
+nothing waits, and nobody is asked to stop here.
 """
 
 import contextlib
@@ -11,6 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 import jax
@@ -21,11 +23,16 @@ T = TypeVar("T")
 HEARTBEAT_S = 20  # without a sign of life from a process for so long, the others end
 # Processes wait for each other without a limit, which a collective has: one that dies ends all.
 NO_LIMIT_MS = 365 * 24 * 3600 * 1000
+POLL_S = 1  # how soon Ctrl-C is heard by a process that waits
 FAREWELL_MS = 10_000  # the time to hear of a failure before the process that failed is gone
 STOPS = {signal.SIGTERM: 143, signal.SIGINT: 130}  # signal: exit code of a run that was saved
 CALLS = itertools.count(1)  # the same on all processes, without gaps: jax waits for the next one
 TURNS = itertools.count(1)  # of `from_first`, the same on all processes
 ALONE = threading.Event()  # set on process 0 while the others wait in `from_first`
+
+
+class NotTogether(ValueError):
+    """The processes do not do the same: nothing is wrong with what they read or write."""
 
 
 def join(coordinator: str | None, num_processes: int | None, process_id: int | None):
@@ -76,7 +83,23 @@ def wait_for_all(where: str):
         where: a name that no other call has.
     """
     if are_several():
-        distributed.global_state.client.wait_at_barrier(f"ppo_jax/{where}", NO_LIMIT_MS)
+        _wait(distributed.global_state.client.wait_at_barrier, f"ppo_jax/{where}")
+
+
+def need_all(what: str):
+    """Refuse in `from_first` what all processes must do: process 0 would wait for ever.
+
+    Args:
+        what: the beginning of the message, for instance "FOLDER must be saved".
+
+    Raises:
+        NotTogether: the others wait until this process has ended what it does for all.
+    """
+    if ALONE.is_set():
+        raise NotTogether(
+            f"{what} by all processes, not by process 0 alone, as judges and `prepare` are "
+            "called; the function that evaluate.judges names is called by all"
+        )
 
 
 def from_first(do: Callable[..., T], *args: Any, **kwargs: Any) -> T:
@@ -92,46 +115,72 @@ def from_first(do: Callable[..., T], *args: Any, **kwargs: Any) -> T:
 
     Raises:
         SystemExit: on all processes, if it ends process 0 so.
-        ValueError: on the others, if anything else is raised on process 0, be it Ctrl-C.
+        NotTogether: on the others, if anything else is raised on process 0, be it Ctrl-C, or if
+            process 0 has called another function.
     """
     if not are_several():
         return do(*args, **kwargs)
     turn = f"turn {next(TURNS)}"
-    wait_for_all(turn)
+    name = getattr(do, "__qualname__", type(do).__qualname__)
     if is_first():
-        return _tell(turn, lambda: do(*args, **kwargs))
-    told = distributed.global_state.client.blocking_key_value_get_bytes(turn, NO_LIMIT_MS)
-    given, error = pickle.loads(told)
+        return _tell(turn, name, lambda: do(*args, **kwargs))
+    wait_for_all(turn)
+    get = distributed.global_state.client.blocking_key_value_get_bytes
+    called, given, error = pickle.loads(_wait(get, f"ppo_jax/{turn}"))
     if error is not None:
         _part(turn)
+    if called != name:
+        me = f"process {jax.process_index()}"
+        raise NotTogether(
+            f"{me} waits for {name}, but process 0 has called {called}: all processes must make "
+            "the same calls in the same order"
+        )
+    if error is not None:
         raise error
     return given
 
 
-def _tell(turn: str, do: Callable[[], T]) -> T:
-    """Do it, and tell the others what came of it, whatever that is."""
+def _tell(turn: str, name: str, do: Callable[[], T]) -> T:
+    """Do it when all are here, and tell the others what came of it, whatever that is."""
     client = distributed.global_state.client
-    ALONE.set()
     try:
+        wait_for_all(turn)
+        ALONE.set()
         given = do()
-        told = pickle.dumps((given, None))
+        told = pickle.dumps((name, given, None))
     except BaseException as error:  # a user's code may call sys.exit, or be interrupted
-        failed: BaseException = ValueError("process 0 has failed, and says why")
+        failed: BaseException = NotTogether("process 0 has failed, and says why")
         if isinstance(error, SystemExit):  # all leave properly, with the same exit code
-            failed = SystemExit(error.code)
-        client.key_value_set_bytes(turn, pickle.dumps((None, failed)))
+            failed = SystemExit(error.code if isinstance(error.code, int | str | None) else 1)
+        client.key_value_set_bytes(f"ppo_jax/{turn}", pickle.dumps((name, None, failed)))
         _part(turn)
         raise
     finally:
         ALONE.clear()
-    client.key_value_set_bytes(turn, told)
+    client.key_value_set_bytes(f"ppo_jax/{turn}", told)
     return given
+
+
+def _wait(call: Callable[[str, int], T], name: str) -> T:
+    """`call(name, no limit)` in a thread: inside of it Ctrl-C would not be heard."""
+    done: Future = Future()
+
+    def wait():
+        try:
+            done.set_result(call(name, NO_LIMIT_MS))
+        except Exception as error:
+            done.set_exception(error)
+
+    threading.Thread(target=wait, daemon=True).start()
+    while True:
+        with contextlib.suppress(TimeoutError):
+            return done.result(timeout=POLL_S)
 
 
 def _part(turn: str):
     """All know of a failure before process 0 goes, and the connection to it with it."""
     with contextlib.suppress(jax.errors.JaxRuntimeError):
-        distributed.global_state.client.wait_at_barrier(f"{turn} failed", FAREWELL_MS)
+        distributed.global_state.client.wait_at_barrier(f"ppo_jax/{turn} failed", FAREWELL_MS)
 
 
 def preempted() -> bool:
@@ -143,19 +192,23 @@ def preempted() -> bool:
     return are_several() and multihost_utils.reached_preemption_sync_point(next(CALLS))
 
 
-def stop_if_asked():
+def stop_if_asked(told: str = "nothing is lost; the same command goes on"):
     """End here if some process was asked to stop: where nothing has to be saved.
 
     It is asked after the data and after the base model are made, before each stage, and before
-    each batch and after the judges of an evaluation; the steps of training ask `preempted`. What
-    lies between two such places (a user's `prepare`, the reading of data and models, a
-    compilation) is not broken off: a SIGTERM that comes meanwhile waits for the next.
+    each batch of responses of an evaluation; the steps of training ask `preempted`. What lies
+    between two such places (a user's `prepare`, the reading of data and models, a compilation) is
+    not broken off: a SIGTERM that comes meanwhile waits for the next. Judges that were asked are
+    not asked in vain: from there on an evaluation comes to its end.
+
+    Args:
+        told: what is left, and what the same command will do.
 
     Raises:
         SystemExit: with code 143, on all processes at the same call.
     """
     if preempted():
-        print("stopped by SIGTERM, nothing is lost; the same command goes on", flush=True)
+        print(f"stopped by SIGTERM, {told}", flush=True)
         sys.exit(STOPS[signal.SIGTERM])
 
 

@@ -8,6 +8,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from ppo_jax.distributions import token_statistics
 from ppo_jax.networks import Network
 from ppo_jax.sampling import Sampling
 from ppo_jax.slots import Engine
@@ -127,3 +128,36 @@ def response_outputs(
     """
     start = mask.shape[1] - response_length - 1
     return network.apply(params, inputs[:, :-1], mask[:, :-1], start=start)
+
+
+def response_statistics(
+    network: Network,
+    params: Params,
+    inputs: jax.Array,
+    mask: jax.Array,
+    tokens: jax.Array,
+    *,
+    temperature: jax.Array | float = 1.0,
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probability of each response token, and the entropy of the distribution it is from.
+
+    By the network's own `token_statistics` where it has them, else from all logits at once.
+
+    Args:
+        network: a policy.
+        params: its parameters.
+        inputs: [B, L] int32 tokens or [B, L, D] hidden states, the response in the last T.
+        mask: [B, L] bool.
+        tokens: [B, T] int32, the response.
+        temperature: divides the logits; 0 counts as 1.
+
+    Returns:
+        (logprobs, entropies in nats), each [B, T] float32, undefined where mask is False.
+    """
+    if network.token_statistics is None:
+        logits = response_outputs(network, params, inputs, mask, response_length=tokens.shape[1])
+        return token_statistics(logits, tokens, temperature=temperature)
+    start = mask.shape[1] - tokens.shape[1] - 1
+    return network.token_statistics(
+        params, inputs[:, :-1], mask[:, :-1], tokens, temperature, start=start
+    )

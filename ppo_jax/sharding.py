@@ -16,6 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ppo_jax.axes import Axes, parameter_axes
 from ppo_jax.leaves import named_leaves
+from ppo_jax.processes import need_all
 from ppo_jax.typed import Check
 
 MESH_AXES = ("data", "fsdp", "model")
@@ -182,8 +183,7 @@ class Layout:
         return jax.tree.unflatten(jax.tree.structure(tree), shardings)
 
     def put(self, tree: Any) -> Any:
-        """Parameters, or a state that holds some, in their pieces; numpy leaves of all processes
-        hold the same."""
+        """Parameters, or a state that holds some, in their pieces; numpy ones are equal on all."""
         return jax.tree.map(place, tree, self.shardings(tree))
 
     @property
@@ -209,8 +209,7 @@ class Layout:
         return self.put_whole(jax.random.fold_in(jax.random.key(seed), step))
 
     def fill_up(self, rows: np.ndarray, multiple: int = 1) -> np.ndarray:
-        """The rows, and their first again until they are a multiple of a number and the mesh can
-        cut them into equal pieces."""
+        """The rows, and their first again until a number and the mesh's pieces divide them."""
         lacking = -len(rows) % math.lcm(multiple, self.pieces("batch"))
         return np.concatenate([rows, np.repeat(rows[:1], lacking)])
 
@@ -231,13 +230,16 @@ class Layout:
 
 
 def fetch(tree: Any) -> Any:
-    """Arrays as numpy, whole, on every process: for what is small.
+    """Arrays as numpy, whole, on every process: for what is small. A leaf that lies on several
+    processes is fetched by all of them together, any other by this one alone."""
 
-    What lies on this process's devices alone is fetched without the others.
-    """
-    if all(leaf.is_fully_addressable for leaf in jax.tree.leaves(tree)):
-        return jax.device_get(tree)
-    return multihost_utils.process_allgather(tree, tiled=True)
+    def whole(leaf: Any) -> Any:
+        if getattr(leaf, "is_fully_addressable", True):  # so are numpy and numbers
+            return leaf
+        need_all("an array of several processes must be fetched")
+        return multihost_utils.process_allgather(leaf, tiled=True)
+
+    return jax.device_get(jax.tree.map(whole, tree))
 
 
 def own_rows(x: jax.Array) -> tuple[np.ndarray, np.ndarray]:
@@ -288,9 +290,7 @@ def abstract(layout: Layout, init: Callable[..., Any], *args: Any) -> Any:
     """The shapes, dtypes and shardings of what `init_in_pieces` would make."""
     shapes = jax.eval_shape(init, *args)
     lies = layout.shardings(shapes)
-    return jax.tree.map(
-        lambda x, lie: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=lie), shapes, lies
-    )
+    return jax.tree.map(lambda x, lie: x.update(sharding=lie), shapes, lies)
 
 
 def init_in_pieces(layout: Layout, init: Callable[..., Any], *args: Any) -> Any:

@@ -14,6 +14,8 @@ from typing import TypeVar
 
 import jax
 
+from ppo_jax.processes import NotTogether
+
 T = TypeVar("T")
 UNFINISHED = ".orbax-checkpoint-tmp"
 STEP_FOLDER = re.compile(rf"(\d+)({re.escape(UNFINISHED)}.*)?")
@@ -21,6 +23,10 @@ STEP_FOLDER = re.compile(rf"(\d+)({re.escape(UNFINISHED)}.*)?")
 
 class Mismatch(ValueError):
     """The checkpoint is whole, but not what the caller asks for: never a reason to pass it over."""
+
+
+# Neither is a device without memory, or another process that has failed.
+NOT_DAMAGED = (Mismatch, NotTogether, MemoryError, jax.errors.JaxRuntimeError)
 
 
 def step_folders(directory: Path) -> list[tuple[int, Path]]:
@@ -43,7 +49,7 @@ def newest_readable(directory: Path, read: Callable[[int, Path], T]) -> tuple[in
             continue
         try:
             return step, read(step, path)
-        except (Mismatch, MemoryError, jax.errors.JaxRuntimeError):
+        except NOT_DAMAGED:
             raise  # the checkpoint may be whole: passing it over would lose work
         except Exception as error:  # Orbax has no common error for damaged files
             damaged.append(f"  {step}: {reason(error)}")
@@ -56,14 +62,14 @@ def newest_readable(directory: Path, read: Callable[[int, Path], T]) -> tuple[in
 
 
 @contextlib.contextmanager
-def damage_named(what: str) -> Iterator[None]:
-    """Errors say of what they are; those of a whole checkpoint do already."""
+def damage_named(what: str, advice: str = "") -> Iterator[None]:
+    """Errors say of what they are, and what can be done; those that are no damage stay."""
     try:
         yield
-    except (Mismatch, MemoryError):
+    except NOT_DAMAGED:
         raise
     except Exception as error:
-        raise ValueError(f"{what} cannot be read: {reason(error)}") from error
+        raise ValueError(f"{what} cannot be read: {reason(error)}{advice}") from error
 
 
 def reason(error: Exception) -> str:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from ppo_jax.attention import attend, rotate, visible
 from ppo_jax.axes import HIDDEN, KERNELS, TABLES, Constrain, gathered, uncut
+from ppo_jax.linear import product
 from ppo_jax.shapes import ModelConfig
 
 Params = dict[str, Any]
@@ -61,7 +62,7 @@ class Projection(nn.Module):
         kernel = self.param("kernel", nn.initializers.normal(self.std), (*in_shape, *self.shape))
         kernel = self.constrain(kernel.astype(x.dtype), gathered(before + after))
         kernel = kernel.reshape(math.prod(in_shape), math.prod(self.shape))
-        y = x.reshape(*x.shape[: x.ndim - self.num_in], -1) @ kernel
+        y = product(x.reshape(*x.shape[: x.ndim - self.num_in], -1), kernel)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, self.shape).astype(x.dtype)
             y = y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
@@ -201,18 +202,27 @@ class Embedding(nn.Module):
         values = jnp.asarray(getattr(self, name)).astype(self.config.dtype)
         return self.constrain(values, gathered(TABLES[name]))
 
-    def logits(self, x_BSD):
-        logits = jnp.einsum(
-            "BSD,VD->BSV", x_BSD, self.table("tokens"), preferred_element_type=jnp.float32
-        )
-        return self.constrain(logits, ("batch", None, "vocab"))
+
+class Head(nn.Module):
+    """The matrix of the logits where it is not the token table."""
+
+    config: ModelConfig
+    constrain: Constrain = uncut
+
+    @nn.compact
+    def __call__(self):
+        shape = (self.config.embed_dim, self.config.vocab_size)
+        kernel = self.param("kernel", nn.initializers.normal(0.02), shape)
+        return self.constrain(kernel.astype(self.config.dtype), gathered(sum(KERNELS["head"], ())))
 
 
 class Transformer(nn.Module):
     """Layers `start` to `end` with what belongs below and above them.
 
     `start=None` begins with tokens, a number with the hidden states after that many layers.
-    `head` is "logits", "scalar" or "none" (hidden states, no final norm).
+    `head` is "logits", "scalar" or "none" (hidden states, no final norm). With "logits", `read`
+    may take (the map (weights, hidden states) -> logits, weights, hidden states) and give what is
+    wanted of the logits.
     """
 
     config: ModelConfig
@@ -223,7 +233,7 @@ class Transformer(nn.Module):
     constrain: Constrain = uncut
 
     @nn.compact
-    def __call__(self, inputs, mask_BS, segments_BS, cache, output_start):
+    def __call__(self, inputs, mask_BS, segments_BS, cache, output_start, read=None):
         c = self.config
         allowed_BSC, cache = visible(mask_BS, segments_BS, cache)
         # A token sees itself and all real ones of its text before it: counting them places it.
@@ -243,17 +253,25 @@ class Transformer(nn.Module):
         x, caches = layers(x, caches, positions, allowed_BSC, index)
         if cache is not None:
             cache = cache.replace(layers=caches, index=cache.index + mask_BS.shape[1])
-        return self.finish(x[:, output_start:], embed), cache
+        return self.finish(x[:, output_start:], embed, read or all_logits), cache
 
-    def finish(self, x_BSD, embed):
+    def finish(self, x_BSD, embed, read):
         if self.head == "none":
             return x_BSD
         x_BSD = Norm(self.config, name="final_norm")(x_BSD)
         if self.head == "scalar":
             project = Projection((1,), True, 1, self.head_std, self.constrain, name="head")
             return project(x_BSD.astype(jnp.float32))[..., 0]
-        if self.config.tie_embeddings:
-            return embed.logits(x_BSD)
-        width = self.config.vocab_size
-        project = Projection((width,), False, constrain=self.constrain, name="head")
-        return project(x_BSD).astype(jnp.float32)
+        tied, constrain = self.config.tie_embeddings, self.constrain
+        weights = embed.table("tokens") if tied else Head(self.config, constrain, name="head")()
+
+        def logits(weights, x_BSD):
+            # Arrays alone, no Module: it may run in a scan.
+            found = product(x_BSD, weights.T, "float32") if tied else product(x_BSD, weights)
+            return constrain(found, ("batch", None, "vocab"))
+
+        return read(logits, weights, x_BSD)
+
+
+def all_logits(logits, weights, x_BSD):
+    return logits(weights, x_BSD).astype(jnp.float32)

@@ -21,6 +21,68 @@ def test_an_unknown_subcommand_is_told_the_known_ones(arguments, told):
     assert done.stderr.strip().endswith(told) and "'scaling'" in done.stderr
 
 
+TINY = ["--hidden=16", "--layers=1", "--heads=2", "--vocab=64", "--batch=4", "--prompt-len=4"]
+TINY += ["--response-len=8", "--num-epochs=2", "--num-minibatches=2", "--repeats=2"]
+
+
+def last_line(done):
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2"])
+def test_an_iteration_tells_all_of_its_figures(family):
+    found = last_line(benchmark("iteration", f"--family={family}", *TINY))
+    promised = (
+        "cpu_seconds_per_iter wall_seconds_per_iter rollout_cpu_seconds score_cpu_seconds "
+        "update_cpu_seconds rollout_tokens_per_cpu_second update_matmul_utilisation peak_rss_mb "
+        "compile_seconds model_flops matmul_peak_flops utilisation"
+    )
+    assert all(found[name] > 0 for name in promised.split())
+    assert found["arguments"]["family"] == family and found["arguments"]["response_len"] == 8
+
+
+@pytest.mark.slow
+def test_slots_stand_beside_static_batches():
+    found = last_line(benchmark("rollout", "--lengths=geometric:4", "--num-prompts=12", *TINY))
+    assert 12 <= found["useful_tokens"] <= 12 * 8 and found["cpu_seconds"] > 0
+    assert 3 < found["decode_steps_of_static_batches"] <= 3 * 8
+    assert found["times_the_useful_tokens_of_static_batches"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--lengths=normal:3"], "--lengths must be fixed or geometric:MEAN, got 'normal:3'"),
+        (["--lengths=geometric:4", "--num-prompts=5"], "a multiple of --batch, got 5"),
+        (["--threads=4096"], "--threads must be at most"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(arguments, told):
+    done = benchmark("rollout", *TINY, *arguments)
+    assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--chips=5"], "--chips must be powers of two from 4 to 256, got '5'"),
+        (["--chips="], "--chips must be powers of two"),
+        (["--rows=0"], "--rows must be one to four numbers from 1 on, got '0'"),
+        (["--plot=none/x.png"], "--plot must be in a folder that exists, got 'none/x.png'"),
+    ],
+)
+def test_what_cannot_be_compiled_is_refused_at_once(arguments, told):
+    done = benchmark("scaling", "--config=configs/pod.py", *arguments)
+    assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr
+
+
+def test_every_subcommand_tells_its_flags():
+    for name, flag in (("iteration", "--num_epochs"), ("scaling", "--rows")):
+        assert flag in benchmark(name, "--help").stdout
+
+
 @pytest.mark.slow
 def test_flops_a_chip_are_the_same_on_more_chips(tmp_path):
     """With libtpu, in a process of its own."""

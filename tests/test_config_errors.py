@@ -58,6 +58,7 @@ BAD = [
     ("reward.pairs_per_batch", 0, "> 0"),
     ("ppo.samples_per_prompt", 3, "multiple of samples_per_prompt (3)"),
     ("ppo.samples_per_prompt", 0, "> 0"),
+    ("ppo.logits_chunk", -1, ">= 0"),
     ("ppo.slots", -1, "0, or a multiple of samples_per_prompt up to rollout_batch_size"),
     ("ppo.slots", 128, "up to rollout_batch_size (64), got 128"),
     ("ppo.refill", 4, "up to slots (0), got 4"),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ppo_jax.advantages import gae, whiten
-from ppo_jax.distributions import entropy, sample, token_logprobs
+from ppo_jax.distributions import entropy, sample, token_logprobs, token_statistics
 from ppo_jax.kl import adaptive_kl_coef, kl_estimate
 from ppo_jax.losses import (
     clipped_policy_loss,
@@ -59,6 +59,10 @@ def logprobs_of_tokens(logits, **numbers):
     return token_logprobs(logits, TOKENS, **numbers)
 
 
+def product_of_statistics(logits, **numbers):
+    return jnp.multiply(*token_statistics(logits, TOKENS, **numbers))
+
+
 def tokenwise(num, first_seed=0):
     return [array(first_seed + i, B, T) for i in range(num)]
 
@@ -99,6 +103,7 @@ CASES = [
     Case("preference_loss", preference_loss, [SCORES, array(13, B)], dict(margin=0.5)),
     Case("entropy", entropy, LOGITS, {}, [PADDED], masks_itself=False),
     Case("token_logprobs", logprobs_of_tokens, LOGITS, dict(temperature=0.7), [PADDED], False),
+    Case("token_statistics", product_of_statistics, LOGITS, dict(temperature=0.7), [PADDED], False),
 ]
 for kind in ("k1", "k2", "k3"):
     estimate = functools.partial(kl_estimate, kind=kind)

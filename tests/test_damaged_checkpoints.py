@@ -17,6 +17,7 @@ import pytest
 
 from ppo_jax import checkpoints as checkpoints_module
 from ppo_jax.checkpoints import Checkpoints, load_checkpoint_item, load_params, save_params
+from ppo_jax.processes import NotTogether
 from tests.tiny_state import (
     assert_identical,
     flip_a_bit,
@@ -28,6 +29,30 @@ from tests.tiny_state import (
 )
 
 UNFINISHED = ".orbax-checkpoint-tmp"
+
+
+def test_of_several_processes_a_step_that_cannot_be_loaded_is_an_error_with_advice(
+    tmp_path, monkeypatch
+):
+    save_all(tmp_path, [3, 6])
+    monkeypatch.setattr(checkpoints_module, "are_several", lambda: True)
+    assert restore(tmp_path)[1] == 6
+    shutil.rmtree(tmp_path / "6" / "state" / "d")
+    monkeypatch.setattr(checkpoints_module, "verify_checksums", lambda folder: None)
+    monkeypatch.setattr(checkpoints_module, "_verified", lambda step, path, verify: None)
+    with pytest.raises(ValueError, match=r"/6 cannot be read: .*; remove or rename that folder"):
+        restore(tmp_path)
+
+
+@pytest.mark.parametrize("error", [jax.errors.JaxRuntimeError, NotTogether, MemoryError])
+def test_what_is_no_damage_is_told_as_it_is(tmp_path, monkeypatch, error):
+    def fail(*args):
+        raise error("out of memory")
+
+    save_params(tmp_path / "params", make_state().policy_params)
+    monkeypatch.setattr(checkpoints_module, "_load", fail)
+    with pytest.raises(error, match="^out of memory"):
+        load_params(tmp_path / "params")
 
 
 @pytest.mark.filterwarnings("ignore:passed over")

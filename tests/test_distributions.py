@@ -5,7 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ppo_jax.distributions import _in_nucleus, _nucleus, entropy, sample, token_logprobs
+from ppo_jax.distributions import (
+    _in_nucleus,
+    _nucleus,
+    entropy,
+    sample,
+    token_logprobs,
+    token_statistics,
+)
 
 TEMPERATURES = [0.5, 0.7, 1.0, 2.0]
 
@@ -113,6 +120,98 @@ FILTERS = [
     dict(temperature=2.0, top_k=0, top_p=1.0, min_p=0.2),
     dict(temperature=1.5, top_k=5, top_p=0.7, min_p=0.25),
 ]
+
+
+STATISTICS = (2, 3, 11)
+CHOSEN = jnp.asarray(np.random.default_rng(21).integers(0, 11, size=STATISTICS[:-1]))
+WEIGHTS = [jnp.asarray(random_logits(22 + i, STATISTICS[:-1])) for i in range(2)]
+
+
+def plain_statistics(logits, tokens, *, temperature):
+    divisor = jnp.where(temperature == 0, 1.0, temperature)
+    scaled = logits.astype(jnp.float32) / divisor
+    return token_logprobs(logits, tokens, temperature=temperature), entropy(scaled)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def weighted(function, logits, temperature):
+    """(values of both statistics, gradients of a weighting of theirs)."""
+
+    def loss(logits, temperature):
+        found = function(logits, CHOSEN, temperature=temperature)
+        return sum(jnp.sum(w * x) for w, x in zip(WEIGHTS, found, strict=True)), found
+
+    gradients, found = jax.grad(loss, argnums=(0, 1), has_aux=True)(logits, temperature)
+    return found, gradients
+
+
+def statistics_logits(kind):
+    logits = jnp.asarray(random_logits(20, STATISTICS, scale=30.0 if kind == "peaked" else 3.0))
+    if kind == "impossible":  # none of them chosen
+        near = (jnp.arange(11)[None, None] - CHOSEN[..., None]) % 11
+        logits = jnp.where((near == 1) | (near == 4), -jnp.inf, logits)
+    return logits.astype(jnp.bfloat16) if kind == "bfloat16" else logits
+
+
+@pytest.mark.parametrize("kind", ["plain", "peaked", "impossible", "bfloat16"])
+@pytest.mark.parametrize("temperature", [0.0, *TEMPERATURES])
+def test_token_statistics_and_their_gradients_are_those_of_the_plain_formulas(kind, temperature):
+    logits, temperature = statistics_logits(kind), jnp.float32(temperature)
+    found, (of_logits, of_temperature) = weighted(token_statistics, logits, temperature)
+    expected, (expected_grad, by_temperature) = weighted(plain_statistics, logits, temperature)
+    for x, y in zip(found, expected, strict=True):
+        assert x.dtype == jnp.float32
+        np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-6)
+    assert of_logits.dtype == logits.dtype
+    short = kind == "bfloat16"
+    np.testing.assert_allclose(
+        of_logits.astype(jnp.float32),
+        expected_grad.astype(jnp.float32),
+        rtol=2e-2 if short else 1e-5,
+        atol=2e-2 if short else 1e-5,
+    )
+    if kind == "impossible":  # autodiff gives NaN, as 0 x -inf
+        assert np.isfinite(of_logits).all() and np.isfinite(of_temperature)
+        assert not of_logits[logits == -jnp.inf].any()
+    else:
+        np.testing.assert_allclose(of_temperature, by_temperature, rtol=1e-4, atol=1e-4)
+
+
+def test_token_statistics_keep_the_logits_alone():
+    logits = statistics_logits("bfloat16")
+    _, pull = jax.vjp(lambda x: token_statistics(x, CHOSEN, temperature=0.7), logits)
+    kept = [x for x in jax.tree.leaves(pull) if x.size >= logits.size]
+    assert [(x.shape, x.dtype) for x in kept] == [(logits.shape, logits.dtype)]
+
+
+def test_token_statistics_stay_in_their_position_and_under_vmap():
+    logits, temperature = statistics_logits("plain"), jnp.float32(0.7)
+    expected = weighted(token_statistics, logits, temperature)
+    broken, (gradient, _) = weighted(token_statistics, logits.at[0, 1].set(jnp.nan), temperature)
+    elsewhere = np.ones(STATISTICS[:-1], bool)
+    elsewhere[0, 1] = False
+    for x, y in zip((*broken, gradient), (*expected[0], expected[1][0]), strict=True):
+        np.testing.assert_array_equal(x[elsewhere], y[elsewhere])
+        assert np.isnan(x[0, 1]).all()
+
+    temperatures = jnp.array([0.5, 0.7])
+    sweep = jax.vmap(lambda t: weighted(token_statistics, logits, t))(temperatures)
+    lane = jax.tree.map(lambda x: x[1], sweep)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), lane, expected
+    )
+
+
+def test_token_statistics_scatter_and_gather_nothing_of_the_size_of_the_logits():
+    gradient = jax.jit(lambda logits: weighted(token_statistics, logits, 0.7)[1][0])
+    text = gradient.lower(statistics_logits("plain")).as_text()
+    assert "scatter" not in text
+    assert (
+        "scatter"
+        in jax.jit(lambda logits: weighted(plain_statistics, logits, 0.7)[1][0])
+        .lower(statistics_logits("plain"))
+        .as_text()
+    )
 
 
 NUM_DRAWS = 5000

@@ -98,6 +98,22 @@ def test_an_update_is_counted_whatever_it_is_cut_into():
     assert measured(update, *args) == pytest.approx(expected, rel=0.01)
 
 
+def test_logits_in_chunks_are_computed_once_more():
+    chunk = 3  # of 8: the last is filled up
+    setup, numbers = tiny.setup(), tiny.hyperparameters()
+    config = tiny.model_config()
+    policy = policy_network(config, logits_chunk=chunk)
+    networks = setup.networks._replace(policy=policy)
+    update = functools.partial(
+        ppo.ppo_update, frozen=setup.frozen, networks=networks, recipe=tiny.recipe()
+    )
+    args = setup.start(numbers), fresh_experience(setup), numbers, jax.random.key(0)
+    where = dict(sequences=B, prompt_length=P, response_length=T, num_epochs=2)
+    expected = flops.update_flops(config, config, logits_chunk=chunk, **where)
+    assert expected > 1.01 * flops.update_flops(config, config, **where)
+    assert measured(update, *args) == pytest.approx(expected, rel=0.01)
+
+
 def test_scoring_is_the_reference_the_critic_and_the_reward_model():
     setup, numbers = tiny.setup(), tiny.hyperparameters()
     state, prompts = setup.start(numbers), tiny.prompts()

@@ -14,8 +14,8 @@ PACKAGE = pathlib.Path(ppo_jax.__file__).parent
 
 # From the bottom to the top: a module imports only from rows before its own.
 CORE = [
-    ["structs", "masking", "distributions", "kl", "shapes", "axes"],
-    ["attention", "sampling"],
+    ["structs", "masking", "distributions", "kl", "shapes", "axes", "linear"],
+    ["attention", "sampling", "chunks"],
     ["transformer"],
     ["networks"],
     ["advantages", "rewards", "losses", "optimizer", "partition", "slots"],
@@ -36,14 +36,13 @@ SHELL = [
         "leaves",
         "compilation",
         "processes",
-        "step_folders",
         "hlo",
         "flops",
         "report_panels",
         "report_page",
         "plot_labels",
     ],
-    ["chat", "sharding", "setting_rules", "hlo_loops", "hlo_work", "published"],
+    ["chat", "sharding", "step_folders", "setting_rules", "hlo_loops", "hlo_work", "published"],
     ["data", "preferences", "token_rows", "hlo_traffic", "reward_functions"],
     [
         "judges",

@@ -1,6 +1,10 @@
 """What process 0 does for all, what it chooses for all, and which rows are whose: in one start."""
 
 import json
+import os
+import signal
+import threading
+import time
 import types
 import warnings
 
@@ -9,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ppo_jax import checksums, generation, vocabulary
+from ppo_jax import checksums, vocabulary
 from ppo_jax.checkpoints import Checkpoints, load_checkpoint_item, load_params, save_params
 from ppo_jax.generation import generate
 from ppo_jax.ppo_loop import call_function
 from ppo_jax.processes import are_several, from_first, preempted
 from ppo_jax.reward_functions import RewardFunction
-from ppo_jax.rollout import Sampling
+from ppo_jax.sampling import Sampling
 from ppo_jax.sharding import Layout, MeshSettings, RolloutRules, fetch, make_mesh
 from tests import two_processes
 from tests.tiny_stage import random_model
@@ -53,9 +57,21 @@ def failed_for_all(folder):
     def fail(error):
         raise error
 
-    errors = [KeyError("lost"), SystemExit(7), KeyboardInterrupt("asked")]
+    errors = [KeyError("lost"), SystemExit(7), KeyboardInterrupt("asked"), SystemExit(lambda: 0)]
     told = [raised(from_first, fail, error) for error in errors]
     return {"raised": told, "no_value": raised(from_first, lambda: lambda: 0)}
+
+
+def different_calls(folder):
+    return raised(from_first, max if jax.process_index() == 0 else min, 1, 2)
+
+
+def interrupted_while_it_waits(folder):
+    if jax.process_index() == 1:
+        threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()
+    began = time.monotonic()
+    told = raised(from_first, time.sleep, 5)
+    return [told, time.monotonic() - began]
 
 
 def a_damaged_step(folder):
@@ -96,7 +112,12 @@ def a_damaged_step(folder):
     found["item_of_step"] = first_number(item)
     found["damaged_item"] = raised(load_checkpoint_item, folder / "steps", step=6, **at)
     found["params"] = first_number(load_params(folder / "params", rows)["w"])
-    found["alone"] = raised(from_first, load_params, folder / "params")
+    found["alone"] = [
+        raised(from_first, load_params, folder / "params"),
+        raised(from_first, save_params, folder / "other", {"w": np.ones(2)}),
+        raised(from_first, again.save, 9, state(0)),
+        raised(from_first, fetch, state(0)),
+    ]
     damage(3)
     found["all_damaged"] = [
         raised(again.restore, state(0)),
@@ -139,8 +160,10 @@ def map_int(prompts):
 
 
 def arrays_of_its_own(folder):
+    rows = Layout(make_mesh(MeshSettings(data=8))).put_rows(np.arange(8))
+    mixed = fetch({"several": rows, "one": jnp.arange(3), "numpy": np.arange(2), "number": 5})
     return [
-        fetch({"x": jnp.arange(3)})["x"].tolist(),
+        {name: np.asarray(leaf).tolist() for name, leaf in mixed.items()},
         from_first(lambda: fetch(jnp.ones(2)).sum().item()),
     ]
 
@@ -148,6 +171,8 @@ def arrays_of_its_own(folder):
 SCENES = [
     done_for_all,
     failed_for_all,
+    different_calls,
+    interrupted_while_it_waits,
     a_damaged_step,
     rows_of_a_reward_function,
     arrays_of_its_own,
@@ -179,10 +204,25 @@ def test_process_0_does_it_once_and_all_have_what_it_gave(found):
 @pytest.mark.slow
 def test_whatever_process_0_raises_the_others_are_told(found):
     first, other = found["failed_for_all"]
-    assert first["raised"] == ["KeyError('lost')", "SystemExit(7)", "KeyboardInterrupt('asked')"]
-    told = "ValueError('process 0 has failed, and says why')"
-    assert other["raised"] == [told, "SystemExit(7)", told]
+    *known, unpicklable = first["raised"]
+    assert known == ["KeyError('lost')", "SystemExit(7)", "KeyboardInterrupt('asked')"]
+    assert "SystemExit(<function" in unpicklable
+    told = "NotTogether('process 0 has failed, and says why')"
+    assert other["raised"] == [told, "SystemExit(7)", told, "SystemExit(1)"]
     assert "pickle" in first["no_value"] and other["no_value"] == told
+
+
+@pytest.mark.slow
+def test_a_process_that_waits_for_another_call_says_which(found):
+    first, other = found["different_calls"]
+    assert first == "" and "process 1 waits for min, but process 0 has called max" in other
+
+
+@pytest.mark.slow
+def test_a_process_that_waits_hears_ctrl_c(found):
+    (told, seconds), (interrupted, waited) = found["interrupted_while_it_waits"]
+    assert told == "" and interrupted == "KeyboardInterrupt()"
+    assert waited < 4 < seconds
 
 
 @pytest.mark.slow
@@ -199,18 +239,19 @@ def test_all_pass_over_a_damaged_step_that_process_0_alone_has_read(found):
 @pytest.mark.slow
 def test_process_0_says_what_is_damaged_and_the_others_end_as_well(found):
     first, other = found["a_damaged_step"]
-    for mine, told in ((first, "its checksum differs"), (other, "process 0 has failed")):
-        assert "steps/6 cannot be read" in mine["damaged_item"] and told in mine["damaged_item"]
-        assert "params cannot be read" in mine["damaged_params"] and told in mine["damaged_params"]
+    for name, what in (("damaged_item", "steps/6"), ("damaged_params", "params")):
+        assert f"{what} cannot be read" in first[name] and "its checksum differs" in first[name]
     assert all("none of the checkpoints" in text for text in first["all_damaged"])
-    assert all("process 0 has failed" in text for text in other["all_damaged"])
+    told = "NotTogether('process 0 has failed, and says why')"  # not of a checkpoint
+    assert {other["damaged_item"], other["damaged_params"], *other["all_damaged"]} == {told}
 
 
 @pytest.mark.slow
-def test_what_is_loaded_together_is_not_loaded_by_process_0_alone(found):
-    first, other = found["a_damaged_step"]
-    assert "must be loaded by all processes, not by process 0 alone" in first["alone"]
-    assert "process 0 has failed" in other["alone"]
+def test_what_is_done_together_is_not_done_by_process_0_alone(found):
+    first, other = (x["alone"] for x in found["a_damaged_step"])
+    for told, done in zip(first, ("loaded", "saved", "saved", "fetched"), strict=True):
+        assert f"must be {done} by all processes, not by process 0 alone" in told
+    assert all("process 0 has failed" in told for told in other)
 
 
 @pytest.mark.slow
@@ -233,7 +274,8 @@ def test_each_row_is_scored_once_wherever_its_copies_lie(found, mesh, of_process
 
 @pytest.mark.slow
 def test_what_lies_on_one_process_is_fetched_without_the_others(found):
-    assert found["arrays_of_its_own"] == [[[0, 1, 2], 2.0]] * 2
+    mixed = {"several": list(range(8)), "one": [0, 1, 2], "numpy": [0, 1], "number": 5}
+    assert found["arrays_of_its_own"] == [[mixed, 2.0]] * 2
 
 
 # --- in one process -------------------------------------------------------------------------------
@@ -247,10 +289,15 @@ def test_one_process_does_it_and_raises_as_it_is():
     assert unpicklable() == 5 and not preempted()
 
 
-def test_generation_may_end_before_each_batch(monkeypatch):
+def test_numbers_and_numpy_are_fetched_as_they_are():
+    found = fetch([jnp.arange(2), np.arange(3), 5])
+    assert [np.asarray(leaf).tolist() for leaf in found] == [[0, 1], [0, 1, 2], 5]
+
+
+def test_generation_may_end_before_each_batch():
     asked = []
-    monkeypatch.setattr(generation, "stop_if_asked", lambda: asked.append(1))
     sampling = Sampling(response_length=2, eos_ids=(0,))
     how = {"sampling": sampling, "temperature": 1.0, "seed": 0, "max_prompt_length": 20}
-    generate(random_model(max_length=32), ["a film"] * 5, batch_size=2, **how)
+    how |= {"batch_size": 2, "before_batch": lambda: asked.append(1)}
+    generate(random_model(max_length=32), ["a film"] * 5, **how)
     assert len(asked) == 3

@@ -1,6 +1,7 @@
 """N responses in S slots: the same responses for any S, and less work where lengths differ."""
 
 import collections
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +10,11 @@ import pytest
 
 from ppo_jax.networks import Network, policy_network, trunk_network
 from ppo_jax.partition import merge_params, split_params
+from ppo_jax.rollout import rollout
+from ppo_jax.sharding import ROLLOUT_RULES
 from ppo_jax.structs import Prompts
 from tests import tiny
+from tests.meshes import WIDE, layout_of
 
 NUM_ROWS = 13
 KEY = jax.random.key(5)
@@ -35,7 +39,7 @@ def responses(kind="llama", *, trunk=False, num_prompts=NUM_ROWS, **shape):
 def assert_same(got, expected):
     for name in ("prompt_tokens", "prompt_mask", "response_tokens", "response_mask", "has_eos"):
         np.testing.assert_array_equal(getattr(got, name), getattr(expected, name), name)
-    np.testing.assert_allclose(got.logprobs, expected.logprobs, atol=1e-5)
+    np.testing.assert_allclose(got.logprobs, expected.logprobs, atol=1e-5, rtol=1e-5)
     if expected.hidden is not None:
         real = np.asarray(expected.mask)[:, :, None]
         both = (np.where(real, x, 0) for x in (got.hidden, expected.hidden))
@@ -77,6 +81,31 @@ def test_several_samples_of_a_prompt_are_responses_to_its_copies(kind, trunk, sl
     assert_same(got.replace(hidden=None), expected)
     first, second = (np.asarray(got.response_tokens)[i::3] for i in (0, 1))
     assert (first != second).any(axis=1).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 1, 8)])
+def test_slots_on_a_mesh_give_the_responses_of_one_device(shape):
+    """And the decode loop sends only what tensor parallelism sums: nothing of caches or prompts."""
+    config = tiny.model_config(**WIDE)
+    params = tiny.random_params(policy_network(config))
+
+    def compiled(shape, **slots):
+        layout = layout_of(shape, ROLLOUT_RULES)
+        policy = policy_network(config, constrain=layout.constrain)
+        prompts = layout.put_rows(jax.tree.map(np.asarray, tiny.prompts(batch_size=32)))
+        args = layout.put(params), prompts, layout.put_whole(KEY)
+        sampling = tiny.sampling(**slots)
+        program = jax.jit(lambda *args: rollout(policy, *args, sampling=sampling))
+        program = program.lower(*args).compile()
+        return program.as_text(), jax.device_get(program(*args))
+
+    text, got = compiled(shape, slots=16, refill=8)
+    assert_same(got, compiled((1, 1, 1))[1])
+    inner = [line for line in text.splitlines() if "/while/body/while/body/" in line]
+    assert inner
+    moves = r" (all-gather|all-to-all|collective-permute)(-start)?\("
+    assert not [line for line in inner if re.search(moves, line)]
 
 
 def counted(calls: collections.Counter) -> Network:

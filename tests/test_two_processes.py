@@ -10,12 +10,12 @@ import jax
 import numpy as np
 import pytest
 
-from ppo_jax import pipeline, sharding
+from ppo_jax import evaluate, pipeline, sharding
 from ppo_jax.checkpoints import Checkpoints, load_checkpoint_item
 from ppo_jax.leaves import named_leaves
 from tests import tiny_run, two_processes
 from tests.tiny_state import flip_a_bit, largest_file
-from tests.users_code import CALLS, WAITS
+from tests.users_code import CALLS, WAITS, wait_if_asked
 
 pytestmark = pytest.mark.slow
 # The tokenizer of these runs has 317 tokens.
@@ -178,29 +178,46 @@ def test_sigterm_while_the_data_is_made_ends_all_and_leaves_it_whole(tmp_path, m
     assert not (tmp_path / "base").exists()
 
 
-def test_sigterm_in_an_evaluation_ends_all_and_loses_nothing(
+def evaluate_with_a_wait(folder):
+    """The evaluation of a few prompts, which waits behind the responses of the first policy."""
+
+    def respond_and_wait(*args):
+        found = respond(*args)
+        wait_if_asked(folder)
+        return found
+
+    respond, evaluate.respond = evaluate.respond, respond_and_wait
+    pipeline.run(fewer_prompts(), folder)
+
+
+def fewer_prompts():
+    config = settings()
+    config["evaluate"]["num_prompts"] = 4
+    return config
+
+
+def test_after_sigterm_in_an_evaluation_the_same_command_begins_it_anew(
     two, tmp_path, monkeypatch, all_devices
 ):
     shutil.copytree(two, tmp_path, dirs_exist_ok=True)
-    config = settings()
-    config["evaluate"]["num_prompts"] = 4
     with monkeypatch.context() as patch:
         patch.setenv(WAITS, "1")
-        processes = two_processes.start(config, tmp_path)
+        processes = two_processes.start(f"{__name__}:evaluate_with_a_wait", tmp_path)
         wait_until((tmp_path / "reached").exists, processes)
-        stop_at_the_next_place(processes, 1, tmp_path)
+        told = "the same command begins the evaluation anew"
+        stop_at_the_next_place(processes, 1, tmp_path, told)
     assert "evaluated" not in json.loads((tmp_path / "results.json").read_text())
-    pipeline.run(config, tmp_path)
+    pipeline.run(fewer_prompts(), tmp_path)
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["evaluated"]["settings"]["num_prompts"] == results["judges"][0]["num_prompts"]
 
 
-def stop_at_the_next_place(processes, asked, folder):
+def stop_at_the_next_place(processes, asked, folder, told="nothing is lost"):
     """SIGTERM to a process; the one that waits goes on when all know of it."""
     processes[asked].send_signal(signal.SIGTERM)
     time.sleep(NOTICE_S)
     (folder / "go_on").touch()
-    assert_stopped(processes, lambda: "stopped by SIGTERM, nothing is lost")
+    assert_stopped(processes, lambda: f"stopped by SIGTERM, {told}")
 
 
 def test_when_a_users_code_ends_process_0_all_end_with_its_code(tmp_path):

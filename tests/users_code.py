@@ -38,7 +38,6 @@ def judges(workdir):
     def moods(texts):
         with open(workdir / "judged.txt", "a") as file:
             file.write(f"{jax.process_index()}\n")
-        wait_if_asked(workdir)
         return [random.random() for _ in texts]
 
     return Panel(judges={"gold": moods})

@@ -1,16 +1,16 @@
 """What a PPO iteration costs a chip from 4 to 256 chips, at a constant batch a chip.
 
     pip install 'ppo_jax[plan]'
-    python experiments/benchmark.py scaling --plot=scaling.png
+    python experiments/benchmark.py scaling --config=configs/pod.py:qwen3_0_6b --plot=scaling.png
 
-Computed from the compiled programs, see `experiments/plan.py`; nothing is run. The mesh grows as
-`configs/pod.py` advises: `fsdp` until a piece of the embedding has 128 numbers, then `data`.
+Computed from the compiled programs, see `experiments/plan.py`; nothing is run. The mesh keeps the
+config's `model` axis; `fsdp` grows until a piece of the embedding has 128 numbers (see
+`configs/pod.py`), and then `data`.
 """
 
 import dataclasses
 import itertools
 import json
-import math
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,30 +26,38 @@ from ppo_jax.config import Config, from_config_dict
 from ppo_jax.plan_report import aligned, cell, figures
 
 LANES = 128  # of a TPU: what a piece of the embedding should not fall below
+MOST_CHIPS = 256  # of a v5e or v6e topology
 GB, TERA = 1e9, 1e12
 
-CONFIG = config_flags.DEFINE_config_file(
-    "config", "configs/pod.py:qwen3_0_6b", "FILE.py or FILE.py:VARIANT"
-)
-CHIP = flags.DEFINE_string("chip", "v5e", "v4, v5e, v5p, v6e.")
-CHIPS = flags.DEFINE_list("chips", ["4", "8", "16", "32", "64", "128", "256"], "Powers of two.")
-ROWS = flags.DEFINE_list("rows", ["16", "4"], "Responses of an iteration for each chip.")
+CONFIG = config_flags.DEFINE_config_file("config", help_string="FILE.py or FILE.py:VARIANT")
+CHIP = flags.DEFINE_enum("chip", "v5e", ["v5e", "v5p", "v6e"], "Of which the topologies are.")
+COUNTS = [str(2**n) for n in range(2, 9)]
+CHIPS = flags.DEFINE_list("chips", COUNTS, f"Powers of two from 4 to {MOST_CHIPS}.")
+ROWS = flags.DEFINE_list("rows", ["16", "4"], "Responses of an iteration for each chip; up to 4.")
 FAST = flags.DEFINE_boolean("fast", False, "Compile with less effort: too much is read from HBM.")
 PLOT = flags.DEFINE_string("plot", None, "A PNG file for the plot.")
 JSON = flags.DEFINE_string("json", None, "A file for all figures.")
+flags.mark_flag_as_required("config")
 
 
 def main():
     config, chip = from_config_dict(CONFIG.value), find_chip(CHIP.value)
-    counts = [checked(text, "chips", power_of_two_from_4) for text in CHIPS.value]
-    rows = [checked(text, "rows", lambda n: n >= 1) for text in ROWS.value]
+    counts = numbers("chips", CHIPS.value, is_count, f"powers of two from 4 to {MOST_CHIPS}")
+    rows = numbers("rows", ROWS.value, lambda n: n >= 1, "one to four numbers from 1 on", most=4)
+    for flag in (PLOT, JSON):
+        if flag.value and not pathlib.Path(flag.value).absolute().parent.is_dir():
+            raise ValueError(f"--{flag.name} must be in a folder that exists, got {flag.value!r}")
     if not planner.has_libtpu():
         raise ValueError("scaling needs libtpu: pip install 'ppo_jax[plan]'")
     embed = planner.read_models(config).policy.embed_dim
-    found = []
+    cases = []
     for count, each in itertools.product(counts, rows):
         target = planner.find_target(topology(chip, count))
         grown = with_chips(config, count, rows=each, embed=embed)
+        planner.prepare(grown, target)  # refuse before anything is compiled
+        cases.append((each, grown, target))
+    found = []
+    for each, grown, target in cases:
         print(f"{target.name}, {each} responses a chip:")
         plan = planner.make_plan(grown, target, fast=FAST.value)
         found.append({"rows_per_chip": each, **figures(plan)})
@@ -65,31 +73,42 @@ def tell(found: Sequence[dict]):
         plots.save_png(panels(found), pathlib.Path(PLOT.value), columns=3)
 
 
-def checked(text: str, flag: str, allowed: Callable[[int], bool]) -> int:
-    """A number of one of the lists."""
-    count = int(text) if text.isdecimal() else 0
-    if not allowed(count):
-        kind = "powers of two from 4 on" if flag == "chips" else "whole numbers from 1 on"
-        raise ValueError(f"--{flag} must be {kind}, got {text!r}")
-    return count
+def numbers(
+    flag: str, texts: Sequence[str], allowed: Callable[[int], bool], rule: str, most: int = 99
+) -> list[int]:
+    """The numbers of a list, without repeats."""
+    found = sorted({int(text) if text.isdecimal() else -1 for text in texts}, reverse=True)
+    if not 1 <= len(found) <= most or not all(map(allowed, found)):
+        raise ValueError(f"--{flag} must be {rule}, got {','.join(texts)!r}")
+    return found[::-1] if flag == "chips" else found
 
 
-def power_of_two_from_4(count: int) -> bool:
-    return count >= 4 and not count & (count - 1)
+def is_count(count: int) -> bool:
+    return 4 <= count <= MOST_CHIPS and not count & (count - 1)
 
 
 def topology(chip: Chip, count: int) -> str:
-    """The most even grid of the chip's dimensions: "v5e:4x8", "v5p:2x2x4"."""
+    """The most even grid of the chip's dimensions: "v5e:4x8", "v5p:2x2x4", "v5p:2x2x1"."""
     bits = count.bit_length() - 1
     sides = [2 ** ((bits + i) // chip.ici_dims) for i in range(chip.ici_dims)]
+    sides.sort(key=lambda side: (side == 1, side))
     return f"{chip.name}:{'x'.join(map(str, sides))}"
 
 
 def with_chips(config: Config, count: int, *, rows: int, embed: int) -> Config:
     """The config for so many chips: its `model` axis, its minibatches, as many rows a chip."""
     model = max(config.mesh.model, 1)
-    fsdp = min(count // model, 2 ** int(math.log2(embed // LANES)))
+    if count % model:
+        raise ValueError(f"--chips must be multiples of mesh.model ({model}), got {count}")
+    largest = 1 << max(embed // LANES, 1).bit_length() - 1
+    fsdp = min(count // model, largest)
     mesh = dataclasses.replace(config.mesh, data=count // (model * fsdp), fsdp=fsdp, model=model)
+    pieces = config.ppo.num_minibatches * config.ppo.num_micro_batches
+    if rows * model % pieces:  # the chips of a `model` group share their rows
+        raise ValueError(
+            f"--rows times mesh.model ({model}) must be a multiple of num_minibatches x "
+            f"num_micro_batches ({pieces}), got {rows}"
+        )
     ppo = dataclasses.replace(config.ppo, rollout_batch_size=rows * count)
     return dataclasses.replace(config, mesh=mesh, ppo=ppo)
 
@@ -115,21 +134,29 @@ def table(found: Sequence[dict]) -> list[str]:
     """A line for each number of chips and of rows."""
     phases = list(found[0]["phases"])
     bounds = [f"{phase}: {', '.join(BOUNDS)}" for phase in phases]
-    rows = [("rows", "chips", "mesh", "TFLOP", "GB sent", *bounds, "s at least")]
+    rows = [("rows", "chips", "mesh", "TFLOP", "GB sent", *bounds, "s at least", "fits")]
     for plan in by_rows(found):
+        where = [plan["rows_per_chip"], plan["devices"], "x".join(map(str, plan["mesh"].values()))]
+        if not compiled(plan):
+            rows.append((*map(str, where), *["-"] * (len(phases) + 3), "no"))
+            continue
         least = [plan["phases"][phase]["roofline_seconds"] for phase in phases]
         rows.append(
             (
-                str(plan["rows_per_chip"]),
-                str(plan["devices"]),
-                "x".join(map(str, plan["mesh"].values())),
+                *map(str, where),
                 f"{plan['iteration']['flops_per_chip'] / TERA:.2f}",
                 cell(sent(plan), GB),
                 *(", ".join(cell(each[bound]) for bound in BOUNDS) for each in least),
                 cell(plan["iteration"]["seconds"]),
+                "yes" if plan["fits"] else "no",
             )
         )
     return aligned(rows)
+
+
+def compiled(plan: dict) -> bool:
+    """Whether the compiler refused no phase, for want of memory."""
+    return all("refusal" not in phase for phase in plan["phases"].values())
 
 
 def by_rows(found: Sequence[dict]) -> list[dict]:
@@ -137,8 +164,10 @@ def by_rows(found: Sequence[dict]) -> list[dict]:
 
 
 def series(found: Sequence[dict]) -> dict[int, list[dict]]:
-    """Rows a chip -> plans by the number of chips."""
-    groups = itertools.groupby(by_rows(found), key=lambda plan: plan["rows_per_chip"])
+    """Rows a chip -> plans by the number of chips, without those that were refused."""
+    groups = itertools.groupby(
+        filter(compiled, by_rows(found)), key=lambda plan: plan["rows_per_chip"]
+    )
     return {rows: list(plans) for rows, plans in groups}
 
 
@@ -150,12 +179,12 @@ def findings(found: Sequence[dict]) -> list[str]:
         spread = max(flops) / min(flops) - 1
         lines.append(f"{rows} responses a chip: flops a chip within {spread:.2%} of each other")
         for phase in plans[0]["phases"]:
-            first = next((plan for plan in plans if share(plan, phase) > 1), None)
+            where = [str(plan["devices"]) for plan in plans if share(plan, phase) > 1]
             most = max(share(plan, phase) for plan in plans)
+            told = f"dominate on {', '.join(where)} chips" if where else "never dominate"
             lines.append(
-                f"  {phase}: collectives dominate from {first['devices']} chips on"
-                if first
-                else f"  {phase}: collectives never dominate, they take {most:.2f} of the rest"
+                f"  {phase}: collectives {told}; at most {most:.2f} of the longer of products and "
+                "memory"
             )
     return lines
 
@@ -175,15 +204,17 @@ COLORS = ("ppo", "sft", "reward")  # of the phases
 
 def draw_flops(axes: Axes, found: Sequence[dict]):
     """Should be flat."""
+    most = 0.1
     for style, (rows, plans) in zip(STYLES, series(found).items(), strict=False):
-        flops = [plan["iteration"]["flops_per_chip"] / rows for plan in plans]
+        flops = [plan["iteration"]["flops_per_chip"] for plan in plans]
         relative = [each / flops[0] for each in flops]
+        most = max(most, *(1.1 * abs(each - 1) for each in relative))
         axes.plot(
             chips(plans), relative, "o" + style, ms=4, color=plots.COLORS["ppo"], label=name(rows)
         )
     axes.axhspan(0.95, 1.05, color=plots.COLORS["base"], alpha=0.15, lw=0, label="5 %")
-    axes.set_ylim(0.9, 1.1)
-    finish(axes, found)
+    axes.set_ylim(1 - most, 1 + most)
+    finish(axes, found, loc="lower left")
 
 
 def draw_sent(axes: Axes, found: Sequence[dict]):
@@ -208,7 +239,7 @@ def draw_shares(axes: Axes, found: Sequence[dict]):
             )
     axes.axhline(1, color=plots.COLORS["base"], lw=1)
     axes.set_yscale("log")
-    finish(axes, found, loc="center", bbox_to_anchor=(0.5, 0.33), ncols=2)
+    finish(axes, found, loc="best", ncols=2)
 
 
 def name(rows: int) -> str:
