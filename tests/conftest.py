@@ -33,6 +33,19 @@ def runs_use_one_device():
         yield
 
 
+MOST_MAPS = 20_000  # of the 65,530 mappings that Linux gives a process
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_are_let_go():
+    """Every compiled program holds mappings of memory as long as the process may call it again;
+    with thousands of programs there are none left, and XLA aborts."""
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.is_file() and maps.read_bytes().count(b"\n") > MOST_MAPS:
+        jax.clear_caches()
+
+
 @pytest.fixture
 def all_devices(monkeypatch):
     """Runs inside the test take all eight devices."""
