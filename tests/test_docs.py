@@ -44,7 +44,8 @@ UNITS += " iteration"
 def comments():
     """{(class, field): its comment}, at the end of its line and on lines of their own below it."""
     found, place, cls = {}, None, None
-    files = [(ROOT / "ppo_jax" / name).read_text() for name in ("config.py", "sharding.py")]
+    names = ("config.py", "stage_settings.py", "sharding.py")
+    files = [(ROOT / "ppo_jax" / name).read_text() for name in names]
     for line in "\n".join(files).splitlines():
         if match := re.match(r"class (\w+)", line):
             cls = match[1]

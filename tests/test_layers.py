@@ -43,7 +43,7 @@ SHELL = [
         "plot_labels",
     ],
     ["chat", "sharding", "step_folders", "setting_rules", "hlo_loops", "hlo_work", "published"],
-    ["data", "preferences", "token_rows", "hlo_traffic", "reward_functions"],
+    ["data", "preferences", "token_rows", "hlo_traffic", "reward_functions", "stage_settings"],
     [
         "judges",
         "config",
