@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from ppo_jax.advantages import gae, whiten
 from ppo_jax.kl import kl_estimate
 from ppo_jax.losses import explained_variance
-from ppo_jax.masking import last_token_index
+from ppo_jax.masking import last_token_index, masked_mean
 from ppo_jax.networks import Network
 from ppo_jax.partition import merge_params
 from ppo_jax.rewards import missing_eos_scores, token_rewards
@@ -54,6 +54,13 @@ class PPONetworks(NamedTuple):
     sampler: Sampler | None = None  # None: policy and trunk as they are
 
 
+CHOICES = {
+    "kl_control": ("adaptive", "fixed"),
+    "missing_eos": ("keep", "penalty", "replace"),
+    "old_logprobs": ("recompute", "rollout"),
+}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
     """What shapes the program of an iteration; the numbers are in `Hyperparameters`."""
@@ -66,6 +73,14 @@ class Recipe:
     kl_control: str = "fixed"  # or "adaptive"
     missing_eos: str = "keep"  # the score of a response without a stop token, or "replace", or
     # "penalty": see `missing_eos_scores`
+    old_logprobs: str = "rollout"  # those of the sampling, or "recompute"
+
+    def __post_init__(self):
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"unknown {name} {getattr(self, name)!r}; choose from {list(allowed)}"
+                )
 
 
 def sample_responses(
@@ -128,14 +143,13 @@ def make_experience(
     mask, numbers = rollout.response_mask, hyperparameters
     policy_inputs = rollout.tokens if networks.trunk is None else rollout.hidden
     value_inputs = rollout.hidden if networks.value_on_trunk else rollout.tokens
-    ref_logprobs, _ = response_statistics(
-        networks.policy,
-        merge_params(frozen.policy, frozen.ref_policy),
-        policy_inputs,
-        rollout.mask,
-        rollout.response_tokens,
-        temperature=numbers.temperature,
-    )
+    parts = dict(policy_inputs=policy_inputs, frozen=frozen, networks=networks)
+    ref_logprobs = policy_logprobs(rollout, frozen.ref_policy, numbers, **parts)
+    weights, told = jnp.float32(1.0), {}
+    if recipe.old_logprobs == "recompute":
+        logprobs = policy_logprobs(rollout, state.policy_params, numbers, **parts)
+        weights, told = importance_weights(logprobs, rollout.logprobs, mask, numbers)
+        rollout = rollout.replace(logprobs=jnp.where(mask, logprobs, 0.0))
     values = response_outputs(
         networks.value,
         merge_params(frozen.value, state.value_params),
@@ -156,11 +170,67 @@ def make_experience(
         response_mask=mask,
         logprobs=rollout.logprobs,
         values=values,
-        advantages=whiten(advantages, mask),
+        advantages=whiten(advantages, mask) * weights,
         returns=returns,
     )
     metrics |= {"value/explained_variance": explained_variance(values, returns, mask)}
-    return experience, metrics
+    return experience, metrics | told
+
+
+def policy_logprobs(
+    rollout: Rollout,
+    params: Params,
+    hyperparameters: Hyperparameters,
+    *,
+    policy_inputs: jax.Array,
+    frozen: Frozen,
+    networks: PPONetworks,
+) -> jax.Array:
+    """Log-probs of the response tokens as the update computes them, [B, T] float32, undefined
+    where masked; `params` are the trained leaves, of the policy or of the reference."""
+    logprobs, _ = response_statistics(
+        networks.policy,
+        merge_params(frozen.policy, params),
+        policy_inputs,
+        rollout.mask,
+        rollout.response_tokens,
+        temperature=hyperparameters.temperature,
+    )
+    return logprobs
+
+
+def importance_weights(
+    logprobs: jax.Array,
+    sampled_logprobs: jax.Array,
+    mask: jax.Array,
+    hyperparameters: Hyperparameters,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Weights of the tokens that undo, within limits, that they were sampled by a policy whose
+    numbers are slightly others: one token at a time, with rounding of its own.
+
+    w = clip(exp(logprobs - sampled_logprobs), importance_low, importance_high)
+
+    The surrogate loss is linear in the advantages, so that times w is what they need.
+
+    Args:
+        logprobs: [B, T] float, as the update computes them.
+        sampled_logprobs: [B, T] float, of the sampling.
+        mask: [B, T] bool.
+        hyperparameters: holds the limits; 1 and 1 is no weight.
+
+    Returns:
+        (weights [B, T] float32, finite where masked; metrics of the difference).
+
+    Reference: Espeholt et al. 2018, https://arxiv.org/abs/1802.01561, truncated weights.
+    """
+    difference = jnp.where(mask, logprobs - sampled_logprobs, 0.0)
+    limits = hyperparameters.importance_low, hyperparameters.importance_high
+    weights = jnp.clip(jnp.exp(difference), *limits)
+    return weights, {
+        "policy/sampling_difference": masked_mean(jnp.abs(difference), mask),
+        "policy/sampling_difference_max": jnp.abs(difference).max(),
+        "policy/importance_weight": masked_mean(weights, mask),
+    }
 
 
 def response_rewards(
@@ -217,9 +287,5 @@ def adjust_scores(scores, has_eos, hyperparameters: Hyperparameters, recipe: Rec
             return scores
         case "replace":
             return missing_eos_scores(scores, has_eos, replace=number)
-        case "penalty":
+        case _:
             return missing_eos_scores(scores, has_eos, penalty=number)
-        case unknown:
-            raise ValueError(
-                f"unknown missing_eos {unknown!r}; choose from ['keep', 'penalty', 'replace']"
-            )

@@ -113,6 +113,7 @@ def scoring_flops(
     prompt_length: int,
     response_length: int,
     logits_chunk: int = 0,
+    policy_passes: int = 1,
 ) -> int:
     """Reference and critic over P + T - 1 positions, the reward model over P + T; T outputs each.
 
@@ -124,11 +125,12 @@ def scoring_flops(
         prompt_length: P.
         response_length: T.
         logits_chunk: see `filled_outputs`.
+        policy_passes: 2 where the log-probs of the policy are computed beside the reference's.
     """
     length = prompt_length + response_length
     total = 0
     for config, positions, head, chunk in (
-        (policy, length - 1, "logits", logits_chunk),
+        *[(policy, length - 1, "logits", logits_chunk)] * policy_passes,
         (value, length - 1, "scalar", 0),
         (reward, length, "scalar", 0),
     ):

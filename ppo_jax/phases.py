@@ -193,7 +193,12 @@ def analytic_flops(settings: PPOSettings, models: Models) -> dict[str, int]:
             models.policy, samples_per_prompt=s.samples_per_prompt, **where
         ),
         "scoring": flops.scoring_flops(
-            models.policy, models.critic, models.reward, logits_chunk=s.logits_chunk, **where
+            models.policy,
+            models.critic,
+            models.reward,
+            logits_chunk=s.logits_chunk,
+            policy_passes=2 if s.old_logprobs == "recompute" else 1,
+            **where,
         ),
         "update": flops.update_flops(
             models.policy,

@@ -116,6 +116,13 @@ class PPOSettings:
     missing_eos: str = "keep"  # the score of a response that was cut off: or "penalty", "replace"
     missing_eos_score: float = 1.0  # what is subtracted from it, or put in its place
 
+    old_logprobs: str = "rollout"  # what ratio and KL start from: the log-probs of the sampling, or
+    # "recompute", one pass more, as the update computes them: in bfloat16 they differ
+    importance_low: float = (
+        1.0  # with "recompute" advantages are times the ratio of the two, within
+    )
+    importance_high: float = 1.0  # these limits; 1 and 1 is off, 0 and 2 is usual
+
     kl_coef: float = 0.05  # reward per nat
     kl_estimator: str = "k1"  # or "k2", "k3"
     kl_control: str = "fixed"  # or "adaptive"
@@ -152,6 +159,13 @@ class PPOSettings:
         check.choice("missing_eos", "keep", "penalty", "replace")
         check.choice("kl_estimator", "k1", "k2", "k3")
         check.choice("kl_control", "fixed", "adaptive")
+        check.choice("old_logprobs", "rollout", "recompute")
+        low, high = self.importance_low, self.importance_high
+        check.that(0 <= low <= 1, "importance_low", "in [0, 1]")
+        check.that(high >= 1, "importance_high", ">= 1")
+        recomputed, rule = self.old_logprobs == "recompute", '1 unless old_logprobs is "recompute"'
+        check.that(recomputed or low == 1, "importance_low", rule)
+        check.that(recomputed or high == 1, "importance_high", rule)
         check.choice("critic_init_from", "", "reward_model", "policy")
         check_trainable(check, "trainable", "value_trainable")
         pieces = self.num_minibatches * self.num_micro_batches

@@ -114,16 +114,16 @@ def test_logits_in_chunks_are_computed_once_more():
     assert measured(update, *args) == pytest.approx(expected, rel=0.01)
 
 
-def test_scoring_is_the_reference_the_critic_and_the_reward_model():
+@pytest.mark.parametrize(("old_logprobs", "passes"), [("rollout", 1), ("recompute", 2)])
+def test_scoring_is_the_reference_the_critic_and_the_reward_model(old_logprobs, passes):
+    recipe = tiny.recipe(old_logprobs=old_logprobs)
     setup, numbers = tiny.setup(), tiny.hyperparameters()
     state, prompts = setup.start(numbers), tiny.prompts()
     parts = dict(networks=setup.networks, frozen=setup.frozen)
 
     def score(responses):
         scores = experience.response_scores(responses, **parts)
-        return experience.make_experience(
-            responses, scores, state, numbers, recipe=tiny.recipe(), **parts
-        )
+        return experience.make_experience(responses, scores, state, numbers, recipe=recipe, **parts)
 
     shapes = jax.eval_shape(
         functools.partial(rollout, setup.networks.policy, sampling=tiny.sampling()),
@@ -132,7 +132,7 @@ def test_scoring_is_the_reference_the_critic_and_the_reward_model():
         jax.random.key(0),
     )
     config = tiny.model_config()
-    where = dict(sequences=B, prompt_length=P, response_length=T)
+    where = dict(sequences=B, prompt_length=P, response_length=T, policy_passes=passes)
     expected = flops.scoring_flops(config, config, config, **where)
     assert measured(score, shapes) == pytest.approx(expected, rel=0.01)
     without = flops.scoring_flops(config, config, None, **where)

@@ -74,7 +74,7 @@ def test_the_rule_for_responses_without_a_stop_token(rule, expected):
 
 def test_an_unknown_rule_is_refused():
     with pytest.raises(ValueError, match="unknown missing_eos 'drop'; choose from .*'replace'"):
-        adjust_scores(None, None, tiny.hyperparameters(), tiny.recipe(missing_eos="drop"))
+        tiny.recipe(missing_eos="drop")
 
 
 def test_integer_scores_are_refused():

@@ -16,7 +16,7 @@ from tests import tiny
 
 KEY = jax.random.key(5)
 # A recipe in which every number has a part to play, with enough epochs for the clips to bind.
-EVERYTHING = tiny.recipe(kl_control="adaptive", missing_eos="penalty")
+EVERYTHING = tiny.recipe(kl_control="adaptive", missing_eos="penalty", old_logprobs="recompute")
 NUMBERS = dict(
     optimizer=dict(
         learning_rate=3e-3,
@@ -32,6 +32,8 @@ NUMBERS = dict(
     clip_range_high=0.2,
     value_clip_range=0.01,
     gamma=0.9,
+    importance_low=0.0,
+    importance_high=2.0,
 )
 CHANGES = {
     "learning_rate": 2e-3,
@@ -56,6 +58,8 @@ CHANGES = {
     "vf_coef": 0.5,
     "entropy_coef": 0.1,
     "missing_eos_score": 2.0,
+    "importance_low": 1.5,
+    "importance_high": 0.5,
 }
 
 
@@ -109,6 +113,7 @@ CHOICES = {
     "kl_estimator": "k3",
     "kl_control": "adaptive",
     "missing_eos": "penalty",
+    "old_logprobs": "recompute",
 }
 
 
