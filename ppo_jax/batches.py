@@ -170,9 +170,9 @@ def encode_prompts(prompts: Sequence[str], tokenizer: Any, *, max_length: int) -
     return Prompts(tokens=np.take_along_axis(tokens, columns, axis=1), mask=columns >= 0)
 
 
-def take_prompts(prompts: Prompts, rows: np.ndarray) -> Prompts:
-    """Some of the prompts, on the device. All have one width: one compiled program."""
-    return jax.tree.map(lambda x: x[rows], prompts)
+def take_prompts(prompts: Prompts, rows: np.ndarray, width: int | None = None) -> Prompts:
+    """Some of the prompts; their last `width` positions, which must hold them, or all."""
+    return jax.tree.map(lambda x: x[rows, x.shape[1] - (width or x.shape[1]) :], prompts)
 
 
 def batch_indices(seed: int, step: int, *, num_examples: int, batch_size: int) -> np.ndarray:

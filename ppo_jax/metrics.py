@@ -13,7 +13,7 @@ import numpy as np
 import tensorboardX
 from tqdm import tqdm
 
-from ppo_jax.compilation import compile_seconds
+from ppo_jax.compilation import LEAST_SECONDS, compile_seconds
 from ppo_jax.workdir import append_rows, drop_lines_after
 
 
@@ -35,8 +35,8 @@ class MetricsWriter:
 
     Every step gets `time/step_s`, the wall seconds from when the metrics of the step before were
     there to when its own are, with all that happens in between (validation, samples, a save), and
-    with `tokens` also `time/tokens_per_s`. The first line of a start has `time/compile_s`, the
-    seconds that compiling took up to there.
+    with `tokens` also `time/tokens_per_s`. The first line of a start, and each before whose end
+    a program was compiled, has `time/compile_s`, the seconds that it took.
 
     Attributes:
         last_checkpoint: the newest complete checkpoint, set by the loop, named when a run diverges.
@@ -55,7 +55,7 @@ class MetricsWriter:
         self.stage, self._tokens = stage, tokens
         self.last_checkpoint = restored_step
         self._path = Path(workdir) / "metrics.jsonl"
-        self._pending: tuple[int, Mapping[str, Any]] | None = None
+        self._pending: tuple[int, Mapping[str, Any], float] | None = None
         self._there = time.perf_counter()  # when the newest metrics were
         self._compiled = compile_seconds()  # before the first step of this start
         self._first = True
@@ -79,7 +79,7 @@ class MetricsWriter:
             FloatingPointError: a loss or a gradient norm is not finite; raised after writing.
             ValueError: a metric is not a scalar.
         """
-        earlier, self._pending = self._pending, (step, metrics)
+        earlier, self._pending = self._pending, (step, metrics, compile_seconds())
         if earlier is not None:
             self._write(*earlier)
 
@@ -100,9 +100,9 @@ class MetricsWriter:
                 self._progress.close()
                 self._tensorboard.close()
 
-    def _write(self, step: int, metrics: Mapping[str, Any]) -> None:
+    def _write(self, step: int, metrics: Mapping[str, Any], compiled: float) -> None:
         values = {name: _scalar(name, x) for name, x in jax.device_get(dict(metrics)).items()}
-        values |= self._times(step, values)
+        values |= self._times(step, values, compiled)
         if self._progress is not None:
             append_rows(self._path, [{"stage": self.stage, "step": step, **values}])
             for name, value in values.items():
@@ -111,14 +111,15 @@ class MetricsWriter:
             self._progress.update(step, values)
         self._check_finite(step, values)
 
-    def _times(self, step: int, values: Mapping[str, float]) -> dict[str, float]:
+    def _times(self, step: int, values: Mapping[str, float], compiled: float) -> dict[str, float]:
         now = time.perf_counter()
         seconds, self._there = now - self._there, now
         if step == 0:  # figures from before the first step
             return {}
         times = {"time/step_s": seconds}
-        if self._first and compile_seconds() > self._compiled:
-            times["time/compile_s"] = compile_seconds() - self._compiled
+        spent, self._compiled = compiled - self._compiled, compiled
+        if spent > (0 if self._first else LEAST_SECONDS):
+            times["time/compile_s"] = spent
         self._first = False
         if self._tokens is not None:
             name, factor = self._tokens

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ppo_jax.batches import batch_indices, take_prompts
+from ppo_jax.batches import take_prompts
 from ppo_jax.config import Config, PPOSettings
 from ppo_jax.experience import response_scores, sample_responses
 from ppo_jax.fingerprints import fingerprint
@@ -16,6 +16,7 @@ from ppo_jax.generation import decode_rows
 from ppo_jax.models import load_source, source_steps
 from ppo_jax.ppo import init_ppo, learn, ppo_iteration
 from ppo_jax.ppo_setup import Setup, make_critic, make_setup
+from ppo_jax.prompt_buckets import PromptBuckets
 from ppo_jax.prompt_data import prompt_data
 from ppo_jax.reward_functions import FunctionFailed, RewardFunction, load_reward_function
 from ppo_jax.runs import StageRun, open_stage
@@ -56,6 +57,13 @@ def train_ppo(config: Config, workdir: Path, base: str):
     texts, rows = data.texts, data.prompts
     num_steps, size = settings.num_iterations, settings.rollout_batch_size
     samples_each = settings.samples_per_prompt
+    buckets = PromptBuckets(
+        lengths=rows.mask.sum(axis=1),
+        max_length=length,
+        count=settings.prompt_buckets,
+        batch_size=size // samples_each,
+        seed=config.seed,
+    )
     open_stage(
         "ppo",
         config,
@@ -67,6 +75,8 @@ def train_ppo(config: Config, workdir: Path, base: str):
     )
     if settings.top_k or settings.top_p < 1 or settings.min_p:
         print("ppo: top_k, top_p and min_p shape what is sampled, not the log-probs of the update")
+    if settings.prompt_buckets > 1:
+        print(f"ppo: {buckets}")
 
     critic = make_critic(settings, policy, reward)
     setup, *start = make_setup(settings, policy, reward, critic, layouts, config.model.frozen_dtype)
@@ -88,12 +98,11 @@ def train_ppo(config: Config, workdir: Path, base: str):
         if run.start == 0:
             append_rows(workdir / "samples.jsonl", samples(state, 0))
         for i in run.steps():
-            chosen = batch_indices(
-                config.seed, i, num_examples=len(texts), batch_size=size // samples_each
-            )
-            prompts = layout.put_rows(take_prompts(rows, chosen))
+            chosen, width = buckets.batch(i)
+            prompts = layout.put_rows(take_prompts(rows, chosen, width))
             chosen = chosen.repeat(samples_each)  # of each response
             state, metrics = iterate(state, chosen, prompts, layout.key(config.seed, i))
+            metrics |= {"ppo/prompt_width": width} if settings.prompt_buckets > 1 else {}
             if (i + 1) % settings.sample_every == 0 or i + 1 == num_steps:
                 run.settle()
                 append_rows(workdir / "samples.jsonl", samples(state, i + 1))

@@ -107,6 +107,8 @@ class PPOSettings:
     refill: int = 0  # free slots that prompts wait for, to enter together; 0 is a quarter of them
 
     max_prompt_length: int = 64  # tokens; longer prompts are left out and counted
+    prompt_buckets: int = 1  # widths in tokens that prompts are padded to: max_prompt_length, its
+    # half, its quarter, ...; more than 1 puts prompts of like length into a batch
     response_length: int = 64  # tokens at most
     stop_tokens: tuple[str, ...] = ()  # tokens that end a response besides the tokenizer's EOS
     temperature: float = 1.0  # divides the logits, in sampling and in training
@@ -149,7 +151,11 @@ class PPOSettings:
         check.each("> 0", "temperature", "target_kl", "kl_horizon", "value_clip_range")
         check.each("> 0", "sample_every", "save_every", "reward_seconds")
         check.each(">= 0", "kl_coef", "vf_coef", "entropy_coef", "value_learning_rate")
-        check.each("> 0", "samples_per_prompt")
+        check.each("> 0", "samples_per_prompt", "prompt_buckets")
+        most = self.max_prompt_length.bit_length()
+        check.that(
+            self.prompt_buckets <= most, "prompt_buckets", f"<= {most}, halves of max_prompt_length"
+        )
         check.each(">= 0", "top_k", "num_samples", "logits_chunk")
         check.each("in [0, 1]", "gamma", "gae_lambda", "min_p")
         check.each("in (0, 1]", "top_p")

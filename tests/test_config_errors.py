@@ -76,6 +76,8 @@ BAD = [
     ("ppo.clip_range_high", 0.1, "0 or at least clip_range (0.2), got 0.1"),
     ("ppo.clip_range_high", -0.1, "0 or at least clip_range (0.2), got -0.1"),
     ("ppo.value_clip_range", 0.0, "> 0"),
+    ("ppo.prompt_buckets", 0, "> 0"),
+    ("ppo.prompt_buckets", 20, "halves of max_prompt_length"),
     ("ppo.importance_low", -0.1, "in [0, 1]"),
     ("ppo.importance_low", 0.5, '1 unless old_logprobs is "recompute"'),
     ("ppo.importance_high", 0.5, ">= 1"),

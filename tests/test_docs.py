@@ -125,25 +125,32 @@ def workdir(tmp_path_factory):
 
 
 def documented_metrics():
-    """The names in the table, with what its remarks add: "also `sft/`", "`_gap1`, `_gap2`"."""
-    names = set()
+    """The names in the table, with what its remarks add: "also `sft/`", "`_gap1`, `_gap2`"; and
+    those of a setting that the run has not: "with `setting=...`:"."""
+    names, optional = set(), set()
     for cell, meaning in table(section("### Metrics")):
         row = re.findall(r"`([^`]+)`", cell)
+        if setting := re.match(r"with `(\w+)", meaning):
+            assert setting[1] in {field.name for _, field in fields()}
+            optional |= set(row)
+            continue
         names |= set(row)
         for remark in re.findall(r"`([^`]+)`", meaning):
             if remark.endswith("/"):
                 names |= {remark + name.partition("/")[2] for name in row}
             elif remark.startswith("_"):
                 names |= {name + remark for name in row}
-    return names
+    return names, optional
 
 
 def test_the_table_of_metrics_is_what_a_run_writes(workdir):
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     written = {name for line in lines for name in json.loads(line)} - {"stage", "step"}
-    documented = documented_metrics()
+    documented, optional = documented_metrics()
     assert written - documented == set(), "not in the README's table"
     assert documented - written == set(), "in the README's table, and nothing writes it"
+    sources = "".join(path.read_text() for path in (ROOT / "ppo_jax").glob("*.py"))
+    assert all(f'"{name}"' in sources for name in optional)
 
 
 def test_the_table_of_files_is_what_a_run_leaves(workdir):

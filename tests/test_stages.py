@@ -154,6 +154,16 @@ def test_slots_change_no_number_of_a_run(workdir, tmp_path):
     np.testing.assert_allclose(metrics(slots=4, refill=4), expected, rtol=1e-4, atol=1e-6)
 
 
+def test_buckets_of_prompts_are_few_programs_and_are_told(workdir, tmp_path, capsys):
+    shape = dict(num_iterations=3, rollout_batch_size=2, max_prompt_length=16, prompt_buckets=3)
+    source = dict(init_from="base", reward_function="tests.tiny_run:letters", reward_model="")
+    pipeline.run(tiny_run.on_base(workdir, ppo=source | shape), tmp_path)
+    assert "ppo: prompts are padded to one of 3 widths, a program each: " in capsys.readouterr().out
+    rows = [json.loads(row) for row in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    widths = [row["ppo/prompt_width"] for row in rows if "policy/loss" in row]
+    assert len(widths) == 3 and set(widths) <= {4, 8, 16}
+
+
 def test_the_trunk_ends_where_the_first_network_departs(workdir):
     policy = load_model(workdir / "sft")
     same = init_reward_model(policy, 0, seed=3)

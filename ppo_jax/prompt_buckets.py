@@ -1,0 +1,64 @@
+"""Prompts of like length in one batch: little padding, and few widths to compile.
+
+Dimension key: N prompts, B of them a batch.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from ppo_jax.batches import batch_indices
+
+WINDOW = 16  # batches that are sorted together: a share of long prompts down to 1/16 pads no other
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptBuckets:
+    """Which prompts are in which batch, and how wide it is; a pure function of seed and step.
+
+    The widths are `max_length`, its half, its quarter, ...: a prompt is in the smallest that holds
+    it. The batches of `batch_indices` are taken WINDOW at a time, their prompts sorted by width,
+    stably, and cut into batches anew, which come in random order. So each prompt comes once an
+    epoch, as without; with one width the batches are those of `batch_indices`.
+    """
+
+    lengths: np.ndarray  # [N] int, tokens of each prompt, at most max_length
+    max_length: int  # tokens, the widest
+    count: int  # how many widths; each is a program to compile
+    batch_size: int  # B
+    seed: int  # of the run
+
+    @property
+    def widths(self) -> np.ndarray:
+        """[count] int, rising.
+
+        >>> buckets = PromptBuckets(
+        ...     lengths=np.array([3, 30]), max_length=32, count=3, batch_size=1, seed=0
+        ... )
+        >>> buckets.widths.tolist()
+        [8, 16, 32]
+        """
+        return np.array([-(-self.max_length >> i) for i in reversed(range(self.count))])
+
+    @property
+    def counts(self) -> np.ndarray:
+        """[count] int, how many prompts are in each."""
+        return np.bincount(np.searchsorted(self.widths, self.lengths), minlength=self.count)
+
+    def batch(self, step: int) -> tuple[np.ndarray, int]:
+        """(the numbers of the prompts [B], the tokens to pad them to)."""
+        sizes = dict(num_examples=len(self.lengths), batch_size=self.batch_size)
+        if self.count == 1:
+            return batch_indices(self.seed, step, **sizes), self.max_length
+        window, place = divmod(step, WINDOW)
+        steps = range(window * WINDOW, (window + 1) * WINDOW)
+        rows = np.concatenate([batch_indices(self.seed, i, **sizes) for i in steps])
+        bucket = np.searchsorted(self.widths, self.lengths[rows])
+        order = np.argsort(bucket, kind="stable").reshape(WINDOW, self.batch_size)
+        chosen = order[np.random.default_rng((self.seed, window, 1)).permutation(WINDOW)[place]]
+        return rows[chosen], int(self.widths[bucket[chosen].max()])
+
+    def __str__(self):
+        counts = zip(self.widths, self.counts, strict=True)
+        each = ", ".join(f"{count:,} to {width}" for width, count in counts)
+        return f"prompts are padded to one of {self.count} widths, a program each: {each} tokens"
