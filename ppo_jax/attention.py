@@ -13,6 +13,8 @@ from flax import struct
 
 from ppo_jax.shapes import ModelConfig
 
+BLOCK, MOST_BLOCKS = 128, 4  # slots; of a cache. Each block more is a branch more to compile
+
 
 class KVCache(struct.PyTreeNode):
     """Keys and values of the positions seen so far: a ring of C slots for each sequence.
@@ -43,6 +45,30 @@ def visible(mask_BS, segments_BS, cache: KVCache | None):
     order_C = (jnp.arange(capacity) - begin) % capacity
     causal_SC = (order_C[None] <= jnp.arange(length)[:, None]) | (order_C[None] >= length)
     return causal_SC[None] & mask_BC[:, None], cache.replace(mask=mask_BC)
+
+
+def remember(cache, new_BGSK, slot, layer):
+    """Keys and values of S new positions in their slots, which do not pass the ring's end.
+
+    Args:
+        cache: (keys, values), of one layer [B, G, C, K], or of all [N, B, G, C, K].
+        new_BGSK: (keys, values).
+        slot: [] int32, of the first.
+        layer: None, or [] int32, the one of N.
+
+    Returns:
+        (the cache, (keys, values) of the layer [B, G, C, K]).
+    """
+    start = (0, 0, slot, 0) if layer is None else (layer, 0, 0, slot, 0)
+
+    def put(old, new):
+        new = new.astype(old.dtype).reshape((1,) * (old.ndim - 4) + new.shape)
+        return jax.lax.dynamic_update_slice(old, new, start)
+
+    cache = tuple(put(old, new) for old, new in zip(cache, new_BGSK, strict=True))
+    if layer is None:
+        return cache, cache
+    return cache, tuple(jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in cache)
 
 
 def refill_cache(cache: KVCache, fresh: KVCache, source_B: jax.Array) -> KVCache:
@@ -111,3 +137,29 @@ def attend(q_BSHK, k_BGCK, v_BGCK, allowed_BSC) -> jax.Array:
     scores_BGRSC = jnp.where(allowed_BSC[:, None, None], scores_BGRSC / math.sqrt(K), floor)
     probs_BGRSC = jax.nn.softmax(scores_BGRSC, axis=-1).astype(v_BGCK.dtype)
     return jnp.einsum("BGRSC,BGCK->BSGRK", probs_BGRSC, v_BGCK).reshape(B, S, H, K)
+
+
+def attend_cached(q_BSHK, k_BGCK, v_BGCK, allowed_BSC, filled) -> jax.Array:
+    """`attend` over a cache of which the slots from `filled` on, a number known in the program
+    alone, hold nothing yet.
+
+    Accelerators read the blocks that hold something: decoding is as fast as memory is read, and
+    there a slice is part of the product. A CPU copies a slice first and reads all sooner.
+    """
+    args = q_BSHK, k_BGCK, v_BGCK, allowed_BSC
+    return jax.lax.platform_dependent(
+        *args, filled, cpu=lambda *args: attend(*args[:-1]), default=attend_blocks
+    )
+
+
+def attend_blocks(q_BSHK, k_BGCK, v_BGCK, allowed_BSC, filled) -> jax.Array:
+    """`attend` over as many whole blocks of slots as hold the first `filled`."""
+    capacity = k_BGCK.shape[2]
+    block = BLOCK * -(-capacity // (BLOCK * MOST_BLOCKS))
+
+    def upto(end):
+        return lambda q, k, v, allowed: attend(q, k[:, :, :end], v[:, :, :end], allowed[:, :, :end])
+
+    branches = [upto(min(end, capacity)) for end in range(block, capacity + block, block)]
+    chosen = (filled - 1) // block
+    return jax.lax.switch(chosen, branches, q_BSHK, k_BGCK, v_BGCK, allowed_BSC)

@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ppo_jax.attention import attend, rotate, visible
+from ppo_jax.attention import attend, attend_cached, remember, rotate, visible
 from ppo_jax.axes import HIDDEN, KERNELS, TABLES, Constrain, gathered, uncut
 from ppo_jax.linear import product
 from ppo_jax.shapes import ModelConfig
@@ -77,7 +77,7 @@ class Attention(nn.Module):
     constrain: Constrain = uncut
 
     @nn.compact
-    def __call__(self, x_BSD, positions_BS, allowed_BSC, layer_cache, index):
+    def __call__(self, x_BSD, positions_BS, allowed_BSC, cache, layer, slots):
         c = self.config
         project = functools.partial(Projection, constrain=self.constrain)
         q = project((c.num_heads, c.head_dim), c.qkv_bias, name="query")(x_BSD)
@@ -89,13 +89,12 @@ class Attention(nn.Module):
         if c.positions == "rotary":
             q, k = rotate(q, positions_BS, c), rotate(k, positions_BS, c)
         k, v = (x.swapaxes(1, 2) for x in (k, v))
-        if layer_cache is not None:
-            k, v = (
-                jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), index, axis=2)
-                for old, new in zip(layer_cache, (k, v), strict=True)
-            )
-            layer_cache = (k, v)
-        mixed = attend(q, k, v, allowed_BSC)
+        if cache is None:
+            mixed = attend(q, k, v, allowed_BSC)
+        else:
+            next_slot, filled = slots
+            cache, (k, v) = remember(cache, (k, v), next_slot, layer)
+            mixed = attend_cached(q, k, v, allowed_BSC, filled)
         output = project(
             (c.embed_dim,),
             c.attention_output_bias,
@@ -103,7 +102,7 @@ class Attention(nn.Module):
             std=0.02 / math.sqrt(2 * c.num_layers),
             name="output",
         )
-        return output(mixed), layer_cache
+        return output(mixed), cache
 
 
 class MLP(nn.Module):
@@ -127,21 +126,26 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm layer. The order of arguments and results is what `nn.scan` wants."""
+    """One pre-norm layer. The order of arguments and results is what `nn.scan` wants.
+
+    `cache` is the layer's own, or that of all layers where they are scanned: then `layer` says
+    which it is, and every layer writes into the one array. Handed out and gathered layer by layer,
+    it would be copied whole for each token.
+    """
 
     config: ModelConfig
     constrain: Constrain = uncut
 
     @nn.compact
-    def __call__(self, x_BSD, layer_cache, positions_BS, allowed_BSC, index):
-        c, constrain = self.config, self.constrain
+    def __call__(self, carry, layer, positions_BS, allowed_BSC, slots):
+        c, constrain, (x_BSD, cache) = self.config, self.constrain, carry
         normed = Norm(c, name="attention_norm")(x_BSD)
-        mixed, layer_cache = Attention(c, constrain, name="attention")(
-            normed, positions_BS, allowed_BSC, layer_cache, index
+        mixed, cache = Attention(c, constrain, name="attention")(
+            normed, positions_BS, allowed_BSC, cache, layer, slots
         )
         x_BSD = x_BSD + mixed
         x_BSD = x_BSD + MLP(c, constrain, name="mlp")(Norm(c, name="mlp_norm")(x_BSD))
-        return constrain(x_BSD, HIDDEN), layer_cache
+        return (constrain(x_BSD, HIDDEN), cache), None
 
 
 class Layers(nn.Module):
@@ -153,30 +157,31 @@ class Layers(nn.Module):
     constrain: Constrain = uncut
 
     @nn.compact
-    def __call__(self, x_BSD, layer_caches, *where):
+    def __call__(self, x_BSD, caches, *where):
         if self.start == self.end:
-            return x_BSD, layer_caches
+            return x_BSD, caches
         block = Block
         if self.config.remat != "none":
             # Under a scan nothing can be merged across the border anyway.
             apart = not self.config.scan_layers
             block = nn.remat(Block, prevent_cse=apart, policy=REMAT[self.config.remat])
+        count = self.end - self.start
         if self.config.scan_layers:
             stack = nn.scan(
                 block,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
                 in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
-                length=self.end - self.start,
+                length=count,
             )
-            return stack(self.config, self.constrain, name="stack")(x_BSD, layer_caches, *where)
-        caches = []
-        for i in range(self.start, self.end):
-            cache = None if layer_caches is None else layer_caches[i - self.start]
+            layers = stack(self.config, self.constrain, name="stack")
+            return layers((x_BSD, caches), jnp.arange(count), *where)[0]
+        updated = []
+        for i, cache in enumerate(caches or [None] * count, start=self.start):
             layer = block(self.config, self.constrain, name=str(i))
-            x_BSD, cache = layer(x_BSD, cache, *where)
-            caches.append(cache)
-        return x_BSD, (None if layer_caches is None else tuple(caches))
+            (x_BSD, cache), _ = layer((x_BSD, cache), None, *where)
+            updated.append(cache)
+        return x_BSD, (None if caches is None else tuple(updated))
 
 
 class Embedding(nn.Module):
@@ -248,9 +253,8 @@ class Transformer(nn.Module):
             x = jnp.where(mask_BS[:, :, None], inputs, 0).astype(c.dtype)
             x = self.constrain(x, HIDDEN)
         layers = Layers(c, self.start or 0, self.end, self.constrain, name="layers")
-        index = None if cache is None else cache.index % cache.mask.shape[1]
-        caches = None if cache is None else cache.layers
-        x, caches = layers(x, caches, positions, allowed_BSC, index)
+        slots, caches = (None, None) if cache is None else (taken(cache, mask_BS), cache.layers)
+        x, caches = layers(x, caches, positions, allowed_BSC, slots)
         if cache is not None:
             cache = cache.replace(layers=caches, index=cache.index + mask_BS.shape[1])
         return self.finish(x[:, output_start:], embed, read or all_logits), cache
@@ -271,6 +275,12 @@ class Transformer(nn.Module):
             return constrain(found, ("batch", None, "vocab"))
 
         return read(logits, weights, x_BSD)
+
+
+def taken(cache, mask_BS):
+    """(the slot of the first new position, how many slots hold something with the new ones)."""
+    capacity = cache.mask.shape[1]
+    return cache.index % capacity, jnp.minimum(cache.index + mask_BS.shape[1], capacity)
 
 
 def all_logits(logits, weights, x_BSD):

@@ -33,7 +33,8 @@ def last_line(done):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2"])
 def test_an_iteration_tells_all_of_its_figures(family):
-    found = last_line(benchmark("iteration", f"--family={family}", *TINY))
+    scanned = ["--scan-layers"] if family == "llama" else []
+    found = last_line(benchmark("iteration", f"--family={family}", *scanned, *TINY))
     promised = (
         "cpu_seconds_per_iter wall_seconds_per_iter rollout_cpu_seconds score_cpu_seconds "
         "update_cpu_seconds rollout_tokens_per_cpu_second update_matmul_utilisation peak_rss_mb "
@@ -41,6 +42,7 @@ def test_an_iteration_tells_all_of_its_figures(family):
     )
     assert all(found[name] > 0 for name in promised.split())
     assert found["arguments"]["family"] == family and found["arguments"]["response_len"] == 8
+    assert found["arguments"]["scan_layers"] == (family == "llama")
 
 
 @pytest.mark.slow

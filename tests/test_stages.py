@@ -1,14 +1,16 @@
 """What a run computes: frozen layers once, stages as whole models, text from any of them."""
 
+import contextlib
 import dataclasses
 import functools
 import json
+import re
 
 import jax
 import numpy as np
 import pytest
 
-from ppo_jax import pipeline, ppo, ppo_loop, ppo_setup
+from ppo_jax import compilation, pipeline, ppo, ppo_loop, ppo_setup
 from ppo_jax.checkpoints import load_checkpoint_item
 from ppo_jax.config import from_config_dict
 from ppo_jax.generation import generate
@@ -152,6 +154,32 @@ def test_slots_change_no_number_of_a_run(workdir, tmp_path):
     expected = metrics()
     assert len(expected) == 2 and expected[1][-1] < 8
     np.testing.assert_allclose(metrics(slots=4, refill=4), expected, rtol=1e-4, atol=1e-6)
+
+
+@contextlib.contextmanager
+def compiled_programs():
+    """The names of the programs that are compiled, in their order."""
+    names = []
+
+    def hear(event, seconds, fun_name="", **_):
+        if event == compilation.EVENT:
+            names.append(fun_name)
+
+    jax.monitoring.register_event_duration_secs_listener(hear)
+    try:
+        yield names
+    finally:
+        jax.monitoring.unregister_event_duration_listener(hear)
+
+
+def test_an_iteration_is_one_program_that_is_compiled_once(workdir, tmp_path):
+    sources = dict(init_from=str(workdir / "sft"), reward_model=str(workdir / "reward"))
+    shape = dict(num_iterations=3, num_samples=0, save_every=3)
+    jax.clear_caches()
+    with compiled_programs() as names:
+        pipeline.run(tiny_run.on_base(workdir, ppo=sources | shape), tmp_path)
+    found = [name for name in names if re.search("iteration|sample|score|learn|update|roll", name)]
+    assert found == ["jit(ppo_iteration)"]
 
 
 def test_buckets_of_prompts_are_few_programs_and_are_told(workdir, tmp_path, capsys):

@@ -40,9 +40,11 @@ SIZES = {
 flags.DEFINE_integer(
     "refill", 0, "Free slots that prompts wait for; 0 is a quarter.", lower_bound=0
 )
+flags.DEFINE_bool("scan_layers", False, "One scanned body instead of layers one after the other.")
 flags.DEFINE_string("lengths", "fixed", "Of responses: fixed, or geometric:MEAN for a rollout.")
 flags.DEFINE_integer("num_prompts", 128, "Of a rollout with geometric lengths.", lower_bound=1)
 flags.DEFINE_alias("num-prompts", "num_prompts")
+flags.DEFINE_alias("scan-layers", "scan_layers")
 for name, (default, told) in SIZES.items():
     flags.DEFINE_integer(name, default, told, lower_bound=1)
     if "_" in name:
@@ -146,7 +148,7 @@ def model_config() -> ModelConfig:
         "max_position_embeddings": length,
         "tie_word_embeddings": FLAGS.family == "gpt2",
     }
-    return read_config(raw)
+    return read_config(raw, scan_layers=FLAGS.scan_layers)
 
 
 # --- seconds and figures --------------------------------------------------------------------------
@@ -239,7 +241,7 @@ def tell(work: Work, timed: Timed, name: str, **more: float):
 
 
 def arguments() -> dict[str, Any]:
-    return {k: getattr(FLAGS, k) for k in ("family", *SIZES)}
+    return {k: getattr(FLAGS, k) for k in ("family", "scan_layers", *SIZES)}
 
 
 def rounded(found: dict[str, Any]) -> dict[str, Any]:
