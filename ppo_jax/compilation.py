@@ -5,6 +5,7 @@ import platform
 from pathlib import Path
 
 import jax
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 LEAST_SECONDS = 0.5  # a program that compiles faster is not kept
 MOST_BYTES = 4 * 2**30  # of the folder; what was used longest ago goes first
@@ -25,6 +26,13 @@ def keep_programs(folder: Path):
     jax.config.update("jax_compilation_cache_dir", str(folder / processor()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_SECONDS)
     jax.config.update("jax_compilation_cache_max_size", MOST_BYTES)
+
+
+def keep_nothing():
+    """From here on, whatever was kept: what is compiled for devices that are not there could be
+    written, but no client is there to read it again."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    reset_cache()  # jax asks its setting once
 
 
 def processor() -> str:

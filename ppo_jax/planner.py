@@ -16,6 +16,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from ppo_jax.chips import Chip, Roofline, find_chip, roofline
+from ppo_jax.compilation import keep_nothing
 from ppo_jax.config import Config
 from ppo_jax.mesh_checks import check_rows
 from ppo_jax.phases import Phase, phases
@@ -129,6 +130,7 @@ def find_target(topology: str | None) -> Target:
     chip = find_chip(topology)
     jax.config.update("jax_platforms", "cpu")  # of this process; what is described is not there
     os.environ.update(ONLY_COMPILE)
+    keep_nothing()
     try:
         described = topologies.get_topology_desc(platform="tpu", topology_name=topology)
     except Exception as error:

@@ -7,6 +7,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from ppo_jax.compilation import compile_seconds, keep_programs, processor
 from tests.command_line import ROOT
@@ -21,10 +22,10 @@ print(json.dumps(compilation.compile_seconds()))
 """
 
 
-def start(folder, **environment):
+def start(folder, program=PROGRAM, **environment):
     known = {k: v for k, v in os.environ.items() if not k.startswith("JAX_COMPILATION")}
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(folder)],
+        [sys.executable, "-c", program, str(folder)],
         cwd=ROOT,
         env=known | environment,
         capture_output=True,
@@ -42,6 +43,16 @@ def test_a_second_process_finds_what_the_first_compiled(tmp_path):
     programs = [name for name in kept if name.endswith("-cache")]
     again = sorted(path.name for path in (tmp_path / processor()).iterdir())
     assert [name for name in again if name.endswith("-cache")] == programs
+
+
+@pytest.mark.parametrize(("where", "kept"), [("", True), ("compilation.keep_nothing()", False)])
+def test_nothing_is_kept_from_there_on(tmp_path, where, kept):
+    compile_first = "jax.jit(lambda x: x + 1)(1.0)\n"  # jax has asked whether there is a cache
+    begin, _, end = PROGRAM.rpartition("jax.jit")
+    start(tmp_path, program=f"{begin}{compile_first}{where}\njax.jit{end}")
+    names = [path.name for path in tmp_path.rglob("*-cache")]
+    assert any("lambda" in name for name in names)
+    assert (len(names) > 1) == kept
 
 
 def test_the_settings_of_jax_go_first(tmp_path):
