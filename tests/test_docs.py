@@ -120,7 +120,9 @@ def is_setting(cls, path):
 def workdir(tmp_path_factory):
     """A complete run of every stage; nothing may change it."""
     folder = tmp_path_factory.mktemp("run")
-    pipeline.run(tiny_run.config(), folder)
+    values = tiny_run.config()
+    values["ppo"] |= {"packing": True, "num_micro_batches": 2}
+    pipeline.run(values, folder)
     return folder
 
 
