@@ -7,8 +7,8 @@ r"""PPO on random models: an iteration, its rollout or its update, in seconds of
 The set-up of InstructGPT: policy, critic, reference and reward model, four of one size with weights
 of their own; float32; responses of full length. The last line of the output is one JSON object.
 With --lengths=geometric:MEAN, a rollout of --num-prompts in --batch slots stands beside static
-batches of --batch prompts, one after the other; and an update of packed rows, in as many of
---num-micro-batches pieces as it takes, beside one of a row for each response.
+batches of --batch prompts, one after the other; an update of packed rows beside one of a row for
+each response, in --num-micro-batches pieces or, packed, in as many of them as it takes.
 """
 
 import dataclasses
@@ -58,14 +58,13 @@ def update():
 def packed_update(work: Work):
     """Packed rows beside a row for each response, of very different lengths."""
     sampling = dataclasses.replace(work.recipe.sampling, eos_ids=stop_tokens())
-    work.recipe = dataclasses.replace(work.recipe, sampling=sampling)
+    pieces = FLAGS.num_micro_batches
+    work.recipe = dataclasses.replace(work.recipe, sampling=sampling, num_micro_batches=pieces)
     _, responses = time_rollout(work, repeats=0)
     useful = float(responses.response_mask.sum())
     _, experience = time_score(work, responses, repeats=0)
     single = time_update(work, experience)
-    work.recipe = dataclasses.replace(
-        work.recipe, packing=True, num_micro_batches=FLAGS.num_micro_batches
-    )
+    work.recipe = dataclasses.replace(work.recipe, packing=True)
     timed = time_update(work, experience)
     told = {
         "benchmark": "update",

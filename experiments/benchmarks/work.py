@@ -34,7 +34,7 @@ SIZES = {
     "response_len": (64, "Tokens of a response."),
     "num_epochs": (4, "Passes over a rollout."),
     "num_minibatches": (1, "Optimizer steps a pass."),
-    "num_micro_batches": (8, "Pieces of a minibatch with packed rows; else it is one."),
+    "num_micro_batches": (16, "Pieces of a minibatch with --lengths; else it is one."),
     "threads": (1, "Cores to run on."),
     "repeats": (5, "Timed runs, after one that is not."),
 }
