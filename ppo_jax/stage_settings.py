@@ -99,8 +99,8 @@ class PPOSettings:
     num_epochs: int = 4  # passes over a rollout
     num_minibatches: int = 1  # optimizer steps a pass
     num_micro_batches: int = 1  # pieces of a minibatch in memory one after the other
-    packing: bool = False  # responses share rows in the updates; a minibatch has fewer pieces then.
-    # Saves whole pieces alone, so it needs several: the more, the closer to what lengths allow
+    packing: bool = False  # responses share rows in the updates: the same gradient. Of the
+    # num_micro_batches pieces those without rows are saved, so that many small ones save the most
     logits_chunk: int = 0  # response positions whose logits are held at a time; 0 is all. For a
     # large vocabulary that does not fit: the backward pass computes them again
     samples_per_prompt: int = 1  # responses of an iteration to each of its prompts

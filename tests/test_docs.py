@@ -120,9 +120,7 @@ def is_setting(cls, path):
 def workdir(tmp_path_factory):
     """A complete run of every stage; nothing may change it."""
     folder = tmp_path_factory.mktemp("run")
-    values = tiny_run.config()
-    values["ppo"] |= {"packing": True, "num_micro_batches": 2}
-    pipeline.run(values, folder)
+    pipeline.run(tiny_run.config(), folder)
     return folder
 
 
