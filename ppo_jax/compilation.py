@@ -1,6 +1,7 @@
 """Compiled programs that outlive a process, and the seconds that compiling takes."""
 
 import hashlib
+import logging
 import platform
 from pathlib import Path
 
@@ -32,6 +33,7 @@ def keep_nothing():
     """From here on, whatever was kept: what is compiled for devices that are not there could be
     written, but no client is there to read it again."""
     jax.config.update("jax_enable_compilation_cache", False)
+    logging.getLogger("jax._src.compilation_cache").setLevel(logging.WARNING)  # it tells of this:
     reset_cache()  # jax asks its setting once
 
 

@@ -69,6 +69,7 @@ class Recipe:
     num_epochs: int  # passes over a rollout
     num_minibatches: int  # optimizer steps a pass
     num_micro_batches: int = 1  # pieces of a minibatch held in memory one after the other
+    packing: bool = False  # responses share rows in the update; pieces without responses are saved
     kl_estimator: str = "k1"  # of the penalty in the rewards
     kl_control: str = "fixed"  # or "adaptive"
     missing_eos: str = "keep"  # the score of a response without a stop token, or "replace", or

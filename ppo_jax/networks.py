@@ -47,7 +47,7 @@ class Network(NamedTuple):
     positions from `start` on, so that nobody pays for logits of a prompt.
 
     - `init(key) -> params`; the key is consumed.
-    - `apply(params, inputs, mask, *, start=0, segments=None) -> outputs`; see below.
+    - `apply(params, inputs, mask, *, start=0, segments=None, at=None) -> outputs`; see below.
     - `init_cache(batch_size, length) -> cache`
     - `decode(params, inputs, mask, cache, *, start=0) -> (outputs, cache)`: the same for new
       positions that follow those in the cache.
@@ -55,16 +55,18 @@ class Network(NamedTuple):
       `fresh`, the cache of some prompts, holds of prompt source[b], or goes on where that is -1.
       Needed where `Sampling` has fewer slots than responses, or several samples of a prompt; the
       cache must then hold a sequence of its length wherever it begins (ours is a ring).
-    - `token_statistics(params, inputs, mask, tokens, temperature, *, start=0) -> (logprobs,
-      entropies)`: what `distributions.token_statistics` gives for the logits of `apply` and
-      tokens [B, L - start], without holding all of the logits.
+    - `token_statistics(params, inputs, mask, tokens, temperature, *, start=0, segments=None,
+      at=None) -> (logprobs, entropies)`: what `distributions.token_statistics` gives for the logits
+      of `apply` and tokens [B, L - start], without holding all of the logits.
+    - `packs`: True where `apply` and `token_statistics` take `segments` and `at`.
 
     Value and reward networks need the first two only.
 
     `segments` [B, L] int32 says which text of its row a position belongs to, 1, 2, ... and 0 in
     padding, where several texts share a row: positions then begin anew with each text, and no text
-    sees another. It is given for packed rows alone (`sft.packing`); a network that is not trained
-    on such rows need not take it.
+    sees another. `at` [B, T] int32 is then the positions that have an output, in place of `start`.
+    Both are given for packed rows alone (`sft.packing`, which needs no `at`, and `ppo.packing`); a
+    network that is not trained on such rows need not take them.
     """
 
     init: Callable[[jax.Array], Params]
@@ -73,6 +75,7 @@ class Network(NamedTuple):
     decode: Callable[..., tuple[jax.Array, Any]] | None = None
     refill: Callable[[Any, Any, jax.Array], Any] | None = None
     token_statistics: Callable[..., tuple[jax.Array, jax.Array]] | None = None
+    packs: bool = False
 
 
 def make_network(config, start, end, head, constrain, head_std=0.0) -> Network:
@@ -86,12 +89,10 @@ def make_network(config, start, end, head, constrain, head_std=0.0) -> Network:
         # One row cannot be cut: where parameters lie is for whoever calls to say.
         return module.clone(constrain=uncut).init(key, inputs, mask, None, None, 0)["params"]
 
-    def apply(params, inputs, mask, *, start=0, segments=None):
-        check_inputs(config, module.start, inputs, mask)
-        if segments is not None:
-            chex.assert_equal_shape([mask, segments])
-            chex.assert_type(segments, int)
-        return module.apply({"params": params}, inputs, mask, segments, None, start)[0]
+    def apply(params, inputs, mask, *, start=0, segments=None, at=None):
+        check_inputs(config, module.start, inputs, mask, segments, at)
+        outputs = start if at is None else at
+        return module.apply({"params": params}, inputs, mask, segments, None, outputs)[0]
 
     def init_cache(batch_size, length):
         shape = (batch_size, config.num_kv_heads, length, config.head_dim)
@@ -117,13 +118,20 @@ def make_network(config, start, end, head, constrain, head_std=0.0) -> Network:
         axes = (None, *CACHE) if config.scan_layers else CACHE
         return cache.replace(layers=jax.tree.map(lambda x: constrain(x, axes), cache.layers))
 
-    return Network(init=init, apply=apply, init_cache=init_cache, decode=decode, refill=refill)
+    functions = dict(init=init, apply=apply, init_cache=init_cache, decode=decode, refill=refill)
+    return Network(**functions, packs=True)
 
 
-def check_inputs(config, start_layer, inputs, mask):
+def check_inputs(config, start_layer, inputs, mask, segments=None, at=None):
     chex.assert_rank([mask, inputs], [2, 2 if start_layer is None else 3])
     chex.assert_equal_shape_prefix([inputs, mask], 2)
     chex.assert_type([inputs, mask], [int if start_layer is None else float, bool])
+    if segments is not None:
+        chex.assert_equal_shape([mask, segments])
+        chex.assert_type(segments, int)
+    if at is not None:
+        chex.assert_rank(at, 2)
+        chex.assert_type(at, int)
     if config.positions == "learned" and inputs.shape[1] > config.max_length:
         raise ValueError(
             f"{inputs.shape[1]} positions, but the model has {config.max_length} (model.max_length)"
@@ -147,15 +155,18 @@ def policy_network(
         return network
     module = Transformer(config, start_layer, config.num_layers, "logits", constrain=constrain)
 
-    def token_statistics(params, inputs, mask, tokens, temperature, *, start=0):
-        check_inputs(config, start_layer, inputs, mask)
+    def token_statistics(
+        params, inputs, mask, tokens, temperature, *, start=0, segments=None, at=None
+    ):
+        check_inputs(config, start_layer, inputs, mask, segments, at)
+        outputs = start if at is None else at
 
         def read(*head):
             return chunked_token_statistics(
                 *head, tokens, temperature=temperature, chunk=logits_chunk
             )
 
-        return module.apply({"params": params}, inputs, mask, None, None, start, read)[0]
+        return module.apply({"params": params}, inputs, mask, segments, None, outputs, read)[0]
 
     return network._replace(token_statistics=token_statistics)
 

@@ -78,6 +78,8 @@ def phases(config: Config, models: Models, layouts: tuple[Layout, Layout]) -> li
     at_once = dataclasses.replace(s, logits_chunk=0)
     with_again, once = analytic_flops(s, models), analytic_flops(at_once, without_remat(models))
     trips = {"rollout": s.response_length}
+    if s.packing:
+        trips["update"] = s.num_micro_batches
     return [
         Phase(
             name=name,

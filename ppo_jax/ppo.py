@@ -3,6 +3,8 @@
 Dimension key: B responses, T response tokens.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -16,9 +18,10 @@ from ppo_jax.experience import (
 from ppo_jax.kl import adaptive_kl_coef
 from ppo_jax.losses import ppo_loss
 from ppo_jax.optimizer import apply_gradients, init_optimizer, schedule
+from ppo_jax.packed_rows import pack_rows, packed_experience
 from ppo_jax.partition import merge_params
 from ppo_jax.rollout import response_outputs, response_statistics
-from ppo_jax.steps import accumulate
+from ppo_jax.steps import accumulate, accumulate_first
 from ppo_jax.structs import (
     Experience,
     Frozen,
@@ -59,7 +62,7 @@ def experience_loss(
 
     Args:
         params: {"policy": trained leaves, "value": trained leaves}.
-        experience: B responses.
+        experience: B responses, or rows of responses.
         hyperparameters: the numbers; a temperature of 0 counts as 1.
         frozen: the leaves that are not trained.
         networks: the networks.
@@ -69,6 +72,7 @@ def experience_loss(
         (loss, metrics).
     """
     e, mask = experience, experience.response_mask
+    packed = dict(segments=e.segments, at=e.at)
     logprobs, entropies = response_statistics(
         networks.policy,
         merge_params(frozen.policy, params["policy"]),
@@ -76,6 +80,7 @@ def experience_loss(
         e.mask,
         e.response_tokens,
         temperature=hyperparameters.temperature,
+        **packed,
     )
     values = response_outputs(
         networks.value,
@@ -83,6 +88,7 @@ def experience_loss(
         e.value_inputs,
         e.mask,
         response_length=mask.shape[1],
+        **packed,
     )
     return ppo_loss(
         logprobs,
@@ -125,7 +131,15 @@ def ppo_update(
 
     Returns:
         (state, metrics of each optimizer step [num_epochs * num_minibatches], in their order).
+
+    Raises:
+        ValueError: packing, with a network that does not take packed rows.
     """
+    if recipe.packing and not (networks.policy.packs and networks.value.packs):
+        raise ValueError(
+            "packing needs networks that take `segments` and `at` and say so (Network.packs), got "
+            f"policy {networks.policy.packs}, value {networks.value.packs}"
+        )
     batch_size = experience.mask.shape[0]
     factor = schedule(hyperparameters.optimizer, state.step)
     rates = {
@@ -151,7 +165,8 @@ def ppo_update(
                 normalizer=normalizer,
             )
 
-        gradients, metrics = accumulate(loss, params, minibatch, recipe.num_micro_batches)
+        sums = accumulate_packed if recipe.packing else accumulate
+        gradients, metrics = sums(loss, params, minibatch, recipe.num_micro_batches)
         params, opt_state, norm = apply_gradients(
             hyperparameters.optimizer, gradients, opt_state, params, rates
         )
@@ -165,6 +180,29 @@ def ppo_update(
     )
     rates = {"policy/learning_rate": rates["policy"], "value/learning_rate": rates["value"]}
     return state, metrics | {k: jnp.full(len(rows), v) for k, v in rates.items()}
+
+
+def accumulate_packed(
+    loss: Callable[..., tuple[jax.Array, dict]],
+    params: Params,
+    minibatch: Experience,
+    num_micro_batches: int,
+) -> tuple[Params, dict[str, jax.Array]]:
+    """`accumulate` with the responses in as few rows as they fit in, and those rows in pieces.
+
+    The pieces have as many rows as without packing. Where no more rows are in use, it ends.
+    """
+    rows, used = pack_rows(minibatch.mask, minibatch.response_mask)
+    size = rows.mask.shape[0] // num_micro_batches
+    pieces = (used + size - 1) // size
+
+    def piece(i):
+        of_piece = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i * size, size), rows)
+        return packed_experience(minibatch, of_piece)
+
+    gradients, metrics = accumulate_first(loss, params, piece, pieces)
+    real, trained = (rows.segments > 0).sum(), pieces * size * rows.segments.shape[1]
+    return gradients, metrics | {"ppo/row_fill": real / trained}
 
 
 def learn(

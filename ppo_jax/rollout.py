@@ -111,7 +111,14 @@ def check_slots(sampling: Sampling, num_slots: int, num_rows: int, networks: tup
 
 
 def response_outputs(
-    network: Network, params: Params, inputs: jax.Array, mask: jax.Array, *, response_length: int
+    network: Network,
+    params: Params,
+    inputs: jax.Array,
+    mask: jax.Array,
+    *,
+    response_length: int,
+    segments: jax.Array | None = None,
+    at: jax.Array | None = None,
 ) -> jax.Array:
     """What a network gives before each response token, and nowhere else.
 
@@ -121,13 +128,22 @@ def response_outputs(
         inputs: [B, L] int32 tokens or [B, L, D] hidden states, the response in the last T.
         mask: [B, L] bool.
         response_length: T.
+        segments: of packed rows, see `Experience`; inputs and mask then have L - 1 positions.
+        at: of packed rows.
 
     Returns:
         [B, T, V] float32, the logits that predict each token, or [B, T] float32, the value of the
         state before it.
     """
-    start = mask.shape[1] - response_length - 1
-    return network.apply(params, inputs[:, :-1], mask[:, :-1], start=start)
+    inputs, mask, where = predictors(inputs, mask, response_length, segments, at)
+    return network.apply(params, inputs, mask, **where)
+
+
+def predictors(inputs, mask, response_length, segments, at):
+    """(inputs, mask, where to read the outputs) of the positions that predict something."""
+    if at is not None:
+        return inputs, mask, {"segments": segments, "at": at}
+    return inputs[:, :-1], mask[:, :-1], {"start": mask.shape[1] - response_length - 1}
 
 
 def response_statistics(
@@ -138,6 +154,8 @@ def response_statistics(
     tokens: jax.Array,
     *,
     temperature: jax.Array | float = 1.0,
+    segments: jax.Array | None = None,
+    at: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probability of each response token, and the entropy of the distribution it is from.
 
@@ -150,14 +168,14 @@ def response_statistics(
         mask: [B, L] bool.
         tokens: [B, T] int32, the response.
         temperature: divides the logits; 0 counts as 1.
+        segments: see `response_outputs`.
+        at: see `response_outputs`.
 
     Returns:
         (logprobs, entropies in nats), each [B, T] float32, undefined where mask is False.
     """
-    if network.token_statistics is None:
-        logits = response_outputs(network, params, inputs, mask, response_length=tokens.shape[1])
-        return token_statistics(logits, tokens, temperature=temperature)
-    start = mask.shape[1] - tokens.shape[1] - 1
-    return network.token_statistics(
-        params, inputs[:, :-1], mask[:, :-1], tokens, temperature, start=start
-    )
+    inputs, mask, where = predictors(inputs, mask, tokens.shape[1], segments, at)
+    if network.token_statistics is not None:
+        return network.token_statistics(params, inputs, mask, tokens, temperature, **where)
+    logits = network.apply(params, inputs, mask, **where)
+    return token_statistics(logits, tokens, temperature=temperature)

@@ -219,6 +219,8 @@ def check_settings(folder: Path, description: dict):
     stage = description["stage"]
     both = (with_younger_fields(stage, x["settings"]) for x in (old, description))
     may_change = set(MAY_CHANGE)
+    if stage == "ppo":
+        may_change.add("packing")  # of responses: the same gradient; in SFT it orders the data
     if description["settings"].get("kl_control") == "adaptive":
         may_change.remove("kl_coef")  # where the control began; its state has moved on
     if fixed := fixed_differences(*both, may_change):

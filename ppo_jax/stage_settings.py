@@ -99,6 +99,8 @@ class PPOSettings:
     num_epochs: int = 4  # passes over a rollout
     num_minibatches: int = 1  # optimizer steps a pass
     num_micro_batches: int = 1  # pieces of a minibatch in memory one after the other
+    packing: bool = False  # responses share rows in the updates: the same gradient. Of the
+    # num_micro_batches pieces those without rows are saved, so that many small ones save the most
     logits_chunk: int = 0  # response positions whose logits are held at a time; 0 is all. For a
     # large vocabulary that does not fit: the backward pass computes them again
     samples_per_prompt: int = 1  # responses of an iteration to each of its prompts
@@ -176,6 +178,8 @@ class PPOSettings:
         check_trainable(check, "trainable", "value_trainable")
         pieces = self.num_minibatches * self.num_micro_batches
         check.multiple("rollout_batch_size", pieces, "num_minibatches x num_micro_batches")
+        possible = self.num_micro_batches > 1 or not self.packing
+        check.that(possible, "packing", "False with num_micro_batches=1: it saves whole pieces")
         samples = self.samples_per_prompt
         check.multiple("rollout_batch_size", samples, "samples_per_prompt")
         for field, most, of in (

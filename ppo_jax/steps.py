@@ -185,14 +185,37 @@ def accumulate(
     gradient = jax.grad(loss, has_aux=True)
     if num_micro_batches == 1:
         return gradient(params, batch)
-
-    def add(total, piece):
-        gradients, metrics = gradient(params, piece)
-        sums = jax.tree.map(jnp.add, total, (gradients, metrics))
-        maxima = {k: jnp.maximum(total[1][k], v) for k, v in metrics.items() if k.endswith("_max")}
-        return (sums[0], sums[1] | maxima), None
-
     pieces = split(batch, num_micro_batches)
     first = gradient(params, jax.tree.map(lambda x: x[0], pieces))
     rest = jax.tree.map(lambda x: x[1:], pieces)
-    return jax.lax.scan(add, first, rest)[0]
+    return jax.lax.scan(lambda sums, x: (add(sums, gradient(params, x)), None), first, rest)[0]
+
+
+def accumulate_first(
+    loss: Callable[..., tuple[jax.Array, dict]],
+    params: Params,
+    piece: Callable[[jax.Array], Any],
+    count: jax.Array,
+) -> tuple[Params, dict[str, jax.Array]]:
+    """`accumulate` over the pieces 0, 1, .. count - 1, a count that only the program knows.
+
+    Args:
+        loss: see `accumulate`; a maximum is at least 0.
+        params: what to differentiate.
+        piece: number -> piece.
+        count: [] int32.
+
+    Returns:
+        (gradients, metrics).
+    """
+    gradient = jax.grad(loss, has_aux=True)
+    shapes = jax.eval_shape(lambda: gradient(params, piece(jnp.int32(0))))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return jax.lax.fori_loop(0, count, lambda i, sums: add(sums, gradient(params, piece(i))), zeros)
+
+
+def add(sums: tuple[Params, dict], found: tuple[Params, dict]) -> tuple[Params, dict]:
+    """(gradients, metrics) of two parts, see `accumulate`."""
+    gradients, metrics = jax.tree.map(jnp.add, sums, found)
+    maxima = {k: jnp.maximum(v, sums[1][k]) for k, v in found[1].items() if k.endswith("_max")}
+    return gradients, metrics | maxima

@@ -49,7 +49,12 @@ class Rollout:
 @struct.dataclass(kw_only=True)
 class Experience:
     """A rollout with all that the update needs. Everything but `policy_inputs`,
-    `value_inputs` and `mask` is over the response, and zero where `response_mask` is False."""
+    `value_inputs` and `mask` is over the response, and zero where `response_mask` is False.
+
+    Where responses share rows (see `packed_rows`), there are `segments` and `at`: B is a number of
+    rows, [B, L] is [B, L - 1], without the position that predicts nothing, and what is over the
+    response is over those of a row, one after the other.
+    """
 
     policy_inputs: jax.Array  # [B, L] int32 tokens, or [B, L, D] the trunk's hidden states
     value_inputs: jax.Array  # the same for the value network
@@ -60,6 +65,8 @@ class Experience:
     values: jax.Array  # [B, T] float32, before token t is emitted
     advantages: jax.Array  # [B, T] float32, whitened over the whole batch
     returns: jax.Array  # [B, T] float32
+    segments: jax.Array | None = None  # [B, L - 1] int32, which response of its row: 1, 2, .. or 0
+    at: jax.Array | None = None  # [B, T] int32, the position that predicts each response token
 
 
 @struct.dataclass(kw_only=True)

@@ -118,10 +118,11 @@ def ppo_rows(s: PPOSettings, model: ModelConfig) -> Rows:
     heads = 2 * model.num_kv_heads * model.head_dim * model.num_layers
     slots, size = s.slots or s.rollout_batch_size, 4 if model.dtype == "float32" else 2
     cache = slots * length * heads * size
+    unit = "packed rows " if s.packing else ""
     logits = piece * s.response_length * model.vocab_size * 4
     return [
         ("ppo iteration", f"{s.rollout_batch_size} episodes, at most {length} tokens each"),
-        ("ppo update", f"{steps} optimizer steps of {minibatch} episodes, {piece} at a time"),
+        ("ppo update", f"{steps} optimizer steps of {minibatch} episodes, {piece} {unit}at a time"),
         ("ppo in all", f"{episodes} episodes, {steps * s.num_iterations} optimizer steps"),
         ("ppo tokens a step", f"{minibatch * s.response_length} response tokens at most"),
         ("KV cache", f"{size_of(cache)}, {slots} responses at a time"),

@@ -225,7 +225,8 @@ class Transformer(nn.Module):
     """Layers `start` to `end` with what belongs below and above them.
 
     `start=None` begins with tokens, a number with the hidden states after that many layers.
-    `head` is "logits", "scalar" or "none" (hidden states, no final norm). With "logits", `read`
+    `head` is "logits", "scalar" or "none" (hidden states, no final norm); `outputs` is the position
+    from which on there are outputs, or the positions [B, T] that have them. With "logits", `read`
     may take (the map (weights, hidden states) -> logits, weights, hidden states) and give what is
     wanted of the logits.
     """
@@ -238,7 +239,7 @@ class Transformer(nn.Module):
     constrain: Constrain = uncut
 
     @nn.compact
-    def __call__(self, inputs, mask_BS, segments_BS, cache, output_start, read=None):
+    def __call__(self, inputs, mask_BS, segments_BS, cache, outputs, read=None):
         c = self.config
         allowed_BSC, cache = visible(mask_BS, segments_BS, cache)
         # A token sees itself and all real ones of its text before it: counting them places it.
@@ -257,7 +258,11 @@ class Transformer(nn.Module):
         x, caches = layers(x, caches, positions, allowed_BSC, slots)
         if cache is not None:
             cache = cache.replace(layers=caches, index=cache.index + mask_BS.shape[1])
-        return self.finish(x[:, output_start:], embed, read or all_logits), cache
+        if isinstance(outputs, int):
+            x = x[:, outputs:]
+        else:
+            x = jnp.take_along_axis(x, outputs[:, :, None], axis=1)
+        return self.finish(x, embed, read or all_logits), cache
 
     def finish(self, x_BSD, embed, read):
         if self.head == "none":

@@ -44,5 +44,9 @@ def run_script(name: str, *arguments: str) -> Ended:
         finally:
             flags.FLAGS.remove_flag_values(set(flags.FLAGS) - old_flags)
             flags.FLAGS.unparse_flags()
-            sys.modules.pop("config_config", None)  # what the config file was loaded as
+            # What defines flags as it is loaded: the config file, and the benchmarks.
+            for module in [
+                m for m in sys.modules if m.split(".")[0] in ("config_config", "benchmarks")
+            ]:
+                del sys.modules[module]
     return Ended(code, out.getvalue(), err.getvalue())

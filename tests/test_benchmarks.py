@@ -53,6 +53,13 @@ def test_slots_stand_beside_static_batches():
     assert found["times_the_useful_tokens_of_static_batches"] > 0
 
 
+@pytest.mark.slow
+def test_packed_rows_stand_beside_single_ones():
+    found = last_line(benchmark("update", "--lengths=geometric:3", "--num-micro-batches=2", *TINY))
+    assert 4 <= found["useful_tokens"] <= 4 * 8 and found["single_cpu_seconds"] > 0
+    assert found["times_the_cpu_seconds_of_single_rows"] > 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [

@@ -59,6 +59,7 @@ BAD = [
     ("ppo.samples_per_prompt", 3, "multiple of samples_per_prompt (3)"),
     ("ppo.samples_per_prompt", 0, "> 0"),
     ("ppo.logits_chunk", -1, ">= 0"),
+    ("ppo.packing", True, "False with num_micro_batches=1: it saves whole pieces, got True"),
     ("ppo.slots", -1, "0, or a multiple of samples_per_prompt up to rollout_batch_size"),
     ("ppo.slots", 128, "up to rollout_batch_size (64), got 128"),
     ("ppo.refill", 4, "up to slots (0), got 4"),

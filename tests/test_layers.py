@@ -18,7 +18,7 @@ CORE = [
     ["attention", "sampling", "chunks"],
     ["transformer"],
     ["networks"],
-    ["advantages", "rewards", "losses", "optimizer", "partition", "slots"],
+    ["advantages", "rewards", "losses", "optimizer", "partition", "slots", "packed_rows"],
     ["rollout"],
     ["steps", "experience"],
     ["ppo"],

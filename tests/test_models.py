@@ -57,6 +57,17 @@ def test_a_stage_is_computed_as_the_settings_say(stage):
     np.testing.assert_allclose(a, b, atol=0.05)
 
 
+def test_packing_may_change_where_it_changes_no_number(stage):
+    folder, _ = stage
+    for name in ("ppo", "sft"):
+        settings = {"packing": True, "kl_control": "adaptive", "kl_coef": 0.1}
+        if name == "ppo":
+            check_settings(folder, {"stage": name, "settings": settings})
+        else:  # the order of its data
+            with pytest.raises(ValueError, match="packing: False -> True"):
+                check_settings(folder, {"stage": name, "settings": settings})
+
+
 def test_where_adaptive_control_began_cannot_change_later(stage):
     folder, _ = stage
     settings = {"kl_control": "adaptive", "kl_coef": 0.1, "vf_coef": 0.5}

@@ -78,6 +78,15 @@ def test_scores_of_a_function_are_an_argument():
     assert 1.4 < whole / less < 1.6
 
 
+def test_packed_rows_are_planned_for_as_if_they_saved_nothing():
+    programs = planner.prepare(settings(ppo=dict(packing=True)), TARGET)[2]
+    assert {phase.name: phase.trips for phase in programs} == {
+        "rollout": 8,
+        "scoring": None,
+        "update": 2,
+    }
+
+
 # --- alternatives ---------------------------------------------------------------------------------
 
 

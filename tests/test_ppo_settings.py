@@ -136,9 +136,10 @@ def test_every_choice_of_the_recipe_matters(name):
 
 
 def test_the_recipe_has_no_other_choices():
-    # Sampling has tests of its own; micro-batches change the memory, see below, and nothing else.
+    # Sampling has tests of its own; micro-batches change the memory, see below, and nothing else,
+    # packing the time, see `test_packed_rows`.
     fields = {f.name for f in dataclasses.fields(Recipe)}
-    assert fields == CHOICES.keys() | {"sampling", "num_micro_batches"}
+    assert fields == CHOICES.keys() | {"sampling", "num_micro_batches", "packing"}
 
 
 def test_micro_batches_save_memory():
@@ -166,10 +167,12 @@ def test_micro_batches_save_memory():
     assert memory(8) < 0.6 * memory(1)
 
 
-def test_a_sweep_is_one_program():
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_sweep_is_one_program(packing):
     lanes = [numbers(), numbers(kl_coef=0.5, learning_rate=1e-3, clip_range=0.05)]
     setup = tiny.setup(1, True)
-    parts = dict(frozen=setup.frozen, networks=setup.networks, recipe=tiny.recipe())
+    recipe = tiny.recipe(packing=packing, num_micro_batches=4 if packing else 1)
+    parts = dict(frozen=setup.frozen, networks=setup.networks, recipe=recipe)
 
     @tiny.jit
     @functools.partial(jax.vmap, in_axes=(0, 0, None))
@@ -181,7 +184,7 @@ def test_a_sweep_is_one_program():
     for i in range(3):
         states, metrics = iterate(states, stacked, jax.random.fold_in(KEY, i))
     for i, lane in enumerate(lanes):
-        expected, expected_metrics = three_iterations(lane, tiny.recipe())
+        expected, expected_metrics = three_iterations(lane, recipe)
         got, got_metrics = jax.tree.map(lambda x, i=i: np.asarray(x)[i], (states, metrics))
         tiny.leaves_close(got_metrics, expected_metrics[-1], rtol=1e-3, atol=1e-4)
         # A tenth of the learning rate: Adam turns rounding of small gradients into steps.

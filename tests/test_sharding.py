@@ -5,6 +5,7 @@ import re
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 from ppo_jax import experience, ppo
@@ -153,6 +154,34 @@ def test_one_sgd_update_on_a_fixed_experience_is_that_of_one_device(shape):
     mine, one = named_leaves(update(shape)), named_leaves(update((1, 1, 1)))
     for name, leaf in one.items():
         np.testing.assert_allclose(mine[name], leaf, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])
+def test_an_update_of_packed_rows_is_that_of_one_device(shape):
+    def update(shape):
+        run = Run(shape)
+        run.recipe = tiny.recipe(num_epochs=1, num_minibatches=1, num_micro_batches=4, packing=True)
+        lies = jax.tree.map(lambda leaf: leaf.sharding, run.state), run.layout.whole
+        step = run.compile(ppo.ppo_update, out_shardings=lies)
+        args = run.state, run.layout.put_rows(ragged_experience()), run.numbers
+        return jax.device_get(step(*args, run.layout.key(0, 0), frozen=run.frozen))
+
+    (mine, metrics), (one, one_metrics) = update(shape), update((1, 1, 1))
+    moment = functools.partial(optax.tree_utils.tree_get, key="mu")
+    tiny.leaves_close(moment(mine.opt_state), moment(one.opt_state), rtol=1e-4, atol=1e-7)
+    tiny.leaves_close(metrics, one_metrics, rtol=1e-4, atol=1e-6)
+    real = ragged_experience().mask.sum() - BATCH  # without the last tokens
+    pieces = real / (one_metrics["ppo/row_fill"] * 8 * 12)  # of eight rows of 12 positions
+    np.testing.assert_allclose(pieces, 2, rtol=1e-5)  # of four
+
+
+def ragged_experience():
+    """The fixed experience, of whose responses 1, 2, 3 or all tokens are left."""
+    e = jax.device_get(fixed_experience())
+    left = np.array([1, 2, 3, e.response_mask.shape[1]])[np.arange(BATCH) % 4]
+    kept = e.response_mask & (np.arange(e.response_mask.shape[1]) < left[:, None])
+    prompts = e.mask[:, : -kept.shape[1]]
+    return e.replace(response_mask=kept, mask=np.concatenate([prompts, kept], axis=1))
 
 
 @functools.cache

@@ -192,6 +192,27 @@ def test_buckets_of_prompts_are_few_programs_and_are_told(workdir, tmp_path, cap
     assert len(widths) == 3 and set(widths) <= {4, 8, 16}
 
 
+def test_packing_changes_no_number_of_a_run(workdir, tmp_path):
+    """Above a trunk, with a critic and a reward model; each row of metrics, and the responses."""
+
+    def run(packing):
+        folder = tmp_path / str(packing)
+        ppo = dict(init_from=str(workdir / "sft"), reward_model=str(workdir / "reward"))
+        ppo |= dict(num_iterations=2, num_micro_batches=4, packing=packing)
+        pipeline.run(tiny_run.on_base(workdir, ppo=ppo), folder)
+        rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        metrics = [row for row in rows if "policy/loss" in row]
+        return metrics, (folder / "samples.jsonl").read_text()
+
+    (expected, samples), (metrics, same) = run(False), run(True)
+    assert len(metrics) == 2 and same == samples
+    for mine, one in zip(metrics, expected, strict=True):
+        assert mine.keys() - one.keys() == {"ppo/row_fill"} and 0.3 < mine["ppo/row_fill"] <= 1
+        for name in one:
+            if name != "stage" and not name.startswith("time/"):
+                np.testing.assert_allclose(mine[name], one[name], rtol=1e-3, atol=1e-5)
+
+
 def test_the_trunk_ends_where_the_first_network_departs(workdir):
     policy = load_model(workdir / "sft")
     same = init_reward_model(policy, 0, seed=3)

@@ -7,20 +7,25 @@ r"""PPO on random models: an iteration, its rollout or its update, in seconds of
 The set-up of InstructGPT: policy, critic, reference and reward model, four of one size with weights
 of their own; float32; responses of full length. The last line of the output is one JSON object.
 With --lengths=geometric:MEAN, a rollout of --num-prompts in --batch slots stands beside static
-batches of --batch prompts, one after the other.
+batches of --batch prompts, one after the other; an update of packed rows beside one of a row for
+each response, in --num-micro-batches pieces or, packed, in as many of them as it takes.
 """
 
+import dataclasses
+import json
 import statistics
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.skewed import skewed_rollout
+from benchmarks.skewed import skewed_rollout, stop_tokens
 from benchmarks.work import (
     FLAGS,
     Timed,
     Work,
+    arguments,
     rates,
     response_tokens,
+    rounded,
     tell,
     time_calls,
     utilisation,
@@ -42,10 +47,37 @@ def rollout():
 def update():
     """All optimizer steps of an iteration."""
     work = Work()
+    if FLAGS.lengths != "fixed":
+        return packed_update(work)
     _, responses = time_rollout(work, repeats=0)
     _, experience = time_score(work, responses, repeats=0)
     timed = time_update(work, experience)
     tell(work, timed, "update", **rates("tokens", response_tokens(), timed))
+
+
+def packed_update(work: Work):
+    """Packed rows beside a row for each response, of very different lengths."""
+    sampling = dataclasses.replace(work.recipe.sampling, eos_ids=stop_tokens())
+    pieces = FLAGS.num_micro_batches
+    work.recipe = dataclasses.replace(work.recipe, sampling=sampling, num_micro_batches=pieces)
+    _, responses = time_rollout(work, repeats=0)
+    useful = float(responses.response_mask.sum())
+    _, experience = time_score(work, responses, repeats=0)
+    single = time_update(work, experience)
+    work.recipe = dataclasses.replace(work.recipe, packing=True)
+    timed = time_update(work, experience)
+    told = {
+        "benchmark": "update",
+        "arguments": arguments() | {"lengths": FLAGS.lengths},
+        "useful_tokens": useful,
+        **single.figures("single_"),
+        **timed.figures(),
+        **rates("useful_tokens", useful, timed),
+        "times_the_cpu_seconds_of_single_rows": statistics.median(timed.cpu)
+        / statistics.median(single.cpu),
+        "compile_seconds": timed.compile,
+    }
+    print(json.dumps(rounded(told)))
 
 
 def iteration():

@@ -14,16 +14,20 @@ from benchmarks.work import FLAGS, Work, arguments, random_prompts, rates, round
 from ppo_jax.rollout import rollout
 
 
-def skewed_rollout(work: Work):
-    """Slots that are filled anew beside batches that wait for their longest response."""
+def stop_tokens() -> tuple[int, ...]:
+    """Those that make the lengths geometric: one in MEAN of all, as a random model is about
+    uniform."""
     kind, _, mean = FLAGS.lengths.partition(":")
     if kind != "geometric" or not mean.isdecimal() or not 1 < int(mean) < FLAGS.vocab:
         raise ValueError(f"--lengths must be fixed or geometric:MEAN, got {FLAGS.lengths!r}")
+    return tuple(range(FLAGS.vocab // int(mean)))
+
+
+def skewed_rollout(work: Work):
+    """Slots that are filled anew beside batches that wait for their longest response."""
     if FLAGS.num_prompts % FLAGS.batch:
         raise ValueError(f"--num-prompts must be a multiple of --batch, got {FLAGS.num_prompts}")
-    # A random model is about uniform: one in MEAN of its tokens ends a response.
-    eos_ids = tuple(range(FLAGS.vocab // int(mean)))
-    sampling = dataclasses.replace(work.recipe.sampling, eos_ids=eos_ids)
+    sampling = dataclasses.replace(work.recipe.sampling, eos_ids=stop_tokens())
     prompts, rows = random_prompts(FLAGS.num_prompts), jnp.arange(FLAGS.num_prompts)
 
     def respond(params, prompts, rows, sampling):

@@ -34,6 +34,7 @@ SIZES = {
     "response_len": (64, "Tokens of a response."),
     "num_epochs": (4, "Passes over a rollout."),
     "num_minibatches": (1, "Optimizer steps a pass."),
+    "num_micro_batches": (16, "Pieces of a minibatch with --lengths; else it is one."),
     "threads": (1, "Cores to run on."),
     "repeats": (5, "Timed runs, after one that is not."),
 }
@@ -41,7 +42,7 @@ flags.DEFINE_integer(
     "refill", 0, "Free slots that prompts wait for; 0 is a quarter.", lower_bound=0
 )
 flags.DEFINE_bool("scan_layers", False, "One scanned body instead of layers one after the other.")
-flags.DEFINE_string("lengths", "fixed", "Of responses: fixed, or geometric:MEAN for a rollout.")
+flags.DEFINE_string("lengths", "fixed", "Of responses: fixed, or geometric:MEAN.")
 flags.DEFINE_integer("num_prompts", 128, "Of a rollout with geometric lengths.", lower_bound=1)
 flags.DEFINE_alias("num-prompts", "num_prompts")
 flags.DEFINE_alias("scan-layers", "scan_layers")
