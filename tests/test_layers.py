@@ -68,6 +68,7 @@ SHELL = [
         "chips",
     ],
     ["models", "base_model"],
+    ["peft_adapter"],
     ["runs", "generation", "training", "plan", "plan_shapes", "model_card", "fingerprints"],
     ["reward_data", "sft_loop", "ppo_setup", "mesh_checks", "model_checks", "export", "origins"],
     ["reward_loop", "ppo_loop", "summary", "phases"],
