@@ -18,8 +18,8 @@ def check_policy(stage: str, config: Config, start: Shape):
         )
     if trainable == "head" and start.config.tie_embeddings:
         raise ValueError(
-            f"{stage}.trainable must be 'all' or a number of top layers for a model that ties "
-            "its head to the token table, got 'head'"
+            f"{stage}.trainable must be 'all', 'lora' or a number of top layers for a model that "
+            "ties its head to the token table, got 'head'"
         )
     check_part(f"{stage}.trainable", trainable, getattr(config, stage).lora, start.config)
 

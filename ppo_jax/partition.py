@@ -73,7 +73,7 @@ def split_params(
     if trainable == "head" and tied:
         raise ValueError(
             "trainable='head' needs a head of its own; this model ties it to the token table. "
-            "Choose 'all' or a number of top layers."
+            "Choose 'all', 'lora' or a number of top layers."
         )
     layers, embed = params["layers"], params["embed"]
     trained = {name: params[name] for name in ("final_norm", "head") if name in params}
