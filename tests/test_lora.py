@@ -10,8 +10,10 @@ import pytest
 
 from ppo_jax import programs
 from ppo_jax.lora import TARGETS, init_lora, merge_lora, split_lora
+from ppo_jax.model_checks import check_part
 from ppo_jax.networks import policy_network, reward_network
 from ppo_jax.partition import merge_params, split_params, stack_layers, start_layer, unstack_layers
+from ppo_jax.stage_settings import LoRASettings
 from tests import tiny
 
 ALPHA, RANK = 6.0, 4
@@ -131,6 +133,15 @@ def test_a_target_that_the_model_lacks_is_refused():
             "targets must be among ['query', 'key', 'value', 'output', 'up', 'down'] for this "
             f"model, got {target!r}"
         )
+
+
+def test_a_run_is_told_of_targets_that_its_models_lack():
+    gpt2 = tiny.model_config(**tiny.SHAPES["gpt2"])
+    lora = LoRASettings(targets=("query", "gate"))
+    with pytest.raises(ValueError, match=r"^ppo.lora.targets must be among .* got 'gate'$"):
+        check_part("ppo.value_trainable", "lora", lora, gpt2)
+    check_part("ppo.value_trainable", "all", lora, gpt2)
+    check_part("ppo.value_trainable", "lora", lora, tiny.model_config())
 
 
 def test_adapters_without_a_weight_are_refused_rather_than_ignored():
