@@ -65,7 +65,7 @@ def default() -> dict:
             reward_model="runs/reward/reward",  # the folder of a reward stage, or "" and
             reward_function="",  # "module:function"
             critic_init_from="",  # the reward model, or "policy": its body and a new head
-            trainable="all",  # or a number of top layers
+            trainable="all",  # or a number of top layers, or "lora"
             value_trainable="all",  # the same for the critic
             num_iterations=200,
             rollout_batch_size=64,  # episodes

@@ -56,7 +56,7 @@ def default() -> dict:
             validation_fraction=0.05,
             reference_data="",  # texts that shall score 0 on average; "" is the held-out data
             num_layers=0,  # keep the lowest N layers; 0 keeps all
-            trainable="all",  # or a number of top layers, or "head"
+            trainable="all",  # or a number of top layers, "head" or "lora"
             num_epochs=1.0,  # passes over the data; more than one soon overfits
             batch_size=64,  # texts; a multiple of the responses to a prompt, two in a pair
             num_micro_batches=1,  # more need less memory

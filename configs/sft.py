@@ -51,7 +51,7 @@ def default() -> dict:
             data="texts.jsonl",
             validation_data="",  # "" holds out the fraction below
             validation_fraction=0.05,
-            trainable="all",  # or a number of top layers
+            trainable="all",  # or a number of top layers, or "lora"
             num_epochs=1.0,  # passes over the data
             batch_size=32,  # texts
             num_micro_batches=1,  # more need less memory

@@ -17,6 +17,7 @@ from ppo_jax.experience import (
     sample_responses,
 )
 from ppo_jax.kl import adaptive_kl_coef, kl_estimate
+from ppo_jax.lora import init_lora, merge_lora
 from ppo_jax.losses import (
     clipped_policy_loss,
     clipped_value_loss,
@@ -90,6 +91,7 @@ __all__ = [
     "experience_loss",
     "explained_variance",
     "gae",
+    "init_lora",
     "init_optimizer",
     "init_ppo",
     "kl_estimate",
@@ -97,6 +99,7 @@ __all__ = [
     "learn",
     "make_experience",
     "masked_mean",
+    "merge_lora",
     "merge_params",
     "missing_eos_scores",
     "next_token_loss",

@@ -25,6 +25,7 @@ KERNELS: dict[str, tuple[Axes, Axes]] = {
 }
 TABLES: dict[str, Axes] = {"tokens": ("vocab", "embed"), "positions": (None, "embed")}
 HEAD_NORMS = ("query_norm", "key_norm")  # over a head's numbers; the others over embed
+LORA = ("lora_a", "lora_b")  # of an adapter, beside the kernel: inputs to rank, rank to outputs
 TOP = ("embed", "layers", "final_norm", "head")  # the parts of a network
 
 HIDDEN: Axes = ("batch", None, None)  # of hidden states [B, L, D]
@@ -60,6 +61,8 @@ def parameter_axes(path: Sequence[str]) -> Axes | None:
     ('embed', 'kv_heads', None)
     >>> parameter_axes(("params", "layers", "stack", "mlp_norm", "scale"))
     ('layers', 'embed')
+    >>> parameter_axes(("policy_params", "layers", "0", "mlp", "down", "lora_a"))
+    ('mlp', None)
     >>> parameter_axes(("opt_state", "count")) is None
     True
     """
@@ -74,6 +77,9 @@ def parameter_axes(path: Sequence[str]) -> Axes | None:
     if module in KERNELS and name in ("kernel", "bias"):
         before, after = KERNELS[module]
         return stacked + (before + after if name == "kernel" else after)
+    if module in KERNELS and name in LORA:
+        before, after = KERNELS[module]
+        return stacked + ((*before, None) if name == "lora_a" else (None, *after))
     if module.endswith("norm") and name in ("scale", "bias"):
         return stacked + ((None,) if module in HEAD_NORMS else ("embed",))
     return None

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from ppo_jax.batches import Texts
-from ppo_jax.config import STAGES, Config, PPOSettings, RewardSettings
+from ppo_jax.config import STAGES, Config, RewardSettings
 from ppo_jax.data import PROMPT_FORMS, load_demonstrations, load_ratings
 from ppo_jax.evaluate import evaluation_prompts
 from ppo_jax.formats import check_packages, is_hub, is_table, read_rows
 from ppo_jax.generation import stop_ids
+from ppo_jax.model_checks import check_policy, check_ppo, check_reward
 from ppo_jax.models import check_pin, describe_stage, missing_steps, source_steps
 from ppo_jax.plan import Shape, needs_base, scratch_shape
 from ppo_jax.plugins import load_function
@@ -163,21 +164,6 @@ def check_path(field: str, value: str):
         raise ValueError(f"ppo.reward_model must be a stage or its folder, got {value!r}")
 
 
-def check_policy(stage: str, config: Config, start: Shape):
-    """A stage that trains a policy has one, and has the layers that it trains."""
-    trainable = getattr(config, stage).trainable
-    if start.kind != "policy":
-        raise ValueError(
-            f"ppo.init_from must be a policy, got {config.ppo.init_from!r}, which scores texts"
-        )
-    if trainable == "head" and start.config.tie_embeddings:
-        raise ValueError(
-            f"{stage}.trainable must be 'all' or a number of top layers for a model that ties "
-            "its head to the token table, got 'head'"
-        )
-    check_depth(f"{stage}.trainable", trainable, start.config.num_layers)
-
-
 def check_scratch(config: Config, stages: Sequence[str]):
     """What the stages ask of a model from scratch, before it is made."""
     shape = scratch_shape(config.model.scratch)
@@ -187,40 +173,6 @@ def check_scratch(config: Config, stages: Sequence[str]):
         check_reward(config, shape) if stage == "reward" else check_policy(stage, config, shape)
     if "ppo" in mine and config.ppo.reward_function:
         check_ppo(config.ppo, shape, None)
-
-
-def check_reward(config: Config, start: Shape):
-    depth = start.config.num_layers
-    check_depth("reward.num_layers", config.reward.num_layers, depth)
-    check_depth("reward.trainable", config.reward.trainable, config.reward.num_layers or depth)
-
-
-def check_ppo(settings: PPOSettings, policy: Shape, score: Shape | None):
-    """Lengths fit the policy; the reward model scores, and reads what the policy writes."""
-    context = min([policy.config.max_length] + ([score.config.max_length] if score else []))
-    total = settings.max_prompt_length + settings.response_length
-    if total > context:
-        raise ValueError(
-            f"ppo.max_prompt_length + ppo.response_length must be at most {context} (the models' "
-            f"context), got {settings.max_prompt_length} + {settings.response_length}"
-        )
-    if score is not None and score.kind != "reward":
-        raise ValueError(
-            f"ppo.reward_model must be a reward model, got the policy {settings.reward_model!r}"
-        )
-    if score is not None and policy.tokenizer.get_vocab() != score.tokenizer.get_vocab():
-        raise ValueError(
-            "ppo.reward_model must have the policy's tokenizer, got one with "
-            f"{len(score.tokenizer)} tokens where the policy has {len(policy.tokenizer)}, or other "
-            "ids. Use a reward_function, which gets text."
-        )
-    critic = policy if score is None or settings.critic_init_from == "policy" else score
-    check_depth("ppo.value_trainable", settings.value_trainable, critic.config.num_layers)
-
-
-def check_depth(field: str, count: str | int, depth: int):
-    if isinstance(count, int) and count > depth:
-        raise ValueError(f"{field} must be at most {depth}, the model's layers, got {count}")
 
 
 def check_data(

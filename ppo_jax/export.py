@@ -4,6 +4,7 @@ Dimension key: D model, V vocabulary.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import tempfile
@@ -19,9 +20,19 @@ from ppo_jax.base_model import save_tensors
 from ppo_jax.families import write_config
 from ppo_jax.generation import find_sampling
 from ppo_jax.model_card import write_card
-from ppo_jax.models import Model, load_model, missing_steps, stage_folder
+from ppo_jax.models import (
+    Model,
+    describe_stage,
+    load_adapters,
+    load_model,
+    missing_steps,
+    stage_config,
+    stage_folder,
+)
 from ppo_jax.networks import ModelConfig, Params
+from ppo_jax.peft_adapter import write_adapter
 from ppo_jax.sampling import Sampling
+from ppo_jax.shapes import computation
 
 DTYPES = ("float32", "bfloat16")
 SHARD_BYTES = 5_000_000_000  # of one weight file, as far as its tensors allow
@@ -31,9 +42,15 @@ HEADS = {"policy": "ForCausalLM", "reward": "ForSequenceClassification"}
 
 
 def export_stage(
-    workdir: str | os.PathLike, stage: str, out: str | os.PathLike, *, dtype: str = "float32"
+    workdir: str | os.PathLike,
+    stage: str,
+    out: str | os.PathLike,
+    *,
+    dtype: str = "float32",
+    adapter_of: str = "",
 ) -> None:
-    """Write the model of a stage with tokenizer, generation config and model card.
+    """Write the model of a stage with tokenizer, generation config and model card; or, of a policy
+    that was trained with "lora", the adapter alone, as `peft` loads it.
 
     The folder appears whole or not at all. A policy loads as `AutoModelForCausalLM`, a reward model
     as `AutoModelForSequenceClassification`; `reward_head` tells of a constant that its scores lack.
@@ -43,10 +60,12 @@ def export_stage(
         stage: "sft", "reward" or "ppo".
         out: the folder to write, which is absent or empty.
         dtype: of the weights, "float32" or "bfloat16".
+        adapter_of: for the adapter alone, the model that it goes onto: the one that the stage began
+            with, as a Hugging Face folder or its id on the hub. "" is the whole model.
 
     Raises:
-        ValueError: the stage is not complete, `out` holds something, the dtype is another, or no
-            family has a model of this shape.
+        ValueError: the stage is not complete, `out` holds something, the dtype is another, no
+            family has a model of this shape, or there is no adapter for `adapter_of`.
     """
     out = Path(out).absolute()
     if dtype not in DTYPES:
@@ -56,15 +75,46 @@ def export_stage(
     source = stage_folder(workdir, stage)
     if missing := missing_steps(source):
         raise ValueError(f"the stage {source} cannot be exported: {missing}")
-    model = load_model(source)
-    how = find_sampling(str(source), model.tokenizer)
+    if adapter_of:
+        config, adapters = load_adapters(source)
+        family = check_base(adapter_of, describe_stage(source))
+        how = dict(config=config, family=family, adapters=adapters, base=adapter_of)
+        write = functools.partial(write_adapter, **how)
+    else:
+        model = load_model(source)
+        how = find_sampling(str(source), model.tokenizer)
+        write = functools.partial(write_model, model=model, **how)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".partial-") as partial:
         folder = Path(partial) / "new"
         folder.mkdir()
-        write_model(folder, model, dtype=dtype, **how)
-        write_card(folder, Path(workdir), stage, out=out.name, dtype=dtype)
+        write(folder, dtype=dtype)
+        write_card(folder, Path(workdir), stage, out=out.name, dtype=dtype, adapter_of=adapter_of)
         os.rename(folder, out)
+
+
+def check_base(path: str, description: Mapping[str, Any]) -> str:
+    """The family of the model that an adapter goes onto.
+
+    Args:
+        path: of that model. Where it is a folder, its shape is compared; nothing is fetched.
+        description: what stage.json says of the stage that trained the adapter.
+
+    Raises:
+        ValueError: the adapter is that of a reward model, or goes onto a model of another shape.
+    """
+    if description["kind"] == "reward":
+        raise ValueError(
+            "adapter_of is for a policy: the trained head of a reward model has no place in an "
+            "adapter; export the whole of it"
+        )
+    config = stage_config(description)
+    if os.path.isdir(path) and hf.load_config(path, **computation(config)) != config:
+        raise ValueError(
+            f"adapter_of must be the model that the stage {description['stage']} began with, got "
+            f"{path!r}, which has another shape"
+        )
+    return write_config(config)["model_type"]
 
 
 def write_model(

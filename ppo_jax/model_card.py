@@ -33,6 +33,17 @@ model = AutoModelForCausalLM.from_pretrained(path)
 inputs = tokenizer(["The film is"], return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs)[0], skip_special_tokens=True))
 """
+USE_ADAPTER = """\
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+base = "{base}"  # the model that the adapter goes onto, where it lies
+path = "."  # this folder, or the place it was uploaded to
+tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), path)
+inputs = tokenizer(["The film is"], return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs)[0], skip_special_tokens=True))
+"""
 USE_REWARD = """\
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
@@ -52,7 +63,9 @@ the constant that sets the zero of the scale stands in `config.json`.
 """
 
 
-def write_card(folder: Path, workdir: Path, stage: str, *, out: str, dtype: str) -> None:
+def write_card(
+    folder: Path, workdir: Path, stage: str, *, out: str, dtype: str, adapter_of: str = ""
+) -> None:
     """Write README.md and, where the run has curves, its picture.
 
     Args:
@@ -61,6 +74,7 @@ def write_card(folder: Path, workdir: Path, stage: str, *, out: str, dtype: str)
         stage: whose model it is.
         out: the name that the exported folder will have.
         dtype: of the exported weights.
+        adapter_of: the model that an adapter goes onto; "" where the whole model is exported.
     """
     run = read_run(workdir)
     drawn = {title: draw for title, draw in pictures(run, stage).items() if draw}
@@ -70,11 +84,17 @@ def write_card(folder: Path, workdir: Path, stage: str, *, out: str, dtype: str)
     before = {name: describe_stage(workdir / name) for name in BEFORE[stage]}
     stages = {name: found["settings"] for name, found in before.items() if found}
     command = f"--workdir={public(str(workdir))} --stage={stage} --out={out} --dtype={dtype}"
+    what, use = WHAT[stage], USE_REWARD if about["kind"] == "reward" else USE_POLICY
+    if adapter_of:
+        command += f" --adapter_of={public(adapter_of)}"
+        what = f"{what}: the LoRA adapter alone, for `{public(adapter_of)}`"
+        use = USE_ADAPTER.format(base=public(adapter_of))
+    library = "peft" if adapter_of else "transformers"
     parts = [
-        front_matter(about, origin(stages, stage)),
-        f"# {out}\n\n{WHAT[stage]}, made with ppo_jax.\n",
+        front_matter(about, adapter_of or origin(stages, stage), library),
+        f"# {out}\n\n{what}, made with ppo_jax.\n",
         f"![Curves of the run]({PICTURE})\n" if drawn else "",
-        f"## Use\n\n```python\n{USE_REWARD if about['kind'] == 'reward' else USE_POLICY}```\n",
+        f"## Use\n\n```python\n{use}```\n",
         ABOUT_SCORES if about["kind"] == "reward" else "",
         results(run, stage),
         recipe(stages, stage),
@@ -90,10 +110,10 @@ def origin(stages: Mapping[str, Mapping[str, Any]], stage: str) -> str:
     return stages[stage]["model"]["path"] if name == "base" else name
 
 
-def front_matter(about: Mapping[str, Any], base: str) -> str:
+def front_matter(about: Mapping[str, Any], base: str, library: str) -> str:
     """What the model hub reads. The licence is for whoever publishes the model to say."""
     from_hub = "/" in base and HUB_ID.fullmatch(base) and not os.path.exists(base)
-    lines = ["library_name: transformers", f"pipeline_tag: {TASKS[about['kind']]}"]
+    lines = [f"library_name: {library}", f"pipeline_tag: {TASKS[about['kind']]}"]
     lines += [f"base_model: {base}"] if from_hub else []
     return "\n".join(["---", *lines, f"tags: [ppo_jax, rlhf, {about['stage']}]", "---\n"])
 

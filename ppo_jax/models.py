@@ -16,6 +16,7 @@ import numpy as np
 from ppo_jax import hf, vocabulary
 from ppo_jax.checkpoints import Checkpoints, load_checkpoint_item, load_params, save_params
 from ppo_jax.config import STAGES, ModelSettings
+from ppo_jax.lora import merge_lora, split_lora
 from ppo_jax.networks import ModelConfig, Params, RopeScaling
 from ppo_jax.partition import Parts, merge_params, stack_layers, unstack_layers
 from ppo_jax.processes import from_first
@@ -227,15 +228,22 @@ def stage_folder(workdir: str | os.PathLike, stage: str) -> Path:
     return workdir / stage
 
 
-def stage_config(description: dict) -> ModelConfig:
-    """The shape of a stage's model, out of its `stage.json`."""
+def trained_config(description: dict) -> ModelConfig:
+    """The shape of a stage's model as it was trained, out of its `stage.json`."""
     values = dict(description["model"])
     scaling = values.pop("rope_scaling")
     return ModelConfig(**values, rope_scaling=RopeScaling(**scaling) if scaling else None)
 
 
+def stage_config(description: dict) -> ModelConfig:
+    """The same as it is loaded: adapters are in the weights then."""
+    return dataclasses.replace(trained_config(description), lora_alpha=0.0)
+
+
 def load_stage(folder: Path, layout: Layout | None = None, step: int | None = None) -> Model:
-    """The model of a stage, at a step or at its newest complete checkpoint; see `load_model`."""
+    """The model of a stage, at a step or at its newest complete checkpoint; see `load_model`.
+
+    Adapters are merged into its weights."""
     description = describe_stage(folder)
     checkpoints = folder / "checkpoints"
     if not checkpoints.is_dir():
@@ -243,11 +251,26 @@ def load_stage(folder: Path, layout: Layout | None = None, step: int | None = No
     field, shardings = FIELD_OF_STAGE[description["stage"]], layout and layout.shardings
     trained = load_checkpoint_item(checkpoints, field, step, shardings)
     frozen = load_params(folder / "frozen", shardings) if description["frozen"] else {}
+    params = merge_lora(trained_config(description), merge_params(frozen, trained))
     return Model(
         kind=description["kind"],
         config=stage_config(description),
-        params=settle(merge_params(frozen, trained), layout),
+        params=settle(params, layout),
         tokenizer=vocabulary.load_tokenizer(folder / "tokenizer"),
         layout=layout,
         step=step,
     )
+
+
+def load_adapters(folder: Path) -> tuple[ModelConfig, Params]:
+    """What a stage trained beside the weights: (shape of the model, the adapters alone), numpy.
+
+    Raises:
+        ValueError: the stage trained no adapters, or has no complete checkpoint.
+    """
+    description = describe_stage(folder)
+    if (trainable := description["settings"].get("trainable")) != "lora":
+        raise ValueError(f"{folder} has no adapter: its trainable is {trainable!r}, not 'lora'")
+    field = FIELD_OF_STAGE[description["stage"]]
+    trained = load_checkpoint_item(folder / "checkpoints", field)
+    return trained_config(description), split_lora(trained)[1]

@@ -1,4 +1,4 @@
-"""Which parameters are trained: all, the top N layers, or the head alone.
+"""Which parameters are trained: all, the top N layers, the head alone, or low-rank adapters.
 
 With frozen lower layers a network falls into a trunk, which is computed once, and an upper
 network, which starts from the trunk's hidden states. Both are plain networks; this file splits
@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ppo_jax.lora import split_lora
 from ppo_jax.networks import ModelConfig, Params
 
 
@@ -28,20 +29,21 @@ class Parts(NamedTuple):
 
 
 def start_layer(config: ModelConfig, trainable: str | int) -> int | None:
-    """The number of frozen layers below the trained part; None when all is trained.
+    """The number of frozen layers below the trained part; None when every layer is trained, or has
+    an adapter that is.
 
     Raises:
-        ValueError: `trainable` is neither "all", "head", nor in 1 .. num_layers.
+        ValueError: `trainable` is neither "all", "head", "lora", nor in 1 .. num_layers.
     """
-    if trainable == "all":
+    if trainable in ("all", "lora"):
         return None
     if trainable == "head":
         return config.num_layers
     if isinstance(trainable, int) and 1 <= trainable <= config.num_layers:
         return config.num_layers - trainable
     raise ValueError(
-        f"trainable must be 'all', 'head' or a number of top layers in 1..{config.num_layers}, "
-        f"got {trainable!r}"
+        f"trainable must be 'all', 'head', 'lora' or a number of top layers in "
+        f"1..{config.num_layers}, got {trainable!r}"
     )
 
 
@@ -53,24 +55,25 @@ def split_params(
     Args:
         config: the network's shape.
         params: all of its parameters.
-        trainable: "all", "head" or the number of top layers to train.
+        trainable: "all", "head", "lora" (the adapters that are in `params`, and the head of a value
+            or reward network), or the number of top layers to train.
         start: the layer that the upper network starts from; None is one that reads tokens, and
             then there is no trunk.
 
     Raises:
-        ValueError: trained layers would lie in the trunk, or the head alone is to be trained but
-            is the token table.
+        ValueError: trained layers would lie in the trunk, the head alone is to be trained but is
+            the token table, or there are no adapters to train.
     """
     first = start_layer(config, trainable)
     if first is None and start is None:
-        return Parts({}, {}, params)
+        return split_adapters(params) if trainable == "lora" else Parts({}, {}, params)
     if first is None or first < (start or 0):
         raise ValueError(f"trainable={trainable!r} does not lie above layer {start}")
     tied = "head" not in params
     if trainable == "head" and tied:
         raise ValueError(
             "trainable='head' needs a head of its own; this model ties it to the token table. "
-            "Choose 'all' or a number of top layers."
+            "Choose 'all', 'lora' or a number of top layers."
         )
     layers, embed = params["layers"], params["embed"]
     trained = {name: params[name] for name in ("final_norm", "head") if name in params}
@@ -89,6 +92,16 @@ def split_params(
     if tied:
         frozen["embed"] = {"tokens": embed["tokens"]}
     return Parts(trunk, frozen, trained)
+
+
+def split_adapters(params: Params) -> Parts:
+    """`split_params` for "lora"."""
+    frozen, trained = split_lora(params)
+    if not trained:
+        raise ValueError("trainable='lora' needs adapters in the parameters, see `init_lora`")
+    if "bias" in params.get("head", {}):  # one number a position; logits have no bias
+        trained["head"] = frozen.pop("head")
+    return Parts({}, frozen, trained)
 
 
 def keep_layers(config: ModelConfig, params: Params, count: int) -> tuple[ModelConfig, Params]:
@@ -113,21 +126,21 @@ def layer_range(config: ModelConfig, layers: Params, begin: int, end: int) -> Pa
     return {str(i): layers[str(i)] for i in range(begin, end)}
 
 
-def merge_params(*trees: Params) -> Params:
+def merge_params(*trees: Params, stacked: bool = False) -> Params:
     """The union of nested dictionaries, lower layers first.
 
     A leaf in several trees comes from the last; layers stacked for `scan_layers` are put one
-    upon the other."""
+    upon the other. `stacked` says that the trees are the inside of such a stack."""
     merged: Params = {}
     for tree in trees:
         for name, value in tree.items():
             old = merged.get(name)
-            if not (isinstance(old, dict) and isinstance(value, dict)):
-                merged[name] = value
-            elif name == "stack":
-                merged[name] = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), old, value)
+            if isinstance(old, dict) and isinstance(value, dict):
+                merged[name] = merge_params(old, value, stacked=stacked or name == "stack")
+            elif stacked and old is not None:
+                merged[name] = jnp.concatenate([old, value])
             else:
-                merged[name] = merge_params(old, value)
+                merged[name] = value
     return merged
 
 

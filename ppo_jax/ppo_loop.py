@@ -22,7 +22,7 @@ from ppo_jax.reward_functions import FunctionFailed, RewardFunction, load_reward
 from ppo_jax.runs import StageRun, open_stage
 from ppo_jax.sharding import Layout, fetch, gather_rows, make_layouts, own_rows
 from ppo_jax.structs import PPOState, Prompts, Rollout
-from ppo_jax.training import compile_step
+from ppo_jax.training import compile_step, with_adapters
 from ppo_jax.workdir import append_rows
 
 SHOW = {
@@ -52,6 +52,10 @@ def train_ppo(config: Config, workdir: Path, base: str):
         reward = load(settings.reward_model, step=pins.get("reward_model"))
     else:
         function = load_reward_function(settings.reward_function, settings.reward_seconds)
+    critic = make_critic(settings, policy, reward)
+    adapt = functools.partial(with_adapters, lora=settings.lora, seed=config.seed, layout=layout)
+    policy = adapt(policy, settings.trainable)
+    critic = adapt(critic, settings.value_trainable)
     length = settings.max_prompt_length
     data = prompt_data(settings.prompts, policy.tokenizer, max_length=length)
     texts, rows = data.texts, data.prompts
@@ -78,7 +82,6 @@ def train_ppo(config: Config, workdir: Path, base: str):
     if settings.prompt_buckets > 1:
         print(f"ppo: {buckets}")
 
-    critic = make_critic(settings, policy, reward)
     setup, *start = make_setup(settings, policy, reward, critic, layouts, config.model.frozen_dtype)
     tokenizer = policy.tokenizer
     del policy, reward, critic  # what of them is used lies in the setup

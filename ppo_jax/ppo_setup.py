@@ -1,7 +1,6 @@
 """What a PPO run is made of: its networks, its numbers, and what of them is shared or frozen."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +9,7 @@ import numpy as np
 from ppo_jax.config import PPOSettings
 from ppo_jax.experience import PPONetworks, Recipe, Sampler
 from ppo_jax.generation import make_sampling
+from ppo_jax.lora import merge_lora
 from ppo_jax.models import Model
 from ppo_jax.networks import (
     ModelConfig,
@@ -129,6 +129,10 @@ def make_networks(
             return None
         return trunk_network(policy, end_layer=start, constrain=constrain)
 
+    def place(params: Params) -> Params:
+        """With the adapters in the weights, a token costs what it costs without them."""
+        return of_rollout.decoding_params(merge_lora(policy, params), dtype=policy.dtype)
+
     return PPONetworks(
         policy=policy_network(
             policy, start_layer=start, constrain=constrain, logits_chunk=logits_chunk
@@ -141,7 +145,7 @@ def make_networks(
         sampler=Sampler(
             policy=policy_network(policy, start_layer=start, constrain=constrain_rollout),
             trunk=trunk(constrain_rollout),
-            place=functools.partial(of_rollout.decoding_params, dtype=policy.dtype),
+            place=place,
         ),
     )
 
@@ -158,9 +162,9 @@ def make_setup(
 
     Args:
         settings: the ppo section.
-        policy: where the policy starts, and the reference.
+        policy: where the policy starts, and the reference; with its adapters, if it has some.
         reward: the reward model, or None with a reward function.
-        critic: where the critic starts.
+        critic: where the critic starts, likewise.
         layouts: of the updates, and of the rollout.
         frozen_dtype: of the parameters that are not trained.
 
@@ -178,7 +182,8 @@ def make_setup(
         reward_parts = split_params(reward.config, reward.params, "head", reward_start)
         reward_params = merge_params(reward_parts.frozen, reward_parts.trained)
     frozen = Frozen(
-        ref_policy=parts.trained,
+        # Without its adapters the policy is the reference.
+        ref_policy={} if settings.trainable == "lora" else parts.trained,
         reward=reward_params,
         trunk=None if start is None else parts.trunk,
         policy=parts.frozen,

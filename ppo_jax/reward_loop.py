@@ -30,6 +30,7 @@ from ppo_jax.training import (
     inputs_reader,
     make_optimizer,
     row_batches,
+    with_adapters,
 )
 
 SHOW = {
@@ -56,6 +57,7 @@ def train_reward(config: Config, workdir: Path, base: str):
     references = reference_texts(settings, model.tokenizer)
     num_steps = count_steps(settings, data.num_rows)
     model = init_reward_model(model, settings.num_layers, config.seed)
+    model = with_adapters(model, settings.trainable, settings.lora, config.seed, layout)
     sources = {"init_from": model}
     start, parts = open_stage(
         "reward",

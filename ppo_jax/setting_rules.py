@@ -1,5 +1,6 @@
 """The rules that several sections of settings share; `config` has the settings themselves."""
 
+from ppo_jax.lora import TARGETS
 from ppo_jax.optimizer import SCHEDULES
 from ppo_jax.typed import Check
 
@@ -9,8 +10,28 @@ def check_trainable(check: Check, *fields: str):
     for field in fields:
         value = getattr(check.settings, field)
         is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-        rule = "'all', 'head' or a number of top layers >= 1"
-        check.that(is_count or value in ("all", "head"), field, rule)
+        rule = "'all', 'head', 'lora' or a number of top layers >= 1"
+        check.that(is_count or value in ("all", "head", "lora"), field, rule)
+
+
+def check_lora(check: Check, *fields: str):
+    """Adapters have a rank, a weight and places, and these are given only where they are read.
+
+    Args:
+        check: of a section `lora`, in a stage's section.
+        fields: of that stage, which may say "lora".
+    """
+    lora, stage = check.settings.lora, check.prefix
+    own = Check(lora, f"{stage}lora")
+    own.each("> 0", "rank", "alpha")
+    once = len(set(lora.targets)) == len(lora.targets) > 0
+    rule = f"some of {list(TARGETS)}, each once"
+    own.that(once and set(lora.targets) <= set(TARGETS), "targets", rule)
+    read = "lora" in [getattr(check.settings, field) for field in fields]
+    for field, default in vars(type(lora)()).items():
+        where = " or ".join(f"{stage}{name}" for name in fields)
+        same = getattr(lora, field) == default
+        own.that(read or same, field, f"{default!r} unless {where} is 'lora'")
 
 
 def check_optimizer(check: Check):
@@ -31,5 +52,6 @@ def check_training(check: Check):
     check.each(">= 0", "hidden_cache_gb")
     check.each("in (0, 1)", "validation_fraction")
     check_trainable(check, "trainable")
+    check_lora(check, "trainable")
     check.that(bool(settings.data), "data", "the path of a data set")
     check.multiple("batch_size", settings.num_micro_batches, "num_micro_batches")

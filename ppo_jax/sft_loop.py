@@ -31,6 +31,7 @@ from ppo_jax.training import (
     make_optimizer,
     read_split,
     row_batches,
+    with_adapters,
 )
 
 SHOW = {"sft/loss": "loss", "sft/validation_loss": "validation"}
@@ -59,6 +60,7 @@ def train_sft(config: Config, workdir: Path, base: str):
     model = load_source("base", workdir, base, config.model, layout)
     texts, unseen = sft_data(settings, config.seed, model.tokenizer)
     num_steps = count_steps(settings, len(texts.tokens))
+    model = with_adapters(model, settings.trainable, settings.lora, config.seed, layout)
     start, parts = open_stage(
         "sft", config, workdir, model, num_steps=num_steps, data=fingerprint(texts), sources={}
     )

@@ -40,6 +40,7 @@ class ModelConfig:
     scan_layers: bool = False  # True compiles faster; False runs faster on CPUs
     dtype: str = "float32"  # of the computation; parameters are always float32
     remat: str = "none"  # what the backward pass computes again: or "dots", "full"
+    lora_alpha: float = 0.0  # times 1 / rank the weight of adapters, see `lora`; 0 is without any
 
     def __post_init__(self):
         choices = {
@@ -58,6 +59,8 @@ class ModelConfig:
             value = getattr(self, field.name)
             if field.type in (int, "int") and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"model.{field.name} must be a positive integer, got {value!r}")
+        if self.lora_alpha < 0:
+            raise ValueError(f"model.lora_alpha must be >= 0, got {self.lora_alpha}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"model.num_heads ({self.num_heads}) must be a multiple of "

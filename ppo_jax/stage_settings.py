@@ -6,7 +6,7 @@ Every number has its unit in a comment, and every rule its check.
 import dataclasses
 import math
 
-from ppo_jax.setting_rules import check_optimizer, check_trainable, check_training
+from ppo_jax.setting_rules import check_lora, check_optimizer, check_trainable, check_training
 from ppo_jax.typed import Check, Limit
 
 
@@ -26,6 +26,16 @@ class OptimizerSettings:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LoRASettings:
+    """Low-rank adapters, where "lora" is what is trained: weights W become W + alpha / rank A B."""
+
+    rank: int = 16  # the narrow width between A and B
+    alpha: float = 32.0  # times 1 / rank the weight of what the adapters add
+    targets: tuple[str, ...] = ("query", "value")  # projections of every layer; of these two,
+    # "key", "output", "up", "gate" and "down"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class SFTSettings:
     """Supervised fine-tuning on texts, or on completions of prompts."""
 
@@ -33,7 +43,8 @@ class SFTSettings:
     optimizer: OptimizerSettings  # of all trained parameters
     validation_data: str = ""  # rows as of data; "" holds out validation_fraction of the data
     validation_fraction: float = 0.05  # of the data's texts
-    trainable: str | int = "all"  # "all", a number of top layers such as "4", or "head"
+    trainable: str | int = "all"  # "all", a number of top layers such as "4", "head" or "lora"
+    lora: LoRASettings = LoRASettings()  # of the adapters
     num_epochs: float = 1.0  # passes over the data
     batch_size: int = 32  # texts a step; rows of texts with packing
     num_micro_batches: int = 1  # pieces of a batch in memory one after the other
@@ -59,7 +70,8 @@ class RewardSettings:
     validation_fraction: float = 0.05  # of the data's texts
     num_layers: int = 0  # keep the lowest N layers of the model it starts from; 0 keeps all
     reference_data: str = ""  # rows of texts to score 0 on average; "" is the held-out data
-    trainable: str | int = "all"  # "all", a number of top layers such as "4", or "head"
+    trainable: str | int = "all"  # "all", a number of top layers such as "4", "head" or "lora"
+    lora: LoRASettings = LoRASettings()  # of the adapters
     num_epochs: float = 1.0  # passes over the data; more than one soon overfits
     batch_size: int = 64  # texts a step; a multiple of the most responses to a prompt, of pairs 2
     pairs_per_batch: int = 256  # ratings only: comparisons drawn among the texts of a batch
@@ -91,8 +103,9 @@ class PPOSettings:
     reward_seconds: Limit = math.inf  # that a call of reward_function may take, else the run ends
     critic_init_from: str = ""  # "reward_model", or "policy": its body and a head of zeros; "" is
     # the reward model, or the policy where a function gives the scores
-    trainable: str | int = "all"  # "all", a number of top layers such as "4", or "head"
+    trainable: str | int = "all"  # "all", a number of top layers such as "4", "head" or "lora"
     value_trainable: str | int = "all"  # the same for the layers of the critic
+    lora: LoRASettings = LoRASettings()  # of the adapters of policy and critic
 
     num_iterations: int = 100  # each is a rollout and the updates on it
     rollout_batch_size: int = 64  # responses an iteration
@@ -176,6 +189,7 @@ class PPOSettings:
         check.that(recomputed or high == 1, "importance_high", rule)
         check.choice("critic_init_from", "", "reward_model", "policy")
         check_trainable(check, "trainable", "value_trainable")
+        check_lora(check, "trainable", "value_trainable")
         pieces = self.num_minibatches * self.num_micro_batches
         check.multiple("rollout_batch_size", pieces, "num_minibatches x num_micro_batches")
         possible = self.num_micro_batches > 1 or not self.packing

@@ -1,6 +1,7 @@
 """What follows from a config, as one table at the start of a run."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,11 +9,13 @@ from typing import Any
 import jax
 
 from ppo_jax.config import STAGES, Config, PPOSettings
+from ppo_jax.lora import init_lora
 from ppo_jax.mesh_checks import share_of_a_device
 from ppo_jax.networks import ModelConfig
-from ppo_jax.partition import split_params, start_layer
+from ppo_jax.partition import merge_params, split_params, start_layer
 from ppo_jax.plan import Shape, parameters
 from ppo_jax.sharding import Layout, make_layouts
+from ppo_jax.stage_settings import LoRASettings
 from ppo_jax.training import count_steps
 
 Rows = list[tuple[str, str]]
@@ -81,7 +84,7 @@ def sft_rows(config: Config, start: Shape, steps: int) -> Rows:
     s = config.sft
     unit = "rows of texts" if s.packing else "texts"
     most = s.batch_size * min(s.max_length, start.config.max_length)
-    params = parameters(start)
+    params = with_adapters(parameters(start), start.config, s.trainable, s.lora)
     memory = count(params) + 2 * count_trained(start.config, params, s.trainable)
     return [
         ("sft starts from", describe(start)),
@@ -97,6 +100,7 @@ def reward_rows(config: Config, start: Shape, steps: int) -> Rows:
     depth = s.num_layers or start.config.num_layers
     shape = dataclasses.replace(start.config, num_layers=depth)
     params = parameters(dataclasses.replace(start, kind="reward", config=shape))
+    params = with_adapters(params, shape, s.trainable, s.lora)
     pairs = f", {s.pairs_per_batch} comparisons" if s.format == "ratings" else ""
     most = s.batch_size * min(s.max_length, start.config.max_length)
     memory = count(params) + 2 * count_trained(shape, params, s.trainable)
@@ -132,16 +136,18 @@ def ppo_rows(s: PPOSettings, model: ModelConfig) -> Rows:
 
 def memory_rows(s: PPOSettings, policy: Shape, score: Shape | None) -> Rows:
     """Float32 parameters of the models. Frozen layers that two of them share count once."""
-    params = parameters(policy)
+    params = with_adapters(parameters(policy), policy.config, s.trainable, s.lora)
     policy_trained = count_trained(policy.config, params, s.trainable)
     critic = policy if score is None or s.critic_init_from == "policy" else score
     critic_params = parameters(dataclasses.replace(critic, kind="reward"))
+    critic_params = with_adapters(critic_params, critic.config, s.value_trainable, s.lora)
     critic_trained = count_trained(critic.config, critic_params, s.value_trainable)
-    partial = s.trainable != "all" and s.value_trainable != "all"
+    partial = not {s.trainable, s.value_trainable} & {"all", "lora"}  # the top layers of both
+    shared = partial or s.value_trainable == "lora"
     rows = [
         ("memory, policy", count(params)),
-        ("memory, reference", policy_trained),
-        ("memory, critic", critic_trained if partial else count(critic_params)),
+        ("memory, reference", 0 if s.trainable == "lora" else policy_trained),
+        ("memory, critic", critic_trained if shared else count(critic_params)),
         ("memory, optimizer", 2 * (policy_trained + critic_trained)),
     ]
     if score is not None:
@@ -175,8 +181,17 @@ def count_trained(model: ModelConfig, params, trainable: str | int) -> int:
     return count(split)
 
 
+def with_adapters(params, model: ModelConfig, trainable: str | int, lora: LoRASettings):
+    """The shapes of parameters with those of the adapters, if it is they that are trained."""
+    if trainable != "lora":
+        return params
+    init = functools.partial(init_lora, targets=lora.targets, rank=lora.rank)
+    adapters = jax.eval_shape(lambda: init(jax.random.key(0), model, params))
+    return merge_params(params, adapters)
+
+
 def trained(model: ModelConfig, params, trainable: str | int) -> str:
-    names = {"all": "all layers", "head": "the head alone"}
+    names = {"all": "all layers", "head": "the head alone", "lora": "adapters"}
     what = names.get(trainable, f"the top {trainable} layers")
     return f"{what}, {count_trained(model, params, trainable) / 1e6:.1f}M parameters"
 

@@ -14,9 +14,13 @@ from jax.sharding import NamedSharding
 from ppo_jax.config import OptimizerSettings, RewardSettings, SFTSettings
 from ppo_jax.data import split_by_text
 from ppo_jax.inputs import make_inputs
+from ppo_jax.lora import init_lora
+from ppo_jax.models import Model
 from ppo_jax.networks import ModelConfig, trunk_network
 from ppo_jax.optimizer import init_optimizer
-from ppo_jax.sharding import Layout, place
+from ppo_jax.partition import merge_params
+from ppo_jax.sharding import Layout, init_in_pieces, place
+from ppo_jax.stage_settings import LoRASettings
 from ppo_jax.structs import Optimizer, Params, TrainState
 
 TextSettings = SFTSettings | RewardSettings
@@ -75,6 +79,30 @@ def make_optimizer(settings: OptimizerSettings, total_steps: int) -> Optimizer:
     values = dataclasses.asdict(settings) | {"total_steps": total_steps}
     kind = values.pop("schedule")
     return Optimizer(**{k: np.float32(v) for k, v in values.items()}, schedule=kind)
+
+
+def with_adapters(
+    model: Model, trainable: str | int, lora: LoRASettings, seed: int, layout: Layout
+) -> Model:
+    """The model with new adapters, if it is they that are trained.
+
+    Args:
+        model: what the training starts from; it keeps its arrays.
+        trainable: what is trained of it.
+        lora: rank, weight and places of the adapters.
+        seed: of their numbers.
+        layout: where they are put.
+    """
+    if trainable != "lora":
+        return model
+
+    def init() -> Params:
+        how = dict(targets=lora.targets, rank=lora.rank)
+        return init_lora(jax.random.key(seed), model.config, model.params, **how)
+
+    params = merge_params(model.params, init_in_pieces(layout, init))
+    config = dataclasses.replace(model.config, lora_alpha=lora.alpha)
+    return dataclasses.replace(model, config=config, params=params)
 
 
 def init_train_state(params: Params, optimizer: Optimizer) -> TrainState:

@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 
 from ppo_jax.attention import attend, attend_cached, remember, rotate, visible
-from ppo_jax.axes import HIDDEN, KERNELS, TABLES, Constrain, gathered, uncut
+from ppo_jax.axes import HIDDEN, KERNELS, LORA, TABLES, Constrain, gathered, uncut
 from ppo_jax.linear import product
+from ppo_jax.lora import lora_scale
 from ppo_jax.shapes import ModelConfig
 
 Params = dict[str, Any]
@@ -47,13 +48,17 @@ class Norm(nn.Module):
 
 
 class Projection(nn.Module):
-    """A linear map from the last `num_in` axes to `shape`; one plain matrix product inside."""
+    """A linear map from the last `num_in` axes to `shape`; one plain matrix product inside.
+
+    Where its parameters have an adapter (see `lora`), that is added.
+    """
 
     shape: tuple[int, ...]
     use_bias: bool
     num_in: int = 1
     std: float = 0.02
     constrain: Constrain = uncut
+    lora_alpha: float = 0.0
 
     @nn.compact
     def __call__(self, x):
@@ -62,12 +67,24 @@ class Projection(nn.Module):
         kernel = self.param("kernel", nn.initializers.normal(self.std), (*in_shape, *self.shape))
         kernel = self.constrain(kernel.astype(x.dtype), gathered(before + after))
         kernel = kernel.reshape(math.prod(in_shape), math.prod(self.shape))
-        y = product(x.reshape(*x.shape[: x.ndim - self.num_in], -1), kernel)
+        x = x.reshape(*x.shape[: x.ndim - self.num_in], -1)
+        y = product(x, kernel)
+        if self.has_variable("params", "lora_a"):
+            y = y + self.low_rank(x)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, self.shape).astype(x.dtype)
             y = y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
         y = y.reshape(*y.shape[:-1], *self.shape)
         return self.constrain(y, ("batch", None, *gathered(after)))
+
+    def low_rank(self, x):
+        before, after = KERNELS[self.name]
+        a, b = (jnp.asarray(self.get_variable("params", name)).astype(x.dtype) for name in LORA)
+        rank = b.shape[0]
+        a = self.constrain(a, gathered((*before, None))).reshape(-1, rank)
+        b = self.constrain(b, gathered((None, *after))).reshape(rank, -1)
+        inner = self.constrain(product(x, a), HIDDEN)
+        return product(inner, b) * lora_scale(self.lora_alpha, rank)
 
 
 class Attention(nn.Module):
@@ -79,7 +96,7 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x_BSD, positions_BS, allowed_BSC, cache, layer, slots):
         c = self.config
-        project = functools.partial(Projection, constrain=self.constrain)
+        project = functools.partial(Projection, constrain=self.constrain, lora_alpha=c.lora_alpha)
         q = project((c.num_heads, c.head_dim), c.qkv_bias, name="query")(x_BSD)
         k = project((c.num_kv_heads, c.head_dim), c.qkv_bias, name="key")(x_BSD)
         v = project((c.num_kv_heads, c.head_dim), c.qkv_bias, name="value")(x_BSD)
@@ -114,7 +131,7 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x_BSD):
         c = self.config
-        project = functools.partial(Projection, constrain=self.constrain)
+        project = functools.partial(Projection, constrain=self.constrain, lora_alpha=c.lora_alpha)
         hidden = project((c.mlp_dim,), c.mlp_bias, name="up")(x_BSD)
         if c.mlp == "gelu":
             hidden = jax.nn.gelu(hidden, approximate=True)

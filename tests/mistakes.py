@@ -72,11 +72,15 @@ train_sft --config.sft.num_epochs=nan
 train_sft --config.sft.validation_fraction=1
     sft.validation_fraction must be in (0, 1), got 1.0
 train_sft --config.sft.trainable=top
-    sft.trainable must be 'all', 'head' or a number of top layers >= 1, got 'top'
+    sft.trainable must be 'all', 'head', 'lora' or a number of top layers >= 1, got 'top'
 train_sft --config.sft.trainable=3
     sft.trainable must be at most 2, the model's layers, got 3
 train_sft --config.sft.trainable=head
-    sft.trainable must be 'all' or a number of top layers for a model that ties ..., got 'head'
+    sft.trainable must be 'all', 'lora' or a number of ... for a model that ties ..., got 'head'
+train_sft --config.sft.trainable=lora --config.sft.lora.targets=('query','c_attn')
+    sft.lora.targets must be some of ['query', 'key', ...], each once, got ('query', 'c_attn')
+train_sft --config.sft.lora.rank=8
+    sft.lora.rank must be 16 unless sft.trainable is 'lora', got 8
 train_sft --config.sft.num_micro_batches=5
     sft.batch_size must be a multiple of num_micro_batches (5), got 8
 train_sft --config.sft.batch_size=64

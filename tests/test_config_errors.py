@@ -107,7 +107,17 @@ BAD = [
     ("sft.trainable", 1.5, "1.5"),
     ("reward.trainable", True, "True"),
     ("ppo.trainable", "", "'all'"),
-    ("ppo.value_trainable", "none", "'head'"),
+    ("ppo.value_trainable", "none", "'lora'"),
+    # of adapters
+    ("sft.lora.rank", 0, "> 0"),
+    ("reward.lora.alpha", -1.0, "> 0"),
+    ("ppo.lora.targets", [], "some of ['query', 'key', 'value', 'output', 'up', 'gate', 'down']"),
+    ("ppo.lora.targets", ["query", "query"], "each once"),
+    ("ppo.lora.targets", ["q_proj"], "each once, got ('q_proj',)"),
+    ("ppo.lora.dropout", 0.1, "unknown setting ppo.lora.dropout"),
+    ("sft.lora.rank", 8, "must be 16 unless sft.trainable is 'lora', got 8"),
+    ("reward.lora.alpha", 8.0, "must be 32.0 unless reward.trainable is 'lora', got 8.0"),
+    ("ppo.lora.rank", 8, "unless ppo.trainable or ppo.value_trainable is 'lora', got 8"),
     # sizes that do not divide
     ("model.scratch.embed_dim", 100, "multiple of 2 x num_heads (8)"),
     ("sft.num_micro_batches", 5, "multiple of num_micro_batches (5)"),
@@ -159,6 +169,14 @@ def test_a_bad_optimizer_is_refused_with_its_stage(section, field, value, words)
         from_config_dict(changed({f"{section}.optimizer.{field}": value}))
     assert f"{section}.optimizer.{field}" in str(error.value)
     assert words in str(error.value)
+
+
+def test_adapters_have_settings_where_something_is_trained_by_them():
+    rank = {"ppo.lora.rank": 8}
+    for field in ("ppo.trainable", "ppo.value_trainable"):
+        assert from_config_dict(changed(rank | {field: "lora"})).ppo.lora.rank == 8
+    with pytest.raises(ValueError, match="sft.lora.rank must be 16 unless sft.trainable is 'lora'"):
+        from_config_dict(changed({"sft.lora.rank": 8, "ppo.trainable": "lora"}))
 
 
 def test_a_critic_cannot_start_from_a_reward_model_that_is_not_there():

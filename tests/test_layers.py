@@ -15,7 +15,7 @@ PACKAGE = pathlib.Path(ppo_jax.__file__).parent
 # From the bottom to the top: a module imports only from rows before its own.
 CORE = [
     ["structs", "masking", "distributions", "kl", "shapes", "axes", "linear"],
-    ["attention", "sampling", "chunks"],
+    ["attention", "sampling", "chunks", "lora"],
     ["transformer"],
     ["networks"],
     ["advantages", "rewards", "losses", "optimizer", "partition", "slots", "packed_rows"],
@@ -68,8 +68,9 @@ SHELL = [
         "chips",
     ],
     ["models", "base_model"],
+    ["peft_adapter"],
     ["runs", "generation", "training", "plan", "plan_shapes", "model_card", "fingerprints"],
-    ["reward_data", "sft_loop", "ppo_setup", "mesh_checks", "export", "origins"],
+    ["reward_data", "sft_loop", "ppo_setup", "mesh_checks", "model_checks", "export", "origins"],
     ["reward_loop", "ppo_loop", "summary", "phases"],
     ["evaluate", "accounts", "preview", "planner"],
     ["checks", "chat_terminal", "plan_report"],

@@ -94,7 +94,8 @@ def test_a_part_that_cannot_be_trained_is_refused(trainable):
     with pytest.raises(ValueError) as error:
         start_layer(tiny.model_config(num_layers=3), trainable)
     assert str(error.value) == (
-        f"trainable must be 'all', 'head' or a number of top layers in 1..3, got {trainable!r}"
+        "trainable must be 'all', 'head', 'lora' or a number of top layers in 1..3, "
+        f"got {trainable!r}"
     )
 
 

@@ -23,7 +23,7 @@ def changed(fields):
         *sections, field = name.split(".")
         place = config
         for section in sections:
-            place = place[section]
+            place = place.setdefault(section, {})
         if value is ...:
             del place[field]
         else:

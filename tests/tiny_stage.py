@@ -10,7 +10,7 @@ from ppo_jax.checkpoints import Checkpoints
 from ppo_jax.export import export_stage
 from ppo_jax.models import FIELD_OF_STAGE, Model, begin_stage
 from ppo_jax.networks import policy_network, reward_network
-from ppo_jax.partition import Parts
+from ppo_jax.partition import split_params
 from tests import tiny
 
 TEMPLATE = (
@@ -46,15 +46,16 @@ def write_stage(workdir, stage, model, /, *, num_steps=1, **settings):
     """The folder of a stage whose only checkpoint, after its first step, is the given model."""
     settings = {"seed": 0, "model": {"path": "someone/some-model"}} | settings
     about = {"stage": stage, "num_steps": num_steps, "settings": settings}
-    begin_stage(workdir / stage, model, Parts({}, {}, model.params), about)
+    parts = split_params(model.config, model.params, settings.get("trainable", "all"), None)
+    begin_stage(workdir / stage, model, parts, about)
     checkpoints = Checkpoints(workdir / stage / "checkpoints")
-    checkpoints.save(1, {FIELD_OF_STAGE[stage]: model.params})
+    checkpoints.save(1, {FIELD_OF_STAGE[stage]: parts.trained})
     checkpoints.close()
     return workdir / stage
 
 
-def exported(workdir, stage, model, /, dtype="float32", **settings):
+def exported(workdir, stage, model, /, dtype="float32", adapter_of="", **settings):
     """The folder `workdir/out` that a stage with this model is exported to."""
     write_stage(workdir, stage, model, **settings)
-    export_stage(workdir, stage, workdir / "out", dtype=dtype)
+    export_stage(workdir, stage, workdir / "out", dtype=dtype, adapter_of=adapter_of)
     return workdir / "out"
