@@ -40,6 +40,7 @@ class ModelConfig:
     scan_layers: bool = False  # True compiles faster; False runs faster on CPUs
     dtype: str = "float32"  # of the computation; parameters are always float32
     remat: str = "none"  # what the backward pass computes again: or "dots", "full"
+    attention: str = "auto"  # by the platform, see `attention_kernels`; or "plain" on all of them
 
     def __post_init__(self):
         choices = {
@@ -48,6 +49,7 @@ class ModelConfig:
             "mlp": ("gated_silu", "gelu"),
             "dtype": ("float32", "bfloat16", "float16"),
             "remat": ("none", "dots", "full"),
+            "attention": ("auto", "plain"),
         }
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:
@@ -72,4 +74,5 @@ def computation(settings: Any) -> dict[str, Any]:
 
     Everything else in a `ModelConfig` is what the model is.
     """
-    return {name: getattr(settings, name) for name in ("dtype", "scan_layers", "remat")}
+    fields = ("dtype", "scan_layers", "remat", "attention")
+    return {name: getattr(settings, name) for name in fields}

@@ -16,7 +16,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ppo_jax.attention import attend, rotate, visible
+from ppo_jax.attention import Sight, attend, rotate, text_positions, visible_in_cache
+from ppo_jax.attention_kernels import choose_sight
 from ppo_jax.axes import HIDDEN, KERNELS, TABLES, Constrain, gathered, uncut
 from ppo_jax.linear import product
 from ppo_jax.shapes import ModelConfig
@@ -77,7 +78,7 @@ class Attention(nn.Module):
     constrain: Constrain = uncut
 
     @nn.compact
-    def __call__(self, x_BSD, positions_BS, allowed_BSC, layer_cache, index):
+    def __call__(self, x_BSD, positions_BS, sight, layer_cache, index):
         c = self.config
         project = functools.partial(Projection, constrain=self.constrain)
         q = project((c.num_heads, c.head_dim), c.qkv_bias, name="query")(x_BSD)
@@ -95,7 +96,7 @@ class Attention(nn.Module):
                 for old, new in zip(layer_cache, (k, v), strict=True)
             )
             layer_cache = (k, v)
-        mixed = attend(q, k, v, allowed_BSC)
+        mixed = sight.mix(q, k, v, sight.arrays)
         output = project(
             (c.embed_dim,),
             c.attention_output_bias,
@@ -133,11 +134,11 @@ class Block(nn.Module):
     constrain: Constrain = uncut
 
     @nn.compact
-    def __call__(self, x_BSD, layer_cache, positions_BS, allowed_BSC, index):
+    def __call__(self, x_BSD, layer_cache, positions_BS, sight, index):
         c, constrain = self.config, self.constrain
         normed = Norm(c, name="attention_norm")(x_BSD)
         mixed, layer_cache = Attention(c, constrain, name="attention")(
-            normed, positions_BS, allowed_BSC, layer_cache, index
+            normed, positions_BS, sight, layer_cache, index
         )
         x_BSD = x_BSD + mixed
         x_BSD = x_BSD + MLP(c, constrain, name="mlp")(Norm(c, name="mlp_norm")(x_BSD))
@@ -235,9 +236,14 @@ class Transformer(nn.Module):
     @nn.compact
     def __call__(self, inputs, mask_BS, segments_BS, cache, output_start, read=None):
         c = self.config
-        allowed_BSC, cache = visible(mask_BS, segments_BS, cache)
-        # A token sees itself and all real ones of its text before it: counting them places it.
-        positions = jnp.maximum(allowed_BSC.sum(axis=2, dtype=jnp.int32) - 1, 0)
+        if cache is None:
+            positions = text_positions(mask_BS, segments_BS)
+            sight = choose_sight(c, self.constrain, mask_BS, segments_BS)
+        else:
+            allowed_BSC, cache = visible_in_cache(mask_BS, cache)
+            # A token sees itself and all real ones before it: counting them places it.
+            positions = jnp.maximum(allowed_BSC.sum(axis=2, dtype=jnp.int32) - 1, 0)
+            sight = Sight(allowed_BSC, attend)
         needs_table = self.start is None or (self.head == "logits" and c.tie_embeddings)
         # Only the token table is needed above a trunk, so positions are not asked for there.
         table_config = c if self.start is None else dataclasses.replace(c, positions="rotary")
@@ -250,7 +256,7 @@ class Transformer(nn.Module):
         layers = Layers(c, self.start or 0, self.end, self.constrain, name="layers")
         index = None if cache is None else cache.index % cache.mask.shape[1]
         caches = None if cache is None else cache.layers
-        x, caches = layers(x, caches, positions, allowed_BSC, index)
+        x, caches = layers(x, caches, positions, sight, index)
         if cache is not None:
             cache = cache.replace(layers=caches, index=cache.index + mask_BS.shape[1])
         return self.finish(x[:, output_start:], embed, read or all_logits), cache
