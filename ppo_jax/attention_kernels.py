@@ -19,6 +19,7 @@ from ppo_jax.shapes import ModelConfig
 
 LANES = 128  # of a TPU: blocks of positions are multiples of it
 MOST = 512  # positions of a block
+MOST_HEAD = 256  # numbers of a head with which such blocks still fit near the core
 ROWS = ("batch", None)
 QUERIES = ("batch", None, "heads", None)
 # Each device has the keys of its own queries, however a mesh cuts the heads of a KV cache.
@@ -85,8 +86,9 @@ def by_device(constrain, function, q_BLHK, k_BGLK, v_BGLK, *of_rows):
 
 
 def splash_takes(config: ModelConfig, length: int) -> bool:
-    """Whether the TPU kernel is right for rows of this length: below one block it only fills up."""
-    return length >= LANES and config.dtype in ("float32", "bfloat16")
+    """Whether the TPU kernel takes such a model, and rows of this length are worth it."""
+    fits = config.head_dim <= MOST_HEAD and config.dtype in ("float32", "bfloat16")
+    return fits and length >= LANES
 
 
 def splash_blocks(length: int) -> tuple[int, int]:
@@ -180,6 +182,10 @@ def cudnn_attention(q_BLHK, k_BGLK, v_BGLK, moves, *, constrain):
     """
 
     def on_device(q_BLHK, k_BGLK, v_BGLK, lengths_B, order_BL, place_BL):
+        # Under vmap jax wants either all arguments of cuDNN to be batched, or none: the lengths are
+        # wherever one is, and with `real` so are all. XLA leaves nothing of it.
+        firsts = jnp.stack([x[:, 0, 0, 0] for x in (q_BLHK, k_BGLK, v_BGLK)])
+        lengths_B = jnp.where((firsts == firsts).all(axis=0), lengths_B, lengths_B)
         real_BL = jnp.arange(order_BL.shape[1])[None] < lengths_B[:, None]
 
         def moved(x_BLHK, where_BL):

@@ -33,11 +33,12 @@ def attention_flops(config: ModelConfig, attended: float) -> float:
 
 def attended_in_row(config: ModelConfig, length: int, platform: str | None) -> float:
     """C of a whole row of S positions, on average: S, or for the TPU kernel, which leaves out the
-    blocks above the diagonal, b^2 n (n + 1) / 2 S with n blocks of b."""
+    blocks above the diagonal, N (N + b) / 2 S where it fills the row up to N in blocks of b."""
     if kernel_of(config, platform, length) != "splash":
         return length
     block, count = splash_blocks(length)
-    return block**2 * count * (count + 1) / 2 / length
+    filled = count * block
+    return filled * (filled + block) / 2 / length
 
 
 def head_flops(config: ModelConfig, head: str) -> int:

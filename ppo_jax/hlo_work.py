@@ -3,11 +3,10 @@
 import functools
 import math
 import re
-from collections.abc import Sequence
 
 import numpy as np
 
-from ppo_jax.hlo import Array, Computation, Instruction, Module
+from ppo_jax.hlo import Computation, Instruction, Module
 
 # Matrix products by a library: oneDNN on CPUs, cuBLAS on GPUs.
 MATMUL_CALLS = ("__onednn$matmul", "__cublas$gemm", "__cublas$lt$matmul")
@@ -44,26 +43,27 @@ def matmul_flops(computation: Computation, instruction: Instruction) -> float:
         batch = math.prod(product.dims[:-2]) if len(right.dims) > 2 else 1
         # |left| |right| / |product| = batch K^2, whichever operand is transposed.
         return 2.0 * product.size * math.sqrt(left.size * right.size / product.size / batch)
-    return attention_flops(instruction, [x.outputs[0] for x in inputs])
+    return 0.0
 
 
-def attention_flops(instruction: Instruction, inputs: Sequence[Array]) -> float:
-    """2 x products x H K x (pairs of a query and a key), 0 for what is no fused causal attention.
+def attention_flops(computation: Computation, instruction: Instruction) -> float:
+    """Floating-point operations of a call of fused causal attention, 0 for all else.
 
-    The TPU kernel computes whole blocks, those on and below the diagonal; what cuDNN's blocks are
-    it does not say, so that of these the pairs below the diagonal count.
+    2 H K x products x pairs of a query and a key. The TPU kernel computes whole blocks, those on
+    and below the diagonal. What the blocks of cuDNN are it does not say: of these half of all pairs
+    count.
     """
     if products := CUDNN_PRODUCTS.get(instruction.target):
-        queries = inputs[0]  # [B, L, H, K]
+        queries = computation.inputs(instruction)[0].outputs[0]  # [B, L, H, K]
         return products * queries.size * queries.dims[-3]
     kernel = re.search(r"splash_m[hq]a_(fwd|dq|dkv)", instruction.op_name)
     if instruction.target != "tpu_custom_call" or not kernel:
         return 0.0
-    queries = next(x for x in inputs if x.dtype in ("bf16", "f32"))  # [..., H, L, K]
-    block = int(re.search(r"block_q(?:_dq|_dkv)?\W+(\d+)", instruction.attributes)[1])
+    arrays = [array for x in computation.inputs(instruction) for array in x.outputs]
+    queries = next(x for x in arrays if x.dtype in ("bf16", "f32"))  # [..., H, L, K]
     length = queries.dims[-2]
-    blocks = length // block
-    pairs = block**2 * blocks * (blocks + 1) / 2
+    block = int(re.search(r"block_q(?:_dq|_dkv)?\W+(\d+)", instruction.attributes)[1])
+    pairs = length * (length + block) / 2
     return 2.0 * SPLASH_PRODUCTS[kernel[1]] * queries.size / length * pairs
 
 
