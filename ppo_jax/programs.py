@@ -120,10 +120,10 @@ def account_of_instruction(scope: Scope, instruction: Instruction, fused: bool) 
     """The account of an instruction without what it calls."""
     module, computation = scope.module, scope.computation
     sent = collective(module, computation, instruction)
-    fused = attention_flops(computation, instruction)
+    of_kernel = attention_flops(computation, instruction)
     return Account(
-        flops=matmul_flops(computation, instruction) + fused,
-        attention_kernels=float(fused > 0),
+        flops=matmul_flops(computation, instruction) + of_kernel,
+        attention_kernels=float(of_kernel > 0),
         bytes_accessed=0.0 if fused else traffic(module, computation, instruction),
         collectives={sent[0]: Sent(1, sent[1])} if sent else {},
     )
