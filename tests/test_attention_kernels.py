@@ -234,6 +234,7 @@ def test_the_program_of_a_gpu_calls_cudnn(on, gradient):
     calls = re.findall(r"@(__cudnn\$\w+)\(.*: \(tensor<([\dx]+)xbf16>", text)
     names = {"__cudnn$fmhaSoftmax"} | ({"__cudnn$fmhaSoftmaxBackward"} if gradient else set())
     assert {name for name, _ in calls} == names
+    assert text.count("PADDING_CAUSAL") == len(calls)
     assert {shape for _, shape in calls} == {f"{B // 2}x{L}x4x8"} and not pairs(text)
 
 
