@@ -5,6 +5,7 @@ R = H / G queries per key, K head size; F prompts of P positions that enter a ca
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -29,16 +30,45 @@ class KVCache(struct.PyTreeNode):
     index: jax.Array  # [] int32, positions seen: the next one takes slot `index` mod C
 
 
-def visible(mask_BS, segments_BS, cache: KVCache | None):
+class Sight(struct.PyTreeNode):
+    """Who sees whom, in the form that is wanted by what computes attention."""
+
+    arrays: Any
+    mix: Callable[..., jax.Array] = struct.field(pytree_node=False)  # (q, k, v, arrays) -> mixed
+
+
+def text_positions(mask_BL, segments_BL) -> jax.Array:
+    """[B, L] int32: how many real positions of its text stand before each; any number in padding.
+
+    A text is what lies between two changes of `segments`, which is None where a row is one text.
+    """
+    seen_BL = jnp.cumsum(mask_BL, axis=1, dtype=jnp.int32)
+    if segments_BL is None:
+        return jnp.maximum(seen_BL - 1, 0)
+    index_BL = jnp.where(mask_BL, jnp.arange(mask_BL.shape[1])[None], -1)
+    last_BL = jnp.pad(
+        jax.lax.cummax(index_BL, axis=1)[:, :-1], ((0, 0), (1, 0)), constant_values=-1
+    )
+    last_segment_BL = jnp.take_along_axis(segments_BL, jnp.maximum(last_BL, 0), axis=1)
+    begins_BL = mask_BL & ((last_BL < 0) | (segments_BL != last_segment_BL))
+    before_BL = jax.lax.cummax(jnp.where(begins_BL, seen_BL - 1, 0), axis=1)
+    return jnp.maximum(seen_BL - 1 - before_BL, 0)
+
+
+def visible(mask_BL, segments_BL) -> jax.Array:
+    """[B, L, L] bool: each position may attend to itself and to what stands before it, if it is
+    real and, where there are segments, of the same one."""
+    length = mask_BL.shape[1]
+    causal = jnp.tril(jnp.ones((length, length), bool))
+    allowed_BLL = causal[None] & mask_BL[:, None]
+    if segments_BL is not None:
+        allowed_BLL &= segments_BL[:, :, None] == segments_BL[:, None]
+    return allowed_BLL
+
+
+def visible_in_cache(mask_BS, cache: KVCache):
     """([B, S, C] bool, which slots each new position may attend to; the cache with its mask)."""
-    length = mask_BS.shape[1]
-    if cache is None:
-        causal = jnp.tril(jnp.ones((length, length), bool))
-        allowed_BSS = causal[None] & mask_BS[:, None]
-        if segments_BS is not None:
-            allowed_BSS &= segments_BS[:, :, None] == segments_BS[:, None]
-        return allowed_BSS, None
-    capacity = cache.mask.shape[1]
+    length, capacity = mask_BS.shape[1], cache.mask.shape[1]
     begin = cache.index % capacity
     mask_BC = jax.lax.dynamic_update_slice_in_dim(cache.mask, mask_BS, begin, axis=1)
     # The new positions take slots 0, 1, ... from `begin` on; all others came before.
@@ -139,16 +169,16 @@ def attend(q_BSHK, k_BGCK, v_BGCK, allowed_BSC) -> jax.Array:
     return jnp.einsum("BGRSC,BGCK->BSGRK", probs_BGRSC, v_BGCK).reshape(B, S, H, K)
 
 
-def attend_cached(q_BSHK, k_BGCK, v_BGCK, allowed_BSC, filled) -> jax.Array:
-    """`attend` over a cache of which the slots from `filled` on, a number known in the program
-    alone, hold nothing yet.
+def attend_cached(q_BSHK, k_BGCK, v_BGCK, seen) -> jax.Array:
+    """`attend` over a cache.
 
+    `seen` is (who may attend to which slot, how many slots hold something: the first ones).
     Accelerators read the blocks that hold something: decoding is as fast as memory is read, and
     there a slice is part of the product. A CPU copies a slice first and reads all sooner.
     """
-    args = q_BSHK, k_BGCK, v_BGCK, allowed_BSC
+    args = q_BSHK, k_BGCK, v_BGCK, *seen
     return jax.lax.platform_dependent(
-        *args, filled, cpu=lambda *args: attend(*args[:-1]), default=attend_blocks
+        *args, cpu=lambda *args: attend(*args[:-1]), default=attend_blocks
     )
 
 

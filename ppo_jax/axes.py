@@ -4,12 +4,12 @@ A table of rules (see `sharding`) says over which axes of a mesh a logical axis 
 are all that the networks know of it.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import jax
 
 Axes = tuple[str | None, ...]  # a name for each dimension; None is never cut
-Constrain = Callable[[jax.Array, Axes], jax.Array]
 
 # Kernels and tables by the name of the module that holds them. The axes behind the input's are
 # those of the output, and of the bias.
@@ -32,10 +32,47 @@ HIDDEN: Axes = ("batch", None, None)  # of hidden states [B, L, D]
 CACHE: Axes = ("batch", "kv_heads", None, None)  # of cached keys and values [B, G, C, K]
 
 
-def uncut(x: jax.Array, axes: Axes) -> jax.Array:
-    """The constraint of a program that knows of no mesh: none."""
-    del axes
-    return x
+@dataclasses.dataclass(frozen=True)
+class Constrain:
+    """What a program knows of the mesh that its arrays lie on.
+
+    Called with an array and its logical axes it pins how the array lies. A program that knows of no
+    mesh has `uncut`, which pins nothing.
+    """
+
+    sharding: Callable[[Axes, Sequence[int]], jax.sharding.NamedSharding] | None = None
+
+    def __call__(self, x: jax.Array, axes: Axes) -> jax.Array:
+        if self.sharding is None:
+            return x
+        return jax.lax.with_sharding_constraint(x, self.sharding(axes, x.shape))
+
+    @property
+    def platform(self) -> str | None:
+        """Of the mesh's devices, which may be described ones: "cpu", "gpu", "tpu"."""
+        return self.sharding and next(iter(self.sharding((), ()).device_set)).platform
+
+    def piece(self, axes: Axes, shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape of what one device of the mesh has of an array."""
+        return self.sharding(axes, shape).shard_shape(tuple(shape))
+
+    def by_device(self, function: Callable, axes: Sequence[Axes], *arrays: jax.Array) -> jax.Array:
+        """function(*arrays), by each device of the mesh for its pieces alone.
+
+        Args:
+            function: what it gives lies as its first argument does.
+            axes: of each array.
+            arrays: its arguments.
+        """
+        lies = [self.sharding(a, x.shape) for a, x in zip(axes, arrays, strict=True)]
+        specs = tuple(lie.spec for lie in lies)
+        mapped = jax.shard_map(
+            function, mesh=lies[0].mesh, in_specs=specs, out_specs=specs[0], check_vma=False
+        )
+        return mapped(*arrays)
+
+
+uncut = Constrain()
 
 
 def gathered(axes: Axes) -> Axes:

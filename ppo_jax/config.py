@@ -52,6 +52,8 @@ class ModelSettings:
     remat: str = "none"  # what the backward pass computes again to save memory: "none" is fastest,
     # "dots" keeps the products with parameters, "full" only each layer's input: for the longest
     # rows and largest models
+    attention: str = "auto"  # over whole rows: "auto" is the platform's fused kernel where it has
+    # one (TPU, GPU), "plain" is the same sum by plain products everywhere
     vocabulary_data: str = ""  # rows of texts: keep only the tokens that they use; "" keeps all
 
     def __post_init__(self):
@@ -64,6 +66,7 @@ class ModelSettings:
         check.choice("dtype", "float32", "bfloat16", "float16")
         check.choice("frozen_dtype", "float32", "bfloat16")
         check.choice("remat", "none", "dots", "full")
+        check.choice("attention", "auto", "plain")
         texts = "the texts to train the tokenizer of model.scratch on"
         check.that(bool(self.vocabulary_data or not self.scratch), "vocabulary_data", texts)
 
@@ -117,4 +120,5 @@ MAY_CHANGE = frozenset(
     + ["value_clip_range", "vf_coef", "entropy_coef", "sample_every", "num_samples"]
     + ["save_every", "eval_every", "num_micro_batches", "hidden_cache_gb", "remat"]
     + ["reward_seconds", "old_logprobs", "importance_low", "importance_high"]
+    + ["attention"]
 )

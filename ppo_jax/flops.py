@@ -10,6 +10,7 @@ tokens.
 
 import math
 
+from ppo_jax.attention_kernels import kernel_of, splash_blocks
 from ppo_jax.chunks import chunk_shape
 from ppo_jax.shapes import ModelConfig
 
@@ -22,12 +23,22 @@ def projection_flops(config: ModelConfig) -> int:
     return 2 * c.embed_dim * (heads + (3 if c.mlp == "gated_silu" else 2) * c.mlp_dim)
 
 
-def attention_flops(config: ModelConfig, attended: int) -> int:
+def attention_flops(config: ModelConfig, attended: float) -> float:
     """Scores and their mix of values in one layer, for one position: 4 H K C.
 
     Over all C slots, as the program computes them: masked ones are computed, too.
     """
     return 4 * config.num_heads * config.head_dim * attended
+
+
+def attended_in_row(config: ModelConfig, length: int, platform: str | None) -> float:
+    """C of a whole row of S positions, on average: S, or for the TPU kernel, which leaves out the
+    blocks above the diagonal, N (N + b) / 2 S where it fills the row up to N in blocks of b."""
+    if kernel_of(config, platform, length) != "splash":
+        return length
+    block, count = splash_blocks(length)
+    filled = count * block
+    return filled * (filled + block) / 2 / length
 
 
 def head_flops(config: ModelConfig, head: str) -> int:
@@ -36,15 +47,15 @@ def head_flops(config: ModelConfig, head: str) -> int:
 
 
 def forward_flops(
-    config: ModelConfig, *, sequences: int, positions: int, attended: int, outputs: int, head: str
-) -> int:
+    config: ModelConfig, *, sequences: int, positions: int, attended: float, outputs: int, head: str
+) -> float:
     """N (S layers (projections + attention over C) + O head).
 
     Args:
         config: the model.
         sequences: N.
         positions: S, of each sequence.
-        attended: C; without a cache the positions themselves.
+        attended: C; without a cache see `attended_in_row`.
         outputs: O, the positions of a sequence that have logits or a value.
         head: "logits" or "scalar".
     """
@@ -52,7 +63,9 @@ def forward_flops(
     return sequences * (positions * config.num_layers * layer + outputs * head_flops(config, head))
 
 
-def recomputed_flops(config: ModelConfig, *, sequences: int, positions: int, attended: int) -> int:
+def recomputed_flops(
+    config: ModelConfig, *, sequences: int, positions: int, attended: float
+) -> float:
     """What the backward pass computes again, by the model's `remat`.
 
     N S layers times: nothing for "none"; the attention for "dots", which keeps the products with
@@ -66,16 +79,27 @@ def recomputed_flops(config: ModelConfig, *, sequences: int, positions: int, att
 
 
 def training_flops(
-    config: ModelConfig, *, sequences: int, positions: int, outputs: int, head: str
-) -> int:
+    config: ModelConfig,
+    *,
+    sequences: int,
+    positions: int,
+    outputs: int,
+    head: str,
+    platform: str | None = None,
+) -> float:
     """Forward and backward of all parameters: 3 x forward + what is computed again.
 
     Each product y = x w costs two of the same size in the backward pass, dx = dy w' and
-    dw = x' dy.
+    dw = x' dy. The TPU kernel of attention needs 7 for its 2, as it keeps no scores.
     """
-    where = dict(sequences=sequences, positions=positions, attended=positions)
+    attended = attended_in_row(config, positions, platform)
+    where = dict(sequences=sequences, positions=positions, attended=attended)
     forward = forward_flops(config, outputs=outputs, head=head, **where)
-    return 3 * forward + recomputed_flops(config, **where)
+    scores_again = 0.0
+    if kernel_of(config, platform, positions) == "splash":
+        scores_again = 1.5 * attention_flops(config, attended)
+    again = recomputed_flops(config, **where)
+    return 3 * forward + again + sequences * positions * config.num_layers * scores_again
 
 
 def rollout_flops(
@@ -114,7 +138,8 @@ def scoring_flops(
     response_length: int,
     logits_chunk: int = 0,
     policy_passes: int = 1,
-) -> int:
+    platform: str | None = None,
+) -> float:
     """Reference and critic over P + T - 1 positions, the reward model over P + T; T outputs each.
 
     Args:
@@ -126,6 +151,7 @@ def scoring_flops(
         response_length: T.
         logits_chunk: see `filled_outputs`.
         policy_passes: 2 where the log-probs of the policy are computed beside the reference's.
+        platform: see `attention_kernels.kernel_of`.
     """
     length = prompt_length + response_length
     total = 0
@@ -139,7 +165,7 @@ def scoring_flops(
                 config,
                 sequences=sequences,
                 positions=positions,
-                attended=positions,
+                attended=attended_in_row(config, positions, platform),
                 outputs=filled_outputs(response_length, chunk),
                 head=head,
             )
@@ -155,13 +181,15 @@ def update_flops(
     response_length: int,
     num_epochs: int,
     logits_chunk: int = 0,
-) -> int:
+    platform: str | None = None,
+) -> float:
     """num_epochs x (training of the policy + training of the critic) over P + T - 1 positions.
 
     The same for any number of minibatches and micro-batches. All layers are trained. Logits in
     chunks are computed once more in the backward pass.
     """
-    where = dict(sequences=sequences, positions=prompt_length + response_length - 1)
+    positions = prompt_length + response_length - 1
+    where = dict(sequences=sequences, positions=positions, platform=platform)
     outputs = filled_outputs(response_length, logits_chunk)
     again = sequences * outputs * head_flops(policy, "logits") if logits_chunk else 0
     return num_epochs * (

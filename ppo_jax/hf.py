@@ -29,6 +29,7 @@ def load_config(
     dtype: str = "float32",
     scan_layers: bool = False,
     remat: str = "none",
+    attention: str = "auto",
 ) -> ModelConfig:
     """The shape of a pretrained model, without its weights.
 
@@ -37,12 +38,13 @@ def load_config(
         dtype: of the computation, "float32", "bfloat16" or "float16".
         scan_layers: one scanned body instead of unrolled layers.
         remat: what the backward pass computes again, "none", "dots" or "full".
+        attention: "auto" by the platform, or "plain".
 
     Raises:
         ValueError: the path leads nowhere, or to a family or an option that is not supported.
     """
     raw = read_json(model_folder(path))
-    return read_config(raw, dtype=dtype, scan_layers=scan_layers, remat=remat)
+    return read_config(raw, dtype=dtype, scan_layers=scan_layers, remat=remat, attention=attention)
 
 
 def load_policy(
@@ -51,6 +53,7 @@ def load_policy(
     dtype: str = "float32",
     scan_layers: bool = False,
     remat: str = "none",
+    attention: str = "auto",
     shardings: Callable[[Params], Any] | None = None,
 ) -> tuple[ModelConfig, Params]:
     """A pretrained model of the GPT-2, Llama, Qwen2 or Qwen3 family.
@@ -61,6 +64,7 @@ def load_policy(
         dtype: of the computation. Parameters are float32 whatever the files hold.
         scan_layers: layers stacked along a leading axis instead of one subtree each.
         remat: what the backward pass computes again, "none", "dots" or "full".
+        attention: "auto" by the platform, or "plain".
         shardings: from the tree of parameters, as `jax.ShapeDtypeStruct`s, to the tree of their
             shardings: `Layout.shardings`. None loads to the host.
 
@@ -75,7 +79,9 @@ def load_policy(
     """
     folder = model_folder(path)
     raw = read_json(folder)
-    config = read_config(raw, dtype=dtype, scan_layers=scan_layers, remat=remat)
+    config = read_config(
+        raw, dtype=dtype, scan_layers=scan_layers, remat=remat, attention=attention
+    )
     with open_weights(folder) as files:
         try:
             stored = find_parameters(config, raw["model_type"], files)

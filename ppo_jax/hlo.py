@@ -15,6 +15,7 @@ ARRAY = re.compile(r"\b([a-z][a-z0-9]*)\[([\d,<=]*)\](?:\{([^{}]*)\})?")
 HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
 LINE = re.compile(r"(ROOT )?%?([\w.\-]+) = (.*)")
 NAME = re.compile(r"%([\w.\-]+)")
+CONTINUED = re.compile(r'\n(?="|\}\})')  # metadata of a Pallas kernel has lines of its own
 COMMENT = re.compile(r"/\*.*?\*/")
 
 
@@ -176,7 +177,7 @@ def parse_module(text: str) -> Module:
     computations: dict[str, Computation] = {}
     entry = name = root = None
     table: dict[str, Instruction] = {}
-    for line in text.splitlines():
+    for line in CONTINUED.sub(" ", text).splitlines():
         header = HEADER.fullmatch(line)
         if header:
             name, table, root = header[2], {}, None

@@ -10,6 +10,9 @@ from ppo_jax.hlo import Computation, Instruction, Module
 
 # Matrix products by a library: oneDNN on CPUs, cuBLAS on GPUs.
 MATMUL_CALLS = ("__onednn$matmul", "__cublas$gemm", "__cublas$lt$matmul")
+# Fused attention, by the name of the call: products of the size of the scores Q K' in each.
+CUDNN_PRODUCTS = {"__cudnn$fmhaSoftmax": 2, "__cudnn$fmhaSoftmaxBackward": 5}
+SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}  # the backward kernels make the scores again
 # Of the bytes that a chip hands in, the share that it sends; n chips are in a group.
 SHARE_SENT = {
     "all-reduce": lambda n: 2 * (n - 1) / n,
@@ -41,6 +44,27 @@ def matmul_flops(computation: Computation, instruction: Instruction) -> float:
         # |left| |right| / |product| = batch K^2, whichever operand is transposed.
         return 2.0 * product.size * math.sqrt(left.size * right.size / product.size / batch)
     return 0.0
+
+
+def attention_flops(computation: Computation, instruction: Instruction) -> float:
+    """Floating-point operations of a call of fused causal attention, 0 for all else.
+
+    2 H K x products x pairs of a query and a key. The TPU kernel computes whole blocks, those on
+    and below the diagonal. What the blocks of cuDNN are it does not say: of these half of all pairs
+    count.
+    """
+    if products := CUDNN_PRODUCTS.get(instruction.target):
+        queries = computation.inputs(instruction)[0].outputs[0]  # [B, L, H, K]
+        return products * queries.size * queries.dims[-3]
+    kernel = re.search(r"splash_m[hq]a_(fwd|dq|dkv)", instruction.op_name)
+    if instruction.target != "tpu_custom_call" or not kernel:
+        return 0.0
+    arrays = [array for x in computation.inputs(instruction) for array in x.outputs]
+    queries = next(x for x in arrays if x.dtype in ("bf16", "f32"))  # [..., H, L, K]
+    length = queries.dims[-2]
+    block = int(re.search(r"block_q(?:_dq|_dkv)?\W+(\d+)", instruction.attributes)[1])
+    pairs = length * (length + block) / 2
+    return 2.0 * SPLASH_PRODUCTS[kernel[1]] * queries.size / length * pairs
 
 
 def convolution_flops(instruction: Instruction, left: tuple, right: tuple) -> float:

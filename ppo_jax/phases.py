@@ -39,8 +39,8 @@ class Phase:
     name: str
     lower: Callable[[], jax.stages.Lowered]
     trips: int | None  # of its loop whose end depends on data, at worst
-    flops: int  # of all devices together, with what is computed again, see `flops`
-    model_flops: int  # the same without what is computed again
+    flops: float  # of all devices together, with what is computed again, see `flops`
+    model_flops: float  # the same without what is computed again, with plain attention
 
 
 def phases(config: Config, models: Models, layouts: tuple[Layout, Layout]) -> list[Phase]:
@@ -76,7 +76,8 @@ def phases(config: Config, models: Models, layouts: tuple[Layout, Layout]) -> li
         ),
     }
     at_once = dataclasses.replace(s, logits_chunk=0)
-    with_again, once = analytic_flops(s, models), analytic_flops(at_once, without_remat(models))
+    with_again = analytic_flops(s, models, layout.constrain.platform)
+    once = analytic_flops(at_once, without_remat(models))
     trips = {"rollout": s.response_length}
     if s.packing:
         trips["update"] = s.num_micro_batches
@@ -182,8 +183,10 @@ def without_remat(models: Models) -> Models:
     return Models(**plain)
 
 
-def analytic_flops(settings: PPOSettings, models: Models) -> dict[str, int]:
-    """What each phase should compute, on all devices together."""
+def analytic_flops(
+    settings: PPOSettings, models: Models, platform: str | None = None
+) -> dict[str, float]:
+    """What each phase should compute, on all devices together, with that platform's attention."""
     s = settings
     where = dict(
         sequences=s.rollout_batch_size,
@@ -200,6 +203,7 @@ def analytic_flops(settings: PPOSettings, models: Models) -> dict[str, int]:
             models.reward,
             logits_chunk=s.logits_chunk,
             policy_passes=2 if s.old_logprobs == "recompute" else 1,
+            platform=platform,
             **where,
         ),
         "update": flops.update_flops(
@@ -207,6 +211,7 @@ def analytic_flops(settings: PPOSettings, models: Models) -> dict[str, int]:
             models.critic,
             num_epochs=s.num_epochs,
             logits_chunk=s.logits_chunk,
+            platform=platform,
             **where,
         ),
     }

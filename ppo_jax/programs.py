@@ -13,7 +13,7 @@ import jax
 from ppo_jax.hlo import Instruction, parse_module
 from ppo_jax.hlo_loops import Scope, trips
 from ppo_jax.hlo_traffic import traffic
-from ppo_jax.hlo_work import collective, matmul_flops
+from ppo_jax.hlo_work import attention_flops, collective, matmul_flops
 
 
 class Sent(NamedTuple):
@@ -42,7 +42,9 @@ class Memory(NamedTuple):
 class Account:
     """The cost of one run of a program on one chip."""
 
-    flops: float = 0.0  # of matrix products and convolutions; elementwise ones are not counted
+    flops: float = 0.0  # of matrix products, convolutions and kernels of attention; elementwise
+    # operations are not counted
+    attention_kernels: float = 0.0  # how often one is called
     bytes_accessed: float = 0.0  # read from and written to main memory, see `hlo_traffic`
     collectives: Mapping[str, Sent] = dataclasses.field(default_factory=dict)
     memory: Memory | None = None  # None where an account is not of a whole program
@@ -60,6 +62,7 @@ class Account:
             kinds[kind] = Sent(before.count + times * count, before.bytes + times * sent)
         return Account(
             flops=self.flops + times * other.flops,
+            attention_kernels=self.attention_kernels + times * other.attention_kernels,
             bytes_accessed=self.bytes_accessed + times * other.bytes_accessed,
             collectives=kinds,
         )
@@ -117,8 +120,10 @@ def account_of_instruction(scope: Scope, instruction: Instruction, fused: bool) 
     """The account of an instruction without what it calls."""
     module, computation = scope.module, scope.computation
     sent = collective(module, computation, instruction)
+    of_kernel = attention_flops(computation, instruction)
     return Account(
-        flops=matmul_flops(computation, instruction),
+        flops=matmul_flops(computation, instruction) + of_kernel,
+        attention_kernels=float(of_kernel > 0),
         bytes_accessed=0.0 if fused else traffic(module, computation, instruction),
         collectives={sent[0]: Sent(1, sent[1])} if sent else {},
     )

@@ -41,6 +41,7 @@ class ModelConfig:
     dtype: str = "float32"  # of the computation; parameters are always float32
     remat: str = "none"  # what the backward pass computes again: or "dots", "full"
     lora_alpha: float = 0.0  # times 1 / rank the weight of adapters, see `lora`; 0 is without any
+    attention: str = "auto"  # by the platform, see `attention_kernels`; or "plain" on all of them
 
     def __post_init__(self):
         choices = {
@@ -49,6 +50,7 @@ class ModelConfig:
             "mlp": ("gated_silu", "gelu"),
             "dtype": ("float32", "bfloat16", "float16"),
             "remat": ("none", "dots", "full"),
+            "attention": ("auto", "plain"),
         }
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:
@@ -75,4 +77,5 @@ def computation(settings: Any) -> dict[str, Any]:
 
     Everything else in a `ModelConfig` is what the model is.
     """
-    return {name: getattr(settings, name) for name in ("dtype", "scan_layers", "remat")}
+    fields = ("dtype", "scan_layers", "remat", "attention")
+    return {name: getattr(settings, name) for name in fields}

@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from ppo_jax.axes import Axes, parameter_axes
+from ppo_jax.axes import Axes, Constrain, parameter_axes
 from ppo_jax.leaves import named_leaves
 from ppo_jax.processes import need_all
 from ppo_jax.typed import Check
@@ -160,9 +160,10 @@ class Layout:
             f"mesh.rules.{axis}=() and mesh.rollout_rules.{axis}=()"
         )
 
-    def constrain(self, x: jax.Array, axes: Axes) -> jax.Array:
-        """`axes.Constrain` of this layout: pins how an array inside a program lies."""
-        return jax.lax.with_sharding_constraint(x, self.sharding(axes, x.shape))
+    @property
+    def constrain(self) -> Constrain:
+        """What a network knows of this layout."""
+        return Constrain(self.sharding)
 
     def shardings(self, tree: Any) -> Any:
         """The sharding of every leaf of a tree of parameters, or of a state that holds some.
@@ -289,8 +290,7 @@ def make_layouts(settings: MeshSettings) -> tuple[Layout, Layout]:
 def abstract(layout: Layout, init: Callable[..., Any], *args: Any) -> Any:
     """The shapes, dtypes and shardings of what `init_in_pieces` would make."""
     shapes = jax.eval_shape(init, *args)
-    lies = layout.shardings(shapes)
-    return jax.tree.map(lambda x, lie: x.update(sharding=lie), shapes, lies)
+    return jax.tree.map(lambda x, lie: x.update(sharding=lie), shapes, layout.shardings(shapes))
 
 
 def init_in_pieces(layout: Layout, init: Callable[..., Any], *args: Any) -> Any:

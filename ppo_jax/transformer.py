@@ -16,75 +16,23 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ppo_jax.attention import attend, attend_cached, remember, rotate, visible
-from ppo_jax.axes import HIDDEN, KERNELS, LORA, TABLES, Constrain, gathered, uncut
+from ppo_jax.attention import (
+    Sight,
+    attend_cached,
+    remember,
+    rotate,
+    text_positions,
+    visible_in_cache,
+)
+from ppo_jax.attention_kernels import choose_sight
+from ppo_jax.axes import HIDDEN, Constrain, uncut
 from ppo_jax.linear import product
-from ppo_jax.lora import lora_scale
+from ppo_jax.modules import Embedding, Head, Norm, Projection
 from ppo_jax.shapes import ModelConfig
 
 Params = dict[str, Any]
 # What the backward pass finds in memory: the products with parameters, or only a layer's input.
 REMAT = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
-
-
-class Norm(nn.Module):
-    """LayerNorm or RMSNorm, computed in float32."""
-
-    config: ModelConfig
-
-    @nn.compact
-    def __call__(self, x):
-        size = x.shape[-1]
-        scale = self.param("scale", nn.initializers.ones, (size,))
-        y = x.astype(jnp.float32)
-        if self.config.norm == "layernorm":
-            y = y - y.mean(-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.config.norm_eps)
-        y = y * scale.reshape((1,) * (x.ndim - 1) + (size,))
-        if self.config.norm == "layernorm":
-            bias = self.param("bias", nn.initializers.zeros, (size,))
-            y = y + bias.reshape((1,) * (x.ndim - 1) + (size,))
-        return y.astype(x.dtype)
-
-
-class Projection(nn.Module):
-    """A linear map from the last `num_in` axes to `shape`; one plain matrix product inside.
-
-    Where its parameters have an adapter (see `lora`), that is added.
-    """
-
-    shape: tuple[int, ...]
-    use_bias: bool
-    num_in: int = 1
-    std: float = 0.02
-    constrain: Constrain = uncut
-    lora_alpha: float = 0.0
-
-    @nn.compact
-    def __call__(self, x):
-        in_shape = x.shape[x.ndim - self.num_in :]
-        before, after = KERNELS[self.name]
-        kernel = self.param("kernel", nn.initializers.normal(self.std), (*in_shape, *self.shape))
-        kernel = self.constrain(kernel.astype(x.dtype), gathered(before + after))
-        kernel = kernel.reshape(math.prod(in_shape), math.prod(self.shape))
-        x = x.reshape(*x.shape[: x.ndim - self.num_in], -1)
-        y = product(x, kernel)
-        if self.has_variable("params", "lora_a"):
-            y = y + self.low_rank(x)
-        if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, self.shape).astype(x.dtype)
-            y = y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
-        y = y.reshape(*y.shape[:-1], *self.shape)
-        return self.constrain(y, ("batch", None, *gathered(after)))
-
-    def low_rank(self, x):
-        before, after = KERNELS[self.name]
-        a, b = (jnp.asarray(self.get_variable("params", name)).astype(x.dtype) for name in LORA)
-        rank = b.shape[0]
-        a = self.constrain(a, gathered((*before, None))).reshape(-1, rank)
-        b = self.constrain(b, gathered((None, *after))).reshape(rank, -1)
-        inner = self.constrain(product(x, a), HIDDEN)
-        return product(inner, b) * lora_scale(self.lora_alpha, rank)
 
 
 class Attention(nn.Module):
@@ -94,7 +42,7 @@ class Attention(nn.Module):
     constrain: Constrain = uncut
 
     @nn.compact
-    def __call__(self, x_BSD, positions_BS, allowed_BSC, cache, layer, slots):
+    def __call__(self, x_BSD, positions_BS, sight, cache, layer, next_slot):
         c = self.config
         project = functools.partial(Projection, constrain=self.constrain, lora_alpha=c.lora_alpha)
         q = project((c.num_heads, c.head_dim), c.qkv_bias, name="query")(x_BSD)
@@ -106,12 +54,9 @@ class Attention(nn.Module):
         if c.positions == "rotary":
             q, k = rotate(q, positions_BS, c), rotate(k, positions_BS, c)
         k, v = (x.swapaxes(1, 2) for x in (k, v))
-        if cache is None:
-            mixed = attend(q, k, v, allowed_BSC)
-        else:
-            next_slot, filled = slots
+        if cache is not None:
             cache, (k, v) = remember(cache, (k, v), next_slot, layer)
-            mixed = attend_cached(q, k, v, allowed_BSC, filled)
+        mixed = sight.mix(q, k, v, sight.arrays)
         output = project(
             (c.embed_dim,),
             c.attention_output_bias,
@@ -154,11 +99,11 @@ class Block(nn.Module):
     constrain: Constrain = uncut
 
     @nn.compact
-    def __call__(self, carry, layer, positions_BS, allowed_BSC, slots):
+    def __call__(self, carry, layer, positions_BS, sight, next_slot):
         c, constrain, (x_BSD, cache) = self.config, self.constrain, carry
         normed = Norm(c, name="attention_norm")(x_BSD)
         mixed, cache = Attention(c, constrain, name="attention")(
-            normed, positions_BS, allowed_BSC, cache, layer, slots
+            normed, positions_BS, sight, cache, layer, next_slot
         )
         x_BSD = x_BSD + mixed
         x_BSD = x_BSD + MLP(c, constrain, name="mlp")(Norm(c, name="mlp_norm")(x_BSD))
@@ -201,43 +146,6 @@ class Layers(nn.Module):
         return x_BSD, (None if caches is None else tuple(updated))
 
 
-class Embedding(nn.Module):
-    """Token table and, for GPT-2, position table."""
-
-    config: ModelConfig
-    constrain: Constrain = uncut
-
-    def setup(self):
-        c, init = self.config, nn.initializers.normal(0.02)
-        self.tokens = self.param("tokens", init, (c.vocab_size, c.embed_dim))
-        if c.positions == "learned":
-            self.positions = self.param("positions", init, (c.max_length, c.embed_dim))
-
-    def __call__(self, tokens_BS, positions_BS):
-        x = self.table("tokens")[tokens_BS]
-        if self.config.positions == "learned":
-            x = x + self.table("positions")[positions_BS]
-        return self.constrain(x, HIDDEN)
-
-    def table(self, name):
-        # Parameters may be numpy arrays, which a tracer cannot index.
-        values = jnp.asarray(getattr(self, name)).astype(self.config.dtype)
-        return self.constrain(values, gathered(TABLES[name]))
-
-
-class Head(nn.Module):
-    """The matrix of the logits where it is not the token table."""
-
-    config: ModelConfig
-    constrain: Constrain = uncut
-
-    @nn.compact
-    def __call__(self):
-        shape = (self.config.embed_dim, self.config.vocab_size)
-        kernel = self.param("kernel", nn.initializers.normal(0.02), shape)
-        return self.constrain(kernel.astype(self.config.dtype), gathered(sum(KERNELS["head"], ())))
-
-
 class Transformer(nn.Module):
     """Layers `start` to `end` with what belongs below and above them.
 
@@ -258,9 +166,15 @@ class Transformer(nn.Module):
     @nn.compact
     def __call__(self, inputs, mask_BS, segments_BS, cache, outputs, read=None):
         c = self.config
-        allowed_BSC, cache = visible(mask_BS, segments_BS, cache)
-        # A token sees itself and all real ones of its text before it: counting them places it.
-        positions = jnp.maximum(allowed_BSC.sum(axis=2, dtype=jnp.int32) - 1, 0)
+        if cache is None:
+            positions = text_positions(mask_BS, segments_BS)
+            sight = choose_sight(c, self.constrain, mask_BS, segments_BS)
+        else:
+            allowed_BSC, cache = visible_in_cache(mask_BS, cache)
+            # A token sees itself and all real ones before it: counting them places it.
+            positions = jnp.maximum(allowed_BSC.sum(axis=2, dtype=jnp.int32) - 1, 0)
+            filled = jnp.minimum(cache.index + mask_BS.shape[1], cache.mask.shape[1])
+            sight = Sight((allowed_BSC, filled), attend_cached)
         needs_table = self.start is None or (self.head == "logits" and c.tie_embeddings)
         # Only the token table is needed above a trunk, so positions are not asked for there.
         table_config = c if self.start is None else dataclasses.replace(c, positions="rotary")
@@ -271,8 +185,9 @@ class Transformer(nn.Module):
             x = jnp.where(mask_BS[:, :, None], inputs, 0).astype(c.dtype)
             x = self.constrain(x, HIDDEN)
         layers = Layers(c, self.start or 0, self.end, self.constrain, name="layers")
-        slots, caches = (None, None) if cache is None else (taken(cache, mask_BS), cache.layers)
-        x, caches = layers(x, caches, positions, allowed_BSC, slots)
+        next_slot = None if cache is None else cache.index % cache.mask.shape[1]
+        caches = None if cache is None else cache.layers
+        x, caches = layers(x, caches, positions, sight, next_slot)
         if cache is not None:
             cache = cache.replace(layers=caches, index=cache.index + mask_BS.shape[1])
         if isinstance(outputs, int):
@@ -297,12 +212,6 @@ class Transformer(nn.Module):
             return constrain(found, ("batch", None, "vocab"))
 
         return read(logits, weights, x_BSD)
-
-
-def taken(cache, mask_BS):
-    """(the slot of the first new position, how many slots hold something with the new ones)."""
-    capacity = cache.mask.shape[1]
-    return cache.index % capacity, jnp.minimum(cache.index + mask_BS.shape[1], capacity)
 
 
 def all_logits(logits, weights, x_BSD):

@@ -62,14 +62,15 @@ def test_a_rollout_by_blocks_samples_the_same_responses(monkeypatch, shape, slot
 
     expected = sample()
     monkeypatch.setattr(attention, "BLOCK", 2)
-    monkeypatch.setattr(transformer, "attend_cached", attend_blocks)
+    monkeypatch.setattr(transformer, "attend_cached", lambda q, k, v, x: attend_blocks(q, k, v, *x))
     got = sample()
     assert (got.response_tokens == expected.response_tokens).all()
     np.testing.assert_allclose(got.logprobs, expected.logprobs, atol=1e-5)
 
 
 def test_the_platform_chooses():
-    args = *arrays(1000, 5), jnp.int32(5)
+    q, k, v, allowed = arrays(1000, 5)
+    args = q, k, v, (allowed, jnp.int32(5))
     program = jax.jit(attend_cached)
     parts = [f"tensor<{B}x{G}x{end}x{K}xf32>" for end in (256, 512, 768)]
     elsewhere = program.trace(*args).lower(lowering_platforms=("tpu",)).as_text()

@@ -95,6 +95,7 @@ BAD = [
     ("model.scratch.num_layers", 0, "> 0"),
     # no such choice
     ("model.dtype", "int8", "bfloat16"),
+    ("model.attention", "flash", "'plain'"),
     ("reward.format", "pairs", "preferences"),
     ("ppo.missing_eos", "ignore", "penalty"),
     ("ppo.kl_estimator", "k4", "k3"),

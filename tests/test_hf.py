@@ -116,7 +116,7 @@ def test_old_and_new_forms_of_rope_settings_are_the_same(saved, tmp_path):
 
 @pytest.mark.parametrize("name", TINY_MODELS)
 def test_writing_and_reading_a_config_are_inverse(saved, name):
-    choices = {"dtype": "bfloat16", "scan_layers": True, "remat": "dots"}
+    choices = dict(dtype="bfloat16", scan_layers=True, remat="dots", attention="plain")
     config = hf.load_config(saved(name)[1], **choices)
     raw = json.loads(json.dumps(write_config(config)))
     assert raw["model_type"] == TINY_MODELS[name][0]

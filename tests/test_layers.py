@@ -16,6 +16,7 @@ PACKAGE = pathlib.Path(ppo_jax.__file__).parent
 CORE = [
     ["structs", "masking", "distributions", "kl", "shapes", "axes", "linear"],
     ["attention", "sampling", "chunks", "lora"],
+    ["attention_kernels", "modules"],
     ["transformer"],
     ["networks"],
     ["advantages", "rewards", "losses", "optimizer", "partition", "slots", "packed_rows"],

@@ -175,10 +175,10 @@ def test_numbers_may_change_on_resume_and_sizes_may_not(tmp_path):
         check_settings(tmp_path, {"stage": "ppo", "settings": changed})
 
 
-def test_remat_may_change_on_resume_and_the_dtype_may_not(tmp_path):
-    """It changes memory and time alone; runs from before it was a setting had none."""
+def test_remat_and_attention_may_change_on_resume_and_the_dtype_may_not(tmp_path):
+    """They change memory and time alone; runs from before they were settings had none."""
     made = {"path": "", "vocabulary_data": "x", "dtype": "float32"}
-    asked = made | {"remat": "full", "scratch": None, "scan_layers": False}
+    asked = made | {"remat": "full", "attention": "plain", "scratch": None, "scan_layers": False}
     description = dict.fromkeys(DESCRIPTION) | {"settings": {"model": made}}
     (tmp_path / "sft" / "checkpoints" / "1").mkdir(parents=True)
     (tmp_path / "sft" / "stage.json").write_text(json.dumps(description))
@@ -188,7 +188,8 @@ def test_remat_may_change_on_resume_and_the_dtype_may_not(tmp_path):
         check_settings(tmp_path / "sft", {"stage": "sft", "settings": {"model": other}})
 
     (tmp_path / "base").mkdir()
-    before = {"model": {name: x for name, x in asked.items() if name != "remat"}, "seed": 0}
+    younger = ("remat", "attention")
+    before = {"model": {name: x for name, x in asked.items() if name not in younger}, "seed": 0}
     (tmp_path / "config.json").write_text(json.dumps({"config": before}))
     check_origin(tmp_path, {"model": asked, "seed": 0})
     with pytest.raises(ValueError, match="settings: model.dtype: float32 -> bfloat16. Set"):

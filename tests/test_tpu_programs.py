@@ -117,6 +117,58 @@ def test_fusions_read_and_write_a_slice_of_a_stack_in_place():
     assert account_of_text(text).bytes_accessed == BF16 * (2 * layer + 2 * position)
 
 
+def kernel(phase, block, *operands):
+    """A call of the Pallas kernel: what it is made of stands on lines of its own."""
+    name = f"splash_mha_{phase}_segmented_residuals"
+    return (
+        f"%{name}.1 = (f32[{block},128]{{1,0:T(8,128)}}, bf16[2,9,1024,64]{{3,2,1,0:T(8,128)}}) "
+        f'custom-call({", ".join(operands)}), custom_call_target="tpu_custom_call", '
+        "frontend_attributes={kernel_metadata={",
+        f'"xprof_metadata":"{{\\"block_q{"" if phase == "fwd" else "_" + phase}\\": {block}}}"',
+        f'}}}}, metadata={{op_name="jit(f)/shard_map/{name}/pallas_call" stack_frame_id=7}}',
+    )
+
+
+@pytest.mark.parametrize(("phase", "products"), [("fwd", 2), ("dq", 3), ("dkv", 4)])
+@pytest.mark.parametrize(
+    ("block", "pairs"), [(512, 3 * 512**2), (1024, 1024**2), (128, 36 * 128**2)]
+)
+def test_a_kernel_of_attention_counts_the_blocks_that_it_computes(phase, products, block, pairs):
+    """Rows of 1,024 in blocks of 512: three of four lie on or below the diagonal."""
+    first, *more = kernel(phase, block, "%m", "%q", "%k", "%k")
+    text = program(
+        entry(
+            "%m = s8[1,2,2]{2,1,0:T(4,128)(4,1)} parameter(0)",
+            "%q = bf16[2,9,1024,64]{3,2,1,0:T(8,128)(2,1)} parameter(1)",
+            "%k = bf16[2,3,1024,64]{3,2,1,0:T(8,128)(2,1)} parameter(2)",
+            "\n".join([first, *more]),
+            "%other = bf16[2,9,1024,64]{3,2,1,0:T(8,128)(2,1)} custom-call(%q), "
+            'custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/gather/pallas_call"}',
+            "ROOT %out = bf16[2,9,1024,64]{3,2,1,0:T(8,128)(2,1)} add(%other, %other)",
+        )
+    )
+    cost = account_of_text(text)
+    assert cost.flops == 2 * products * 2 * 9 * 64 * pairs
+    assert cost.attention_kernels == 1
+    names = parse_module(text).entry.table
+    assert {"other", "out"} <= set(names)  # what follows the kernel's lines is read on
+
+
+@pytest.mark.parametrize(("target", "products"), [("fmhaSoftmax", 2), ("fmhaSoftmaxBackward", 5)])
+def test_cudnn_counts_half_of_all_pairs(target, products):
+    text = program(
+        entry(
+            "%q = bf16[2,1024,9,64]{3,2,1,0} parameter(0)",
+            "%k = bf16[2,1024,3,64]{3,2,1,0} parameter(1)",
+            "ROOT %out = (bf16[2,9,1024,64]{3,1,2,0}, u8[0]{0}) custom-call(%q, %k, %k), "
+            f'custom_call_target="__cudnn${target}"',
+        )
+    )
+    cost = account_of_text(text)
+    assert cost.flops == 2 * products * 2 * 9 * 64 * 1024**2 / 2
+    assert cost.attention_kernels == 1
+
+
 GROUPS = "replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_1'}, use_global_device_ids=true"
 
 

@@ -1,0 +1,112 @@
+"""The Modules of a Transformer that hold parameters: norms, projections, tables, the head.
+
+Dimension key: B sequences, L positions, S new positions, D model, V vocabulary.
+"""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ppo_jax.axes import HIDDEN, KERNELS, LORA, TABLES, Constrain, gathered, uncut
+from ppo_jax.linear import product
+from ppo_jax.lora import lora_scale
+from ppo_jax.shapes import ModelConfig
+
+
+class Norm(nn.Module):
+    """LayerNorm or RMSNorm, computed in float32."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x):
+        size = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (size,))
+        y = x.astype(jnp.float32)
+        if self.config.norm == "layernorm":
+            y = y - y.mean(-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.config.norm_eps)
+        y = y * scale.reshape((1,) * (x.ndim - 1) + (size,))
+        if self.config.norm == "layernorm":
+            bias = self.param("bias", nn.initializers.zeros, (size,))
+            y = y + bias.reshape((1,) * (x.ndim - 1) + (size,))
+        return y.astype(x.dtype)
+
+
+class Projection(nn.Module):
+    """A linear map from the last `num_in` axes to `shape`; one plain matrix product inside.
+
+    Where its parameters have an adapter (see `lora`), that is added.
+    """
+
+    shape: tuple[int, ...]
+    use_bias: bool
+    num_in: int = 1
+    std: float = 0.02
+    constrain: Constrain = uncut
+    lora_alpha: float = 0.0
+
+    @nn.compact
+    def __call__(self, x):
+        in_shape = x.shape[x.ndim - self.num_in :]
+        before, after = KERNELS[self.name]
+        kernel = self.param("kernel", nn.initializers.normal(self.std), (*in_shape, *self.shape))
+        kernel = self.constrain(kernel.astype(x.dtype), gathered(before + after))
+        kernel = kernel.reshape(math.prod(in_shape), math.prod(self.shape))
+        x = x.reshape(*x.shape[: x.ndim - self.num_in], -1)
+        y = product(x, kernel)
+        if self.has_variable("params", "lora_a"):
+            y = y + self.low_rank(x)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, self.shape).astype(x.dtype)
+            y = y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
+        y = y.reshape(*y.shape[:-1], *self.shape)
+        return self.constrain(y, ("batch", None, *gathered(after)))
+
+    def low_rank(self, x):
+        before, after = KERNELS[self.name]
+        a, b = (jnp.asarray(self.get_variable("params", name)).astype(x.dtype) for name in LORA)
+        rank = b.shape[0]
+        a = self.constrain(a, gathered((*before, None))).reshape(-1, rank)
+        b = self.constrain(b, gathered((None, *after))).reshape(rank, -1)
+        inner = self.constrain(product(x, a), HIDDEN)
+        return product(inner, b) * lora_scale(self.lora_alpha, rank)
+
+
+class Embedding(nn.Module):
+    """Token table and, for GPT-2, position table."""
+
+    config: ModelConfig
+    constrain: Constrain = uncut
+
+    def setup(self):
+        c, init = self.config, nn.initializers.normal(0.02)
+        self.tokens = self.param("tokens", init, (c.vocab_size, c.embed_dim))
+        if c.positions == "learned":
+            self.positions = self.param("positions", init, (c.max_length, c.embed_dim))
+
+    def __call__(self, tokens_BS, positions_BS):
+        x = self.table("tokens")[tokens_BS]
+        if self.config.positions == "learned":
+            x = x + self.table("positions")[positions_BS]
+        return self.constrain(x, HIDDEN)
+
+    def table(self, name):
+        # Parameters may be numpy arrays, which a tracer cannot index.
+        values = jnp.asarray(getattr(self, name)).astype(self.config.dtype)
+        return self.constrain(values, gathered(TABLES[name]))
+
+
+class Head(nn.Module):
+    """The matrix of the logits where it is not the token table."""
+
+    config: ModelConfig
+    constrain: Constrain = uncut
+
+    @nn.compact
+    def __call__(self):
+        shape = (self.config.embed_dim, self.config.vocab_size)
+        kernel = self.param("kernel", nn.initializers.normal(0.02), shape)
+        return self.constrain(kernel.astype(self.config.dtype), gathered(sum(KERNELS["head"], ())))
