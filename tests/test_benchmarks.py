@@ -74,6 +74,15 @@ def test_what_cannot_be_measured_is_refused(arguments, told):
 
 
 @pytest.mark.parametrize(
+    ("subcommand", "told"),
+    [("iteration", "--lengths must be fixed"), ("update", "--num-micro-batches must be > 1")],
+)
+def test_lengths_that_cannot_be_measured_are_refused(subcommand, told):
+    done = benchmark(subcommand, *TINY, "--lengths=geometric:4")
+    assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
     ("arguments", "told"),
     [
         (["--chips=5"], "--chips must be powers of two from 4 to 256, got '5'"),

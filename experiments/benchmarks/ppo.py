@@ -57,9 +57,10 @@ def update():
 
 def packed_update(work: Work):
     """Packed rows beside a row for each response, of very different lengths."""
+    if FLAGS.num_micro_batches == 1:
+        raise ValueError("--num-micro-batches must be > 1: packed rows save whole pieces, got 1")
     sampling = dataclasses.replace(work.recipe.sampling, eos_ids=stop_tokens())
-    pieces = FLAGS.num_micro_batches
-    work.recipe = dataclasses.replace(work.recipe, sampling=sampling, num_micro_batches=pieces)
+    work.recipe = dataclasses.replace(work.recipe, sampling=sampling)
     _, responses = time_rollout(work, repeats=0)
     useful = float(responses.response_mask.sum())
     _, experience = time_score(work, responses, repeats=0)
@@ -82,6 +83,8 @@ def packed_update(work: Work):
 
 def iteration():
     """The whole of it as one program, and its three parts as programs of their own."""
+    if FLAGS.lengths != "fixed":
+        raise ValueError(f"--lengths must be fixed for an iteration, got {FLAGS.lengths!r}")
     work = Work()
     sampled, responses = time_rollout(work)
     scored, experience = time_score(work, responses)

@@ -34,7 +34,7 @@ SIZES = {
     "response_len": (64, "Tokens of a response."),
     "num_epochs": (4, "Passes over a rollout."),
     "num_minibatches": (1, "Optimizer steps a pass."),
-    "num_micro_batches": (16, "Pieces of a minibatch with --lengths; else it is one."),
+    "num_micro_batches": (1, "Pieces of a minibatch, one after the other."),
     "threads": (1, "Cores to run on."),
     "repeats": (5, "Timed runs, after one that is not."),
 }
@@ -88,6 +88,7 @@ class Work:
             sampling=sampling,
             num_epochs=FLAGS.num_epochs,
             num_minibatches=FLAGS.num_minibatches,
+            num_micro_batches=FLAGS.num_micro_batches,
         )
         self.numbers = jax.device_put(
             Hyperparameters(optimizer=Optimizer(learning_rate=3e-6), temperature=0.7)
