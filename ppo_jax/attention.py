@@ -110,10 +110,12 @@ def refill_cache(cache: KVCache, fresh: KVCache, source_B: jax.Array) -> KVCache
         source_B: [B] int32, which prompt each sequence begins with; -1 leaves it as it is.
 
     Returns:
-        The cache. The prompts lie in the P slots before the next one.
+        The cache. The prompts lie in the P slots before the next one, all among those that count
+        as filled.
     """
     length, capacity = fresh.mask.shape[1], cache.mask.shape[1]
-    position_C = (jnp.arange(capacity) - cache.index) % capacity - (capacity - length)
+    index = jnp.maximum(cache.index, length)
+    position_C = (jnp.arange(capacity) - index) % capacity - (capacity - length)
     prompt_C, position_C = position_C >= 0, jnp.maximum(position_C, 0)
     anew_B, source_B = source_B >= 0, jnp.maximum(source_B, 0)
 
@@ -126,7 +128,7 @@ def refill_cache(cache: KVCache, fresh: KVCache, source_B: jax.Array) -> KVCache
     layers = jax.tree.map(jax.vmap(moved) if stacked else moved, cache.layers, fresh.layers)
     mask_BC = fresh.mask[source_B][:, position_C] & prompt_C[None]
     mask_BC = jnp.where(anew_B[:, None], mask_BC, cache.mask)
-    return cache.replace(layers=layers, mask=mask_BC)
+    return cache.replace(layers=layers, mask=mask_BC, index=index)
 
 
 def rotary_frequencies(config: ModelConfig) -> list[float]:

@@ -171,8 +171,9 @@ def encode_prompts(prompts: Sequence[str], tokenizer: Any, *, max_length: int) -
 
 
 def take_prompts(prompts: Prompts, rows: np.ndarray, width: int | None = None) -> Prompts:
-    """Some of the prompts; their last `width` positions, which must hold them, or all."""
-    return jax.tree.map(lambda x: x[rows, x.shape[1] - (width or x.shape[1]) :], prompts)
+    """Some of the prompts; of their positions the last `width`, which must hold them, or all."""
+    begin = 0 if width is None else max(0, prompts.mask.shape[1] - width)
+    return jax.tree.map(lambda x: x[rows, begin:], prompts)
 
 
 def batch_indices(seed: int, step: int, *, num_examples: int, batch_size: int) -> np.ndarray:

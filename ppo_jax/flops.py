@@ -26,7 +26,7 @@ def projection_flops(config: ModelConfig) -> int:
 def attention_flops(config: ModelConfig, attended: float) -> float:
     """Scores and their mix of values in one layer, for one position: 4 H K C.
 
-    Over all C slots, as the program computes them: masked ones are computed, too.
+    Over all C slots: masked ones are computed, too.
     """
     return 4 * config.num_heads * config.head_dim * attended
 
@@ -112,7 +112,8 @@ def rollout_flops(
 ) -> int:
     """Prompts through the policy, then T single tokens, each over the whole cache of P + T slots.
 
-    The worst case: the decode loop ends earlier when every row has stopped. Several samples of a
+    The worst case: the decode loop ends earlier when every row has stopped, and accelerators leave
+    out blocks of the cache that hold nothing. Several samples of a
     prompt share its pass, which is over the prompt alone.
     """
     capacity = prompt_length + response_length

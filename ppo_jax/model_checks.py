@@ -2,11 +2,11 @@
 
 import dataclasses
 
-from ppo_jax.config import Config, PPOSettings
+from ppo_jax.config import Config
 from ppo_jax.lora import check_targets
 from ppo_jax.networks import ModelConfig
 from ppo_jax.plan import Shape
-from ppo_jax.stage_settings import LoRASettings
+from ppo_jax.stage_settings import LoRASettings, PPOSettings
 
 
 def check_policy(stage: str, config: Config, start: Shape):

@@ -105,7 +105,8 @@ def train_ppo(config: Config, workdir: Path, base: str):
             prompts = layout.put_rows(take_prompts(rows, chosen, width))
             chosen = chosen.repeat(samples_each)  # of each response
             state, metrics = iterate(state, chosen, prompts, layout.key(config.seed, i))
-            metrics |= {"ppo/prompt_width": width} if settings.prompt_buckets > 1 else {}
+            if settings.prompt_buckets > 1:
+                metrics |= {"ppo/prompt_width": prompts.mask.shape[1]}
             if (i + 1) % settings.sample_every == 0 or i + 1 == num_steps:
                 run.settle()
                 append_rows(workdir / "samples.jsonl", samples(state, i + 1))

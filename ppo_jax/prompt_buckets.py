@@ -18,8 +18,8 @@ class PromptBuckets:
 
     The widths are `max_length`, its half, its quarter, ...: a prompt is in the smallest that holds
     it. The batches of `batch_indices` are taken WINDOW at a time, their prompts sorted by width,
-    stably, and cut into batches anew, which come in random order. So each prompt comes once an
-    epoch, as without; with one width the batches are those of `batch_indices`.
+    stably, and cut into batches anew, which come in random order. So each prompt comes as often as
+    without, within a window; with one width the batches are those of `batch_indices`.
     """
 
     lengths: np.ndarray  # [N] int, tokens of each prompt, at most max_length

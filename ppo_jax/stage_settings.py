@@ -135,10 +135,9 @@ class PPOSettings:
 
     old_logprobs: str = "rollout"  # what ratio and KL start from: the log-probs of the sampling, or
     # "recompute", one pass more, as the update computes them: in bfloat16 they differ
-    importance_low: float = (
-        1.0  # with "recompute" advantages are times the ratio of the two, within
-    )
-    importance_high: float = 1.0  # these limits; 1 and 1 is off, 0 and 2 is usual
+    importance_low: float = 1.0  # with "recompute": the least weight of a token, which is the ratio
+    # of the two probabilities, times its advantage
+    importance_high: float = 1.0  # the greatest; 1 and 1 is off, 0 and 2 is usual
 
     kl_coef: float = 0.05  # reward per nat
     kl_estimator: str = "k1"  # or "k2", "k3"

@@ -8,14 +8,14 @@ from typing import Any
 
 import jax
 
-from ppo_jax.config import STAGES, Config, PPOSettings
+from ppo_jax.config import STAGES, Config
 from ppo_jax.lora import init_lora
 from ppo_jax.mesh_checks import share_of_a_device
 from ppo_jax.networks import ModelConfig
 from ppo_jax.partition import merge_params, split_params, start_layer
 from ppo_jax.plan import Shape, parameters
 from ppo_jax.sharding import Layout, make_layouts
-from ppo_jax.stage_settings import LoRASettings
+from ppo_jax.stage_settings import LoRASettings, PPOSettings
 from ppo_jax.training import count_steps
 
 Rows = list[tuple[str, str]]
@@ -84,7 +84,7 @@ def sft_rows(config: Config, start: Shape, steps: int) -> Rows:
     s = config.sft
     unit = "rows of texts" if s.packing else "texts"
     most = s.batch_size * min(s.max_length, start.config.max_length)
-    params = with_adapters(parameters(start), start.config, s.trainable, s.lora)
+    params = shapes_with_adapters(parameters(start), start.config, s.trainable, s.lora)
     memory = count(params) + 2 * count_trained(start.config, params, s.trainable)
     return [
         ("sft starts from", describe(start)),
@@ -100,7 +100,7 @@ def reward_rows(config: Config, start: Shape, steps: int) -> Rows:
     depth = s.num_layers or start.config.num_layers
     shape = dataclasses.replace(start.config, num_layers=depth)
     params = parameters(dataclasses.replace(start, kind="reward", config=shape))
-    params = with_adapters(params, shape, s.trainable, s.lora)
+    params = shapes_with_adapters(params, shape, s.trainable, s.lora)
     pairs = f", {s.pairs_per_batch} comparisons" if s.format == "ratings" else ""
     most = s.batch_size * min(s.max_length, start.config.max_length)
     memory = count(params) + 2 * count_trained(shape, params, s.trainable)
@@ -135,12 +135,13 @@ def ppo_rows(s: PPOSettings, model: ModelConfig) -> Rows:
 
 
 def memory_rows(s: PPOSettings, policy: Shape, score: Shape | None) -> Rows:
-    """Float32 parameters of the models. Frozen layers that two of them share count once."""
-    params = with_adapters(parameters(policy), policy.config, s.trainable, s.lora)
+    """Float32 parameters of the models. Frozen layers that two of them share count once, unless
+    one of the two is trained whole: at most so much, then."""
+    params = shapes_with_adapters(parameters(policy), policy.config, s.trainable, s.lora)
     policy_trained = count_trained(policy.config, params, s.trainable)
     critic = policy if score is None or s.critic_init_from == "policy" else score
     critic_params = parameters(dataclasses.replace(critic, kind="reward"))
-    critic_params = with_adapters(critic_params, critic.config, s.value_trainable, s.lora)
+    critic_params = shapes_with_adapters(critic_params, critic.config, s.value_trainable, s.lora)
     critic_trained = count_trained(critic.config, critic_params, s.value_trainable)
     partial = not {s.trainable, s.value_trainable} & {"all", "lora"}  # the top layers of both
     shared = partial or s.value_trainable == "lora"
@@ -181,7 +182,7 @@ def count_trained(model: ModelConfig, params, trainable: str | int) -> int:
     return count(split)
 
 
-def with_adapters(params, model: ModelConfig, trainable: str | int, lora: LoRASettings):
+def shapes_with_adapters(params, model: ModelConfig, trainable: str | int, lora: LoRASettings):
     """The shapes of parameters with those of the adapters, if it is they that are trained."""
     if trainable != "lora":
         return params

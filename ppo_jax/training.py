@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from ppo_jax.config import OptimizerSettings, RewardSettings, SFTSettings
 from ppo_jax.data import split_by_text
 from ppo_jax.inputs import make_inputs
 from ppo_jax.lora import init_lora
@@ -20,7 +19,7 @@ from ppo_jax.networks import ModelConfig, trunk_network
 from ppo_jax.optimizer import init_optimizer
 from ppo_jax.partition import merge_params
 from ppo_jax.sharding import Layout, init_in_pieces, place
-from ppo_jax.stage_settings import LoRASettings
+from ppo_jax.stage_settings import LoRASettings, OptimizerSettings, RewardSettings, SFTSettings
 from ppo_jax.structs import Optimizer, Params, TrainState
 
 TextSettings = SFTSettings | RewardSettings

@@ -16,6 +16,7 @@ from ppo_jax.rollout import rollout
 from tests import tiny
 
 B, H, G, K = 2, 4, 2, 8
+BOTH = {"samples_per_prompt": 2, "slots": 4, "refill": 2}
 
 
 def arrays(capacity, filled, new=1):
@@ -49,12 +50,12 @@ def test_no_more_is_read_than_blocks_that_hold_something(monkeypatch):
 
 
 @pytest.mark.parametrize("shape", ["gpt2", "scanned"])
-@pytest.mark.parametrize("slots", [0, 3])
-def test_a_rollout_by_blocks_samples_the_same_responses(monkeypatch, shape, slots):
-    """Also where the ring of the cache has gone round."""
+@pytest.mark.parametrize("of_rollout", [{}, {"slots": 3}, {"samples_per_prompt": 2}, BOTH], ids=str)
+def test_a_rollout_by_blocks_samples_the_same_responses(monkeypatch, shape, of_rollout):
+    """Also where the ring of the cache has gone round, and where a prompt is handed on."""
     config = tiny.model_config(**tiny.SHAPES[shape])
     network = policy_network(config)
-    params, sampling = tiny.random_params(network), tiny.sampling(slots=slots)
+    params, sampling = tiny.random_params(network), tiny.sampling(**of_rollout)
 
     def sample():
         run = functools.partial(rollout, network, sampling=sampling)

@@ -75,6 +75,15 @@ def test_an_iteration_of_narrow_prompts_gives_the_numbers_of_wide_ones(kind):
     tiny.leaves_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_prompts_are_never_cut():
+    """The arrays are as wide as the longest prompt, which may be less than is allowed."""
+    prompts = tiny.prompts(length=6)
+    for width in (6, 7, 9, 12, 64, None):
+        taken = take_prompts(prompts, np.array([3, 0]), width)
+        assert (taken.tokens == prompts.tokens[np.array([3, 0])]).all()
+    assert take_prompts(prompts, np.array([3]), 2).tokens.shape == (1, 2)
+
+
 def test_the_batches_of_a_window_are_sorted_together(monkeypatch):
     monkeypatch.setattr(prompt_buckets, "WINDOW", 2)
     lengths = np.array([8, 1, 1, 8])
