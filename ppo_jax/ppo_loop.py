@@ -43,19 +43,10 @@ def train_ppo(config: Config, workdir: Path, base: str):
     """
     settings, layouts = config.ppo, make_layouts(config.mesh)
     layout = layouts[0]
-    pins, reward, function = source_steps(workdir / "ppo"), None, None
-    load = functools.partial(
-        load_source, workdir=workdir, base=base, settings=config.model, layout=layout
-    )
-    policy = load(settings.init_from, step=pins.get("init_from"))
-    if settings.reward_model:
-        reward = load(settings.reward_model, step=pins.get("reward_model"))
-    else:
+    policy, reward, critic = find_models(config, workdir, base, layout)
+    function = None
+    if settings.reward_function:
         function = load_reward_function(settings.reward_function, settings.reward_seconds)
-    critic = make_critic(settings, policy, reward)
-    adapt = functools.partial(with_adapters, lora=settings.lora, seed=config.seed, layout=layout)
-    policy = adapt(policy, settings.trainable)
-    critic = adapt(critic, settings.value_trainable)
     length = settings.max_prompt_length
     data = prompt_data(settings.prompts, policy.tokenizer, max_length=length)
     texts, rows = data.texts, data.prompts
@@ -111,6 +102,21 @@ def train_ppo(config: Config, workdir: Path, base: str):
                 run.settle()
                 append_rows(workdir / "samples.jsonl", samples(state, i + 1))
             run.end_step(i + 1, state, metrics)
+
+
+def find_models(config: Config, workdir: Path, base: str, layout: Layout):
+    """(policy, reward model or None, critic) as the run begins, with adapters where it is they that
+    are trained. A run that goes on begins from the same steps of other stages."""
+    settings, pins = config.ppo, source_steps(workdir / "ppo")
+    load = functools.partial(
+        load_source, workdir=workdir, base=base, settings=config.model, layout=layout
+    )
+    policy, reward = load(settings.init_from, step=pins.get("init_from")), None
+    if settings.reward_model:
+        reward = load(settings.reward_model, step=pins.get("reward_model"))
+    critic = make_critic(settings, policy, reward)
+    adapt = functools.partial(with_adapters, lora=settings.lora, seed=config.seed, layout=layout)
+    return adapt(policy, settings.trainable), reward, adapt(critic, settings.value_trainable)
 
 
 def tell_what_comes(start: int, settings: PPOSettings, samples: Path):
