@@ -72,7 +72,6 @@ def train_ppo(config: Config, workdir: Path, base: str):
         print("ppo: top_k, top_p and min_p shape what is sampled, not the log-probs of the update")
     if settings.prompt_buckets > 1:
         print(f"ppo: {buckets}")
-
     setup, *start = make_setup(settings, policy, reward, critic, layouts, config.model.frozen_dtype)
     tokenizer = policy.tokenizer
     del policy, reward, critic  # what of them is used lies in the setup
