@@ -14,6 +14,7 @@ from ml_collections import config_dict, config_flags
 from ppo_jax import pipeline, processes
 from ppo_jax.compilation import keep_programs
 from ppo_jax.config import STAGES
+from ppo_jax.host_memory import keep_pages
 from ppo_jax.overrides import check_overrides, explain
 from ppo_jax.reward_functions import FunctionFailed
 from ppo_jax.sources import cache_dir
@@ -77,6 +78,7 @@ def run(main: Callable[[], None]):
     # transformers would say at every start that its models need torch; we use its tokenizers.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     keep_programs(cache_dir() / "compiled")
+    keep_pages()
     sys.exit(app.run(lambda _: call(main), flags_parser=parse_flags))
 
 

@@ -36,6 +36,7 @@ SHELL = [
         "checksums",
         "leaves",
         "compilation",
+        "host_memory",
         "processes",
         "hlo",
         "flops",
