@@ -5,6 +5,8 @@ With --adapter_of, the adapter of a policy alone, as a folder that peft loads.
 python experiments/export_hf.py --workdir=runs/quickstart --stage=ppo --out=exported/film-policy
 """
 
+import os
+
 from absl import flags, logging
 
 from ppo_jax import cli
@@ -24,6 +26,8 @@ def main():
     export_stage(
         WORKDIR.value, STAGE.value, OUT.value, dtype=DTYPE.value, adapter_of=ADAPTER_OF.value
     )
+    if ADAPTER_OF.value and not os.path.isdir(ADAPTER_OF.value):
+        print(f"{ADAPTER_OF.value} is taken for a model on the hub, and was not compared")
     print(f"{OUT.value} is written: its README.md says how to load it")
 
 

@@ -12,11 +12,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ppo_jax import hf, vocabulary
 from ppo_jax.base_model import save_tensors
+from ppo_jax.checkpoints import load_params
 from ppo_jax.families import write_config
 from ppo_jax.generation import find_sampling
 from ppo_jax.model_card import write_card
@@ -33,6 +35,7 @@ from ppo_jax.networks import ModelConfig, Params
 from ppo_jax.peft_adapter import write_adapter
 from ppo_jax.sampling import Sampling
 from ppo_jax.shapes import computation
+from ppo_jax.sources import HUB_ID
 
 DTYPES = ("float32", "bfloat16")
 SHARD_BYTES = 5_000_000_000  # of one weight file, as far as its tensors allow
@@ -65,7 +68,7 @@ def export_stage(
 
     Raises:
         ValueError: the stage is not complete, `out` holds something, the dtype is another, no
-            family has a model of this shape, or there is no adapter for `adapter_of`.
+            family has a model of this shape, or the adapter is not one of `adapter_of`.
     """
     out = Path(out).absolute()
     if dtype not in DTYPES:
@@ -77,7 +80,7 @@ def export_stage(
         raise ValueError(f"the stage {source} cannot be exported: {missing}")
     if adapter_of:
         config, adapters = load_adapters(source)
-        family = check_base(adapter_of, describe_stage(source))
+        family = check_base(adapter_of, source)
         how = dict(config=config, family=family, adapters=adapters, base=adapter_of)
         write = functools.partial(write_adapter, **how)
     else:
@@ -93,28 +96,50 @@ def export_stage(
         os.rename(folder, out)
 
 
-def check_base(path: str, description: Mapping[str, Any]) -> str:
+def check_base(path: str, source: Path) -> str:
     """The family of the model that an adapter goes onto.
 
     Args:
-        path: of that model. Where it is a folder, its shape is compared; nothing is fetched.
-        description: what stage.json says of the stage that trained the adapter.
+        path: of that model. The shape and weights of a folder are compared; for a hub id nothing
+            is fetched.
+        source: the folder of the stage that trained the adapter.
 
     Raises:
-        ValueError: the adapter is that of a reward model, or goes onto a model of another shape.
+        ValueError: the adapter is that of a reward model, or goes onto another model, or `path`
+            is nothing that peft reads.
     """
+    description = describe_stage(source)
     if description["kind"] == "reward":
         raise ValueError(
             "adapter_of is for a policy: the trained head of a reward model has no place in an "
             "adapter; export the whole of it"
         )
     config = stage_config(description)
-    if os.path.isdir(path) and hf.load_config(path, **computation(config)) != config:
-        raise ValueError(
-            f"adapter_of must be the model that the stage {description['stage']} began with, got "
-            f"{path!r}, which has another shape"
-        )
-    return write_config(config)["model_type"]
+    family = write_config(config)["model_type"]
+    if not os.path.isdir(path):
+        # What lies beside other folders was meant to be a folder, though a hub id may look like it.
+        local = "/" in path and Path(path).parent.is_dir()
+        if local or path.endswith(".gguf") or not HUB_ID.fullmatch(path):
+            raise ValueError(f"adapter_of must be a Hugging Face folder or a hub id, got {path!r}")
+        return family
+    beginning = f"adapter_of must be the model that the stage {description['stage']} began with, "
+    if hf.load_config(path, **computation(config)) != config:
+        raise ValueError(f"{beginning}got {path!r}, which has another shape")
+    _, found = hf.load_policy(path, **computation(config))
+    if other := other_weights(found, load_params(source / "frozen")):
+        raise ValueError(f"{beginning}got {path!r}, which has other weights, such as {other}")
+    return family
+
+
+def other_weights(found: Params, expected: Params) -> str:
+    """The first parameter that differs, even rounded to bfloat16 as an export may be; "" is none.
+
+    An update changes the bfloat16 of at least a few elements of a matrix."""
+    pairs = zip(jax.tree.leaves_with_path(found), jax.tree.leaves(expected), strict=True)
+    for (path, a), b in pairs:
+        if (np.asarray(a, jnp.bfloat16) != np.asarray(b, jnp.bfloat16)).any():
+            return jax.tree_util.keystr(path, simple=True, separator=".")
+    return ""
 
 
 def write_model(

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from ppo_jax import hf
 from ppo_jax.config import ModelSettings
-from ppo_jax.export import export_stage
+from ppo_jax.export import check_base, export_stage
 from ppo_jax.lora import TARGETS, init_lora, merge_lora, split_lora
 from ppo_jax.models import Model, compute_as, load_adapters, load_model
 from ppo_jax.networks import policy_apply
@@ -241,7 +241,26 @@ def test_what_has_no_adapter_for_the_model_is_refused_and_leaves_nothing(saved, 
     other = str(saved("qwen2")[1])
     with pytest.raises(ValueError, match=rf"that the stage ppo began with, got '{other}', which"):
         export_stage(workdir, "ppo", out, adapter_of=other)
+    for path in ("package:smollm2-135m-instruct", "a.gguf", f"{workdir}/none", "runs/x/y"):
+        with pytest.raises(
+            ValueError, match=f"must be a Hugging Face folder or a hub id, got '{path}'"
+        ):
+            export_stage(workdir, "ppo", out, adapter_of=path)
     assert not out.exists()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_base_of_an_adapter_must_have_its_weights(saved, workdir, monkeypatch, dtype):
+    model = adapted(random_model())
+    base = dataclasses.replace(model, params=split_lora(model.params)[0])
+    before = exported(write_run(workdir / "before", config={}), "sft", base, dtype=dtype)
+    after = exported(write_run(workdir / "after", config={}), "ppo", model, **LORA)
+    assert check_base(str(before), workdir / "after" / "ppo") == "llama"
+    with pytest.raises(ValueError, match=r"the stage ppo began with, got .*, which has other weig"):
+        check_base(str(after), workdir / "after" / "ppo")
+    monkeypatch.chdir(workdir)
+    with pytest.raises(ValueError, match="a Hugging Face folder or a hub id, got 'before/none'"):
+        check_base("before/none", workdir / "after" / "ppo")
 
 
 def test_the_script_exports_an_adapter(saved, workdir):
