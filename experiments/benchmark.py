@@ -5,12 +5,14 @@
 iteration, rollout, update: PPO on random models, in seconds of CPU time.
 packing: an epoch of SFT with `sft.packing` and without, as a ratio of CPU times. Two minutes.
 scaling: what a PPO iteration costs a chip as chips are added; compiled, not run.
+
+--help after a subcommand lists its options.
 """
 
 import importlib
 import sys
 
-from absl import flags
+from absl import flags, logging
 
 from ppo_jax import cli
 
@@ -37,6 +39,7 @@ def main():
     for part in filter(None, (module, sys.modules.get("benchmarks.work"))):
         flags.adopt_module_key_flags(part)  # for --help
     sys.modules["__main__"].__doc__ = module.__doc__
+    logging.set_verbosity(logging.WARNING)
     cli.run(getattr(module, function))
 
 

@@ -87,9 +87,9 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         check_overrides(argv)
         rest = flags.FLAGS(argv)
     except Exception as error:  # flags and config files are the user's
-        stop(f"{explain(error)}; --help lists the flags", USER_MISTAKE)
+        stop(f"{explain(error)} (--help lists the flags)", USER_MISTAKE)
     if len(rest) > 1:
-        stop(f"unexpected arguments {rest[1:]}; --help lists the flags", USER_MISTAKE)
+        stop(f"unexpected arguments {rest[1:]} (--help lists the flags)", USER_MISTAKE)
     return rest
 
 

@@ -35,8 +35,8 @@ class MetricsWriter:
 
     Every step gets `time/step_s`, the wall seconds from when the metrics of the step before were
     there to when its own are, with all that happens in between (validation, samples, a save), and
-    with `tokens` also `time/tokens_per_s`. The first line of a start, and each before whose end
-    a program was compiled, has `time/compile_s`, the seconds that it took.
+    with `tokens` also `time/tokens_per_s`. `time/compile_s`, in the first line of a start and
+    wherever a program was new, are those of them in which one was compiled.
 
     Attributes:
         last_checkpoint: the newest complete checkpoint, set by the loop, named when a run diverges.
@@ -55,7 +55,7 @@ class MetricsWriter:
         self.stage, self._tokens = stage, tokens
         self.last_checkpoint = restored_step
         self._path = Path(workdir) / "metrics.jsonl"
-        self._pending: tuple[int, Mapping[str, Any], float] | None = None
+        self._pending: tuple[int, Mapping[str, Any]] | None = None
         self._there = time.perf_counter()  # when the newest metrics were
         self._compiled = compile_seconds()  # before the first step of this start
         self._first = True
@@ -79,7 +79,7 @@ class MetricsWriter:
             FloatingPointError: a loss or a gradient norm is not finite; raised after writing.
             ValueError: a metric is not a scalar.
         """
-        earlier, self._pending = self._pending, (step, metrics, compile_seconds())
+        earlier, self._pending = self._pending, (step, metrics)
         if earlier is not None:
             self._write(*earlier)
 
@@ -100,9 +100,9 @@ class MetricsWriter:
                 self._progress.close()
                 self._tensorboard.close()
 
-    def _write(self, step: int, metrics: Mapping[str, Any], compiled: float) -> None:
+    def _write(self, step: int, metrics: Mapping[str, Any]) -> None:
         values = {name: _scalar(name, x) for name, x in jax.device_get(dict(metrics)).items()}
-        values |= self._times(step, values, compiled)
+        values |= self._times(step, values)
         if self._progress is not None:
             append_rows(self._path, [{"stage": self.stage, "step": step, **values}])
             for name, value in values.items():
@@ -111,8 +111,8 @@ class MetricsWriter:
             self._progress.update(step, values)
         self._check_finite(step, values)
 
-    def _times(self, step: int, values: Mapping[str, float], compiled: float) -> dict[str, float]:
-        now = time.perf_counter()
+    def _times(self, step: int, values: Mapping[str, float]) -> dict[str, float]:
+        now, compiled = time.perf_counter(), compile_seconds()
         seconds, self._there = now - self._there, now
         if step == 0:  # figures from before the first step
             return {}
@@ -147,7 +147,7 @@ class _Progress:
         self._figures: dict[str, tuple[str, int]] = {}  # label: (figure, step)
         self._shown: set[str] = set()  # labels of the newest step
         self._step = self._last_step = done
-        self._last_time = time.monotonic()
+        self._last_time, self._last_compiled = time.monotonic(), compile_seconds()
         self._bar = None
         if sys.stdout.isatty():
             # A terminal may say that it has no columns and no lines; tqdm would then show nothing.
@@ -177,14 +177,16 @@ class _Progress:
         return tenth or time.monotonic() - self._last_time >= 30
 
     def _print(self, step: int) -> None:
-        now = time.monotonic()
-        seconds = (now - self._last_time) / max(step - self._last_step, 1)
+        now, compiled = time.monotonic(), compile_seconds()
+        # The steps to come compile nothing.
+        worked = now - self._last_time - (compiled - self._last_compiled)
+        seconds = worked / max(step - self._last_step, 1)
         left = round(seconds * (self._total - step))
         parts = [f"{self._stage} {step}/{self._total}", self._figures_text()]
         if step:
             parts += [f"{_figure(seconds)} s/step", f"eta {left // 60}:{left % 60:02d}"]
         print("  ".join(part for part in parts if part), flush=True)
-        self._last_step, self._last_time = step, now
+        self._last_step, self._last_time, self._last_compiled = step, now, compiled
 
     def _figures_text(self) -> str:
         """Those of this step; a bar, which is written over, keeps older ones with their step."""

@@ -59,7 +59,12 @@ def check_part(field: str, trainable: str | int, lora: LoRASettings, config: Mod
     """What is to be trained is in the model: so many layers, or the places of the adapters."""
     check_depth(field, trainable, config.num_layers)
     if trainable == "lora":
-        check_targets(config, lora.targets, f"{field.split('.')[0]}.lora.targets")
+        stage, width = field.split(".")[0], config.embed_dim
+        check_targets(config, lora.targets, f"{stage}.lora.targets")
+        if lora.rank > width:
+            raise ValueError(
+                f"{stage}.lora.rank must be at most {width}, the model's width, got {lora.rank}"
+            )
 
 
 def check_depth(field: str, count: str | int, depth: int):

@@ -54,7 +54,7 @@ def train_ppo(config: Config, workdir: Path, base: str):
     samples_each = settings.samples_per_prompt
     buckets = PromptBuckets(
         lengths=rows.mask.sum(axis=1),
-        max_length=length,
+        max_length=rows.mask.shape[1],
         count=settings.prompt_buckets,
         batch_size=size // samples_each,
         seed=config.seed,
@@ -90,8 +90,10 @@ def train_ppo(config: Config, workdir: Path, base: str):
         tell_what_comes(run.start, settings, workdir / "samples.jsonl")
         if run.start == 0:
             append_rows(workdir / "samples.jsonl", samples(state, 0))
+        widths: set[int] = set()
         for i in run.steps():
             chosen, width = buckets.batch(i)
+            tell_new_width(width, widths)
             prompts = layout.put_rows(take_prompts(rows, chosen, width))
             chosen = chosen.repeat(samples_each)  # of each response
             state, metrics = iterate(state, chosen, prompts, layout.key(config.seed, i))
@@ -126,6 +128,13 @@ def tell_what_comes(start: int, settings: PPOSettings, samples: Path):
     elif settings.num_samples:
         often = f"every {settings.sample_every} iterations"
         print(f"ppo: samples ({often}) go to {samples}", flush=True)
+
+
+def tell_new_width(width: int, widths: set[int]):
+    """That a program will be compiled for prompts of this width, where it is not the first one."""
+    if widths and width not in widths:
+        print(f"ppo: compiling an iteration with prompts of {width} tokens", flush=True)
+    widths.add(width)
 
 
 def make_iteration(

@@ -122,7 +122,7 @@ class PPOSettings:
     refill: int = 0  # free slots that prompts wait for, to enter together; 0 is a quarter of them
 
     max_prompt_length: int = 64  # tokens; longer prompts are left out and counted
-    prompt_buckets: int = 1  # widths in tokens that prompts are padded to: max_prompt_length, its
+    prompt_buckets: int = 1  # widths in tokens that prompts are padded to: the longest one's, its
     # half, its quarter, ...; more than 1 puts prompts of like length into a batch
     response_length: int = 64  # tokens at most
     stop_tokens: tuple[str, ...] = ()  # tokens that end a response besides the tokenizer's EOS
@@ -192,15 +192,17 @@ class PPOSettings:
         pieces = self.num_minibatches * self.num_micro_batches
         check.multiple("rollout_batch_size", pieces, "num_minibatches x num_micro_batches")
         possible = self.num_micro_batches > 1 or not self.packing
-        check.that(possible, "packing", "False with num_micro_batches=1: it saves whole pieces")
+        check.that(possible, "packing", "False unless num_micro_batches > 1: it saves whole pieces")
         samples = self.samples_per_prompt
         check.multiple("rollout_batch_size", samples, "samples_per_prompt")
         for field, most, of in (
             ("slots", self.rollout_batch_size, "rollout_batch_size"),
             ("refill", self.slots, "slots"),
         ):
-            value, rule = getattr(self, field), f"0, or a multiple of samples_per_prompt up to {of}"
-            check.that(0 <= value <= most and value % samples == 0, field, f"{rule} ({most})")
+            value = getattr(self, field)
+            rule = f"0, or a multiple of samples_per_prompt ({samples}) up to {of} ({most})"
+            holds = 0 <= value <= most and value % samples == 0
+            check.that(holds, field, rule if most else f"0 without {of}")
         if bool(self.reward_model) == bool(self.reward_function):
             raise ValueError(
                 "ppo needs either a reward_model or a reward_function, got "

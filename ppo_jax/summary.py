@@ -166,7 +166,7 @@ def memory_rows(s: PPOSettings, policy: Shape, score: Shape | None) -> Rows:
 def describe(start: Shape) -> str:
     model = start.config
     return (
-        f"a {start.kind} model of {count(parameters(start)) / 1e6:.1f}M parameters, "
+        f"a {start.kind} model of {rounded(count(parameters(start)))} parameters, "
         f"{model.num_layers} layers x {model.embed_dim}, {model.vocab_size} tokens, "
         f"context {model.max_length}"
     )
@@ -194,7 +194,11 @@ def shapes_with_adapters(params, model: ModelConfig, trainable: str | int, lora:
 def trained(model: ModelConfig, params, trainable: str | int) -> str:
     names = {"all": "all layers", "head": "the head alone", "lora": "adapters"}
     what = names.get(trainable, f"the top {trainable} layers")
-    return f"{what}, {count_trained(model, params, trainable) / 1e6:.1f}M parameters"
+    return f"{what}, {rounded(count_trained(model, params, trainable))} parameters"
+
+
+def rounded(number: int) -> str:
+    return f"{number / 1e6:.1f}M" if number >= 1e6 else f"{number / 1e3:.0f}k"
 
 
 def size_of(number: float) -> str:

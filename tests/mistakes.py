@@ -5,49 +5,49 @@ In a line `...` stands for anything, and `{tmp}`, `{base}` ... for the places of
 
 FLAGS = """
 rlhf without --config
-    --config is missing; --help lists the flags
+    --config is missing (--help lists the flags)
 train_sft without --config
-    --config=FILE.py must be given before --config.model.path; --help lists the flags
+    --config=FILE.py must be given before --config.model.path (--help lists the flags)
 train_sft without --workdir
-    --workdir is missing; --help lists the flags
+    --workdir is missing (--help lists the flags)
 train_sft --wrkdir=a
-    Unknown command line flag 'wrkdir'. Did you mean: workdir ?; --help lists the flags
+    Unknown command line flag 'wrkdir'. Did you mean: workdir ? (--help lists the flags)
 train_sft more
-    unexpected arguments ['more']; --help lists the flags
+    unexpected arguments ['more'] (--help lists the flags)
 train_sft --config={tmp}/none.py
-    --config must be a config file, got '{tmp}/none.py', which is not there; --help lists the flags
+    --config must be a config file, got '{tmp}/none.py', which is not there (--help lists the flags)
 train_sft --config={root}/configs/sft.py:nonsense
-    unknown variant 'nonsense'; choose from ['default', 'scratch']; --help lists the flags
+    unknown variant 'nonsense'; choose from ['default', 'scratch'] (--help lists the flags)
 rlhf --config={root}/configs/verifiable.py:tiny
     this config file has no variants: leave out the colon and what follows it; ...
 train_reward --config={root}/configs/reward.py:tiny
-    unknown variant 'tiny'; choose from ['default', 'scratch']; --help lists the flags
+    unknown variant 'tiny'; choose from ['default', 'scratch'] (--help lists the flags)
 train_sft --config.sft.batchsize=3
-    unknown setting sft.batchsize; did you mean 'batch_size'?; --help lists the flags
+    unknown setting sft.batchsize; did you mean 'batch_size'? (--help lists the flags)
 train_sft --config.ppo.kl_coef=0.1
-    ppo.kl_coef cannot be set: the config has no section ppo; --help lists the flags
+    ppo.kl_coef cannot be set: the config has no section ppo (--help lists the flags)
 train_sft --config.sft=3
-    sft must be set field by field, --config.sft.data=..., got '3'; --help lists the flags
+    sft must be set field by field, --config.sft.data=..., got '3' (--help lists the flags)
 train_sft --config.sft.data.path=a.jsonl
-    sft.data is a setting and has no fields, got sft.data.path; --help lists the flags
+    sft.data is a setting and has no fields, got sft.data.path (--help lists the flags)
 train_sft --config.sft.batch_size=many
-    sft.batch_size must be a whole number, got 'many'; --help lists the flags
+    sft.batch_size must be a whole number, got 'many' (--help lists the flags)
 train_sft --config.sft.batch_size=0.5
-    sft.batch_size must be a whole number, got '0.5'; --help lists the flags
+    sft.batch_size must be a whole number, got '0.5' (--help lists the flags)
 train_sft --config.sft.num_epochs=all
-    sft.num_epochs must be a number, got 'all'; --help lists the flags
+    sft.num_epochs must be a number, got 'all' (--help lists the flags)
 train_sft --config.model.scan_layers=maybe
-    model.scan_layers must be True or False, got 'maybe'; --help lists the flags
+    model.scan_layers must be True or False, got 'maybe' (--help lists the flags)
 generate without --prompt
     give --prompt, or --prompts and --out, or --interactive
 generate without --model
     give either --model, or --workdir and --stage
 generate --stage=reward
-    flag --stage=reward: value should be one of <sft|ppo>; --help lists the flags
+    flag --stage=reward: value should be one of <sft|ppo> (--help lists the flags)
 generate --top_p=0
-    flag --top_p=0: 0.0 is not a number in the range [1e-06, 1.0]; --help lists the flags
+    flag --top_p=0: 0.0 is not a number in the range [1e-06, 1.0] (--help lists the flags)
 generate --temperature=-1
-    flag --temperature=-1: -1.0 is not a non-negative number; --help lists the flags
+    flag --temperature=-1: -1.0 is not a non-negative number (--help lists the flags)
 generate --prompt=
     --prompt is empty
 generate without --model --workdir={tmp}/none --stage=ppo
@@ -81,6 +81,8 @@ train_sft --config.sft.trainable=lora --config.sft.lora.targets=('query','c_attn
     sft.lora.targets must be some of ['query', 'key', ...], each once, got ('query', 'c_attn')
 train_sft --config.sft.lora.rank=8
     sft.lora.rank must be 16 unless sft.trainable is 'lora', got 8
+train_sft --config.sft.trainable=lora --config.sft.lora.rank=1600
+    sft.lora.rank must be at most 32, the model's width, got 1600
 train_sft --config.sft.num_micro_batches=5
     sft.batch_size must be a multiple of num_micro_batches (5), got 8
 train_sft --config.sft.batch_size=64
@@ -149,13 +151,13 @@ train_reward --config.reward.init_from={tmp}/none
 
 CONFIGS = r"""
 rlhf # code def get_config(:
-    {tmp}/config.py:1: invalid syntax; --help lists the flags
+    {tmp}/config.py:1: invalid syntax (--help lists the flags)
 rlhf # code def get_config():\n    return nothing
-    {tmp}/config.py:2: name 'nothing' is not defined; --help lists the flags
+    {tmp}/config.py:2: name 'nothing' is not defined (--help lists the flags)
 rlhf # code import nothing_at_all
-    {tmp}/config.py:1: No module named 'nothing_at_all'; --help lists the flags
+    {tmp}/config.py:1: No module named 'nothing_at_all' (--help lists the flags)
 rlhf # code settings = 1
-    the config file must have a function get_config; --help lists the flags
+    the config file must have a function get_config (--help lists the flags)
 rlhf # code def get_config():\n    return {}
     get_config() of {tmp}/config.py must return a ConfigDict, got a dict
 rlhf # config {"sed": 1}

@@ -160,7 +160,7 @@ def test_a_dry_run_counts_adapters(workdir, tmp_path, capsys):
     lines = dict(rows)
     count = size(checkpoint(workdir / "ppo", "policy_params"))
     whole = size(load_model(workdir / "base").params)
-    assert lines["policy trains"] == f"adapters, {count / 1e6:.1f}M parameters"
+    assert lines["policy trains"] == f"adapters, {count / 1e3:.0f}k parameters"
     assert lines["memory, policy"] == f"{4 * (whole + count) / 1e6:.1f} MB"
     assert lines["memory, reference"] == "0.0 MB"
     critic = size(checkpoint(workdir / "ppo", "value_params"))

@@ -43,6 +43,24 @@ def test_slow_steps_are_reported_at_least_every_half_minute(tmp_path, capsys, mo
     assert lines[0] == "ppo 2/100  score 0.812  kl 3.20  15.0 s/step  eta 24:30"
 
 
+def test_steps_to_come_are_not_expected_to_compile(tmp_path, capsys, monkeypatch):
+    compiled = [7.0]
+    monkeypatch.setattr(metrics_module, "compile_seconds", lambda: compiled[0])
+    clock = [100.0]
+    monkeypatch.setattr(metrics_module.time, "monotonic", lambda: clock[0])
+    writer = MetricsWriter(tmp_path, "ppo", total_steps=10, show={"kl/ref": "kl"})
+    compiled[0], clock[0] = compiled[0] + 40, clock[0] + 43
+    for step in (1, 2):
+        writer.write(step, {"kl/ref": 3.2})
+        writer.flush()
+        clock[0] += 3
+    writer.close()
+    assert capsys.readouterr().out.splitlines() == [
+        "ppo 1/10  kl 3.20  3.00 s/step  eta 0:27",
+        "ppo 2/10  kl 3.20  3.00 s/step  eta 0:24",
+    ]
+
+
 def test_progress_of_a_resumed_run_counts_its_own_steps(tmp_path, capsys, monkeypatch):
     lines = printed(tmp_path, capsys, monkeypatch, total=10, seconds=3, restored_step=8)
     assert lines[0] == "ppo 9/10  score 0.812  kl 3.20  3.00 s/step  eta 0:03"

@@ -161,7 +161,7 @@ def test_the_table_is_about_the_model_that_is_loaded_and_the_base_is_left_alone(
     values = from_elsewhere(workdir, num_iterations=1)
     pipeline.run(values, tmp_path)
     printed = capsys.readouterr().out
-    assert "ppo starts from       a policy model of 0.0M parameters, 2 layers x 32" in printed
+    assert "ppo starts from       a policy model of 28k parameters, 2 layers x 32" in printed
     results = json.loads((tmp_path / "results.json").read_text())
     assert {"text/distinct2_sft", "text/distinct2_ppo"} <= results.keys()
     assert "text/distinct2_base" not in results and not (tmp_path / "base").exists()

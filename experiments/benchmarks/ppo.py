@@ -37,29 +37,33 @@ from ppo_jax.ppo import ppo_iteration, ppo_update
 
 def rollout():
     """Responses alone."""
-    work = Work()
     if FLAGS.lengths != "fixed":
-        return skewed_rollout(work)
+        return skewed_rollout()
+    if FLAGS.refill:
+        raise ValueError(f"--refill must be 0 with --lengths=fixed, got {FLAGS.refill}")
+    work = Work()
     timed, _ = time_rollout(work)
     tell(work, timed, "rollout", **rates("rollout_tokens", response_tokens(), timed))
 
 
 def update():
     """All optimizer steps of an iteration."""
-    work = Work()
     if FLAGS.lengths != "fixed":
-        return packed_update(work)
+        return packed_update()
+    work = Work()
     _, responses = time_rollout(work, repeats=0)
     _, experience = time_score(work, responses, repeats=0)
     timed = time_update(work, experience)
     tell(work, timed, "update", **rates("tokens", response_tokens(), timed))
 
 
-def packed_update(work: Work):
+def packed_update():
     """Packed rows beside a row for each response, of very different lengths."""
+    stops = stop_tokens()
     if FLAGS.num_micro_batches == 1:
         raise ValueError("--num-micro-batches must be > 1: packed rows save whole pieces, got 1")
-    sampling = dataclasses.replace(work.recipe.sampling, eos_ids=stop_tokens())
+    work = Work()
+    sampling = dataclasses.replace(work.recipe.sampling, eos_ids=stops)
     work.recipe = dataclasses.replace(work.recipe, sampling=sampling)
     _, responses = time_rollout(work, repeats=0)
     useful = float(responses.response_mask.sum())

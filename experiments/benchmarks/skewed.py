@@ -19,15 +19,21 @@ def stop_tokens() -> tuple[int, ...]:
     uniform."""
     kind, _, mean = FLAGS.lengths.partition(":")
     if kind != "geometric" or not mean.isdecimal() or not 1 < int(mean) < FLAGS.vocab:
-        raise ValueError(f"--lengths must be fixed or geometric:MEAN, got {FLAGS.lengths!r}")
+        raise ValueError(
+            "--lengths must be fixed or geometric:MEAN with a whole MEAN above 1 and below --vocab "
+            f"({FLAGS.vocab}), got {FLAGS.lengths!r}"
+        )
     return tuple(range(FLAGS.vocab // int(mean)))
 
 
-def skewed_rollout(work: Work):
+def skewed_rollout():
     """Slots that are filled anew beside batches that wait for their longest response."""
     if FLAGS.num_prompts % FLAGS.batch:
-        raise ValueError(f"--num-prompts must be a multiple of --batch, got {FLAGS.num_prompts}")
-    sampling = dataclasses.replace(work.recipe.sampling, eos_ids=stop_tokens())
+        raise ValueError(
+            f"--num-prompts must be a multiple of --batch ({FLAGS.batch}), got {FLAGS.num_prompts}"
+        )
+    stops, work = stop_tokens(), Work()
+    sampling = dataclasses.replace(work.recipe.sampling, eos_ids=stops)
     prompts, rows = random_prompts(FLAGS.num_prompts), jnp.arange(FLAGS.num_prompts)
 
     def respond(params, prompts, rows, sampling):

@@ -76,6 +76,12 @@ class Work:
         cores = sorted(os.sched_getaffinity(0))
         if FLAGS.threads > len(cores):
             raise ValueError(f"--threads must be at most {len(cores)}, got {FLAGS.threads}")
+        pieces = FLAGS.num_minibatches * FLAGS.num_micro_batches
+        if FLAGS.batch % pieces:
+            raise ValueError(
+                "--batch must be a multiple of --num-minibatches x --num-micro-batches "
+                f"({pieces}), got {FLAGS.batch}"
+            )
         os.sched_setaffinity(0, cores[: FLAGS.threads])  # before jax starts its threads
         self.config = config = model_config()
         self.networks = PPONetworks(
