@@ -9,12 +9,14 @@ tokens.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 
 from ppo_jax.attention_kernels import kernel_of, splash_blocks
 from ppo_jax.chunks import chunk_shape
 from ppo_jax.shapes import ModelConfig
+from ppo_jax.slots import FIRST, LATER, REFILLS, most_turns
 
 
 def projection_flops(config: ModelConfig) -> int:
@@ -149,24 +151,35 @@ def rollout_flops(
     prompt_length: int,
     response_length: int,
     samples_per_prompt: int = 1,
-) -> int:
+    slots: int = 0,
+    group: int = 0,
+) -> float:
     """Prompts through the policy, then T single tokens, each over the whole cache of P + T slots.
+
+    With fewer `slots` than sequences, prompts that wait enter in groups, and each step is one of
+    all slots: as many steps as `slots.most_turns` has.
 
     The worst case: the decode loop ends earlier when every row has stopped, and accelerators leave
     out blocks of the cache that hold nothing. Several samples of a
     prompt share its pass, which is over the prompt alone.
     """
-    capacity = prompt_length + response_length
-    where = dict(outputs=1, head="logits")
-    prefill = forward_flops(
-        policy,
-        sequences=sequences // samples_per_prompt,
-        positions=prompt_length,
-        attended=capacity if samples_per_prompt == 1 else prompt_length,
-        **where,
+    capacity, at_once = prompt_length + response_length, slots or sequences
+    prefill = functools.partial(
+        forward_flops, policy, positions=prompt_length, outputs=1, head="logits"
     )
-    token = forward_flops(policy, sequences=sequences, positions=1, attended=capacity, **where)
-    return prefill + response_length * token
+    first = prefill(
+        sequences=at_once // samples_per_prompt,
+        attended=capacity if samples_per_prompt == 1 else prompt_length,
+    )
+    token = forward_flops(
+        policy, sequences=at_once, positions=1, attended=capacity, outputs=1, head="logits"
+    )
+    if at_once == sequences:
+        return first + response_length * token
+    turns = most_turns(sequences, at_once, group, response_length)
+    refill = prefill(sequences=group // samples_per_prompt, attended=prompt_length)
+    later = turns[REFILLS] * (refill + turns[LATER] * token)
+    return first + turns[FIRST] * token + later
 
 
 def scoring_flops(

@@ -22,6 +22,7 @@ from ppo_jax.experience import (
     response_scores,
     sample_responses,
 )
+from ppo_jax.hlo_loops import Trips
 from ppo_jax.models import Model
 from ppo_jax.networks import ModelConfig
 from ppo_jax.partition import start_layer
@@ -38,6 +39,7 @@ from ppo_jax.ppo_setup import (
 )
 from ppo_jax.sampling import Sampling
 from ppo_jax.sharding import Layout, abstract
+from ppo_jax.slots import most_turns
 from ppo_jax.stage_settings import LoRASettings
 from ppo_jax.structs import Frozen, Hyperparameters, Params, PPOState, Prompts
 
@@ -48,7 +50,7 @@ class Phase:
 
     name: str
     lower: Callable[[], jax.stages.Lowered]
-    trips: int | None  # of its loop whose end depends on data, at worst
+    trips: Trips  # of its loops whose end depends on data, at worst
     flops: float  # of all devices together, with what is computed again, see `flops`
     model_flops: float  # the same without what is computed again, with plain attention
 
@@ -67,7 +69,8 @@ def phases(config: Config, models: Models, layouts: tuple[Layout, Layout]) -> li
     """
     s, layout = config.ppo, layouts[0]
     args = Arguments(config, models, layouts)
-    parts = dict(networks=args.networks, recipe=make_recipe(s, make_sampling(s)))
+    recipe = make_recipe(s, make_sampling(s))
+    parts = dict(networks=args.networks, recipe=recipe)
     rows, whole = layout.rows, layout.whole
     state_lies = jax.tree.map(lambda leaf: leaf.sharding, args.state)
 
@@ -87,7 +90,7 @@ def phases(config: Config, models: Models, layouts: tuple[Layout, Layout]) -> li
     at_once = dataclasses.replace(s, logits_chunk=0)
     with_again = analytic_flops(s, models, args.starts, layout.constrain.platform)
     once = analytic_flops(at_once, without_remat(models), args.starts)
-    trips = {"rollout": s.response_length}
+    trips: dict[str, Trips] = {"rollout": rollout_turns(s, recipe.sampling)}
     if s.packing:
         trips["update"] = s.num_micro_batches
     return [
@@ -100,6 +103,14 @@ def phases(config: Config, models: Models, layouts: tuple[Layout, Layout]) -> li
         )
         for name in lower
     ]
+
+
+def rollout_turns(settings: PPOSettings, sampling: Sampling) -> Trips:
+    """Of the decode loops, where every response has its full length."""
+    rows, slots, length = settings.rollout_batch_size, sampling.slots, sampling.response_length
+    if slots in (0, rows):
+        return length
+    return most_turns(rows, slots, sampling.group(slots), length)
 
 
 def score(state, hyperparameters, rollout, scores=None, *, frozen, networks, recipe):
@@ -232,7 +243,13 @@ def analytic_flops(
     of_adapters += critic.num_layers * trained[1].adapters
     positions = s.rollout_batch_size * (s.max_prompt_length + s.response_length - 1)
     return {
-        "rollout": flops.rollout_flops(policy, samples_per_prompt=s.samples_per_prompt, **where),
+        "rollout": flops.rollout_flops(
+            policy,
+            samples_per_prompt=s.samples_per_prompt,
+            slots=s.slots,
+            group=make_recipe(s, make_sampling(s)).sampling.group(s.slots),
+            **where,
+        ),
         "scoring": positions * of_adapters
         + flops.scoring_flops(
             policy,

@@ -38,8 +38,6 @@ def read_models(config: Config) -> Models:
     if config.ppo is None:
         raise ValueError("plan needs a config with a ppo section, got none")
     s = config.ppo
-    if s.slots:
-        raise ValueError(f"ppo.slots must be 0 to plan, which is the worst case, got {s.slots}")
     base = base_shape(config.model)
     policy = shape_at(s.init_from, config.model) or base
     reward = None
