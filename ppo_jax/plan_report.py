@@ -250,7 +250,7 @@ def no_copies(plan: Plan) -> str | None:
 def smaller_frozen(plan: Plan) -> str | None:
     if plan.config.model.frozen_dtype == "bfloat16":
         return None
-    return "model.frozen_dtype=bfloat16: halves the reference and the reward model"
+    return "model.frozen_dtype=bfloat16: halves what is not trained, as reference and reward model"
 
 
 def wider_model(plan: Plan) -> str | None:
