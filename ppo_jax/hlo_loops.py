@@ -7,6 +7,7 @@ finds it: a number that starts at a constant, grows by a constant and is compare
 import dataclasses
 import math
 import re
+from collections.abc import Mapping
 
 from ppo_jax.hlo import Computation, Instruction, Module
 
@@ -28,6 +29,9 @@ class Scope:
 
 
 Place = tuple[Scope, Instruction]
+# Turns of loops whose end depends on data: of all, or by a name scope around them (the innermost
+# of several); on average, where a loop does not always turn as often.
+Trips = float | Mapping[str, float] | None
 
 
 def carried(computation: Computation, index: int) -> Instruction | None:
@@ -146,7 +150,7 @@ def counted_trips(loop: Place) -> int | None:
     return max(math.ceil(span / step), 0)
 
 
-def trips(scope: Scope, loop: Instruction, default_trips: int | None) -> int:
+def trips(scope: Scope, loop: Instruction, default_trips: Trips) -> float:
     """How often a loop turns.
 
     Args:
@@ -161,9 +165,20 @@ def trips(scope: Scope, loop: Instruction, default_trips: int | None) -> int:
     if known:
         return int(known[1])
     counted = counted_trips((scope, loop))
+    if counted is None and isinstance(default_trips, Mapping):
+        default_trips = innermost(loop.op_name, default_trips)
     if counted is None and default_trips is None:
         raise ValueError(
             f"the loop {loop.op_name!r} ends when its data say so: give default_trips, the turns "
             "to count for it"
         )
     return default_trips if counted is None else counted
+
+
+def innermost(op_name: str, turns: Mapping[str, float]) -> float | None:
+    """The turns of the last name scope of an operation that has some.
+
+    >>> innermost("jit(f)/outer/while/body/inner/while", {"outer": 2, "inner": 5})
+    5
+    """
+    return next((turns[part] for part in reversed(op_name.split("/")) if part in turns), None)

@@ -18,18 +18,30 @@ import jax.numpy as jnp
 from ppo_jax import flops
 from ppo_jax.config import Config, PPOSettings
 from ppo_jax.experience import (
-    PPONetworks,
     make_experience,
     response_scores,
     sample_responses,
 )
-from ppo_jax.networks import Network
-from ppo_jax.plan_shapes import Models
+from ppo_jax.hlo_loops import Trips
+from ppo_jax.models import Model
+from ppo_jax.networks import ModelConfig
+from ppo_jax.partition import start_layer
+from ppo_jax.plan import parameters_of
+from ppo_jax.plan_shapes import Models, common_layers
 from ppo_jax.ppo import init_ppo, ppo_update
-from ppo_jax.ppo_setup import make_hyperparameters, make_networks, make_recipe
+from ppo_jax.ppo_setup import (
+    begin_models,
+    make_hyperparameters,
+    make_networks,
+    make_recipe,
+    network_starts,
+    split_models,
+)
 from ppo_jax.sampling import Sampling
 from ppo_jax.sharding import Layout, abstract
-from ppo_jax.structs import Experience, Frozen, Prompts, Rollout
+from ppo_jax.slots import most_turns
+from ppo_jax.stage_settings import LoRASettings
+from ppo_jax.structs import Frozen, Hyperparameters, Params, PPOState, Prompts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,7 +50,7 @@ class Phase:
 
     name: str
     lower: Callable[[], jax.stages.Lowered]
-    trips: int | None  # of its loop whose end depends on data, at worst
+    trips: Trips  # of its loops whose end depends on data, at worst
     flops: float  # of all devices together, with what is computed again, see `flops`
     model_flops: float  # the same without what is computed again, with plain attention
 
@@ -47,7 +59,8 @@ def phases(config: Config, models: Models, layouts: tuple[Layout, Layout]) -> li
     """Rollout, scoring and update of a config.
 
     Every program keeps all of the state and of the frozen parameters among its arguments, read or
-    not: in a run they stay in memory all the time.
+    not: in a run they stay in memory all the time. What two networks share counts for each of them,
+    as the compiler counts it.
 
     Args:
         config: of the run.
@@ -55,30 +68,29 @@ def phases(config: Config, models: Models, layouts: tuple[Layout, Layout]) -> li
         layouts: of the updates, and of the rollout; their devices may be described ones.
     """
     s, layout = config.ppo, layouts[0]
-    shapes = models.policy, models.critic, models.reward
-    networks = make_networks(*shapes, (None,) * 3, layouts, s.logits_chunk)
-    args = Arguments(config, networks, layout)
-    parts = dict(networks=networks, recipe=make_recipe(s, make_sampling(s)))
+    args = Arguments(config, models, layouts)
+    recipe = make_recipe(s, make_sampling(s))
+    parts = dict(networks=args.networks, recipe=recipe)
     rows, whole = layout.rows, layout.whole
     state_lies = jax.tree.map(lambda leaf: leaf.sharding, args.state)
 
     def program(function, *inputs, **out):
         bound = functools.partial(function, **parts)
-        compiled = jax.jit(bound, keep_unused=True, **out)
-        return lambda: compiled.lower(args.state, args.numbers, *inputs, frozen=args.frozen)
+        traced = jax.jit(bound, keep_unused=True, **out).trace
+        return traced(args.state, args.numbers, *inputs, frozen=args.frozen)
 
+    rollout = program(sample_responses, args.prompts, args.key, out_shardings=rows)
     scores = () if models.reward else (args.rows((), jnp.float32),)
-    lower = {
-        "rollout": program(sample_responses, args.prompts, args.key, out_shardings=rows),
-        "scoring": program(score, args.rollout, *scores, out_shardings=(rows, whole)),
-        "update": program(
-            update, args.experience, args.key, donate_argnums=0, out_shardings=(state_lies, whole)
-        ),
-    }
+    scoring = program(score, args.as_rows(rollout.out_info), *scores, out_shardings=(rows, whole))
+    experience = args.as_rows(scoring.out_info[0])
+    updates = program(
+        update, experience, args.key, donate_argnums=0, out_shardings=(state_lies, whole)
+    )
+    lower = {"rollout": rollout.lower, "scoring": scoring.lower, "update": updates.lower}
     at_once = dataclasses.replace(s, logits_chunk=0)
-    with_again = analytic_flops(s, models, layout.constrain.platform)
-    once = analytic_flops(at_once, without_remat(models))
-    trips = {"rollout": s.response_length}
+    with_again = analytic_flops(s, models, args.starts, layout.constrain.platform)
+    once = analytic_flops(at_once, without_remat(models), args.starts)
+    trips: dict[str, Trips] = {"rollout": rollout_turns(s, recipe.sampling)}
     if s.packing:
         trips["update"] = s.num_micro_batches
     return [
@@ -91,6 +103,14 @@ def phases(config: Config, models: Models, layouts: tuple[Layout, Layout]) -> li
         )
         for name in lower
     ]
+
+
+def rollout_turns(settings: PPOSettings, sampling: Sampling) -> Trips:
+    """Of the decode loops, where every response has its full length."""
+    rows, slots, length = settings.rollout_batch_size, sampling.slots, sampling.response_length
+    if slots in (0, rows):
+        return length
+    return most_turns(rows, slots, sampling.group(slots), length)
 
 
 def score(state, hyperparameters, rollout, scores=None, *, frozen, networks, recipe):
@@ -113,55 +133,43 @@ def make_sampling(settings: PPOSettings) -> Sampling:
 
 
 class Arguments:
-    """What the programs are given, as shapes with their shardings."""
+    """What the programs are given, as shapes with their shardings, and the networks in them."""
 
-    def __init__(self, config: Config, networks: PPONetworks, layout: Layout):
-        s, self.layout, self.batch = config.ppo, layout, config.ppo.rollout_batch_size
+    def __init__(self, config: Config, models: Models, layouts: tuple[Layout, Layout]):
+        s, self.layout, self.batch = config.ppo, layouts[0], config.ppo.rollout_batch_size
         self.samples = s.samples_per_prompt
         numbers = make_hyperparameters(s)
         self.numbers = jax.tree.map(lambda x: self.whole(x.dtype), numbers)
         self.key = self.whole(jax.random.key(0).dtype)
+        found = abstract_models(config, models, self.layout)
+        shared = functools.partial(planned_sharing, config, models)
+        self.starts = network_starts(s, *found, shared)
+        policy, reward, critic = found
+        shapes = policy.config, critic.config, reward and reward.config
+        self.networks = make_networks(*shapes, self.starts, layouts, s.logits_chunk)
 
-        def init(network: Network) -> Any:
-            return jax.eval_shape(network.init, jax.random.key(0))
+        def split(params: Sequence[Params]) -> tuple[Frozen, Params, Params]:
+            pairs = zip(found, params, strict=True)
+            filled = (m and dataclasses.replace(m, params=p) for m, p in pairs)
+            return split_models(s, *filled, self.starts)
 
-        policy = init(networks.policy)
-        self.state = abstract(layout, init_ppo, policy, init(networks.value), numbers)
-        frozen_dtype = jnp.dtype(config.model.frozen_dtype)
+        def frozen(params: Sequence[Params]) -> Frozen:
+            return jax.tree.map(lambda x: x.astype(config.model.frozen_dtype), split(params)[0])
 
-        def freeze(params: Any) -> Any:
-            return jax.tree.map(lambda x: x.astype(frozen_dtype), params)
+        def state(params: Sequence[Params], numbers: Hyperparameters) -> PPOState:
+            return init_ppo(*split(params)[1:], numbers)
 
-        self.frozen = Frozen(
-            ref_policy=abstract(layout, freeze, policy),
-            reward=networks.reward and abstract(layout, freeze, init(networks.reward)),
-        )
-        prompt, response = s.max_prompt_length, s.response_length
-        texts = self.rows((prompt + response,), jnp.int32)
-        numbers_of_tokens = self.rows((response,), jnp.float32)
-        tokens = dict(
-            response_tokens=self.rows((response,), jnp.int32),
-            response_mask=self.rows((response,), bool),
-            logprobs=numbers_of_tokens,
-        )
+        params = [m and m.params for m in found]
+        self.frozen = abstract(self.layout, frozen, params)
+        self.state = abstract(self.layout, state, params, numbers)
+        prompt = (s.max_prompt_length,)
         self.prompts = Prompts(
-            tokens=self.prompts_of((prompt,), jnp.int32), mask=self.prompts_of((prompt,), bool)
+            tokens=self.prompts_of(prompt, jnp.int32), mask=self.prompts_of(prompt, bool)
         )
-        self.rollout = Rollout(
-            prompt_tokens=self.rows((prompt,), jnp.int32),
-            prompt_mask=self.rows((prompt,), bool),
-            has_eos=self.rows((), bool),
-            **tokens,
-        )
-        self.experience = Experience(
-            policy_inputs=texts,
-            value_inputs=texts,
-            mask=self.rows((prompt + response,), bool),
-            values=numbers_of_tokens,
-            advantages=numbers_of_tokens,
-            returns=numbers_of_tokens,
-            **tokens,
-        )
+
+    def as_rows(self, given: Any) -> Any:
+        """What a program gives of each response, as an argument of the next."""
+        return jax.tree.map(lambda x: x.update(sharding=self.layout.rows), given)
 
     def rows(self, shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
         """[N, *shape]"""
@@ -176,6 +184,27 @@ class Arguments:
         return jax.ShapeDtypeStruct((), dtype, sharding=self.layout.whole)
 
 
+def abstract_models(
+    config: Config, models: Models, layout: Layout
+) -> tuple[Model, Model | None, Model]:
+    """(policy, reward model, critic) as PPO begins, with shapes in place of parameters."""
+
+    def of(kind: str, shape: ModelConfig | None) -> Model | None:
+        if shape is None:
+            return None
+        return Model(kind=kind, config=shape, params=parameters_of(kind, shape), tokenizer=None)
+
+    policy, reward = of("policy", models.policy), of("reward", models.reward)
+    return begin_models(config.ppo, policy, reward, config.seed, layout, abstract)
+
+
+def planned_sharing(config: Config, models: Models, policy: Model, other: Model) -> int:
+    """How many of the lowest layers two models will have in common, see `shared_layers`."""
+    if other.params["embed"] is policy.params["embed"]:  # a critic on the policy's body
+        return other.config.num_layers
+    return common_layers(config, models)
+
+
 def without_remat(models: Models) -> Models:
     """The same models, of which nothing is computed again."""
     found = {name: getattr(models, name) for name in ("policy", "critic", "reward")}
@@ -184,34 +213,73 @@ def without_remat(models: Models) -> Models:
 
 
 def analytic_flops(
-    settings: PPOSettings, models: Models, platform: str | None = None
+    settings: PPOSettings,
+    models: Models,
+    starts: Sequence[int | None] = (None,) * 3,
+    platform: str | None = None,
 ) -> dict[str, float]:
-    """What each phase should compute, on all devices together, with that platform's attention."""
+    """What each phase should compute, on all devices together.
+
+    Args:
+        settings: the ppo section.
+        models: the shapes.
+        starts: where policy, critic and reward model start above the trunk.
+        platform: whose attention it is, see `attention_kernels.kernel_of`.
+    """
     s = settings
     where = dict(
         sequences=s.rollout_batch_size,
         prompt_length=s.max_prompt_length,
         response_length=s.response_length,
     )
+    policy, critic = models.policy, models.critic
+    trunks = [start or 0 for start in starts]
+    trained = (
+        gradients_of(policy, s.trainable, trunks[0], s.lora, "logits"),
+        gradients_of(critic, s.value_trainable, trunks[1], s.lora, "scalar"),
+    )
+    passes = 2 if s.old_logprobs == "recompute" else 1
+    of_adapters = (passes - 1) * policy.num_layers * trained[0].adapters
+    of_adapters += critic.num_layers * trained[1].adapters
+    positions = s.rollout_batch_size * (s.max_prompt_length + s.response_length - 1)
     return {
         "rollout": flops.rollout_flops(
-            models.policy, samples_per_prompt=s.samples_per_prompt, **where
+            policy,
+            samples_per_prompt=s.samples_per_prompt,
+            slots=s.slots,
+            group=make_recipe(s, make_sampling(s)).sampling.group(s.slots),
+            **where,
         ),
-        "scoring": flops.scoring_flops(
-            models.policy,
-            models.critic,
+        "scoring": positions * of_adapters
+        + flops.scoring_flops(
+            policy,
+            critic,
             models.reward,
             logits_chunk=s.logits_chunk,
-            policy_passes=2 if s.old_logprobs == "recompute" else 1,
+            policy_passes=passes,
             platform=platform,
+            trunks=trunks,
             **where,
         ),
         "update": flops.update_flops(
-            models.policy,
-            models.critic,
+            policy,
+            critic,
             num_epochs=s.num_epochs,
             logits_chunk=s.logits_chunk,
             platform=platform,
+            trained=trained,
             **where,
         ),
     }
+
+
+def gradients_of(
+    shape: ModelConfig, trainable: str | int, trunk: int, lora: LoRASettings, head: str
+) -> flops.Trained:
+    """What has gradients of a network above a trunk; its head gives "logits" or a "scalar"."""
+    if trainable == "lora":
+        adapters = flops.adapter_flops(shape, lora.targets, lora.rank)
+        return flops.Trained(adapters=adapters, head=head == "scalar")
+    frozen = (start_layer(shape, trainable) or 0) - trunk
+    tied = head == "logits" and shape.tie_embeddings and trainable != "all"
+    return flops.Trained(trunk=trunk, frozen_layers=frozen, head=not tied)

@@ -164,6 +164,11 @@ def heading(plan: Plan) -> list[str]:
         "parameters: " + ", ".join(f"{name} {n / 1e6:,.0f}M" for name, n in sizes.items()),
         "computed from the compiled programs, not run; responses of full length",
     ]
+    if slots := plan.config.ppo.slots:
+        lines.append(
+            f"{slots} slots: as many steps as responses of full length need, the worst case; "
+            "where lengths differ, a rollout ends sooner"
+        )
     if plan.fast:
         lines.append("compiled with less effort: more is read than will be, and memory is another")
     if target.chip is None:
@@ -245,7 +250,7 @@ def no_copies(plan: Plan) -> str | None:
 def smaller_frozen(plan: Plan) -> str | None:
     if plan.config.model.frozen_dtype == "bfloat16":
         return None
-    return "model.frozen_dtype=bfloat16: halves the reference and the reward model"
+    return "model.frozen_dtype=bfloat16: halves what is not trained, as reference and reward model"
 
 
 def wider_model(plan: Plan) -> str | None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from ppo_jax import hf
@@ -10,6 +11,7 @@ from ppo_jax.config import STAGES, Config, ModelSettings
 from ppo_jax.families import read_config
 from ppo_jax.models import describe_stage, stage_config
 from ppo_jax.networks import ModelConfig
+from ppo_jax.partition import start_layer
 from ppo_jax.published import SHAPES, published_config
 from ppo_jax.shapes import computation
 
@@ -30,17 +32,12 @@ def read_models(config: Config) -> Models:
     shape of the base model.
 
     Raises:
-        ValueError: there is no ppo section, it trains a part of the layers or has slots, or
-            `model.path` is neither a public model of the table nor there.
+        ValueError: there is no ppo section, or `model.path` is neither a public model of the table
+            nor there.
     """
     if config.ppo is None:
         raise ValueError("plan needs a config with a ppo section, got none")
     s = config.ppo
-    for field in ("trainable", "value_trainable"):
-        if getattr(s, field) != "all":
-            raise ValueError(f"ppo.{field} must be 'all' to plan, got {getattr(s, field)!r}")
-    if s.slots:
-        raise ValueError(f"ppo.slots must be 0 to plan, which is the worst case, got {s.slots}")
     base = base_shape(config.model)
     policy = shape_at(s.init_from, config.model) or base
     reward = None
@@ -50,6 +47,27 @@ def read_models(config: Config) -> Models:
             reward = dataclasses.replace(reward, num_layers=config.reward.num_layers)
     from_policy = reward is None or s.critic_init_from == "policy"
     return Models(policy=policy, critic=policy if from_policy else reward, reward=reward)
+
+
+def common_layers(config: Config, models: Models) -> int:
+    """How many of the lowest layers policy and reward model have in common as PPO begins, by what
+    the stages of the config leave as it is; 0 for a reward model from elsewhere."""
+    depths = {"sft": models.policy, "reward": models.reward}
+    policy, reward = (
+        ancestors(config, name, depths) for name in (config.ppo.init_from, config.ppo.reward_model)
+    )
+    return max((min(policy[name], reward[name]) for name in policy.keys() & reward), default=0)
+
+
+def ancestors(config: Config, name: str, shapes: Mapping[str, ModelConfig]) -> dict[str, int]:
+    """{what a model was made from, itself first: how many of its lowest layers it still has}."""
+    kept = max(shape.num_layers for shape in shapes.values())
+    found = {name: kept}
+    while settings := name in shapes and getattr(config, name):
+        kept = min(kept, start_layer(shapes[name], settings.trainable) or 0)
+        name = "base" if name == "sft" else settings.init_from
+        found[name] = kept
+    return found
 
 
 def shape_at(name: str, settings: ModelSettings) -> ModelConfig | None:

@@ -19,7 +19,9 @@ from ppo_jax.chips import Chip, Roofline, find_chip, roofline
 from ppo_jax.compilation import keep_nothing
 from ppo_jax.config import Config
 from ppo_jax.mesh_checks import check_rows
+from ppo_jax.model_checks import check_part, check_policy
 from ppo_jax.phases import Phase, phases
+from ppo_jax.plan import Shape
 from ppo_jax.plan_shapes import Models, read_models
 from ppo_jax.programs import Account, account
 from ppo_jax.sharding import Layout, devices_of_run, make_mesh
@@ -146,13 +148,15 @@ def prepare(config: Config, target: Target) -> tuple[Models, Mesh, list[Phase]]:
     """All that is checked of a config, before anything is compiled.
 
     Raises:
-        ValueError: see `read_models`; the mesh does not fit the devices or cannot cut a parameter
-            or the batch.
+        ValueError: see `read_models`; a model lacks what is to be trained; the mesh does not fit
+            the devices or cannot cut a parameter or the batch.
     """
-    models = read_models(config)
+    models, s = read_models(config), config.ppo
+    check_policy("ppo", config, Shape(kind="policy", config=models.policy, tokenizer=None))
+    check_part("ppo.value_trainable", s.value_trainable, s.lora, models.critic)
     mesh = make_mesh(config.mesh, target.devices)
     layouts = Layout(mesh, config.mesh.rules), Layout(mesh, config.mesh.rollout_rules)
-    check_rows(config.ppo, layouts)
+    check_rows(s, layouts)
     return models, mesh, phases(config, models, layouts)
 
 

@@ -15,14 +15,14 @@ from ppo_jax.fingerprints import fingerprint
 from ppo_jax.generation import decode_rows
 from ppo_jax.models import load_source, source_steps
 from ppo_jax.ppo import init_ppo, learn, ppo_iteration
-from ppo_jax.ppo_setup import Setup, make_critic, make_setup
+from ppo_jax.ppo_setup import Setup, begin_models, make_setup
 from ppo_jax.prompt_buckets import PromptBuckets
 from ppo_jax.prompt_data import prompt_data
 from ppo_jax.reward_functions import FunctionFailed, RewardFunction, load_reward_function
 from ppo_jax.runs import StageRun, open_stage
 from ppo_jax.sharding import Layout, fetch, gather_rows, make_layouts, own_rows
 from ppo_jax.structs import PPOState, Prompts, Rollout
-from ppo_jax.training import compile_step, with_adapters
+from ppo_jax.training import compile_step
 from ppo_jax.workdir import append_rows
 
 SHOW = {
@@ -115,9 +115,7 @@ def find_models(config: Config, workdir: Path, base: str, layout: Layout):
     policy, reward = load(settings.init_from, step=pins.get("init_from")), None
     if settings.reward_model:
         reward = load(settings.reward_model, step=pins.get("reward_model"))
-    critic = make_critic(settings, policy, reward)
-    adapt = functools.partial(with_adapters, lora=settings.lora, seed=config.seed, layout=layout)
-    return adapt(policy, settings.trainable), reward, adapt(critic, settings.value_trainable)
+    return begin_models(settings, policy, reward, config.seed, layout)
 
 
 def tell_what_comes(start: int, settings: PPOSettings, samples: Path):

@@ -1,6 +1,9 @@
 """What a PPO run is made of: its networks, its numbers, and what of them is shared or frozen."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +23,9 @@ from ppo_jax.networks import (
 )
 from ppo_jax.partition import layer_range, merge_params, split_params, start_layer
 from ppo_jax.sampling import Sampling
-from ppo_jax.sharding import Layout
+from ppo_jax.sharding import Layout, init_in_pieces
 from ppo_jax.structs import Frozen, Hyperparameters, Params
-from ppo_jax.training import freeze, make_optimizer
+from ppo_jax.training import freeze, make_optimizer, with_adapters
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,7 +83,12 @@ def shared_layers(policy: Model, other: Model) -> int | None:
     return depth
 
 
-def find_trunk(settings: PPOSettings, policy: Model, scorers: list[tuple[Model, str | int]]):
+def find_trunk(
+    settings: PPOSettings,
+    policy: Model,
+    scorers: list[tuple[Model, str | int]],
+    shared: Callable[[Model, Model], int | None] = shared_layers,
+):
     """Where the networks part: (layer at which the trunk ends or None, who is on it).
 
     The trunk ends at the lowest layer from which on something is trained or differs. A scorer that
@@ -90,13 +98,14 @@ def find_trunk(settings: PPOSettings, policy: Model, scorers: list[tuple[Model, 
         settings: the ppo section.
         policy: the policy at the start.
         scorers: reward model and critic, each with what is trained of it.
+        shared: how many layers two models have in common.
     """
     start = start_layer(policy.config, settings.trainable)
     if start is None:
         return None, [False] * len(scorers)
     ends = []
     for model, trainable in scorers:
-        first, common = start_layer(model.config, trainable), shared_layers(policy, model)
+        first, common = start_layer(model.config, trainable), shared(policy, model)
         ends.append(0 if first is None or common is None else min(first, common))
     on_trunk = [end > 0 for end in ends]
     return min([start] + [end for end in ends if end > 0]), on_trunk
@@ -150,6 +159,52 @@ def make_networks(
     )
 
 
+def network_starts(
+    settings: PPOSettings,
+    policy: Model,
+    reward: Model | None,
+    critic: Model,
+    shared: Callable[[Model, Model], int | None] = shared_layers,
+) -> tuple[int | None, int | None, int | None]:
+    """The layer at which policy, critic and reward model start above the trunk; None reads tokens.
+
+    `shared` says how many layers two of them have in common; see `find_trunk`.
+    """
+    scorers = [(critic, settings.value_trainable)] + ([(reward, "head")] if reward else [])
+    start, on_trunk = find_trunk(settings, policy, scorers, shared)
+    value_start, reward_start = (start if on else None for on in (on_trunk + [False])[:2])
+    return start, value_start, reward_start
+
+
+def split_models(
+    settings: PPOSettings,
+    policy: Model,
+    reward: Model | None,
+    critic: Model,
+    starts: tuple[int | None, int | None, int | None],
+) -> tuple[Frozen, Params, Params]:
+    """(what is frozen, the trained leaves of the policy as they start, those of the critic).
+
+    Arguments as for `make_setup`; starts: see `network_starts`.
+    """
+    start, value_start, reward_start = starts
+    parts = split_params(policy.config, policy.params, settings.trainable, start)
+    value_parts = split_params(critic.config, critic.params, settings.value_trainable, value_start)
+    reward_params = None
+    if reward is not None:
+        reward_parts = split_params(reward.config, reward.params, "head", reward_start)
+        reward_params = merge_params(reward_parts.frozen, reward_parts.trained)
+    frozen = Frozen(
+        # Without its adapters the policy is the reference.
+        ref_policy={} if settings.trainable == "lora" else parts.trained,
+        reward=reward_params,
+        trunk=None if start is None else parts.trunk,
+        policy=parts.frozen,
+        value=value_parts.frozen,
+    )
+    return frozen, parts.trained, value_parts.trained
+
+
 def make_setup(
     settings: PPOSettings,
     policy: Model,
@@ -171,25 +226,8 @@ def make_setup(
     Returns:
         (setup, the trained leaves of the policy as they start, those of the critic).
     """
-    scorers = [(critic, settings.value_trainable)] + ([(reward, "head")] if reward else [])
-    start, on_trunk = find_trunk(settings, policy, scorers)
-    value_start, reward_start = (start if on else None for on in (on_trunk + [False])[:2])
-    parts = split_params(policy.config, policy.params, settings.trainable, start)
-    value_parts = split_params(critic.config, critic.params, settings.value_trainable, value_start)
-    layout = layouts[0]
-    reward_params = None
-    if reward is not None:
-        reward_parts = split_params(reward.config, reward.params, "head", reward_start)
-        reward_params = merge_params(reward_parts.frozen, reward_parts.trained)
-    frozen = Frozen(
-        # Without its adapters the policy is the reference.
-        ref_policy={} if settings.trainable == "lora" else parts.trained,
-        reward=reward_params,
-        trunk=None if start is None else parts.trunk,
-        policy=parts.frozen,
-        value=value_parts.frozen,
-    )
-    starts = (start, value_start, reward_start)
+    layout, starts = layouts[0], network_starts(settings, policy, reward, critic)
+    frozen, trained, value_trained = split_models(settings, policy, reward, critic, starts)
     setup = Setup(
         networks=make_networks(
             policy.config,
@@ -203,7 +241,32 @@ def make_setup(
         hyperparameters=layout.put_whole(make_hyperparameters(settings)),
         frozen=freeze(frozen, layout, frozen_dtype),
     )
-    return setup, layout.put(parts.trained), layout.put(value_parts.trained)
+    return setup, layout.put(trained), layout.put(value_trained)
+
+
+def begin_models(
+    settings: PPOSettings,
+    policy: Model,
+    reward: Model | None,
+    seed: int,
+    layout: Layout,
+    make: Callable[..., Any] = init_in_pieces,
+) -> tuple[Model, Model | None, Model]:
+    """(policy, reward model, critic) as PPO begins: adapters are there, where they are trained.
+
+    Args:
+        settings: the ppo section.
+        policy: where the policy starts.
+        reward: the reward model, or None with a reward function.
+        seed: of the adapters.
+        layout: where adapters are put.
+        make: what makes them, see `with_adapters`.
+    """
+    adapt = functools.partial(
+        with_adapters, lora=settings.lora, seed=seed, layout=layout, make=make
+    )
+    critic = make_critic(settings, policy, reward)
+    return adapt(policy, settings.trainable), reward, adapt(critic, settings.value_trainable)
 
 
 def make_critic(settings: PPOSettings, policy: Model, reward: Model | None) -> Model:

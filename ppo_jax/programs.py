@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 
 from ppo_jax.hlo import Instruction, parse_module
-from ppo_jax.hlo_loops import Scope, trips
+from ppo_jax.hlo_loops import Scope, Trips, trips
 from ppo_jax.hlo_traffic import traffic
 from ppo_jax.hlo_work import attention_flops, collective, matmul_flops
 
@@ -68,13 +68,13 @@ class Account:
         )
 
 
-def account(compiled: jax.stages.Compiled, *, default_trips: int | None = None) -> Account:
+def account(compiled: jax.stages.Compiled, *, default_trips: Trips = None) -> Account:
     """What one run of a compiled program costs one chip.
 
     Args:
         compiled: for any platform, also for a described one that is not there.
         default_trips: the turns of a loop whose end depends on data, at worst: of the decode loop
-            the response length.
+            the response length. Of several such loops by the name scopes around them.
 
     Raises:
         ValueError: there is such a loop and no `default_trips`.
@@ -91,13 +91,13 @@ def account(compiled: jax.stages.Compiled, *, default_trips: int | None = None) 
     return dataclasses.replace(whole, memory=memory)
 
 
-def account_of_text(text: str, *, default_trips: int | None = None) -> Account:
+def account_of_text(text: str, *, default_trips: Trips = None) -> Account:
     """The account of a program given as text, `Compiled.as_text()`; without its memory."""
     module = parse_module(text)
     return account_of_scope(Scope(module, module.entry), default_trips)
 
 
-def account_of_scope(scope: Scope, default_trips: int | None, fused: bool = False) -> Account:
+def account_of_scope(scope: Scope, default_trips: Trips, fused: bool = False) -> Account:
     """The account of a computation where it is called; inside a fusion no bytes are moved."""
     total = Account()
     for instruction in scope.computation:
@@ -130,8 +130,8 @@ def account_of_instruction(scope: Scope, instruction: Instruction, fused: bool) 
 
 
 def calls(
-    scope: Scope, instruction: Instruction, default_trips: int | None
-) -> list[tuple[int, str, bool]]:
+    scope: Scope, instruction: Instruction, default_trips: Trips
+) -> list[tuple[float, str, bool]]:
     """(how often, which computation, is it a fusion) for each that an instruction runs.
 
     Of the branches of a conditional the caller takes the costliest. What reductions, sorts and

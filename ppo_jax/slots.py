@@ -7,6 +7,7 @@ Dimension key: N responses, S slots, B sequences, P prompt tokens, T response to
 V vocabulary, G rows that enter slots together.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +17,9 @@ from flax import struct
 from ppo_jax.networks import Network
 from ppo_jax.sampling import Sampling, choose, is_eos
 from ppo_jax.structs import Params, Prompts
+
+# Name scopes of the loops, by which a compiled program is read, see `most_turns`.
+FIRST, REFILLS, LATER = "first_decoding", "refills", "later_decoding"
 
 
 @struct.dataclass(kw_only=True)
@@ -146,12 +150,13 @@ class Engine(NamedTuple):
         """(all responses, hidden states of all prompts): the next rows enter slots as they end."""
         num_rows, num_slots = len(self.keys), len(slots.row)
 
-        def decode(s: Slots) -> Slots:
+        def decode(s: Slots, scope: str) -> Slots:
             def more(s):
                 entering = jnp.minimum(group, num_rows - s.waiting)
                 return s.alive.any() & ((entering == 0) | ((~s.alive).sum() < entering))
 
-            return jax.lax.while_loop(more, self.advance, s)
+            with jax.named_scope(scope):
+                return jax.lax.while_loop(more, self.advance, s)
 
         def enter(carry):
             s, ended, hidden = carry
@@ -159,7 +164,7 @@ class Engine(NamedTuple):
             s, fresh_hidden, numbers = self.refill(s, group)
             if hidden is not None:
                 hidden = hidden.at[numbers].set(fresh_hidden, mode="drop")
-            return decode(s), ended, hidden
+            return decode(s, LATER), ended, hidden
 
         def rows_of(x):
             return jnp.zeros((num_rows, *x.shape[1:]), x.dtype)
@@ -175,10 +180,11 @@ class Engine(NamedTuple):
             samples = self.sampling.samples_per_prompt
             rest = num_rows // samples - num_slots // samples
             hidden = jnp.pad(hidden, ((0, rest), (0, 0), (0, 0)))
-        carry = (decode(slots), ended, hidden)
-        slots, ended, hidden = jax.lax.while_loop(
-            lambda carry: carry[0].waiting < num_rows, enter, carry
-        )
+        carry = (decode(slots, FIRST), ended, hidden)
+        with jax.named_scope(REFILLS):
+            slots, ended, hidden = jax.lax.while_loop(
+                lambda carry: carry[0].waiting < num_rows, enter, carry
+            )
         return leave(slots, ended)[0], hidden
 
     def refill(self, s: Slots, group: int):
@@ -213,6 +219,28 @@ class Engine(NamedTuple):
             caches=self.refill_caches(s.caches, fresh, source),
         )
         return s, hidden, numbers
+
+
+def most_turns(num_rows: int, num_slots: int, group: int, length: int) -> dict[str, float]:
+    """How often the loops of `Engine.serve` turn at most; `LATER` in each turn of `REFILLS`.
+
+    That is where every response has its full length. When a group of G has entered, so have, T
+    steps later, as many more groups as fit into the slots: one that ends has made room for one that
+    waits. So R = ceil((N - S) / G) groups take T (1 + ceil(R / floor(S / G))) steps, those of the
+    first rows included, which is T ceil(N / S) where G divides S.
+
+    >>> most_turns(12, 4, 2, 10)
+    {'first_decoding': 10, 'refills': 4, 'later_decoding': 5.0}
+
+    Args:
+        num_rows: N.
+        num_slots: S, less than N.
+        group: G.
+        length: T.
+    """
+    refills = math.ceil((num_rows - num_slots) / group)
+    later = length * math.ceil(refills / (num_slots // group))
+    return {FIRST: length, REFILLS: refills, LATER: later / refills}
 
 
 def leave(s: Slots, ended: Ended) -> tuple[Ended, Slots]:

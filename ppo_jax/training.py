@@ -81,7 +81,12 @@ def make_optimizer(settings: OptimizerSettings, total_steps: int) -> Optimizer:
 
 
 def with_adapters(
-    model: Model, trainable: str | int, lora: LoRASettings, seed: int, layout: Layout
+    model: Model,
+    trainable: str | int,
+    lora: LoRASettings,
+    seed: int,
+    layout: Layout,
+    make: Callable[[Layout, Callable[[], Params]], Params] = init_in_pieces,
 ) -> Model:
     """The model with new adapters, if it is they that are trained.
 
@@ -91,6 +96,7 @@ def with_adapters(
         lora: rank, weight and places of the adapters.
         seed: of their numbers.
         layout: where they are put.
+        make: what makes them; `sharding.abstract` gives their shapes alone.
     """
     if trainable != "lora":
         return model
@@ -99,7 +105,7 @@ def with_adapters(
         how = dict(targets=lora.targets, rank=lora.rank)
         return init_lora(jax.random.key(seed), model.config, model.params, **how)
 
-    params = merge_params(model.params, init_in_pieces(layout, init))
+    params = merge_params(model.params, make(layout, init))
     config = dataclasses.replace(model.config, lora_alpha=lora.alpha)
     return dataclasses.replace(model, config=config, params=params)
 

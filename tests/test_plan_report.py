@@ -26,6 +26,13 @@ def test_the_table_has_every_figure_and_ends_with_the_verdict(plan):
     assert lines[-1].startswith("fits: 15.7")
 
 
+def test_slots_are_told_to_be_the_worst_case(plan):
+    by_slots = dataclasses.replace(plan, config=settings(ppo=dict(slots=16)))
+    told = "\n".join(plan_report.table(by_slots))
+    assert "16 slots: as many steps as responses of full length need, the worst case" in told
+    assert "slots" not in "\n".join(plan_report.table(plan))
+
+
 def test_a_chip_that_is_too_small(plan):
     small = on_a_chip_of(plan, 2e5)
     assert not small.fits and small.spare < 0

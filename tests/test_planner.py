@@ -87,6 +87,20 @@ def test_packed_rows_are_planned_for_as_if_they_saved_nothing():
     }
 
 
+@pytest.mark.parametrize("samples", [1, 2])
+def test_slots_are_planned_for_as_if_every_response_were_of_full_length(samples):
+    """32 responses in 16 slots, entering by 8: first 8 tokens, then two groups and 8 more."""
+    by_slots = settings(ppo=dict(slots=16, refill=8, samples_per_prompt=samples))
+    rollout = planner.prepare(by_slots, TARGET)[2][0]
+    assert rollout.trips == {"first_decoding": 8, "refills": 2, "later_decoding": 4.0}
+    cost = planner.cost_of(rollout, TARGET, {})
+    assert cost.account.flops * 8 == pytest.approx(rollout.flops, rel=0.01)
+    at_once = planner.prepare(settings(ppo=dict(samples_per_prompt=samples)), TARGET)[2][0]
+    assert rollout.flops == pytest.approx(at_once.flops, rel=0.1)  # the same tokens and prompts
+    whole = planner.cost_of(at_once, TARGET, {}).account.memory
+    assert cost.account.memory.temporaries < 0.9 * whole.temporaries  # half of the KV cache
+
+
 # --- alternatives ---------------------------------------------------------------------------------
 
 
@@ -152,7 +166,8 @@ MISTAKES = {
     "--config.mesh.data=3": "mesh (data=3, fsdp=2, model=2) needs 12 devices, have 8",
     "--config.ppo.rollout_batch_size=8": "ppo.rollout_batch_size must be a multiple of",
     "--config.model.scratch.vocab_size=321": "its vocab axis of 321 cannot be cut into the 2 equal",
-    "--config.ppo.trainable=1": "ppo.trainable must be 'all' to plan, got 1",
+    "--config.ppo.trainable=3": "ppo.trainable must be at most 2, the model's layers, got 3",
+    "--config.ppo.value_trainable=3": "ppo.value_trainable must be at most 2, the model's layers",
     "--compare=fdsp=8": "--compare must be like data=1,fsdp=16;",
     "--compare=fsdp=many": "--compare must be like data=1,fsdp=16;",
     "--compare=fsdp=8;fsdp=1,model=8": "kv_heads axis of 4 cannot be cut into the 8 equal",

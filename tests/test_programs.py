@@ -131,6 +131,25 @@ def test_a_loop_that_its_data_end_takes_the_turns_that_are_given():
         account(decode, *args)
 
 
+def test_loops_that_their_data_end_are_told_apart_by_name_scopes():
+    def twice(x, w):
+        with jax.named_scope("first"):
+            x = decode(x, w)[1]
+        with jax.named_scope("outer"):
+            going_on = lambda x: (x > 0).any()  # noqa: E731
+            return jax.lax.while_loop(going_on, lambda x: later(x, w), x)
+
+    def later(x, w):
+        with jax.named_scope("inner"):
+            return decode(x, w)[1]
+
+    args, product = (shape(4, 32), shape(32, 32)), 2 * 4 * 32 * 32
+    turns = {"first": 20, "outer": 3, "inner": 2.5}
+    assert account(twice, *args, default_trips=turns).flops == (20 + 3 * 2.5) * product
+    with pytest.raises(ValueError, match="'jit.twice./outer/while.* ends when its data say so"):
+        account(twice, *args, default_trips={"first": 20})
+
+
 @pytest.mark.parametrize(("end", "step"), [(7, 1), (12, 3), (5, 1)])
 def test_turns_are_found_where_the_compiler_does_not_write_them(end, step):
     """TPU programs have no counts: the counter, its start, its step and its end tell."""

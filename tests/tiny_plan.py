@@ -39,7 +39,7 @@ def settings(**sections):
         ),
     }
     for name, changes in sections.items():
-        values[name] = values[name] | changes if changes else None
+        values[name] = values.get(name, {}) | changes if changes else None
     return from_config_dict(values)
 
 
