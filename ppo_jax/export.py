@@ -100,8 +100,8 @@ def check_base(path: str, source: Path) -> str:
     """The family of the model that an adapter goes onto.
 
     Args:
-        path: of that model. The shape and weights of a folder are compared; for a hub id nothing
-            is fetched.
+        path: of that model. The shape and weights of a folder are compared, which takes the host's
+            memory for both in float32; for a hub id nothing is fetched.
         source: the folder of the stage that trained the adapter.
 
     Raises:
@@ -117,10 +117,12 @@ def check_base(path: str, source: Path) -> str:
     config = stage_config(description)
     family = write_config(config)["model_type"]
     if not os.path.isdir(path):
-        # What lies beside other folders was meant to be a folder, though a hub id may look like it.
-        local = "/" in path and Path(path).parent.is_dir()
-        if local or path.endswith(".gguf") or not HUB_ID.fullmatch(path):
-            raise ValueError(f"adapter_of must be a Hugging Face folder or a hub id, got {path!r}")
+        told = f"adapter_of must be a Hugging Face folder or a hub id, got {path!r}"
+        if os.path.exists(path) or path.endswith(".gguf") or not HUB_ID.fullmatch(path):
+            raise ValueError(told)
+        # A hub id may look like a path. Where the folder is there, the model in it was meant.
+        if "/" in path and Path(path).parent.is_dir():
+            raise ValueError(f"{told}, which is not in the folder {Path(path).parent}")
         return family
     beginning = f"adapter_of must be the model that the stage {description['stage']} began with, "
     if hf.load_config(path, **computation(config)) != config:

@@ -156,7 +156,8 @@ def trips(scope: Scope, loop: Instruction, default_trips: Trips) -> float:
     Args:
         scope: where it stands.
         loop: a `while`.
-        default_trips: for loops whose end depends on data; None allows none.
+        default_trips: for loops whose end depends on data, for all or by the name scope that they
+            are in; None allows none.
 
     Raises:
         ValueError: the end depends on data, and no `default_trips` is given.
@@ -169,8 +170,8 @@ def trips(scope: Scope, loop: Instruction, default_trips: Trips) -> float:
         default_trips = innermost(loop.op_name, default_trips)
     if counted is None and default_trips is None:
         raise ValueError(
-            f"the loop {loop.op_name!r} ends when its data say so: give default_trips, the turns "
-            "to count for it"
+            f"the loop {loop.op_name!r} ends when its data say so: give default_trips, "
+            "the turns to count for it or for its name scope"
         )
     return default_trips if counted is None else counted
 

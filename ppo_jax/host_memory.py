@@ -3,12 +3,17 @@
 import ctypes
 import importlib.metadata
 import importlib.util
+import os
+import sys
 
 import jax
 
-# Of glibc's malloc.h.
-TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8
-NEVER = 2**31 - 1
+# Of glibc's malloc.h: (parameter, value, the variable by which a user sets it)
+SETTINGS = (
+    (-8, 1, "MALLOC_ARENA_MAX"),
+    (-4, 0, "MALLOC_MMAP_MAX_"),
+    (-1, -1, "MALLOC_TRIM_THRESHOLD_"),  # -1: nothing is given back
+)
 
 
 def keep_pages():
@@ -17,15 +22,18 @@ def keep_pages():
     A program's temporary buffers are one block of up to gigabytes, asked for at each call. glibc
     takes such a block from Linux and gives it back after the call, so that each step has each of
     its pages mapped and zeroed again: of an update of two models of 29 million parameters that is
-    1.5 of 9 seconds. What a process holds is then the most that it has used at once.
+    1.5 of 9 seconds. What a process holds is then at least the most that it has used at once.
 
     All threads share one arena: only that one can hold large blocks. With accelerators nothing is
-    changed, large buffers are not on the host there; nor with another C library than glibc.
+    changed, large buffers are not on the host there; nor where the user has set malloc, nor with
+    another C library than glibc.
     """
-    libc = ctypes.CDLL(None)
-    if accelerators_may_be_used() or not hasattr(libc, "gnu_get_libc_version"):
+    if sys.platform != "linux" or accelerators_may_be_used():
         return
-    for parameter, value in ((ARENA_MAX, 1), (MMAP_MAX, 0), (TRIM_THRESHOLD, NEVER)):
+    libc, users = ctypes.CDLL(None), [variable for _, _, variable in SETTINGS]
+    if not hasattr(libc, "gnu_get_libc_version") or any(name in os.environ for name in users):
+        return
+    for parameter, value, _ in SETTINGS:
         libc.mallopt(parameter, value)
 
 

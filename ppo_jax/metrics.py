@@ -91,6 +91,11 @@ class MetricsWriter:
         if self._tensorboard is not None:
             self._tensorboard.flush()
 
+    def tell(self, text: str) -> None:
+        """A line for the user, above the progress."""
+        tqdm.write(f"{self.stage}: {text}", file=sys.stdout)
+        sys.stdout.flush()
+
     def close(self) -> None:
         """Write what is held back and close the files."""
         try:
@@ -114,10 +119,10 @@ class MetricsWriter:
     def _times(self, step: int, values: Mapping[str, float]) -> dict[str, float]:
         now, compiled = time.perf_counter(), compile_seconds()
         seconds, self._there = now - self._there, now
+        spent, self._compiled = compiled - self._compiled, compiled
         if step == 0:  # figures from before the first step
             return {}
         times = {"time/step_s": seconds}
-        spent, self._compiled = compiled - self._compiled, compiled
         if spent > (0 if self._first else LEAST_SECONDS):
             times["time/compile_s"] = spent
         self._first = False
@@ -178,7 +183,7 @@ class _Progress:
 
     def _print(self, step: int) -> None:
         now, compiled = time.monotonic(), compile_seconds()
-        # The steps to come compile nothing.
+        # The steps to come compile little.
         worked = now - self._last_time - (compiled - self._last_compiled)
         seconds = worked / max(step - self._last_step, 1)
         left = round(seconds * (self._total - step))

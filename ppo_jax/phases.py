@@ -17,11 +17,7 @@ import jax.numpy as jnp
 
 from ppo_jax import flops
 from ppo_jax.config import Config, PPOSettings
-from ppo_jax.experience import (
-    make_experience,
-    response_scores,
-    sample_responses,
-)
+from ppo_jax.experience import make_experience, response_scores, sample_responses
 from ppo_jax.hlo_loops import Trips
 from ppo_jax.models import Model
 from ppo_jax.networks import ModelConfig
@@ -281,5 +277,5 @@ def gradients_of(
         adapters = flops.adapter_flops(shape, lora.targets, lora.rank)
         return flops.Trained(adapters=adapters, head=head == "scalar")
     frozen = (start_layer(shape, trainable) or 0) - trunk
-    tied = head == "logits" and shape.tie_embeddings and trainable != "all"
-    return flops.Trained(trunk=trunk, frozen_layers=frozen, head=not tied)
+    frozen_head = head == "logits" and shape.tie_embeddings and trainable != "all"
+    return flops.Trained(trunk=trunk, frozen_layers=frozen, head=not frozen_head)

@@ -51,7 +51,9 @@ def read_models(config: Config) -> Models:
 
 def common_layers(config: Config, models: Models) -> int:
     """How many of the lowest layers policy and reward model have in common as PPO begins, by what
-    the stages of the config leave as it is; 0 for a reward model from elsewhere."""
+    the stages of the config leave as it is; 0 for a reward model from elsewhere, or none."""
+    if models.reward is None:
+        return 0
     depths = {"sft": models.policy, "reward": models.reward}
     policy, reward = (
         ancestors(config, name, depths) for name in (config.ppo.init_from, config.ppo.reward_model)

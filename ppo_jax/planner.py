@@ -171,7 +171,14 @@ def make_plan(config: Config, target: Target, *, fast: bool = False) -> Plan:
     Raises:
         ValueError: see `prepare`.
     """
-    models, mesh, programs = prepare(config, target)
+    return compile_plan(config, target, prepare(config, target), fast=fast)
+
+
+def compile_plan(
+    config: Config, target: Target, prepared: tuple[Models, Mesh, list[Phase]], *, fast: bool
+) -> Plan:
+    """`make_plan` of what `prepare` gave."""
+    models, mesh, programs = prepared
     options = FAST if fast and target.devices[0].platform == "tpu" else {}
     costs = [cost_of(phase, target, options) for phase in programs]
     return Plan(
@@ -245,9 +252,11 @@ def changed(config: Config, text: str) -> Config:
 
 def compare(configs: Sequence[Config], target: Target) -> list[Plan]:
     """Plans of several configs, the best first: what fits, then the least time or memory."""
-    for config in configs:
-        prepare(config, target)  # refuse before anything is compiled
-    plans = [make_plan(config, target, fast=True) for config in configs]
+    prepared = [prepare(config, target) for config in configs]  # refuse before compiling
+    plans = [
+        compile_plan(config, target, found, fast=True)
+        for config, found in zip(configs, prepared, strict=True)
+    ]
 
     def order(plan: Plan):
         refused = plan.spare is None

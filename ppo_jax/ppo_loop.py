@@ -47,8 +47,8 @@ def train_ppo(config: Config, workdir: Path, base: str):
     function = None
     if settings.reward_function:
         function = load_reward_function(settings.reward_function, settings.reward_seconds)
-    length = settings.max_prompt_length
-    data = prompt_data(settings.prompts, policy.tokenizer, max_length=length)
+    most = settings.max_prompt_length
+    data = prompt_data(settings.prompts, policy.tokenizer, max_length=most)
     texts, rows = data.texts, data.prompts
     num_steps, size = settings.num_iterations, settings.rollout_batch_size
     samples_each = settings.samples_per_prompt
@@ -93,12 +93,14 @@ def train_ppo(config: Config, workdir: Path, base: str):
         widths: set[int] = set()
         for i in run.steps():
             chosen, width = buckets.batch(i)
-            tell_new_width(width, widths)
+            if widths and width not in widths:
+                run.tell(f"compiling an iteration with prompts of {width} tokens")
+            widths.add(width)
             prompts = layout.put_rows(take_prompts(rows, chosen, width))
             chosen = chosen.repeat(samples_each)  # of each response
             state, metrics = iterate(state, chosen, prompts, layout.key(config.seed, i))
             if settings.prompt_buckets > 1:
-                metrics |= {"ppo/prompt_width": prompts.mask.shape[1]}
+                metrics |= {"ppo/prompt_width": width}
             if (i + 1) % settings.sample_every == 0 or i + 1 == num_steps:
                 run.settle()
                 append_rows(workdir / "samples.jsonl", samples(state, i + 1))
@@ -126,13 +128,6 @@ def tell_what_comes(start: int, settings: PPOSettings, samples: Path):
     elif settings.num_samples:
         often = f"every {settings.sample_every} iterations"
         print(f"ppo: samples ({often}) go to {samples}", flush=True)
-
-
-def tell_new_width(width: int, widths: set[int]):
-    """That a program will be compiled for prompts of this width, where it is not the first one."""
-    if widths and width not in widths:
-        print(f"ppo: compiling an iteration with prompts of {width} tokens", flush=True)
-    widths.add(width)
 
 
 def make_iteration(

@@ -30,7 +30,7 @@ class PromptBuckets:
 
     @property
     def widths(self) -> np.ndarray:
-        """[count] int, rising.
+        """[count] int, rising; fewer where one token cannot be halved.
 
         >>> buckets = PromptBuckets(
         ...     lengths=np.array([3, 30]), max_length=32, count=3, batch_size=1, seed=0
@@ -38,12 +38,12 @@ class PromptBuckets:
         >>> buckets.widths.tolist()
         [8, 16, 32]
         """
-        return np.array([-(-self.max_length >> i) for i in reversed(range(self.count))])
+        return np.unique([-(-self.max_length >> i) for i in range(self.count)])
 
     @property
     def counts(self) -> np.ndarray:
-        """[count] int, how many prompts are in each."""
-        return np.bincount(np.searchsorted(self.widths, self.lengths), minlength=self.count)
+        """How many prompts are in each."""
+        return np.bincount(np.searchsorted(self.widths, self.lengths), minlength=len(self.widths))
 
     def batch(self, step: int) -> tuple[np.ndarray, int]:
         """(the numbers of the prompts [B], the tokens to pad them to)."""
@@ -61,4 +61,6 @@ class PromptBuckets:
     def __str__(self):
         counts = zip(self.widths, self.counts, strict=True)
         each = ", ".join(f"{count:,} to {width}" for width, count in counts)
-        return f"prompts are padded to one of {self.count} widths, a program each: {each} tokens"
+        return (
+            f"prompts are padded to one of {len(self.widths)} widths, a program each: {each} tokens"
+        )

@@ -113,6 +113,10 @@ class StageRun:
         )
         return state
 
+    def tell(self, text: str):
+        """A line for the user, above the progress."""
+        self.writer.tell(text)
+
     def log_start(self, metrics: Mapping[str, Any]):
         """Log figures from before the first step, as those of step 0."""
         self.writer.write(0, metrics)

@@ -226,8 +226,8 @@ def most_turns(num_rows: int, num_slots: int, group: int, length: int) -> dict[s
 
     That is where every response has its full length. When a group of G has entered, so have, T
     steps later, as many more groups as fit into the slots: one that ends has made room for one that
-    waits. So R = ceil((N - S) / G) groups take T (1 + ceil(R / floor(S / G))) steps, those of the
-    first rows included, which is T ceil(N / S) where G divides S.
+    waits. So R = ceil((N - S) / G) groups take at most T (1 + ceil(R / floor(S / G))) steps, those
+    of the first rows included; where G divides S that is T ceil(N / S), and is reached.
 
     >>> most_turns(12, 4, 2, 10)
     {'first_decoding': 10, 'refills': 4, 'later_decoding': 5.0}

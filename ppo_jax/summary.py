@@ -198,7 +198,10 @@ def trained(model: ModelConfig, params, trainable: str | int) -> str:
 
 
 def rounded(number: int) -> str:
-    return f"{number / 1e6:.1f}M" if number >= 1e6 else f"{number / 1e3:.0f}k"
+    """For a reader: 134.5M, 28k, 33."""
+    if number >= 999_500:
+        return f"{number / 1e6:.1f}M"
+    return f"{number / 1e3:.0f}k" if number >= 1e3 else str(number)
 
 
 def size_of(number: float) -> str:

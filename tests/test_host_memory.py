@@ -1,6 +1,7 @@
 """A CPU's memory between steps: page faults are counted, no clock is read."""
 
 import importlib.metadata
+import os
 import platform
 import subprocess
 import sys
@@ -28,6 +29,22 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+# Bytes that the heap has grown by when a block of 3 GiB, of which no page is touched, is freed.
+GROWN = """
+import ctypes
+from ppo_jax.host_memory import keep_pages
+
+keep_pages()
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.argtypes, libc.sbrk.restype = [ctypes.c_void_p], ctypes.c_void_p
+before = libc.sbrk(0)
+libc.free(libc.malloc(3 * 2**30))
+print(libc.sbrk(0) - before)
+"""
+GLIBC = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library's malloc")
+
+
 def faults(what: str) -> int:
     done = subprocess.run(
         [sys.executable, "-c", FAULTS, what], capture_output=True, text=True, check=True
@@ -35,11 +52,22 @@ def faults(what: str) -> int:
     return int(done.stdout)
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library's malloc")
+@GLIBC
 def test_a_step_is_served_by_the_pages_of_the_step_before():
-    assert faults("keep") < 100  # pages of 4 KiB: 64 MB are 16,384
-    # What the call would be without, so that the test notices when it is no longer of use.
-    assert faults("plain") > 1000
+    kept = faults("keep")
+    assert kept < 100  # pages of 4 KiB: 64 MB are 16,384
+    # So that the test notices when there is nothing to keep any more.
+    assert faults("plain") > kept
+
+
+@GLIBC
+@pytest.mark.parametrize(("variable", "keeps"), [("", True), ("MALLOC_ARENA_MAX", False)])
+def test_blocks_of_gigabytes_are_kept_but_where_a_user_has_set_malloc(variable, keeps):
+    environment = os.environ | ({variable: "8"} if variable else {})
+    done = subprocess.run(
+        [sys.executable, "-c", GROWN], capture_output=True, text=True, check=True, env=environment
+    )
+    assert (int(done.stdout) > 2**31) == keeps
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,19 @@ def test_seconds_of_compiling_are_told_apart(tmp_path, monkeypatch):
     assert [row.get("time/compile_s") for row in found] == [0.5, 2.5, None, None]
 
 
+def test_what_was_compiled_before_the_first_step_is_not_in_its_seconds(tmp_path, monkeypatch):
+    compiled = [7.0]
+    monkeypatch.setattr(metrics_module, "compile_seconds", lambda: compiled[0])
+    writer = MetricsWriter(tmp_path, "sft", total_steps=2)
+    for step, seconds in enumerate((10.0, 0.75, 0.0)):
+        compiled[0] += seconds
+        writer.write(step, {"x": 1.0})
+        writer.flush()
+    writer.close()
+    found = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row.get("time/compile_s") for row in found] == [None, 0.75, None]
+
+
 def test_flush_writes_what_is_held_back_once(tmp_path):
     writer = MetricsWriter(tmp_path, "ppo", total_steps=2)
     writer.write(1, {"x": 1.0})

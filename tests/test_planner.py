@@ -119,7 +119,7 @@ def test_alternatives_change_the_mesh_and_how_memory_is_saved():
 def test_the_best_alternative_comes_first(plan, monkeypatch):
     """What fits before what does not, and then what takes less time."""
 
-    def made(config, target, *, fast):
+    def made(config, target, prepared, *, fast):
         assert fast
         slow, large = config.model.remat != "none", config.model.remat == "dots"
         lies = Roofline(compute=1.0 + slow, hbm=0.0, ici=0.0)
@@ -127,7 +127,7 @@ def test_the_best_alternative_comes_first(plan, monkeypatch):
         of = on_a_chip_of(plan, 2e5) if large else plan
         return dataclasses.replace(of, config=config, costs=costs, fast=fast)
 
-    monkeypatch.setattr(planner, "make_plan", made)
+    monkeypatch.setattr(planner, "compile_plan", made)
     configs = planner.alternatives(settings(), "remat=dots;remat=full;remat=none")
     plans = planner.compare(configs, TARGET)
     assert [p.config.model.remat for p in plans] == ["none", "full", "dots"]

@@ -15,7 +15,8 @@ def long_tailed(count=3, num_prompts=200, batch_size=8, seed=0) -> PromptBuckets
 
 
 @pytest.mark.parametrize(
-    ("most", "count", "widths"), [(32, 1, [32]), (33, 3, [9, 17, 33]), (8, 4, [1, 2, 4, 8])]
+    ("most", "count", "widths"),
+    [(32, 1, [32]), (33, 3, [9, 17, 33]), (8, 4, [1, 2, 4, 8]), (3, 4, [1, 2, 3])],
 )
 def test_widths_are_halves(most, count, widths):
     lengths = np.arange(1, most + 1)

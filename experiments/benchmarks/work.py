@@ -118,7 +118,7 @@ class Work:
         compiled = lowered.compile()
         return functools.partial(compiled, frozen=self.frozen), time.perf_counter() - began
 
-    def flops(self) -> dict[str, int]:
+    def flops(self) -> dict[str, float]:
         """Of each phase, by the models' shape."""
         c = self.config
         where = dict(
