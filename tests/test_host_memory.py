@@ -25,7 +25,7 @@ found = [0]
 for _ in range(8):
     step(x).block_until_ready()
     found.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-# The least: a buffer that another thread lets go of a moment later makes the process grow once more.
+# The least: a buffer that another thread lets go of late makes the process grow once more.
 print(min(after - before for before, after in zip(found[1:], found[2:])))
 """
 
