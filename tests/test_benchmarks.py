@@ -1,6 +1,7 @@
 """The benchmarks run, and tell what they promise; no figure of theirs is judged here."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -43,6 +44,15 @@ def test_an_iteration_tells_all_of_its_figures(family):
     assert all(found[name] > 0 for name in promised.split())
     assert found["arguments"]["family"] == family and found["arguments"]["response_len"] == 8
     assert found["arguments"]["scan_layers"] == (family == "llama")
+
+
+@pytest.mark.slow
+def test_a_profile_tells_the_share_of_matrix_products():
+    done = benchmark("update", "--profile", *TINY)
+    assert last_line(done)["cpu_seconds"] > 0
+    (head,) = re.findall(r"jit_ppo_update: \S+ s in operations, (\S+) in products", done.stdout)
+    assert 0 < float(head) < 1
+    assert len(re.findall(r" ms +\d+ x +\w+\[[\d, ]*\] +\S+\n", done.stdout)) == 12
 
 
 @pytest.mark.slow

@@ -12,9 +12,9 @@ each response, in --num-micro-batches pieces or, packed, in as many of them as i
 """
 
 import dataclasses
+import functools
 import json
 import statistics
-from collections.abc import Callable
 from typing import Any
 
 from benchmarks.skewed import skewed_rollout, stop_tokens
@@ -115,7 +115,7 @@ def time_rollout(work: Work, repeats: int | None = None):
     """(seconds, responses)"""
     args = (work.state, work.numbers, work.prompts, work.key)
     compiled, compiled_in = work.compile(sample, *args)
-    return time_calls(lambda: compiled(*args), compiled_in, repeats)
+    return time_calls(compiled.func, lambda: compiled(*args), compiled_in, repeats)
 
 
 def time_score(work: Work, responses: Any, repeats: int | None = None):
@@ -128,7 +128,7 @@ def time_score(work: Work, responses: Any, repeats: int | None = None):
 
     args = (work.state, work.numbers, responses)
     compiled, compiled_in = work.compile(score, *args)
-    return time_calls(lambda: compiled(*args), compiled_in, repeats)
+    return time_calls(compiled.func, lambda: compiled(*args), compiled_in, repeats)
 
 
 def time_update(work: Work, experience: Any) -> Timed:
@@ -137,11 +137,11 @@ def time_update(work: Work, experience: Any) -> Timed:
     return time_steps(compiled, work, *args, compiled_in=compiled_in)
 
 
-def time_steps(step: Callable, work: Work, *args: Any, compiled_in: float) -> Timed:
+def time_steps(step: functools.partial, work: Work, *args: Any, compiled_in: float) -> Timed:
     """Of a program that takes the state and gives the next one."""
 
     def call():
         work.state, metrics = step(work.state, *args)
         return metrics
 
-    return time_calls(call, compiled_in, None)[0]
+    return time_calls(step.func, call, compiled_in, None)[0]

@@ -51,7 +51,7 @@ def skewed_rollout():
         compiled = function.lower(params, *batches[0]).compile()
         compiled_in = time.perf_counter() - began
         timed, found = time_calls(
-            lambda: [compiled(params, *batch) for batch in batches], compiled_in, None
+            compiled, lambda: [compiled(params, *batch) for batch in batches], compiled_in, None
         )
         return timed, np.concatenate([np.asarray(x.response_mask).sum(axis=1) for x in found])
 

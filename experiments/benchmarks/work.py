@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
+from benchmarks.profile import print_profile
 from ppo_jax import flops
 from ppo_jax.experience import PPONetworks, Recipe
 from ppo_jax.families import read_config
@@ -42,6 +43,7 @@ flags.DEFINE_integer(
     "refill", 0, "Free slots that prompts wait for; 0 is a quarter.", lower_bound=0
 )
 flags.DEFINE_bool("scan_layers", False, "One scanned body instead of layers one after the other.")
+flags.DEFINE_bool("profile", False, "Print the operations that the time of a program goes to.")
 flags.DEFINE_string("lengths", "fixed", "Of responses: fixed, or geometric:MEAN.")
 flags.DEFINE_integer("num_prompts", 128, "Of a rollout with geometric lengths.", lower_bound=1)
 flags.DEFINE_alias("num-prompts", "num_prompts")
@@ -108,8 +110,10 @@ class Work:
         self.prompts = random_prompts(FLAGS.batch)
         self.key = jax.random.key(4)
 
-    def compile(self, function: Callable, *args: Any, **options: Any) -> tuple[Callable, float]:
-        """(the compiled function, wall seconds to compile it)."""
+    def compile(
+        self, function: Callable, *args: Any, **options: Any
+    ) -> tuple[functools.partial, float]:
+        """(the compiled function, bound to the frozen parameters; wall seconds to compile it)."""
         parts = dict(networks=self.networks, recipe=self.recipe)
         began = time.perf_counter()
         lowered = jax.jit(functools.partial(function, **parts), **options).lower(
@@ -162,8 +166,10 @@ def model_config() -> ModelConfig:
 # --- seconds and figures --------------------------------------------------------------------------
 
 
-def time_calls(call: Callable, compiled_in: float, repeats: int | None) -> tuple[Timed, Any]:
-    """(seconds of each call but the first, what the last one gave)."""
+def time_calls(
+    program: jax.stages.Compiled, call: Callable, compiled_in: float, repeats: int | None
+) -> tuple[Timed, Any]:
+    """(seconds of each call of a program but the first, what the last one gave)."""
     cpu, wall = [], []
     result = jax.block_until_ready(call())
     for _ in range(FLAGS.repeats if repeats is None else repeats):
@@ -171,6 +177,8 @@ def time_calls(call: Callable, compiled_in: float, repeats: int | None) -> tuple
         result = jax.block_until_ready(call())
         cpu.append(time.process_time() - began[0])
         wall.append(time.perf_counter() - began[1])
+    if FLAGS.profile and wall:
+        print_profile(program, call)
     return Timed(cpu, wall, compiled_in), result
 
 
