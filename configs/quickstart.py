@@ -7,8 +7,8 @@ gap of 1 or more, and a policy that the gold judge prefers to SFT on 0.84 of uns
 nats of KL per response. The settings were chosen with the variant `validation`, the same run judged
 on other unseen prompts and sentences.
 
-The tiny variant is the same program with a small model from scratch, for a first look in under two
-minutes; expect a win rate near 0.7, and no sense in the texts:
+The tiny variant is the same program with a small model from scratch, for a first look in two
+minutes; expect a win rate of 0.6 or more, and no sense in the texts:
 
     python experiments/rlhf.py --config=configs/quickstart.py:tiny --workdir=runs/tiny
 """
