@@ -52,13 +52,7 @@ def train_ppo(config: Config, workdir: Path, base: str):
     texts, rows = data.texts, data.prompts
     num_steps, size = settings.num_iterations, settings.rollout_batch_size
     samples_each = settings.samples_per_prompt
-    buckets = PromptBuckets(
-        lengths=rows.mask.sum(axis=1),
-        max_length=rows.mask.shape[1],
-        count=settings.prompt_buckets,
-        batch_size=size // samples_each,
-        seed=config.seed,
-    )
+    buckets = make_buckets(settings, rows, config.seed)
     open_stage(
         "ppo",
         config,
@@ -105,6 +99,17 @@ def train_ppo(config: Config, workdir: Path, base: str):
                 run.settle()
                 append_rows(workdir / "samples.jsonl", samples(state, i + 1))
             run.end_step(i + 1, state, metrics)
+
+
+def make_buckets(settings: PPOSettings, prompts: Prompts, seed: int) -> PromptBuckets:
+    """Which prompts are in which iteration."""
+    return PromptBuckets(
+        lengths=prompts.mask.sum(axis=1),
+        max_length=prompts.mask.shape[1],
+        count=settings.prompt_buckets,
+        batch_size=settings.rollout_batch_size // settings.samples_per_prompt,
+        seed=seed,
+    )
 
 
 def find_models(config: Config, workdir: Path, base: str, layout: Layout):
