@@ -10,7 +10,7 @@ import os
 from absl import flags, logging
 
 from ppo_jax import cli
-from ppo_jax.export import DTYPES, export_stage
+from ppo_jax.pipeline.export import DTYPES, export_stage
 
 WORKDIR = flags.DEFINE_string("workdir", None, "A run's folder.", required=True)
 STAGE = flags.DEFINE_enum("stage", None, ["sft", "reward", "ppo"], "Whose model.", required=True)

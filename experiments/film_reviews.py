@@ -17,16 +17,16 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from ppo_jax.batches import encode_all
-from ppo_jax.data import RatedText, load_ratings, split_by_text, write_jsonl
-from ppo_jax.evaluate import Panel
-from ppo_jax.inputs import text_states
-from ppo_jax.judges import fit_ridge, fit_tfidf_judge, textblob_judge, vader_judge
-from ppo_jax.models import Model, load_model
-from ppo_jax.networks import trunk_network
-from ppo_jax.partition import split_params
-from ppo_jax.sharding import one_device
-from ppo_jax.sources import film_ratings
+from ppo_jax.data.encode import encode_all
+from ppo_jax.data.hidden_states import text_states
+from ppo_jax.data.records import RatedText, load_ratings, split_by_text, write_jsonl
+from ppo_jax.distributed.layout import one_device
+from ppo_jax.evaluation.evaluate import Panel
+from ppo_jax.evaluation.statistics import fit_ridge, fit_tfidf_judge, textblob_judge, vader_judge
+from ppo_jax.io.hub import film_ratings
+from ppo_jax.io.stage_folder import Model, load_model
+from ppo_jax.models.build import trunk_network
+from ppo_jax.models.partition import split_params
 
 BASE_MODEL = "package:smollm2-135m-instruct"
 OTHER_SETS = ("amazonReviewSnippets", "tweets")  # product reviews and tweets, rated alike

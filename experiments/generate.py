@@ -7,9 +7,10 @@ python experiments/generate.py --model=package:smollm2-135m-instruct --interacti
 
 from absl import flags, logging
 
-from ppo_jax import chat_terminal, cli
-from ppo_jax.generation import find_sampling
-from ppo_jax.models import load_model, stage_folder
+from ppo_jax import cli
+from ppo_jax.inference import terminal as chat_terminal
+from ppo_jax.inference.generate import find_sampling
+from ppo_jax.io.stage_folder import load_model, stage_folder
 
 PROMPT = flags.DEFINE_multi_string(
     "prompt", None, "What to respond to; may be repeated. Printed as PROMPT|RESPONSE."

@@ -2,7 +2,7 @@
 
 python experiments/rlhf.py --config=configs/quickstart.py --workdir=runs/quickstart
 
-Every field of ppo_jax/config.py can be set with --config.SECTION.FIELD=VALUE, for instance
+Every field of ppo_jax/config/ can be set with --config.SECTION.FIELD=VALUE, for instance
 --config.ppo.kl_coef=0.1; the comments there say what it means.
 """
 

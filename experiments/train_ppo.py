@@ -2,7 +2,7 @@
 
 python experiments/train_ppo.py --config=configs/ppo.py --workdir=runs/ppo
 
-Every field of ppo_jax/config.py can be set with --config.SECTION.FIELD=VALUE, for instance
+Every field of ppo_jax/config/ can be set with --config.SECTION.FIELD=VALUE, for instance
 --config.ppo.optimizer.learning_rate=1e-4; the comments there say what it means.
 """
 

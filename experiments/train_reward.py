@@ -2,7 +2,7 @@
 
 python experiments/train_reward.py --config=configs/reward.py --workdir=runs/reward
 
-Every field of ppo_jax/config.py can be set with --config.SECTION.FIELD=VALUE, for instance
+Every field of ppo_jax/config/ can be set with --config.SECTION.FIELD=VALUE, for instance
 --config.reward.optimizer.learning_rate=1e-4; the comments there say what it means.
 """
 

@@ -2,7 +2,7 @@
 
 python experiments/train_sft.py --config=configs/sft.py --workdir=runs/sft
 
-Every field of ppo_jax/config.py can be set with --config.SECTION.FIELD=VALUE, for instance
+Every field of ppo_jax/config/ can be set with --config.SECTION.FIELD=VALUE, for instance
 --config.sft.optimizer.learning_rate=1e-4; the comments there say what it means.
 """
 

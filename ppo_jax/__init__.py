@@ -1,24 +1,25 @@
 """PPO for aligning language models: pure functions in JAX.
 
-This module gives what computes: every name here is a pure function or a struct of arrays, and
-importing it loads neither Orbax nor transformers. What touches files (`hf`, `checkpoints`,
-`pipeline` ...) is a submodule and is loaded when it is first used.
+Every name of `__all__` is a pure function or a struct of arrays; importing it loads neither Orbax
+nor transformers. What touches files (`run`, `dry_run`, `load_policy`, `load_model`, `generate`,
+`evaluate`, `export`, `plan`) is loaded when it is first used.
 """
 
 import importlib
 
-from ppo_jax.advantages import gae, whiten
-from ppo_jax.distributions import entropy, sample, token_logprobs
-from ppo_jax.experience import (
+from ppo_jax.algorithms.experience import (
     PPONetworks,
     Recipe,
     make_experience,
     response_scores,
     sample_responses,
 )
-from ppo_jax.kl import adaptive_kl_coef, kl_estimate
-from ppo_jax.lora import init_lora, merge_lora
-from ppo_jax.losses import (
+from ppo_jax.algorithms.ppo import experience_loss, init_ppo, learn, ppo_iteration, ppo_update
+from ppo_jax.algorithms.supervised import reward_step, sft_loss, sft_step, text_scores
+from ppo_jax.core.advantages import gae, whiten
+from ppo_jax.core.distributions import entropy, token_logprobs
+from ppo_jax.core.kl import adaptive_kl_coef, kl_estimate
+from ppo_jax.core.losses import (
     clipped_policy_loss,
     clipped_value_loss,
     explained_variance,
@@ -26,45 +27,49 @@ from ppo_jax.losses import (
     ppo_loss,
     preference_loss,
 )
-from ppo_jax.masking import last_token_index, masked_mean, response_mask
-from ppo_jax.networks import (
-    ModelConfig,
-    Network,
-    RopeScaling,
+from ppo_jax.core.masking import last_token_index, masked_mean, response_mask
+from ppo_jax.core.network import Network, merge_params
+from ppo_jax.core.optimizer import apply_gradients, init_optimizer, schedule
+from ppo_jax.core.rewards import missing_eos_scores, token_rewards
+from ppo_jax.core.types import (
+    Experience,
+    Frozen,
+    Hyperparameters,
+    Optimizer,
+    PPOState,
+    PreferenceBatch,
+    Prompts,
+    Rollout,
+    TextBatch,
+    TrainState,
+)
+from ppo_jax.models.build import (
     policy_apply,
     policy_network,
     reward_network,
     trunk_network,
     value_network,
 )
-from ppo_jax.optimizer import apply_gradients, init_optimizer, schedule
-from ppo_jax.partition import merge_params, split_params
-from ppo_jax.ppo import experience_loss, init_ppo, learn, ppo_iteration, ppo_update
-from ppo_jax.rewards import missing_eos_scores, token_rewards
-from ppo_jax.rollout import response_outputs, rollout
-from ppo_jax.sampling import Sampling
-from ppo_jax.steps import (
-    PreferenceBatch,
-    TextBatch,
-    reward_step,
-    sft_loss,
-    sft_step,
-    text_scores,
-)
-from ppo_jax.structs import (
-    Experience,
-    Frozen,
-    Hyperparameters,
-    Optimizer,
-    PPOState,
-    Prompts,
-    Rollout,
-    TrainState,
-)
+from ppo_jax.models.config import ModelConfig, RopeScaling
+from ppo_jax.models.lora import init_lora, merge_lora
+from ppo_jax.models.partition import split_params
+from ppo_jax.rollout.decode import response_outputs, rollout
+from ppo_jax.rollout.sampling import Sampling, sample
 
 __version__ = "0.1.0"
 
-SHELL = ("checkpoints", "config", "data", "generation", "hf", "pipeline", "sources", "vocabulary")
+# Functions that touch files or devices: name -> where it is.
+SHELL = {
+    "dry_run": "pipeline.run:dry_run",
+    "evaluate": "evaluation.evaluate:evaluate",
+    "export": "pipeline.export:export_stage",
+    "generate": "inference.generate:generate",
+    "hf": "io.huggingface",
+    "load_model": "io.stage_folder:load_model",
+    "load_policy": "io.huggingface:load_policy",
+    "plan": "planner.planner:make_plan",
+    "run": "pipeline.run:run",
+}
 
 __all__ = [
     "Experience",
@@ -131,6 +136,12 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    if name in SHELL:
-        return importlib.import_module(f"ppo_jax.{name}")
-    raise AttributeError(f"module 'ppo_jax' has no attribute {name!r}")
+    if name not in SHELL:
+        raise AttributeError(f"module 'ppo_jax' has no attribute {name!r}")
+    module, _, function = SHELL[name].partition(":")
+    loaded = importlib.import_module(f"ppo_jax.{module}")
+    return getattr(loaded, function) if function else loaded
+
+
+def __dir__():
+    return sorted([*globals(), *SHELL])

@@ -11,13 +11,13 @@ import jax
 from absl import app, flags
 from ml_collections import config_dict, config_flags
 
-from ppo_jax import pipeline, processes
-from ppo_jax.compilation import keep_programs
-from ppo_jax.config import STAGES
-from ppo_jax.host_memory import keep_pages
-from ppo_jax.overrides import check_overrides, explain
-from ppo_jax.reward_functions import FunctionFailed
-from ppo_jax.sources import cache_dir
+from ppo_jax.config.flags import check_overrides, explain
+from ppo_jax.config.run import STAGES
+from ppo_jax.distributed import processes
+from ppo_jax.distributed.runtime import keep_pages, keep_programs
+from ppo_jax.io.hub import cache_dir
+from ppo_jax.pipeline import run as pipeline
+from ppo_jax.training.reward_functions import FunctionFailed
 
 USER_MISTAKE, INTERRUPTED = 2, 130  # exit codes
 OURS = pathlib.Path(__file__).parent

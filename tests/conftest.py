@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ppo_jax import sharding
+from ppo_jax.distributed import layout as sharding
 
 CACHE = pathlib.Path(os.environ.get("PPO_JAX_CACHE", "~/.cache/ppo_jax")).expanduser()
 

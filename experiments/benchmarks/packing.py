@@ -11,15 +11,16 @@ import time
 import jax
 import numpy as np
 
-from ppo_jax.batches import Texts, batch_indices
-from ppo_jax.config import OptimizerSettings
-from ppo_jax.inputs import make_inputs
-from ppo_jax.networks import ModelConfig, policy_network
-from ppo_jax.packing import fullness, pack
-from ppo_jax.sft_loop import as_text_batch
-from ppo_jax.sharding import init_in_pieces, one_device
-from ppo_jax.steps import sft_step
-from ppo_jax.training import compile_step, init_train_state, make_optimizer
+from ppo_jax.algorithms.supervised import sft_step
+from ppo_jax.config.stages import OptimizerSettings
+from ppo_jax.data.encode import Texts, batch_indices
+from ppo_jax.data.hidden_states import make_inputs
+from ppo_jax.data.packing import fullness, pack
+from ppo_jax.distributed.layout import init_in_pieces, one_device
+from ppo_jax.models.build import policy_network
+from ppo_jax.models.config import ModelConfig
+from ppo_jax.training.common import compile_step, init_train_state, make_optimizer
+from ppo_jax.training.sft import as_text_batch
 
 MAX_LENGTH = 256  # tokens
 SIZES = dict(num_layers=4, embed_dim=128, num_heads=4, num_kv_heads=4, head_dim=32, mlp_dim=384)

@@ -30,9 +30,9 @@ from benchmarks.work import (
     time_calls,
     utilisation,
 )
-from ppo_jax.experience import make_experience, response_scores
-from ppo_jax.experience import sample_responses as sample
-from ppo_jax.ppo import ppo_iteration, ppo_update
+from ppo_jax.algorithms.experience import make_experience, response_scores
+from ppo_jax.algorithms.experience import sample_responses as sample
+from ppo_jax.algorithms.ppo import ppo_iteration, ppo_update
 
 
 def rollout():

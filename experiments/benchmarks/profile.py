@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import jax
 
-from ppo_jax.hlo import Instruction, parse_module
+from ppo_jax.planner.hlo.text import Instruction, parse_module
 
 AROUND = ("while", "conditional", "call")  # what they spend is their bodies'
 MOST = 12  # lines

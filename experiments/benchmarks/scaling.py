@@ -20,10 +20,11 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator, ScalarFormatter
 from ml_collections import config_flags
 
-from ppo_jax import planner, plots
-from ppo_jax.chips import Chip, find_chip
-from ppo_jax.config import Config, from_config_dict
-from ppo_jax.plan_report import aligned, cell, figures
+from ppo_jax.config.run import Config, from_config_dict
+from ppo_jax.evaluation.report import plots
+from ppo_jax.planner import planner
+from ppo_jax.planner.chips import Chip, find_chip
+from ppo_jax.planner.report import aligned, cell, figures
 
 LANES = 128  # of a TPU: what a piece of the embedding should not fall below
 MOST_CHIPS = 256  # of a v5e or v6e topology

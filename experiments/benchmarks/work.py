@@ -15,13 +15,14 @@ import numpy as np
 from absl import flags
 
 from benchmarks.profile import print_profile
-from ppo_jax import flops
-from ppo_jax.experience import PPONetworks, Recipe
-from ppo_jax.families import read_config
-from ppo_jax.networks import ModelConfig, policy_network, reward_network, value_network
-from ppo_jax.ppo import init_ppo
-from ppo_jax.sampling import Sampling
-from ppo_jax.structs import Frozen, Hyperparameters, Optimizer, Prompts
+from ppo_jax.algorithms.experience import PPONetworks, Recipe
+from ppo_jax.algorithms.ppo import init_ppo
+from ppo_jax.core.types import Frozen, Hyperparameters, Optimizer, Prompts
+from ppo_jax.models.build import policy_network, reward_network, value_network
+from ppo_jax.models.config import ModelConfig
+from ppo_jax.models.families.families import read_config
+from ppo_jax.planner import flops
+from ppo_jax.rollout.sampling import Sampling
 
 FLAGS = flags.FLAGS
 flags.DEFINE_enum("family", "gpt2", ["gpt2", "llama", "qwen2"], "What the models compute.")

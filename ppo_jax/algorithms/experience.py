@@ -1,0 +1,291 @@
+"""From prompts to experience: responses, their scores, rewards, advantages.
+
+Dimension key: B responses, P prompt tokens, T response tokens, L = P + T.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ppo_jax.core.advantages import gae, whiten
+from ppo_jax.core.kl import kl_estimate
+from ppo_jax.core.losses import explained_variance
+from ppo_jax.core.masking import last_token_index, masked_mean
+from ppo_jax.core.network import Network, merge_params
+from ppo_jax.core.rewards import missing_eos_scores, token_rewards
+from ppo_jax.core.types import (
+    Experience,
+    Frozen,
+    Hyperparameters,
+    Params,
+    PPOState,
+    Prompts,
+    Rollout,
+)
+from ppo_jax.rollout.decode import response_outputs, response_statistics, rollout
+from ppo_jax.rollout.sampling import Sampling
+
+
+class Sampler(NamedTuple):
+    """The policy as the rollout runs it, where devices share the work in another way there."""
+
+    policy: Network
+    trunk: Network | None
+    place: Callable[[Params], Params]  # once an iteration: to where, and as, the rollout reads them
+
+
+class PPONetworks(NamedTuple):
+    """The networks of one run.
+
+    A network "on the trunk" reads the hidden states that the trunk gave during the rollout; any
+    other reads tokens. The policy is on the trunk whenever there is one.
+    """
+
+    policy: Network
+    value: Network
+    reward: Network | None = None  # None: scores come from outside
+    trunk: Network | None = None
+    value_on_trunk: bool = False
+    reward_on_trunk: bool = False
+    sampler: Sampler | None = None  # None: policy and trunk as they are
+
+
+CHOICES = {
+    "kl_control": ("adaptive", "fixed"),
+    "missing_eos": ("keep", "penalty", "replace"),
+    "old_logprobs": ("recompute", "rollout"),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What shapes the program of an iteration; the numbers are in `Hyperparameters`."""
+
+    sampling: Sampling
+    num_epochs: int  # passes over a rollout
+    num_minibatches: int  # optimizer steps a pass
+    num_micro_batches: int = 1  # pieces of a minibatch held in memory one after the other
+    packing: bool = False  # responses share rows in the update; pieces without responses are saved
+    kl_estimator: str = "k1"  # of the penalty in the rewards
+    kl_control: str = "fixed"  # or "adaptive"
+    missing_eos: str = "keep"  # the score of a response without a stop token, or "replace", or
+    # "penalty": see `missing_eos_scores`
+    old_logprobs: str = "rollout"  # those of the sampling, or "recompute"
+
+    def __post_init__(self):
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"unknown {name} {getattr(self, name)!r}; choose from {list(allowed)}"
+                )
+
+
+def sample_responses(
+    state: PPOState,
+    hyperparameters: Hyperparameters,
+    prompts: Prompts,
+    key: jax.Array,
+    *,
+    frozen: Frozen,
+    networks: PPONetworks,
+    recipe: Recipe,
+) -> Rollout:
+    """The rollout of one iteration with the current policy. The key is consumed."""
+    policy, trunk, place = networks.sampler or (networks.policy, networks.trunk, lambda x: x)
+    return rollout(
+        policy,
+        place(merge_params(frozen.policy, state.policy_params)),
+        prompts,
+        key,
+        sampling=recipe.sampling,
+        temperature=hyperparameters.temperature,
+        trunk=trunk,
+        trunk_params=None if trunk is None else place(frozen.trunk),
+    )
+
+
+def response_scores(rollout: Rollout, *, frozen: Frozen, networks: PPONetworks) -> jax.Array:
+    """The reward model's score of each response, [B] float32, read at its last token."""
+    inputs = rollout.hidden if networks.reward_on_trunk else rollout.tokens
+    start = rollout.prompt_mask.shape[1]
+    values = networks.reward.apply(frozen.reward, inputs, rollout.mask, start=start)
+    last = last_token_index(rollout.response_mask)
+    return jnp.take_along_axis(values, last[:, None], axis=1)[:, 0]
+
+
+def make_experience(
+    rollout: Rollout,
+    scores: jax.Array,
+    state: PPOState,
+    hyperparameters: Hyperparameters,
+    *,
+    frozen: Frozen,
+    networks: PPONetworks,
+    recipe: Recipe,
+) -> tuple[Experience, dict[str, jax.Array]]:
+    """Rewards, advantages and returns of a rollout.
+
+    Args:
+        rollout: B responses.
+        scores: [B] float, one a response.
+        state: holds the critic, and the coefficient of adaptive KL control.
+        hyperparameters: the numbers.
+        frozen: holds the reference.
+        networks: the networks.
+        recipe: the choices.
+
+    Returns:
+        (experience, metrics).
+    """
+    mask, numbers = rollout.response_mask, hyperparameters
+    policy_inputs = rollout.tokens if networks.trunk is None else rollout.hidden
+    value_inputs = rollout.hidden if networks.value_on_trunk else rollout.tokens
+    parts = dict(policy_inputs=policy_inputs, frozen=frozen, networks=networks)
+    ref_logprobs = policy_logprobs(rollout, frozen.ref_policy, numbers, **parts)
+    weights, told = jnp.float32(1.0), {}
+    if recipe.old_logprobs == "recompute":
+        logprobs = policy_logprobs(rollout, state.policy_params, numbers, **parts)
+        weights, told = importance_weights(logprobs, rollout.logprobs, mask, numbers)
+        rollout = rollout.replace(logprobs=jnp.where(mask, logprobs, 0.0))
+    values = response_outputs(
+        networks.value,
+        merge_params(frozen.value, state.value_params),
+        value_inputs,
+        rollout.mask,
+        response_length=mask.shape[1],
+    )
+    values = jnp.where(mask, values, 0.0)
+    rewards, metrics = response_rewards(rollout, scores, ref_logprobs, state, numbers, recipe)
+    advantages, returns = gae(
+        rewards, values, mask, gamma=numbers.gamma, gae_lambda=numbers.gae_lambda
+    )
+    experience = Experience(
+        policy_inputs=policy_inputs,
+        value_inputs=value_inputs,
+        mask=rollout.mask,
+        response_tokens=rollout.response_tokens,
+        response_mask=mask,
+        logprobs=rollout.logprobs,
+        values=values,
+        advantages=whiten(advantages, mask) * weights,
+        returns=returns,
+    )
+    metrics |= {"value/explained_variance": explained_variance(values, returns, mask)}
+    return experience, metrics | told
+
+
+def policy_logprobs(
+    rollout: Rollout,
+    params: Params,
+    hyperparameters: Hyperparameters,
+    *,
+    policy_inputs: jax.Array,
+    frozen: Frozen,
+    networks: PPONetworks,
+) -> jax.Array:
+    """Log-probs of the response tokens as the update computes them, [B, T] float32, undefined
+    where masked; `params` are the trained leaves, of the policy or of the reference."""
+    logprobs, _ = response_statistics(
+        networks.policy,
+        merge_params(frozen.policy, params),
+        policy_inputs,
+        rollout.mask,
+        rollout.response_tokens,
+        temperature=hyperparameters.temperature,
+    )
+    return logprobs
+
+
+def importance_weights(
+    logprobs: jax.Array,
+    sampled_logprobs: jax.Array,
+    mask: jax.Array,
+    hyperparameters: Hyperparameters,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Weights of the tokens that undo, within limits, that they were sampled by a policy whose
+    numbers are slightly others: one token at a time, with rounding of its own.
+
+    w = clip(exp(logprobs - sampled_logprobs), importance_low, importance_high)
+
+    The surrogate loss is linear in the advantages, so that times w is what they need.
+
+    Args:
+        logprobs: [B, T] float, as the update computes them.
+        sampled_logprobs: [B, T] float, of the sampling.
+        mask: [B, T] bool.
+        hyperparameters: holds the limits; 1 and 1 is no weight.
+
+    Returns:
+        (weights [B, T] float32, finite where masked; metrics of the difference).
+
+    Reference: Espeholt et al. 2018, https://arxiv.org/abs/1802.01561, truncated weights.
+    """
+    difference = jnp.where(mask, logprobs - sampled_logprobs, 0.0)
+    limits = hyperparameters.importance_low, hyperparameters.importance_high
+    weights = jnp.clip(jnp.exp(difference), *limits)
+    return weights, {
+        "policy/sampling_difference": masked_mean(jnp.abs(difference), mask),
+        "policy/sampling_difference_max": jnp.abs(difference).max(),
+        "policy/importance_weight": masked_mean(weights, mask),
+    }
+
+
+def response_rewards(
+    rollout: Rollout,
+    scores: jax.Array,
+    ref_logprobs: jax.Array,
+    state: PPOState,
+    hyperparameters: Hyperparameters,
+    recipe: Recipe,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The reward of each token: the score at the last, less the KL penalty at every one.
+
+    Args:
+        rollout: B responses.
+        scores: [B] float, one a response.
+        ref_logprobs: [B, T] float, of the tokens under the reference.
+        state: holds the coefficient of adaptive KL control.
+        hyperparameters: the numbers.
+        recipe: the choices.
+
+    Returns:
+        (rewards [B, T] float32, 0 where masked; metrics of scores, KL and responses).
+    """
+    mask = rollout.response_mask
+    adjusted = adjust_scores(scores, rollout.has_eos, hyperparameters, recipe)
+    kl_coef = hyperparameters.kl_coef if recipe.kl_control == "fixed" else state.kl_coef
+    rewards = token_rewards(
+        adjusted,
+        rollout.logprobs,
+        ref_logprobs,
+        mask,
+        kl_coef=kl_coef,
+        kl_kind=recipe.kl_estimator,
+    )
+    kl = jnp.where(mask, kl_estimate(rollout.logprobs, ref_logprobs, kind="k1"), 0.0)
+    metrics = {
+        "reward/score_mean": scores.mean(),
+        "reward/score_std": scores.std(),
+        "reward/adjusted_score_mean": adjusted.mean(),
+        "reward/kl_penalty": adjusted.mean() - rewards.sum(axis=1).mean(),
+        "kl/ref": kl.sum(axis=1).mean(),
+        "kl/coef": jnp.asarray(kl_coef, jnp.float32),
+        "response/length": mask.sum(axis=1).astype(jnp.float32).mean(),
+        "response/eos_fraction": rollout.has_eos.astype(jnp.float32).mean(),
+    }
+    return rewards, metrics
+
+
+def adjust_scores(scores, has_eos, hyperparameters: Hyperparameters, recipe: Recipe):
+    """The rule for responses that were cut off, as the recipe chooses it."""
+    number = hyperparameters.missing_eos_score
+    match recipe.missing_eos:
+        case "keep":
+            return scores
+        case "replace":
+            return missing_eos_scores(scores, has_eos, replace=number)
+        case _:
+            return missing_eos_scores(scores, has_eos, penalty=number)

@@ -1,0 +1,269 @@
+"""One PPO iteration as a composition of pure functions: roll out, score, estimate, update.
+
+Dimension key: B responses, T response tokens.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from ppo_jax.algorithms.experience import (
+    PPONetworks,
+    Recipe,
+    make_experience,
+    response_scores,
+    sample_responses,
+)
+from ppo_jax.algorithms.supervised import accumulate, accumulate_first
+from ppo_jax.core.kl import adaptive_kl_coef
+from ppo_jax.core.losses import ppo_loss
+from ppo_jax.core.network import merge_params
+from ppo_jax.core.optimizer import apply_gradients, init_optimizer, schedule
+from ppo_jax.core.types import (
+    Experience,
+    Frozen,
+    Hyperparameters,
+    Params,
+    PPOState,
+    Prompts,
+    Rollout,
+)
+from ppo_jax.rollout.decode import response_outputs, response_statistics
+from ppo_jax.rollout.packing import pack_rows, packed_experience
+
+
+def init_ppo(
+    policy_params: Params, value_params: Params, hyperparameters: Hyperparameters
+) -> PPOState:
+    """The state before the first iteration. The parameters are copied: the state is donated by
+    the loops, and shares no buffer with the reference or the reward model."""
+    trained = jax.tree.map(jnp.copy, {"policy": policy_params, "value": value_params})
+    return PPOState(
+        step=jnp.int32(0),
+        episodes=jnp.int32(0),
+        policy_params=trained["policy"],
+        value_params=trained["value"],
+        opt_state=init_optimizer(hyperparameters.optimizer, trained),
+        kl_coef=jnp.array(hyperparameters.kl_coef, jnp.float32),  # a copy: donated as well
+    )
+
+
+def experience_loss(
+    params: Params,
+    experience: Experience,
+    hyperparameters: Hyperparameters,
+    *,
+    frozen: Frozen,
+    networks: PPONetworks,
+    normalizer: jax.Array | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The PPO loss of a piece of experience.
+
+    Args:
+        params: {"policy": trained leaves, "value": trained leaves}.
+        experience: B responses, or rows of responses.
+        hyperparameters: the numbers; a temperature of 0 counts as 1.
+        frozen: the leaves that are not trained.
+        networks: the networks.
+        normalizer: [] float, the response tokens to divide by; by default those of this piece.
+
+    Returns:
+        (loss, metrics).
+    """
+    e, mask = experience, experience.response_mask
+    packed = dict(segments=e.segments, at=e.at)
+    logprobs, entropies = response_statistics(
+        networks.policy,
+        merge_params(frozen.policy, params["policy"]),
+        e.policy_inputs,
+        e.mask,
+        e.response_tokens,
+        temperature=hyperparameters.temperature,
+        **packed,
+    )
+    values = response_outputs(
+        networks.value,
+        merge_params(frozen.value, params["value"]),
+        e.value_inputs,
+        e.mask,
+        response_length=mask.shape[1],
+        **packed,
+    )
+    return ppo_loss(
+        logprobs,
+        values,
+        entropies,
+        mask,
+        old_logprobs=e.logprobs,
+        old_values=e.values,
+        advantages=e.advantages,
+        returns=e.returns,
+        clip_range=hyperparameters.clip_range,
+        clip_range_high=hyperparameters.clip_range_high,
+        value_clip_range=hyperparameters.value_clip_range,
+        vf_coef=hyperparameters.vf_coef,
+        entropy_coef=hyperparameters.entropy_coef,
+        normalizer=normalizer,
+    )
+
+
+def ppo_update(
+    state: PPOState,
+    experience: Experience,
+    hyperparameters: Hyperparameters,
+    key: jax.Array,
+    *,
+    frozen: Frozen,
+    networks: PPONetworks,
+    recipe: Recipe,
+) -> tuple[PPOState, dict[str, jax.Array]]:
+    """num_epochs x num_minibatches optimizer steps on one experience, shuffled anew each epoch.
+
+    Args:
+        state: what is trained; its step and episode count are not moved here.
+        experience: B responses; num_minibatches x num_micro_batches divides B.
+        hyperparameters: the numbers.
+        key: consumed; orders the shuffles.
+        frozen: the leaves that are not trained.
+        networks: the networks.
+        recipe: the choices.
+
+    Returns:
+        (state, metrics of each optimizer step [num_epochs * num_minibatches], in their order).
+
+    Raises:
+        ValueError: packing, with a network that does not take packed rows.
+    """
+    if recipe.packing and not (networks.policy.packs and networks.value.packs):
+        raise ValueError(
+            "packing needs networks that take `segments` and `at` and say so (Network.packs), got "
+            f"policy {networks.policy.packs}, value {networks.value.packs}"
+        )
+    batch_size = experience.mask.shape[0]
+    factor = schedule(hyperparameters.optimizer, state.step)
+    rates = {
+        "policy": hyperparameters.optimizer.learning_rate * factor,
+        "value": hyperparameters.value_learning_rate * factor,
+    }
+    orders = jax.vmap(lambda k: jax.random.permutation(k, batch_size))(
+        jax.random.split(key, recipe.num_epochs)
+    )
+
+    def step(carry, rows):
+        params, opt_state = carry
+        minibatch = jax.tree.map(lambda x: x[rows], experience)
+        normalizer = minibatch.response_mask.sum().astype(jnp.float32)
+
+        def loss(params, piece):
+            return experience_loss(
+                params,
+                piece,
+                hyperparameters,
+                frozen=frozen,
+                networks=networks,
+                normalizer=normalizer,
+            )
+
+        sums = accumulate_packed if recipe.packing else accumulate
+        gradients, metrics = sums(loss, params, minibatch, recipe.num_micro_batches)
+        params, opt_state, norm = apply_gradients(
+            hyperparameters.optimizer, gradients, opt_state, params, rates
+        )
+        return (params, opt_state), metrics | {"policy/grad_norm": norm}
+
+    carry = ({"policy": state.policy_params, "value": state.value_params}, state.opt_state)
+    rows = orders.reshape(recipe.num_epochs * recipe.num_minibatches, -1)
+    (params, opt_state), metrics = jax.lax.scan(step, carry, rows)
+    state = state.replace(
+        policy_params=params["policy"], value_params=params["value"], opt_state=opt_state
+    )
+    rates = {"policy/learning_rate": rates["policy"], "value/learning_rate": rates["value"]}
+    return state, metrics | {k: jnp.full(len(rows), v) for k, v in rates.items()}
+
+
+def accumulate_packed(
+    loss: Callable[..., tuple[jax.Array, dict]],
+    params: Params,
+    minibatch: Experience,
+    num_micro_batches: int,
+) -> tuple[Params, dict[str, jax.Array]]:
+    """`accumulate` with the responses in as few rows as they fit in, and those rows in pieces.
+
+    The pieces have as many rows as without packing. Where no more rows are in use, it ends.
+    """
+    rows, used = pack_rows(minibatch.mask, minibatch.response_mask)
+    size = rows.mask.shape[0] // num_micro_batches
+    pieces = (used + size - 1) // size
+
+    def piece(i):
+        of_piece = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i * size, size), rows)
+        return packed_experience(minibatch, of_piece)
+
+    gradients, metrics = accumulate_first(loss, params, piece, pieces)
+    real, trained = (rows.segments > 0).sum(), pieces * size * rows.segments.shape[1]
+    return gradients, metrics | {"ppo/row_fill": real / trained}
+
+
+def learn(
+    state: PPOState,
+    hyperparameters: Hyperparameters,
+    rollout: Rollout,
+    scores: jax.Array,
+    key: jax.Array,
+    *,
+    frozen: Frozen,
+    networks: PPONetworks,
+    recipe: Recipe,
+) -> tuple[PPOState, dict[str, jax.Array]]:
+    """What follows the scores in an iteration: experience, update, KL control. Key consumed."""
+    parts = dict(frozen=frozen, networks=networks, recipe=recipe)
+    experience, metrics = make_experience(rollout, scores, state, hyperparameters, **parts)
+    state, updates = ppo_update(state, experience, hyperparameters, key, **parts)
+    metrics |= {k: v.max() if k.endswith("_max") else v.mean() for k, v in updates.items()}
+    batch_size = scores.shape[0]
+    kl_coef = state.kl_coef
+    if recipe.kl_control == "adaptive":
+        kl_coef = adaptive_kl_coef(
+            kl_coef,
+            metrics["kl/ref"],
+            target_kl=hyperparameters.target_kl,
+            horizon=hyperparameters.kl_horizon,
+            batch_size=batch_size,
+        )
+    state = state.replace(
+        step=state.step + 1, episodes=state.episodes + batch_size, kl_coef=kl_coef
+    )
+    return state, metrics | {"reward/episodes": state.episodes}
+
+
+def ppo_iteration(
+    state: PPOState,
+    hyperparameters: Hyperparameters,
+    prompts: Prompts,
+    key: jax.Array,
+    *,
+    frozen: Frozen,
+    networks: PPONetworks,
+    recipe: Recipe,
+) -> tuple[PPOState, dict[str, jax.Array]]:
+    """One whole iteration with a learned reward model: a single program.
+
+    Args:
+        state: what is trained.
+        hyperparameters: every number.
+        prompts: B prompts.
+        key: consumed; `jax.random.fold_in(root_key, state.step)` makes a resumed run the same run.
+        frozen: reference, reward model, trunk.
+        networks: the networks; `networks.reward` is not None.
+        recipe: the choices.
+
+    Returns:
+        (state, metrics).
+    """
+    parts = dict(frozen=frozen, networks=networks, recipe=recipe)
+    rollout_key, shuffle_key = jax.random.split(key)
+    responses = sample_responses(state, hyperparameters, prompts, rollout_key, **parts)
+    scores = response_scores(responses, frozen=frozen, networks=networks)
+    state, metrics = learn(state, hyperparameters, responses, scores, shuffle_key, **parts)
+    return state, metrics

@@ -1,0 +1,198 @@
+"""Training steps: `(state, batch, numbers) -> (state, metrics)`, pure, to be jitted by the loops.
+
+Dimension key: N texts, M pairs, B responses, P prompt tokens, T response tokens, L positions.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ppo_jax.core.distributions import token_logprobs
+from ppo_jax.core.losses import next_token_loss, preference_loss
+from ppo_jax.core.masking import last_token_index
+from ppo_jax.core.network import Network, merge_params
+from ppo_jax.core.optimizer import apply_gradients, schedule
+from ppo_jax.core.types import Optimizer, Params, PreferenceBatch, TextBatch, TrainState
+
+
+def sft_loss(
+    network: Network, params: Params, batch: TextBatch, *, normalizer: jax.Array | None = None
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Negative log-likelihood of the tokens in `loss_mask`, nats a token.
+
+    Args:
+        network: gives logits; it must take `segments` where the batch has them.
+        params: all of its parameters.
+        batch: N texts, or N rows of texts.
+        normalizer: [] float, the token count to divide by; by default this batch's own.
+
+    Returns:
+        (loss, metrics).
+    """
+    packed = {} if batch.segments is None else {"segments": batch.segments[:, :-1]}
+    logits = network.apply(params, batch.inputs[:, :-1], batch.mask[:, :-1], **packed)
+    logprobs = token_logprobs(logits, batch.tokens[:, 1:])
+    return next_token_loss(logprobs, batch.loss_mask[:, 1:], normalizer=normalizer)
+
+
+def sft_step(
+    state: TrainState,
+    batch: TextBatch,
+    optimizer: Optimizer,
+    *,
+    network: Network,
+    frozen: Params,
+    num_micro_batches: int = 1,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One step of supervised fine-tuning.
+
+    Args:
+        state: trained leaves and their optimizer state.
+        batch: N rows, a multiple of `num_micro_batches`.
+        optimizer: its numbers.
+        network: gives logits; starts where `batch.inputs` end.
+        frozen: the leaves of `network` that are not trained.
+        num_micro_batches: pieces of the batch that are held in memory one after the other; the
+            gradient is the same for any number.
+
+    Returns:
+        (state, metrics).
+    """
+    normalizer = batch.loss_mask[:, 1:].sum().astype(jnp.float32)
+
+    def loss(params, piece):
+        return sft_loss(network, merge_params(frozen, params), piece, normalizer=normalizer)
+
+    gradients, metrics = accumulate(loss, state.params, batch, num_micro_batches)
+    return take_step(state, gradients, metrics, optimizer, "sft")
+
+
+def text_scores(
+    network: Network, params: Params, inputs: jax.Array, mask: jax.Array, *, num_micro_batches=1
+) -> jax.Array:
+    """Scores of whole texts, read at their last token.
+
+    Args:
+        network: gives one scalar a position.
+        params: all of its parameters.
+        inputs: [N, L] int32 tokens, or [N, L, D] hidden states.
+        mask: [N, L] bool.
+        num_micro_batches: pieces computed one after the other and, for the gradient, again.
+
+    Returns:
+        [N] float32.
+    """
+
+    def last_value(piece):
+        values = network.apply(params, *piece)
+        return jnp.take_along_axis(values, last_token_index(piece[1])[:, None], axis=1)[:, 0]
+
+    if num_micro_batches == 1:
+        return last_value((inputs, mask))
+    pieces = split((inputs, mask), num_micro_batches)
+    return jax.lax.map(jax.checkpoint(last_value), pieces).T.reshape(-1)
+
+
+def reward_step(
+    state: TrainState,
+    batch: PreferenceBatch,
+    optimizer: Optimizer,
+    *,
+    network: Network,
+    frozen: Params,
+    num_micro_batches: int = 1,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One step of reward-model training on preferences between the texts of one batch.
+
+    Each text is run once, however many pairs it is in. Arguments as for `sft_step`.
+    """
+
+    def loss(params):
+        scores = text_scores(
+            network,
+            merge_params(frozen, params),
+            batch.inputs,
+            batch.mask,
+            num_micro_batches=num_micro_batches,
+        )
+        chosen, rejected = scores[batch.pairs[:, 0]], scores[batch.pairs[:, 1]]
+        return preference_loss(chosen, rejected, mask=batch.valid)
+
+    (_, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(state.params)
+    return take_step(state, gradients, metrics, optimizer, "reward_model")
+
+
+def take_step(
+    state: TrainState, gradients: Params, metrics: dict, optimizer: Optimizer, group: str
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Apply gradients at the scheduled learning rate; add the rate and the norm to the metrics."""
+    rate = optimizer.learning_rate * schedule(optimizer, state.step)
+    params, opt_state, norm = apply_gradients(
+        optimizer, gradients, state.opt_state, state.params, rate
+    )
+    metrics = metrics | {f"{group}/learning_rate": rate, f"{group}/grad_norm": norm}
+    return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+
+def split(batch: Any, pieces: int) -> Any:
+    """Every leaf [N, ...] as [pieces, N / pieces, ...]; piece i has the rows i, i + pieces, ...
+
+    So each device, which holds neighbouring rows, has its share of every piece.
+    """
+    return jax.tree.map(lambda x: x.reshape(-1, pieces, *x.shape[1:]).swapaxes(0, 1), batch)
+
+
+def accumulate(
+    loss: Callable[..., tuple[jax.Array, dict]], params: Params, batch: Any, num_micro_batches: int
+) -> tuple[Params, dict[str, jax.Array]]:
+    """Gradient and metrics of a loss summed over micro-batches.
+
+    Args:
+        loss: (params, piece) -> (loss, metrics), both divided by the count of the *whole* batch,
+            so that the pieces add up. Metrics named `*_max` are maxima instead.
+        params: what to differentiate.
+        batch: a tree of [N, ...].
+        num_micro_batches: divides N.
+
+    Returns:
+        (gradients, metrics).
+    """
+    gradient = jax.grad(loss, has_aux=True)
+    if num_micro_batches == 1:
+        return gradient(params, batch)
+    pieces = split(batch, num_micro_batches)
+    first = gradient(params, jax.tree.map(lambda x: x[0], pieces))
+    rest = jax.tree.map(lambda x: x[1:], pieces)
+    return jax.lax.scan(lambda sums, x: (add(sums, gradient(params, x)), None), first, rest)[0]
+
+
+def accumulate_first(
+    loss: Callable[..., tuple[jax.Array, dict]],
+    params: Params,
+    piece: Callable[[jax.Array], Any],
+    count: jax.Array,
+) -> tuple[Params, dict[str, jax.Array]]:
+    """`accumulate` over the pieces 0, 1, .. count - 1, a count that only the program knows.
+
+    Args:
+        loss: see `accumulate`; a maximum is at least 0.
+        params: what to differentiate.
+        piece: number -> piece.
+        count: [] int32.
+
+    Returns:
+        (gradients, metrics).
+    """
+    gradient = jax.grad(loss, has_aux=True)
+    shapes = jax.eval_shape(lambda: gradient(params, piece(jnp.int32(0))))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return jax.lax.fori_loop(0, count, lambda i, sums: add(sums, gradient(params, piece(i))), zeros)
+
+
+def add(sums: tuple[Params, dict], found: tuple[Params, dict]) -> tuple[Params, dict]:
+    """(gradients, metrics) of two parts, see `accumulate`."""
+    gradients, metrics = jax.tree.map(jnp.add, sums, found)
+    maxima = {k: jnp.maximum(v, sums[1][k]) for k, v in found[1].items() if k.endswith("_max")}
+    return gradients, metrics | maxima

@@ -1,0 +1,109 @@
+"""The flags `--config.a.b=value`, checked by the types of the settings; mistakes in one line.
+
+What ml_collections and absl say of a wrong flag names neither the setting nor what is allowed.
+"""
+
+import dataclasses
+import os
+import re
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+from ppo_jax.config.parsing import WORDS, Limit, hints_of, options, unknown_setting
+from ppo_jax.config.run import Config
+
+OVERRIDE = re.compile(r"--?config\.([^=]+)(?:=(.*))?", re.DOTALL)
+FILE = re.compile(r"--?config(?:=(.*))?")
+BOOLEANS = ("true", "false", "t", "f", "1", "0")
+READ = {int: int, float: float, Limit: float}
+
+
+def check_overrides(argv: Sequence[str]):
+    """Check the flags of a config, if there are any.
+
+    Args:
+        argv: of a script, its name first.
+
+    Raises:
+        ValueError: no config file or one that is not there, a setting that does not exist, or a
+            value that is not of its type.
+    """
+    overrides = [match for match in map(OVERRIDE.fullmatch, argv) if match]
+    files = [(i, match) for i, match in enumerate(map(FILE.fullmatch, argv)) if match]
+    if overrides and not files:
+        raise ValueError(f"--config=FILE.py must be given before --config.{overrides[0][1]}")
+    for i, match in files:
+        name = match[1] if match[1] is not None else "".join(argv[i + 1 : i + 2])
+        path = name.partition(":")[0]
+        if not os.path.isfile(path):
+            raise ValueError(f"--config must be a config file, got {path!r}, which is not there")
+    for match in overrides:
+        check_override(match[1], match[2])
+
+
+def check_override(name: str, text: str | None):
+    """A text is a value of the setting; None is no text, or one that stands apart."""
+    hint = hint_of(name)
+    if cls := section_of(hint):
+        example = f"--config.{name}.{next(iter(hints_of(cls)))}=..."
+        raise ValueError(f"{name} must be set field by field, {example}, got {text!r}")
+    if text is not None and not any(is_text_of(option, text) for option in options(hint)):
+        words = " or ".join(WORDS[option] for option in options(hint))
+        raise ValueError(f"{name} must be {words}, got {text!r}")
+
+
+def hint_of(name: str) -> Any:
+    """The type of a setting, of "ppo.kl_coef" for instance."""
+    hint, before = Config, ""
+    for part in name.split("."):
+        cls = section_of(hint)
+        if cls is None:
+            raise ValueError(f"{before[:-1]} is a setting and has no fields, got {name}")
+        hints = hints_of(cls)
+        if part not in hints:
+            raise ValueError(unknown_setting(before, part, hints))
+        hint, before = hints[part], f"{before}{part}."
+    return hint
+
+
+def section_of(hint: Any) -> type | None:
+    """The dataclass among the types of a setting."""
+    return next((option for option in options(hint) if dataclasses.is_dataclass(option)), None)
+
+
+def is_text_of(option: Any, text: str) -> bool:
+    """Whether a text can be read as a type."""
+    if option is bool:
+        return text.lower() in BOOLEANS
+    try:
+        READ.get(option, str)(text)
+    except ValueError:
+        return False
+    return True
+
+
+def explain(error: Exception) -> str:
+    """What went wrong while flags and the config file were read, in one line.
+
+    A config file is Python: where it stumbles, the file and the line are told.
+    """
+    text = str(error.args[0] if error.args else error)
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}:{error.lineno}: {error.msg}"
+    if match := re.match(r'Override (\S+) can not be applied because field "(\w+)" is None', text):
+        return f"{match[1]} cannot be set: the config has no section {match[2]}"
+    if match := re.match(r"flag --(\w+)=None: Flag --\1 must have a value", text):
+        return f"--{match[1]} is missing"
+    if "no attribute 'get_config'" in text:
+        return "the config file must have a function get_config"
+    if "get_config() takes" in text:
+        return "this config file has no variants: leave out the colon and what follows it"
+    if "Traceback" in text:  # ml_collections puts that of a config file into the message
+        kind, _, text = text.strip().splitlines()[-1].partition(": ")
+        return text if kind == "ValueError" else f"the config file gives a {kind}: {text}"
+    if isinstance(error, NameError | ImportError):
+        frames = traceback.extract_tb(error.__traceback__)
+        place = next(f for f in reversed(frames) if not f.filename.startswith("<frozen"))
+        return f"{place.filename}:{place.lineno}: {text}"
+    return "; ".join(line.strip() for line in text.splitlines() if line.strip())

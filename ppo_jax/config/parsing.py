@@ -1,0 +1,205 @@
+"""From nested dictionaries to frozen dataclasses: every value of its type, every error named.
+
+A field's hint is str, int, float, bool, `Limit`, tuple[str, ...], another dataclass (a section),
+`str | int`, or one of these with None.
+"""
+
+import dataclasses
+import difflib
+import importlib
+import math
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable, Collection
+from typing import Annotated, Any
+
+Limit = Annotated[float, "may be inf"]  # a float for which inf is no limit
+TEXTS = tuple[str, ...]
+
+WORDS = {
+    str: "a text",
+    int: "a whole number",
+    float: "a number",
+    Limit: "a number (or inf)",
+    bool: "True or False",
+    TEXTS: "a list of texts",
+    types.NoneType: "None",
+}
+RULES = {
+    "> 0": lambda x: x > 0,
+    ">= 0": lambda x: x >= 0,
+    "in (0, 1)": lambda x: 0 < x < 1,
+    "in (0, 1]": lambda x: 0 < x <= 1,
+    "in [0, 1)": lambda x: 0 <= x < 1,
+    "in [0, 1]": lambda x: 0 <= x <= 1,
+}
+
+
+class Check:
+    """The rules of one section. One that is broken gives a ValueError with field, rule and value.
+
+    Args:
+        settings: the section.
+        section: its name, "ppo.optimizer" for instance; "" is the whole config.
+    """
+
+    def __init__(self, settings: Any, section: str):
+        self.settings, self.prefix = settings, section and f"{section}."
+
+    def that(self, holds: bool, field: str, rule: str):
+        """`rule` says in words what `holds` tells of the field."""
+        if not holds:
+            got = getattr(self.settings, field)
+            raise ValueError(f"{self.prefix}{field} must be {rule}, got {got!r}")
+
+    def each(self, rule: str, *fields: str):
+        """Every one of the fields keeps a rule of `RULES`."""
+        for field in fields:
+            self.that(RULES[rule](getattr(self.settings, field)), field, rule)
+
+    def choice(self, field: str, *choices: Any):
+        self.that(getattr(self.settings, field) in choices, field, f"one of {list(choices)}")
+
+    def multiple(self, field: str, divisor: int, words: str):
+        """`words` say what the divisor is."""
+        holds = getattr(self.settings, field) % divisor == 0
+        self.that(holds, field, f"a multiple of {words} ({divisor})")
+
+
+def options(hint: Any) -> tuple:
+    """The types that a hint allows."""
+    is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    return typing.get_args(hint) if is_union else (hint,)
+
+
+def hints_of(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls, include_extras=True)
+
+
+def filled_in(cls: type, values: dict) -> dict:
+    """The values with the defaults of the fields that are not among them, section by section.
+
+    Meant for a dictionary that keeps the type of each of its values from then on: an int stands
+    as a float where the field is one, and as text where the field is a word or a number, so that
+    a later value may be 0.5 after 1, or "all" after 4. Nothing is checked.
+    """
+    hints = hints_of(cls)
+    fields = {f.name: f.default for f in dataclasses.fields(cls)}
+    defaults = {k: v for k, v in fields.items() if v is not dataclasses.MISSING}
+    sections = {k: v for k, v in defaults.items() if dataclasses.is_dataclass(v)}
+    defaults |= {k: dataclasses.asdict(v) for k, v in sections.items()}
+    return {k: widened(hints.get(k), v) for k, v in (defaults | values).items()}
+
+
+def widened(hint: Any, value: Any) -> Any:
+    """One value of `filled_in`."""
+    allowed = options(hint)
+    if isinstance(value, dict):
+        section = next((o for o in allowed if dataclasses.is_dataclass(o)), None)
+        return filled_in(section, value) if section else value
+    if type(value) is int and (float in allowed or Limit in allowed):
+        return float(value)
+    return str(value) if type(value) is int and str in allowed else value
+
+
+def build(cls: type, values: Any, section: str = "") -> Any:
+    """One dataclass from a dictionary of its fields.
+
+    Args:
+        cls: a dataclass; its `__post_init__` checks ranges.
+        values: {field: value}; a section is a dictionary in its turn.
+        section: what stands before the field in messages, with its dot.
+
+    Raises:
+        ValueError: a key that does not exist, a value of the wrong type or a missing field, with
+            the field, what was given and what is allowed.
+    """
+    name = section.rstrip(".") or "config"
+    if not isinstance(values, dict):
+        raise ValueError(f"{name} must be a section of settings, got {values!r}")
+    hints = hints_of(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    if unknown := sorted(set(values) - set(fields)):
+        raise ValueError(unknown_setting(section, unknown[0], fields))
+    for field in fields.values():
+        no_default = field.default is dataclasses.MISSING
+        if no_default and field.name not in values:
+            raise ValueError(f"{section}{field.name} must be given")
+    return cls(**{k: convert(hints[k], v, f"{section}{k}") for k, v in values.items()})
+
+
+def unknown_setting(section: str, name: str, known: Collection[str]) -> str:
+    """What to say of a name that is none of the settings of a section.
+
+    >>> unknown_setting("ppo.", "kl_coeff", ["kl_coef", "seed"])
+    "unknown setting ppo.kl_coeff; did you mean 'kl_coef'?"
+    >>> unknown_setting("ppo.", "beta", ["kl_coef", "seed"])
+    "unknown setting ppo.beta; known: ['kl_coef', 'seed']"
+    """
+    near = difflib.get_close_matches(name, known, n=1)
+    rest = f"did you mean {near[0]!r}?" if near else f"known: {sorted(known)}"
+    return f"unknown setting {section}{name}; {rest}"
+
+
+def convert(hint: Any, value: Any, field: str) -> Any:
+    """A value as the type of its field, or a ValueError that names the field."""
+    allowed = options(hint)
+    if value is None and types.NoneType in allowed:
+        return None
+    if set(allowed) == {str, int} and isinstance(value, str) and value.isdecimal():
+        return int(value)  # see `filled_in`
+    for option in allowed:
+        if dataclasses.is_dataclass(option):
+            return build(option, value, field + ".")
+        if option == TEXTS:
+            if isinstance(value, list | tuple) and all(isinstance(x, str) for x in value):
+                return tuple(value)
+        elif option in (float, Limit):
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                finite = math.isfinite(value) or (option == Limit and value == math.inf)
+                if not finite:
+                    raise ValueError(f"{field} must be a finite number, got {value!r}")
+                return float(value)
+        elif type(value) is option:
+            return value
+    words = " or ".join(WORDS[option] for option in allowed)
+    raise ValueError(f"{field} must be {words}, got {value!r}")
+
+
+def load_function(name: str, field: str) -> Callable:
+    """The function that "module:function" names; modules of the current folder are found.
+
+    Raises:
+        ValueError: there is no such module or function.
+    """
+    module_name, _, function_name = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, SyntaxError, AttributeError, ValueError) as error:
+        told = f"{field} must be 'module:function', got {name!r}: {error}{hint(name)}"
+        raise ValueError(told) from error
+    if not callable(function):
+        raise ValueError(f"{field} must name a function, got {name!r}, which is {function!r}")
+    return function
+
+
+def hint(name: str) -> str:
+    """How to write what looks like a file, or has a dot for the colon; "" for anything else.
+
+    >>> hint("rewards/mine.py:score")
+    '; write it as module:function, e.g. rewards.mine:score'
+    >>> hint("mine.score")
+    '; write it as module:function, e.g. mine:score'
+    >>> hint("mine:score")
+    ''
+    """
+    module, _, function = name.partition(":")
+    if not function and not name.endswith(".py"):
+        module, _, function = name.rpartition(".")
+    module = module.removesuffix(".py").replace("/", ".").strip(".")
+    better = f"{module}:{function or 'score'}"
+    return f"; write it as module:function, e.g. {better}" if module and better != name else ""

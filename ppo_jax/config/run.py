@@ -1,0 +1,124 @@
+"""Settings: frozen dataclasses, validated before anything is allocated.
+
+A `ConfigDict` lives between the command line and `from_config_dict`, nowhere else. All sizes are
+global. A section that is None means that the stage is not part of the run.
+"""
+
+import dataclasses
+
+from ml_collections import config_dict
+
+from ppo_jax.config.mesh import MeshSettings
+from ppo_jax.config.parsing import Check, build, filled_in
+from ppo_jax.config.stages import (
+    EvaluateSettings,
+    OptimizerSettings,
+    PPOSettings,
+    RewardSettings,
+    SFTSettings,
+)
+
+STAGES = ("sft", "reward", "ppo", "evaluate")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScratchSettings:
+    """A Llama-shaped model with random weights and a tokenizer trained on the data."""
+
+    vocab_size: int = 2048  # tokens, byte-level BPE
+    num_layers: int = 4  # Transformer blocks
+    embed_dim: int = 128  # width of the hidden states
+    num_heads: int = 4  # of embed_dim / num_heads numbers each
+    mlp_dim: int = 384  # width inside the feed-forward layers
+    max_length: int = 128  # tokens, prompt and response together
+
+    def __post_init__(self):
+        check = Check(self, "model.scratch")
+        check.each("> 0", *(field.name for field in dataclasses.fields(self)))
+        check.multiple("embed_dim", 2 * self.num_heads, "2 x num_heads")
+        check.that(self.vocab_size >= 300, "vocab_size", ">= 300")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """The base model: where everything starts."""
+
+    path: str = ""  # a Hugging Face folder, a .gguf file, a hub id or "package:NAME"
+    scratch: ScratchSettings | None = None  # instead of a path
+    dtype: str = "float32"  # of the computation; "bfloat16" on accelerators, or "float16"
+    frozen_dtype: str = "float32"  # of parameters that are not trained, the reference's and the
+    # reward model's among them; "bfloat16" halves their memory
+    scan_layers: bool = False  # True compiles faster; False runs faster on CPUs
+    remat: str = "none"  # what the backward pass computes again to save memory: "none" is fastest,
+    # "dots" keeps the products with parameters, "full" only each layer's input: for the longest
+    # rows and largest models
+    attention: str = "auto"  # over whole rows: "auto" is the platform's fused kernel where it has
+    # one (TPU, GPU), "plain" is the same sum by plain products everywhere
+    vocabulary_data: str = ""  # rows of texts: keep only the tokens that they use; "" keeps all
+
+    def __post_init__(self):
+        if bool(self.path) == (self.scratch is not None):
+            raise ValueError(
+                f"model needs either a path or a scratch section, got path={self.path!r} and "
+                f"scratch={self.scratch!r}"
+            )
+        check = Check(self, "model")
+        check.choice("dtype", "float32", "bfloat16", "float16")
+        check.choice("frozen_dtype", "float32", "bfloat16")
+        check.choice("remat", "none", "dots", "full")
+        check.choice("attention", "auto", "plain")
+        texts = "the texts to train the tokenizer of model.scratch on"
+        check.that(bool(self.vocabulary_data or not self.scratch), "vocabulary_data", texts)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """A run. `{workdir}` in a path stands for the run's folder."""
+
+    model: ModelSettings  # where the run starts
+    seed: int = 0  # of initial weights, data order and sampling
+    mesh: MeshSettings = MeshSettings()  # how the devices are arranged, see `sharding`
+    prepare: str = ""  # "module:function": (folder) -> None, writes the run's data files first
+    # The stages, in the order in which they run; None leaves one out.
+    sft: SFTSettings | None = None  # demonstrations
+    reward: RewardSettings | None = None  # comparisons or ratings
+    ppo: PPOSettings | None = None  # alignment
+    evaluate: EvaluateSettings | None = None  # the verdict; needs ppo, whose responses it judges
+
+    def __post_init__(self):
+        Check(self, "").each(">= 0", "seed")
+        if self.evaluate is not None and self.ppo is None:
+            raise ValueError("evaluate needs a ppo section, whose responses it judges, got none")
+        if self.evaluate and self.evaluate.ratings and not (self.reward or self.ppo.reward_model):
+            raise ValueError("evaluate.ratings must be '' without a reward model to measure")
+
+
+def with_defaults(values: dict) -> config_dict.ConfigDict:
+    """A ConfigDict with every field of the sections that `values` has, so that each can be set on
+    the command line. What a config file returns; nothing is checked yet."""
+    return config_dict.ConfigDict(filled_in(Config, values))
+
+
+def from_config_dict(config: config_dict.ConfigDict | dict) -> Config:
+    """The typed, validated settings of a ConfigDict.
+
+    Raises:
+        ValueError: a key that does not exist, a value of the wrong type, a missing field, or a
+            value that is not allowed, each with the field, what was given and what is allowed.
+    """
+    if isinstance(config, config_dict.ConfigDict):
+        config = config.to_dict()
+    return build(Config, config)
+
+
+# Settings that a resumed run may change: neither the state's shapes nor the data order depend on
+# them.
+MAY_CHANGE = frozenset(
+    [field.name for field in dataclasses.fields(OptimizerSettings)]
+    + ["value_learning_rate", "num_iterations", "temperature", "missing_eos_score", "kl_coef"]
+    + ["target_kl", "kl_horizon", "gamma", "gae_lambda", "clip_range", "clip_range_high"]
+    + ["value_clip_range", "vf_coef", "entropy_coef", "sample_every", "num_samples"]
+    + ["save_every", "eval_every", "num_micro_batches", "hidden_cache_gb", "remat"]
+    + ["reward_seconds", "old_logprobs", "importance_low", "importance_high"]
+    + ["attention"]
+)

@@ -1,0 +1,284 @@
+"""Settings of the stages: what `sft`, `reward`, `ppo` and `evaluate` of a config hold.
+
+Every number has its unit in a comment, and every rule its check.
+"""
+
+import dataclasses
+import math
+
+from ppo_jax.config.parsing import Check, Limit
+from ppo_jax.core.optimizer import SCHEDULES
+from ppo_jax.models.lora import TARGETS
+
+
+def check_trainable(check: Check, *fields: str):
+    """Each field says which parameters of a network are trained."""
+    for field in fields:
+        value = getattr(check.settings, field)
+        is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        rule = "'all', 'head', 'lora' or a number of top layers >= 1"
+        check.that(is_count or value in ("all", "head", "lora"), field, rule)
+
+
+def check_lora(check: Check, *fields: str):
+    """Adapters have a rank, a weight and places, and these are given only where they are read.
+
+    Args:
+        check: of a section `lora`, in a stage's section.
+        fields: of that stage, which may say "lora".
+    """
+    lora, stage = check.settings.lora, check.prefix
+    own = Check(lora, f"{stage}lora")
+    own.each("> 0", "rank", "alpha")
+    once = len(set(lora.targets)) == len(lora.targets) > 0
+    rule = f"some of {list(TARGETS)}, each once"
+    own.that(once and set(lora.targets) <= set(TARGETS), "targets", rule)
+    read = "lora" in [getattr(check.settings, field) for field in fields]
+    for field, default in vars(type(lora)()).items():
+        where = " or ".join(f"{stage}{name}" for name in fields)
+        same = getattr(lora, field) == default
+        own.that(read or same, field, f"{default!r} unless {where} is 'lora'")
+
+
+def check_optimizer(check: Check):
+    """Checked by the stage that it belongs to: several have one, and the message says which."""
+    check.choice("schedule", *SCHEDULES)
+    check.each("> 0", "max_grad_norm", "eps")
+    check.each(">= 0", "learning_rate", "warmup_steps", "weight_decay")
+    check.each("in [0, 1)", "b1", "b2")
+    check.each("in [0, 1]", "final_fraction")
+
+
+def check_training(check: Check):
+    """What the two kinds of training on texts have in common."""
+    settings = check.settings
+    check_optimizer(Check(settings.optimizer, f"{check.prefix}optimizer"))
+    check.each("> 0", "num_epochs", "batch_size", "num_micro_batches", "max_length")
+    check.each("> 0", "eval_every", "save_every")
+    check.each(">= 0", "hidden_cache_gb")
+    check.each("in (0, 1)", "validation_fraction")
+    check_trainable(check, "trainable")
+    check_lora(check, "trainable")
+    check.that(bool(settings.data), "data", "the path of a data set")
+    check.multiple("batch_size", settings.num_micro_batches, "num_micro_batches")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerSettings:
+    """Adam. A step is an optimizer step in SFT and reward training, an iteration in PPO."""
+
+    learning_rate: float  # the highest of the schedule
+    schedule: str = "cosine"  # or "linear", "constant"
+    warmup_steps: int = 0  # steps from a tenth of the learning rate to all of it
+    final_fraction: float = 0.0  # of the learning rate, at the last step
+    max_grad_norm: Limit = 1.0  # over all trained parameters; inf is off
+    weight_decay: float = 0.0  # decoupled, per step and times the learning rate
+    b1: float = 0.9  # decay a step of the mean gradient
+    b2: float = 0.999  # decay a step of the mean squared gradient
+    eps: float = 1e-8  # added to the root of the mean squared gradient
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoRASettings:
+    """Low-rank adapters, where "lora" is what is trained: weights W become W + alpha / rank A B."""
+
+    rank: int = 16  # the narrow width between A and B
+    alpha: float = 32.0  # times 1 / rank the weight of what the adapters add
+    targets: tuple[str, ...] = ("query", "value")  # projections of every layer; of these two,
+    # "key", "output", "up", "gate" and "down"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SFTSettings:
+    """Supervised fine-tuning on texts, or on completions of prompts."""
+
+    data: str  # rows of {"text"}, {"prompt", "completion"} or {"messages"}, see `formats`
+    optimizer: OptimizerSettings  # of all trained parameters
+    validation_data: str = ""  # rows as of data; "" holds out validation_fraction of the data
+    validation_fraction: float = 0.05  # of the data's texts
+    trainable: str | int = "all"  # "all", a number of top layers such as "4", "head" or "lora"
+    lora: LoRASettings = LoRASettings()  # of the adapters
+    num_epochs: float = 1.0  # passes over the data
+    batch_size: int = 32  # texts a step; rows of texts with packing
+    num_micro_batches: int = 1  # pieces of a batch in memory one after the other
+    packing: bool = False  # several texts a row, up to max_length; no text sees another
+    max_length: int = 512  # tokens; longer texts are left out and counted
+    hidden_cache_gb: Limit = 4.0  # frozen layers' states kept up to this; not by several processes
+    eval_every: int = 50  # steps between validations
+    save_every: int = 100  # steps between checkpoints
+
+    def __post_init__(self):
+        check_training(Check(self, "sft"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RewardSettings:
+    """A reward model on preferences, or on human ratings."""
+
+    data: str  # rows of preferences, see `preferences`, or of {"text", "ratings"}
+    optimizer: OptimizerSettings  # of all trained parameters
+    format: str = "preferences"  # or "ratings"
+    init_from: str = "sft"  # a stage of this workdir, "base", a stage folder or a model
+    validation_data: str = ""  # rows as of data; "" holds out validation_fraction of the data
+    validation_fraction: float = 0.05  # of the data's texts
+    num_layers: int = 0  # keep the lowest N layers of the model it starts from; 0 keeps all
+    reference_data: str = ""  # rows of texts to score 0 on average; "" is the held-out data
+    trainable: str | int = "all"  # "all", a number of top layers such as "4", "head" or "lora"
+    lora: LoRASettings = LoRASettings()  # of the adapters
+    num_epochs: float = 1.0  # passes over the data; more than one soon overfits
+    batch_size: int = 64  # texts a step; a multiple of the most responses to a prompt, of pairs 2
+    pairs_per_batch: int = 256  # ratings only: comparisons drawn among the texts of a batch
+    num_micro_batches: int = 1  # pieces of a batch in memory one after the other
+    max_length: int = 512  # tokens; longer texts are left out and counted
+    hidden_cache_gb: Limit = 4.0  # frozen layers' states kept up to this; not by several processes
+    eval_every: int = 50  # steps between validations
+    save_every: int = 100  # steps between checkpoints
+
+    def __post_init__(self):
+        check = Check(self, "reward")
+        check_training(check)
+        check.choice("format", "preferences", "ratings")
+        check.each("> 0", "pairs_per_batch")
+        check.each(">= 0", "num_layers")
+        check.that(self.batch_size >= 2, "batch_size", ">= 2")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PPOSettings:
+    """Proximal policy optimization with a KL penalty against the policy it starts from."""
+
+    prompts: str  # rows of {"prompt"} or {"messages"}
+    optimizer: OptimizerSettings  # of the policy; max_grad_norm is over policy and critic
+    value_learning_rate: float  # of the critic, on the same schedule
+    init_from: str = "sft"  # the policy: a stage of this workdir, "base", a stage folder or a model
+    reward_model: str = "reward"  # a stage of this workdir or a stage folder; "" with a function
+    reward_function: str = ""  # "module:function": (prompts, responses) -> one number a response
+    reward_seconds: Limit = math.inf  # that a call of reward_function may take, else the run ends
+    critic_init_from: str = ""  # "reward_model", or "policy": its body and a head of zeros; "" is
+    # the reward model, or the policy where a function gives the scores
+    trainable: str | int = "all"  # "all", a number of top layers such as "4", "head" or "lora"
+    value_trainable: str | int = "all"  # the same for the layers of the critic
+    lora: LoRASettings = LoRASettings()  # of the adapters of policy and critic
+
+    num_iterations: int = 100  # each is a rollout and the updates on it
+    rollout_batch_size: int = 64  # responses an iteration
+    num_epochs: int = 4  # passes over a rollout
+    num_minibatches: int = 1  # optimizer steps a pass
+    num_micro_batches: int = 1  # pieces of a minibatch in memory one after the other
+    packing: bool = False  # responses share rows in the updates: the same gradient. Of the
+    # num_micro_batches pieces those without rows are saved, so that many small ones save the most
+    logits_chunk: int = 0  # response positions whose logits are held at a time; 0 is all. For a
+    # large vocabulary that does not fit: the backward pass computes them again
+    samples_per_prompt: int = 1  # responses of an iteration to each of its prompts
+    slots: int = 0  # responses under way at a time; 0 is all. Fewer save work where lengths differ
+    # much, and a KV cache of so many rows: when a response ends, the next prompt takes its slot
+    refill: int = 0  # free slots that prompts wait for, to enter together; 0 is a quarter of them
+
+    max_prompt_length: int = 64  # tokens; longer prompts are left out and counted
+    prompt_buckets: int = 1  # widths in tokens that prompts are padded to: the longest one's, its
+    # half, its quarter, ...; more than 1 puts prompts of like length into a batch
+    response_length: int = 64  # tokens at most
+    stop_tokens: tuple[str, ...] = ()  # tokens that end a response besides the tokenizer's EOS
+    temperature: float = 1.0  # divides the logits, in sampling and in training
+    top_k: int = 0  # the likeliest tokens; 0 is off
+    top_p: float = 1.0  # 1 is off
+    min_p: float = 0.0  # 0 is off
+    missing_eos: str = "keep"  # the score of a response that was cut off: or "penalty", "replace"
+    missing_eos_score: float = 1.0  # what is subtracted from it, or put in its place
+
+    old_logprobs: str = "rollout"  # what ratio and KL start from: the log-probs of the sampling, or
+    # "recompute", one pass more, as the update computes them: in bfloat16 they differ
+    importance_low: float = 1.0  # with "recompute": the least weight of a token, which is the ratio
+    # of the two probabilities, times its advantage
+    importance_high: float = 1.0  # the greatest; 1 and 1 is off, 0 and 2 is usual
+
+    kl_coef: float = 0.05  # reward per nat
+    kl_estimator: str = "k1"  # or "k2", "k3"
+    kl_control: str = "fixed"  # or "adaptive"
+    target_kl: float = 6.0  # nats per response, adaptive only
+    kl_horizon: float = 10_000.0  # episodes, adaptive only
+    gamma: float = 1.0  # discount a token
+    gae_lambda: float = 0.95  # 0 is one-step differences, 1 the whole return
+    clip_range: float = 0.2  # of the probability ratio, around 1
+    clip_range_high: float = 0.0  # of the probability ratio, above 1; 0 is the same as clip_range
+    value_clip_range: float = 0.2  # of the critic's change, in units of reward
+    vf_coef: float = 0.1  # weight of the value loss; Adam divides it out but for max_grad_norm
+    entropy_coef: float = 0.0  # weight of the entropy, per nat
+
+    sample_every: int = 10  # iterations between samples of the same prompts
+    num_samples: int = 8  # prompts in samples.jsonl
+    save_every: int = 20  # iterations between checkpoints
+
+    def __post_init__(self):
+        check = Check(self, "ppo")
+        check_optimizer(Check(self.optimizer, "ppo.optimizer"))
+        check.that(bool(self.prompts), "prompts", "the path of a data set")
+        check.each("> 0", "num_iterations", "rollout_batch_size", "num_epochs", "num_minibatches")
+        check.each("> 0", "num_micro_batches", "max_prompt_length", "response_length")
+        check.each("> 0", "temperature", "target_kl", "kl_horizon", "value_clip_range")
+        check.each("> 0", "sample_every", "save_every", "reward_seconds")
+        check.each(">= 0", "kl_coef", "vf_coef", "entropy_coef", "value_learning_rate")
+        check.each("> 0", "samples_per_prompt", "prompt_buckets")
+        most = self.max_prompt_length.bit_length()
+        check.that(
+            self.prompt_buckets <= most, "prompt_buckets", f"<= {most}, halves of max_prompt_length"
+        )
+        check.each(">= 0", "top_k", "num_samples", "logits_chunk")
+        check.each("in [0, 1]", "gamma", "gae_lambda", "min_p")
+        check.each("in (0, 1]", "top_p")
+        check.each("in (0, 1)", "clip_range")
+        high, rule = self.clip_range_high, f"0 or at least clip_range ({self.clip_range})"
+        check.that(high == 0 or high >= self.clip_range, "clip_range_high", rule)
+        check.choice("missing_eos", "keep", "penalty", "replace")
+        check.choice("kl_estimator", "k1", "k2", "k3")
+        check.choice("kl_control", "fixed", "adaptive")
+        check.choice("old_logprobs", "rollout", "recompute")
+        low, high = self.importance_low, self.importance_high
+        check.that(0 <= low <= 1, "importance_low", "in [0, 1]")
+        check.that(high >= 1, "importance_high", ">= 1")
+        recomputed, rule = self.old_logprobs == "recompute", '1 unless old_logprobs is "recompute"'
+        check.that(recomputed or low == 1, "importance_low", rule)
+        check.that(recomputed or high == 1, "importance_high", rule)
+        check.choice("critic_init_from", "", "reward_model", "policy")
+        check_trainable(check, "trainable", "value_trainable")
+        check_lora(check, "trainable", "value_trainable")
+        pieces = self.num_minibatches * self.num_micro_batches
+        check.multiple("rollout_batch_size", pieces, "num_minibatches x num_micro_batches")
+        possible = self.num_micro_batches > 1 or not self.packing
+        check.that(possible, "packing", "False unless num_micro_batches > 1: it saves whole pieces")
+        samples = self.samples_per_prompt
+        check.multiple("rollout_batch_size", samples, "samples_per_prompt")
+        for field, most, of in (
+            ("slots", self.rollout_batch_size, "rollout_batch_size"),
+            ("refill", self.slots, "slots"),
+        ):
+            value = getattr(self, field)
+            rule = f"0, or a multiple of samples_per_prompt ({samples}) up to {of} ({most})"
+            holds = 0 <= value <= most and value % samples == 0
+            check.that(holds, field, rule if most else f"0 without {of}")
+        if bool(self.reward_model) == bool(self.reward_function):
+            raise ValueError(
+                "ppo needs either a reward_model or a reward_function, got "
+                f"reward_model={self.reward_model!r} and reward_function={self.reward_function!r}"
+            )
+        possible = bool(self.reward_model) or self.critic_init_from != "reward_model"
+        check.that(possible, "critic_init_from", "'policy' or '' with a reward_function")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateSettings:
+    """Base, SFT and PPO on unseen prompts, before judges that had no part in the training."""
+
+    prompts: str  # rows of {"prompt"} or {"messages"}
+    judges: str = ""  # "module:function": (workdir) -> evaluate.Panel; "" is no judge
+    ratings: str = ""  # rows of {"text", "ratings"}: pairs for the reward model; "" is the last
+    # validation's accuracy
+    num_prompts: int = 256  # the first prompts of the file
+    batch_size: int = 64  # prompts at a time
+    temperature: float = 1.0  # 0 is greedy
+
+    def __post_init__(self):
+        check = Check(self, "evaluate")
+        check.that(bool(self.prompts), "prompts", "the path of a data set")
+        check.each("> 0", "num_prompts", "batch_size")
+        check.each(">= 0", "temperature")

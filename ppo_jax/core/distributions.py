@@ -1,0 +1,194 @@
+"""Distributions over tokens. Dimensions: B sequences, T response tokens, V vocabulary."""
+
+import functools
+import math
+from collections.abc import Callable
+
+import chex
+import jax
+import jax.numpy as jnp
+
+Number = jax.Array | float
+
+
+def token_logprobs(logits: jax.Array, tokens: jax.Array, *, temperature: Number = 1.0) -> jax.Array:
+    """Log-probability of each token at the sampling temperature, over the full vocabulary.
+
+    logprob = z[token] - log Σ_v exp z[v],  z = logits / temperature, in float32.
+
+    The chosen logit is gathered first, so that no second array of [B, T, V] is made.
+
+    Args:
+        logits: [..., V] float, mostly [B, T, V].
+        tokens: [...] int, ids in [0, V); at padding any valid id.
+        temperature: divides the logits. 0 counts as 1: greedy sampling divides by nothing.
+
+    Returns:
+        [...] float32. Positions do not mix: what padding holds stays in padding.
+
+    >>> logits = jnp.log(jnp.array([[[0.25, 0.75]]]))
+    >>> round(jnp.exp(token_logprobs(logits, jnp.array([[1]]))).item(), 6)
+    0.75
+    """
+    chex.assert_type([logits, tokens], [float, int])
+    chex.assert_shape(tokens, logits.shape[:-1])
+
+    divisor = positive_temperature(temperature)
+    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+    scaled = logits.astype(jnp.float32) / divisor
+    return chosen.astype(jnp.float32) / divisor - jax.nn.logsumexp(scaled, axis=-1)
+
+
+def entropy(logits: jax.Array) -> jax.Array:
+    """Entropy in nats of the softmax of logits.
+
+    H = -Σ_v p_v log p_v, in float32. A logit of -inf (p = 0) adds 0, to the gradient as well.
+
+    Args:
+        logits: [..., V] float, mostly [B, T, V]; divide by the temperature beforehand.
+
+    Returns:
+        [...] float32. Positions do not mix: what padding holds stays in padding.
+
+    >>> round(jnp.exp(entropy(jnp.zeros((1, 1, 4)))).item(), 5)  # as many equal tokens
+    4.0
+    """
+    chex.assert_type(logits, float)
+    logits = logits.astype(jnp.float32)
+    logprobs = logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    return -jnp.sum(jnp.exp(logprobs) * _finite(logprobs), axis=-1)
+
+
+def token_statistics(
+    logits: jax.Array, tokens: jax.Array, *, temperature: Number = 1.0
+) -> tuple[jax.Array, jax.Array]:
+    """`token_logprobs` and the `entropy` at the same temperature, with a gradient in one pass.
+
+    Autodiff of the two keeps and passes over several arrays of [B, T, V]. This keeps the logits as
+    they are given, and two numbers a position; with z = logits / temperature,
+
+    dL/dz_v = dL/dlogprob (1[v = token] - p_v) - dL/dH p_v (log p_v + H).
+
+    Reverse mode only: `jax.jvp` is refused.
+
+    Args:
+        logits: [..., V] float, mostly [B, T, V].
+        tokens: [...] int, ids in [0, V); at padding any valid id.
+        temperature: [] or a number, divides the logits. 0 counts as 1.
+
+    Returns:
+        (logprobs, entropies in nats), each [...] float32. Positions do not mix: what padding holds
+        stays in padding.
+
+    >>> logprobs, entropies = token_statistics(jnp.zeros((1, 1, 4)), jnp.array([[2]]))
+    >>> jnp.exp(logprobs).round(5).tolist(), jnp.exp(entropies).round(5).tolist()
+    ([[0.25]], [[4.0]])
+    """
+    chex.assert_type([logits, tokens], [float, int])
+    chex.assert_shape(tokens, logits.shape[:-1])
+    return _statistics(logits, tokens, jnp.asarray(temperature, jnp.float32))
+
+
+@jax.custom_vjp
+def _statistics(logits, tokens, temperature):
+    return _statistics_forward(logits, tokens, temperature)[0]
+
+
+def _statistics_forward(logits, tokens, temperature):
+    divisor = positive_temperature(temperature)
+    scaled = logits.astype(jnp.float32) / divisor
+    normalizer = jax.nn.logsumexp(scaled, axis=-1)
+    logprobs = scaled - normalizer[..., None]
+    entropies = -jnp.sum(jnp.exp(logprobs) * _finite(logprobs), axis=-1)
+    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+    chosen = chosen.astype(jnp.float32) / divisor - normalizer
+    return (chosen, entropies), (logits, tokens, temperature, normalizer, entropies)
+
+
+def _statistics_backward(saved, gradients):
+    logits, tokens, temperature, normalizer, entropies = saved
+    of_logprob, of_entropy = (g[..., None] for g in gradients)
+    divisor = positive_temperature(temperature)
+    scaled = logits.astype(jnp.float32) / divisor
+    logprobs = scaled - normalizer[..., None]
+    # A comparison in place of a scatter, which a CPU does element by element.
+    ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    hit = ids == tokens[..., None].astype(jnp.int32)
+    of_scaled = jnp.where(hit, of_logprob, 0.0) - jnp.exp(logprobs) * (
+        of_logprob + of_entropy * (_finite(logprobs) + entropies[..., None])
+    )
+    # A logit of -inf has a gradient of 0 and does not depend on the temperature.
+    of_temperature = -jnp.sum(of_scaled * _finite(scaled)) / divisor
+    of_temperature = jnp.where(temperature == 0, 0.0, of_temperature)
+    return (of_scaled / divisor).astype(logits.dtype), None, of_temperature
+
+
+_statistics.defvjp(_statistics_forward, _statistics_backward)
+
+
+def _finite(x: jax.Array) -> jax.Array:
+    """0 in the place of -inf: 0 x log 0 is 0."""
+    return jnp.where(x == -jnp.inf, 0.0, x)
+
+
+def positive_temperature(temperature: Number) -> jax.Array:
+    return jnp.where(temperature == 0, 1.0, temperature)
+
+
+def is_number(x: Number, number: float) -> bool:
+    """Whether x is this number already while tracing, so that no code is needed for it."""
+    return isinstance(x, int | float) and x == number
+
+
+def chunked_token_statistics(
+    logits: Callable[[jax.Array, jax.Array], jax.Array],
+    weights: jax.Array,
+    hidden: jax.Array,
+    tokens: jax.Array,
+    *,
+    temperature: Number = 1.0,
+    chunk: int,
+) -> tuple[jax.Array, jax.Array]:
+    """`token_statistics` of logits that exist for some positions at a time.
+
+    The backward pass computes the logits of a chunk again.
+
+    Args:
+        logits: (weights, [B, C, D] hidden states) -> [B, C, V] float.
+        weights: all that `logits` depends on besides the hidden states.
+        hidden: [B, T, D] float.
+        tokens: [B, T] int.
+        temperature: see `token_statistics`.
+        chunk: the most positions C of each sequence at a time, at least 1.
+
+    Returns:
+        (logprobs, entropies in nats), each [B, T] float32.
+    """
+    batch_size, length = tokens.shape
+    count, size = chunk_shape(length, chunk)
+    # In float32, so that the gradients of the chunks are added in float32.
+    wide = weights.astype(jnp.float32)
+
+    def cut(x):
+        """[B, T, ...] to [count, B, size, ...]"""
+        x = jnp.pad(x, [(0, 0), (0, count * size - length)] + [(0, 0)] * (x.ndim - 2))
+        return x.reshape(batch_size, count, size, *x.shape[2:]).swapaxes(0, 1)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def piece(wide, hidden, tokens):
+        found = logits(wide.astype(weights.dtype), hidden)
+        return token_statistics(found, tokens, temperature=temperature)
+
+    _, found = jax.lax.scan(lambda _, x: (None, piece(wide, *x)), None, (cut(hidden), cut(tokens)))
+    logprobs, entropies = (x.swapaxes(0, 1).reshape(batch_size, -1)[:, :length] for x in found)
+    return logprobs, entropies
+
+
+def chunk_shape(length: int, chunk: int) -> tuple[int, int]:
+    """(chunks, positions in each): as few as can be of at most `chunk`, all of one size.
+
+    >>> chunk_shape(100, 40), chunk_shape(10, 99)
+    ((3, 34), (1, 10))
+    """
+    count = math.ceil(length / chunk)
+    return count, math.ceil(length / count)

@@ -1,0 +1,103 @@
+"""From one score per response to one reward per token. Dimensions: B sequences, T tokens."""
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from ppo_jax.core.kl import KLKind, kl_estimate
+from ppo_jax.core.masking import last_token_index, zero_padding
+
+Number = jax.Array | float
+
+
+def token_rewards(
+    scores: jax.Array,
+    logprobs: jax.Array,
+    ref_logprobs: jax.Array,
+    mask: jax.Array,
+    *,
+    kl_coef: Number,
+    kl_kind: KLKind = "k1",
+) -> jax.Array:
+    """Reward of each token: a KL penalty, and the score at the last response token.
+
+    r_t = -kl_coef kl_t + [t is the last response token] score.
+
+    Args:
+        scores: [B] float, one per response.
+        logprobs: [B, T] float, of the response tokens when they were sampled.
+        ref_logprobs: [B, T] float, under the reference.
+        mask: [B, T] bool, True on response tokens, the stop token included.
+        kl_coef: weight of the KL penalty, in score per nat.
+        kl_kind: estimator of the KL, see `kl_estimate`.
+
+    Returns:
+        [B, T] float32, zero where mask is False. The score of a row without any response token
+        is dropped.
+
+    Reference: Ouyang et al. 2022, https://arxiv.org/abs/2203.02155, eq. 2; Ziegler et al. 2019,
+    https://arxiv.org/abs/1909.08593, eq. 2.
+
+    >>> token_rewards(
+    ...     scores=jnp.array([3.0]),
+    ...     logprobs=jnp.array([[-1.0, -1.0, 0.0]]),
+    ...     ref_logprobs=jnp.array([[-2.0, -1.0, 0.0]]),
+    ...     mask=jnp.array([[True, True, False]]),
+    ...     kl_coef=0.5,
+    ... ).tolist()
+    [[-0.5, 3.0, 0.0]]
+    """
+    chex.assert_rank([scores, mask], [1, 2])
+    chex.assert_equal_shape([logprobs, ref_logprobs, mask])
+    chex.assert_equal_shape_prefix([scores, mask], 1)
+    chex.assert_type([scores, logprobs, ref_logprobs, mask], [float, float, float, bool])
+
+    logprobs, ref_logprobs = zero_padding(mask, logprobs, ref_logprobs)
+    penalty = kl_coef * kl_estimate(logprobs, ref_logprobs, kind=kl_kind)
+    positions = jnp.arange(mask.shape[1], dtype=jnp.int32)[None, :]
+    is_last = mask & (positions == last_token_index(mask)[:, None])
+    score = jnp.where(is_last, scores.astype(jnp.float32)[:, None], 0.0)
+    return score - penalty
+
+
+def missing_eos_scores(
+    scores: jax.Array,
+    has_eos: jax.Array,
+    *,
+    replace: Number | None = None,
+    penalty: Number | None = None,
+) -> jax.Array:
+    """Scores under the rule for responses that reached their length limit without stopping.
+
+    score' = score where the response has stopped, else `replace`, or else score - `penalty`.
+
+    Args:
+        scores: [B] float, one per response.
+        has_eos: [B] bool, True where the response contains a stop token.
+        replace: the score of a response without one (-1 in most recipes).
+        penalty: what is subtracted from the score of a response without one.
+
+    Returns:
+        [B] float32; the scores themselves if neither number is given.
+
+    Raises:
+        ValueError: both numbers are given.
+
+    Reference: Huang et al. 2024, https://arxiv.org/abs/2403.17031, detail "EOS trick".
+
+    >>> missing_eos_scores(jnp.array([2.0, 2.0]), jnp.array([True, False]), replace=-1.0).tolist()
+    [2.0, -1.0]
+    """
+    chex.assert_rank([scores, has_eos], 1)
+    chex.assert_equal_shape([scores, has_eos])
+    chex.assert_type([scores, has_eos], [float, bool])
+    if replace is not None and penalty is not None:
+        raise ValueError(
+            f"replace and penalty exclude each other, got replace={replace}, penalty={penalty}."
+        )
+    scores = scores.astype(jnp.float32)
+    if replace is not None:
+        return jnp.where(has_eos, scores, replace)
+    if penalty is not None:
+        return jnp.where(has_eos, scores, scores - penalty)
+    return scores

@@ -1,0 +1,165 @@
+"""What travels between the steps: frozen pytrees of arrays.
+
+Dimension key: B sequences, P prompt tokens, T response tokens, L = P + T, D model.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+Params = dict[str, Any]
+
+
+@struct.dataclass(kw_only=True)
+class Prompts:
+    """Prompts padded on the left, so that every response begins at position P."""
+
+    tokens: jax.Array  # [B, P] int32
+    mask: jax.Array  # [B, P] bool, True on real tokens
+
+
+@struct.dataclass(kw_only=True)
+class Rollout:
+    """Sampled responses.
+
+    The logits that predict response token t are those of position P - 1 + t.
+    """
+
+    prompt_tokens: jax.Array  # [B, P] int32
+    prompt_mask: jax.Array  # [B, P] bool
+    response_tokens: jax.Array  # [B, T] int32, 0 where masked
+    response_mask: jax.Array  # [B, T] bool, True up to and including the stop token
+    logprobs: jax.Array  # [B, T] float32, at the sampling temperature, 0 where masked
+    has_eos: jax.Array  # [B] bool, the response ended with a stop token
+    hidden: jax.Array | None = None  # [B, L, D], the trunk's output, when there is a trunk
+
+    @property
+    def tokens(self) -> jax.Array:
+        """[B, L] int32, prompt and response."""
+        return jnp.concatenate([self.prompt_tokens, self.response_tokens], axis=1)
+
+    @property
+    def mask(self) -> jax.Array:
+        """[B, L] bool, prompt and response."""
+        return jnp.concatenate([self.prompt_mask, self.response_mask], axis=1)
+
+
+@struct.dataclass(kw_only=True)
+class Experience:
+    """A rollout with all that the update needs. Everything but `policy_inputs`,
+    `value_inputs` and `mask` is over the response, and zero where `response_mask` is False.
+
+    Where responses share rows (see `packed_rows`), there are `segments` and `at`: B is a number of
+    rows, [B, L] is [B, L - 1], without the position that predicts nothing, and what is over the
+    response is over those of a row, one after the other.
+    """
+
+    policy_inputs: jax.Array  # [B, L] int32 tokens, or [B, L, D] the trunk's hidden states
+    value_inputs: jax.Array  # the same for the value network
+    mask: jax.Array  # [B, L] bool
+    response_tokens: jax.Array  # [B, T] int32
+    response_mask: jax.Array  # [B, T] bool
+    logprobs: jax.Array  # [B, T] float32, of the behaviour policy
+    values: jax.Array  # [B, T] float32, before token t is emitted
+    advantages: jax.Array  # [B, T] float32, whitened over the whole batch
+    returns: jax.Array  # [B, T] float32
+    segments: jax.Array | None = None  # [B, L - 1] int32, which response of its row: 1, 2, .. or 0
+    at: jax.Array | None = None  # [B, T] int32, the position that predicts each response token
+
+
+@struct.dataclass(kw_only=True)
+class Optimizer:
+    """Adam with a gradient-norm limit and a schedule. Numbers are traced; the kind is code."""
+
+    learning_rate: jax.Array | float  # the highest of the schedule
+    max_grad_norm: jax.Array | float = 1.0  # over all trained parameters together; inf is off
+    b1: jax.Array | float = 0.9
+    b2: jax.Array | float = 0.999
+    eps: jax.Array | float = 1e-8
+    weight_decay: jax.Array | float = 0.0  # decoupled, times the learning rate
+    warmup_steps: jax.Array | float = 0.0
+    total_steps: jax.Array | float = 1.0
+    final_fraction: jax.Array | float = 0.0  # of learning_rate, at total_steps
+    schedule: str = struct.field(pytree_node=False, default="constant")
+
+
+@struct.dataclass(kw_only=True)
+class Hyperparameters:
+    """Every number of PPO. All leaves are traced: changing one never recompiles, and `jax.vmap`
+    over them trains a sweep as one program.
+
+    `temperature` must be > 0: the logits of the update are divided by it, and at 0 the loss is
+    NaN. It is traced, so nothing can refuse a 0 here.
+    """
+
+    optimizer: Optimizer
+    value_learning_rate: jax.Array | float = 1e-5
+    temperature: jax.Array | float = 1.0  # > 0; divides the logits, in sampling and in training
+    kl_coef: jax.Array | float = 0.05  # fixed control, and where adaptive control starts
+    target_kl: jax.Array | float = 6.0  # nats per response, adaptive control
+    kl_horizon: jax.Array | float = 10_000.0  # episodes, adaptive control
+    gamma: jax.Array | float = 1.0
+    gae_lambda: jax.Array | float = 0.95
+    clip_range: jax.Array | float = 0.2  # of the probability ratio, below 1
+    clip_range_high: jax.Array | float | None = None  # above 1; None is the same as clip_range
+    value_clip_range: jax.Array | float = 0.2
+    vf_coef: jax.Array | float = 0.1
+    entropy_coef: jax.Array | float = 0.0
+    missing_eos_score: jax.Array | float = 0.0  # replaces, or is subtracted from, the score
+    importance_low: jax.Array | float = 1.0  # limits of the weights of recomputed log-probs; 1 and
+    importance_high: jax.Array | float = 1.0  # 1 is no weight, see `importance_weights`
+
+
+@struct.dataclass(kw_only=True)
+class TrainState:
+    """State of supervised fine-tuning and of reward-model training."""
+
+    step: jax.Array  # [] int32, optimizer steps taken
+    params: Params  # the trained leaves
+    opt_state: Any
+
+
+@struct.dataclass(kw_only=True)
+class PPOState:
+    """State of PPO. Reference and reward parameters are arguments of a step, not state."""
+
+    step: jax.Array  # [] int32, iterations done
+    episodes: jax.Array  # [] int32, responses sampled
+    policy_params: Params  # the trained leaves
+    value_params: Params
+    opt_state: Any
+    kl_coef: jax.Array  # [] float32, moved by adaptive control alone
+
+
+@struct.dataclass(kw_only=True)
+class Frozen:
+    """Parameters that PPO reads and never writes. Never donated, never saved with the state."""
+
+    ref_policy: Params  # where the policy's trained leaves started
+    reward: Params | None = None  # None when scores come from a Python function
+    trunk: Params | None = None  # the layers below the trained ones, when they are shared
+    policy: Params = struct.field(default_factory=dict)  # untrained leaves above the trunk
+    value: Params = struct.field(default_factory=dict)
+
+
+@struct.dataclass(kw_only=True)
+class TextBatch:
+    """Texts to learn by heart, padded on the right; one a row, or several with `segments`."""
+
+    inputs: jax.Array  # [N, L] int32 tokens, or [N, L, D] a trunk's hidden states
+    tokens: jax.Array  # [N, L] int32
+    mask: jax.Array  # [N, L] bool, True on real tokens
+    loss_mask: jax.Array  # [N, L] bool, True on tokens to predict; False on a text's first token
+    segments: jax.Array | None = None  # [N, L] int32, which text of its row: 1, 2, .. or 0
+
+
+@struct.dataclass(kw_only=True)
+class PreferenceBatch:
+    """Texts and which of them is preferred to which."""
+
+    inputs: jax.Array  # [N, L] int32 tokens, or [N, L, D] a trunk's hidden states
+    mask: jax.Array  # [N, L] bool
+    pairs: jax.Array  # [M, 2] int32, rows of (the preferred, the other)
+    valid: jax.Array  # [M] bool, False where the pair was a tie

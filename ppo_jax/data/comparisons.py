@@ -1,0 +1,117 @@
+"""What a reward model learns from: tokenised texts, and which of two is preferred."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ppo_jax.config.stages import RewardSettings
+from ppo_jax.data.encode import (
+    Groups,
+    Texts,
+    batch_indices,
+    encode_demonstrations,
+    encode_preferences,
+)
+from ppo_jax.data.preferences import Ranking, load_preferences
+from ppo_jax.data.ratings import held_out_pairs, pair_accuracy, rating_pairs
+from ppo_jax.data.readers import naming_data
+from ppo_jax.data.records import RatedText, data_files, load_ratings, read_split
+
+VALIDATION_PAIRS = 20_000  # of unseen texts, ordered by their mean ratings
+CONTEXT = "the model's context"  # what limits the texts that are only scored
+GAPS = {"": 0.0, "_gap1": 1.0, "_gap2": 2.0}  # least difference of mean ratings, in rating units
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RewardData:
+    """Texts, and which of them is preferred: by fixed pairs, or by ratings to draw pairs from."""
+
+    texts: Texts
+    groups: Groups | None = None  # of responses to one prompt
+    ratings: list[tuple[float, ...]] | None = None  # a row each
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that one pass takes; a ranking takes as many as the largest has responses."""
+        return len(self.ratings) if self.groups is None else self.groups.rows.size
+
+    def batch(self, seed: int, step: int, settings: RewardSettings):
+        """(rows [N], pairs [M, 2] within them, valid [M]) of a training step.
+
+        All responses to a prompt are in one batch, with all pairs among them.
+        """
+        if self.groups is None:
+            rows = batch_indices(
+                seed, step, num_examples=len(self.ratings), batch_size=settings.batch_size
+            )
+            ratings = [self.ratings[row] for row in rows]
+            return rows, *rating_pairs(ratings, seed, step, num_pairs=settings.pairs_per_batch)
+        groups, size = self.groups, self.groups.rows.shape[1]
+        chosen = batch_indices(
+            seed, step, num_examples=len(groups.rows), batch_size=settings.batch_size // size
+        )
+        firsts = np.arange(len(chosen), dtype=np.int32) * size
+        pairs = (groups.pairs[chosen] + firsts[:, None, None]).reshape(-1, 2)
+        return groups.rows[chosen].reshape(-1), pairs, groups.valid[chosen].reshape(-1)
+
+    def accuracy(self, scores: np.ndarray, seed: int) -> dict[str, float]:
+        """Share of unseen pairs in the right order, and how many they are.
+
+        With ratings the order is that of their means, and pairs are drawn for each gap.
+        """
+        found = {}
+        for suffix, pairs in self.unseen_pairs(seed).items():
+            found["reward_model/validation_accuracy" + suffix] = pair_accuracy(scores, pairs)
+            found["reward_model/validation_pairs" + suffix] = len(pairs)
+        return found
+
+    def unseen_pairs(self, seed: int) -> dict[str, np.ndarray]:
+        """{"": all pairs, "_gap1": those that differ by 1 or more ...}, rows of (better, worse)."""
+        if self.groups is not None:
+            return {"": self.groups.row_pairs}
+        means = np.array([np.mean(r) for r in self.ratings])
+        reach = means.max() - means.min()
+        return {
+            suffix: held_out_pairs(means, seed, num_pairs=VALIDATION_PAIRS, min_gap=gap)
+            for suffix, gap in GAPS.items()
+            if reach > 0 and reach >= gap
+        }
+
+
+def reward_data(
+    settings: RewardSettings, seed: int, tokenizer: Any, context: int
+) -> tuple[RewardData, RewardData]:
+    """Tokenised training and validation data.
+
+    `max_length` limits the training texts alone; the validation texts may be as long as the
+    model's context, so that the accuracy is that of all texts.
+    """
+    if settings.format == "ratings":
+        encode, key = rated, lambda record: record.text
+        split = read_split(settings, seed, load_ratings, key)
+    else:
+        encode, key = ranked, lambda record: record.prompt or record.responses[0]
+        read = functools.partial(load_preferences, tokenizer=tokenizer)
+        split = read_split(settings, seed, read, key)
+    limits, parts = ((settings.max_length, "reward.max_length"), (context, CONTEXT)), []
+    for (field, path), part, (length, limit) in zip(
+        data_files(settings), split, limits, strict=True
+    ):
+        with naming_data(f"reward.{field}", path, limit):
+            parts.append(encode(part, tokenizer, length))
+    return tuple(parts)
+
+
+def ranked(records: Sequence[Ranking], tokenizer: Any, max_length: int) -> RewardData:
+    """Responses and which of them are better, tokenised."""
+    texts, groups = encode_preferences(records, tokenizer, max_length=max_length)
+    return RewardData(texts=texts, groups=groups)
+
+
+def rated(records: Sequence[RatedText], tokenizer: Any, max_length: int) -> RewardData:
+    """Rated texts, tokenised."""
+    texts = encode_demonstrations(records, tokenizer, max_length=max_length)
+    return RewardData(texts=texts, ratings=[records[i].ratings for i in texts.records])

@@ -1,0 +1,99 @@
+"""Several texts a row, so that little of a batch is padding. All of it is numpy.
+
+A packed row is a row of `Texts` like any other: its texts stand one after the other, then padding.
+`segments` says which is which, and the network keeps them apart (see `networks.Network`).
+Dimensions: N texts, R rows, L tokens.
+"""
+
+import bisect
+import dataclasses
+
+import numpy as np
+
+from ppo_jax.data.encode import Texts
+
+
+def pack(texts: Texts, *, max_length: int) -> Texts:
+    """The same texts in as few rows as best-fit-decreasing finds; none is split.
+
+    What a row holds depends on the lengths of the texts alone. The first token of each text stays
+    out of the loss, so that no text is predicted from the one before it.
+
+    Args:
+        texts: N, one a row.
+        max_length: tokens of a row, at least those of the longest text.
+
+    Returns:
+        R rows with `segments`: 1, 2, ... on the texts of a row, 0 in padding. `records` has an
+        entry for each text, in the order in which they stand.
+
+    Raises:
+        ValueError: a text is longer than a row.
+    """
+    lengths = texts.mask.sum(axis=1)
+    if lengths.max() > max_length:
+        raise ValueError(f"a row of {max_length} tokens cannot hold a text of {lengths.max()}")
+    rows = best_fit(lengths, max_length)
+    order = np.concatenate(rows)
+    totals = np.array([lengths[row].sum() for row in rows])
+    mask = np.arange(totals.max()) < totals[:, None]
+
+    def laid_out(of_tokens: np.ndarray) -> np.ndarray:
+        """[number of tokens], text after text, as [R, L]."""
+        out = np.zeros(mask.shape, of_tokens.dtype)
+        out[mask] = of_tokens
+        return out
+
+    real = texts.mask[order]
+    numbers = np.concatenate([np.arange(1, len(row) + 1, dtype=np.int32) for row in rows])
+    return dataclasses.replace(
+        texts,
+        tokens=laid_out(texts.tokens[order][real]),
+        mask=mask,
+        loss_mask=laid_out(texts.loss_mask[order][real]),
+        records=texts.records[order],
+        segments=laid_out(np.repeat(numbers, lengths[order])),
+    )
+
+
+def best_fit(lengths: np.ndarray, max_length: int) -> list[list[int]]:
+    """Which texts go into which row: the longest first, each into the fullest row that has room.
+
+    Args:
+        lengths: [N] int, tokens, none above max_length.
+        max_length: of a row.
+
+    Returns:
+        R rows of indices into `lengths`.
+
+    Reference: Johnson 1974, https://doi.org/10.1137/0203025: at most 11/9 of the fewest rows, and
+    a few more.
+
+    >>> best_fit(np.array([2, 7, 5, 3, 8]), max_length=10)
+    [[4, 0], [1, 3], [2]]
+    """
+    rows: list[list[int]] = []
+    by_room: dict[int, list[int]] = {}  # tokens left -> the rows that have as many
+    rooms: list[int] = []  # the keys of by_room, ascending
+    for text in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[text])
+        place = bisect.bisect_left(rooms, length)
+        if place == len(rooms):
+            row, room = len(rows), max_length
+            rows.append([])
+        else:
+            room = rooms[place]
+            row = by_room[room].pop()
+            if not by_room[room]:
+                del by_room[room], rooms[place]
+        rows[row].append(text)
+        if room - length not in by_room:
+            bisect.insort(rooms, room - length)
+        by_room.setdefault(room - length, []).append(row)
+    return rows
+
+
+def fullness(packed: Texts) -> str:
+    """How many texts share how many rows, and how full these are."""
+    texts, rows, share = len(packed.records), len(packed.mask), packed.mask.mean()
+    return f"{texts:,} texts in {rows:,} rows, {texts / rows:.1f} a row, {share:.0%} full"

@@ -1,0 +1,171 @@
+"""Preferences: responses to one prompt, of which some are better than others."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ppo_jax.data.chat import Chat, Message, has_blank_turn, read_messages
+from ppo_jax.data.readers import Row, finite, read_rows, shown, string
+
+PREFERENCE_FORMS = (
+    ("chosen", "rejected"),
+    ("prompt", "chosen", "rejected"),
+    ("prompt", "responses"),
+    ("prompt", "responses", "scores"),
+)
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # how turns begin in transcripts, as hh-rlhf's
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Two responses or more to one prompt, and how good each of them is."""
+
+    prompt: str
+    responses: tuple[str, ...]
+    scores: tuple[float, ...]  # of each response; only their order counts, equal is a tie
+
+    @property
+    def pairs(self) -> list[tuple[int, int]]:
+        """All (better, worse) of two responses; a tie is no pair, nor are two equal texts."""
+        numbers = range(len(self.responses))
+        return [
+            (i, j)
+            for i in numbers
+            for j in numbers
+            if self.scores[i] > self.scores[j] and self.responses[i] != self.responses[j]
+        ]
+
+    @property
+    def flaw(self) -> str:
+        """Why nothing can be learned from it, or ""."""
+        if not all(response.strip() for response in self.responses):
+            return "blank"
+        return "" if self.pairs else "tied"
+
+
+def load_preferences(path: str | os.PathLike, tokenizer: Any | None = None) -> list[Ranking]:
+    """Reads preferences and rankings.
+
+    - {"prompt", "chosen", "rejected"}: texts, or messages.
+    - {"prompt", "responses": [best, ..., worst]}, or in any order with "scores": [x, ...].
+    - {"chosen", "rejected"}: two conversations. What they have in common before two different turns
+      of the assistant's is the prompt. They are messages, or transcripts of the form
+      "\\n\\nHuman: ... \\n\\nAssistant: ...".
+
+    Args:
+        path: as for `formats.read_rows`.
+        tokenizer: its chat template makes texts of messages; without it they are refused.
+
+    Raises:
+        ValueError: "place: what is wrong".
+    """
+    chat = Chat(tokenizer)
+    return [ranking(row, chat, place) for place, row in read_rows(path, PREFERENCE_FORMS)]
+
+
+def ranking(row: Row, chat: Chat, place: str) -> Ranking:
+    sides, scores = given_responses(row, place)
+    if all(isinstance(x, str) for x in [row.get("prompt", ""), *sides.values()]):
+        sides = {key: string(sides, key, place) for key in sides}
+        if "prompt" in row:
+            prompt, responses = string(row, "prompt", place), tuple(sides.values())
+        else:
+            prompt, responses = split_transcripts(tuple(sides.values()), place)
+    else:
+        prompt, responses = split_conversations(row, sides, chat, place)
+    return Ranking(prompt, responses, scores)
+
+
+def given_responses(row: Row, place: str) -> tuple[dict[str, Any], tuple[float, ...]]:
+    """The responses of a row by their keys, not yet checked; and their scores."""
+    if "chosen" in row:
+        return {key: row[key] for key in ("chosen", "rejected")}, (1.0, 0.0)
+    responses = row["responses"]
+    if not isinstance(responses, list) or len(responses) < 2:
+        raise ValueError(
+            f"{place}: responses must be a list of two or more, got {shown(responses)}"
+        )
+    ranks = list(range(len(responses), 0, -1))
+    scores = row.get("scores", ranks)
+    if not isinstance(scores, list) or len(scores) != len(responses):
+        raise ValueError(
+            f"{place}: scores must be a list of {len(responses)} numbers, one for each of the "
+            f"responses, got {shown(scores)}"
+        )
+    sides = {f"responses[{i}]": response for i, response in enumerate(responses)}
+    return sides, tuple(finite(score, "a score", place) for score in scores)
+
+
+def split_transcripts(texts: Sequence[str], place: str) -> tuple[str, tuple[str, ...]]:
+    """(prompt, responses): the prompt ends with the last ASSISTANT that all have in common."""
+    pieces = [text.split(ASSISTANT) for text in texts]
+    shared = common_length([x[:-1] for x in pieces])
+    if not shared or not texts[0].startswith(HUMAN):
+        raise ValueError(
+            f"{place}: without a prompt, chosen and rejected must be lists of messages, or "
+            f"transcripts that begin with {HUMAN!r} and go on alike up to an {ASSISTANT!r}, got "
+            f"{' and '.join(map(shown, texts))}"
+        )
+    prompt = "".join(piece + ASSISTANT for piece in pieces[0][:shared])
+    return prompt, tuple(text[len(prompt) :] for text in texts)
+
+
+def split_conversations(
+    row: Row, sides: dict[str, Any], chat: Chat, place: str
+) -> tuple[str, tuple[str, ...]]:
+    """(prompt, responses) where at least one of them is given as messages.
+
+    A response begins with the assistant's message, or it is the whole conversation and begins with
+    the prompt. A text stands for one message, the user's in a prompt and else the assistant's.
+    """
+    texts = [messages_of(side, key, "assistant", place) for key, side in sides.items()]
+    if "prompt" in row:
+        prompt = messages_of(row["prompt"], "prompt", "user", place)
+        texts = [x[len(prompt) :] if x[: len(prompt)] == prompt else x for x in texts]
+    else:
+        prompt = common_messages(texts)
+        texts = [x[len(prompt) :] for x in texts]
+    for key, messages in zip(sides, texts, strict=True):
+        ends = {message["role"] for message in (*messages[:1], *messages[-1:])}
+        if not prompt or ends != {"assistant"}:
+            raise ValueError(
+                f"{place}: {key} must go on from the prompt with a turn of the assistant's and end "
+                "with one (leave prompt out where both are whole conversations), got "
+                f"{shown(sides[key])}"
+            )
+    split = [chat.response(prompt, messages, place) for messages in texts]
+    responses = (
+        "" if has_blank_turn(messages) else response
+        for messages, (_, response) in zip(texts, split, strict=True)
+    )
+    return split[0][0], tuple(responses)
+
+
+def messages_of(value: Any, key: str, role: str, place: str) -> tuple[Message, ...]:
+    """Messages as they are given, or one of a role that a text stands for."""
+    if isinstance(value, str):
+        return ({"role": role, "content": string({key: value}, key, place)},)
+    if not isinstance(value, list):
+        raise ValueError(
+            f"{place}: {key} must be a string or a list of messages, got {shown(value)}"
+        )
+    return read_messages(value, key, place)
+
+
+def common_messages(conversations: Sequence[tuple[Message, ...]]) -> tuple[Message, ...]:
+    """What all begin with, up to a turn of the assistant's in each of them."""
+    for end in range(common_length(conversations), -1, -1):
+        if all(x[end : end + 1] and x[end]["role"] == "assistant" for x in conversations):
+            return conversations[0][:end]
+    return ()
+
+
+def common_length(sequences: Sequence[Sequence]) -> int:
+    """How many items at their beginning all sequences have in common."""
+    count = 0
+    for items in zip(*sequences, strict=False):
+        if any(item != items[0] for item in items):
+            break
+        count += 1
+    return count

@@ -1,0 +1,273 @@
+"""Records of text: read row by row, checked, and split by text.
+
+`formats` says what a row may come from, `batches` makes arrays of the records.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ppo_jax.config.stages import RewardSettings, SFTSettings
+from ppo_jax.data.chat import Chat, Part, assistant_turns, has_blank_turn, read_messages
+from ppo_jax.data.readers import Row, finite, json_lines, read_rows, string
+
+Record = TypeVar("Record")
+
+DEMONSTRATION_FORMS = (("text",), ("prompt", "completion"), ("messages",))
+RATING_FORMS = (("text", "rating"), ("text", "ratings"))
+PROMPT_FORMS = (("prompt",), ("messages",))
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """A text to imitate, in parts (text, learned): the loss is on those that are learned.
+
+    A plain text is one part, prompt and completion are two, a conversation has two for each turn of
+    the assistant's. Parts are tokenised apart, as prompt and response are in a rollout.
+    """
+
+    parts: tuple[Part, ...]
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return "".join(text for text, _ in self.parts)
+
+    @property
+    def flaw(self) -> str:
+        """Why nothing can be learned from it, or ""."""
+        return "" if any(learned and text.strip() for text, learned in self.parts) else "blank"
+
+
+@dataclass(frozen=True)
+class RatedText:
+    """A text and its single human ratings, at least one, a number for each rater."""
+
+    text: str
+    ratings: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """The mean rating."""
+        return sum(self.ratings) / len(self.ratings)
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """As a `Demonstration` has them."""
+        return ((self.text, True),)
+
+    @property
+    def flaw(self) -> str:
+        """Why nothing can be learned from it, or ""."""
+        return "" if self.text.strip() else "blank"
+
+
+def load_demonstrations(
+    path: str | os.PathLike, tokenizer: Any | None = None
+) -> list[Demonstration]:
+    """Reads demonstrations: {"text"}, {"prompt", "completion"} or {"messages"}.
+
+    Of messages the assistant's turns are learned, each with the token that ends it.
+
+    Args:
+        path: as for `formats.read_rows`.
+        tokenizer: its chat template makes texts of messages; None takes their contents as they are.
+
+    Raises:
+        ValueError: "place: what is wrong".
+    """
+    chat = Chat(tokenizer) if tokenizer is not None else None
+    return [demonstration(row, chat, at) for at, row in read_rows(path, DEMONSTRATION_FORMS)]
+
+
+def load_ratings(path: str | os.PathLike) -> list[RatedText]:
+    """Reads rated texts: {"text", "ratings": [x, ...]} or {"text", "rating": x}.
+
+    Args:
+        path: as for `formats.read_rows`. Ratings are finite numbers on any scale; higher is better.
+
+    Raises:
+        ValueError: "place: what is wrong".
+    """
+    return [rated_text(row, place) for place, row in read_rows(path, RATING_FORMS)]
+
+
+def load_prompts(path: str | os.PathLike, tokenizer: Any | None = None) -> list[str]:
+    """Reads prompts: {"prompt"}, a text or messages, or {"messages"}.
+
+    Of messages a last turn of the assistant's is left out: the policy writes its own.
+
+    Args:
+        path: as for `formats.read_rows`. A prompt may be "": whether that is one, the tokenizer
+            decides.
+        tokenizer: its chat template makes texts of messages; without it they are refused.
+
+    Raises:
+        ValueError: "place: what is wrong".
+    """
+    chat = Chat(tokenizer)
+    return [prompt_text(row, chat, place) for place, row in read_rows(path, PROMPT_FORMS)]
+
+
+def read_jsonl(path: str | os.PathLike) -> list[Row]:
+    """Reads a file of JSON objects, one a line; blank lines are passed over.
+
+    Args:
+        path: a UTF-8 file, gzipped where its name ends with .gz.
+
+    Raises:
+        ValueError: no such file, no object in it, or "file:line: what is wrong".
+    """
+    return [row for _, row in json_lines(path)]
+
+
+def write_jsonl(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes one JSON object a line, atomically: the file appears whole or not at all.
+
+    Args:
+        path: where to; missing folders are made, an existing file is replaced.
+        rows: what `json` can write; NaN and infinities are not JSON.
+
+    Raises:
+        ValueError: a row holds a number that is not finite.
+    """
+    path = Path(path)
+    lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # In the same folder, since a rename is atomic only within one file system.
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes("".join(lines).encode("utf-8"))
+    os.replace(partial, path)
+
+
+def split_by_text(
+    records: Sequence[Record],
+    fractions: Mapping[str, float],
+    *,
+    seed: int,
+    key: Callable[[Record], str] = lambda record: record.text,
+    duplicates: str = "drop",
+) -> dict[str, list[Record]]:
+    """Splits records so that no text, compared without case and spacing, is in two splits.
+
+    A text's split follows from a hash of (seed, text) alone, so that adding records moves none of
+    the others; sizes are therefore the fractions only on average.
+
+    Args:
+        records: in any order, which the splits keep.
+        fractions: the share of each split, by name; they sum to 1.
+        seed: another seed gives another split.
+        key: the text of a record. Preferences over one prompt are kept together by their prompt.
+        duplicates: "drop" keeps the first record of each text; "keep" all of them, in one split.
+
+    Raises:
+        ValueError: shares that are negative or do not sum to 1, or an unknown `duplicates`.
+    """
+    _check_split(fractions, duplicates)
+    splits = {name: [] for name in fractions}
+    seen = set()
+    for record in records:
+        text = _normalized(key(record))
+        if duplicates == "drop" and text in seen:
+            continue
+        seen.add(text)
+        splits[_split_of(text, fractions, seed)].append(record)
+    return splits
+
+
+def _check_split(fractions: Mapping[str, float], duplicates: str) -> None:
+    total = sum(fractions.values())
+    if not all(share >= 0 for share in fractions.values()) or not math.isclose(total, 1.0):
+        raise ValueError(f"fractions must not be negative and sum to 1, got {dict(fractions)}")
+    if duplicates not in ("drop", "keep"):
+        raise ValueError(f"duplicates must be 'drop' or 'keep', got {duplicates!r}")
+
+
+def _normalized(text: str) -> str:
+    return " ".join(text.casefold().split())
+
+
+def _split_of(text: str, fractions: Mapping[str, float], seed: int) -> str:
+    digest = hashlib.sha256(f"{seed}\n{text}".encode()).digest()
+    place = int.from_bytes(digest[:8], "big") / 2**64
+    names = [name for name, share in fractions.items() if share > 0]
+    edge = 0.0
+    for name in names:
+        edge += fractions[name]
+        if place < edge:
+            return name
+    return names[-1]  # The shares may sum to a little less than 1.
+
+
+def demonstration(row: Row, chat: Chat | None, place: str) -> Demonstration:
+    if "text" in row:
+        return Demonstration(((string(row, "text", place), True),))
+    if "messages" not in row:
+        prompt, completion = (string(row, key, place) for key in ("prompt", "completion"))
+        return Demonstration(((prompt, False), (completion, True)))
+    messages = read_messages(row["messages"], "messages", place)
+    if chat is None:
+        return Demonstration(tuple((m["content"], m["role"] == "assistant") for m in messages))
+    return Demonstration(() if has_blank_turn(messages) else chat.parts(messages, place))
+
+
+def prompt_text(row: Row, chat: Chat, place: str) -> str:
+    key = "prompt" if "prompt" in row else "messages"
+    if key == "prompt" and not isinstance(row[key], list):
+        return string(row, key, place)
+    messages = read_messages(row[key], key, place)
+    assistant_turns(messages, place)
+    return chat.prompt(messages[:-1] if messages[-1]["role"] == "assistant" else messages, place)
+
+
+def rated_text(row: Row, place: str) -> RatedText:
+    ratings = row["ratings"] if "ratings" in row else [row["rating"]]
+    if not isinstance(ratings, list) or not ratings:
+        raise ValueError(f"{place}: ratings must be a list of numbers, not empty, got {ratings!r}")
+    text = string(row, "text", place)
+    return RatedText(text, tuple(finite(x, "a rating", place) for x in ratings))
+
+
+TextSettings = SFTSettings | RewardSettings
+
+
+def read_split(
+    settings: TextSettings, seed: int, read: Callable[[str], Sequence], key: Callable
+) -> tuple[Sequence, Sequence]:
+    """Training and validation records, disjoint by text.
+
+    Args:
+        settings: of the stage; names the files, or the share to hold out.
+        seed: of the split.
+        read: path -> records.
+        key: record -> the text that decides where it falls.
+
+    Raises:
+        ValueError: a file is not readable, or one of the two would be empty.
+    """
+    if settings.validation_data:
+        return read(settings.data), read(settings.validation_data)
+    fraction = settings.validation_fraction
+    shares = {"train": 1 - fraction, "validation": fraction}
+    records = read(settings.data)
+    parts = split_by_text(records, shares, seed=seed, key=key, duplicates="keep")
+    for name, chosen in parts.items():
+        if not chosen:
+            raise ValueError(
+                f"{settings.data}: its {len(records)} records leave none for {name} with "
+                f"validation_fraction={fraction}; change the fraction, or name a file as "
+                "validation_data"
+            )
+    return parts["train"], parts["validation"]
+
+
+def data_files(settings: TextSettings) -> tuple[tuple[str, str], tuple[str, str]]:
+    """(field, path) of the training and of the validation records of `read_split`."""
+    unseen = settings.validation_data
+    validation = ("validation_data", unseen) if unseen else ("data, held out", settings.data)
+    return ("data", settings.data), validation

@@ -1,0 +1,232 @@
+"""Base, SFT and PPO on unseen prompts, before judges that had no part in the training."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from ppo_jax.config.parsing import load_function
+from ppo_jax.config.run import Config
+from ppo_jax.config.stages import EvaluateSettings
+from ppo_jax.core.distributions import token_logprobs
+from ppo_jax.core.types import Rollout
+from ppo_jax.data.comparisons import CONTEXT, rated
+from ppo_jax.data.prompts import PromptData, prompt_data
+from ppo_jax.data.readers import naming_data
+from ppo_jax.data.records import load_ratings
+from ppo_jax.distributed.layout import Layout, fetch, make_layouts
+from ppo_jax.distributed.processes import from_first, stop_if_asked
+from ppo_jax.evaluation.statistics import Judge, distinct_n, judge_table
+from ppo_jax.inference.generate import generate, make_sampling
+from ppo_jax.inference.score import score_rows, scores_that_fit
+from ppo_jax.io.run_folder import read_results, write_results
+from ppo_jax.io.stage_folder import Model, describe_stage, load_source, resolve, source_steps
+from ppo_jax.models.build import policy_network
+from ppo_jax.rollout.decode import response_outputs
+
+NUM_SAMPLES = 12  # prompts side by side in the report
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Panel:
+    """Judges of whole texts (prompt and response), and what a reader must know of them."""
+
+    judges: Mapping[str, Judge]
+    notes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    rated: tuple[Sequence[str], np.ndarray] | None = None  # texts and mean ratings, unseen by all
+    reference: Mapping[str, float] = dataclasses.field(default_factory=dict)  # marks for accuracy
+
+
+def evaluate(config: Config, workdir: Path, base: str):
+    """Compare the policies of a run and add the verdict to results.json.
+
+    Args:
+        config: of the run; its evaluate section.
+        workdir: the run's folder; its stages are complete.
+        base: path of the base model.
+    """
+    settings, (layout, of_rollout) = config.evaluate, make_layouts(config.mesh)
+    pins = source_steps(workdir / "ppo")
+    policies = {
+        name: load_source(path, workdir, base, config.model, layout, pin)
+        for name, (path, pin) in compared(config, workdir, base, pins.get("init_from")).items()
+    }
+    prompts = evaluation_prompts(config, policies["ppo"].tokenizer).texts[: settings.num_prompts]
+    responses, rollouts = {}, {}
+    for name, policy in policies.items():
+        responses[name], rollouts[name] = respond(policy, prompts, config, of_rollout)
+        print(f"evaluate: {len(prompts)} responses of {name}", flush=True)
+    texts = {
+        name: [p + r for p, r in zip(prompts, rows, strict=True)]
+        for name, rows in responses.items()
+    }
+    results = {f"text/distinct2_{name}": distinct_n(rows, 2) for name, rows in responses.items()}
+    start = "sft" if "sft" in policies else "base"  # where PPO began, and its reference
+    results["policy/kl_per_response"] = kl_per_response(
+        policies[start], rollouts["ppo"], len(prompts), settings.temperature
+    )
+    variety = results["text/distinct2_ppo"], results[f"text/distinct2_{start}"]
+    results["text/distinct2_ratio"] = variety[0] / max(variety[1], 1e-9)
+    # What is found is on disk before a judge or the reward model can fail.
+    add_results(workdir, results)
+    add_results(workdir, judge_all(settings, workdir, texts))
+    name = config.ppo.reward_model or ("reward" if config.reward is not None else "")
+    pin = pins.get("reward_model") if config.ppo.reward_model else None
+    reward = load_source(name, workdir, base, config.model, layout, pin) if name else None
+    add_results(workdir, {"samples": side_by_side(reward, prompts, responses, texts)})
+    add_results(workdir, reward_accuracies(reward, config, workdir))
+
+
+def add_results(workdir: Path, results: Mapping[str, Any]):
+    write_results(workdir, read_results(workdir) | results)
+
+
+def compared(
+    config: Config, workdir: Path, base: str, pin: int | None
+) -> dict[str, tuple[str, int | None]]:
+    """(path, step) of the policies to compare: "base" and "sft" as far as PPO began there, "ppo".
+
+    A stage folder from elsewhere that PPO began from is "sft", any other model is "base".
+
+    Args:
+        config: of the run.
+        workdir: the run's folder.
+        base: path of the base model.
+        pin: the step of the stage that PPO began from, see `models.source_steps`.
+    """
+    origin = config.ppo.init_from
+    path = resolve(origin, workdir, base)
+    found = {"base": (base, None)} if origin in ("base", "sft") else {}
+    if origin != "base":
+        found["base" if describe_stage(Path(path)) is None else "sft"] = (path, pin)
+    return found | {"ppo": (str(workdir / "ppo"), None)}
+
+
+def evaluation_prompts(config: Config, tokenizer: Any) -> PromptData:
+    """The prompts of the evaluation, num_prompts or more.
+
+    Raises:
+        ValueError: there are fewer.
+    """
+    settings = config.evaluate
+    data = prompt_data(
+        settings.prompts,
+        tokenizer,
+        max_length=config.ppo.max_prompt_length,
+        field="evaluate.prompts",
+    )
+    if len(data.texts) < settings.num_prompts:
+        raise ValueError(
+            f"evaluate.num_prompts must be at most the {len(data.texts)} prompts of "
+            f"{settings.prompts}, got {settings.num_prompts}"
+        )
+    return data
+
+
+def respond(
+    policy: Model, prompts: list[str], config: Config, layout: Layout
+) -> tuple[list[str], list[Rollout]]:
+    """Responses as long as those of the training, from the same key for every policy."""
+    ppo, settings = config.ppo, config.evaluate
+    return generate(
+        policy,
+        prompts,
+        sampling=make_sampling(vars(ppo), policy.tokenizer),
+        temperature=settings.temperature,
+        seed=config.seed + 1,
+        batch_size=settings.batch_size,
+        max_prompt_length=ppo.max_prompt_length,
+        layout=layout,
+        before_batch=lambda: stop_if_asked("the same command begins the evaluation anew"),
+    )
+
+
+def kl_per_response(
+    reference: Model, rollouts: list[Rollout], count: int, temperature: float
+) -> float:
+    """KL(policy || reference) in nats per response, by the log-ratio of the policy's own samples.
+
+    The sum over a response of logprobs - ref_logprobs, averaged over the first `count` responses.
+    """
+    network = policy_network(reference.config, constrain=reference.layout.constrain)
+
+    @jax.jit
+    def log_ratio(params, rollout):
+        length = rollout.response_mask.shape[1]
+        logits = response_outputs(
+            network, params, rollout.tokens, rollout.mask, response_length=length
+        )
+        ref = token_logprobs(logits, rollout.response_tokens, temperature=temperature)
+        return jax.numpy.where(rollout.response_mask, rollout.logprobs - ref, 0.0).sum(axis=1)
+
+    ratios = np.concatenate(fetch([log_ratio(reference.params, r) for r in rollouts]))
+    return float(ratios[:count].mean())
+
+
+def judge_all(settings: EvaluateSettings, workdir: Path, texts: dict[str, list[str]]) -> dict:
+    """The judges' table and the gold judge's verdict.
+
+    Every process makes the panel, which may load models: that is done together. The judges, which
+    may be slow, paid or random, are asked by process 0 alone; they compute on its own devices.
+    """
+    if not settings.judges:
+        return {}
+    panel: Panel = load_function(settings.judges, "evaluate.judges")(workdir)
+    table = from_first(judge_table, panel.judges, texts, notes=panel.notes, rated=panel.rated)
+    results = {"judges": table, "reference": dict(panel.reference)}
+    gold = next((row for row in table if row["judge"] == "gold"), None)
+    if gold and "win_rate_ppo_vs_sft" in gold:
+        results["gold/win_rate_ppo_vs_sft"] = gold["win_rate_ppo_vs_sft"]
+        results["gold/win_rate_ppo_vs_sft_interval"] = gold["win_rate_ppo_vs_sft_interval"]
+    return results
+
+
+def side_by_side(
+    reward: Model | None,
+    prompts: list[str],
+    responses: dict[str, list[str]],
+    texts: dict[str, list[str]],
+) -> list[dict]:
+    """The first prompts with every policy's response and, with a reward model, its score."""
+    scores = {}
+    if reward is not None:
+        scores = {name: scores_that_fit(reward, rows[:NUM_SAMPLES]) for name, rows in texts.items()}
+    return [
+        {
+            "prompt": prompts[i],
+            **{name: rows[i] for name, rows in responses.items()},
+            "scores": {name: found[i] for name, found in scores.items() if i in found},
+        }
+        for i in range(min(NUM_SAMPLES, len(prompts)))
+    ]
+
+
+def reward_accuracies(reward: Model | None, config: Config, workdir: Path) -> dict[str, float]:
+    """The reward model's accuracy on unseen pairs, under results' names.
+
+    On pairs of `evaluate.ratings`, or else what the last validation found.
+    """
+    if reward is None:
+        return {}
+    if config.evaluate.ratings:
+        records = load_ratings(config.evaluate.ratings)
+        with naming_data("evaluate.ratings", config.evaluate.ratings, CONTEXT):
+            data = rated(records, reward.tokenizer, reward.config.max_length)
+        found = data.accuracy(score_rows(reward, data.texts), config.seed)
+    else:
+        found = last_validation(workdir / "metrics.jsonl")
+    return {name.replace("/validation_", "/"): value for name, value in found.items()}
+
+
+def last_validation(path: Path) -> dict[str, float]:
+    """The last validation of the reward model in metrics.jsonl."""
+    found = {}
+    for line in path.read_text().splitlines():
+        row = json.loads(line)
+        if row["stage"] == "reward":
+            found |= {k: v for k, v in row.items() if "/validation_" in k}
+    return found

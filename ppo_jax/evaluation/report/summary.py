@@ -1,0 +1,298 @@
+"""What a run came to: its files read, its verdict in one sentence, its headline figures."""
+
+import datetime
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+from typing import NamedTuple
+
+from ppo_jax.evaluation.report.panels import STAGES, series
+from ppo_jax.evaluation.statistics import share_interval
+
+FILES = ("config.json", "metrics.jsonl", "samples.jsonl", "results.json")
+
+
+class Run(NamedTuple):
+    """What the files of a run hold; an absent file is an empty list or dict."""
+
+    name: str
+    date: str
+    config: dict
+    metrics: list[dict]
+    samples: list[dict]
+    results: dict
+    num_steps: dict[str, int]  # of each stage that has begun
+
+    def rows(self, stage: str) -> list[dict]:
+        """The metrics of one stage, in the order they were written."""
+        return [row for row in self.metrics if row["stage"] == stage]
+
+    def points(self, stage: str, name: str) -> list[tuple[int, float]]:
+        """(step, value) wherever a metric is finite."""
+        both = zip(*series(self.rows(stage), name), strict=True)
+        return [(step, value) for step, value in both if math.isfinite(value)]
+
+    def ends(self, stage: str, name: str) -> list[float]:
+        """The first and last finite value of a metric; [] when there are not two."""
+        values = [value for _, value in self.points(stage, name)]
+        return [values[0], values[-1]] if len(values) > 1 else []
+
+
+def read_run(workdir: str | Path) -> Run:
+    """Reads the files of a workdir; a torn last line of a .jsonl file is left out.
+
+    Args:
+        workdir: the folder of a run, with any of config.json, metrics.jsonl, samples.jsonl and
+            results.json.
+
+    Raises:
+        ValueError: the folder holds none of them, or one is not JSON (file:line).
+    """
+    paths = [Path(workdir) / name for name in FILES]
+    if not any(path.is_file() for path in paths):
+        raise ValueError(f"{workdir} is not a run's workdir: it holds none of {', '.join(FILES)}.")
+    newest = max(path.stat().st_mtime for path in paths if path.is_file())
+    date = datetime.datetime.fromtimestamp(newest, datetime.UTC).strftime("%d %B %Y, %H:%M UTC")
+    stages = {stage: _read(Path(workdir) / stage / "stage.json") for stage in STAGES}
+    num_steps = {stage: found["num_steps"] for stage, found in stages.items() if found}
+    return Run(Path(workdir).resolve().name, date, *map(_read, paths), num_steps)
+
+
+def unfinished(run: Run) -> str:
+    """What the stages of the config have yet to do, as far as the files tell; "" is nothing."""
+    wanted, todo = run.config.get("config", run.config), []
+    for stage in STAGES:
+        step = max((row["step"] for row in run.rows(stage)), default=0)
+        if step < run.num_steps.get(stage, 0):
+            todo.append(f"{stage} is at step {step} of {run.num_steps[stage]}")
+        elif wanted.get(stage) and not step:
+            todo.append(f"{stage} has not begun")
+    if wanted.get("evaluate") and "evaluated" not in run.results:
+        todo.append("nothing is evaluated yet")
+    return ", ".join(todo)
+
+
+def verdict(run: Run) -> str:
+    """The strongest statement that the files of the run support, in one sentence."""
+    if (rate := run.results.get("gold/win_rate_ppo_vs_sft")) is not None:
+        told = _preference(rate, run.results) + _at_kl(run)
+    else:
+        told = _ppo_reached(run) or _reward_reached(run) or _sft_reached(run)
+    return f"{told or 'There is no result to report yet'}."
+
+
+def headlines(run: Run) -> list[tuple[str, str, str]]:
+    """The cards of the report: (figure, what it is, what to compare it with)."""
+    cards = [*_ppo_cards(run), *_reward_cards(run)]
+    if (ratio := run.results.get("text/distinct2_ratio")) is not None:
+        cards.append((f"{ratio:.0%}", f"of {_origin(run)}'s distinct-2", "variety of word pairs"))
+    if (points := run.points("sft", "sft/validation_perplexity")) and not _evaluated(run):
+        step, first = points[0]
+        before = f"{_perplexity(first)} at step {step}, {points[-1][0]} steps in all"
+        cards.append((_perplexity(points[-1][1]), "validation perplexity after SFT", before))
+    if "time/total_s" in run.results:
+        cards.append((duration(run.results["time/total_s"]), "in all", "wall clock"))
+    return cards
+
+
+def duration(seconds: float) -> str:
+    """Seconds for a reader.
+
+    >>> [duration(s) for s in (8.24, 95, 7325)]
+    ['8.2 s', '1 min 35 s', '2 h 2 min']
+    """
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+# What a stage came to
+
+
+def _evaluated(run: Run) -> bool:
+    return "policy/kl_per_response" in run.results
+
+
+def _origin(run: Run) -> str:
+    """The name of the policy that PPO began from, as the evaluation has it."""
+    names = [name for name in ("sft", "base") if f"text/distinct2_{name}" in run.results]
+    return "base" if names == ["base"] else "SFT"
+
+
+def _preference(rate: float, results: dict) -> str:
+    prompts = next((row["num_prompts"] for row in results.get("judges", [])), "the")
+    interval = results.get("gold/win_rate_ppo_vs_sft_interval")
+    low, high = interval or (rate, rate)
+    between = f" (95% interval {low:.0%} to {high:.0%})" if interval else ""
+    told = f"in {rate:.0%} of {prompts} unseen prompts by the gold judge{between}"
+    if low > 0.5:
+        return f"PPO is preferred to SFT {told}"
+    if high < 0.5:
+        return f"PPO lost to SFT: it is preferred {told}"
+    return f"PPO and SFT are not told apart: PPO is preferred {told}"
+
+
+def _window(values: Sequence[float]) -> int:
+    """Over how many iterations a mean stands for an end of PPO: a single one is noisy."""
+    return min(5, max(1, len(values) // 4))
+
+
+def _score_ends(run: Run) -> tuple[int, float, float] | None:
+    """(n, mean score over the first n iterations, over the last n); see `_window`."""
+    values = [value for _, value in run.points("ppo", "reward/score_mean")]
+    if not values:
+        return None
+    n = _window(values)
+    return n, mean(values[:n]), mean(values[-n:])
+
+
+def _kl(run: Run) -> float | None:
+    """Nats per response: of the evaluation, or else of the last iterations."""
+    if _evaluated(run):
+        return run.results["policy/kl_per_response"]
+    values = [value for _, value in run.points("ppo", "kl/ref")]
+    return mean(values[-_window(values) :]) if values else None
+
+
+def _at_kl(run: Run) -> str:
+    kl = _kl(run)
+    return "" if kl is None else f", at {kl:.1f} nats of KL per response"
+
+
+def _ppo_reached(run: Run) -> str:
+    if (ends := _score_ends(run)) is None:
+        return ""
+    n, first, last = ends
+    early, late = (f"{n} iterations", f" {n}") if n > 1 else ("iteration", "")
+    told = (
+        f"PPO took the mean score from {first:.2f} in the first {early} to {last:.2f} in the last"
+    )
+    return f"{told}{late}{_at_kl(run)}"
+
+
+def _ppo_cards(run: Run) -> list[tuple[str, str, str]]:
+    cards, results = [], run.results
+    if (rate := results.get("gold/win_rate_ppo_vs_sft")) is not None:
+        interval = results.get("gold/win_rate_ppo_vs_sft_interval")
+        between = "95% interval {:.1%} to {:.1%}".format(*interval) if interval else "win rate"
+        cards.append((f"{rate:.1%}", "prefer PPO to SFT", between))
+    elif ends := _score_ends(run):
+        n, first, last = ends
+        late, early = (f"{n} iterations", f" {n}") if n > 1 else ("iteration", "")
+        cards.append(
+            (f"{last:.2f}", f"mean score, last {late}", f"{first:.2f} in the first{early}")
+        )
+    if (kl := _kl(run)) is not None:
+        policy = f"the {_origin(run)} policy" if _evaluated(run) else "the reference policy"
+        cards.append((f"{kl:.1f} nats", "KL per response", f"from {policy}"))
+    return cards
+
+
+def _accuracies(run: Run) -> dict[str, float]:
+    """{"": on all unseen pairs, "_gap1": on those that differ by 1 or more, "_gap2": by 2}."""
+    found = {}
+    for suffix in ("", "_gap1", "_gap2"):
+        validated = run.points("reward", f"reward_model/validation_accuracy{suffix}")
+        if (value := run.results.get(f"reward_model/accuracy{suffix}")) is not None:
+            found[suffix] = value
+        elif validated:
+            found[suffix] = validated[-1][1]
+    return found
+
+
+def _measured_on(run: Run, suffix: str, accuracy: float) -> str:
+    """How many unseen pairs an accuracy is of; its interval, where they are independent."""
+    counts = [count for _, count in run.points("reward", f"reward_model/validation_pairs{suffix}")]
+    count = run.results.get(f"reward_model/pairs{suffix}", counts[-1] if counts else None)
+    if count is None:
+        return "unseen pairs"
+    told = f"{round(count):,} unseen pairs"
+    if _of_reward(run).get("format") != "preferences":  # drawn many times from the same texts
+        return told
+    return told + "; 95% interval {:.1%} to {:.1%}".format(*share_interval(accuracy, count))
+
+
+def _of_reward(run: Run) -> dict:
+    """The settings of the reward model; {} where they are unknown."""
+    return run.config.get("config", run.config).get("reward") or {}
+
+
+def _pairs_a_step(run: Run) -> str:
+    """How many pairs a step of reward-model training compares; "" where the config is unknown."""
+    settings = _of_reward(run)
+    if settings.get("format") == "ratings" and "pairs_per_batch" in settings:
+        return f"up to {settings['pairs_per_batch']} pairs"  # pairs of equal ratings are left out
+    return f"{settings['batch_size'] // 2} pairs" if "batch_size" in settings else ""
+
+
+def _reward_reached(run: Run) -> str:
+    accuracies = _accuracies(run)
+    if "" not in accuracies:
+        return ""
+    told = f"The reward model puts {accuracies['']:.1%} of the unseen pairs in the right order"
+    gaps = [
+        f"{accuracies[suffix]:.1%} at {gap} or more"
+        for suffix, gap in (("_gap1", "a gap in rating of 1"), ("_gap2", "2"))
+        if suffix in accuracies
+    ]
+    told += f" ({', '.join(gaps)})" if gaps else ""
+    if rows := run.rows("reward"):
+        pairs = _pairs_a_step(run)
+        told += f", after {rows[-1]['step']} steps" + (f" of {pairs}" if pairs else "")
+    return told
+
+
+def _reward_cards(run: Run) -> list[tuple[str, str, str]]:
+    accuracies, what = _accuracies(run), "reward-model accuracy"
+    human = run.results.get("reference", {}).get("human rater")
+    if _evaluated(run) and "_gap1" in accuracies:
+        pairs = _measured_on(run, "_gap1", accuracies["_gap1"])
+        told = "" if pairs == "unseen pairs" else f"{pairs} with a "
+        note = f"{told}gap of 1 or more" + (f"; a human rater {human:.1%}" if human else "")
+        return [(f"{accuracies['_gap1']:.1%}", what, note)]
+    if "" not in accuracies:
+        return []
+    note = f"on {_measured_on(run, '', accuracies[''])}"
+    if "_gap1" in accuracies:
+        note += f"; {accuracies['_gap1']:.1%} at a gap of 1 or more"
+    cards = [(f"{accuracies['']:.1%}", what, note)]
+    if (rows := run.rows("reward")) and not _evaluated(run):
+        each = f"{pairs} each" if (pairs := _pairs_a_step(run)) else "of the optimizer"
+        cards.append((f"{rows[-1]['step']}", "reward-model steps", each))
+    return cards
+
+
+def _sft_reached(run: Run) -> str:
+    if not (points := run.points("sft", "sft/validation_perplexity")):
+        return ""
+    (begin, first), (end, last) = points[0], points[-1]
+    if len(points) == 1:
+        return f"SFT reached a validation perplexity of {_perplexity(last)} at step {end}"
+    ends = f"from {_perplexity(first)} (step {begin}) to {_perplexity(last)} (step {end})"
+    return f"SFT took the validation perplexity {ends}"
+
+
+def _perplexity(value: float) -> str:
+    """A model from scratch begins at the size of its vocabulary, a diverged one at any number."""
+    return f"{value:.1f}" if value < 1e5 else f"{value:.1e}"
+
+
+def _read(path: Path) -> list | dict:
+    lines = path.suffix == ".jsonl"
+    if not path.is_file():
+        return [] if lines else {}
+    text = path.read_text(encoding="utf-8")
+    if not lines:
+        return _json(text, str(path))
+    *whole, _torn = text.split("\n")  # a line is whole once its end is written
+    return [_json(line, f"{path}:{i}") for i, line in enumerate(whole, 1) if line.strip()]
+
+
+def _json(text: str, where: str) -> dict:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is not JSON: {error}.") from None

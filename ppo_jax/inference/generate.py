@@ -1,0 +1,243 @@
+"""Text in, text out: responses of a whole policy to prompts, at once or token by token."""
+
+import functools
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ppo_jax.config.parsing import filled_in
+from ppo_jax.config.stages import PPOSettings
+from ppo_jax.core.types import Rollout
+from ppo_jax.data.encode import encode_prompts, take_prompts
+from ppo_jax.distributed.layout import Layout, fetch, one_device
+from ppo_jax.io.hub import model_folder
+from ppo_jax.io.stage_folder import Model, describe_stage
+from ppo_jax.models.build import policy_network
+from ppo_jax.models.config import ModelConfig
+from ppo_jax.rollout.decode import rollout
+from ppo_jax.rollout.sampling import Sampling, choose
+
+CHUNK = 4  # tokens that a stream samples in one call
+LEAST_WIDTH = 64  # positions of a streamed prompt; each further width is twice as wide
+
+
+def stop_ids(tokenizer: Any, stop_tokens: Sequence[str] = ()) -> tuple[int, ...]:
+    """Ids that end a response: the tokenizer's EOS and the given tokens.
+
+    Raises:
+        ValueError: one of them is not a token of the tokenizer.
+    """
+    vocabulary = tokenizer.get_vocab()
+    if unknown := [token for token in stop_tokens if token not in vocabulary]:
+        known = ", ".join(tokenizer.all_special_tokens)
+        raise ValueError(
+            f"ppo.stop_tokens must be among the {len(vocabulary):,} tokens of the tokenizer (such "
+            f"as {known}), got {unknown}"
+        )
+    ids = {tokenizer.eos_token_id} | {vocabulary[token] for token in stop_tokens}
+    return tuple(sorted(ids))
+
+
+def make_sampling(settings: Mapping[str, Any], tokenizer: Any) -> Sampling:
+    """What shapes the responses of a rollout, out of the fields of the ppo section."""
+    shape = {name: settings[name] for name in ("response_length", "top_k", "top_p", "min_p")}
+    return Sampling(eos_ids=stop_ids(tokenizer, settings["stop_tokens"]), **shape)
+
+
+def find_sampling(path: str, tokenizer: Any, **asked: Any) -> dict[str, Any]:
+    """How to sample a model: {"sampling", "temperature"}, as `generate` takes them.
+
+    What is not asked for is that of the PPO stage in the same run, where the model is a stage's,
+    and else the default of the ppo section. Stop tokens of a generation_config.json count, too.
+
+    Args:
+        path: as in `models.load_model`.
+        tokenizer: the model's.
+        **asked: temperature, response_length, top_k, top_p, min_p; None is not asked for.
+    """
+    asked = {name: value for name, value in asked.items() if value is not None}
+    settings = filled_in(PPOSettings, declared_sampling(path, tokenizer) | asked)
+    return {
+        "sampling": make_sampling(settings, tokenizer),
+        "temperature": settings["temperature"],
+    }
+
+
+def declared_sampling(path: str, tokenizer: Any) -> dict[str, Any]:
+    """What the files beside a model say of its sampling, under the names of the ppo section."""
+    stage = describe_stage(Path(path))
+    if stage is not None:
+        ppo = stage if stage["stage"] == "ppo" else describe_stage(Path(path).parent / "ppo")
+        return ppo["settings"] if ppo else {}
+    file = model_folder(path) / "generation_config.json"
+    ids = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
+    ids = [i for i in (ids if isinstance(ids, list) else [ids]) if i is not None]
+    tokens = tokenizer.convert_ids_to_tokens(ids)
+    if None in tokens:
+        raise ValueError(f"{file}: eos_token_id must be ids of the tokenizer's tokens, got {ids}")
+    return {"stop_tokens": tokens}
+
+
+def decode_rows(tokenizer: Any, tokens: np.ndarray, mask: np.ndarray) -> list[str]:
+    """Responses [N, T] as text, without their stop tokens."""
+    ids = [row[kept].tolist() for row, kept in zip(tokens, mask, strict=True)]
+    return [tokenizer.decode(row, skip_special_tokens=True) for row in ids]
+
+
+@functools.lru_cache(maxsize=8)
+def compiled_rollout(config: ModelConfig, sampling: Sampling, layout: Layout):
+    """One jitted rollout for all models of a shape: base, SFT and PPO compile once."""
+    network = policy_network(config, constrain=layout.constrain)
+
+    def sample(params, *args, **kwargs):
+        params = layout.decoding_params(params, config.dtype)
+        return rollout(network, params, *args, sampling=sampling, **kwargs)
+
+    return jax.jit(sample, out_shardings=layout.rows)
+
+
+def generate(
+    model: Model,
+    prompts: Sequence[str],
+    *,
+    sampling: Sampling,
+    temperature: float,
+    seed: int,
+    batch_size: int,
+    max_prompt_length: int,
+    layout: Layout | None = None,
+    before_batch: Callable[[], None] | None = None,
+) -> tuple[list[str], list[Rollout]]:
+    """Sample a response to each prompt.
+
+    A response depends on the seed and on its prompt's place in the list, not on `batch_size`.
+
+    Args:
+        model: a policy.
+        prompts: N texts.
+        sampling: length, stop tokens and filters.
+        temperature: 0 is greedy.
+        seed: of the sampling.
+        batch_size: prompts at a time.
+        max_prompt_length: tokens; a longer prompt is an error.
+        layout: of the rollout; None is the first device.
+        before_batch: called before each batch; it may end the process.
+
+    Returns:
+        (N responses, the rollouts of the batches; the last is filled up with prompt 0).
+
+    Raises:
+        ValueError: the model is no policy, or a prompt is too long or has no token.
+    """
+    if model.kind != "policy":
+        raise ValueError("model must be a policy to generate text, got a reward model")
+    rows = encode_prompts(prompts, model.tokenizer, max_length=max_prompt_length)
+    layout = layout or one_device()
+    sample = compiled_rollout(model.config, sampling, layout)
+    # On a mesh the program itself puts them where the rollout reads them, cast first.
+    params = model.params if model.layout else layout.put(model.params)
+    key, temperature = layout.put_whole((jax.random.key(seed), np.float32(temperature)))
+    responses, rollouts = [], []
+    pieces = layout.pieces("batch")
+    batch_size = -(-batch_size // pieces) * pieces
+    for begin in range(0, len(prompts), batch_size):
+        if before_batch is not None:
+            before_batch()
+        numbers = np.arange(begin, begin + batch_size)
+        chosen = np.where(numbers < len(prompts), numbers, 0)
+        batch, numbers = layout.put_rows((take_prompts(rows, chosen), numbers))
+        found = sample(params, batch, key, temperature=temperature, rows=numbers)
+        tokens, mask = fetch((found.response_tokens, found.response_mask))
+        responses += decode_rows(model.tokenizer, tokens, mask)
+        rollouts.append(found)
+    return responses[: len(prompts)], rollouts
+
+
+@functools.lru_cache(maxsize=8)
+def compiled_stream(config: ModelConfig, sampling: Sampling):
+    """(begin, more): a prompt to the state before its response, and `CHUNK` tokens from there on.
+
+    The state is (t, logits [1, V], cache). Compiled once for each width of the prompt.
+    """
+    network = policy_network(config)
+
+    def begin(params, tokens, mask):
+        width = tokens.shape[1]
+        # The last chunk may run over the end; what it adds there is thrown away.
+        cache = network.init_cache(1, width + sampling.response_length + CHUNK)
+        logits, cache = network.decode(params, tokens, mask, cache, start=width - 1)
+        return jnp.int32(0), logits[:, 0], cache
+
+    def more(params, state, key, temperature):
+        row_keys = jax.random.fold_in(key, 0)[None]  # as the first row of a rollout
+
+        def step(state, _):
+            t, logits, cache = state
+            token, _ = choose(logits, row_keys, t, sampling, temperature)
+            mask = jnp.ones((1, 1), bool)
+            logits, cache = network.decode(params, token[:, None], mask, cache)
+            return (t + 1, logits[:, 0], cache), token[0]
+
+        return jax.lax.scan(step, state, length=CHUNK)
+
+    return jax.jit(begin), jax.jit(more, donate_argnums=1)
+
+
+def stream(
+    model: Model,
+    ids: Sequence[int],
+    key: jax.Array,
+    *,
+    sampling: Sampling,
+    temperature: float,
+) -> Iterator[int]:
+    """The tokens of one response as they are sampled, a stop token included.
+
+    They are those of a rollout with this prompt alone.
+
+    Args:
+        model: a policy; with its parameters on the device, if several responses are wanted.
+        ids: the tokens of the prompt, at most the model's positions less the response's.
+        key: of the sampling.
+        sampling: length, stop tokens and filters.
+        temperature: 0 is greedy.
+    """
+    width = min(prompt_width(len(ids)), model.config.max_length)
+    tokens = np.zeros((1, width), np.int32)
+    tokens[0, width - len(ids) :] = ids
+    mask = np.arange(width)[None] >= width - len(ids)
+    begin, more = compiled_stream(model.config, sampling)
+    params = jax.device_put(model.params)
+    state = begin(params, tokens, mask)
+    for t in range(0, sampling.response_length, CHUNK):
+        state, chunk = more(params, state, key, jnp.float32(temperature))
+        for token in np.asarray(chunk)[: sampling.response_length - t].tolist():
+            yield token
+            if token in sampling.eos_ids:
+                return
+
+
+def prompt_width(length: int) -> int:
+    """The least width that holds a prompt, of few, so that few are compiled.
+
+    >>> [prompt_width(length) for length in (1, 64, 65, 300)]
+    [64, 64, 128, 512]
+    """
+    return LEAST_WIDTH << ((length - 1) // LEAST_WIDTH).bit_length()
+
+
+def text_pieces(tokenizer: Any, tokens: Iterable[int]) -> Iterator[str]:
+    """The text of tokens, piece by piece; a character is given once all of its bytes are there."""
+    ids, shown, text = [], 0, ""
+    for token in tokens:
+        ids.append(token)
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            yield text[shown:]
+            shown = len(text)
+    yield text[shown:]

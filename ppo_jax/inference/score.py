@@ -1,0 +1,57 @@
+"""Scores of texts by a reward model."""
+
+import functools
+
+import jax
+import numpy as np
+
+from ppo_jax.algorithms.supervised import text_scores
+from ppo_jax.data.encode import Texts, encode_all, encode_texts, row_batches
+from ppo_jax.data.hidden_states import Inputs, batch_width, make_inputs
+from ppo_jax.distributed.layout import Layout, fetch, one_device
+from ppo_jax.io.stage_folder import Model
+from ppo_jax.models.build import reward_network
+from ppo_jax.models.config import ModelConfig
+
+
+def all_scores(
+    score, params, texts: Texts, inputs: Inputs, layout: Layout, batch_size: int
+) -> np.ndarray:
+    """Scores of a whole data set, [N] float32."""
+    batches, scores = row_batches(texts.mask, batch_size), []
+    for rows in batches:
+        width, filled = batch_width(texts, rows), layout.fill_up(rows)
+        batch = layout.put_rows((inputs(filled, width), texts.mask[filled, :width]))
+        scores.append(score(params, *batch))
+    ordered = np.empty(len(texts.mask), np.float32)
+    for rows, found in zip(batches, fetch(scores), strict=True):
+        ordered[rows] = found[: len(rows)]
+    return ordered
+
+
+SCORED_AT_A_TIME = 64  # texts
+
+
+def scores_that_fit(model: Model, texts: list[str]) -> dict[int, float]:
+    """Scores of the texts that fit into a reward model's context, by their numbers: a response
+    may have more tokens when its text is tokenised again."""
+    rows = encode_texts(texts, model.tokenizer, max_length=model.config.max_length)
+    return dict(zip(rows.records.tolist(), score_rows(model, rows).tolist(), strict=True))
+
+
+def score_texts(model: Model, texts: list[str]) -> np.ndarray:
+    """A reward model's scores of whole texts, [N] float32."""
+    return score_rows(model, encode_all(texts, model.tokenizer, max_length=model.config.max_length))
+
+
+@functools.lru_cache(maxsize=4)
+def compiled_scores(config: ModelConfig, layout: Layout):
+    network = reward_network(config, constrain=layout.constrain)
+    return jax.jit(functools.partial(text_scores, network))
+
+
+def score_rows(model: Model, rows: Texts) -> np.ndarray:
+    """A reward model's scores of tokenised texts, [N] float32."""
+    layout = model.layout or one_device()
+    score, inputs = compiled_scores(model.config, layout), make_inputs(rows, None, None, cache_gb=0)
+    return all_scores(score, layout.put(model.params), rows, inputs, layout, SCORED_AT_A_TIME)

@@ -1,0 +1,358 @@
+"""Checkpoints of a whole state, step by step, and of params alone. The only file that knows Orbax.
+
+A folder of checkpoints holds one folder a step, see `step_folders`. Orbax has no checksums of what
+arrays hold, so a step gets those of its files as soon as it is complete, and is compared with them
+before it is read. Of several processes, process 0 compares and chooses the step for all.
+"""
+
+import contextlib
+import re
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from flax.traverse_util import unflatten_dict
+from orbax.checkpoint import v1 as ocp
+
+from ppo_jax.distributed.processes import NotTogether, are_several, from_first, need_all
+from ppo_jax.distributed.trees import abstract, detach, differences, named_leaves
+from ppo_jax.io.integrity import verify_again, verify_checksums, write_checksums
+
+T = TypeVar("T")
+Shardings = Callable[[Any], Any]
+Verify = Callable[[Path], None]
+
+
+class Checkpoints:
+    """The checkpoints of one run in one folder, saved asynchronously; call `close` at the end.
+
+    Args:
+        directory: the folder, made at the first save; this object is its only writer.
+        keep: how many complete steps stay. An older one goes only when a newer one is complete.
+    """
+
+    def __init__(self, directory: str | Path, *, keep: int = 2):
+        if keep < 1:
+            raise ValueError(f"keep must be at least 1, got {keep}.")
+        self.directory = Path(directory).absolute()
+        self.keep = keep
+        self._broken: set[int] = set()  # steps that could not be read
+        self._verified: int | None = None  # the newest step that was restored or saved
+        self._saving: tuple[int, Future] | None = None  # step, and what ends when it is on disk
+        self._background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoints")
+
+    def save(self, step: int, state: Any, metadata: dict[str, Any] | None = None) -> None:
+        """Start to save a state, and return as soon as its buffers may be donated.
+
+        The newest step that this object restored or saved is not written twice: the state is a
+        function of the step. A step that `restore` found broken is replaced.
+
+        Args:
+            step: number of steps that made this state.
+            state: a pytree of arrays (a struct, optax states and nested dicts included).
+            metadata: what JSON can hold, given back by `restore`.
+
+        Raises:
+            NotTogether: it is called in `from_first`, where Orbax would wait for the others.
+            ValueError: a leaf is not an array, or the folder holds a complete checkpoint of this
+                step or a later one, which a run that did not restore it would overwrite.
+        """
+        need_all(f"step {step} of {self.directory} must be saved")
+        self.wait()
+        if step == self._verified:
+            return
+        # The others wait here while process 0 writes checksums; inside of Orbax they would give up.
+        from_first(self._check_new, step)
+        # Named, so that a state is saved under the same paths whatever its nodes are made of.
+        tree = unflatten_dict(named_leaves(detach(state)), sep="/")
+        # Orbax's transfer to the host is implicit; a caller's guard is for the caller's code.
+        with jax.transfer_guard("allow"):
+            response = ocp.save_async(
+                self.directory / str(step),
+                tree,
+                overwrite=True,  # only a broken step can be in the way
+                custom_metadata={"step": step, "metadata": metadata or {}},
+            )
+        self._saving = (step, self._background.submit(self._finish, step, response))
+
+    def _check_new(self, step: int) -> None:
+        if later := [other for other in self.steps() if other >= step]:
+            have = f"step {step} cannot be saved in {self.directory}: it holds steps {later}."
+            raise ValueError(f"{have} Restore them first, or choose another workdir.")
+
+    def _finish(self, step: int, response: Any) -> None:
+        response.result()
+        # A process killed in between leaves a complete step without checksums, which is read as is.
+        if jax.process_index() == 0:
+            write_checksums(self.directory / str(step))
+
+    def restore(self, example: Any) -> tuple[Any, int, dict[str, Any]] | None:
+        """Load the newest step that is whole; a half-written or damaged one is named in a warning.
+
+        Several processes load the step whose files process 0 has found whole, and no other.
+
+        Args:
+            example: the state's structure: arrays or `jax.ShapeDtypeStruct`s. Shardings are
+                respected; a leaf without one goes to the first device.
+
+        Returns:
+            (state, step, metadata) with dtypes and bits as saved, or None when no step was ever
+            complete.
+
+        Raises:
+            ValueError: the checkpoint's paths, shapes or dtypes are not those of the example, or
+                all complete steps are damaged, or the arrays of the step that process 0 has
+                chosen cannot be loaded by several.
+        """
+
+        def load(path: Path, saved: Any, metadata: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            if lines := differences(saved, example):
+                unfit = f"checkpoint {path} does not fit this run's state:"
+                raise Mismatch("\n  ".join([unfit, *lines]))
+            return _load_like(path, example), metadata
+
+        self.wait()
+        found = _load_newest(self.directory, load)
+        if found is None:
+            return None
+        self._verified, (state, metadata) = found
+        self._broken.update(step for step in self.steps() if step > self._verified)
+        return state, self._verified, metadata
+
+    def latest_step(self) -> int | None:
+        """The newest of `steps`; None if there is none."""
+        return max(self.steps(), default=None)
+
+    def readable_step(self) -> int | None:
+        """The newest step whose files are as they were written; None if none was ever complete.
+
+        For decisions, see `verify_again`. Warns and raises as `restore` does.
+        """
+        return from_first(_newest_step, self.directory, verify_again)
+
+    def wait(self) -> None:
+        """Wait until the last `save` is on disk, and drop what `keep` no longer covers.
+
+        Raises: what went wrong while it was written, for instance a full disk.
+        """
+        if self._saving is None:
+            return
+        (step, finished), self._saving = self._saving, None
+        finished.result()
+        self._verified = step
+        self._broken.discard(step)
+        if jax.process_index() == 0:
+            self._remove_old()
+
+    def close(self) -> None:
+        """Wait for the last save and end the thread that saves; nothing can be saved any more."""
+        with self._background:
+            self.wait()
+
+    def steps(self) -> list[int]:
+        """All steps that are complete by their names and not found broken, oldest first."""
+        folders = step_folders(self.directory)
+        return [step for step, path in folders if path.name.isdigit() and step not in self._broken]
+
+    def _remove_old(self) -> None:
+        newest, oldest_kept = self.steps()[-1], self.steps()[-self.keep :][0]
+        for step, path in step_folders(self.directory):
+            if path.name.isdigit() and step < oldest_kept:
+                # Renamed first: a kill in between must not leave half a step under its name.
+                path = path.rename(path.with_name(f"{step}{UNFINISHED}-old"))
+            if UNFINISHED in path.name and step <= newest:
+                shutil.rmtree(path)
+
+
+def load_checkpoint_item(
+    directory: str | Path, name: str, step: int | None = None, shardings: Shardings | None = None
+) -> Any:
+    """Load one top-level field of a saved state, for instance the params without the optimizer.
+
+    Args:
+        directory: the folder of a run's checkpoints.
+        name: the field, for instance "policy_params".
+        step: which checkpoint; None is the newest that can be read (others: a warning each).
+        shardings: from the tree that is loaded, as `jax.ShapeDtypeStruct`s, to the tree of its
+            shardings, for instance `Layout.shardings`. None loads to the host.
+
+    Returns:
+        The field as nested dicts (tuples are dicts with keys "0", "1" ...) of numpy arrays or,
+        with shardings, of arrays of which each process has read its own pieces.
+
+    Raises:
+        ValueError: there is no such checkpoint, it is damaged, or there is no such field in it;
+            or what `shardings` raises.
+    """
+
+    def load(path: Path, saved: Any, _: Any) -> Any:
+        if name not in saved:
+            raise Mismatch(f"no field {name!r} in {path}; it holds {sorted(saved)}.")
+        return _load_part(path, {name: saved[name]}, shardings)[name]
+
+    directory = Path(directory).absolute()
+    if step is not None:
+        path = directory / str(step)
+        with damage_named(f"checkpoint {path}"):
+            from_first(verify_checksums, path)
+            return load(path, *_read_metadata(step, path))
+    found = _load_newest(directory, load)
+    if found is None:
+        raise ValueError(f"no complete checkpoint in {directory}.")
+    return found[1]
+
+
+def save_params(path: str | Path, params: Any) -> None:
+    """Save params alone as a folder that is complete or absent, and replace one that is there.
+
+    Args:
+        path: the folder.
+        params: nested dicts with string keys, of jax or numpy arrays.
+    """
+    need_all(f"{path} must be saved")
+    path, tree = Path(path).absolute(), detach(params)
+    with jax.transfer_guard("allow"):
+        ocp.save(path, tree, overwrite=True, custom_metadata={"step": None, "metadata": {}})
+    if jax.process_index() == 0:
+        write_checksums(path)
+
+
+def load_params(path: str | Path, shardings: Shardings | None = None) -> Any:
+    """Load what `save_params` wrote, as `load_checkpoint_item` loads a field.
+
+    Raises:
+        ValueError: the folder is absent or damaged, or what `shardings` raises.
+    """
+    path = Path(path).absolute()
+    if not path.is_dir():
+        raise ValueError(f"no params in {path}: the folder does not exist.")
+    with damage_named(f"params in {path}"):
+        from_first(verify_checksums, path)
+        return _load_part(path, _read_metadata(None, path)[0], shardings)
+
+
+def _load_newest(directory: Path, load: Callable[..., T]) -> tuple[int, T] | None:
+    """The newest step that can be read, and what `load(folder, tree of what was saved, metadata)`
+    gives for it. Several processes load the step that process 0 has verified and chosen."""
+    if not are_several():
+        return newest_readable(directory, lambda step, path: load(path, *_verified(step, path)))
+    step = from_first(_newest_step, directory)
+    if step is None:
+        return None
+    path = directory / str(step)
+    advice = "; remove or rename that folder, and the step before it is taken"
+    with damage_named(f"checkpoint {path}", advice):
+        return step, load(path, *_read_metadata(step, path))
+
+
+def _newest_step(directory: Path, verify: Verify = verify_checksums) -> int | None:
+    found = newest_readable(directory, partial(_verified, verify=verify))
+    return None if found is None else found[0]
+
+
+def _verified(step: int, path: Path, verify: Verify = verify_checksums) -> tuple[Any, dict]:
+    verify(path)
+    return _read_metadata(step, path)
+
+
+def _read_metadata(step: int | None, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(the tree of what was saved, with shapes and dtypes; the caller's metadata)."""
+    found = ocp.metadata(path)
+    own = found.custom_metadata
+    # Orbax logs what it could not read, and returns None in its place.
+    if not found.metadata or not own or own["step"] != step:
+        raise OSError("its metadata are missing or damaged.")
+    return found.metadata, own["metadata"]
+
+
+def _load_like(path: Path, example: Any) -> Any:
+    wanted = named_leaves(jax.tree.map(abstract, example))
+    loaded = named_leaves(_load(path, unflatten_dict(wanted, sep="/"), ocp.Context()))
+    return jax.tree.unflatten(jax.tree.structure(example), [loaded[name] for name in wanted])
+
+
+def _load_part(path: Path, saved: Any, shardings: Shardings | None) -> Any:
+    """Load the part of a checkpoint that `saved`, a subtree of its metadata, describes."""
+    wanted = jax.tree.map(lambda _: np.ndarray, saved)
+    if shardings is not None:
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), saved)
+        try:
+            where = shardings(shapes)
+        except ValueError as error:  # of the layout, not of the checkpoint
+            raise Mismatch(str(error)) from error
+        wanted = jax.tree.map(lambda leaf, to: leaf.update(sharding=to), shapes, where)
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    return _load(path, wanted, context)
+
+
+def _load(path: Path, wanted: Any, context: ocp.Context) -> Any:
+    need_all(f"{path} must be loaded")
+    with context, jax.transfer_guard("allow"):
+        return ocp.load(path, wanted)
+
+
+T = TypeVar("T")
+UNFINISHED = ".orbax-checkpoint-tmp"
+STEP_FOLDER = re.compile(rf"(\d+)({re.escape(UNFINISHED)}.*)?")
+
+
+class Mismatch(ValueError):
+    """The checkpoint is whole, but not what the caller asks for: never a reason to pass it over."""
+
+
+# Neither is a device without memory, or another process that has failed.
+NOT_DAMAGED = (Mismatch, NotTogether, MemoryError, jax.errors.JaxRuntimeError)
+
+
+def step_folders(directory: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of all steps, finished or not, oldest first."""
+    names = directory.iterdir() if directory.is_dir() else ()
+    matches = [(STEP_FOLDER.fullmatch(path.name), path) for path in names]
+    return sorted((int(match[1]), path) for match, path in matches if match)
+
+
+def newest_readable(directory: Path, read: Callable[[int, Path], T]) -> tuple[int, T] | None:
+    """The newest step and what `read(step, folder)` gives for it; None if none was ever complete.
+
+    Warns of every newer step, by name. Raises ValueError when all complete steps are damaged: to
+    begin again as if there were none would lose them without a word.
+    """
+    damaged = []
+    for step, path in reversed(step_folders(directory)):
+        if not path.name.isdigit():
+            warnings.warn(f"passed over {path}: it was not written to its end.", stacklevel=4)
+            continue
+        try:
+            return step, read(step, path)
+        except NOT_DAMAGED:
+            raise  # the checkpoint may be whole: passing it over would lose work
+        except Exception as error:  # Orbax has no common error for damaged files
+            damaged.append(f"  {step}: {reason(error)}")
+            warnings.warn(f"passed over checkpoint {path}: {reason(error)}", stacklevel=4)
+    if damaged:
+        lines = [f"none of the checkpoints in {directory} can be read:", *damaged]
+        lines += ["Mend one from a copy, or move the folder away to begin again."]
+        raise ValueError("\n".join(lines))
+    return None
+
+
+@contextlib.contextmanager
+def damage_named(what: str, advice: str = "") -> Iterator[None]:
+    """Errors say of what they are, and what can be done; those that are no damage stay."""
+    try:
+        yield
+    except NOT_DAMAGED:
+        raise
+    except Exception as error:
+        raise ValueError(f"{what} cannot be read: {reason(error)}{advice}") from error
+
+
+def reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}"

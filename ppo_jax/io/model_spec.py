@@ -1,0 +1,151 @@
+"""What each stage of a run starts from, known before any parameters are read."""
+
+import contextlib
+import dataclasses
+import functools
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from ppo_jax.config.run import STAGES, Config, ModelSettings, ScratchSettings
+from ppo_jax.io import huggingface as hf
+from ppo_jax.io import tokenizers as vocabulary
+from ppo_jax.io.base_model import llama_config
+from ppo_jax.io.hub import NotThere, model_folder
+from ppo_jax.io.safetensors import find_parameters
+from ppo_jax.io.stage_folder import (
+    check_tokenizer,
+    describe_stage,
+    has_begun,
+    resolve,
+    stage_config,
+)
+from ppo_jax.models.build import policy_network, reward_network
+from ppo_jax.models.config import ModelConfig, computation
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shape:
+    """A model without its parameters."""
+
+    kind: str  # "policy" or "reward"
+    config: ModelConfig
+    tokenizer: Any
+
+
+def parameters(shape: Shape):
+    """The parameter tree of a model, as shapes alone."""
+    return parameters_of(shape.kind, shape.config)
+
+
+@functools.lru_cache(maxsize=8)  # tracing a deep network takes seconds
+def parameters_of(kind: str, config: ModelConfig):
+    network = policy_network if kind == "policy" else reward_network
+    return jax.eval_shape(network(config).init, jax.random.key(0))
+
+
+def read_shape(path: str | os.PathLike, settings: ModelSettings) -> Shape:
+    """The shape of a stage's model, or of anything that `hf.load_policy` reads.
+
+    Args:
+        path: the folder, file or name.
+        settings: how to compute with it.
+
+    Raises:
+        ValueError: there is no model at `path`, its weights are missing, or it is not supported.
+    """
+    how = computation(settings)
+    if description := describe_stage(Path(path)):
+        return Shape(
+            kind=description["kind"],
+            config=dataclasses.replace(stage_config(description), **how),
+            tokenizer=vocabulary.load_tokenizer(Path(path) / "tokenizer"),
+        )
+    with naming(path, "config.json"):
+        folder = model_folder(path)
+        config = hf.load_config(folder, **how)
+    with naming(path, "the weights"):
+        check_weights(folder, config)
+    with naming(path, "the tokenizer"):
+        tokenizer = vocabulary.load_tokenizer(folder)
+        check_tokenizer(tokenizer, config, path)
+    return Shape(kind="policy", config=config, tokenizer=tokenizer)
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike, part: str) -> Iterator[None]:
+    """Errors name the model, and what of it: files from elsewhere may hold anything."""
+    try:
+        yield
+    except NotThere:
+        raise
+    except Exception as error:
+        told = str(error) if type(error) is ValueError else f"{part} cannot be read: {error!r}"
+        raise ValueError(told if str(path) in told else f"{path}: {told}") from error
+
+
+def check_weights(folder: Path, config: ModelConfig):
+    """The weight files are whole and hold the tensors of the config, by their headers alone.
+
+    Raises:
+        ValueError: one is damaged, or a tensor is missing, is too many or has another shape.
+    """
+    with hf.open_weights(folder) as files:
+        find_parameters(config, hf.read_json(folder)["model_type"], files)
+
+
+def scratch_shape(settings: ScratchSettings) -> Shape:
+    """What is known of a model from scratch before it is made: all but its tokenizer."""
+    raw = llama_config(settings, settings.vocab_size, eos_token_id=0)
+    return Shape(kind="policy", config=hf.read_config(raw), tokenizer=None)
+
+
+def needs_base(config: Config, stages: Sequence[str]) -> bool:
+    """Whether any of the stages that will run reads the base model."""
+    starts = [getattr(config, stage).init_from for stage in ("reward", "ppo") if stage in stages]
+    compared = "evaluate" in stages and config.ppo.init_from in ("base", "sft")
+    return "sft" in stages or "base" in starts or compared
+
+
+def find_starts(
+    config: Config, workdir: Path, base: str, stages: Sequence[str]
+) -> dict[str, Shape]:
+    """The models that the stages start from; one that the run will make has its shape already.
+
+    Args:
+        config: of the run.
+        workdir: the run's folder.
+        base: path of the base model, "" where none is needed.
+        stages: those that will run, in their order.
+
+    Returns:
+        Shapes under "sft", "reward" and "ppo" (for the evaluation too), and under "score" that of
+        PPO's reward model.
+    """
+    starts: dict[str, Shape] = {}
+    made: dict[str, Shape] = {}
+
+    def shape(field: str, name: str) -> Shape:
+        path = resolve(name, workdir, base)
+        if name in STAGES and not has_begun(Path(path)):  # made here
+            return made[name]
+        try:
+            return read_shape(path, config.model)
+        except NotThere as error:
+            raise ValueError(f"{'model.path' if name == 'base' else field}: {error}") from error
+
+    if "sft" in stages:
+        starts["sft"] = made["sft"] = shape("model.path", "base")
+    if "reward" in stages:
+        starts["reward"] = start = shape("reward.init_from", config.reward.init_from)
+        depth = config.reward.num_layers or start.config.num_layers
+        lower = dataclasses.replace(start.config, num_layers=depth)
+        made["reward"] = dataclasses.replace(start, kind="reward", config=lower)
+    if "ppo" in stages or "evaluate" in stages:
+        starts["ppo"] = shape("ppo.init_from", config.ppo.init_from)
+    if "ppo" in stages and config.ppo.reward_model:
+        starts["score"] = shape("ppo.reward_model", config.ppo.reward_model)
+    return starts

@@ -1,0 +1,222 @@
+"""Files of a run's folder: config.json, results.json and JSON lines.
+
+Only process 0 writes. A line is written whole and flushed, so a killed process tears at most the
+last one; `drop_lines_after` removes it, together with what a resumed run will write again.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+PACKAGES = ("ppo_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "chex", "numpy")
+PACKAGES += ("transformers", "tokenizers", "safetensors")
+WORKDIR = "{workdir}"  # stands for the run's folder in the paths of a config
+
+
+def append_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Append rows to a file of JSON lines, whole lines at once; process 0 only.
+
+    Args:
+        path: for instance workdir/samples.jsonl.
+        rows: what JSON can hold; NaN and infinity become null.
+    """
+    if jax.process_index() != 0:
+        return
+    lines = [json.dumps(_plain(row, nonfinite=lambda x: None), ensure_ascii=False) for row in rows]
+    with open(path, "a", encoding="utf-8") as file:
+        file.write("".join(f"{line}\n" for line in lines))
+
+
+def drop_lines_after(path: str | Path, stage: str, step: int | None) -> None:
+    """Drop the lines of a stage past a step, and a torn last line; process 0 only, atomic.
+
+    Lines of other stages stay as they are, byte for byte.
+
+    Args:
+        path: a file of JSON lines with "stage" and "step"; it may be absent.
+        stage: whose lines.
+        step: the last step that stays; None drops all lines of the stage.
+
+    Raises:
+        ValueError: a line before the last is not such an object.
+    """
+    path = Path(path)
+    if jax.process_index() != 0 or not path.exists():
+        return
+    # Behind the last newline: nothing, or a line torn as it was written.
+    *complete, torn = path.read_bytes().split(b"\n")
+    kept = [x for n, x in enumerate(complete, 1) if not _is_after(x, stage, step, f"{path}:{n}")]
+    if torn or len(kept) < len(complete):
+        _write_atomically(path, b"".join(line + b"\n" for line in kept))
+
+
+def prepare_workdir(workdir: str | Path, config: Mapping[str, Any]) -> None:
+    """Make the workdir and write its config.json, before the first step; process 0 only.
+
+    The file holds the config, the git commit of the source (null when it is not a checkout),
+    package versions, Python's version, and kind and number of the devices.
+
+    Args:
+        workdir: the folder.
+        config: nested dicts; infinity is written as "inf".
+
+    Raises:
+        ValueError: the folder cannot be made.
+    """
+    if jax.process_index() != 0:
+        return
+    try:
+        Path(workdir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"the workdir {workdir} cannot be made: {error.strerror}") from error
+    kind, count = jax.devices()[0].device_kind, jax.device_count()
+    record = {
+        "config": _plain(config, nonfinite=str),
+        "git_commit": _git_commit(),
+        "packages": _package_versions(),
+        "python": platform.python_version(),
+        "devices": {"kind": kind, "count": count, "processes": jax.process_count()},
+    }
+    text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+    _write_atomically(Path(workdir) / "config.json", text.encode())
+
+
+def read_config(workdir: str | Path) -> dict[str, Any] | None:
+    """The config in a workdir's config.json, or None where there is no such file.
+
+    Raises:
+        ValueError: the file is not one that `prepare_workdir` wrote.
+    """
+    path = Path(workdir) / "config.json"
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["config"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} must be a JSON object with a config: {error!r}.") from error
+
+
+def read_results(workdir: str | Path) -> dict[str, Any]:
+    """What results.json holds; empty where there is no such file.
+
+    Raises:
+        ValueError: the file is not one that `write_results` wrote.
+    """
+    path = Path(workdir) / "results.json"
+    if not path.exists():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} must be a JSON object: {error}") from error
+
+
+def write_results(workdir: str | Path, results: Mapping[str, Any]) -> None:
+    """Write results.json, whole or not at all; process 0 only."""
+    if jax.process_index() == 0:
+        text = json.dumps(_plain(results, nonfinite=lambda x: None), indent=2, ensure_ascii=False)
+        _write_atomically(Path(workdir) / "results.json", (text + "\n").encode())
+
+
+def fill_in_workdir(settings: Any, workdir: Path) -> Any:
+    """The same settings with `{workdir}` in every string replaced by the folder."""
+    values = {}
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if isinstance(value, str):
+            value = value.replace(WORKDIR, str(workdir))
+        elif dataclasses.is_dataclass(value):
+            value = fill_in_workdir(value, workdir)
+        values[field.name] = value
+    return type(settings)(**values)
+
+
+def without_workdir(values: Any, workdir: Path) -> Any:
+    """Nested dicts with `{workdir}/` for the folder again, which may be moved or renamed."""
+    if isinstance(values, dict):
+        return {name: without_workdir(value, workdir) for name, value in values.items()}
+    inside = isinstance(values, str) and values.startswith(f"{workdir}/")
+    return f"{WORKDIR}/" + values.removeprefix(f"{workdir}/") if inside else values
+
+
+def config_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """The fields in which two configs differ, as JSON has them.
+
+    >>> config_differences({"ppo": {"kl_coef": 0.1}, "seed": 0}, {"ppo": {"kl_coef": 0.2}})
+    ['ppo.kl_coef: 0.1 -> 0.2', 'seed: 0 -> absent']
+    """
+    old, new = _flat(_plain(old, nonfinite=str)), _flat(_plain(new, nonfinite=str))
+    return [
+        f"{name}: {old.get(name, 'absent')} -> {new.get(name, 'absent')}"
+        for name in {**old, **new}
+        if name not in old or name not in new or old[name] != new[name]
+    ]
+
+
+def _plain(value: Any, nonfinite: Callable[[float], Any]) -> Any:
+    """The value as JSON has it: lists, Python's numbers, `nonfinite(x)` for NaN and infinity."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(x, nonfinite) for key, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(x, nonfinite) for x in value]
+    if isinstance(value, np.generic | np.ndarray | jax.Array):
+        return _plain(np.asarray(value).tolist(), nonfinite)
+    if isinstance(value, float) and not math.isfinite(value):
+        return nonfinite(value)
+    return value
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"ppo.kl_coef": 0.1, ...}; an empty dict is a value."""
+    fields = {}
+    for key, value in config.items():
+        nested = isinstance(value, Mapping) and value
+        fields |= _flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return fields
+
+
+def _is_after(line: bytes, stage: str, step: int | None, place: str) -> bool:
+    try:
+        row = json.loads(line)
+        return row["stage"] == stage and (step is None or row["step"] > step)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{place}: must be a JSON object with stage and step: {error!r}."
+        ) from error
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _package_versions() -> dict[str, str]:
+    installed = {x.metadata["Name"]: x.version for x in importlib.metadata.distributions()}
+    return {name: installed[name] for name in PACKAGES if name in installed}
+
+
+def _git_commit() -> str | None:
+    """The commit of this source, with "-dirty" when files were changed; None outside a checkout."""
+    source = Path(__file__).resolve().parents[2]
+    if not (source / ".git").exists():
+        return None
+    command = "git describe --always --dirty --abbrev=40 --exclude=*".split()
+    try:
+        done = subprocess.run(command, cwd=source, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):  # no git, or no commit yet
+        return None
+    return done.stdout.strip()

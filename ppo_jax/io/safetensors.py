@@ -1,0 +1,249 @@
+"""Parameters as they lie in safetensors files: found and checked by the headers, read in parts.
+
+A part of a parameter is read alone: transposed matrices, query, key and value side by side,
+flattened heads and layers that are one tensor each become ranges of rows and columns in the files.
+
+Dimension key: D model, H heads, K head size.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from ppo_jax.core.types import Params
+from ppo_jax.models.build import policy_network
+from ppo_jax.models.config import ModelConfig
+from ppo_jax.models.families.families import DERIVED, NAMES, PREFIX, Tensor
+
+DTYPES = ("F32", "F16", "BF16")  # as the headers call them
+COMPARED_ROWS = 4096  # of a head and an embedding, at a time
+
+Index = tuple[slice, ...]  # a part of an array, a slice a dimension
+Files = dict[str, Any]  # name of a tensor -> the open file that holds it
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredParameter:
+    """A parameter in open files.
+
+    Attributes:
+        path: its name, without the number of a layer.
+        row: how each of its tensors lies in the files.
+        tensors: those that it consists of, unread: one a layer where `stacked`, else one alone.
+        shape: of the parameter, with the leading layer axis where `stacked`.
+        stacked: whether there is one.
+    """
+
+    path: str
+    row: Tensor
+    tensors: Sequence[Any]
+    shape: tuple[int, ...]
+    stacked: bool
+
+    def read(self, index: Index | None = None) -> np.ndarray:
+        """A part of the parameter, or all of it, as float32; a part of one tensor is held on top.
+
+        The numbers inside a head (K) are never cut.
+        """
+        index = index or (slice(None),) * len(self.shape)
+        ranges = [range(size)[cut] for size, cut in zip(self.shape, index, strict=True)]
+        part = np.empty([len(r) for r in ranges], np.float32)
+        layers, *inside = ranges if self.stacked else [range(1), *ranges]
+        targets = part.reshape(len(layers), *map(len, inside))  # a view
+        for target, layer in zip(targets, layers, strict=True):
+            target[...] = self.read_layer(layer, inside).reshape(target.shape)
+        return part
+
+    def read_layer(self, layer: int, ranges: Sequence[range]) -> np.ndarray:
+        """A part of one layer's parameter as a matrix [in, out] or a vector."""
+        stored = self.tensors[layer][self.cuts(ranges)]
+        return stored.T if self.row.transposed else stored
+
+    def cuts(self, ranges: Sequence[range]) -> Index:
+        """The rows and columns of a tensor that hold a part of one layer's parameter."""
+        shape = self.shape[1:] if self.stacked else self.shape
+        begin = (self.row.third or 0) * matrix_shape(self.path, shape)[-1]
+        cuts = []
+        for (first, *_), (_, *inner) in zip(
+            merged(self.path, ranges), merged(self.path, shape), strict=True
+        ):
+            size = math.prod(inner)  # of a head, where heads are flattened
+            cuts.append(slice(first.start * size, first.stop * size))
+        cuts[-1] = slice(begin + cuts[-1].start, begin + cuts[-1].stop)
+        return tuple(cuts[::-1] if self.row.transposed else cuts)
+
+
+def merged(path: str, dims: Sequence[Any]) -> list[Sequence[Any]]:
+    """The dimensions of one layer's parameter, by the dimension of the matrix they merge into.
+
+    Kernels are [D, (H, K)] before the heads and [(H, K), D] after them, biases [(H, K)].
+    """
+    if path.endswith("bias"):
+        return [dims]
+    border = len(dims) - 1 if path.endswith("output.kernel") else 1
+    return [part for part in (dims[:border], dims[border:]) if part]
+
+
+def matrix_shape(path: str, shape: Sequence[int]) -> tuple[int, ...]:
+    """[in, out] of one layer's kernel, [size] of a bias: its heads are flattened."""
+    return tuple(math.prod(dims) for dims in merged(path, shape))
+
+
+def stored_shape(path: str, row: Tensor, shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape, in the files, of the tensor that holds one layer's parameter."""
+    *before, last = matrix_shape(path, shape)
+    expected = (*before, last if row.third is None else 3 * last)
+    return expected[::-1] if row.transposed else expected
+
+
+def find_parameters(config: ModelConfig, family: str, files: Files) -> Params:
+    """The parameter tree of a policy with a `StoredParameter` for every leaf.
+
+    Args:
+        config: the model's shape, and whether its layers are stacked.
+        family: a key of `families.NAMES`.
+        files: open, see `Files`.
+
+    Raises:
+        ValueError: before any parameter is read: a tensor is missing, is too many, or has a shape
+            or a dtype that is not expected; or a tied head differs from the embedding.
+    """
+    tensors = canonical_names(files, family)
+    shapes = parameter_shapes(config)
+    rows = {path: NAMES[family][path] for path in shapes}
+    check_names(config, rows, tensors)
+    found = {name: file.get_slice(key) for name, (file, key) in tensors.items()}
+    tree: Params = {}
+    for path, shape in shapes.items():
+        row, in_layers = rows[path], path.startswith("layers.")
+        one = shape[1:] if in_layers else shape
+        layers = [found[row.name.format(i)] for i in range(shape[0] if in_layers else 1)]
+        for i, tensor in enumerate(layers):
+            check_tensor(row.name.format(i), tensor, stored_shape(path, row, one))
+        if in_layers and config.scan_layers:
+            stack = StoredParameter(path, row, layers, shape, stacked=True)
+            put(tree, path.replace("layers.", "layers.stack.", 1), stack)
+            continue
+        for i, tensor in enumerate(layers):
+            leaf = StoredParameter(path, row, [tensor], one, stacked=False)
+            put(tree, path.replace("layers.", f"layers.{i}.", 1), leaf)
+    if config.tie_embeddings and "lm_head.weight" in found:
+        check_tied(found["lm_head.weight"], found, rows["embed.tokens"].name)
+    return tree
+
+
+def canonical_names(files: Files, family: str) -> dict[str, tuple[Any, str]]:
+    """Full name of each tensor -> (open file, its name there), without derived constants."""
+    tensors: dict[str, tuple[Any, str]] = {}
+    for key, file in files.items():
+        is_full = key.startswith((PREFIX[family], "lm_head."))
+        name = key if is_full else PREFIX[family] + key
+        if DERIVED.fullmatch(name.removeprefix(PREFIX[family])):
+            continue
+        if name in tensors:
+            raise ValueError(f"the weight files hold {name} twice: {key}, {tensors[name][1]}")
+        tensors[name] = (file, key)
+    return tensors
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Path -> shape of all parameters of a policy; those of layers with a leading layer axis."""
+    # One layer to trace, however many there are.
+    stacked = dataclasses.replace(config, scan_layers=True)
+    tree = jax.eval_shape(policy_network(stacked).init, jax.random.key(0))
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    paths = [(".".join(entry.key for entry in path), leaf.shape) for path, leaf in leaves]
+    return {path.replace("layers.stack.", "layers."): shape for path, shape in paths}
+
+
+def check_names(config: ModelConfig, rows: dict[str, Tensor], tensors: dict[str, Any]) -> None:
+    """Refuse files that lack a tensor or have one too many."""
+    needed = {
+        row.name.format(i)
+        for path, row in rows.items()
+        for i in range(config.num_layers if path.startswith("layers.") else 1)
+    }
+    allowed = needed | ({"lm_head.weight"} if config.tie_embeddings else set())
+    if missing := sorted(needed - tensors.keys()):
+        raise ValueError(f"the weight files lack {len(missing)} tensors: {shorten(missing)}")
+    if unused := sorted(tensors.keys() - allowed):
+        raise ValueError(
+            f"the weight files hold {len(unused)} tensors that the model of config.json does not "
+            f"have: {shorten(unused)}"
+        )
+
+
+def shorten(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+
+
+def check_tensor(name: str, tensor: Any, expected: tuple[int, ...]) -> None:
+    if tensor.get_dtype() not in DTYPES:
+        raise ValueError(f"{name} is stored as {tensor.get_dtype()}; choose from {list(DTYPES)}")
+    shape = tuple(tensor.get_shape())
+    if shape != expected:
+        raise ValueError(f"{name} has shape {shape}, but config.json asks for {expected}")
+
+
+def check_tied(head: Any, found: dict[str, Any], name: str) -> None:
+    """Refuse a head that is not the embedding, of which it should be a copy."""
+    table = found[name]
+    same = head.get_shape() == table.get_shape() and all(
+        np.array_equal(head[rows], table[rows]) for rows in row_blocks(table.get_shape()[0])
+    )
+    if not same:
+        raise ValueError(
+            "config.json ties the head to the embedding, but lm_head.weight differs from "
+            f"{name}; should tie_word_embeddings be false?"
+        )
+
+
+def row_blocks(count: int) -> Iterator[slice]:
+    for start in range(0, count, COMPARED_ROWS):
+        yield slice(start, min(start + COMPARED_ROWS, count))
+
+
+def read_parameters(stored: Params, shardings: Callable[[Params], Any] | None) -> Params:
+    """The parameters of `find_parameters`, on the host or in the pieces of a mesh.
+
+    Args:
+        stored: the tree.
+        shardings: as in `hf.load_policy`.
+    """
+    if shardings is None:
+        return jax.tree.map(StoredParameter.read, stored)
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, np.float32), stored)
+    return jax.tree.map(read_in_pieces, stored, shardings(shapes))
+
+
+def read_in_pieces(leaf: StoredParameter, sharding: NamedSharding) -> jax.Array:
+    """A parameter in its pieces, each read once, whichever of the devices hold it.
+
+    One piece is on its devices before the next is read: `jax.make_array_from_callback` would hold
+    those of all devices of this process on the host at once.
+    """
+    devices: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
+    for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
+        bounds = tuple(cut.indices(n)[:2] for cut, n in zip(index, leaf.shape, strict=True))
+        devices.setdefault(bounds, []).append(device)
+    pieces: list[jax.Array] = []
+    for bounds, on in devices.items():
+        pieces += put_on(on, leaf.read(tuple(slice(*cut) for cut in bounds)))
+    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, pieces)
+
+
+def put_on(devices: Sequence[jax.Device], part: np.ndarray) -> list[jax.Array]:
+    """A copy for each device, made when this returns."""
+    return jax.block_until_ready([jax.device_put(part, device) for device in devices])
+
+
+def put(tree: Params, path: str, value: Any) -> None:
+    *parents, name = path.split(".")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+    tree[name] = value

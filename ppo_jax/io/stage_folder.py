@@ -1,0 +1,278 @@
+"""Whole models on disk: what each stage leaves, and what it starts from.
+
+A stage folder holds `stage.json` (what it is), `tokenizer/`, `frozen/` (parameters that the stage
+does not train, written once) and `checkpoints/` (the trained ones, step by step).
+"""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from ppo_jax.config.run import STAGES, ModelSettings
+from ppo_jax.core.network import merge_params
+from ppo_jax.core.types import Params
+from ppo_jax.distributed.layout import Layout
+from ppo_jax.distributed.processes import from_first
+from ppo_jax.io import huggingface as hf
+from ppo_jax.io import tokenizers as vocabulary
+from ppo_jax.io.checkpoints import Checkpoints, load_checkpoint_item, load_params, save_params
+from ppo_jax.models.config import ModelConfig, RopeScaling, computation
+from ppo_jax.models.lora import merge_lora, split_lora
+from ppo_jax.models.partition import Parts, stack_layers, unstack_layers
+
+FIELD_OF_STAGE = {"sft": "params", "reward": "params", "ppo": "policy_params"}
+DESCRIPTION = {"stage", "kind", "model", "frozen", "settings", "num_steps"}  # keys of stage.json
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model:
+    """A model with all of its parameters."""
+
+    kind: str  # "policy" or "reward"
+    config: ModelConfig
+    params: Params  # numpy on the host, or arrays on the mesh of a layout
+    tokenizer: Any
+    layout: Layout | None = None  # of the parameters; None is the host
+    step: int | None = None  # of the stage that it is from, where one was asked for
+
+
+def load_model(
+    path: str | os.PathLike,
+    settings: ModelSettings | None = None,
+    layout: Layout | None = None,
+    step: int | None = None,
+) -> Model:
+    """A model from a stage folder, or a policy from anything that `hf.load_policy` reads.
+
+    Args:
+        path: the folder, file or name.
+        settings: how to compute with it, see `shapes.computation`; None is float32, or as the
+            stage did.
+        layout: where its parameters go, straight into their pieces; None is the host.
+        step: of a stage's checkpoint; None is the newest.
+
+    Raises:
+        ValueError: there is no complete model at `path`, or the layout cannot cut it.
+    """
+    if (Path(path) / "stage.json").is_file():
+        model = load_stage(Path(path), layout, step)
+        return model if settings is None else compute_as(model, settings)
+    how = {} if settings is None else computation(settings)
+    config, params = hf.load_policy(path, shardings=layout and layout.shardings, **how)
+    tokenizer = vocabulary.load_tokenizer(path)
+    check_tokenizer(tokenizer, config, path)
+    return Model(kind="policy", config=config, params=params, tokenizer=tokenizer, layout=layout)
+
+
+def settle(params: Params, layout: Layout | None) -> Params:
+    """Parameters that were joined or taken apart, on the host or in the pieces of the layout."""
+    return jax.tree.map(np.asarray, params) if layout is None else layout.put(params)
+
+
+def compute_as(model: Model, settings: ModelSettings) -> Model:
+    """The same model, computed as the settings ask for; its parameters stay where they are."""
+    params = model.params
+    if model.config.scan_layers != settings.scan_layers:
+        change = stack_layers if settings.scan_layers else unstack_layers
+        params = settle(change(params), model.layout)
+    config = dataclasses.replace(model.config, **computation(settings))
+    return dataclasses.replace(model, config=config, params=params)
+
+
+def check_tokenizer(tokenizer: Any, config: ModelConfig, path: Any):
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"{path}: the tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size}"
+        )
+
+
+def resolve(name: str, workdir: Path, base: str) -> str:
+    """The path that `init_from` or `reward_model` stands for.
+
+    "base" is the base model, the name of a stage is that stage of this workdir, anything else is
+    a path of its own.
+    """
+    if name == "base":
+        return base
+    return str(workdir / name) if name in STAGES else name
+
+
+def describe_stage(folder: Path) -> dict | None:
+    """What `stage.json` says, or None where there is none.
+
+    Raises:
+        ValueError: it is not as a stage writes it.
+    """
+    path = folder / "stage.json"
+    if not path.is_file():
+        return None
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    keys = set(description) if isinstance(description, dict) else set()
+    if missing := sorted(DESCRIPTION - keys):
+        raise ValueError(f"{path} must be as a stage writes it, but lacks {missing}")
+    return description
+
+
+def begin_stage(folder: Path, model: Model, parts: Parts, description: dict):
+    """Write what does not change while a stage trains; `stage.json` comes last, when all is there.
+
+    Args:
+        folder: the stage's folder.
+        model: what the stage starts from; its kind is the kind of the result.
+        parts: its parameters, split.
+        description: the stage's name and settings, kept in stage.json.
+    """
+    from_first(vocabulary.save_tokenizer, model.tokenizer, folder / "tokenizer")
+    frozen = merge_params(parts.trunk, parts.frozen)
+    if frozen:
+        save_params(folder / "frozen", frozen)
+    of_model = {"kind": model.kind, "model": dataclasses.asdict(model.config)}
+    from_first(write_description, folder, description | of_model | {"frozen": bool(frozen)})
+
+
+def update_stage(folder: Path, description: dict):
+    """Settings that may change, and the number of steps, as the resumed run has them."""
+    from_first(write_description, folder, describe_stage(folder) | description)
+
+
+def write_description(folder: Path, description: dict):
+    temporary = folder / "stage.json.tmp"
+    temporary.write_text(json.dumps(description, indent=2) + "\n")
+    temporary.replace(folder / "stage.json")
+
+
+def has_begun(folder: Path) -> bool:
+    """Whether a stage has a checkpoint: before its first one it is begun anew, whatever differs."""
+    return describe_stage(folder) is not None and bool(Checkpoints(folder / "checkpoints").steps())
+
+
+def missing_steps(folder: Path) -> str | None:
+    """What a stage lacks to be complete, or None when its last step can be read."""
+    description = describe_stage(folder)
+    if description is None:
+        return "it has not begun"
+    step, last = Checkpoints(folder / "checkpoints").readable_step(), description["num_steps"]
+    return None if (step or 0) >= last else f"it has {step or 0} of {last} steps"
+
+
+def source_steps(folder: Path) -> dict[str, int]:
+    """{field: step} of the stages that a stage began from; {} if it has not begun."""
+    return describe_stage(folder).get("sources", {}) if has_begun(folder) else {}
+
+
+def check_pin(folder: Path, step: int):
+    """A stage still has the step that another began from, however far it has gone on since.
+
+    Raises:
+        ValueError: the step is gone.
+    """
+    if step not in (steps := Checkpoints(folder / "checkpoints").steps()):
+        raise ValueError(
+            f"{folder} had taken {step} steps when this run began from it, but holds checkpoints "
+            f"of steps {steps} alone now: put that of step {step} back, or choose another workdir"
+        )
+
+
+def load_source(
+    name: str,
+    workdir: Path,
+    base: str,
+    settings: ModelSettings,
+    layout: Layout | None = None,
+    step: int | None = None,
+) -> Model:
+    """The model that a stage starts from; a stage must be complete.
+
+    Args:
+        name: `init_from` or `reward_model`.
+        workdir: the run's folder.
+        base: path of the base model.
+        settings: how to compute with it.
+        layout: as in `load_model`.
+        step: from which the run began before, see `source_steps`; None is the newest.
+
+    Raises:
+        ValueError: the stage is not complete: half of a training is seldom meant.
+    """
+    path = resolve(name, workdir, base)
+    folder = Path(path)
+    if step is not None:
+        check_pin(folder, step)
+    elif describe_stage(folder) is not None:
+        if missing := missing_steps(folder):
+            told = f"the stage {path} is not complete: {missing}. Run it to its end first."
+            raise ValueError(told)
+        step = Checkpoints(folder / "checkpoints").readable_step()
+    return load_model(path, settings, layout, step)
+
+
+def stage_folder(workdir: str | os.PathLike, stage: str) -> Path:
+    """Where a run keeps one of its stages.
+
+    Raises:
+        ValueError: there is no such run, or it has no such stage.
+    """
+    workdir = Path(workdir)
+    if not workdir.is_dir():
+        raise ValueError(f"there is no run {workdir}")
+    found = [name for name in STAGES if describe_stage(workdir / name) is not None]
+    if stage not in found:
+        has = f"it has {', '.join(found)}" if found else "it has none"
+        raise ValueError(f"{workdir} has no stage {stage}; {has}")
+    return workdir / stage
+
+
+def trained_config(description: dict) -> ModelConfig:
+    """The shape of a stage's model as it was trained, out of its `stage.json`."""
+    values = dict(description["model"])
+    scaling = values.pop("rope_scaling")
+    return ModelConfig(**values, rope_scaling=RopeScaling(**scaling) if scaling else None)
+
+
+def stage_config(description: dict) -> ModelConfig:
+    """The same as it is loaded: adapters are in the weights then."""
+    return dataclasses.replace(trained_config(description), lora_alpha=0.0)
+
+
+def load_stage(folder: Path, layout: Layout | None = None, step: int | None = None) -> Model:
+    """The model of a stage, at a step or at its newest complete checkpoint; see `load_model`.
+
+    Adapters are merged into its weights."""
+    description = describe_stage(folder)
+    checkpoints = folder / "checkpoints"
+    if not checkpoints.is_dir():
+        raise ValueError(f"{folder} has no checkpoint yet: run the stage first")
+    field, shardings = FIELD_OF_STAGE[description["stage"]], layout and layout.shardings
+    trained = load_checkpoint_item(checkpoints, field, step, shardings)
+    frozen = load_params(folder / "frozen", shardings) if description["frozen"] else {}
+    params = merge_lora(trained_config(description), merge_params(frozen, trained))
+    return Model(
+        kind=description["kind"],
+        config=stage_config(description),
+        params=settle(params, layout),
+        tokenizer=vocabulary.load_tokenizer(folder / "tokenizer"),
+        layout=layout,
+        step=step,
+    )
+
+
+def load_adapters(folder: Path) -> tuple[ModelConfig, Params]:
+    """What a stage trained beside the weights: (shape of the model, the adapters alone), numpy.
+
+    Raises:
+        ValueError: the stage trained no adapters, or has no complete checkpoint.
+    """
+    description = describe_stage(folder)
+    if (trainable := description["settings"].get("trainable")) != "lora":
+        raise ValueError(f"{folder} has no adapter: its trainable is {trainable!r}, not 'lora'")
+    field = FIELD_OF_STAGE[description["stage"]]
+    trained = load_checkpoint_item(folder / "checkpoints", field)
+    return trained_config(description), split_lora(trained)[1]

@@ -1,0 +1,158 @@
+"""Networks as plain functions.
+
+A network is the functions of `Network`. Ours are Transformers; a network of your own (NNX, Equinox,
+plain JAX) takes part in everything by giving the first four.
+
+`constrain` of the functions here pins how arrays lie on a mesh by their logical axes (see `axes`
+and `sharding.Layout`); by default it does nothing.
+
+Dimension key: B sequences, L positions, D model, V vocabulary.
+"""
+
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from ppo_jax.core.distributions import chunked_token_statistics
+from ppo_jax.core.network import Network
+from ppo_jax.core.types import Params
+from ppo_jax.models.attention import KVCache, refill_cache
+from ppo_jax.models.axes import CACHE, Constrain, uncut
+from ppo_jax.models.config import ModelConfig
+from ppo_jax.models.transformer import Transformer
+
+
+def make_network(config, start, end, head, constrain, head_std=0.0) -> Network:
+    """The functions of one Transformer module."""
+    module = Transformer(config, start, end, head, head_std, constrain)
+
+    def init(key):
+        mask = jnp.ones((1, 1), bool)
+        shape = (1, 1) if start is None else (1, 1, config.embed_dim)
+        inputs = jnp.zeros(shape, jnp.int32 if start is None else config.dtype)
+        # One row cannot be cut: where parameters lie is for whoever calls to say.
+        return module.clone(constrain=uncut).init(key, inputs, mask, None, None, 0)["params"]
+
+    def apply(params, inputs, mask, *, start=0, segments=None, at=None):
+        check_inputs(config, module.start, inputs, mask, segments, at)
+        outputs = start if at is None else at
+        return module.apply({"params": params}, inputs, mask, segments, None, outputs)[0]
+
+    def init_cache(batch_size, length):
+        shape = (batch_size, config.num_kv_heads, length, config.head_dim)
+        count = end - (module.start or 0)
+
+        def pair(lead, axes):
+            empty = jnp.zeros((*lead, *shape), config.dtype)
+            return tuple(constrain(empty, axes) for _ in range(2))
+
+        if config.scan_layers:
+            layers = pair((count,), (None, *CACHE))
+        else:
+            layers = tuple(pair((), CACHE) for _ in range(count))
+        mask = constrain(jnp.zeros((batch_size, length), bool), ("batch", None))
+        return KVCache(layers=layers, mask=mask, index=jnp.zeros((), jnp.int32))
+
+    def decode(params, inputs, mask, cache, *, start=0):
+        check_inputs(config, module.start, inputs, mask)
+        return module.apply({"params": params}, inputs, mask, None, cache, start)
+
+    def refill(cache, fresh, source):
+        cache = refill_cache(cache, fresh, source)
+        axes = (None, *CACHE) if config.scan_layers else CACHE
+        return cache.replace(layers=jax.tree.map(lambda x: constrain(x, axes), cache.layers))
+
+    functions = dict(init=init, apply=apply, init_cache=init_cache, decode=decode, refill=refill)
+    return Network(**functions, packs=True)
+
+
+def check_inputs(config, start_layer, inputs, mask, segments=None, at=None):
+    chex.assert_rank([mask, inputs], [2, 2 if start_layer is None else 3])
+    chex.assert_equal_shape_prefix([inputs, mask], 2)
+    chex.assert_type([inputs, mask], [int if start_layer is None else float, bool])
+    if segments is not None:
+        chex.assert_equal_shape([mask, segments])
+        chex.assert_type(segments, int)
+    if at is not None:
+        chex.assert_rank(at, 2)
+        chex.assert_type(at, int)
+    if config.positions == "learned" and inputs.shape[1] > config.max_length:
+        raise ValueError(
+            f"{inputs.shape[1]} positions, but the model has {config.max_length} (model.max_length)"
+        )
+
+
+def policy_network(
+    config: ModelConfig,
+    *,
+    start_layer: int | None = None,
+    constrain: Constrain = uncut,
+    logits_chunk: int = 0,
+) -> Network:
+    """Tokens (or hidden states after `start_layer` layers) to logits, float32.
+
+    With a `logits_chunk` its `token_statistics` hold the logits of so many positions at a time, and
+    compute them again in the backward pass.
+    """
+    network = make_network(config, start_layer, config.num_layers, "logits", constrain)
+    if not logits_chunk:
+        return network
+    module = Transformer(config, start_layer, config.num_layers, "logits", constrain=constrain)
+
+    def token_statistics(
+        params, inputs, mask, tokens, temperature, *, start=0, segments=None, at=None
+    ):
+        check_inputs(config, start_layer, inputs, mask, segments, at)
+        outputs = start if at is None else at
+
+        def read(*head):
+            return chunked_token_statistics(
+                *head, tokens, temperature=temperature, chunk=logits_chunk
+            )
+
+        return module.apply({"params": params}, inputs, mask, segments, None, outputs, read)[0]
+
+    return network._replace(token_statistics=token_statistics)
+
+
+def reward_network(
+    config: ModelConfig, *, start_layer: int | None = None, constrain: Constrain = uncut
+) -> Network:
+    """One scalar a position; the head starts with std 1 / sqrt(D + 1), bias 0.
+
+    Reference: Stiennon et al. 2020, https://arxiv.org/abs/2009.01325 (the released code).
+    """
+    std = 1.0 / math.sqrt(config.embed_dim + 1)
+    return make_network(config, start_layer, config.num_layers, "scalar", constrain, std)
+
+
+def value_network(
+    config: ModelConfig, *, start_layer: int | None = None, constrain: Constrain = uncut
+) -> Network:
+    """One scalar a position; the head starts at zero, so that the first values are 0."""
+    return make_network(config, start_layer, config.num_layers, "scalar", constrain)
+
+
+def trunk_network(config: ModelConfig, *, end_layer: int, constrain: Constrain = uncut) -> Network:
+    """Tokens to the hidden states after `end_layer` layers: what networks above it start from."""
+    return make_network(config, None, end_layer, "none", constrain)
+
+
+def policy_apply(
+    config: ModelConfig, params: Params, tokens: jax.Array, mask: jax.Array
+) -> jax.Array:
+    """Logits of a policy.
+
+    Args:
+        config: the model's shape.
+        params: as `ppo_jax.hf.load_policy` or `policy_network(config).init` give them.
+        tokens: [B, L] int32.
+        mask: [B, L] bool, True on real tokens. Padding may stand on either side; positions are
+            counted from the mask.
+
+    Returns:
+        [B, L, V] float32; row t predicts token t + 1. Undefined but finite where mask is False.
+    """
+    return policy_network(config).apply(params, tokens, mask)

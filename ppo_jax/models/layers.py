@@ -1,0 +1,165 @@
+"""The Modules of a Transformer that hold parameters: norms, projections, tables, the head.
+
+Dimension key: B sequences, L positions, S new positions, D model, V vocabulary.
+"""
+
+import functools
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ppo_jax.models.axes import HIDDEN, KERNELS, LORA, TABLES, Constrain, gathered, uncut
+from ppo_jax.models.config import ModelConfig
+from ppo_jax.models.lora import lora_scale
+
+
+class Norm(nn.Module):
+    """LayerNorm or RMSNorm, computed in float32."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x):
+        size = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (size,))
+        y = x.astype(jnp.float32)
+        if self.config.norm == "layernorm":
+            y = y - y.mean(-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.config.norm_eps)
+        y = y * scale.reshape((1,) * (x.ndim - 1) + (size,))
+        if self.config.norm == "layernorm":
+            bias = self.param("bias", nn.initializers.zeros, (size,))
+            y = y + bias.reshape((1,) * (x.ndim - 1) + (size,))
+        return y.astype(x.dtype)
+
+
+class Projection(nn.Module):
+    """A linear map from the last `num_in` axes to `shape`; one plain matrix product inside.
+
+    Where its parameters have an adapter (see `lora`), that is added.
+    """
+
+    shape: tuple[int, ...]
+    use_bias: bool
+    num_in: int = 1
+    std: float = 0.02
+    constrain: Constrain = uncut
+    lora_alpha: float = 0.0
+
+    @nn.compact
+    def __call__(self, x):
+        in_shape = x.shape[x.ndim - self.num_in :]
+        before, after = KERNELS[self.name]
+        kernel = self.param("kernel", nn.initializers.normal(self.std), (*in_shape, *self.shape))
+        kernel = self.constrain(kernel.astype(x.dtype), gathered(before + after))
+        kernel = kernel.reshape(math.prod(in_shape), math.prod(self.shape))
+        x = x.reshape(*x.shape[: x.ndim - self.num_in], -1)
+        y = product(x, kernel)
+        if self.has_variable("params", "lora_a"):
+            y = y + self.low_rank(x)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, self.shape).astype(x.dtype)
+            y = y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
+        y = y.reshape(*y.shape[:-1], *self.shape)
+        return self.constrain(y, ("batch", None, *gathered(after)))
+
+    def low_rank(self, x):
+        before, after = KERNELS[self.name]
+        a, b = (jnp.asarray(self.get_variable("params", name)).astype(x.dtype) for name in LORA)
+        rank = b.shape[0]
+        a = self.constrain(a, gathered((*before, None))).reshape(-1, rank)
+        b = self.constrain(b, gathered((None, *after))).reshape(rank, -1)
+        inner = self.constrain(product(x, a), HIDDEN)
+        return product(inner, b) * lora_scale(self.lora_alpha, rank)
+
+
+class Embedding(nn.Module):
+    """Token table and, for GPT-2, position table."""
+
+    config: ModelConfig
+    constrain: Constrain = uncut
+
+    def setup(self):
+        c, init = self.config, nn.initializers.normal(0.02)
+        self.tokens = self.param("tokens", init, (c.vocab_size, c.embed_dim))
+        if c.positions == "learned":
+            self.positions = self.param("positions", init, (c.max_length, c.embed_dim))
+
+    def __call__(self, tokens_BS, positions_BS):
+        x = self.table("tokens")[tokens_BS]
+        if self.config.positions == "learned":
+            x = x + self.table("positions")[positions_BS]
+        return self.constrain(x, HIDDEN)
+
+    def table(self, name):
+        # Parameters may be numpy arrays, which a tracer cannot index.
+        values = jnp.asarray(getattr(self, name)).astype(self.config.dtype)
+        return self.constrain(values, gathered(TABLES[name]))
+
+
+class Head(nn.Module):
+    """The matrix of the logits where it is not the token table."""
+
+    config: ModelConfig
+    constrain: Constrain = uncut
+
+    @nn.compact
+    def __call__(self):
+        shape = (self.config.embed_dim, self.config.vocab_size)
+        kernel = self.param("kernel", nn.initializers.normal(0.02), shape)
+        return self.constrain(kernel.astype(self.config.dtype), gathered(sum(KERNELS["head"], ())))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def product(x: jax.Array, kernel: jax.Array, dtype: str | None = None) -> jax.Array:
+    """x @ kernel, with a gradient of the kernel that is fast on a CPU as well.
+
+    On other platforms the gradients are those of autodiff. Reverse mode only: `jax.jvp` is refused.
+
+    Args:
+        x: [..., I] float.
+        kernel: [I, O] float.
+        dtype: of the result; None is that of the arguments.
+
+    Returns:
+        [..., O].
+    """
+    return _plain(x, kernel, dtype)
+
+
+def _plain(x, kernel, dtype):
+    return jnp.matmul(x, kernel, preferred_element_type=dtype)
+
+
+def _forward(x, kernel, dtype):
+    return _plain(x, kernel, dtype), (x, kernel)
+
+
+def _backward(dtype, saved, g):
+    x, kernel = saved
+
+    def by_autodiff(x, g):
+        return jax.linear_transpose(lambda kernel: _plain(x, kernel, dtype), kernel)(g)[0]
+
+    by_hand = functools.partial(_kernel_gradient, dtype=kernel.dtype)
+    of_kernel = jax.lax.platform_dependent(x, g, cpu=by_hand, default=by_autodiff)
+    return *jax.linear_transpose(lambda x: _plain(x, kernel, dtype), x)(g), of_kernel
+
+
+def _kernel_gradient(x, g, dtype):
+    """x' g over all positions.
+
+    XLA copies what stands on the left of such a product on a CPU into another order, number by
+    number, and both if the sum is over more than one axis. So: one axis, and the narrower array on
+    the left. The barrier keeps XLA from turning the product around again.
+    """
+    x_NI, g_NO = (a.reshape(-1, a.shape[-1]) for a in (x, g))
+    turned = x_NI.shape[1] > g_NO.shape[1]
+    left, right = (g_NO, x_NI) if turned else (x_NI, g_NO)
+    found = jax.lax.optimization_barrier(jnp.matmul(left.T, right, preferred_element_type=dtype))
+    return found.T if turned else found
+
+
+product.defvjp(_forward, _backward)

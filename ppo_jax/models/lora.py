@@ -1,0 +1,128 @@
+"""Low-rank adapters: the weights stay as they are, and what is trained stands beside them.
+
+With adapters a projection x W computes x W + alpha / r (x A) B. The network without these leaves is
+the model that the training began with, so one copy of the weights serves for both.
+
+Reference: Hu et al. 2021, https://arxiv.org/abs/2106.09685, section 4.1.
+
+Dimension key: I inputs and O outputs of a kernel, one axis or two each; r rank.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from ppo_jax.core.types import Params
+from ppo_jax.models.axes import KERNELS, LORA
+from ppo_jax.models.config import ModelConfig
+
+# The part of a layer that holds each projection; the order sets the random keys.
+PARTS = dict.fromkeys(("query", "key", "value", "output"), "attention")
+PARTS |= dict.fromkeys(("up", "gate", "down"), "mlp")
+TARGETS = tuple(PARTS)
+
+
+def check_targets(config: ModelConfig, targets: Sequence[str], field: str = "targets"):
+    """Refuse targets that are no projections of the model.
+
+    Raises:
+        ValueError: with `field`, the first of them, and those that there are.
+    """
+    there = [name for name in TARGETS if name != "gate" or config.mlp == "gated_silu"]
+    for target in targets:
+        if target not in there:
+            raise ValueError(f"{field} must be among {there} for this model, got {target!r}")
+
+
+def init_lora(
+    key: jax.Array, config: ModelConfig, params: Params, *, targets: Sequence[str], rank: int
+) -> Params:
+    """New adapters beside the kernels of the targets in every layer.
+
+    A is uniform in ±1 / sqrt(I), as peft draws it, and B is 0: the model computes what it did.
+
+    Args:
+        key: consumed. The numbers do not depend on the other targets or on `scan_layers`.
+        config: the network's shape.
+        params: all of its parameters; their shapes alone are read.
+        targets: names out of `TARGETS`.
+        rank: r.
+
+    Returns:
+        `lora_a` [I, r] and `lora_b` [r, O], float32, at the places of the kernels, with the layer
+        as leading axis where layers are stacked; `partition.merge_params` puts them into `params`.
+
+    Raises:
+        ValueError: the model lacks a target.
+    """
+    check_targets(config, targets)
+    layers = params["layers"]
+    first = layers["stack" if config.scan_layers else "0"]
+
+    def of_layer(number: int | jax.Array) -> Params:
+        layer_key, found = jax.random.fold_in(key, number), {}
+        for name in targets:
+            shape = first[PARTS[name]][name]["kernel"].shape[config.scan_layers :]
+            num_in = len(KERNELS[name][0])
+            bound = 1 / math.sqrt(math.prod(shape[:num_in]))
+            own_key = jax.random.fold_in(layer_key, TARGETS.index(name))
+            a = jax.random.uniform(own_key, (*shape[:num_in], rank), minval=-bound, maxval=bound)
+            b = jnp.zeros((rank, *shape[num_in:]))
+            found.setdefault(PARTS[name], {})[name] = {"lora_a": a, "lora_b": b}
+        return found
+
+    if config.scan_layers:
+        return {"layers": {"stack": jax.vmap(of_layer)(jnp.arange(config.num_layers))}}
+    return {"layers": {name: of_layer(int(name)) for name in layers}}
+
+
+def split_lora(params: Params) -> tuple[Params, Params]:
+    """(parameters without the adapters, the adapters alone)."""
+    base: Params = {}
+    adapters: Params = {}
+    for name, value in params.items():
+        if isinstance(value, dict):
+            base[name], found = split_lora(value)
+            adapters |= {name: found} if found else {}
+        else:
+            (adapters if name in LORA else base)[name] = value
+    return base, adapters
+
+
+def merge_lora(config: ModelConfig, params: Params) -> Params:
+    """The same model without adapters: kernels W + alpha / r A B, float32.
+
+    Leaves without an adapter are those that were given.
+    """
+
+    def merged(tree: Params, stacked: bool) -> Params:
+        if "lora_a" not in tree:
+            return {
+                name: merged(x, stacked or name == "stack") if isinstance(x, dict) else x
+                for name, x in tree.items()
+            }
+        base, pair = split_lora(tree)
+        a, b = (jnp.asarray(pair[name], jnp.float32) for name in LORA)
+        change = (jax.vmap(low_rank) if stacked else low_rank)(a, b)
+        kernel = base["kernel"].astype(jnp.float32)
+        return {**base, "kernel": kernel + lora_scale(config.lora_alpha, a.shape[-1]) * change}
+
+    return merged(params, False)
+
+
+def low_rank(a: jax.Array, b: jax.Array) -> jax.Array:
+    """A B, [I, O], once and therefore exactly, whatever the precision of other products."""
+    return jnp.tensordot(a, b, axes=1, precision="highest")
+
+
+def lora_scale(alpha: float, rank: int) -> float:
+    """alpha / r.
+
+    Raises:
+        ValueError: alpha is 0: the adapters would do nothing and learn nothing.
+    """
+    if not alpha:
+        raise ValueError("the parameters have adapters, but the model's lora_alpha is 0")
+    return alpha / rank

@@ -1,0 +1,215 @@
+"""A decoder-only Transformer in Flax Linen. Nothing but `networks` sees these Modules.
+
+Every Module has `constrain`, which pins how an array lies on a mesh by its logical axes (`axes`);
+without a mesh it does nothing.
+
+Dimension key: B sequences, L positions, S new positions, C cache slots, D model, H heads,
+G key/value heads, R = H / G queries per key, K head size, F feed-forward, V vocabulary.
+"""
+
+import dataclasses
+import functools
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ppo_jax.models.attention import (
+    Sight,
+    attend_cached,
+    remember,
+    rotate,
+    text_positions,
+    visible_in_cache,
+)
+from ppo_jax.models.axes import HIDDEN, Constrain, uncut
+from ppo_jax.models.config import ModelConfig
+from ppo_jax.models.kernels import choose_sight
+from ppo_jax.models.layers import Embedding, Head, Norm, Projection, product
+
+# What the backward pass finds in memory: the products with parameters, or only a layer's input.
+REMAT = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+
+
+class Attention(nn.Module):
+    """Causal self-attention; with a cache, over the cached and the new positions."""
+
+    config: ModelConfig
+    constrain: Constrain = uncut
+
+    @nn.compact
+    def __call__(self, x_BSD, positions_BS, sight, cache, layer, next_slot):
+        c = self.config
+        project = functools.partial(Projection, constrain=self.constrain, lora_alpha=c.lora_alpha)
+        q = project((c.num_heads, c.head_dim), c.qkv_bias, name="query")(x_BSD)
+        k = project((c.num_kv_heads, c.head_dim), c.qkv_bias, name="key")(x_BSD)
+        v = project((c.num_kv_heads, c.head_dim), c.qkv_bias, name="value")(x_BSD)
+        if c.qk_norm:
+            q = Norm(c, name="query_norm")(q)
+            k = Norm(c, name="key_norm")(k)
+        if c.positions == "rotary":
+            q, k = rotate(q, positions_BS, c), rotate(k, positions_BS, c)
+        k, v = (x.swapaxes(1, 2) for x in (k, v))
+        if cache is not None:
+            cache, (k, v) = remember(cache, (k, v), next_slot, layer)
+        mixed = sight.mix(q, k, v, sight.arrays)
+        output = project(
+            (c.embed_dim,),
+            c.attention_output_bias,
+            num_in=2,
+            std=0.02 / math.sqrt(2 * c.num_layers),
+            name="output",
+        )
+        return output(mixed), cache
+
+
+class MLP(nn.Module):
+    """gelu(up) or silu(gate) * up, then down."""
+
+    config: ModelConfig
+    constrain: Constrain = uncut
+
+    @nn.compact
+    def __call__(self, x_BSD):
+        c = self.config
+        project = functools.partial(Projection, constrain=self.constrain, lora_alpha=c.lora_alpha)
+        hidden = project((c.mlp_dim,), c.mlp_bias, name="up")(x_BSD)
+        if c.mlp == "gelu":
+            hidden = jax.nn.gelu(hidden, approximate=True)
+        else:
+            gate = project((c.mlp_dim,), c.mlp_bias, name="gate")(x_BSD)
+            hidden = jax.nn.silu(gate) * hidden
+        std = 0.02 / math.sqrt(2 * c.num_layers)
+        return project((c.embed_dim,), c.mlp_bias, std=std, name="down")(hidden)
+
+
+class Block(nn.Module):
+    """One pre-norm layer. The order of arguments and results is what `nn.scan` wants.
+
+    `cache` is the layer's own, or that of all layers where they are scanned: then `layer` says
+    which it is, and every layer writes into the one array. Handed out and gathered layer by layer,
+    it would be copied whole for each token.
+    """
+
+    config: ModelConfig
+    constrain: Constrain = uncut
+
+    @nn.compact
+    def __call__(self, carry, layer, positions_BS, sight, next_slot):
+        c, constrain, (x_BSD, cache) = self.config, self.constrain, carry
+        normed = Norm(c, name="attention_norm")(x_BSD)
+        mixed, cache = Attention(c, constrain, name="attention")(
+            normed, positions_BS, sight, cache, layer, next_slot
+        )
+        x_BSD = x_BSD + mixed
+        x_BSD = x_BSD + MLP(c, constrain, name="mlp")(Norm(c, name="mlp_norm")(x_BSD))
+        return (constrain(x_BSD, HIDDEN), cache), None
+
+
+class Layers(nn.Module):
+    """Layers `start` to `end`, one after the other or as one scanned body."""
+
+    config: ModelConfig
+    start: int
+    end: int
+    constrain: Constrain = uncut
+
+    @nn.compact
+    def __call__(self, x_BSD, caches, *where):
+        if self.start == self.end:
+            return x_BSD, caches
+        block = Block
+        if self.config.remat != "none":
+            # Under a scan nothing can be merged across the border anyway.
+            apart = not self.config.scan_layers
+            block = nn.remat(Block, prevent_cse=apart, policy=REMAT[self.config.remat])
+        count = self.end - self.start
+        if self.config.scan_layers:
+            stack = nn.scan(
+                block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+                length=count,
+            )
+            layers = stack(self.config, self.constrain, name="stack")
+            return layers((x_BSD, caches), jnp.arange(count), *where)[0]
+        updated = []
+        for i, cache in enumerate(caches or [None] * count, start=self.start):
+            layer = block(self.config, self.constrain, name=str(i))
+            (x_BSD, cache), _ = layer((x_BSD, cache), None, *where)
+            updated.append(cache)
+        return x_BSD, (None if caches is None else tuple(updated))
+
+
+class Transformer(nn.Module):
+    """Layers `start` to `end` with what belongs below and above them.
+
+    `start=None` begins with tokens, a number with the hidden states after that many layers.
+    `head` is "logits", "scalar" or "none" (hidden states, no final norm); `outputs` is the position
+    from which on there are outputs, or the positions [B, T] that have them. With "logits", `read`
+    may take (the map (weights, hidden states) -> logits, weights, hidden states) and give what is
+    wanted of the logits.
+    """
+
+    config: ModelConfig
+    start: int | None
+    end: int
+    head: str
+    head_std: float = 0.0
+    constrain: Constrain = uncut
+
+    @nn.compact
+    def __call__(self, inputs, mask_BS, segments_BS, cache, outputs, read=None):
+        c = self.config
+        if cache is None:
+            positions = text_positions(mask_BS, segments_BS)
+            sight = choose_sight(c, self.constrain, mask_BS, segments_BS)
+        else:
+            allowed_BSC, cache = visible_in_cache(mask_BS, cache)
+            # A token sees itself and all real ones before it: counting them places it.
+            positions = jnp.maximum(allowed_BSC.sum(axis=2, dtype=jnp.int32) - 1, 0)
+            filled = jnp.minimum(cache.index + mask_BS.shape[1], cache.mask.shape[1])
+            sight = Sight((allowed_BSC, filled), attend_cached)
+        needs_table = self.start is None or (self.head == "logits" and c.tie_embeddings)
+        # Only the token table is needed above a trunk, so positions are not asked for there.
+        table_config = c if self.start is None else dataclasses.replace(c, positions="rotary")
+        embed = Embedding(table_config, self.constrain, name="embed") if needs_table else None
+        if self.start is None:
+            x = embed(jnp.where(mask_BS, inputs, 0), positions)
+        else:
+            x = jnp.where(mask_BS[:, :, None], inputs, 0).astype(c.dtype)
+            x = self.constrain(x, HIDDEN)
+        layers = Layers(c, self.start or 0, self.end, self.constrain, name="layers")
+        next_slot = None if cache is None else cache.index % cache.mask.shape[1]
+        caches = None if cache is None else cache.layers
+        x, caches = layers(x, caches, positions, sight, next_slot)
+        if cache is not None:
+            cache = cache.replace(layers=caches, index=cache.index + mask_BS.shape[1])
+        if isinstance(outputs, int):
+            x = x[:, outputs:]
+        else:
+            x = jnp.take_along_axis(x, outputs[:, :, None], axis=1)
+        return self.finish(x, embed, read or all_logits), cache
+
+    def finish(self, x_BSD, embed, read):
+        if self.head == "none":
+            return x_BSD
+        x_BSD = Norm(self.config, name="final_norm")(x_BSD)
+        if self.head == "scalar":
+            project = Projection((1,), True, 1, self.head_std, self.constrain, name="head")
+            return project(x_BSD.astype(jnp.float32))[..., 0]
+        tied, constrain = self.config.tie_embeddings, self.constrain
+        weights = embed.table("tokens") if tied else Head(self.config, constrain, name="head")()
+
+        def logits(weights, x_BSD):
+            # Arrays alone, no Module: it may run in a scan.
+            found = product(x_BSD, weights.T, "float32") if tied else product(x_BSD, weights)
+            return constrain(found, ("batch", None, "vocab"))
+
+        return read(logits, weights, x_BSD)
+
+
+def all_logits(logits, weights, x_BSD):
+    return logits(weights, x_BSD).astype(jnp.float32)

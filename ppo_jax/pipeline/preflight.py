@@ -1,0 +1,385 @@
+"""What is refused before a run begins, so that nothing fails in its third stage after an hour."""
+
+import collections
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from ppo_jax.config.parsing import load_function
+from ppo_jax.config.run import STAGES, Config
+from ppo_jax.config.stages import LoRASettings, PPOSettings, RewardSettings
+from ppo_jax.data.comparisons import RewardData, reward_data
+from ppo_jax.data.encode import Texts
+from ppo_jax.data.preferences import PREFERENCE_FORMS
+from ppo_jax.data.prompts import prompt_data
+from ppo_jax.data.readers import check_packages, is_hub, is_table, read_rows
+from ppo_jax.data.records import PROMPT_FORMS, load_demonstrations, load_ratings
+from ppo_jax.distributed.layout import Layout, make_layouts
+from ppo_jax.evaluation.evaluate import evaluation_prompts
+from ppo_jax.inference.generate import stop_ids
+from ppo_jax.io.model_spec import Shape, needs_base, parameters, scratch_shape
+from ppo_jax.io.stage_folder import check_pin, describe_stage, missing_steps, source_steps
+from ppo_jax.models.config import ModelConfig
+from ppo_jax.models.lora import check_targets
+from ppo_jax.rollout.sampling import Sampling
+from ppo_jax.training.reward import reference_texts
+from ppo_jax.training.reward_functions import load_reward_function
+from ppo_jax.training.sft import sft_data
+
+FILES = {
+    "sft": ("data", "validation_data"),
+    "reward": ("data", "validation_data", "reference_data"),
+    "ppo": ("prompts",),
+    "evaluate": ("prompts", "ratings"),
+}
+
+
+def check_named(config: Config, workdir: Path, stages: Sequence[str]):
+    """All that the config names is there, or will be: before anything is fetched or made.
+
+    Args:
+        config: of the run.
+        workdir: the run's folder, which may hold stages already.
+        stages: those that will run, in their order.
+
+    Raises:
+        ValueError: a function, a file or a stage is missing.
+    """
+    if config.model.scratch is not None:
+        check_scratch(config, stages)
+    check_functions(config, stages)
+    check_files(config, workdir, stages)
+    check_sources(config, workdir, stages)
+
+
+def check_run(config: Config, starts: Mapping[str, Shape], stages: Sequence[str]) -> dict[str, Any]:
+    """Check the stages against the models that they start from, and the data.
+
+    Args:
+        config: of the run.
+        starts: what the stages start from, see `plan.find_starts`.
+        stages: those that will run.
+
+    Returns:
+        What the stages read, see `check_data`.
+
+    Raises:
+        ValueError: a stage could not run when its turn comes.
+    """
+    for stage in ("sft", "ppo"):
+        if stage in stages:
+            check_policy(stage, config, starts[stage])
+    if "reward" in stages:
+        check_reward(config, starts["reward"])
+    if "ppo" in stages:
+        check_ppo(config.ppo, starts["ppo"], starts.get("score"))
+    return check_data(config, starts, stages)
+
+
+def check_functions(config: Config, stages: Sequence[str]):
+    """The functions that the config names can be imported."""
+    if config.prepare:
+        load_function(config.prepare, "prepare")
+    if "ppo" in stages and config.ppo.reward_function:
+        load_reward_function(config.ppo.reward_function)
+    if "evaluate" in stages and config.evaluate.judges:
+        load_function(config.evaluate.judges, "evaluate.judges")
+
+
+def check_files(config: Config, workdir: Path, stages: Sequence[str]):
+    """The data files are there, but for those that `prepare` will write."""
+    named = {
+        f"{stage}.{field}": getattr(getattr(config, stage), field)
+        for stage in stages
+        for field in FILES[stage]
+    }
+    if needs_base(config, stages):
+        named["model.vocabulary_data"] = config.model.vocabulary_data
+    for field, path in named.items():
+        comes_later = config.prepare and Path(path).is_relative_to(workdir / "data")
+        if not path or comes_later:
+            continue
+        if not is_hub(path) and not Path(path).is_file():
+            why = "a folder" if Path(path).is_dir() else "not there"
+            raise ValueError(f"{field} must be a file, got {path!r}, which is {why}")
+        check_packages(path)
+        if not is_table(path):  # its rows are read one by one when their turn comes
+            check_rows(field, path, config)
+
+
+def check_rows(field: str, path: str, config: Config):
+    """Every line is as it must be, so far as that can be told before there is a tokenizer."""
+    section, name = field.split(".")
+    rates = section == "reward" and name != "reference_data" and config.reward.format == "ratings"
+    if rates or name == "ratings":
+        load_ratings(path)
+    elif section == "reward" and name != "reference_data":
+        collections.deque(read_rows(path, PREFERENCE_FORMS), maxlen=0)
+    elif name == "prompts":
+        collections.deque(read_rows(path, PROMPT_FORMS), maxlen=0)
+    else:
+        load_demonstrations(path)
+
+
+def check_sources(config: Config, workdir: Path, stages: Sequence[str]):
+    """What a stage starts from is there, or is made by a stage before it."""
+    read = {"reward": ["reward.init_from"], "ppo": ["ppo.init_from", "ppo.reward_model"]}
+    if "ppo" not in stages:
+        read["evaluate"] = ["ppo.init_from"]
+    for stage in stages:
+        for field in read.get(stage, []):
+            section, name = field.split(".")
+            value = getattr(getattr(config, section), name)
+            pin = source_steps(workdir / section).get(name)
+            if pin is not None and value not in STAGES:
+                check_pin(Path(value), pin)
+            elif value in STAGES:
+                check_stage_name(field, value, workdir, stages[: stages.index(stage)])
+            elif value and not (value == "base" and name == "init_from"):
+                check_path(field, value)
+    if config.model.path and describe_stage(Path(config.model.path)):
+        raise ValueError(
+            f"model.path must be a model, got the stage folder {config.model.path!r}: name it as "
+            "reward.init_from or ppo.init_from"
+        )
+
+
+def check_stage_name(field: str, value: str, workdir: Path, before: Sequence[str]):
+    """A stage of this run has run, or comes before the one that reads it."""
+    if value not in before and (missing := missing_steps(workdir / value)):
+        raise ValueError(
+            f"{field}={value!r} needs the stage {value}, but {missing}: give the config a section "
+            f"for it that comes before, or run it in {workdir} first"
+        )
+
+
+def check_path(field: str, value: str):
+    """A stage from elsewhere is complete; a run's folder is not taken for one of its stages."""
+    folder = Path(value)
+    if describe_stage(folder) is not None:
+        if missing := missing_steps(folder):
+            raise ValueError(f"{field}={value!r} is not complete: {missing}")
+        return
+    if stages := [stage for stage in STAGES if describe_stage(folder / stage) is not None]:
+        raise ValueError(f"{field} must be a stage, got the run {value!r}; it has {stages}")
+    if field == "ppo.reward_model":
+        if not folder.exists():
+            raise ValueError(f"ppo.reward_model: there is no folder {value}")
+        raise ValueError(f"ppo.reward_model must be a stage or its folder, got {value!r}")
+
+
+def check_scratch(config: Config, stages: Sequence[str]):
+    """What the stages ask of a model from scratch, before it is made."""
+    shape = scratch_shape(config.model.scratch)
+    start = {stage: getattr(getattr(config, stage), "init_from", "base") for stage in stages}
+    mine = [stage for stage in ("sft", "reward", "ppo") if start.get(stage) in ("base", "sft")]
+    for stage in mine:
+        check_reward(config, shape) if stage == "reward" else check_policy(stage, config, shape)
+    if "ppo" in mine and config.ppo.reward_function:
+        check_ppo(config.ppo, shape, None)
+
+
+def check_data(
+    config: Config, starts: Mapping[str, Shape], stages: Sequence[str]
+) -> dict[str, Any]:
+    """Read and tokenise the data of every stage, so that a bad file stops the run at once.
+
+    Args:
+        config: of the run.
+        starts: what the stages start from.
+        stages: those that will run.
+
+    Returns:
+        Under "sft" the texts and under "reward" the `RewardData` to train on and to validate on,
+        under "references" the texts that shall score 0, where a file holds them, under "ppo" and
+        "evaluate" the `PromptData`, under "ratings" the records that measure the reward model.
+    """
+    data: dict[str, Any] = {}
+    if "sft" in stages:
+        start = starts["sft"]
+        data["sft"] = sft_data(config.sft, config.seed, start.tokenizer)
+        rows = len(data["sft"][0].mask)
+        check_texts("sft", config.sft, data["sft"], start.config.max_length, rows)
+    if "reward" in stages:
+        start, context = starts["reward"], starts["reward"].config.max_length
+        data["reward"] = reward_data(config.reward, config.seed, start.tokenizer, context)
+        check_rankings(config.reward, data["reward"][0])
+        texts, rows = [part.texts for part in data["reward"]], data["reward"][0].num_rows
+        check_texts("reward", config.reward, texts, context, rows)
+        if config.reward.reference_data:
+            data["references"] = reference_texts(config.reward, start.tokenizer)
+    if "ppo" in starts:
+        tokenizer, length = starts["ppo"].tokenizer, config.ppo.max_prompt_length
+        stop_ids(tokenizer, config.ppo.stop_tokens)
+    if "ppo" in stages:
+        data["ppo"] = prompt_data(config.ppo.prompts, tokenizer, max_length=length)
+    if "evaluate" in stages:
+        data["evaluate"] = evaluation_prompts(config, starts["ppo"].tokenizer)
+        if config.evaluate.ratings:
+            data["ratings"] = load_ratings(config.evaluate.ratings)
+    return data
+
+
+def check_rankings(settings: RewardSettings, data: RewardData):
+    """Whole rankings fit into a batch: all responses to a prompt are in the same one."""
+    size = 1 if data.groups is None else data.groups.rows.shape[1]
+    if settings.batch_size % size:
+        raise ValueError(
+            f"reward.batch_size must be a multiple of {size}, the most responses to a prompt of "
+            f"{settings.data}, got {settings.batch_size}"
+        )
+
+
+def check_texts(stage: str, settings, parts: Sequence[Texts], context: int, num_rows: int):
+    """Refuse texts beyond the model's context and batches beyond the data.
+
+    Args:
+        stage: its name.
+        settings: the stage's section.
+        parts: texts to train on, and to validate on.
+        context: tokens that the model can read.
+        num_rows: of one pass over the texts to train on.
+    """
+    what = "text" if parts[0].segments is None else "packed row"
+    longest = max(int(part.mask.sum(axis=1).max()) for part in parts)
+    if longest > context:
+        raise ValueError(
+            f"{stage}.max_length must be at most {context} (the model's context), got "
+            f"{settings.max_length}: a {what} has {longest} tokens"
+        )
+    if settings.batch_size > num_rows:
+        raise ValueError(
+            f"{stage}.batch_size must be at most {num_rows}, the {what}s to train on, got "
+            f"{settings.batch_size}"
+        )
+
+
+def check_policy(stage: str, config: Config, start: Shape):
+    """A stage that trains a policy has one, and has what is to be trained."""
+    trainable = getattr(config, stage).trainable
+    if start.kind != "policy":
+        raise ValueError(
+            f"ppo.init_from must be a policy, got {config.ppo.init_from!r}, which scores texts"
+        )
+    if trainable == "head" and start.config.tie_embeddings:
+        raise ValueError(
+            f"{stage}.trainable must be 'all', 'lora' or a number of top layers for a model that "
+            "ties its head to the token table, got 'head'"
+        )
+    check_part(f"{stage}.trainable", trainable, getattr(config, stage).lora, start.config)
+
+
+def check_reward(config: Config, start: Shape):
+    """A reward model has the layers that are kept, and of them what is to be trained."""
+    settings, depth = config.reward, start.config.num_layers
+    check_depth("reward.num_layers", settings.num_layers, depth)
+    lower = dataclasses.replace(start.config, num_layers=settings.num_layers or depth)
+    check_part("reward.trainable", settings.trainable, settings.lora, lower)
+
+
+def check_ppo(settings: PPOSettings, policy: Shape, score: Shape | None):
+    """Lengths fit the policy; the reward model scores, and reads what the policy writes."""
+    context = min([policy.config.max_length] + ([score.config.max_length] if score else []))
+    total = settings.max_prompt_length + settings.response_length
+    if total > context:
+        raise ValueError(
+            f"ppo.max_prompt_length + ppo.response_length must be at most {context} (the models' "
+            f"context), got {settings.max_prompt_length} + {settings.response_length}"
+        )
+    if score is not None and score.kind != "reward":
+        raise ValueError(
+            f"ppo.reward_model must be a reward model, got the policy {settings.reward_model!r}"
+        )
+    if score is not None and policy.tokenizer.get_vocab() != score.tokenizer.get_vocab():
+        raise ValueError(
+            "ppo.reward_model must have the policy's tokenizer, got one with "
+            f"{len(score.tokenizer)} tokens where the policy has {len(policy.tokenizer)}, or other "
+            "ids. Use a reward_function, which gets text."
+        )
+    critic = policy if score is None or settings.critic_init_from == "policy" else score
+    check_part("ppo.value_trainable", settings.value_trainable, settings.lora, critic.config)
+
+
+def check_part(field: str, trainable: str | int, lora: LoRASettings, config: ModelConfig):
+    """What is to be trained is in the model: so many layers, or the places of the adapters."""
+    check_depth(field, trainable, config.num_layers)
+    if trainable == "lora":
+        stage, width = field.split(".")[0], config.embed_dim
+        check_targets(config, lora.targets, f"{stage}.lora.targets")
+        if lora.rank > width:
+            raise ValueError(
+                f"{stage}.lora.rank must be at most {width}, the model's width, got {lora.rank}"
+            )
+
+
+def check_depth(field: str, count: str | int, depth: int):
+    if isinstance(count, int) and count > depth:
+        raise ValueError(f"{field} must be at most {depth}, the model's layers, got {count}")
+
+
+def check_mesh(config: Config, starts: Mapping[str, Shape], stages: Sequence[str]):
+    """Every parameter and every batch of responses falls into equal pieces.
+
+    Args:
+        config: of the run.
+        starts: what the stages start from, see `plan.find_starts`.
+        stages: those that will run.
+
+    Raises:
+        ValueError: with the parameter or the field, and the axes of the mesh.
+    """
+    layouts = make_layouts(config.mesh)
+    for shape in starts.values():
+        for layout in layouts:
+            layout.shardings(parameters(shape))
+    if "ppo" in stages:
+        check_batch_rows(config.ppo, layouts)
+
+
+def check_batch_rows(settings: PPOSettings, layouts: Sequence[Layout]):
+    """Every batch of responses falls into equal pieces.
+
+    Args:
+        settings: the ppo section.
+        layouts: of the updates, and of the rollout.
+
+    Raises:
+        ValueError: with the field, and what it must be a multiple of.
+    """
+    s = settings
+    piece = s.num_minibatches * s.num_micro_batches
+    rows = math.lcm(*(layout.pieces("batch") for layout in layouts))
+    if s.rollout_batch_size % (piece * rows):
+        raise ValueError(
+            f"ppo.rollout_batch_size must be a multiple of num_minibatches x num_micro_batches "
+            f"x the {rows} pieces that the mesh cuts a batch into ({piece * rows}), got "
+            f"{s.rollout_batch_size}"
+        )
+    sampling = Sampling(
+        response_length=1, eos_ids=(), samples_per_prompt=s.samples_per_prompt, refill=s.refill
+    )
+    slots = s.slots or s.rollout_batch_size
+    fields = {
+        "ppo.rollout_batch_size / samples_per_prompt": s.rollout_batch_size // s.samples_per_prompt,
+        "ppo.slots / samples_per_prompt": slots // s.samples_per_prompt,
+    }
+    if s.slots:
+        fields["ppo.refill / samples_per_prompt"] = sampling.group(slots) // s.samples_per_prompt
+    for field, value in fields.items():
+        if value % rows:
+            raise ValueError(
+                f"{field} must be a multiple of the {rows} pieces that the mesh cuts a batch "
+                f"into, got {value}"
+            )
+
+
+def share_of_a_device(layout: Layout, shape: Shape) -> float:
+    """Which part of a model's parameters lies on one device."""
+    leaves = jax.tree.leaves(parameters(shape))
+    lies = jax.tree.leaves(layout.shardings(parameters(shape)))
+    own = sum(math.prod(lie.shard_shape(x.shape)) for x, lie in zip(leaves, lies, strict=True))
+    return own / sum(math.prod(x.shape) for x in leaves)

@@ -1,0 +1,246 @@
+"""The first examples of each stage as its network will read them, with what is learned marked."""
+
+import itertools
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ppo_jax.config.run import Config
+from ppo_jax.config.stages import RewardSettings, SFTSettings
+from ppo_jax.data.comparisons import RewardData
+from ppo_jax.data.encode import Texts, TokenRow
+from ppo_jax.data.packing import fullness
+from ppo_jax.data.preferences import PREFERENCE_FORMS
+from ppo_jax.data.prompts import PromptData
+from ppo_jax.data.readers import Forms, unread_columns
+from ppo_jax.data.records import DEMONSTRATION_FORMS, PROMPT_FORMS, RATING_FORMS
+from ppo_jax.io.model_spec import Shape
+
+EXAMPLES = 2  # of a stage
+LONGEST = 1000  # characters of one stretch of text; the middle of a longer one is left out
+FEW = 16  # token ids of an example; the middle of more is left out
+
+Mark = Callable[[str], str]
+
+
+def brackets(text: str) -> str:
+    """A marked stretch of text where there are no colours."""
+    return f"⟦{text}⟧"
+
+
+def colours(text: str) -> str:
+    """A marked stretch of text on a terminal: black on green, line by line."""
+    return "\n".join(f"\033[30;42m{line}\033[0m" for line in text.split("\n"))
+
+
+def previews(data: Mapping[str, Any], starts: Mapping[str, Shape], mark: Mark) -> list[str]:
+    """Examples of each stage.
+
+    Args:
+        data: what was read, see `checks.check_data`.
+        starts: what the stages start from, see `plan.find_starts`.
+        mark: `brackets` or `colours`.
+    """
+    shown = []
+    if "sft" in data:
+        shown.append(sft_preview(data["sft"][0], starts["sft"].tokenizer, mark))
+    if "reward" in data:
+        shown.append(reward_preview(data["reward"][0], starts["reward"].tokenizer, mark))
+    for stage in ("ppo", "evaluate"):
+        if stage in data:
+            shown.append(prompt_preview(stage, data[stage], starts["ppo"].tokenizer, mark))
+    return shown
+
+
+def sft_preview(texts: Texts, tokenizer: Any, mark: Mark) -> str:
+    """The first texts to train on."""
+    rows = itertools.islice(text_rows(texts), EXAMPLES)
+    shown = [example(f"text {i}", row, tokenizer, mark) for i, row in enumerate(rows, start=1)]
+    return "\n".join([f"sft: the loss is on what is {mark('marked')}", *shown])
+
+
+def reward_preview(data: RewardData, tokenizer: Any, mark: Mark) -> str:
+    """The first rated texts to train on, or all responses to the first prompts."""
+    if data.groups is None:
+        head = "reward: the score is read at the last token of a text"
+        rows = itertools.islice(text_rows(data.texts), EXAMPLES)
+        titles = [f"rated {', '.join(f'{x:g}' for x in given)}" for given in data.ratings]
+        shown = [
+            example(title, TokenRow(row.ids, [False] * len(row.ids)), tokenizer, mark)
+            for title, row in zip(titles, rows, strict=False)
+        ]
+    else:
+        head = f"reward: the score of a response, {mark('marked')}, is read at its last token"
+        numbers = range(min(EXAMPLES, len(data.groups.rows)))
+        shown = [x for i in numbers for x in group_examples(data, i, tokenizer, mark)]
+    return "\n".join([head, *shown])
+
+
+def group_examples(data: RewardData, number: int, tokenizer: Any, mark: Mark) -> Iterator[str]:
+    """The responses to one prompt, and which of them each is better than."""
+    groups = data.groups
+    pairs = groups.pairs[number][groups.valid[number]].tolist()
+    for place, row in enumerate(dict.fromkeys(groups.rows[number].tolist())):
+        others = [str(worse + 1) for better, worse in pairs if better == place]
+        title = f"prompt {number + 1}, response {place + 1}"
+        title += f", better than {', '.join(others)}" if others else ""
+        mask = data.texts.mask[row]
+        tokens, learned = data.texts.tokens[row][mask], data.texts.loss_mask[row][mask]
+        yield example(title, TokenRow(tokens.tolist(), learned.tolist()), tokenizer, mark)
+
+
+def prompt_preview(stage: str, data: PromptData, tokenizer: Any, mark: Mark) -> str:
+    """The first prompts."""
+    shown = []
+    for i in range(min(EXAMPLES, len(data.texts))):
+        ids = data.prompts.tokens[i][data.prompts.mask[i]].tolist()
+        row = TokenRow(ids, [False] * len(ids))
+        shown.append(example(f"prompt {i + 1}", row, tokenizer, mark, end=mark("...")))
+    return "\n".join([f"{stage}: the response begins at {mark('...')}", *shown])
+
+
+def text_rows(texts: Texts) -> Iterator[TokenRow]:
+    """The texts in the order in which they stand, one a row or packed."""
+    for row, mask in enumerate(texts.mask):
+        segments = mask.astype(int) if texts.segments is None else texts.segments[row]
+        for number in range(1, segments.max() + 1):
+            chosen = np.flatnonzero(segments == number)
+            learned = texts.loss_mask[row, chosen]
+            yield TokenRow(texts.tokens[row, chosen].tolist(), learned.tolist())
+
+
+def example(title: str, row: TokenRow, tokenizer: Any, mark: Mark, end: str = "") -> str:
+    """One row of tokens: its size, its text, its ids.
+
+    Args:
+        title: what it is.
+        row: its tokens.
+        tokenizer: to write them as text, special tokens included.
+        mark: of stretches that are learned.
+        end: what to show behind the text.
+    """
+    size = "1 token" if len(row.ids) == 1 else f"{len(row.ids)} tokens"
+    if any(row.learned):
+        size += f", {sum(row.learned)} marked"
+    lines = (marked_text(row, tokenizer, mark) + end).split("\n")
+    return "\n".join([f"  {title}: {size}", *(f"    | {x}" for x in lines), f"    {ids(row)}"])
+
+
+def marked_text(row: TokenRow, tokenizer: Any, mark: Mark) -> str:
+    """The text of a row, with the stretches of learned tokens marked."""
+    tokens = zip(row.ids, row.learned, strict=True)
+    out = ""
+    for learned, stretch in itertools.groupby(tokens, key=lambda token: token[1]):
+        text = shortened(printable(tokenizer.decode([token for token, _ in stretch])))
+        out += mark(text) if learned else text
+    return out
+
+
+def ids(row: TokenRow) -> str:
+    """The ids of a row, the first and the last of them."""
+    half = FEW // 2
+    if len(row.ids) <= FEW:
+        return f"ids {' '.join(map(str, row.ids))}"
+    first, last = (" ".join(map(str, x)) for x in (row.ids[:half], row.ids[-half:]))
+    return f"ids {first} ... {last}"
+
+
+def printable(text: str) -> str:
+    """The text with what would move a terminal's cursor spelt out."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
+def shortened(text: str) -> str:
+    """The text without the middle of what is longer than `LONGEST`."""
+    if len(text) <= LONGEST:
+        return text
+    half = LONGEST // 2
+    return f"{text[:half]} [... {len(text) - 2 * half:,} characters ...] {text[-half:]}"
+
+
+def data_lines(config: Config, data: Mapping[str, Any]) -> list[str]:
+    """A line for each data set of a run.
+
+    Args:
+        config: of the run.
+        data: what was read, see `checks.check_data`.
+    """
+    lines = []
+    if "sft" in data:
+        lines += text_lines("sft", config.sft, data["sft"], DEMONSTRATION_FORMS)
+        if config.sft.packing:
+            lines.append(f"sft: packed {fullness(data['sft'][0])}")
+    if "reward" in data:
+        lines += reward_lines(config.reward, data["reward"])
+    if "references" in data:
+        lines.append(texts_line("reward.reference_data", config.reward, data["references"]))
+    for stage in ("ppo", "evaluate"):
+        if stage in data:
+            lines.append(prompts_line(stage, getattr(config, stage).prompts, data[stage]))
+    if "ratings" in data:
+        path, count = config.evaluate.ratings, len(data["ratings"])
+        lines.append(data_line("evaluate.ratings", path, count, {}, RATING_FORMS))
+    return lines
+
+
+def text_lines(
+    stage: str, settings: SFTSettings | RewardSettings, parts: Sequence[Texts], forms: Forms
+) -> list[str]:
+    """The training and the validation data: two files, or two parts of one."""
+    used = [len(np.unique(part.records)) for part in parts]
+    if settings.validation_data:
+        fields = ("data", "validation_data")
+        return [
+            data_line(f"{stage}.{field}", getattr(settings, field), count, part.left_out, forms)
+            for field, count, part in zip(fields, used, parts, strict=True)
+        ]
+    left_out = sum((Counter(part.left_out) for part in parts), Counter())
+    line = data_line(f"{stage}.data", settings.data, sum(used), left_out, forms)
+    return [f"{line}, {used[0]:,} to train and {used[1]:,} to validate"]
+
+
+def reward_lines(settings: RewardSettings, parts: Sequence[RewardData]) -> list[str]:
+    if settings.format == "ratings":
+        return text_lines("reward", settings, [part.texts for part in parts], RATING_FORMS)
+    lines = text_lines("reward", settings, [part.texts for part in parts], PREFERENCE_FORMS)
+    groups = parts[0].groups
+    if groups.rows.shape[1] > 2:
+        lines.append(
+            f"reward: {len(groups.row_pairs):,} comparisons to train on, among up to "
+            f"{groups.rows.shape[1]} responses to a prompt"
+        )
+    return lines
+
+
+def texts_line(field: str, settings: RewardSettings, texts: Texts) -> str:
+    count = len(np.unique(texts.records))
+    return data_line(field, settings.reference_data, count, texts.left_out, DEMONSTRATION_FORMS)
+
+
+def prompts_line(stage: str, path: str, data: PromptData) -> str:
+    return data_line(f"{stage}.prompts", path, len(data.texts), data.left_out, PROMPT_FORMS)
+
+
+def data_line(
+    field: str, path: str | os.PathLike, used: int, left_out: Mapping[str, int], forms: Forms
+) -> str:
+    """What became of the records of one data set.
+
+    >>> data_line("sft.data", "a.jsonl", 1188, {"blank": 1, "repeated": 14}, [])
+    'sft.data: a.jsonl: 1,203 read, 14 repeated, 1 blank; 1,188 used'
+
+    Args:
+        field: of the config.
+        path: of the data set.
+        used: records.
+        left_out: {why: how many records}.
+        forms: those that it was read with.
+    """
+    read = used + sum(left_out.values())
+    reasons = [f", {count:,} {why}" for why, count in Counter(left_out).most_common()]
+    unread = unread_columns(path, forms)
+    columns = f"; columns not read: {', '.join(unread)}" if unread else ""
+    return f"{field}: {path}: {read:,} read{''.join(reasons)}{columns}; {used:,} used"

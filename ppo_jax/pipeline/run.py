@@ -1,0 +1,275 @@
+"""A run from its data to its report: every stage that the config has, in order."""
+
+import contextlib
+import dataclasses
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import logging
+from ml_collections import config_dict
+
+from ppo_jax.config.parsing import load_function
+from ppo_jax.config.run import STAGES, Config, from_config_dict
+from ppo_jax.distributed.layout import make_mesh
+from ppo_jax.distributed.processes import from_first, stop_if_asked, wait_for_all
+from ppo_jax.evaluation.evaluate import evaluate
+from ppo_jax.evaluation.report.report import write_report
+from ppo_jax.evaluation.report.summary import headlines, read_run, verdict
+from ppo_jax.io.base_model import base_path, prepare_base
+from ppo_jax.io.checkpoints import Checkpoints
+from ppo_jax.io.model_spec import Shape, find_starts, needs_base, read_shape
+from ppo_jax.io.run_folder import (
+    fill_in_workdir,
+    prepare_workdir,
+    read_results,
+    without_workdir,
+    write_results,
+)
+from ppo_jax.io.stage_folder import missing_steps
+from ppo_jax.pipeline.preflight import check_mesh, check_named, check_run
+from ppo_jax.pipeline.preview import brackets, colours, data_lines, previews
+from ppo_jax.pipeline.summary import summary
+from ppo_jax.training.ppo import train_ppo
+from ppo_jax.training.resume import check_origin, check_same_data, drop_outdated_base
+from ppo_jax.training.reward import train_reward
+from ppo_jax.training.sft import train_sft
+from ppo_jax.training.stage import check_settings, describe
+
+RUN = {"sft": train_sft, "reward": train_reward, "ppo": train_ppo, "evaluate": evaluate}
+
+
+def run(settings: config_dict.ConfigDict | dict, workdir: str | Path, only: Sequence[str] = STAGES):
+    """Run the stages of a config in one workdir; skip what is complete, resume what is not.
+
+    Args:
+        settings: the config, with a section for each stage that is wanted.
+        workdir: the run's folder; `{workdir}` in the config's paths stands for it.
+        only: run no other stages than these.
+
+    Raises:
+        ValueError: a setting, a data file or a model is not usable; before training begins.
+    """
+    logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it writes
+    workdir = checked_folder(workdir)
+    given, config, stages = planned(settings, workdir, only)
+    complete = from_first(completeness, config, workdir)
+    todo = [stage for stage in stages if not complete[stage]]
+    if todo:
+        base = prepare(config, given, workdir, todo)
+    for stage in stages:
+        if stage in todo:
+            run_stage(stage, config, workdir, base)
+        else:
+            print(f"{stage}: complete", flush=True)
+    report = workdir / "report.html"
+    from_first(lambda: (todo or not report.exists()) and write_report(workdir))
+    if not todo:
+        print("every stage is complete: nothing to do", flush=True)
+    print(closing(workdir, report), flush=True)
+
+
+def planned(
+    settings: config_dict.ConfigDict | dict, workdir: Path, only: Sequence[str]
+) -> tuple[Config, Config, list[str]]:
+    """(the config as given, the same with `{workdir}` filled in, the stages that it asks for).
+
+    Raises:
+        ValueError: a setting is not usable, or does not fit to what the folder holds.
+    """
+    given = from_config_dict(settings)
+    config = fill_in_workdir(given, workdir)
+    stages = [stage for stage in STAGES if stage in only and getattr(config, stage) is not None]
+    if not stages:
+        raise ValueError(f"the config has none of the sections {list(only)}")
+    make_mesh(config.mesh)  # refused before anything is made
+    for stage in (stage for stage in stages if stage != "evaluate"):
+        check_settings(workdir / stage, describe(stage, config, workdir))
+    check_origin(workdir, dataclasses.asdict(given))
+    return given, config, stages
+
+
+def dry_run(
+    settings: config_dict.ConfigDict | dict, workdir: str | Path, only: Sequence[str] = STAGES
+):
+    """Print what `run` would begin with and the first examples of each stage; train nothing.
+
+    Data and base model, where they are yet to be made, are made in a temporary folder.
+
+    Args:
+        settings: as for `run`.
+        workdir: as for `run`; it is not touched, nor made.
+        only: as for `run`.
+
+    Raises:
+        ValueError: what `run` would refuse.
+    """
+    logging.set_verbosity(logging.WARNING)
+    workdir = checked_folder(workdir)
+    in_colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    with stand_in(workdir) as folder:
+        given, config, stages = planned(settings, folder, only)
+        check_named(config, folder, stages)
+        drop_outdated_base(folder, dataclasses.asdict(given))
+        _, starts, data = make_ready(config, folder, stages)
+        table = [summary(config, starts, stages, data), "\n".join(data_lines(config, data))]
+        shown = [*table, *previews(data, starts, colours if in_colour else brackets)]
+    print("\n\n".join(shown).replace(str(folder), str(workdir)))
+    print(f"\ndry run: nothing is trained, nothing is written to {workdir}", flush=True)
+
+
+@contextlib.contextmanager
+def stand_in(workdir: Path) -> Iterator[Path]:
+    """A temporary folder with links to what the run's folder holds; messages name the latter."""
+    with tempfile.TemporaryDirectory() as name:
+        for entry in workdir.iterdir() if workdir.is_dir() else ():
+            if entry.suffix != ".tmp":  # what a killed run has left
+                (Path(name) / entry.name).symlink_to(entry.resolve())
+        try:
+            yield Path(name)
+        except ValueError as error:
+            error.args = tuple(str(x).replace(name, str(workdir)) for x in error.args)
+            raise
+
+
+def prepare(config: Config, given: Config, workdir: Path, stages: Sequence[str]) -> str:
+    """Make the data and the base model, check all that the stages need, and print the table.
+
+    Args:
+        config: of the run.
+        given: the same, with `{workdir}` in its paths: the run's folder may be moved.
+        workdir: the run's folder.
+        stages: those that will run.
+
+    Returns:
+        The path of the base model, "" where no stage reads it.
+    """
+    began = time.time()
+    check_named(config, workdir, stages)
+    from_first(drop_outdated_base, workdir, dataclasses.asdict(given))
+    if makes_something(config, workdir, stages):  # what is made says from which settings it is
+        prepare_workdir(workdir, dataclasses.asdict(given))
+    base, starts, data = make_ready(config, workdir, stages)
+    prepare_workdir(workdir, dataclasses.asdict(given))
+    print("\n".join([summary(config, starts, stages, data), *data_lines(config, data)]), flush=True)
+    if "time/prepare_s" not in read_results(workdir):
+        add_time(workdir, "prepare", began)
+    return base
+
+
+def make_ready(
+    config: Config, workdir: Path, stages: Sequence[str]
+) -> tuple[str, dict[str, Shape], dict[str, Any]]:
+    """Make the data and the base model where they are not there yet, and check all.
+
+    Returns:
+        (path of the base model or "", what the stages start from, what they read).
+    """
+    from_first(make_data, config, workdir)
+    stop_if_asked()
+    base = ""
+    if needs_base(config, stages):
+        model = config.model
+        if model.path and model.vocabulary_data and not (workdir / "base").is_dir():
+            read_shape(model.path, model)  # refuses what cannot be cut down before it is read
+        from_first(prepare_base, config.model, workdir / "base", config.seed)
+        stop_if_asked()
+        base = base_path(config.model, workdir / "base")
+    starts = find_starts(config, workdir, base, stages)
+    check_mesh(config, starts, stages)
+    data = check_run(config, starts, stages)
+    check_same_data(config, workdir, data)
+    return base, starts, data
+
+
+def completeness(config: Config, workdir: Path) -> dict[str, bool]:
+    """Whether each stage has taken all of its steps, and the evaluation is of the newest ones."""
+    complete = {}
+    for stage in ("sft", "reward", "ppo"):
+        if getattr(config, stage) is not None:
+            complete[stage] = missing_steps(workdir / stage) is None
+    if complete.get("ppo"):
+        steps = Checkpoints(workdir / "ppo" / "checkpoints").latest_step()
+        complete["ppo"] = steps >= config.ppo.num_iterations
+    if config.evaluate is not None:
+        judged = read_results(workdir).get("evaluated")
+        newest = all(complete.values()) and judged == evaluation_subject(config, workdir)
+        complete["evaluate"] = newest
+    return complete
+
+
+def closing(workdir: Path, report: Path) -> str:
+    """The figures and the verdict, as the report has them."""
+    run = read_run(workdir)
+    figures = [f"  {value:>10}  {what} ({how})" for value, what, how in headlines(run)]
+    return "\n".join([*figures, verdict(run), f"report: {report}"])
+
+
+def run_stage(stage: str, config: Config, workdir: Path, base: str):
+    """Run a stage; what an earlier evaluation said does not outlive the models that it was of."""
+    stop_if_asked()
+    began, results = time.time(), read_results(workdir)
+    write_results(workdir, {k: v for k, v in results.items() if k.startswith("time/")})
+    try:
+        RUN[stage](config, workdir, base)
+    finally:
+        add_time(workdir, stage, began)
+    wait_for_all(f"the end of {stage}")
+    if stage == "evaluate":
+        subject = evaluation_subject(config, workdir)
+        write_results(workdir, read_results(workdir) | {"evaluated": subject})
+
+
+def checked_folder(workdir: str | Path) -> Path:
+    """The run's folder, which is one or is not there yet.
+
+    Raises:
+        ValueError: it has no name, or a file is in its place.
+    """
+    if not str(workdir) or Path(workdir).is_file():
+        raise ValueError(f"workdir must be a folder, or not there yet, got {str(workdir)!r}")
+    return Path(workdir)
+
+
+def makes_something(config: Config, workdir: Path, stages: Sequence[str]) -> bool:
+    """Whether this start will make the data or the base model."""
+    needed = needs_base(config, stages)
+    made_here = {"data": config.prepare, "base": needed and config.model.vocabulary_data}
+    return any(made and not (workdir / name).is_dir() for name, made in made_here.items())
+
+
+def make_data(config: Config, workdir: Path):
+    """Let the config's `prepare` function write `workdir/data`, once."""
+    folder = workdir / "data"
+    if not config.prepare or folder.is_dir():
+        return
+    temporary = workdir / "data.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        load_function(config.prepare, "prepare")(temporary)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def evaluation_subject(config: Config, workdir: Path) -> dict:
+    """What a verdict is about: its settings, and the newest step of every stage."""
+    settings = without_workdir(dataclasses.asdict(config.evaluate), workdir)
+    folders = [workdir / stage / "checkpoints" for stage in STAGES]
+    steps = {x.parent.name: Checkpoints(x).latest_step() for x in folders if x.is_dir()}
+    return {"settings": settings, "steps": steps}
+
+
+def add_time(workdir: Path, stage: str, began: float):
+    """Add wall time to results.json; a stage killed at once loses its last part."""
+    results = read_results(workdir)
+    seconds = results.get(f"time/{stage}_s", 0.0) + time.time() - began
+    results[f"time/{stage}_s"] = seconds
+    parts = [v for k, v in results.items() if k.startswith("time/") and k != "time/total_s"]
+    write_results(workdir, results | {"time/total_s": sum(parts)})

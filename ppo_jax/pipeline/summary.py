@@ -1,0 +1,210 @@
+"""What follows from a config, as one table at the start of a run."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from ppo_jax.config.run import STAGES, Config
+from ppo_jax.config.stages import LoRASettings, PPOSettings
+from ppo_jax.core.network import merge_params
+from ppo_jax.distributed.layout import Layout, make_layouts
+from ppo_jax.io.model_spec import Shape, parameters
+from ppo_jax.models.config import ModelConfig
+from ppo_jax.models.lora import init_lora
+from ppo_jax.models.partition import split_params, start_layer
+from ppo_jax.pipeline.preflight import share_of_a_device
+from ppo_jax.training.common import count_steps
+
+Rows = list[tuple[str, str]]
+
+
+def summary(
+    config: Config, starts: Mapping[str, Shape], stages: Sequence[str], data: Mapping[str, Any]
+) -> str:
+    """A table of two columns.
+
+    Args:
+        config: of the run.
+        starts: what the stages start from, see `plan.find_starts`.
+        stages: those that will run.
+        data: what they read, see `checks.check_data`.
+    """
+    steps = stage_steps(config, data)
+    rows = mesh_rows(make_layouts(config.mesh)[0], next(iter(starts.values())))
+    if "sft" in stages:
+        rows += sft_rows(config, starts["sft"], steps["sft"])
+    if "reward" in stages:
+        rows += reward_rows(config, starts["reward"], steps["reward"])
+    if "ppo" in stages:
+        rows += ppo_rows(config.ppo, starts["ppo"].config)
+        rows += memory_rows(config.ppo, starts["ppo"], starts.get("score"))
+    if "evaluate" in stages:
+        rows += [("evaluation", f"{config.evaluate.num_prompts} prompts")]
+    width = max(len(label) for label, _ in rows)
+    lines = [f"  {label:<{width}}  {value}" for label, value in rows]
+    return "\n".join([*lines, *warm_up_lines(config, steps)])
+
+
+def stage_steps(config: Config, data: Mapping[str, Any]) -> dict[str, int]:
+    """How many steps each stage has that `data` is of; iterations in PPO."""
+    steps = {"ppo": config.ppo.num_iterations} if "ppo" in data else {}
+    if "sft" in data:
+        steps["sft"] = count_steps(config.sft, len(data["sft"][0].tokens))
+    if "reward" in data:
+        steps["reward"] = count_steps(config.reward, data["reward"][0].num_rows)
+    return steps
+
+
+def warm_up_lines(config: Config, steps: Mapping[str, int]) -> list[str]:
+    """A line for each stage that is over before its learning rate has risen."""
+    warm_up = {stage: getattr(config, stage).optimizer.warmup_steps for stage in steps}
+    return [
+        f"{stage}: warmup_steps={warm_up[stage]}, but the stage has {steps[stage]} "
+        f"{'iterations' if stage == 'ppo' else 'steps'}: the learning rate never reaches its height"
+        for stage in STAGES
+        if stage in steps and warm_up[stage] >= steps[stage]
+    ]
+
+
+def mesh_rows(layout: Layout, shape: Shape) -> Rows:
+    devices = layout.mesh.devices.flatten()
+    rows = [("devices", f"{len(devices)} x {devices[0].device_kind}; sizes are of all together")]
+    if len(devices) == 1:
+        return rows
+    sizes = " x ".join(f"{axis} {size}" for axis, size in layout.mesh.shape.items())
+    share = 1 / share_of_a_device(layout, shape)
+    what = f"1/{layout.pieces('batch')} of the rows, 1/{share:.1f} of the parameters"
+    return [*rows, ("mesh", sizes), ("a device has", what)]
+
+
+def sft_rows(config: Config, start: Shape, steps: int) -> Rows:
+    s = config.sft
+    unit = "rows of texts" if s.packing else "texts"
+    most = s.batch_size * min(s.max_length, start.config.max_length)
+    params = shapes_with_adapters(parameters(start), start.config, s.trainable, s.lora)
+    memory = count(params) + 2 * count_trained(start.config, params, s.trainable)
+    return [
+        ("sft starts from", describe(start)),
+        ("sft batch", f"{s.batch_size} {unit}, at most {most} tokens a step"),
+        ("sft steps", f"{steps}, {s.num_epochs:g} passes over the data"),
+        ("sft trains", trained(start.config, params, s.trainable)),
+        ("sft memory", f"{size_of(4 * memory)}, parameters and Adam's two moments"),
+    ]
+
+
+def reward_rows(config: Config, start: Shape, steps: int) -> Rows:
+    s = config.reward
+    depth = s.num_layers or start.config.num_layers
+    shape = dataclasses.replace(start.config, num_layers=depth)
+    params = parameters(dataclasses.replace(start, kind="reward", config=shape))
+    params = shapes_with_adapters(params, shape, s.trainable, s.lora)
+    pairs = f", {s.pairs_per_batch} comparisons" if s.format == "ratings" else ""
+    most = s.batch_size * min(s.max_length, start.config.max_length)
+    memory = count(params) + 2 * count_trained(shape, params, s.trainable)
+    return [
+        ("reward starts from", f"{describe(start)}; keeps {depth} layers"),
+        ("reward batch", f"{s.batch_size} texts{pairs}, at most {most} tokens"),
+        ("reward steps", f"{steps}, {s.num_epochs:g} passes over the data"),
+        ("reward trains", trained(shape, params, s.trainable)),
+        ("reward memory", f"{size_of(4 * memory)}, parameters and Adam's two moments"),
+    ]
+
+
+def ppo_rows(s: PPOSettings, model: ModelConfig) -> Rows:
+    steps = s.num_epochs * s.num_minibatches
+    minibatch = s.rollout_batch_size // s.num_minibatches
+    piece = minibatch // s.num_micro_batches
+    length = s.max_prompt_length + s.response_length
+    episodes = s.rollout_batch_size * s.num_iterations
+    heads = 2 * model.num_kv_heads * model.head_dim * model.num_layers
+    slots, size = s.slots or s.rollout_batch_size, 4 if model.dtype == "float32" else 2
+    cache = slots * length * heads * size
+    unit = "packed rows " if s.packing else ""
+    logits = piece * s.response_length * model.vocab_size * 4
+    return [
+        ("ppo iteration", f"{s.rollout_batch_size} episodes, at most {length} tokens each"),
+        ("ppo update", f"{steps} optimizer steps of {minibatch} episodes, {piece} {unit}at a time"),
+        ("ppo in all", f"{episodes} episodes, {steps * s.num_iterations} optimizer steps"),
+        ("ppo tokens a step", f"{minibatch * s.response_length} response tokens at most"),
+        ("KV cache", f"{size_of(cache)}, {slots} responses at a time"),
+        ("logits of a piece", size_of(logits)),
+    ]
+
+
+def memory_rows(s: PPOSettings, policy: Shape, score: Shape | None) -> Rows:
+    """Float32 parameters of the models. Frozen layers that two of them share count once, unless
+    one of the two is trained whole: at most so much, then."""
+    params = shapes_with_adapters(parameters(policy), policy.config, s.trainable, s.lora)
+    policy_trained = count_trained(policy.config, params, s.trainable)
+    critic = policy if score is None or s.critic_init_from == "policy" else score
+    critic_params = parameters(dataclasses.replace(critic, kind="reward"))
+    critic_params = shapes_with_adapters(critic_params, critic.config, s.value_trainable, s.lora)
+    critic_trained = count_trained(critic.config, critic_params, s.value_trainable)
+    partial = not {s.trainable, s.value_trainable} & {"all", "lora"}  # the top layers of both
+    shared = partial or s.value_trainable == "lora"
+    rows = [
+        ("memory, policy", count(params)),
+        ("memory, reference", 0 if s.trainable == "lora" else policy_trained),
+        ("memory, critic", critic_trained if shared else count(critic_params)),
+        ("memory, optimizer", 2 * (policy_trained + critic_trained)),
+    ]
+    if score is not None:
+        scorer = count(parameters(score))
+        scorer = min(scorer, critic_trained) if partial else scorer
+        rows.insert(3, ("memory, reward model", scorer))
+    return [
+        ("ppo starts from", describe(policy)),
+        ("policy trains", trained(policy.config, params, s.trainable)),
+        ("critic trains", trained(critic.config, critic_params, s.value_trainable)),
+        *((label, size_of(4 * number)) for label, number in rows),
+    ]
+
+
+def describe(start: Shape) -> str:
+    model = start.config
+    return (
+        f"a {start.kind} model of {rounded(count(parameters(start)))} parameters, "
+        f"{model.num_layers} layers x {model.embed_dim}, {model.vocab_size} tokens, "
+        f"context {model.max_length}"
+    )
+
+
+def count(tree) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def count_trained(model: ModelConfig, params, trainable: str | int) -> int:
+    start = start_layer(model, trainable)
+    split = jax.eval_shape(lambda p: split_params(model, p, trainable, start).trained, params)
+    return count(split)
+
+
+def shapes_with_adapters(params, model: ModelConfig, trainable: str | int, lora: LoRASettings):
+    """The shapes of parameters with those of the adapters, if it is they that are trained."""
+    if trainable != "lora":
+        return params
+    init = functools.partial(init_lora, targets=lora.targets, rank=lora.rank)
+    adapters = jax.eval_shape(lambda: init(jax.random.key(0), model, params))
+    return merge_params(params, adapters)
+
+
+def trained(model: ModelConfig, params, trainable: str | int) -> str:
+    names = {"all": "all layers", "head": "the head alone", "lora": "adapters"}
+    what = names.get(trainable, f"the top {trainable} layers")
+    return f"{what}, {rounded(count_trained(model, params, trainable))} parameters"
+
+
+def rounded(number: int) -> str:
+    """For a reader: 134.5M, 28k, 33."""
+    if number >= 999_500:
+        return f"{number / 1e6:.1f}M"
+    return f"{number / 1e3:.0f}k" if number >= 1e3 else str(number)
+
+
+def size_of(number: float) -> str:
+    """Bytes, in the unit that suits them."""
+    return f"{number / 1e9:.2f} GB" if number >= 1e9 else f"{number / 1e6:.1f} MB"

@@ -1,0 +1,123 @@
+"""What SFT and reward training share: the split of the data, the number of steps, the start."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+
+from ppo_jax.config.stages import LoRASettings, OptimizerSettings
+from ppo_jax.core.network import merge_params
+from ppo_jax.core.optimizer import init_optimizer
+from ppo_jax.core.types import Optimizer, Params, TrainState
+from ppo_jax.data.hidden_states import make_inputs
+from ppo_jax.data.records import TextSettings
+from ppo_jax.distributed.layout import Layout, init_in_pieces, place
+from ppo_jax.io.stage_folder import Model
+from ppo_jax.models.build import trunk_network
+from ppo_jax.models.config import ModelConfig
+from ppo_jax.models.lora import init_lora
+
+
+def count_steps(settings: TextSettings, num_rows: int) -> int:
+    """Optimizer steps of num_epochs passes over `num_rows` rows, of a text or of several."""
+    return max(1, math.ceil(settings.num_epochs * num_rows / settings.batch_size))
+
+
+def make_optimizer(settings: OptimizerSettings, total_steps: int) -> Optimizer:
+    """The numbers of an optimizer, as float32; on the devices, changing one does not recompile."""
+    values = dataclasses.asdict(settings) | {"total_steps": total_steps}
+    kind = values.pop("schedule")
+    return Optimizer(**{k: np.float32(v) for k, v in values.items()}, schedule=kind)
+
+
+def with_adapters(
+    model: Model,
+    trainable: str | int,
+    lora: LoRASettings,
+    seed: int,
+    layout: Layout,
+    make: Callable[[Layout, Callable[[], Params]], Params] = init_in_pieces,
+) -> Model:
+    """The model with new adapters, if it is they that are trained.
+
+    Args:
+        model: what the training starts from; it keeps its arrays.
+        trainable: what is trained of it.
+        lora: rank, weight and places of the adapters.
+        seed: of their numbers.
+        layout: where they are put.
+        make: what makes them; `sharding.abstract` gives their shapes alone.
+    """
+    if trainable != "lora":
+        return model
+
+    def init() -> Params:
+        how = dict(targets=lora.targets, rank=lora.rank)
+        return init_lora(jax.random.key(seed), model.config, model.params, **how)
+
+    params = merge_params(model.params, make(layout, init))
+    config = dataclasses.replace(model.config, lora_alpha=lora.alpha)
+    return dataclasses.replace(model, config=config, params=params)
+
+
+def init_train_state(params: Params, optimizer: Optimizer) -> TrainState:
+    params = jax.tree.map(jnp.copy, params)  # the state is donated
+    opt_state = init_optimizer(optimizer, params)
+    return TrainState(step=jnp.int32(0), params=params, opt_state=opt_state)
+
+
+def freeze(params: Any, layout: Layout, dtype: str) -> Any:
+    """Parameters that are not trained: on the mesh, in the dtype that is enough for them.
+
+    Args:
+        params: of one network or, in any tree, of several. An array that stands in it more than
+            once does so in the result, and takes its memory once.
+        layout: where they are put.
+        dtype: what they are cast to.
+    """
+    frozen: dict[tuple[int, Any], jax.Array] = {}
+
+    def one(leaf: Any, lie: NamedSharding) -> jax.Array:
+        key = (id(leaf), lie)  # the tree keeps every leaf alive: no id is used twice
+        if key not in frozen:
+            frozen[key] = place(leaf, lie).astype(dtype)
+        return frozen[key]
+
+    return jax.tree.map(one, params, layout.shardings(params))
+
+
+def compile_step(step: Callable, state: Any, layout: Layout, **parts: Any) -> Callable:
+    """A compiled step: its first argument, the state, is donated, and all others must be on the
+    devices. A transfer that nobody asked for is an error.
+
+    Args:
+        step: (state, ...) -> (state, metrics).
+        state: what the first step is given; every step returns one that lies as it does.
+        layout: every device has a copy of the metrics.
+        **parts: networks and choices, which shape the program.
+    """
+    lies = (jax.tree.map(lambda leaf: leaf.sharding, state), layout.whole)
+    compiled = jax.jit(functools.partial(step, **parts), donate_argnums=0, out_shardings=lies)
+
+    def call(*args: Any, **kwargs: Any):
+        with jax.transfer_guard("disallow"):
+            return compiled(*args, **kwargs)
+
+    return call
+
+
+def inputs_reader(
+    config: ModelConfig, start: int | None, trunk_params: Params, layout: Layout, cache_gb: float
+):
+    """(texts, used=None) -> `Inputs`: tokens, or the states below layer `start`."""
+    constrain = layout.constrain
+    trunk = None if start is None else trunk_network(config, end_layer=start, constrain=constrain)
+    return functools.partial(
+        make_inputs, trunk=trunk, trunk_params=trunk_params, layout=layout, cache_gb=cache_gb
+    )

@@ -1,0 +1,225 @@
+"""The PPO loop: builds the networks, jits the iteration, restores, logs, samples, saves."""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from ppo_jax.algorithms.experience import response_scores, sample_responses
+from ppo_jax.algorithms.ppo import init_ppo, learn, ppo_iteration
+from ppo_jax.config.run import Config
+from ppo_jax.config.stages import PPOSettings
+from ppo_jax.core.types import PPOState, Prompts, Rollout
+from ppo_jax.data.encode import take_prompts
+from ppo_jax.data.prompts import PromptBuckets, prompt_data
+from ppo_jax.distributed.layout import Layout, fetch, gather_rows, make_layouts, own_rows
+from ppo_jax.inference.generate import decode_rows
+from ppo_jax.io.run_folder import append_rows
+from ppo_jax.io.stage_folder import load_source, source_steps
+from ppo_jax.training.common import compile_step
+from ppo_jax.training.ppo_setup import Setup, begin_models, make_setup
+from ppo_jax.training.resume import fingerprint
+from ppo_jax.training.reward_functions import FunctionFailed, RewardFunction, load_reward_function
+from ppo_jax.training.stage import StageRun, open_stage
+
+SHOW = {
+    "reward/score_mean": "score",
+    "kl/ref": "kl",
+    "policy/clip_fraction": "clip",
+    "response/length": "length",
+}
+
+
+def train_ppo(config: Config, workdir: Path, base: str):
+    """Align a policy; the result is the stage folder `workdir/ppo`.
+
+    Args:
+        config: of the run; its ppo section.
+        workdir: the run's folder.
+        base: path of the base model.
+    """
+    settings, layouts = config.ppo, make_layouts(config.mesh)
+    layout = layouts[0]
+    policy, reward, critic = find_models(config, workdir, base, layout)
+    function = None
+    if settings.reward_function:
+        function = load_reward_function(settings.reward_function, settings.reward_seconds)
+    most = settings.max_prompt_length
+    data = prompt_data(settings.prompts, policy.tokenizer, max_length=most)
+    texts, rows = data.texts, data.prompts
+    num_steps, size = settings.num_iterations, settings.rollout_batch_size
+    samples_each = settings.samples_per_prompt
+    buckets = make_buckets(settings, rows, config.seed)
+    open_stage(
+        "ppo",
+        config,
+        workdir,
+        policy,
+        num_steps=num_steps,
+        data=fingerprint(data),
+        sources={"init_from": policy, "reward_model": reward},
+    )
+    if settings.top_k or settings.top_p < 1 or settings.min_p:
+        print("ppo: top_k, top_p and min_p shape what is sampled, not the log-probs of the update")
+    if settings.prompt_buckets > 1:
+        print(f"ppo: {buckets}")
+    setup, *start = make_setup(settings, policy, reward, critic, layouts, config.model.frozen_dtype)
+    tokenizer = policy.tokenizer
+    del policy, reward, critic  # what of them is used lies in the setup
+    samples = make_sampler(setup, tokenizer, texts, rows, settings, function, layout)
+    with StageRun(
+        workdir,
+        "ppo",
+        num_steps=num_steps,
+        save_every=settings.save_every,
+        show=SHOW,
+        tokens=("response/length", size),
+    ) as run:
+        state = run.restore(layout, init_ppo, *start, setup.hyperparameters)
+        del start
+        iterate = make_iteration(setup, state, tokenizer, texts, function, layout)
+        tell_what_comes(run.start, settings, workdir / "samples.jsonl")
+        if run.start == 0:
+            append_rows(workdir / "samples.jsonl", samples(state, 0))
+        widths: set[int] = set()
+        for i in run.steps():
+            chosen, width = buckets.batch(i)
+            if widths and width not in widths:
+                run.tell(f"compiling an iteration with prompts of {width} tokens")
+            widths.add(width)
+            prompts = layout.put_rows(take_prompts(rows, chosen, width))
+            chosen = chosen.repeat(samples_each)  # of each response
+            state, metrics = iterate(state, chosen, prompts, layout.key(config.seed, i))
+            if settings.prompt_buckets > 1:
+                metrics |= {"ppo/prompt_width": width}
+            if (i + 1) % settings.sample_every == 0 or i + 1 == num_steps:
+                run.settle()
+                append_rows(workdir / "samples.jsonl", samples(state, i + 1))
+            run.end_step(i + 1, state, metrics)
+
+
+def make_buckets(settings: PPOSettings, prompts: Prompts, seed: int) -> PromptBuckets:
+    """Which prompts are in which iteration."""
+    return PromptBuckets(
+        lengths=prompts.mask.sum(axis=1),
+        max_length=prompts.mask.shape[1],
+        count=settings.prompt_buckets,
+        batch_size=settings.rollout_batch_size // settings.samples_per_prompt,
+        seed=seed,
+    )
+
+
+def find_models(config: Config, workdir: Path, base: str, layout: Layout):
+    """(policy, reward model or None, critic) as the run begins, with adapters where it is they that
+    are trained. A run that goes on begins from the same steps of other stages."""
+    settings, pins = config.ppo, source_steps(workdir / "ppo")
+    load = functools.partial(
+        load_source, workdir=workdir, base=base, settings=config.model, layout=layout
+    )
+    policy, reward = load(settings.init_from, step=pins.get("init_from")), None
+    if settings.reward_model:
+        reward = load(settings.reward_model, step=pins.get("reward_model"))
+    return begin_models(settings, policy, reward, config.seed, layout)
+
+
+def tell_what_comes(start: int, settings: PPOSettings, samples: Path):
+    """Whether there is anything to do, and where what comes of it can be read."""
+    if start >= settings.num_iterations:
+        taken = f"has taken {start} iterations, num_iterations is {settings.num_iterations}"
+        print(f"ppo: {taken}: nothing to do", flush=True)
+    elif settings.num_samples:
+        often = f"every {settings.sample_every} iterations"
+        print(f"ppo: samples ({often}) go to {samples}", flush=True)
+
+
+def make_iteration(
+    setup: Setup,
+    state: PPOState,
+    tokenizer: Any,
+    texts: list[str],
+    function: RewardFunction | None,
+    layout: Layout,
+):
+    """(state, chosen prompts, their tokens, key) -> (state, metrics).
+
+    With a reward model an iteration is one program. With a function it is two, and the function
+    between them sees text; the numbers are those of the same pieces.
+    """
+    parts = dict(networks=setup.networks, recipe=setup.recipe)
+    hyperparameters, frozen = setup.hyperparameters, setup.frozen
+    if function is None:
+        whole = compile_step(ppo_iteration, state, layout, **parts)
+        return lambda state, chosen, prompts, key: whole(
+            state, hyperparameters, prompts, key, frozen=frozen
+        )
+    sample = jax.jit(functools.partial(sample_responses, **parts), out_shardings=layout.rows)
+    update = compile_step(learn, state, layout, **parts)
+
+    def iterate(state: PPOState, chosen: np.ndarray, prompts: Prompts, key: jax.Array):
+        rollout_key, shuffle_key = jax.random.split(key)
+        rollout = sample(state, hyperparameters, prompts, rollout_key, frozen=frozen)
+        scores = call_function(function, [texts[i] for i in chosen], rollout, tokenizer)
+        scores = layout.put_rows(scores)
+        return update(state, hyperparameters, rollout, scores, shuffle_key, frozen=frozen)
+
+    return iterate
+
+
+def call_function(
+    function: RewardFunction, prompts: list[str], rollout: Rollout, tokenizer: Any
+) -> np.ndarray:
+    """The function's scores of responses, [B] float32; every process asks for its own rows."""
+    rows, tokens = own_rows(rollout.response_tokens)
+    responses = decode_rows(tokenizer, tokens, own_rows(rollout.response_mask)[1])
+    try:
+        scores = function([prompts[row] for row in rows], responses) if len(rows) else []
+    except FunctionFailed as error:
+        told = f"{error} (rows {rows[0]} to {rows[-1]} of {len(prompts)})"
+        raise FunctionFailed(told) from error.__cause__
+    return gather_rows(rows, scores, len(prompts))
+
+
+def make_sampler(
+    setup: Setup,
+    tokenizer: Any,
+    texts: list[str],
+    rows: Prompts,
+    settings: PPOSettings,
+    function: RewardFunction | None,
+    layout: Layout,
+):
+    """(state, step) -> rows of samples.jsonl: the same prompts and the same key every time."""
+    chosen = np.arange(min(settings.num_samples, len(texts)))
+    filled = layout.fill_up(chosen)
+    once = dataclasses.replace(setup.recipe.sampling, samples_per_prompt=1, slots=0, refill=0)
+    recipe = dataclasses.replace(setup.recipe, sampling=once)
+    sample = jax.jit(
+        functools.partial(sample_responses, networks=setup.networks, recipe=recipe),
+        out_shardings=layout.rows,
+    )
+    score = jax.jit(functools.partial(response_scores, networks=setup.networks))
+
+    def samples(state: PPOState, step: int) -> list[dict]:
+        if not len(chosen):
+            return []
+        prompts, key = (
+            layout.put_rows(take_prompts(rows, filled)),
+            layout.put_whole(jax.random.key(0)),
+        )
+        rollout = sample(state, setup.hyperparameters, prompts, key, frozen=setup.frozen)
+        if function is None:
+            scores = score(rollout, frozen=setup.frozen)
+        else:
+            prompts = [texts[i] for i in filled]
+            scores = layout.put_rows(call_function(function, prompts, rollout, tokenizer))
+        scores, shown = fetch((scores, (rollout.response_tokens, rollout.response_mask)))
+        responses = decode_rows(tokenizer, *shown)
+        return [
+            {"stage": "ppo", "step": step, "prompt": p, "response": r, "score": float(s)}
+            for p, r, s in zip((texts[i] for i in chosen), responses, scores, strict=False)
+        ]
+
+    return samples

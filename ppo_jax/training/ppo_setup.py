@@ -1,0 +1,280 @@
+"""What a PPO run is made of: its networks, its numbers, and what of them is shared or frozen."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ppo_jax.algorithms.experience import PPONetworks, Recipe, Sampler
+from ppo_jax.config.stages import PPOSettings
+from ppo_jax.core.network import merge_params
+from ppo_jax.core.types import Frozen, Hyperparameters, Params
+from ppo_jax.distributed.layout import Layout, init_in_pieces
+from ppo_jax.inference.generate import make_sampling
+from ppo_jax.io.stage_folder import Model
+from ppo_jax.models.build import policy_network, reward_network, trunk_network, value_network
+from ppo_jax.models.config import ModelConfig
+from ppo_jax.models.lora import merge_lora
+from ppo_jax.models.partition import layer_range, split_params, start_layer
+from ppo_jax.rollout.sampling import Sampling
+from ppo_jax.training.common import freeze, make_optimizer, with_adapters
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setup:
+    """All that an iteration needs besides its state."""
+
+    networks: PPONetworks
+    recipe: Recipe
+    hyperparameters: Hyperparameters
+    frozen: Frozen
+
+
+def make_hyperparameters(settings: PPOSettings) -> Hyperparameters:
+    """The numbers of the settings, as float32."""
+    names = {field.name for field in dataclasses.fields(Hyperparameters)} - {"optimizer"}
+    numbers = {name: np.float32(getattr(settings, name)) for name in names}
+    numbers["clip_range_high"] = np.float32(settings.clip_range_high or settings.clip_range)
+    optimizer = make_optimizer(settings.optimizer, settings.num_iterations)
+    return Hyperparameters(optimizer=optimizer, **numbers)
+
+
+def make_recipe(settings: PPOSettings, sampling: Sampling) -> Recipe:
+    """The choices of the settings; what shapes the program."""
+    names = {field.name for field in dataclasses.fields(Recipe)} - {"sampling"}
+    of_rollout = ("samples_per_prompt", "slots", "refill")
+    sampling = dataclasses.replace(sampling, **{k: getattr(settings, k) for k in of_rollout})
+    return Recipe(sampling=sampling, **{name: getattr(settings, name) for name in names})
+
+
+def same(a: Params, b: Params) -> bool:
+    """Whether two parameter trees hold the same numbers; compared where they lie."""
+    if jax.tree.structure(a) != jax.tree.structure(b):
+        return False
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(x is y or bool(equal(x, y)) for x, y in pairs)
+
+
+equal = jax.jit(jnp.array_equal)
+
+
+def shared_layers(policy: Model, other: Model) -> int | None:
+    """How many of the lowest layers two models have in common, weights and all; None if even the
+    token tables differ."""
+    depth = min(policy.config.num_layers, other.config.num_layers)
+    if dataclasses.replace(policy.config, num_layers=1) != dataclasses.replace(
+        other.config, num_layers=1
+    ) or not same(policy.params["embed"], other.params["embed"]):
+        return None
+    for layer in range(depth):
+        mine, theirs = (
+            layer_range(m.config, m.params["layers"], layer, layer + 1) for m in (policy, other)
+        )
+        if not same(mine, theirs):
+            return layer
+    return depth
+
+
+def find_trunk(
+    settings: PPOSettings,
+    policy: Model,
+    scorers: list[tuple[Model, str | int]],
+    shared: Callable[[Model, Model], int | None] = shared_layers,
+):
+    """Where the networks part: (layer at which the trunk ends or None, who is on it).
+
+    The trunk ends at the lowest layer from which on something is trained or differs. A scorer that
+    has no frozen layers in common with the policy reads tokens and does not count.
+
+    Args:
+        settings: the ppo section.
+        policy: the policy at the start.
+        scorers: reward model and critic, each with what is trained of it.
+        shared: how many layers two models have in common.
+    """
+    start = start_layer(policy.config, settings.trainable)
+    if start is None:
+        return None, [False] * len(scorers)
+    ends = []
+    for model, trainable in scorers:
+        first, common = start_layer(model.config, trainable), shared(policy, model)
+        ends.append(0 if first is None or common is None else min(first, common))
+    on_trunk = [end > 0 for end in ends]
+    return min([start] + [end for end in ends if end > 0]), on_trunk
+
+
+def make_networks(
+    policy: ModelConfig,
+    critic: ModelConfig,
+    reward: ModelConfig | None,
+    starts: tuple[int | None, int | None, int | None],
+    layouts: tuple[Layout, Layout],
+    logits_chunk: int = 0,
+) -> PPONetworks:
+    """The networks of a run.
+
+    Args:
+        policy: shape of the policy and the reference.
+        critic: shape of the critic.
+        reward: shape of the reward model, or None with a reward function.
+        starts: the layer at which each of the three starts above the trunk; None reads tokens.
+        layouts: of the updates, and of the rollout.
+        logits_chunk: see `policy_network`.
+    """
+    layout, of_rollout = layouts
+    start, value_start, reward_start = starts
+    constrain, constrain_rollout = layout.constrain, of_rollout.constrain
+
+    def trunk(constrain):
+        if start is None:
+            return None
+        return trunk_network(policy, end_layer=start, constrain=constrain)
+
+    def place(params: Params) -> Params:
+        """With the adapters in the weights, a token costs what it costs without them."""
+        return of_rollout.decoding_params(merge_lora(policy, params), dtype=policy.dtype)
+
+    return PPONetworks(
+        policy=policy_network(
+            policy, start_layer=start, constrain=constrain, logits_chunk=logits_chunk
+        ),
+        value=value_network(critic, start_layer=value_start, constrain=constrain),
+        reward=reward and reward_network(reward, start_layer=reward_start, constrain=constrain),
+        trunk=trunk(constrain),
+        value_on_trunk=value_start is not None,
+        reward_on_trunk=reward_start is not None,
+        sampler=Sampler(
+            policy=policy_network(policy, start_layer=start, constrain=constrain_rollout),
+            trunk=trunk(constrain_rollout),
+            place=place,
+        ),
+    )
+
+
+def network_starts(
+    settings: PPOSettings,
+    policy: Model,
+    reward: Model | None,
+    critic: Model,
+    shared: Callable[[Model, Model], int | None] = shared_layers,
+) -> tuple[int | None, int | None, int | None]:
+    """The layer at which policy, critic and reward model start above the trunk; None reads tokens.
+
+    `shared` says how many layers two of them have in common; see `find_trunk`.
+    """
+    scorers = [(critic, settings.value_trainable)] + ([(reward, "head")] if reward else [])
+    start, on_trunk = find_trunk(settings, policy, scorers, shared)
+    value_start, reward_start = (start if on else None for on in (on_trunk + [False])[:2])
+    return start, value_start, reward_start
+
+
+def split_models(
+    settings: PPOSettings,
+    policy: Model,
+    reward: Model | None,
+    critic: Model,
+    starts: tuple[int | None, int | None, int | None],
+) -> tuple[Frozen, Params, Params]:
+    """(what is frozen, the trained leaves of the policy as they start, those of the critic).
+
+    Arguments as for `make_setup`; starts: see `network_starts`.
+    """
+    start, value_start, reward_start = starts
+    parts = split_params(policy.config, policy.params, settings.trainable, start)
+    value_parts = split_params(critic.config, critic.params, settings.value_trainable, value_start)
+    reward_params = None
+    if reward is not None:
+        reward_parts = split_params(reward.config, reward.params, "head", reward_start)
+        reward_params = merge_params(reward_parts.frozen, reward_parts.trained)
+    frozen = Frozen(
+        # Without its adapters the policy is the reference.
+        ref_policy={} if settings.trainable == "lora" else parts.trained,
+        reward=reward_params,
+        trunk=None if start is None else parts.trunk,
+        policy=parts.frozen,
+        value=value_parts.frozen,
+    )
+    return frozen, parts.trained, value_parts.trained
+
+
+def make_setup(
+    settings: PPOSettings,
+    policy: Model,
+    reward: Model | None,
+    critic: Model,
+    layouts: tuple[Layout, Layout],
+    frozen_dtype: str = "float32",
+) -> tuple[Setup, Params, Params]:
+    """Networks and parameters of a run, with all that can be shared shared.
+
+    Args:
+        settings: the ppo section.
+        policy: where the policy starts, and the reference; with its adapters, if it has some.
+        reward: the reward model, or None with a reward function.
+        critic: where the critic starts, likewise.
+        layouts: of the updates, and of the rollout.
+        frozen_dtype: of the parameters that are not trained.
+
+    Returns:
+        (setup, the trained leaves of the policy as they start, those of the critic).
+    """
+    layout, starts = layouts[0], network_starts(settings, policy, reward, critic)
+    frozen, trained, value_trained = split_models(settings, policy, reward, critic, starts)
+    setup = Setup(
+        networks=make_networks(
+            policy.config,
+            critic.config,
+            reward and reward.config,
+            starts,
+            layouts,
+            settings.logits_chunk,
+        ),
+        recipe=make_recipe(settings, make_sampling(vars(settings), policy.tokenizer)),
+        hyperparameters=layout.put_whole(make_hyperparameters(settings)),
+        frozen=freeze(frozen, layout, frozen_dtype),
+    )
+    return setup, layout.put(trained), layout.put(value_trained)
+
+
+def begin_models(
+    settings: PPOSettings,
+    policy: Model,
+    reward: Model | None,
+    seed: int,
+    layout: Layout,
+    make: Callable[..., Any] = init_in_pieces,
+) -> tuple[Model, Model | None, Model]:
+    """(policy, reward model, critic) as PPO begins: adapters are there, where they are trained.
+
+    Args:
+        settings: the ppo section.
+        policy: where the policy starts.
+        reward: the reward model, or None with a reward function.
+        seed: of the adapters.
+        layout: where adapters are put.
+        make: what makes them, see `with_adapters`.
+    """
+    adapt = functools.partial(
+        with_adapters, lora=settings.lora, seed=seed, layout=layout, make=make
+    )
+    critic = make_critic(settings, policy, reward)
+    return adapt(policy, settings.trainable), reward, adapt(critic, settings.value_trainable)
+
+
+def make_critic(settings: PPOSettings, policy: Model, reward: Model | None) -> Model:
+    """Where the critic starts: the reward model, or the policy's body with a head of zeros.
+
+    Args:
+        settings: the ppo section; chooses between the two.
+        policy: where the policy starts.
+        reward: the reward model, or None with a reward function.
+    """
+    if reward is not None and settings.critic_init_from != "policy":
+        return reward
+    width = policy.config.embed_dim
+    head = {"kernel": np.zeros((width, 1), np.float32), "bias": np.zeros(1, np.float32)}
+    return dataclasses.replace(policy, kind="reward", params={**policy.params, "head": head})

@@ -1,0 +1,107 @@
+"""Data told apart: a stage that goes on must read what it began with, in the same order."""
+
+import dataclasses
+import shutil
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from ppo_jax.config.run import STAGES, Config
+from ppo_jax.io.run_folder import read_config
+from ppo_jax.io.stage_folder import describe_stage, has_begun
+from ppo_jax.training.stage import fixed_differences
+
+FIELDS = {"sft": "data", "reward": "data", "ppo": "prompts"}  # what a stage trains on
+
+
+def fingerprint(data: Any) -> dict[str, int]:
+    """The number of records and a checksum over all of them, for stage.json.
+
+    Args:
+        data: `Texts`, `RewardData` or `PromptData`, tokenised.
+    """
+    texts = getattr(data, "texts", data)
+    count = len(texts) if isinstance(texts, list) else len(np.unique(texts.records))
+    return {"rows": count, "crc32": checksum(data)}
+
+
+def checksum(value: Any, before: int = 0) -> int:
+    """CRC-32 of arrays, lists and dataclasses of them; what stands in a mapping does not count."""
+    if dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            before = checksum(getattr(value, field.name), before)
+        return before
+    if isinstance(value, Mapping):  # of what was left out
+        return before
+    is_array = isinstance(value, np.ndarray | jax.Array)
+    return zlib.crc32(np.asarray(value).tobytes() if is_array else repr(value).encode(), before)
+
+
+def check_same_data(config: Config, workdir: Path, data: Mapping[str, Any]):
+    """Refuse to go on with a stage on other data than it began with.
+
+    Args:
+        config: of the run.
+        workdir: the run's folder.
+        data: what the stages read, see `checks.check_data`.
+
+    Raises:
+        ValueError: a file has changed; it is named.
+    """
+    for stage in [name for name in FIELDS if name in data]:
+        folder = workdir / stage
+        old = describe_stage(folder).get("data") if has_begun(folder) else None
+        new = fingerprint(data[stage] if stage == "ppo" else data[stage][0])
+        if old in (None, new):  # stages of before had none
+            continue
+        same = old["rows"] == new["rows"]
+        rows = "rows, but others" if same else f"-> {new['rows']} rows"
+        raise ValueError(
+            f"{getattr(getattr(config, stage), FIELDS[stage])} has changed since {folder} was "
+            f"begun ({old['rows']} {rows}): put it back, or choose another workdir"
+        )
+
+
+MADE_FROM = {"data": ("prepare",), "base": ("model", "seed")}  # folder: settings
+
+
+def check_origin(workdir: Path, config: dict):
+    """Refuse a folder whose data or base model were made from other settings.
+
+    A base model that was made here and that no stage has learned from binds nobody.
+
+    Raises:
+        ValueError: with the settings that differ.
+    """
+    binding = [name for name in MADE_FROM if name == "data" or not may_be_made_anew(workdir)]
+    if differences := [x for name in binding for x in origin_differences(workdir, name, config)]:
+        raise ValueError(
+            f"{workdir} was begun with other settings: {'; '.join(differences)}. "
+            "Set them back, or choose another workdir."
+        )
+
+
+def drop_outdated_base(workdir: Path, config: dict):
+    """Remove a base model that was made from other settings; after `check_origin`."""
+    folder = workdir / "base"
+    if origin_differences(workdir, "base", config):
+        folder.unlink() if folder.is_symlink() else shutil.rmtree(folder)
+
+
+def may_be_made_anew(workdir: Path) -> bool:
+    """Whether the base model is a start's own work, and no stage has taken a step."""
+    made_here = (read_config(workdir) or {}).get("model", {}).get("vocabulary_data")
+    return bool(made_here) and not any(has_begun(workdir / stage) for stage in STAGES)
+
+
+def origin_differences(workdir: Path, name: str, config: dict) -> list[str]:
+    """In which settings the origin of `workdir/name` differs from the config."""
+    old = read_config(workdir)
+    if old is None or not (workdir / name).is_dir():  # a start that failed before it made it
+        return []
+    old, new = ({field: c[field] for field in MADE_FROM[name]} for c in (old, config))
+    return fixed_differences(old, new)

@@ -1,0 +1,155 @@
+"""The loop of reward-model training."""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from ppo_jax.algorithms.supervised import reward_step, text_scores
+from ppo_jax.config.run import Config
+from ppo_jax.config.stages import RewardSettings
+from ppo_jax.core.network import merge_params
+from ppo_jax.core.types import PreferenceBatch, TrainState
+from ppo_jax.data.comparisons import RewardData, reward_data
+from ppo_jax.data.encode import Texts, encode_demonstrations
+from ppo_jax.data.hidden_states import Inputs, batch_width
+from ppo_jax.data.readers import naming_data
+from ppo_jax.data.records import load_demonstrations
+from ppo_jax.distributed.layout import Layout, make_layouts
+from ppo_jax.inference.score import all_scores
+from ppo_jax.io.stage_folder import Model, load_source, source_steps
+from ppo_jax.models.build import reward_network
+from ppo_jax.models.partition import keep_layers
+from ppo_jax.training.common import (
+    compile_step,
+    count_steps,
+    freeze,
+    init_train_state,
+    inputs_reader,
+    make_optimizer,
+    with_adapters,
+)
+from ppo_jax.training.resume import fingerprint
+from ppo_jax.training.stage import StageRun, open_stage
+
+SHOW = {
+    "reward_model/loss": "loss",
+    "reward_model/accuracy": "accuracy",
+    "reward_model/validation_accuracy": "validation",
+}
+
+
+def train_reward(config: Config, workdir: Path, base: str):
+    """Train a reward model; the result is the stage folder `workdir/reward`.
+
+    After the last step the head's bias is set so that the reference texts score 0 on average.
+
+    Args:
+        config: of the run; its reward section.
+        workdir: the run's folder.
+        base: path of the base model.
+    """
+    settings, (layout, _) = config.reward, make_layouts(config.mesh)
+    pin = source_steps(workdir / "reward").get("init_from")
+    model = load_source(settings.init_from, workdir, base, config.model, layout, pin)
+    data, unseen = reward_data(settings, config.seed, model.tokenizer, model.config.max_length)
+    references = reference_texts(settings, model.tokenizer)
+    num_steps = count_steps(settings, data.num_rows)
+    model = init_reward_model(model, settings.num_layers, config.seed)
+    model = with_adapters(model, settings.trainable, settings.lora, config.seed, layout)
+    sources = {"init_from": model}
+    start, parts = open_stage(
+        "reward",
+        config,
+        workdir,
+        model,
+        num_steps=num_steps,
+        data=fingerprint(data),
+        sources=sources,
+    )
+    network = reward_network(model.config, start_layer=start, constrain=layout.constrain)
+    trunk_params, frozen = freeze((parts.trunk, parts.frozen), layout, config.model.frozen_dtype)
+    read = inputs_reader(model.config, start, trunk_params, layout, settings.hidden_cache_gb)
+    steps = () if start is None else range(num_steps)
+    used = [data.batch(config.seed, i, settings)[0] for i in steps]
+    inputs = read(data.texts, used=np.concatenate(used) if used else None)
+    unseen_inputs = read(unseen.texts)
+    optimizer = layout.put_whole(make_optimizer(settings.optimizer, num_steps))
+    pieces, trained = settings.num_micro_batches, layout.put(parts.trained)
+    # What of them is used is in `frozen`, in the inputs and, soon, in the state.
+    del model, parts, sources
+    score = jax.jit(functools.partial(text_scores, network))
+
+    def scores_of(state, texts, inputs):
+        params = merge_params(frozen, state.params)
+        return all_scores(score, params, texts, inputs, layout, settings.batch_size)
+
+    with StageRun(
+        workdir, "reward", num_steps=num_steps, save_every=settings.save_every, show=SHOW
+    ) as run:
+        state = run.restore(layout, init_train_state, trained, optimizer)
+        del trained
+        step = compile_step(reward_step, state, layout, network=network, num_micro_batches=pieces)
+        if run.start == 0:
+            scores = scores_of(state, unseen.texts, unseen_inputs)
+            run.log_start(unseen.accuracy(scores, config.seed))
+        for i in run.steps():
+            batch = preference_batch(data, inputs, config.seed, i, settings, layout)
+            state, metrics = step(state, batch, optimizer, frozen=frozen)
+            if i + 1 == num_steps or (i + 1) % settings.eval_every == 0:
+                run.settle()
+                scores = scores_of(state, unseen.texts, unseen_inputs)
+                metrics |= unseen.accuracy(scores, config.seed)
+            if i + 1 == num_steps:
+                if references is not None:  # else the scores of the unseen texts
+                    scores = scores_of(state, references, read(references))
+                shift = -scores.mean()
+                state = shift_scores(state, shift)
+                metrics |= {"reward_model/calibration_shift": shift}
+            run.end_step(i + 1, state, metrics)
+
+
+def init_reward_model(model: Model, num_layers: int, seed: int) -> Model:
+    """A policy's body, or its lower layers, with a new scalar head; a reward model stays one."""
+    config, params = keep_layers(model.config, model.params, num_layers or model.config.num_layers)
+    if model.kind == "policy":
+        init = reward_network(config).init
+        head = jax.jit(lambda key: init(key)["head"])(jax.random.key(seed))  # nothing else is made
+        params = {**params, "head": jax.tree.map(np.asarray, head)}
+    return dataclasses.replace(model, kind="reward", config=config, params=params)
+
+
+def preference_batch(
+    data: RewardData,
+    inputs: Inputs,
+    seed: int,
+    step: int,
+    settings: RewardSettings,
+    layout: Layout,
+) -> PreferenceBatch:
+    rows, pairs, valid = data.batch(seed, step, settings)
+    width = batch_width(data.texts, rows)
+    # Each micro-batch falls into equal pieces; no pair has what fills the batch up.
+    rows = layout.fill_up(rows, settings.num_micro_batches * layout.pieces("batch"))
+    inputs, mask = layout.put_rows((inputs(rows, width), data.texts.mask[rows, :width]))
+    pairs, valid = layout.put_whole((pairs, valid))
+    return PreferenceBatch(inputs=inputs, mask=mask, pairs=pairs, valid=valid)
+
+
+def reference_texts(settings: RewardSettings, tokenizer: Any) -> Texts | None:
+    """The texts that shall score 0 on average; None stands for the held-out data."""
+    if not settings.reference_data:
+        return None
+    records = load_demonstrations(settings.reference_data, tokenizer)
+    with naming_data("reward.reference_data", settings.reference_data, "reward.max_length"):
+        return encode_demonstrations(records, tokenizer, max_length=settings.max_length)
+
+
+def shift_scores(state: TrainState, shift: float) -> TrainState:
+    """The same reward model with `shift` added to every score: it is in the head's bias."""
+    head = state.params["head"]
+    bias = head["bias"] + np.float32(shift)
+    return state.replace(params={**state.params, "head": {**head, "bias": bias}})

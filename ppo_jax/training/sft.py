@@ -1,0 +1,128 @@
+"""The loop of supervised fine-tuning."""
+
+import functools
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from ppo_jax.algorithms.supervised import sft_loss, sft_step
+from ppo_jax.config.run import Config
+from ppo_jax.config.stages import SFTSettings
+from ppo_jax.core.network import merge_params
+from ppo_jax.core.types import TextBatch
+from ppo_jax.data.encode import Texts, batch_indices, encode_demonstrations, row_batches
+from ppo_jax.data.hidden_states import Inputs, batch_width
+from ppo_jax.data.packing import pack
+from ppo_jax.data.readers import naming_data
+from ppo_jax.data.records import data_files, load_demonstrations, read_split
+from ppo_jax.distributed.layout import make_layouts
+from ppo_jax.io.stage_folder import load_source
+from ppo_jax.models.build import policy_network
+from ppo_jax.training.common import (
+    compile_step,
+    count_steps,
+    freeze,
+    init_train_state,
+    inputs_reader,
+    make_optimizer,
+    with_adapters,
+)
+from ppo_jax.training.resume import fingerprint
+from ppo_jax.training.stage import StageRun, open_stage
+
+SHOW = {"sft/loss": "loss", "sft/validation_loss": "validation"}
+
+
+def sft_data(settings: SFTSettings, seed: int, tokenizer: Any) -> tuple[Texts, Texts]:
+    """Tokenised training and validation texts, one a row or packed."""
+    read = functools.partial(load_demonstrations, tokenizer=tokenizer)
+    split = read_split(settings, seed, read, lambda record: record.text)
+    length, parts = settings.max_length, []
+    for (field, path), part in zip(data_files(settings), split, strict=True):
+        with naming_data(f"sft.{field}", path, "sft.max_length"):
+            parts.append(encode_demonstrations(part, tokenizer, max_length=length))
+    return tuple(pack(part, max_length=length) if settings.packing else part for part in parts)
+
+
+def train_sft(config: Config, workdir: Path, base: str):
+    """Fine-tune the base model on texts; the result is the stage folder `workdir/sft`.
+
+    Args:
+        config: of the run; its sft section.
+        workdir: the run's folder.
+        base: path of the base model.
+    """
+    settings, (layout, _) = config.sft, make_layouts(config.mesh)
+    model = load_source("base", workdir, base, config.model, layout)
+    texts, unseen = sft_data(settings, config.seed, model.tokenizer)
+    num_steps = count_steps(settings, len(texts.tokens))
+    model = with_adapters(model, settings.trainable, settings.lora, config.seed, layout)
+    start, parts = open_stage(
+        "sft", config, workdir, model, num_steps=num_steps, data=fingerprint(texts), sources={}
+    )
+    network = policy_network(model.config, start_layer=start, constrain=layout.constrain)
+    trunk_params, frozen = freeze((parts.trunk, parts.frozen), layout, config.model.frozen_dtype)
+    rows_of = functools.partial(
+        batch_indices, config.seed, num_examples=len(texts.tokens), batch_size=settings.batch_size
+    )
+    read = inputs_reader(model.config, start, trunk_params, layout, settings.hidden_cache_gb)
+    used = None if start is None else np.concatenate([rows_of(i) for i in range(num_steps)])
+    inputs, unseen_inputs = read(texts, used=used), read(unseen)
+    optimizer = layout.put_whole(make_optimizer(settings.optimizer, num_steps))
+    pieces = settings.num_micro_batches
+    multiple = pieces * layout.pieces("batch")  # each micro-batch falls into equal pieces
+    trained = layout.put(parts.trained)
+    del model, parts  # what of them is used is in `frozen`, in the inputs and, soon, in the state
+    # Divided by 1: the sum, so that each token counts once however the batches fall.
+    loss = jax.jit(functools.partial(sft_loss, network, normalizer=1.0))
+
+    def batch_of(texts, inputs, rows):
+        filled = layout.fill_up(rows, multiple)
+        return layout.put_rows(as_text_batch(texts, inputs, rows, filled))
+
+    def validate(state):
+        """Loss and perplexity over all validation texts, each token counted once."""
+        params = merge_params(frozen, state.params)
+        batches = row_batches(unseen.mask, settings.batch_size)
+        sums = [loss(params, batch_of(unseen, unseen_inputs, rows))[0] for rows in batches]
+        mean = float(np.sum(jax.device_get(sums)) / unseen.loss_mask.sum())
+        return {
+            "sft/validation_loss": mean,
+            "sft/validation_perplexity": math.exp(min(mean, 700.0)),
+        }
+
+    with StageRun(
+        workdir, "sft", num_steps=num_steps, save_every=settings.save_every, show=SHOW
+    ) as run:
+        state = run.restore(layout, init_train_state, trained, optimizer)
+        del trained
+        step = compile_step(sft_step, state, layout, network=network, num_micro_batches=pieces)
+        if run.start == 0:
+            run.log_start(validate(state))
+        for i in run.steps():
+            batch = batch_of(texts, inputs, rows_of(i))
+            state, metrics = step(state, batch, optimizer, frozen=frozen)
+            if i + 1 == num_steps or (i + 1) % settings.eval_every == 0:
+                run.settle()
+                metrics |= validate(state)
+            run.end_step(i + 1, state, metrics)
+
+
+def as_text_batch(
+    texts: Texts, inputs: Inputs, rows: np.ndarray, filled: np.ndarray | None = None
+) -> TextBatch:
+    """The texts of `rows`; what `filled` has behind them is no text to learn."""
+    filled = rows if filled is None else filled
+    width = batch_width(texts, rows)
+    loss_mask = texts.loss_mask[filled, :width]
+    loss_mask[len(rows) :] = False
+    return TextBatch(
+        inputs=inputs(filled, width),
+        tokens=texts.tokens[filled, :width],
+        mask=texts.mask[filled, :width],
+        loss_mask=loss_mask,
+        segments=None if texts.segments is None else texts.segments[filled, :width],
+    )

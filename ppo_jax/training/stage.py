@@ -1,0 +1,240 @@
+"""What every training stage does around its steps: restore, log, save, stop when asked to."""
+
+import contextlib
+import dataclasses
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping, Set
+from pathlib import Path
+from typing import Any
+
+from ppo_jax.config.parsing import filled_in
+from ppo_jax.config.run import MAY_CHANGE, Config, ModelSettings
+from ppo_jax.config.stages import PPOSettings, RewardSettings, SFTSettings
+from ppo_jax.distributed.layout import Layout, abstract, init_in_pieces
+from ppo_jax.distributed.processes import STOPS, preempted, stop_handlers
+from ppo_jax.io.checkpoints import Checkpoints
+from ppo_jax.io.run_folder import config_differences, drop_lines_after, without_workdir
+from ppo_jax.io.stage_folder import Model, begin_stage, describe_stage, has_begun, update_stage
+from ppo_jax.models.partition import Parts, split_params, start_layer
+from ppo_jax.training.metrics import MetricsWriter
+
+SECTIONS = {"sft": SFTSettings, "reward": RewardSettings, "ppo": PPOSettings}
+
+
+class StageRun:
+    """One stage of a run, from its newest checkpoint to its last step.
+
+    Use it as a context, and in it:
+
+        state = run.restore(layout, init, *args)
+        for step in run.steps():  # steps already taken
+            state, metrics = ...
+            run.end_step(step + 1, state, metrics)
+
+    Args:
+        workdir: the run's folder.
+        stage: its name, and that of its folder.
+        num_steps: of the stage.
+        save_every: steps between checkpoints; the last step is always saved.
+        show: {metric: label} of the figures in the progress.
+        tokens: (metric, factor), as `MetricsWriter` has it.
+    """
+
+    def __init__(
+        self,
+        workdir: Path,
+        stage: str,
+        *,
+        num_steps: int,
+        save_every: int,
+        show: Mapping[str, str],
+        tokens: tuple[str, float] | None = None,
+    ):
+        self.workdir, self.stage, self.num_steps = Path(workdir), stage, num_steps
+        self.save_every, self.show, self.tokens = save_every, show, tokens
+        self.folder = self.workdir / stage
+        self.unit = "iteration" if stage == "ppo" else "step"
+        self.start = 0
+        self.asked_to_stop: signal.Signals | None = None
+        self.checkpoints = Checkpoints(self.folder / "checkpoints")
+
+    def __enter__(self) -> "StageRun":
+        handlers = stop_handlers(self._stop_soon)
+        self._old_handlers = {number: signal.signal(number, x) for number, x in handlers.items()}
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self._old_handlers.items():
+            signal.signal(number, handler)
+        with contextlib.ExitStack() as closing:
+            closing.callback(self.checkpoints.close)
+            if error[0] is None:
+                closing.callback(self.writer.close)
+        if self.asked_to_stop and error[0] is None:  # asked after the last step
+            sys.exit(STOPS[self.asked_to_stop])
+
+    def _stop_soon(self, number: int, _):
+        if self.asked_to_stop:  # asked twice: at once, without saving
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(STOPS[number])
+        self.asked_to_stop = signal.Signals(number)
+        message = f"\n{self.stage}: stopping when the {self.unit} at hand is finished and saved "
+        message += "(once more: at once, without saving)\n"
+        os.write(2, message.encode())  # print() is not safe in a handler
+
+    def restore(self, layout: Layout, init: Callable[..., Any], *args: Any) -> Any:
+        """The newest complete checkpoint's state, or `init(*args)` when there is none; in both
+        cases in the pieces of the layout, whatever the mesh was that saved it."""
+        found = self.checkpoints.restore(abstract(layout, init, *args))
+        if found is None:
+            state = init_in_pieces(layout, init, *args)
+        else:
+            state, self.start, _ = found
+        if 0 < self.start < self.num_steps:
+            print(f"{self.stage}: resuming after step {self.start}", flush=True)
+        if self.start < self.num_steps:
+            print(f"{self.stage}: compiling the first {self.unit}", flush=True)
+        restored = None if found is None else self.start
+        drop_lines_after(self.workdir / "samples.jsonl", self.stage, restored)
+        self.writer = MetricsWriter(
+            self.workdir,
+            self.stage,
+            total_steps=self.num_steps,
+            restored_step=restored,
+            show=self.show,
+            tokens=self.tokens,
+        )
+        return state
+
+    def tell(self, text: str):
+        """A line for the user, above the progress."""
+        self.writer.tell(text)
+
+    def log_start(self, metrics: Mapping[str, Any]):
+        """Log figures from before the first step, as those of step 0."""
+        self.writer.write(0, metrics)
+        self.writer.flush()
+
+    def steps(self) -> Iterator[int]:
+        """The numbers of steps already taken: from the restored one to num_steps - 1."""
+        return iter(range(self.start, self.num_steps))
+
+    def settle(self):
+        """Wait for the step before and log it, so that what follows is not booked on it."""
+        self.writer.flush()
+
+    def end_step(self, step: int, state: Any, metrics: Mapping[str, Any]):
+        """Log a step; save it when its time has come.
+
+        Raises:
+            FloatingPointError: a loss is not finite.
+            SystemExit: after SIGTERM (code 143) or Ctrl-C (130; among several processes it is
+                SIGTERM for all, 143), when the state is on disk.
+        """
+        self.writer.write(step, metrics)
+        if preempted():
+            self.asked_to_stop = signal.SIGTERM
+        if step % self.save_every and step < self.num_steps and not self.asked_to_stop:
+            return
+        self.writer.flush()  # a state whose loss is not finite is never saved
+        self.checkpoints.save(step, state, describe_stage(self.folder))
+        if self.asked_to_stop:
+            self.checkpoints.wait()
+            self.writer.close()  # its last line comes before the next one
+            print(
+                f"{self.stage}: stopped by {self.asked_to_stop.name}, step {step} is saved; "
+                "the same command goes on from there",
+                flush=True,
+            )
+            sys.exit(STOPS[self.asked_to_stop])
+        self.writer.last_checkpoint = step
+
+
+def describe(stage: str, config: Config, workdir: Path) -> dict:
+    """What stage.json keeps of the settings, to compare with when the stage is resumed."""
+    settings = dataclasses.asdict(getattr(config, stage))
+    settings |= {"seed": config.seed, "model": dataclasses.asdict(config.model)}
+    return {"stage": stage, "settings": without_workdir(settings, workdir)}
+
+
+def open_stage(
+    stage: str,
+    config: Config,
+    workdir: Path,
+    model: Model,
+    *,
+    num_steps: int,
+    data: Mapping[str, int],
+    sources: Mapping[str, Model | None],
+) -> tuple[int | None, Parts]:
+    """Begin a stage, or make sure that the one begun before can go on with these settings.
+
+    A stage without a checkpoint is begun anew.
+
+    Args:
+        stage: its name.
+        config: of the run.
+        workdir: the run's folder.
+        model: what the stage starts from.
+        num_steps: of the stage.
+        data: the `fingerprint` of what it trains on.
+        sources: {field: model} of all that it starts from. The steps of those that are stages stay
+            in stage.json: a source may go on meanwhile, and a resumed run must not notice.
+
+    Returns:
+        (the layer that its trained part starts at or None, the model's parameters, split).
+
+    Raises:
+        ValueError: a setting differs that the state or the data order depends on; it lists them.
+    """
+    trainable = getattr(config, stage).trainable
+    start = start_layer(model.config, trainable)
+    parts = split_params(model.config, model.params, trainable, start)
+    folder, description = workdir / stage, describe(stage, config, workdir)
+    check_settings(folder, description)
+    description |= {"num_steps": num_steps, "data": data}
+    old = describe_stage(folder) if has_begun(folder) else None
+    if old and stage != "ppo" and old["num_steps"] != num_steps:
+        raise ValueError(
+            f"{folder} was begun with data for {old['num_steps']} steps, {stage}.data now gives "
+            f"{num_steps}: put the data back, or choose another workdir"
+        )
+    if old is None:
+        steps = {field: source.step for field, source in sources.items() if source is not None}
+        pins = {field: step for field, step in steps.items() if step is not None}
+        begin_stage(folder, model, parts, description | {"sources": pins})
+    else:
+        update_stage(folder, description)
+    return start, parts
+
+
+def check_settings(folder: Path, description: dict):
+    """Refuse to resume a stage with settings that change what its checkpoints mean."""
+    if not has_begun(folder):
+        return
+    old = describe_stage(folder)
+    stage = description["stage"]
+    both = (with_younger_fields(stage, x["settings"]) for x in (old, description))
+    may_change = set(MAY_CHANGE)
+    if stage == "ppo":
+        may_change.add("packing")  # of responses: the same gradient; in SFT it orders the data
+    if description["settings"].get("kl_control") == "adaptive":
+        may_change.remove("kl_coef")  # where the control began; its state has moved on
+    if fixed := fixed_differences(*both, may_change):
+        raise ValueError(
+            f"{folder} was begun with other settings: {'; '.join(fixed)}. "
+            "Set them back, or choose another workdir."
+        )
+
+
+def fixed_differences(old: dict, new: dict, may_change: Set[str] = MAY_CHANGE) -> list[str]:
+    """`config_differences` without those in settings that a resumed run may change."""
+    differences = config_differences(old, new)
+    return [d for d in differences if d.split(":")[0].split(".")[-1] not in may_change]
+
+
+def with_younger_fields(stage: str, settings: dict) -> dict:
+    """A field that is younger than the stage had its default then."""
+    model = filled_in(ModelSettings, settings.get("model", {}))
+    return filled_in(SECTIONS[stage], settings) | {"model": model}

@@ -1,0 +1,218 @@
+"""Numbers are data: none recompiles, each matters. Choices are code: each matters too."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ppo_jax.algorithms.experience import Recipe, make_experience, sample_responses
+from ppo_jax.algorithms.ppo import ppo_iteration
+from ppo_jax.core.optimizer import schedule
+from ppo_jax.core.types import Hyperparameters, Optimizer
+from tests.support import tiny
+
+KEY = jax.random.key(5)
+# A recipe in which every number has a part to play, with enough epochs for the clips to bind.
+EVERYTHING = tiny.recipe(kl_control="adaptive", missing_eos="penalty", old_logprobs="recompute")
+NUMBERS = dict(
+    optimizer=dict(
+        learning_rate=3e-3,
+        max_grad_norm=0.5,
+        weight_decay=0.1,
+        warmup_steps=1.0,
+        total_steps=3.0,
+        final_fraction=0.1,
+        schedule="linear",
+    ),
+    value_learning_rate=3e-3,
+    missing_eos_score=0.5,
+    clip_range_high=0.2,
+    value_clip_range=0.01,
+    gamma=0.9,
+    importance_low=0.0,
+    importance_high=2.0,
+)
+CHANGES = {
+    "learning_rate": 2e-3,
+    "max_grad_norm": 0.05,
+    "b1": 0.5,
+    "b2": 0.9,
+    "eps": 1e-3,
+    "weight_decay": 0.5,
+    "warmup_steps": 2.0,
+    "total_steps": 2.0,
+    "final_fraction": 0.5,
+    "value_learning_rate": 1e-3,
+    "temperature": 0.8,
+    "kl_coef": 0.2,
+    "target_kl": 4.0,
+    "kl_horizon": 50.0,
+    "gamma": 0.5,
+    "gae_lambda": 0.5,
+    "clip_range": 0.02,
+    "clip_range_high": 0.02,
+    "value_clip_range": 0.1,
+    "vf_coef": 0.5,
+    "entropy_coef": 0.1,
+    "missing_eos_score": 2.0,
+    "importance_low": 1.5,
+    "importance_high": 0.5,
+}
+
+
+def numbers(**changes):
+    of_optimizer = {f.name for f in dataclasses.fields(Optimizer)}
+    optimizer = {k: v for k, v in changes.items() if k in of_optimizer}
+    rest = {k: v for k, v in changes.items() if k not in of_optimizer}
+    changed = NUMBERS | rest | {"optimizer": NUMBERS["optimizer"] | optimizer}
+    return tiny.hyperparameters(**changed)
+
+
+def three_iterations(hyperparameters, recipe=EVERYTHING):
+    setup = tiny.setup(1, True)
+    parts = dict(frozen=setup.frozen, networks=setup.networks, recipe=recipe)
+    state, every = setup.start(hyperparameters), []
+    for i in range(3):
+        key = jax.random.fold_in(KEY, i)
+        state, metrics = tiny.iterate(state, hyperparameters, tiny.prompts(), key, **parts)
+        every.append(metrics)
+    return jax.tree.map(np.asarray, (state, every))
+
+
+base_run = functools.cache(lambda: three_iterations(numbers()))
+
+
+def test_the_changes_name_every_number():
+    fields = [*dataclasses.fields(Hyperparameters), *dataclasses.fields(Optimizer)]
+    assert CHANGES.keys() == {f.name for f in fields} - {"optimizer", "schedule"}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_every_number_matters_and_none_recompiles(name):
+    (base, _), before = base_run(), tiny.TRACES["ppo_iteration"]
+    changed, _ = three_iterations(numbers(**{name: CHANGES[name]}))
+    assert tiny.TRACES["ppo_iteration"] == before
+    # Not in the metrics alone: in what is trained.
+    trained = [(s.policy_params, s.value_params) for s in (base, changed)]
+    assert tiny.leaves_differ(*trained)
+
+
+@pytest.mark.parametrize("kind", ["constant", "cosine"])
+def test_the_kind_of_schedule_matters(kind):
+    base, changed = numbers().optimizer, numbers(schedule=kind).optimizer
+    assert (changed.schedule, base.schedule) == (kind, "linear")
+    assert schedule(changed, 2) != schedule(base, 2)
+
+
+CHOICES = {
+    "num_epochs": 3,
+    "num_minibatches": 4,
+    "kl_estimator": "k3",
+    "kl_control": "adaptive",
+    "missing_eos": "penalty",
+    "old_logprobs": "recompute",
+}
+
+
+@functools.cache
+def learned(**choice):
+    setup, recipe = tiny.setup(1, True), tiny.recipe(**choice)
+    hyperparameters = numbers(schedule="constant")
+    parts = dict(frozen=setup.frozen, networks=setup.networks)
+    state = setup.start(hyperparameters)
+    rollout = tiny.sample_responses(
+        state, hyperparameters, tiny.prompts(), KEY, **parts, recipe=tiny.recipe()
+    )
+    scores = tiny.response_scores(rollout, **parts)
+    return tiny.learn(state, hyperparameters, rollout, scores, KEY, **parts, recipe=recipe)[0]
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_every_choice_of_the_recipe_matters(name):
+    assert tiny.leaves_differ(learned(), learned(**{name: CHOICES[name]}))
+
+
+def test_the_recipe_has_no_other_choices():
+    # Sampling has tests of its own; micro-batches change the memory, see below, and nothing else,
+    # packing the time, see `test_packed_rows`.
+    fields = {f.name for f in dataclasses.fields(Recipe)}
+    assert fields == CHOICES.keys() | {"sampling", "num_micro_batches", "packing"}
+
+
+def test_micro_batches_save_memory():
+    setup, hyperparameters = tiny.setup(1, True), numbers(schedule="constant")
+    rollout = dict(batch_size=64, length=16)
+    prompts = tiny.prompts(**rollout)
+
+    def memory(num_micro_batches):
+        recipe = tiny.recipe(num_minibatches=1, num_micro_batches=num_micro_batches)
+        parts = dict(frozen=setup.frozen, networks=setup.networks, recipe=recipe)
+        state = setup.start(hyperparameters)
+        run = functools.partial(sample_responses, **parts)
+        responses = jax.eval_shape(run, state, hyperparameters, prompts, KEY)
+        scores = jax.ShapeDtypeStruct((64,), jnp.float32)
+        experience, _ = jax.eval_shape(
+            functools.partial(make_experience, **parts),
+            responses,
+            scores,
+            state,
+            hyperparameters,
+        )
+        lowered = tiny.update.lower(state, experience, hyperparameters, KEY, **parts)
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    assert memory(8) < 0.6 * memory(1)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_sweep_is_one_program(packing):
+    lanes = [numbers(), numbers(kl_coef=0.5, learning_rate=1e-3, clip_range=0.05)]
+    setup = tiny.setup(1, True)
+    recipe = tiny.recipe(packing=packing, num_micro_batches=4 if packing else 1)
+    parts = dict(frozen=setup.frozen, networks=setup.networks, recipe=recipe)
+
+    @tiny.jit
+    @functools.partial(jax.vmap, in_axes=(0, 0, None))
+    def iterate(state, hyperparameters, key):
+        return ppo_iteration(state, hyperparameters, tiny.prompts(), key, **parts)
+
+    stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *lanes)
+    states = jax.vmap(setup.start)(stacked)
+    for i in range(3):
+        states, metrics = iterate(states, stacked, jax.random.fold_in(KEY, i))
+    for i, lane in enumerate(lanes):
+        expected, expected_metrics = three_iterations(lane, recipe)
+        got, got_metrics = jax.tree.map(lambda x, i=i: np.asarray(x)[i], (states, metrics))
+        tiny.leaves_close(got_metrics, expected_metrics[-1], rtol=1e-3, atol=1e-4)
+        # A tenth of the learning rate: Adam turns rounding of small gradients into steps.
+        tiny.leaves_close(got.policy_params, expected.policy_params, atol=3e-4)
+        assert got.episodes == 3 * tiny.BATCH
+    assert metrics["kl/coef"].tolist() == pytest.approx([0.05, 0.5])
+
+
+def test_frozen_parameters_are_arguments_not_constants_of_the_program():
+    setup, hyperparameters = tiny.setup(1, True), numbers()
+    args = (setup.start(hyperparameters), hyperparameters, tiny.prompts(), KEY)
+    parts = dict(networks=setup.networks, recipe=EVERYTHING)
+
+    def constants(function, *args, **kwargs):
+        return sum(np.size(x) for x in jax.make_jaxpr(function)(*args, **kwargs).consts)
+
+    iteration = functools.partial(ppo_iteration, **parts)
+    assert constants(iteration, *args, frozen=setup.frozen) < 100
+    # The measure sees what is closed over: the trunk, reference and reward model.
+    closed = functools.partial(iteration, frozen=setup.frozen)
+    assert constants(closed, *args) > sum(x.size for x in jax.tree.leaves(setup.frozen.trunk))
+    # Another reference and another reward model are other data for the same program.
+    _, base = three_iterations(hyperparameters)
+    traces = tiny.TRACES["ppo_iteration"]
+    for name in ("ref_policy", "reward"):
+        other = jax.tree.map(lambda x: 0.9 * x, getattr(setup.frozen, name))
+        frozen = setup.frozen.replace(**{name: other})
+        _, metrics = tiny.iterate(*args, frozen=frozen, **parts)
+        metric = dict(ref_policy="kl/ref", reward="reward/score_mean")[name]
+        assert abs(metrics[metric] - base[0][metric]) > 1e-3
+    assert tiny.TRACES["ppo_iteration"] == traces

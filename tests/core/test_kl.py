@@ -1,0 +1,92 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ppo_jax.core.kl import adaptive_kl_coef, kl_estimate
+
+KINDS = ["k1", "k2", "k3"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "formula"),
+    [
+        ("k1", lambda d: d),
+        ("k2", lambda d: d * d / 2),
+        ("k3", lambda d: np.exp(-d) - 1 + d),
+    ],
+)
+def test_each_estimate_equals_its_formula(kind, formula):
+    rng = np.random.default_rng(0)
+    logprobs, ref_logprobs = rng.normal(size=(2, 4, 5)).astype(np.float32)
+    got = kl_estimate(jnp.asarray(logprobs), jnp.asarray(ref_logprobs), kind=kind)
+    d = logprobs.astype(np.float64) - ref_logprobs
+    np.testing.assert_allclose(got, formula(d), rtol=1e-5, atol=1e-6)
+
+
+def test_all_kinds_are_zero_for_equal_policies():
+    logprobs = jnp.asarray(np.random.default_rng(1).normal(size=(2, 3)), jnp.float32)
+    for kind in KINDS:
+        assert (kl_estimate(logprobs, logprobs, kind=kind) == 0.0).all()
+
+
+def test_k1_and_k3_are_unbiased_and_k2_is_close_for_close_policies():
+    # The expectation over all tokens of a small vocabulary is exact, no sampling needed.
+    logits = np.random.default_rng(2).normal(size=6)
+    ref_logits = logits + 0.1 * np.random.default_rng(3).normal(size=6)
+    logprobs, ref_logprobs = (z - np.log(np.exp(z).sum()) for z in (logits, ref_logits))
+    true_kl = (np.exp(logprobs) * (logprobs - ref_logprobs)).sum()
+
+    def expectation(kind):
+        estimates = kl_estimate(
+            jnp.asarray(logprobs, jnp.float32), jnp.asarray(ref_logprobs, jnp.float32), kind=kind
+        )
+        return (np.exp(logprobs) * np.asarray(estimates, np.float64)).sum()
+
+    np.testing.assert_allclose(expectation("k1"), true_kl, atol=1e-7)
+    np.testing.assert_allclose(expectation("k3"), true_kl, atol=1e-7)
+    np.testing.assert_allclose(expectation("k2"), true_kl, rtol=0.1)
+
+
+def test_k3_is_never_negative_and_exact_near_zero():
+    size = np.logspace(-12, 1.5, 20_001, dtype=np.float32)
+    d = jnp.asarray(np.concatenate([size, -size]))
+    k3 = kl_estimate(d, jnp.zeros_like(d), kind="k3")
+    assert (k3 >= 0.0).all()
+    # At d = 2^-10 the plain form loses all but the first digit or two: d²/2 = 4.77e-7.
+    small = jnp.float32(2.0**-10)
+    got = kl_estimate(small, jnp.zeros(()), kind="k3")
+    np.testing.assert_allclose(got, np.expm1(-(2.0**-10)) + 2.0**-10, rtol=1e-3)
+
+
+def test_the_gradient_of_k3_is_one_minus_the_inverse_ratio():
+    grad = jax.grad(lambda logprob: kl_estimate(logprob, jnp.float32(-1.0), kind="k3"))
+    np.testing.assert_allclose(grad(jnp.float32(-0.3)), 1 - np.exp(-0.7), rtol=1e-6)
+
+
+def test_an_unknown_kind_is_refused_with_the_choices():
+    with pytest.raises(ValueError, match=r"unknown KL kind 'k4'; choose from \['k1', 'k2', 'k3'\]"):
+        kl_estimate(jnp.zeros((1, 1)), jnp.zeros((1, 1)), kind="k4")
+
+
+@pytest.mark.parametrize(
+    ("kl", "expected"),
+    [
+        # 0.15 (1 + clip(kl / 6 - 1, -0.2, 0.2) 512 / 10000)
+        (6.0, 0.15),
+        (6.6, 0.15 * (1 + 0.1 * 0.0512)),
+        (60.0, 0.15 * (1 + 0.2 * 0.0512)),
+        (5.4, 0.15 * (1 - 0.1 * 0.0512)),
+        (0.0, 0.15 * (1 - 0.2 * 0.0512)),
+    ],
+)
+def test_the_coefficient_follows_the_closed_form(kl, expected):
+    got = adaptive_kl_coef(0.15, kl, target_kl=6.0, horizon=10_000, batch_size=512)
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+
+def test_the_controller_holds_a_kl_that_falls_with_its_coefficient():
+    coef = jnp.float32(0.15)
+    for _ in range(400):
+        coef = adaptive_kl_coef(coef, 1.2 / coef, target_kl=6.0, horizon=10_000, batch_size=512)
+    np.testing.assert_allclose(coef, 0.2, rtol=1e-2)  # 1.2 / 0.2 = 6

@@ -1,0 +1,259 @@
+"""Preferences and rankings: every form gives the same records, and all pairs but the ties."""
+
+import numpy as np
+import pytest
+
+from ppo_jax.config.stages import OptimizerSettings, RewardSettings
+from ppo_jax.data import encode as batches
+from ppo_jax.data.comparisons import RewardData, reward_data
+from ppo_jax.data.preferences import Ranking, load_preferences
+from ppo_jax.data.records import write_jsonl
+from ppo_jax.pipeline.preflight import check_rankings
+from tests.support.chats import TOKENIZER, ids, turns
+
+OPENED = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+SIDES = ("Yes<|im_end|>", "No<|im_end|>")
+HI, YES, NO = turns("Hi"), turns("Hi", "Yes")[1:], turns("Hi", "No")[1:]
+
+
+def loaded(tmp_path, *rows):
+    path = tmp_path / "pairs.jsonl"
+    write_jsonl(path, rows)
+    return load_preferences(path, TOKENIZER)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": HI, "chosen": YES, "rejected": NO},
+        {"prompt": HI, "chosen": "Yes", "rejected": "No"},
+        {"prompt": "Hi", "chosen": YES, "rejected": NO},
+        {"prompt": "Hi", "chosen": HI + YES, "rejected": HI + NO},
+        {"chosen": HI + YES, "rejected": HI + NO},
+        {"prompt": HI, "responses": [YES, "No"]},
+    ],
+    ids=lambda row: "-".join(f"{key}:{type(value).__name__}" for key, value in row.items()),
+)
+def test_messages_in_all_their_forms_give_the_same_preference(tmp_path, row):
+    (record,) = loaded(tmp_path, row)
+    assert (record.prompt, record.responses, record.pairs) == (OPENED, SIDES, [(0, 1)])
+
+
+def test_texts_stay_as_they_are(tmp_path):
+    (record,) = loaded(tmp_path, {"prompt": "p", "chosen": " c", "rejected": ""})
+    assert (record.prompt, record.responses, record.scores) == ("p", (" c", ""), (1.0, 0.0))
+
+
+def test_conversations_part_where_the_assistant_says_something_else(tmp_path):
+    before = turns("Hi", "Yes", "Ho")
+    chosen, rejected = turns("Hi", "Yes", "Ho", "No", "Hi", "Yes"), turns("Hi", "Yes", "Ho", "Yes")
+    (record,) = loaded(tmp_path, {"chosen": chosen, "rejected": rejected})
+    assert record.prompt == TOKENIZER.apply_chat_template(
+        before, tokenize=False, add_generation_prompt=True
+    )
+    assert record.responses == ("No<|im_end|>\n" + OPENED + "Yes<|im_end|>", "Yes<|im_end|>")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "prompt", "responses"),
+    [
+        ("\n\nHuman: a\n\nAssistant: b", "\n\nHuman: a\n\nAssistant: c", 1, (" b", " c")),
+        # One answer begins as the other, and "Assistant:" inside a line is no turn.
+        (
+            "\n\nHuman: a\n\nAssistant: b Assistant: c",
+            "\n\nHuman: a\n\nAssistant: b Assistant: d",
+            1,
+            (" b Assistant: c", " b Assistant: d"),
+        ),
+        # The common turns are the prompt, however much of the last ones agrees.
+        (
+            "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d",
+            "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: de",
+            2,
+            (" d", " de"),
+        ),
+        ("\n\nHuman: a\n\nAssistant: b", "\n\nHuman: a\n\nAssistant: b", 1, (" b", " b")),
+        # They part at a turn of the human's: what the assistant said before is judged too.
+        (
+            "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d",
+            "\n\nHuman: a\n\nAssistant: b\n\nHuman: x\n\nAssistant: d",
+            1,
+            (" b\n\nHuman: c\n\nAssistant: d", " b\n\nHuman: x\n\nAssistant: d"),
+        ),
+    ],
+)
+def test_transcripts_have_their_common_turns_for_a_prompt(
+    tmp_path, chosen, rejected, prompt, responses
+):
+    (record,) = loaded(tmp_path, {"chosen": chosen, "rejected": rejected})
+    assert record.responses == responses
+    assert [record.prompt + response for response in responses] == [chosen, rejected]
+    assert record.prompt.count("\n\nAssistant:") == prompt and record.prompt.endswith("Assistant:")
+
+
+def test_a_ranking_has_all_pairs_but_ties(tmp_path):
+    best_first, scored, same_text = loaded(
+        tmp_path,
+        {"prompt": "p", "responses": ["a", "b", "c"]},
+        {"prompt": "p", "responses": ["a", "b", "c", "d"], "scores": [1, 3, 1, 2.5]},
+        {"prompt": "p", "responses": ["a", "b", "a"]},
+    )
+    assert best_first.pairs == [(0, 1), (0, 2), (1, 2)]
+    # Scores 1, 3, 1, 2.5: b over all, d over a and c, a and c equal.
+    assert scored.pairs == [(1, 0), (1, 2), (1, 3), (3, 0), (3, 2)]
+    assert same_text.pairs == [(0, 1), (1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"chosen": "a", "rejected": "b"}, "without a prompt.*'a' and 'b'"),
+        ({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "c"}, "without a prompt"),
+        ({"chosen": HI + YES, "rejected": "No"}, "chosen must go on from the prompt"),
+        ({"chosen": HI + YES, "rejected": turns("Ho", "No")}, "must go on from the prompt"),
+        ({"prompt": HI, "chosen": YES + HI, "rejected": NO}, "end with one"),
+        ({"prompt": "Ho", "chosen": HI + YES, "rejected": NO}, "leave prompt out"),
+        ({"prompt": HI + YES, "chosen": YES, "rejected": NO}, "a turn of the assistant's must"),
+        ({"prompt": None, "chosen": "a", "rejected": "b"}, "prompt must be a string or a list"),
+        ({"prompt": "p", "chosen": 1, "rejected": "b"}, "chosen must be a string or a list"),
+        ({"prompt": "p", "chosen": "a"}, "the keys must be"),
+        ({"prompt": "p", "responses": ["a"]}, "responses must be a list of two or more"),
+        ({"prompt": "p", "responses": "ab"}, "responses must be a list of two or more"),
+        ({"prompt": "p", "responses": ["a", 3]}, r"responses\[1\] must be a string or a list"),
+        ({"prompt": "p", "responses": ["a", "b"], "scores": [1]}, "scores must be a list of 2"),
+        (
+            {"prompt": "p", "responses": ["a", "b"], "scores": [1, None]},
+            "a score must be a finite number up to 1e30, got None",
+        ),
+    ],
+)
+def test_a_bad_row_is_named(tmp_path, row, message):
+    good = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    with pytest.raises(ValueError, match=rf"(?s)pairs\.jsonl:2: .*{message}"):
+        loaded(tmp_path, good, row)
+
+
+def rankings():
+    return [
+        Ranking("Hi", ("Yes", "No"), (1.0, 0.0)),
+        Ranking("Hi", ("Yes", "Ho", "No"), (1.0, 2.0, 1.0)),
+        Ranking("Hi", ("Yes", "No"), (1.0, 0.0)),
+        Ranking("Hi", ("Yes", "Yes"), (1.0, 0.0)),
+        Ranking("Hi", ("Yes", " "), (1.0, 0.0)),
+        Ranking("Hi", ("Yes", "No Yes No Yes No"), (1.0, 0.0)),
+        Ranking("Ho", ("No", "Yes"), (0.0, 1.0)),
+    ]
+
+
+def test_the_rows_of_a_ranking_stand_together_and_why_others_do_not():
+    texts, groups = batches.encode_preferences(rankings(), TOKENIZER, max_length=8)
+    rows = [row[mask].tolist() for row, mask in zip(texts.tokens, texts.mask, strict=True)]
+    end = ids("<|im_end|>")
+    assert rows == [
+        ids(words) + end for words in ("Hi,Yes", "Hi,No", "Hi,Yes", "Hi,Ho", "Hi,No")
+    ] + [ids("Ho,No") + end, ids("Ho,Yes") + end]
+    assert texts.records.tolist() == [0, 0, 1, 1, 1, 6, 6]
+    assert dict(texts.left_out) == {
+        "repeated": 1,
+        "tied": 1,
+        "blank": 1,
+        "too long (over 8 tokens)": 1,
+    }
+    # The pairs of two responses take one of three places, the third row is the first again.
+    assert groups.rows.tolist() == [[0, 1, 0], [2, 3, 4], [5, 6, 5]]
+    assert groups.valid.tolist() == [
+        [True, False, False],
+        [True, True, False],
+        [True, False, False],
+    ]
+    assert groups.row_pairs.tolist() == [[0, 1], [3, 2], [3, 4], [6, 5]]
+
+
+def settings(**changes):
+    optimizer = OptimizerSettings(learning_rate=1e-3)
+    return RewardSettings(data="x", optimizer=optimizer, **changes)
+
+
+def test_a_batch_holds_whole_rankings_with_all_their_pairs():
+    texts, groups = batches.encode_preferences(rankings(), TOKENIZER, max_length=8)
+    data = RewardData(texts=texts, groups=groups)
+    assert data.num_rows == 9
+    seen = []
+    for step in range(3):  # an epoch: a ranking a step
+        rows, pairs, valid = data.batch(0, step, settings(batch_size=3 * 2))
+        assert rows.shape == (6,) and pairs.shape == (6, 2) and valid.shape == (6,)
+        assert (pairs[:3] < 3).all() and (pairs[3:][valid[3:]] >= 3).all()
+        seen += rows[pairs[valid]].tolist()
+    assert sorted(seen) == sorted(2 * [[0, 1], [3, 2], [3, 4], [6, 5]])
+
+
+def test_accuracy_counts_every_pair_of_every_ranking():
+    texts, groups = batches.encode_preferences(rankings(), TOKENIZER, max_length=8)
+    # Pairs of rows (0, 1), (3, 2), (3, 4), (6, 5): right, wrong, right, tied.
+    scores = np.array([1.0, 0.0, 5.0, 4.0, 3.0, 2.0, 2.0])
+    found = RewardData(texts=texts, groups=groups).accuracy(scores, 0)
+    name = "reward_model/validation_"
+    assert found == {f"{name}accuracy": 2.5 / 4, f"{name}pairs": 4}
+
+
+def test_a_split_leaves_the_rankings_of_a_prompt_together(tmp_path):
+    words = ["Hi", "Ho", "Yes", "No", "user", "system", "Hi Ho", "Ho Hi", "Yes Yes", "No No"]
+    rows = [
+        {"prompt": prompt, "responses": [better, "Ho", "user"]}
+        for prompt in words
+        for better in ("Yes", "No")
+    ]
+    write_jsonl(tmp_path / "pairs.jsonl", rows)
+    named = settings(validation_fraction=0.4, batch_size=6)
+    named = RewardSettings(**{**vars(named), "data": str(tmp_path / "pairs.jsonl")})
+    parts = reward_data(named, 0, TOKENIZER, 32)
+    prompts = [
+        {
+            TOKENIZER.decode(row[row_mask & ~learned])
+            for row, row_mask, learned in zip(
+                part.texts.tokens, part.texts.mask, part.texts.loss_mask, strict=True
+            )
+        }
+        for part in parts
+    ]
+    assert prompts[0] | prompts[1] == set(words) and not prompts[0] & prompts[1]
+    assert sum(len(part.groups.rows) for part in parts) == 20
+    assert [part.groups.rows.shape[1] for part in parts] == [3, 3]
+
+
+def test_the_file_that_leaves_nothing_to_use_is_named(tmp_path):
+    good, tied = ({"prompt": "Hi", "chosen": "Yes", "rejected": x} for x in ("No", "Yes"))
+    write_jsonl(tmp_path / "good.jsonl", [good])
+    write_jsonl(tmp_path / "tied.jsonl", [tied])
+    files = {"data": str(tmp_path / "good.jsonl"), "validation_data": str(tmp_path / "tied.jsonl")}
+    named = RewardSettings(**{**vars(settings()), **files})
+    told = r"^reward\.validation_data: .*tied\.jsonl: none of the 1 records can be used: 1 tied$"
+    with pytest.raises(ValueError, match=told):
+        reward_data(named, 0, TOKENIZER, 32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "context", "told"),
+    [
+        ({"max_length": 2}, 32, r"^reward\.data: .*1 too long \(over 2 tokens\), .*reward.max_len"),
+        ({}, 2, r"^reward\.data, held out: .*1 too long .* has 3; see the model's context$"),
+    ],
+)
+def test_the_limit_that_leaves_nothing_to_use_is_named(tmp_path, changes, context, told):
+    path = tmp_path / "good.jsonl"
+    write_jsonl(path, [{"prompt": x, "chosen": "Yes", "rejected": "No"} for x in ("Hi", "Ho")])
+    changed = {**vars(settings()), **changes, "data": str(path), "validation_fraction": 0.4}
+    with pytest.raises(ValueError, match=told):
+        reward_data(RewardSettings(**changed), 2, TOKENIZER, context)
+
+
+@pytest.mark.parametrize("batch_size", [3, 9])
+def test_a_batch_holds_whole_rankings_whether_its_size_is_even_or_odd(batch_size):
+    texts, groups = batches.encode_preferences(rankings(), TOKENIZER, max_length=8)
+    data, chosen = RewardData(texts=texts, groups=groups), settings(batch_size=batch_size)
+    check_rankings(chosen, data)
+    rows, pairs, valid = data.batch(0, 0, chosen)
+    assert rows.shape == (batch_size,) and len(pairs) == len(valid) == batch_size
+    told = r"reward\.batch_size must be a multiple of 3, the most responses to a prompt of x, got 8"
+    with pytest.raises(ValueError, match=told):
+        check_rankings(settings(batch_size=8), data)

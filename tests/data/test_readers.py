@@ -1,0 +1,163 @@
+"""JSON lines, gzip, Parquet and data sets of a hub hold the same rows, and name a bad one."""
+
+import gzip
+import sys
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from ppo_jax.data import readers as formats
+from ppo_jax.data import records as data
+from ppo_jax.data.preferences import load_preferences
+from ppo_jax.data.records import write_jsonl
+from tests.support.chats import TOKENIZER, turns
+
+TEXTS = [{"prompt": "p", "completion": f" é {n}\n"} for n in range(3)]
+
+
+def gzipped(folder, rows):
+    write_jsonl(folder / "plain.jsonl", rows)
+    path = folder / "rows.jsonl.gz"
+    path.write_bytes(gzip.compress((folder / "plain.jsonl").read_bytes()))
+    return path
+
+
+def parquet(folder, rows, name="rows.parquet"):
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / name, row_group_size=2)
+    return folder / name
+
+
+def on_hub(folder, rows, split="train"):
+    """A local folder stands for a hub: `datasets` looks for one of that name first."""
+    parquet(folder, rows, f"owner/name/{split}.parquet")
+    return f"hub:owner/name:{split}"
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty folder to work in, without a network and with a cache of its own."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    datasets.disable_progress_bars()
+    return tmp_path
+
+
+CONTAINERS = [gzipped, parquet, on_hub]
+
+
+@pytest.mark.parametrize("hold", CONTAINERS)
+def test_every_container_holds_the_same_records(here, hold):
+    write_jsonl(here / "rows.jsonl", TEXTS)
+    expected = data.load_demonstrations(here / "rows.jsonl")
+    assert data.load_demonstrations(hold(here, TEXTS)) == expected
+    assert len(expected) == 3
+
+
+@pytest.mark.parametrize("hold", CONTAINERS)
+def test_messages_and_rankings_come_through(here, hold):
+    chats = [
+        {"messages": turns("Hi", "Yes", "Ho", "No", system="Hi")},
+        {"messages": turns("a", "b")},
+    ]
+    path = here / "rows.jsonl"
+    write_jsonl(path, chats)
+    expected = data.load_demonstrations(path, TOKENIZER)
+    assert data.load_demonstrations(hold(here, chats), TOKENIZER) == expected
+    rankings = [{"prompt": "p", "responses": ["a", "b", "c"], "scores": [1.0, 3.0, 2.0]}]
+    write_jsonl(path, rankings)
+    expected = load_preferences(path)
+    other = here / "other"
+    other.mkdir()
+    assert load_preferences(hold(here if hold is on_hub else other, rankings)) == expected
+
+
+@pytest.mark.parametrize(
+    ("hold", "place"),
+    [
+        (gzipped, r"rows\.jsonl\.gz:3: "),
+        (parquet, r"rows\.parquet: row 3: "),
+        (on_hub, "hub:owner/name:train: row 3: "),
+    ],
+)
+def test_a_bad_row_is_named_with_its_place(here, hold, place):
+    rows = [{"text": "good", "rating": 1.0}, {"text": "bad", "rating": 2.0}]
+    path = hold(here, [*rows, {"text": None, "rating": 3.0}])
+    with pytest.raises(ValueError, match=f"^{'' if hold is on_hub else '.*'}{place}text must be a"):
+        data.load_ratings(path)
+
+
+@pytest.mark.parametrize("hold", [parquet, on_hub])
+def test_a_table_may_have_other_columns(here, hold):
+    rows = [{"id": 7, "prompt": "p", "messages": turns("Hi"), "source": None}] * 2
+    path = hold(here, rows)
+    assert formats.unread_columns(path, data.PROMPT_FORMS) == ["id", "prompt", "source"]
+    assert data.load_prompts(path, TOKENIZER)[0].startswith("<|im_start|>user\nHi")
+    columns = r"must include \['text'\] or .* got \['id', 'prompt', 'messages', 'source'\]"
+    with pytest.raises(ValueError, match=columns):
+        list(formats.read_rows(path, [("text",), ("prompt", "completion")]))
+
+
+def test_json_lines_have_no_column_that_is_not_read(tmp_path):
+    write_jsonl(tmp_path / "rows.jsonl", TEXTS)
+    assert formats.unread_columns(tmp_path / "rows.jsonl", data.DEMONSTRATION_FORMS) == []
+
+
+def test_damaged_and_empty_files_are_named(tmp_path):
+    path = gzipped(tmp_path, [{"text": f"{n} " * 20} for n in range(2000)])
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(ValueError, match=r"rows\.jsonl\.gz:\d+: the gzip file is damaged"):
+        data.load_demonstrations(path)
+    path.write_bytes(b'{"text": "a"}\n')
+    with pytest.raises(ValueError, match=r"rows\.jsonl\.gz:1: the gzip file is damaged: Not a gz"):
+        data.load_demonstrations(path)
+    table = tmp_path / "rows.parquet"
+    with pytest.raises(ValueError, match="rows.parquet: there is no such file"):
+        data.load_demonstrations(table)
+    table.write_bytes(b'{"text": "a"}\n')
+    with pytest.raises(ValueError, match="rows.parquet: not a Parquet file"):
+        data.load_demonstrations(table)
+    empty = pyarrow.table({"text": pyarrow.array([], pyarrow.string())})
+    pyarrow.parquet.write_table(empty, table)
+    with pytest.raises(ValueError, match="rows.parquet: the table is empty, at least one row"):
+        data.load_demonstrations(table)
+
+
+@pytest.mark.parametrize("name", ["hub:", "hub:name", "hub:owner/", "hub:a/b/c", "hub:/name:train"])
+def test_a_name_that_is_none_of_a_hub_is_refused(name):
+    with pytest.raises(ValueError, match="must be hub:owner/name or hub:owner/name:split, got"):
+        formats.check_packages(name)
+
+
+def test_a_name_has_a_split():
+    assert formats.hub_name("hub:owner/name") == ("owner/name", "train")
+    assert formats.hub_name("hub:owner/name:test[:10%]") == ("owner/name", "test[:10%]")
+
+
+def test_a_split_is_read_and_one_that_is_not_there_is_named(here):
+    on_hub(here, TEXTS[:1])
+    on_hub(here, TEXTS[1:], "test")
+    assert len(data.load_demonstrations("hub:owner/name")) == 1
+    assert len(data.load_demonstrations("hub:owner/name:test")) == 2
+    with pytest.raises(
+        ValueError, match='hub:owner/name:none: datasets could not load it: .*"none"'
+    ):
+        data.load_demonstrations("hub:owner/name:none")
+    with pytest.raises(ValueError, match="hub:no/where: datasets could not load it: "):
+        data.load_demonstrations("hub:no/where")
+
+
+@pytest.mark.parametrize(
+    ("path", "module", "package"),
+    [("a.parquet", "pyarrow.parquet", "pyarrow"), ("hub:owner/name", "datasets", "datasets")],
+)
+def test_a_missing_package_is_named_with_the_command_that_installs_it(
+    monkeypatch, path, module, package
+):
+    monkeypatch.setitem(sys.modules, module, None)
+    for read in (formats.check_packages, data.load_prompts):
+        with pytest.raises(ValueError, match=rf"{package}: pip install 'ppo_jax\[data\]'"):
+            read(path)

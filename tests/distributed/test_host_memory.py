@@ -1,0 +1,91 @@
+"""A CPU's memory between steps: page faults are counted, no clock is read."""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from ppo_jax.distributed import runtime as host_memory
+
+# Page faults of a call whose temporary buffers are 64 MB, once the process has grown.
+FAULTS = """
+import resource, sys
+import jax, jax.numpy as jnp
+from ppo_jax.host_memory import keep_pages
+
+if sys.argv[1] == "keep":
+    keep_pages()
+step = jax.jit(lambda x: jnp.sort(jnp.sin(x)).sum())
+x = jnp.arange(2.0**24)
+found = [0]
+for _ in range(8):
+    step(x).block_until_ready()
+    found.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+# The least: a buffer that another thread lets go of late makes the process grow once more.
+print(min(after - before for before, after in zip(found[1:], found[2:])))
+"""
+
+
+# Bytes that the heap has grown by when a block of 3 GiB, of which no page is touched, is freed.
+GROWN = """
+import ctypes
+from ppo_jax.host_memory import keep_pages
+
+keep_pages()
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.argtypes, libc.sbrk.restype = [ctypes.c_void_p], ctypes.c_void_p
+before = libc.sbrk(0)
+libc.free(libc.malloc(3 * 2**30))
+print(libc.sbrk(0) - before)
+"""
+GLIBC = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library's malloc")
+
+
+def faults(what: str) -> int:
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTS, what], capture_output=True, text=True, check=True
+    )
+    return int(done.stdout)
+
+
+@GLIBC
+def test_a_step_is_served_by_the_pages_of_the_step_before():
+    kept = faults("keep")
+    assert kept < 100  # pages of 4 KiB: 64 MB are 16,384
+    # So that the test notices when there is nothing to keep any more.
+    assert faults("plain") > kept
+
+
+@GLIBC
+@pytest.mark.parametrize(("variable", "keeps"), [("", True), ("MALLOC_ARENA_MAX", False)])
+def test_blocks_of_gigabytes_are_kept_but_where_a_user_has_set_malloc(variable, keeps):
+    environment = os.environ | ({variable: "8"} if variable else {})
+    done = subprocess.run(
+        [sys.executable, "-c", GROWN], capture_output=True, text=True, check=True, env=environment
+    )
+    assert (int(done.stdout) > 2**31) == keeps
+
+
+@pytest.mark.parametrize(
+    ("platforms", "plugin", "expected"),
+    [
+        (None, False, False),
+        (None, True, True),
+        ("cpu", True, False),
+        ("cuda,cpu", False, True),
+    ],
+)
+def test_accelerators_keep_the_usual_malloc(monkeypatch, platforms, plugin, expected):
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: ["cuda"] * plugin)
+    monkeypatch.setattr(host_memory.importlib.util, "find_spec", lambda name: None)
+    before = jax.config.jax_platforms
+    jax.config.update("jax_platforms", platforms)
+    try:
+        assert host_memory.accelerators_may_be_used() == expected
+    finally:
+        jax.config.update("jax_platforms", before)

@@ -1,0 +1,237 @@
+"""One program on many devices: the same numbers, and no parameter gathered while sampling."""
+
+import functools
+import re
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from ppo_jax.algorithms import experience, ppo
+from ppo_jax.config.mesh import ROLLOUT_RULES
+from ppo_jax.core.types import Frozen
+from ppo_jax.distributed.layout import Layout, init_in_pieces
+from ppo_jax.distributed.trees import named_leaves
+from ppo_jax.models.build import policy_network, reward_network, trunk_network, value_network
+from ppo_jax.models.partition import split_params
+from tests.support import tiny
+from tests.support.meshes import MESHES, WIDE, mesh_of
+
+BATCH = 32
+
+
+class Run:
+    """PPO with a reward model on a mesh; every number is the same for every mesh.
+
+    `kind` is "whole", "scanned" (with remat) or "trunk": the top layer on a frozen one.
+    """
+
+    def __init__(self, shape, kind="whole", config=None, **numbers):
+        mesh = mesh_of(shape)
+        self.layout, self.of_rollout = Layout(mesh), Layout(mesh, ROLLOUT_RULES)
+        scanned = dict(scan_layers=True, remat="full") if kind == "scanned" else {}
+        self.config = config or tiny.model_config(**WIDE, **scanned)
+        self.start = 1 if kind == "trunk" else None
+        c, start, constrain = self.config, self.start, self.layout.constrain
+        upper = dict(start_layer=start, constrain=constrain)
+        policy = functools.partial(policy_network, c, start_layer=start)
+
+        def trunk(constrain):
+            return start and trunk_network(c, end_layer=start, constrain=constrain)
+
+        self.networks = experience.PPONetworks(
+            policy=policy(constrain=constrain),
+            value=value_network(c, **upper),
+            reward=reward_network(c, **upper),
+            trunk=trunk(constrain),
+            value_on_trunk=bool(start),
+            reward_on_trunk=bool(start),
+            sampler=experience.Sampler(
+                policy=policy(constrain=self.of_rollout.constrain),
+                trunk=trunk(self.of_rollout.constrain),
+                place=functools.partial(self.of_rollout.decoding_params, dtype=c.dtype),
+            ),
+        )
+        self.recipe = tiny.recipe(num_epochs=2, num_minibatches=2, num_micro_batches=2)
+        self.numbers = self.layout.put_whole(tiny.hyperparameters(**numbers))
+        params = [self.params(make(c), i) for i, make in enumerate(MAKERS)]
+        of_policy, of_reference, of_critic, of_reward = map(self.split, params)
+        self.frozen = Frozen(
+            ref_policy=of_reference.trained,
+            reward=of_reward.frozen | of_reward.trained,
+            trunk=of_policy.trunk if start else None,
+            policy=of_policy.frozen,
+            value=of_critic.frozen,
+        )
+        args = (of_policy.trained, of_critic.trained, self.numbers)
+        self.state = init_in_pieces(self.layout, ppo.init_ppo, *args)
+
+    def params(self, network, seed):
+        return self.layout.put(jax.tree.map(np.asarray, tiny.random_params(network, seed)))
+
+    def split(self, params):
+        return split_params(self.config, params, 1 if self.start else "all", self.start)
+
+    def prompts(self, seed):
+        prompts = tiny.prompts(seed=seed, batch_size=BATCH)
+        return self.layout.put_rows(jax.tree.map(np.asarray, prompts))
+
+    def compile(self, function, *static, **out):
+        parts = dict(networks=self.networks, recipe=self.recipe)
+        return jax.jit(functools.partial(function, **parts), **out)
+
+    def iterations(self, count):
+        lies = jax.tree.map(lambda leaf: leaf.sharding, self.state), self.layout.whole
+        step = self.compile(ppo.ppo_iteration, donate_argnums=0, out_shardings=lies)
+        metrics = []
+        for i in range(count):
+            args = (self.numbers, self.prompts(i), self.layout.key(0, i))
+            self.state, found = step(self.state, *args, frozen=self.frozen)
+            metrics.append(jax.device_get(found))
+        return metrics
+
+    def rollout(self):
+        sample = self.compile(experience.sample_responses)
+        args = (self.state, self.numbers, self.prompts(0), self.layout.key(0, 0))
+        return sample(*args, frozen=self.frozen)
+
+
+MAKERS = (policy_network, policy_network, value_network, reward_network)
+
+
+@functools.cache
+def measured(shape, kind):
+    run = Run(shape, kind)
+    start = jax.device_get(run.state.policy_params)
+    rollout = run.rollout()
+    metrics = run.iterations(3)
+    return jax.device_get((rollout, metrics, run.state)), start
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("shape", "kind"),
+    [*((shape, "whole") for shape in MESHES), ((2, 2, 2), "scanned"), ((2, 2, 2), "trunk")],
+)
+def test_three_iterations_are_those_of_one_device(shape, kind):
+    (rollout, metrics, state), _ = measured(shape, kind)
+    (one_rollout, one_metrics, one_state), start = measured((1, 1, 1), kind)
+    np.testing.assert_array_equal(rollout.response_tokens, one_rollout.response_tokens)
+    np.testing.assert_allclose(rollout.logprobs, one_rollout.logprobs, atol=1e-5, rtol=0)
+    learning_rate = 1e-3
+    for name, leaf in named_leaves(one_state).items():
+        if "params" in name:
+            found = named_leaves(state)[name]
+            np.testing.assert_allclose(found, leaf, atol=0.1 * learning_rate, rtol=0, err_msg=name)
+    for mine, one in zip(metrics, one_metrics, strict=True):
+        for name in one:
+            if name.endswith("loss"):
+                np.testing.assert_allclose(mine[name], one[name], rtol=1e-4, atol=1e-6)
+    before, after = (named_leaves(x) for x in (start, one_state.policy_params))
+    moved = [np.abs(after[name] - before[name]).max() for name in before]
+    assert min(moved) > learning_rate  # three iterations moved what agrees
+
+
+@pytest.mark.parametrize("shape", MESHES)
+def test_one_sgd_update_on_a_fixed_experience_is_that_of_one_device(shape):
+    def update(shape):
+        run = Run(shape)
+        fixed = jax.device_get(fixed_experience())
+
+        def descend(params, experience):
+            gradient = jax.grad(lambda p: loss(p, experience)[0])(params)
+            return jax.tree.map(lambda x, g: x - 0.1 * g, params, gradient)
+
+        loss = functools.partial(
+            ppo.experience_loss,
+            hyperparameters=run.numbers,
+            frozen=run.frozen,
+            networks=run.networks,
+        )
+        params = {"policy": run.state.policy_params, "value": run.state.value_params}
+        return jax.device_get(jax.jit(descend)(params, run.layout.put_rows(fixed)))
+
+    mine, one = named_leaves(update(shape)), named_leaves(update((1, 1, 1)))
+    for name, leaf in one.items():
+        np.testing.assert_allclose(mine[name], leaf, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])
+def test_an_update_of_packed_rows_is_that_of_one_device(shape):
+    def update(shape):
+        run = Run(shape)
+        run.recipe = tiny.recipe(num_epochs=1, num_minibatches=1, num_micro_batches=4, packing=True)
+        lies = jax.tree.map(lambda leaf: leaf.sharding, run.state), run.layout.whole
+        step = run.compile(ppo.ppo_update, out_shardings=lies)
+        args = run.state, run.layout.put_rows(ragged_experience()), run.numbers
+        return jax.device_get(step(*args, run.layout.key(0, 0), frozen=run.frozen))
+
+    (mine, metrics), (one, one_metrics) = update(shape), update((1, 1, 1))
+    moment = functools.partial(optax.tree_utils.tree_get, key="mu")
+    tiny.leaves_close(moment(mine.opt_state), moment(one.opt_state), rtol=1e-4, atol=1e-7)
+    tiny.leaves_close(metrics, one_metrics, rtol=1e-4, atol=1e-6)
+    real = ragged_experience().mask.sum() - BATCH  # without the last tokens
+    pieces = real / (one_metrics["ppo/row_fill"] * 8 * 12)  # of eight rows of 12 positions
+    np.testing.assert_allclose(pieces, 2, rtol=1e-5)  # of four
+
+
+def ragged_experience():
+    """The fixed experience, of whose responses 1, 2, 3 or all tokens are left."""
+    e = jax.device_get(fixed_experience())
+    left = np.array([1, 2, 3, e.response_mask.shape[1]])[np.arange(BATCH) % 4]
+    kept = e.response_mask & (np.arange(e.response_mask.shape[1]) < left[:, None])
+    prompts = e.mask[:, : -kept.shape[1]]
+    return e.replace(response_mask=kept, mask=np.concatenate([prompts, kept], axis=1))
+
+
+@functools.cache
+def fixed_experience():
+    run = Run((1, 1, 1))
+    scores = run.layout.put_rows(np.arange(BATCH, dtype=np.float32) % 5)
+    make = run.compile(experience.make_experience)
+    found, _ = make(run.rollout(), scores, run.state, run.numbers, frozen=run.frozen)
+    return found
+
+
+def compiled_iteration(run):
+    lies = jax.tree.map(lambda leaf: leaf.sharding, run.state), run.layout.whole
+    step = run.compile(ppo.ppo_iteration, donate_argnums=0, out_shardings=lies)
+    args = (run.state, run.numbers, run.prompts(0), run.layout.key(0, 0))
+    return step.lower(*args, frozen=run.frozen).compile()
+
+
+COLLECTIVE = re.compile(r"= (.*?) (all-gather|all-to-all|collective-permute)(?:-start)?\(.*")
+
+
+def gathers_in_the_decode_loop(text, smallest):
+    """Shapes of the collectives inside the first-level loop of the rollout that move at least so
+    many numbers: the update's and the layers' loops are named by what differentiates them."""
+    found = []
+    for line in text.splitlines():
+        match = COLLECTIVE.search(line)
+        if not match or "jvp" in line or "/while/body/" not in line or "closed_call/gather" in line:
+            continue
+        path = re.search(r'op_name="([^"]*)"', line)
+        in_decode = path and re.match(r"jit\(\w+\)/while/body/", path[1])
+        sizes = [
+            np.prod([int(n) for n in shape.split(",") if n])
+            for shape in re.findall(r"\[([\d,]*)\]", match[1])
+        ]
+        if in_decode and max(sizes, default=0) >= smallest:
+            found.append(line.strip()[:200])
+    return found
+
+
+@pytest.mark.parametrize("kind", ["whole", "scanned"])
+def test_no_parameter_is_gathered_inside_the_decode_loop(kind, capfd):
+    wide = WIDE | dict(embed_dim=128, mlp_dim=256)
+    config = tiny.model_config(**wide, scan_layers=kind == "scanned")
+    run = Run((2, 2, 2), kind, config)
+    smallest = 64 * 64 // 2  # of a parameter's pieces; what is sampled from is [8, 64]
+    assert not gathers_in_the_decode_loop(compiled_iteration(run).as_text(), smallest)
+    assert "nvoluntary full rematerialization" not in capfd.readouterr().err
+    # The same with the rules of the updates gathers: the test can see it.
+    sampler = run.networks.sampler._replace(policy=run.networks.policy, place=lambda params: params)
+    run.networks = run.networks._replace(sampler=sampler)
+    assert gathers_in_the_decode_loop(compiled_iteration(run).as_text(), smallest)

@@ -1,0 +1,116 @@
+"""The labels of a figure lie clear of what it shows, wherever its points are."""
+
+import math
+
+import numpy as np
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from ppo_jax.evaluation.report import plots, report
+from ppo_jax.evaluation.report.plot_labels import clear_place
+
+RADIUS = 2.5  # points: of a drawn point
+
+
+def run_of(kl, score):
+    rows = zip(kl, score, strict=True)
+    return [{"step": i, "kl/ref": k, "reward/score_mean": s} for i, (k, s) in enumerate(rows, 1)]
+
+
+def noisy(count, seed=0):
+    """Score rises with KL, as in a run that goes well."""
+    rng, t = np.random.default_rng(seed), np.linspace(0, 1, count)
+    kl = 12 * t + 0.5 * rng.normal(size=count)
+    return run_of(kl, 2 * np.sqrt(t) + 0.3 * rng.normal(size=count))
+
+
+def cloud(count):
+    return run_of(*np.random.default_rng(1).uniform(size=(2, count)))
+
+
+RUNS = {
+    "two points": run_of([0, 5], [0, 1]),
+    "two points at the same place": run_of([1, 1], [2, 2]),
+    "a level line": run_of(range(9), [0.5] * 9),
+    "a column": run_of([3] * 9, range(9)),
+    "falling": run_of(range(25), range(25, 0, -1)),
+    "back to where it began": run_of([0, 4, 0.1], [0, 1, 0.02]),
+    "few": noisy(8),
+    "a smoothed line": noisy(25),
+    "a smoothed line where no point is": run_of([0] + [3, -3] * 20, [0, *np.linspace(-9, 9, 40)]),
+    "many": noisy(200),
+    "a cloud": cloud(400),
+    "gaps": run_of([None, 0, 1, None, 2], [1, 0, 1, 2, float("inf")]),
+}
+
+
+def drawn(rows, size):
+    """(the axes, the labels, the box of each in pixels) of a figure with its score against KL."""
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots()
+    plots.trajectory(rows)(axes)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    boxes = [Text.get_window_extent(text, canvas.get_renderer()) for text in axes.texts]
+    return axes, list(axes.texts), boxes
+
+
+def gap(box, points):
+    """The distance of the nearest of some points [N, 2] from a box; 0 is inside."""
+    outside = np.maximum(np.maximum(box.min - points, points - box.max), 0)
+    return np.hypot(*outside.T).min(initial=math.inf)
+
+
+def is_known(row):
+    return all(value is not None and math.isfinite(value) for value in row.values())
+
+
+@pytest.mark.parametrize("size", [report.WIDE, report.SMALL])
+@pytest.mark.parametrize("run", RUNS)
+def test_the_labels_of_both_ends_cover_nothing(run, size):
+    axes, labels, boxes = drawn(RUNS[run], size)
+    known = [row["step"] for row in RUNS[run] if is_known(row)]
+    assert [text.get_text() for text in labels] == [f"iteration {known[i]}" for i in (0, -1)]
+    to_pixels = axes.transData.transform
+    points = to_pixels(np.asarray(axes.collections[0].get_offsets()))
+    assert len(points) == len(known)
+    lines = [line.get_path().interpolated(50).transformed(axes.transData) for line in axes.lines]
+    for box in boxes:
+        assert gap(box, points) > RADIUS * axes.figure.dpi / 72
+        assert all(gap(box, line.vertices) > 2 for line in lines)
+        assert (axes.bbox.min <= box.min).all() and (box.max <= axes.bbox.max).all()
+    assert not boxes[0].overlaps(boxes[1])
+
+
+@pytest.mark.parametrize("run", ["two points", "few", "falling"])
+def test_a_label_is_beside_its_point_where_there_is_room(run):
+    axes, labels, boxes = drawn(RUNS[run], report.WIDE)
+    for text, box in zip(labels, boxes, strict=True):
+        assert gap(box, axes.transData.transform(text.xy)[None]) < 12 * axes.figure.dpi / 72
+        assert not text.arrow_patch.get_visible()
+
+
+def test_a_label_that_is_far_from_its_point_is_joined_to_it():
+    axes, labels, boxes = drawn(RUNS["a cloud"], report.WIDE)
+    far = [
+        gap(box, axes.transData.transform(text.xy)[None]) > 12 * axes.figure.dpi / 72
+        for text, box in zip(labels, boxes, strict=True)
+    ]
+    assert any(far) and [text.arrow_patch.get_visible() for text in labels] == far
+
+
+def test_a_place_is_the_nearest_that_is_free_or_covers_the_least():
+    area, box = (0.0, 0.0, 30.0, 20.0), (6.0, 4.0)
+    everywhere = np.argwhere(np.ones((30, 20))) + 0.5
+    free = (everywhere[:, 0] > 20) & (everywhere[:, 1] < 10)  # a corner of 10 x 10
+    assert clear_place((5.0, 15.0), box, everywhere[~free], area) == (20.0, 6.0)
+    twice = np.concatenate([everywhere, everywhere[~free]])
+    assert clear_place((5.0, 15.0), box, twice, area) == (20.0, 6.0)
+    assert clear_place((29.0, 10.0), box, everywhere[:0], area)[0] <= 24.0
+
+
+def test_a_run_without_two_points_has_no_trajectory():
+    for rows in ([], RUNS["two points"][:1], run_of([None, 1.0], [1.0, 2.0])):
+        assert plots.trajectory(rows) is None

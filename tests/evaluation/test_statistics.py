@@ -1,0 +1,153 @@
+"""Judges order texts as they should, and the statistics of a comparison are right."""
+
+import numpy as np
+import pytest
+
+from ppo_jax.evaluation import statistics as judges
+
+PRAISE = ["a wonderful film", "wonderful and moving", "a moving story", "moving, wonderful story"]
+BLAME = ["a dreadful film", "dreadful and dull", "a dull story", "dull, dreadful story"]
+RATINGS = np.array([2.0, 3.0, 2.5, 3.5, -2.0, -3.0, -2.5, -3.5])
+
+
+@pytest.fixture
+def tfidf():
+    return judges.fit_tfidf_judge(PRAISE + BLAME, RATINGS)
+
+
+def test_the_tfidf_judge_ranks_unseen_praise_above_unseen_blame(tfidf):
+    scores = tfidf(["wonderful acting", "dull acting", "acting"])
+    assert scores.shape == (3,)
+    assert scores[0] > 1 and scores[1] < -1
+    assert scores[1] < scores[2] < scores[0]
+
+
+def test_the_tfidf_judge_keeps_a_contraction_as_one_word():
+    texts = ["it isn't good", "it is good", "this isn't good", "this is good"]
+    judge = judges.fit_tfidf_judge(texts, np.array([-2.0, 2.0, -2.0, 2.0]))
+    negated, plain = judge(["that isn't good", "that is good"])
+    assert negated < -1 and plain > 1
+
+
+def test_the_lexicons_know_good_from_bad_and_give_floats():
+    for judge in (judges.vader_judge(), judges.textblob_judge()):
+        good, bad, nothing = judge(["A great, lovely film!", "A terrible, ugly film.", ""])
+        assert -1 <= bad < nothing == 0 < good <= 1
+        assert judge(["words"]).dtype == np.float64
+
+
+def test_ridge_recovers_a_linear_law_whatever_the_scale_of_a_feature():
+    x = np.random.default_rng(0).normal(size=(400, 3)) * [1.0, 1e4, 1e-4]
+    law = np.array([1.0, 2e-4, -3e4])
+    predict = judges.fit_ridge(x[:300], x[:300] @ law + 5.0, alphas=(1e-4, 1.0))
+    np.testing.assert_allclose(predict(x[300:]), x[300:] @ law + 5.0, atol=1e-3)
+
+
+def test_ridge_chooses_the_strong_penalty_when_the_targets_are_noise():
+    rng = np.random.default_rng(0)
+    x, noise = rng.normal(size=(60, 50)), rng.normal(size=60)
+    both = judges.fit_ridge(x, noise, alphas=(1e-6, 1e6))(rng.normal(size=(40, 50)))
+    assert both.std() < 0.01
+
+
+def test_rating_accuracy_equals_the_loop_over_pairs():
+    rng = np.random.default_rng(1)
+    ratings, scores = rng.integers(-4, 5, 40).astype(float), rng.integers(0, 6, 40).astype(float)
+    for gap in (1.0, 2.0):
+        results = [
+            1.0 if scores[i] > scores[j] else 0.5 if scores[i] == scores[j] else 0.0
+            for i in range(40)
+            for j in range(40)
+            if ratings[i] - ratings[j] >= gap
+        ]
+        assert judges.rating_accuracy(scores, ratings, gap=gap) == pytest.approx(np.mean(results))
+
+
+def test_rating_accuracy_with_no_gap_leaves_out_pairs_of_equal_ratings():
+    assert (
+        judges.rating_accuracy(np.array([5.0, 1.0, 3.0]), np.array([1.0, 1.0, 0.0]), gap=0) == 0.5
+    )
+
+
+def test_a_gap_of_exactly_one_counts_in_spite_of_rounding():
+    ratings = np.array([2.466666667, 1.46666666701])
+    assert judges.rating_accuracy(np.array([1.0, 0.0]), ratings, gap=1.0) == 1.0
+
+
+def test_win_rates_of_both_sides_add_to_one():
+    a, b = np.random.default_rng(2).integers(0, 3, (2, 50)).astype(float)
+    assert judges.win_rate(a, b) + judges.win_rate(b, a) == pytest.approx(1.0)
+    assert judges.win_rate(a, a) == 0.5
+
+
+def test_the_interval_agrees_with_the_binomial_standard_error():
+    # 80 wins of 100: standard error sqrt(.8 * .2 / 100) = .04, so about .8 +- 1.96 * .04.
+    a, b = np.r_[np.ones(80), np.zeros(20)], np.full(100, 0.5)
+    low, high = judges.bootstrap_interval(a, b, seed=0)
+    assert low == pytest.approx(0.8 - 1.96 * 0.04, abs=0.011)
+    assert high == pytest.approx(0.8 + 1.96 * 0.04, abs=0.011)
+    assert (low, high) == judges.bootstrap_interval(a, b, seed=0)
+
+
+def test_the_interval_holds_the_true_rate_as_often_as_it_says():
+    rng = np.random.default_rng(3)
+    inside = 0
+    for seed in range(200):
+        wins = (rng.uniform(size=100) < 0.7).astype(float)
+        low, high = judges.bootstrap_interval(wins, np.full(100, 0.5), seed=seed, level=0.9)
+        inside += low <= 0.7 <= high
+    assert 0.83 <= inside / 200 <= 0.96
+
+
+def test_ties_narrow_the_interval_to_a_half():
+    assert judges.bootstrap_interval(np.ones(9), np.ones(9), seed=0) == (0.5, 0.5)
+
+
+def test_distinct_n_counts_over_the_whole_set_and_not_across_texts():
+    assert judges.distinct_n(["the cat", "the dog"], 1) == 3 / 4
+    assert judges.distinct_n(["the cat", "The CAT!"], 2) == 1 / 2
+    assert judges.distinct_n(["one two three"] * 5, 3) == 1 / 5
+    assert judges.distinct_n(["word", ""], 2) == 0.0
+
+
+def test_the_table_has_means_win_rates_and_the_judges_own_accuracy():
+    def length(texts):
+        return np.array([float(len(text)) for text in texts])
+
+    responses = {"base": ["a", "a"], "sft": ["aa", "aaaa"], "ppo": ["aaa", "aaa"]}
+    rated = (["aaa", "a", "aa"], np.array([2.0, 0.0, 2.5]))
+    (row,) = judges.judge_table(
+        {"length": length}, responses, rated=rated, notes={"length": "counts letters"}
+    )
+    assert row["judge"] == "length" and row["note"] == "counts letters"
+    assert (row["mean_base"], row["mean_sft"], row["mean_ppo"]) == (1.0, 3.0, 3.0)
+    assert (row["win_rate_ppo_vs_base"], row["win_rate_ppo_vs_sft"]) == (1.0, 0.5)
+    assert row["win_rate_ppo_vs_sft_interval"] == [0.0, 1.0]
+    assert (row["pair_accuracy_gap1"], row["num_prompts"]) == (1.0, 2)
+
+
+def test_a_table_without_rated_texts_does_not_claim_an_accuracy():
+    (row,) = judges.judge_table({"vader": judges.vader_judge()}, {"sft": ["bad"], "ppo": ["good"]})
+    assert "pair_accuracy_gap1" not in row and "note" not in row
+    assert row["win_rate_ppo_vs_sft"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: judges.fit_tfidf_judge(["a b"], np.array([np.nan])), "finite, got nan at index 0"),
+        (lambda: judges.fit_tfidf_judge(["a b"], np.zeros(2)), r"shape \(1,\), got \(2,\)"),
+        (lambda: judges.fit_ridge(np.full((2, 1), np.inf), np.zeros(2)), "finite"),
+        (lambda: judges.win_rate(np.zeros(2), np.zeros(3)), "scores_b must have shape"),
+        (lambda: judges.win_rate(np.zeros(0), np.zeros(0)), "empty"),
+        (lambda: judges.bootstrap_interval(np.ones(2), np.ones(2), seed=0, level=95), "level"),
+        (lambda: judges.rating_accuracy(np.zeros(2), np.zeros(2), gap=1), "min_gap=1"),
+        (lambda: judges.distinct_n(["a"], 0), "n must be at least 1"),
+        (lambda: judges.judge_table({}, {"sft": ["a"]}), "candidate 'ppo'"),
+        (lambda: judges.judge_table({}, {"sft": ["a"], "ppo": []}), "one a prompt"),
+        (lambda: judges.judge_table({}, {"ppo": ["a"]}, notes={"gold": "x"}), "unknown judges"),
+    ],
+)
+def test_mistakes_are_refused_by_name(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

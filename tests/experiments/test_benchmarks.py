@@ -1,0 +1,130 @@
+"""The benchmarks run, and tell what they promise; no figure of theirs is judged here."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.support.command_line import ROOT
+
+
+def benchmark(*arguments):
+    command = [sys.executable, "experiments/benchmark.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(("arguments", "told"), [((), "got none"), (("roll",), "got 'roll'")])
+def test_an_unknown_subcommand_is_told_the_known_ones(arguments, told):
+    done = benchmark(*arguments)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.strip().endswith(told) and "'scaling'" in done.stderr
+
+
+TINY = ["--hidden=16", "--layers=1", "--heads=2", "--vocab=64", "--batch=4", "--prompt-len=4"]
+TINY += ["--response-len=8", "--num-epochs=2", "--num-minibatches=2", "--repeats=2"]
+
+
+def last_line(done):
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2"])
+def test_an_iteration_tells_all_of_its_figures(family):
+    scanned = ["--scan-layers"] if family == "llama" else []
+    found = last_line(benchmark("iteration", f"--family={family}", *scanned, *TINY))
+    promised = (
+        "cpu_seconds_per_iter wall_seconds_per_iter rollout_cpu_seconds score_cpu_seconds "
+        "update_cpu_seconds rollout_tokens_per_cpu_second update_matmul_utilisation peak_rss_mb "
+        "compile_seconds model_flops matmul_peak_flops utilisation"
+    )
+    assert all(found[name] > 0 for name in promised.split())
+    assert found["arguments"]["family"] == family and found["arguments"]["response_len"] == 8
+    assert found["arguments"]["scan_layers"] == (family == "llama")
+
+
+@pytest.mark.slow
+def test_a_profile_tells_the_share_of_matrix_products():
+    done = benchmark("update", "--profile", *TINY)
+    assert last_line(done)["cpu_seconds"] > 0
+    (head,) = re.findall(r"jit_ppo_update: \S+ s in operations, (\S+) in products", done.stdout)
+    assert 0 < float(head) < 1
+    assert len(re.findall(r" ms +\d+ x +\w+\[[\d, ]*\] +\S+\n", done.stdout)) == 12
+
+
+@pytest.mark.slow
+def test_slots_stand_beside_static_batches():
+    found = last_line(benchmark("rollout", "--lengths=geometric:4", "--num-prompts=12", *TINY))
+    assert 12 <= found["useful_tokens"] <= 12 * 8 and found["cpu_seconds"] > 0
+    assert 3 < found["decode_steps_of_static_batches"] <= 3 * 8
+    assert found["times_the_useful_tokens_of_static_batches"] > 0
+
+
+@pytest.mark.slow
+def test_packed_rows_stand_beside_single_ones():
+    found = last_line(benchmark("update", "--lengths=geometric:3", "--num-micro-batches=2", *TINY))
+    assert 4 <= found["useful_tokens"] <= 4 * 8 and found["single_cpu_seconds"] > 0
+    assert found["times_the_cpu_seconds_of_single_rows"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--lengths=normal:3"], "below --vocab (64), got 'normal:3'"),
+        (["--lengths=geometric:64"], "below --vocab (64), got 'geometric:64'"),
+        (["--lengths=geometric:4", "--num-prompts=5"], "a multiple of --batch (4), got 5"),
+        (["--refill=2"], "--refill must be 0 with --lengths=fixed, got 2"),
+        (["--batch=4", "--num-minibatches=3"], "--num-micro-batches (3), got 4"),
+        (["--threads=4096"], "--threads must be at most"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(arguments, told):
+    done = benchmark("rollout", *TINY, *arguments)
+    assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("subcommand", "told"),
+    [("iteration", "--lengths must be fixed"), ("update", "--num-micro-batches must be > 1")],
+)
+def test_lengths_that_cannot_be_measured_are_refused(subcommand, told):
+    done = benchmark(subcommand, *TINY, "--lengths=geometric:4")
+    assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--chips=5"], "--chips must be powers of two from 4 to 256, got '5'"),
+        (["--chips="], "--chips must be powers of two"),
+        (["--rows=0"], "--rows must be one to four numbers from 1 on, got '0'"),
+        (["--plot=none/x.png"], "--plot must be in a folder that exists, got 'none/x.png'"),
+    ],
+)
+def test_what_cannot_be_compiled_is_refused_at_once(arguments, told):
+    done = benchmark("scaling", "--config=configs/pod.py", *arguments)
+    assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr
+
+
+def test_every_subcommand_tells_its_flags():
+    for name, flag in (("iteration", "--num_epochs"), ("scaling", "--rows")):
+        assert flag in benchmark(name, "--help").stdout
+
+
+@pytest.mark.slow
+def test_flops_a_chip_are_the_same_on_more_chips(tmp_path):
+    """With libtpu, in a process of its own."""
+    pytest.importorskip("libtpu")
+    path = tmp_path / "figures.json"
+    scratch = ["--config=configs/pod.py:smollm2_135m", "--fast", "--chips=4,16", "--rows=4"]
+    done = benchmark("scaling", *scratch, f"--json={path}", f"--plot={tmp_path / 'plot.png'}")
+    assert (done.returncode, done.stderr) == (0, "")
+    few, many = json.loads(path.read_text())
+    assert (few["devices"], many["devices"]) == (4, 16)
+    flops = [plan["iteration"]["flops_per_chip"] for plan in (few, many)]
+    assert flops[0] == pytest.approx(flops[1], rel=0.05)
+    assert "4 responses a chip: flops a chip within 0." in done.stdout
+    assert (tmp_path / "plot.png").stat().st_size > 10_000

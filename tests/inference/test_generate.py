@@ -1,0 +1,258 @@
+"""generate.py: how a model is sampled, streams, the chat, files of prompts."""
+
+import io
+import json
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from ppo_jax.data.records import read_jsonl, write_jsonl
+from ppo_jax.inference import terminal as chat_terminal
+from ppo_jax.inference.generate import compiled_stream, find_sampling, generate, stream, text_pieces
+from ppo_jax.inference.score import score_texts
+from ppo_jax.inference.terminal import chat, fitting, respond_to_file
+from ppo_jax.rollout.sampling import Sampling
+from tests.support.command_line import run_script
+from tests.support.tiny_stage import TEMPLATE, byte_tokenizer, random_model, write_stage
+
+SHORT = Sampling(response_length=10, eos_ids=(0,))
+HOW = {"sampling": SHORT, "temperature": 1.0, "seed": 0}
+WORDS = ["a film", "a film of few words", "few words of a film " * 4]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model(max_length=160)
+
+
+# --- how a model is sampled -----------------------------------------------------------------------
+
+
+def test_a_stage_is_sampled_as_its_run_does_but_for_what_is_asked(tmp_path, model):
+    settings = {"response_length": 5, "temperature": 0.5, "top_k": 7, "stop_tokens": ["w"]}
+    word = model.tokenizer.convert_tokens_to_ids("w")
+    write_stage(tmp_path, "ppo", model, **settings)
+    write_stage(tmp_path, "sft", model)
+    for stage in ("ppo", "sft"):
+        how = find_sampling(str(tmp_path / stage), model.tokenizer)
+        assert how["sampling"] == Sampling(response_length=5, eos_ids=(0, word), top_k=7)
+        assert how["temperature"] == 0.5
+    asked = {"top_k": 0, "temperature": 0.0, "response_length": None, "min_p": 0.1}
+    how = find_sampling(str(tmp_path / "ppo"), model.tokenizer, **asked)
+    assert how["sampling"] == Sampling(response_length=5, eos_ids=(0, word), top_k=0, min_p=0.1)
+    assert how["temperature"] == 0.0
+
+
+def test_a_folder_is_sampled_with_the_defaults_and_its_stop_tokens(tmp_path, model):
+    plain = Sampling(response_length=64, eos_ids=(0,))
+    default = {"sampling": plain, "temperature": 1.0}
+    assert find_sampling(str(tmp_path), model.tokenizer) == default
+    for ids, found in ((9, (0, 9)), ([8, 0], (0, 8)), (None, (0,))):
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+        assert find_sampling(str(tmp_path), model.tokenizer)["sampling"].eos_ids == found
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [0, 99999]}')
+    told = r"generation_config\.json: eos_token_id must be ids of the tokenizer.*\[0, 99999\]"
+    with pytest.raises(ValueError, match=told):
+        find_sampling(str(tmp_path), model.tokenizer)
+    write_stage(tmp_path, "sft", model)
+    assert find_sampling(str(tmp_path / "sft"), model.tokenizer) == default
+
+
+# --- streams --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_stream_has_the_tokens_of_a_rollout(model, temperature):
+    endings = []
+    for seed, prompt in enumerate(WORDS * 3):
+        sampling = Sampling(response_length=10, eos_ids=(0, *range(40, 60)), top_p=0.9)
+        how = {"sampling": sampling, "temperature": temperature}
+        _, [rollout] = generate(
+            model, [prompt], seed=seed, batch_size=1, max_prompt_length=150, **how
+        )
+        ids = model.tokenizer(prompt)["input_ids"]
+        tokens = list(stream(model, ids, jax.random.key(seed), **how))
+        mask = np.asarray(rollout.response_mask[0])
+        assert tokens == np.asarray(rollout.response_tokens[0])[mask].tolist()
+        endings.append(len(tokens))
+    if temperature:  # some were stopped by a token, others by the length, in the middle of a chunk
+        assert min(endings) < 10 == max(endings)
+
+
+def test_turns_of_like_length_compile_once(model):
+    begin, more = compiled_stream(model.config, SHORT)
+    begin.clear_cache(), more.clear_cache()
+    for length in (1, 10, 64):
+        list(stream(model, [5] * length, jax.random.key(0), sampling=SHORT, temperature=length))
+    assert begin._cache_size() == more._cache_size() == 1
+    list(stream(model, [5] * 65, jax.random.key(0), sampling=SHORT, temperature=1.0))
+    assert begin._cache_size() == more._cache_size() == 2
+
+
+def test_a_prompt_may_fill_the_positions_of_the_model():
+    model = random_model(positions="learned", max_length=20)
+    how = {"sampling": SHORT, "temperature": 0.0}
+    ids = [5, 6, 7, 8, 9] * 2
+    tokens = list(stream(model, ids, jax.random.key(0), **how))
+    prompt = model.tokenizer.decode(ids)
+    _, [rollout] = generate(model, [prompt], seed=0, batch_size=1, max_prompt_length=10, **how)
+    assert tokens == np.asarray(rollout.response_tokens[0])[: len(tokens)].tolist()
+
+
+def test_text_comes_piece_by_piece_and_characters_whole():
+    tokenizer = byte_tokenizer()
+    for text in ("a film of few words", "Grüße aus 東京 \U0001f3ac!", "", "x\ufffd"):
+        pieces = list(text_pieces(tokenizer, tokenizer(text)["input_ids"]))
+        assert "".join(pieces) == text
+        assert all("\ufffd" not in piece for piece in pieces) or "\ufffd" in text
+    given = []
+    pieces = text_pieces(tokenizer, (given.append(i) or i for i in tokenizer("few")["input_ids"]))
+    next(pieces)
+    assert len(given) == 1  # it waits for no more tokens than it needs
+    torn = tokenizer("東")["input_ids"][:-1]
+    assert "".join(text_pieces(tokenizer, torn)) == tokenizer.decode(torn)
+
+
+# --- the chat -------------------------------------------------------------------------------------
+
+
+def conversation(model, lines, **changes):
+    """What a chat shows, in one string."""
+    shown = []
+    chat(model, lines, shown.append, **{**HOW, **changes})
+    return "".join(shown)
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """A model with a template that answers "ok", and the list of the prompts that it got."""
+    model, prompts = random_model(template=TEMPLATE, max_length=60), []
+
+    def answer(model, ids, key, *, sampling, temperature):
+        prompts.append(model.tokenizer.decode(ids))
+        yield from model.tokenizer("ok")["input_ids"]
+
+    monkeypatch.setattr(chat_terminal, "stream", answer)
+    return model, prompts
+
+
+def test_turns_build_up_by_the_template_until_a_new_conversation(scripted):
+    model, prompts = scripted
+    said = conversation(model, ["hi", "", "  ", "so", "/new", "bye"])
+    assert prompts == ["u:hi;a:", "u:hi;a:ok;u:so;a:", "u:bye;a:"]
+    assert said.count("ok\n") == 3 and said.startswith("A conversation")
+
+
+def test_the_oldest_turns_make_room_and_a_line_without_room_is_told(scripted):
+    model, prompts = scripted
+    said = conversation(model, ["x" * 20, "y" * 20, "z" * 70, "so"])
+    assert prompts == [f"u:{'x' * 20};a:", f"u:{'y' * 20};a:", f"u:{'y' * 20};a:ok;u:so;a:"]
+    assert "(the line has 75 tokens, allowed are 1 to 50)\n" in said
+
+
+def test_the_newest_turns_are_those_that_fit():
+    model = random_model(template=TEMPLATE)
+    turns = [{"role": role, "content": "x" * 5} for role in ("user", "assistant") * 2 + ("user",)]
+    whole, ids = fitting(turns, model, 1000, use_template=True)
+    assert whole == turns and len(ids) == 5 * 8 + 2
+    assert fitting(turns, model, 41, use_template=True) == (turns[2:], ids[16:])
+
+
+def test_without_a_template_each_line_is_continued(scripted):
+    model, prompts = scripted
+    said = conversation(model, ["hi", "so"], use_template=False)
+    assert prompts == ["hi", "so"] and said.startswith("Without a chat template: each line is con")
+    model.tokenizer.chat_template = None
+    assert conversation(model, ["hi"]).startswith("Without a chat template")
+    assert "allowed are 1 to 50" in conversation(model, ["z" * 51])
+
+
+def test_ctrl_c_ends_an_answer_and_keeps_what_was_said(scripted, monkeypatch):
+    model, prompts = scripted
+
+    def interrupted(model, ids, key, **how):
+        prompts.append(model.tokenizer.decode(ids))
+        yield from model.tokenizer("o")["input_ids"]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(chat_terminal, "stream", interrupted)
+    said = conversation(model, ["hi", "so"])
+    assert prompts == ["u:hi;a:", "u:hi;a:o;u:so;a:"] and said.endswith("o\no\n")
+
+
+def test_a_chat_repeats_with_its_seed_and_its_turns_differ(model):
+    first, again = (conversation(model, ["a film", "a film"]) for _ in range(2))
+    other = conversation(model, ["a film", "a film"], seed=1)
+    assert first == again != other
+    assert conversation(model, ["", "a film"]) != conversation(model, ["a film"])  # another turn
+
+
+def test_no_room_and_no_policy_are_refused(model):
+    with pytest.raises(ValueError, match="response_length must be below the model's 160 tokens"):
+        conversation(model, [], sampling=Sampling(response_length=160, eos_ids=(0,)))
+    with pytest.raises(ValueError, match="must be a policy"):
+        conversation(random_model("reward"), [])
+
+
+# --- files of prompts -----------------------------------------------------------------------------
+
+
+def test_a_file_of_prompts_gives_a_file_of_scored_responses(tmp_path, model):
+    asked, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    write_jsonl(asked, [{"prompt": prompt} for prompt in WORDS])
+    scorer = random_model("reward", max_length=160)
+    respond_to_file(model, scorer, prompts=asked, out=out, copies=2, **HOW)
+    rows = read_jsonl(out)
+    assert [row["prompt"] for row in rows] == [prompt for prompt in WORDS for _ in range(2)]
+    assert all(row.keys() == {"prompt", "response", "score"} for row in rows)
+    expected = score_texts(scorer, [row["prompt"] + row["response"] for row in rows])
+    np.testing.assert_array_equal([row["score"] for row in rows], expected)
+    assert len({row["response"] for row in rows}) == 6
+
+    with pytest.raises(ValueError, match="is there already"):
+        respond_to_file(model, None, prompts=asked, out=out, copies=1, **HOW)
+    with pytest.raises(ValueError, match="scores come from a reward model, got a policy"):
+        respond_to_file(model, model, prompts=asked, out=tmp_path / "b", copies=1, **HOW)
+    respond_to_file(model, None, prompts=asked, out=tmp_path / "b", copies=1, **HOW)
+    assert [row.keys() for row in read_jsonl(tmp_path / "b")] == [{"prompt", "response"}] * 3
+
+
+def test_a_file_of_messages_is_answered_as_the_template_writes_them(tmp_path):
+    messages = [{"role": "user", "content": "hi"}]
+    write_jsonl(tmp_path / "in.jsonl", [{"messages": messages}])
+    files = {"prompts": tmp_path / "in.jsonl", "out": tmp_path / "out.jsonl"}
+    respond_to_file(random_model(template=TEMPLATE), None, copies=1, **files, **HOW)
+    assert [row["prompt"] for row in read_jsonl(tmp_path / "out.jsonl")] == ["u:hi;a:"]
+
+
+def test_the_script_chats_and_answers_files(tmp_path, monkeypatch):
+    write_stage(tmp_path, "ppo", random_model(template=TEMPLATE), response_length=8)
+    write_stage(tmp_path, "reward", random_model("reward"))
+    stage = (f"--workdir={tmp_path}", "--stage=ppo")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a film\n/new\nfew words\n"))
+    talk = run_script("generate", *stage, "--interactive")
+    assert talk.code == 0 and talk.out.startswith("A conversation"), talk.err
+    assert talk.out.count("> ") >= 4
+    write_jsonl(tmp_path / "in.jsonl", [{"prompt": "a film"}])
+    files = (f"--prompts={tmp_path / 'in.jsonl'}", f"--out={tmp_path / 'out.jsonl'}")
+    batch = run_script("generate", *stage, *files, f"--reward_model={tmp_path / 'reward'}")
+    assert batch.code == 0, batch.err
+    assert read_jsonl(tmp_path / "out.jsonl")[0].keys() == {"prompt", "response", "score"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--prompt=a"], "give either --model, or --workdir and --stage"),
+        (["--model=x"], "give --prompt, or --prompts and --out, or --interactive"),
+        (["--model=x", "--prompt=a", "--interactive"], "give --prompt, or"),
+        (["--model=x", "--prompts=a"], "give --prompt, or"),
+        (["--model=x", "--prompt=a", "--out=b"], "give --prompt, or"),
+        (["--model=x", "--reward_model=a"], "give --prompt, or"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_refused(flags, message):
+    ended = run_script("generate", *flags)
+    assert ended.code == 2 and ended.err.startswith(f"generate.py: {message}")

@@ -1,0 +1,158 @@
+"""Weights of real model families: parity with torch, and back again without a difference."""
+
+import json
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from ppo_jax.io import huggingface as hf
+from ppo_jax.models.build import policy_apply
+from ppo_jax.models.config import computation
+from ppo_jax.models.families.families import read_config, write_config
+from tests.support.tiny_hf import (
+    LENGTH,
+    LLAMA3_ROPE,
+    TINY_MODELS,
+    VOCAB,
+    assert_same_tree,
+    edit_config,
+    edit_weights,
+    saver,
+    torch,
+    torch_model,
+)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    return saver(tmp_path_factory.mktemp)
+
+
+def torch_logits(model, tokens, mask):
+    positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
+    with torch.no_grad():
+        return model(
+            input_ids=torch.tensor(tokens),
+            attention_mask=torch.tensor(mask.astype(np.int64)),
+            position_ids=torch.tensor(positions),
+        ).logits.numpy()
+
+
+def random_batch(*, padding):
+    tokens = np.random.default_rng(0).integers(0, VOCAB, (len(padding), LENGTH))
+    mask = np.arange(LENGTH)[None] >= np.array(padding)[:, None]
+    return tokens, mask
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_logits_equal_those_of_torch_with_and_without_left_padding(saved, name):
+    model, folder = saved(name)
+    config, params = hf.load_policy(folder)
+    for padding in ([0, 0], [7, 2]):
+        tokens, mask = random_batch(padding=padding)
+        theirs = torch_logits(model, tokens, mask)
+        ours = policy_apply(config, params, jnp.asarray(tokens, jnp.int32), jnp.asarray(mask))
+        assert np.abs(np.asarray(ours) - theirs)[mask].max() <= 1e-4
+        assert np.abs(theirs).max() > 1.0  # or the tolerance would say nothing
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_saving_and_loading_are_inverse_for_both_layouts_of_layers(saved, name):
+    _, folder = saved(name)
+    on_disk = load_file(folder / "model.safetensors")
+    for scan_layers in (False, True):
+        config, params = hf.load_policy(folder, scan_layers=scan_layers)
+        assert config == hf.load_config(folder, scan_layers=scan_layers)
+        again = hf.params_to_hf(config, TINY_MODELS[name][0], params)
+        assert again.keys() == on_disk.keys()
+        for key, tensor in again.items():
+            np.testing.assert_array_equal(tensor, on_disk[key], err_msg=key)
+
+
+def test_scanned_layers_are_the_unrolled_ones_stacked(saved):
+    _, folder = saved("llama-biases")
+    _, unrolled = hf.load_policy(folder)
+    _, scanned = hf.load_policy(folder, scan_layers=True)
+    stacked = jax.tree.map(lambda *x: np.stack(x), *unrolled["layers"].values())
+    assert_same_tree(scanned, {**unrolled, "layers": {"stack": stacked}})
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_shards_in_half_precision_are_read_as_float32(saved, tmp_path, dtype):
+    model, _ = saved("qwen3")
+    dtype = getattr(torch, dtype)
+    half = torch_model("qwen3").to(dtype)
+    half.save_pretrained(tmp_path, max_shard_size="10KB")
+    assert not (tmp_path / "model.safetensors").exists()
+    _, params = hf.load_policy(tmp_path)
+    expected = model.model.layers[1].mlp.up_proj.weight.detach().to(dtype).float().numpy().T
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype(np.float32)}
+    np.testing.assert_array_equal(params["layers"]["1"]["mlp"]["up"]["kernel"], expected)
+
+
+def test_dtype_is_that_of_the_computation(saved):
+    _, folder = saved("llama")
+    config, params = hf.load_policy(folder, dtype="bfloat16")
+    assert config.dtype == "bfloat16"
+    assert params["embed"]["tokens"].dtype == np.float32
+    with pytest.raises(ValueError, match=r"model\.dtype.*int8"):
+        hf.load_policy(folder, dtype="int8")
+
+
+def test_old_and_new_forms_of_rope_settings_are_the_same(saved, tmp_path):
+    _, folder = saved("llama-3")
+    scaling = {key: value for key, value in LLAMA3_ROPE.items() if key != "rope_theta"}
+    old = edit_config(
+        folder, tmp_path, rope_parameters=None, rope_theta=500.0, rope_scaling=scaling
+    )
+    config = hf.load_config(folder)
+    assert config.rope_theta == 500.0 and config.rope_scaling.factor == 8.0
+    assert hf.load_config(old) == config
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_writing_and_reading_a_config_are_inverse(saved, name):
+    choices = dict(dtype="bfloat16", scan_layers=True, remat="dots", attention="plain")
+    config = hf.load_config(saved(name)[1], **choices)
+    raw = json.loads(json.dumps(write_config(config)))
+    assert raw["model_type"] == TINY_MODELS[name][0]
+    assert read_config(raw, **choices) == config
+    assert computation(config) == choices
+
+
+def test_a_shape_of_no_family_has_no_config(saved):
+    llama, gpt2 = (hf.load_config(saved(name)[1]) for name in ("llama", "gpt2"))
+    for config in (replace(llama, mlp="gelu"), replace(gpt2, num_kv_heads=2)):
+        with pytest.raises(ValueError, match="none of .*'gpt2', 'llama', 'qwen2', 'qwen3'.* has a"):
+            write_config(config)
+
+
+def test_a_checkpoint_without_the_base_prefix_loads_the_same(saved, tmp_path):
+    _, folder = saved("gpt2")
+
+    def strip(tensors):
+        for key in list(tensors):
+            tensors[key.removeprefix("transformer.")] = tensors.pop(key)
+        tensors["h.0.attn.bias"] = np.ones((1, 1, 64, 64), np.float32)  # a causal mask
+
+    assert_same_tree(
+        hf.load_policy(edit_weights(folder, tmp_path, strip))[1], hf.load_policy(folder)[1]
+    )
+
+
+@pytest.mark.slow
+def test_smollm2_knows_the_capital_of_france():
+    from ppo_jax.io.tokenizers import load_tokenizer
+
+    name = "package:smollm2-135m-instruct"
+    tokenizer = load_tokenizer(name)
+    config, params = hf.load_policy(name)
+    tokens = jnp.asarray([tokenizer("The capital of France is")["input_ids"]], jnp.int32)
+    for _ in range(2):
+        logits = policy_apply(config, params, tokens, jnp.ones(tokens.shape, bool))
+        tokens = jnp.concatenate([tokens, logits[:, -1:].argmax(-1).astype(jnp.int32)], axis=1)
+    assert tokenizer.decode(tokens[0, 5:]) == " Paris."

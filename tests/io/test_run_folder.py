@@ -1,0 +1,106 @@
+"""The files of a workdir: whole lines, a config that says what was run, and what changed in it."""
+
+import json
+import subprocess
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ppo_jax.io import run_folder as workdir_module
+from ppo_jax.io.run_folder import (
+    append_rows,
+    config_differences,
+    drop_lines_after,
+    prepare_workdir,
+    read_config,
+)
+
+
+@pytest.mark.parametrize("torn", [b'{"stage": "ppo", "st', b'{"stage": "ppo", "step": 3}', b"\x00"])
+def test_a_torn_last_line_is_removed_and_the_others_stay_byte_for_byte(tmp_path, torn):
+    path = tmp_path / "samples.jsonl"
+    whole = '{"stage":"ppo", "step":1,  "response": "ça\\n va"}\n{"step": 2, "stage": "sft"}\n'
+    path.write_bytes(whole.encode() + torn)
+    drop_lines_after(path, "ppo", 5)
+    assert path.read_text(encoding="utf-8") == whole
+    assert [file.name for file in tmp_path.iterdir()] == ["samples.jsonl"]
+
+
+def test_a_damaged_line_in_the_middle_is_refused_by_its_number(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    for damaged in ("{oops", "[1]", '{"stage": "ppo"}'):
+        path.write_text(f'{{"stage": "ppo", "step": 1}}\n{damaged}\n')
+        with pytest.raises(ValueError, match="samples.jsonl:2: must be a JSON object with stage"):
+            drop_lines_after(path, "ppo", 5)
+
+
+def test_dropping_lines_of_an_absent_file_does_nothing(tmp_path):
+    drop_lines_after(tmp_path / "samples.jsonl", "ppo", 5)
+    assert not list(tmp_path.iterdir())
+
+
+def test_rows_are_appended_as_whole_lines_of_valid_json(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    row = {"stage": "ppo", "step": 1, "prompt": "a\nb", "response": "é\u2028"}
+    append_rows(path, [{**row, "score": np.float32(0.5)}, {**row, "score": float("nan")}])
+    append_rows(path, [{**row, "score": jnp.float32(2)}])
+    found = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
+    assert found == [{**row, "score": score} for score in (0.5, None, 2.0)]
+
+
+def test_config_json_tells_what_was_run_and_on_what(tmp_path):
+    config = {"ppo": {"kl_coef": 0.1, "eos_ids": (1, 2), "max_norm": float("inf")}, "seed": 0}
+    prepare_workdir(tmp_path / "runs" / "a", config)
+    text = (tmp_path / "runs" / "a" / "config.json").read_text()
+    record = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert record["packages"]["jax"] == jax.__version__
+    assert record["python"].count(".") == 2
+    assert record["devices"] == {"kind": "cpu", "count": 8, "processes": 1}
+    assert "git_commit" in record
+    read = read_config(tmp_path / "runs" / "a")
+    assert read == {"ppo": {"kl_coef": 0.1, "eos_ids": [1, 2], "max_norm": "inf"}, "seed": 0}
+    assert config_differences(read, config) == []
+
+
+def test_the_commit_is_the_one_of_the_checkout(tmp_path, monkeypatch):
+    source = tmp_path / "checkout"
+    (source / "ppo_jax" / "io").mkdir(parents=True)
+    monkeypatch.setattr(
+        workdir_module, "__file__", str(source / "ppo_jax" / "io" / "run_folder.py")
+    )
+    assert workdir_module._git_commit() is None
+
+    def git(*arguments):
+        who = ["-c", "user.name=a", "-c", "user.email=a@example.com"]
+        command = ["git", "-C", str(source), *who, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    git("init", "-q")
+    assert workdir_module._git_commit() is None  # no commit yet
+    (source / "ppo_jax" / "metrics.py").write_text("1")
+    git("add", ".")
+    git("commit", "-q", "-m", "one")
+    git("tag", "-a", "v1", "-m", "v1")
+    assert workdir_module._git_commit() == git("rev-parse", "HEAD")
+    (source / "ppo_jax" / "metrics.py").write_text("2")
+    assert workdir_module._git_commit() == git("rev-parse", "HEAD") + "-dirty"
+
+
+def test_a_workdir_without_a_config_has_none_and_a_damaged_one_is_refused(tmp_path):
+    assert read_config(tmp_path) is None
+    for text in ("{", "[]", "{}"):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match="config.json must be a JSON object with a config"):
+            read_config(tmp_path)
+
+
+def test_config_differences_name_every_field_that_changed():
+    old = {"ppo": {"kl_coef": 0.1, "gamma": 1.0, "ids": [1]}, "data": {}, "a": None}
+    new = {"ppo": {"kl_coef": 0.2, "gamma": 1.0, "ids": (1,)}, "data": {"path": "x"}, "a": None}
+    assert config_differences(old, new) == [
+        "ppo.kl_coef: 0.1 -> 0.2",
+        "data: {} -> absent",
+        "data.path: absent -> x",
+    ]

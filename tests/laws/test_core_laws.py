@@ -1,0 +1,257 @@
+"""Laws that hold for every public function of the pure core, one table of calls for all."""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ppo_jax.core.advantages import gae, whiten
+from ppo_jax.core.distributions import entropy, token_logprobs, token_statistics
+from ppo_jax.core.kl import adaptive_kl_coef, kl_estimate
+from ppo_jax.core.losses import (
+    clipped_policy_loss,
+    clipped_value_loss,
+    explained_variance,
+    next_token_loss,
+    ppo_loss,
+    preference_loss,
+)
+from ppo_jax.core.masking import last_token_index, masked_mean, response_mask
+from ppo_jax.core.rewards import missing_eos_scores, token_rewards
+from ppo_jax.rollout.sampling import sample
+
+B, T, V = 3, 5, 7
+LENGTHS = np.array([5, 3, 0])
+MASK = jnp.asarray(np.arange(T)[None] < LENGTHS[:, None]).at[1, 1].set(False)  # with a hole
+TOKENS = jnp.asarray(np.random.default_rng(9).integers(0, V, size=(B, T)), jnp.int32)
+PADDED = ~np.asarray(MASK)
+EMPTY_ROWS = PADDED.all(axis=1)
+
+
+def array(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+class Case(NamedTuple):
+    """One call: `function(*arrays, **numbers)`, arrays float, numbers what may be traced."""
+
+    name: str
+    function: Callable
+    arrays: list
+    numbers: dict
+    padding: list = []  # bool, the leading shape of each array: True is padding
+    masks_itself: bool = True  # False: elementwise, padding stays where it is
+
+
+def ppo_loss_of_arrays(logprobs, values, entropies, old_logprobs, old_values, a, r, **numbers):
+    constants = dict(old_logprobs=old_logprobs, old_values=old_values, advantages=a, returns=r)
+    return ppo_loss(logprobs, values, entropies, MASK, **constants, **numbers)
+
+
+def gae_of_arrays(rewards, values, gamma, bootstrap_values, **numbers):
+    return gae(rewards, values, MASK, gamma=gamma, bootstrap_values=bootstrap_values, **numbers)
+
+
+def logprobs_of_tokens(logits, **numbers):
+    return token_logprobs(logits, TOKENS, **numbers)
+
+
+def product_of_statistics(logits, **numbers):
+    return jnp.multiply(*token_statistics(logits, TOKENS, **numbers))
+
+
+def tokenwise(num, first_seed=0):
+    return [array(first_seed + i, B, T) for i in range(num)]
+
+
+def with_mask(function, **static):
+    return lambda *arrays, **numbers: function(*arrays, MASK, **static, **numbers)
+
+
+def with_eos(scores, **numbers):
+    return missing_eos_scores(scores, HAS_EOS, **numbers)
+
+
+HAS_EOS = jnp.array([True, True, False])
+GAE = dict(gamma=0.9, gae_lambda=0.8, bootstrap_values=0.5)
+CLIP = dict(clip_range=0.2, clip_range_high=0.3, normalizer=11)
+VALUE_CLIP = dict(value_clip_range=0.3, normalizer=11.0)
+PPO = CLIP | VALUE_CLIP | dict(vf_coef=0.5, entropy_coef=0.1)
+KEEP_MEAN = with_mask(whiten, shift_mean=False)
+SCORES = array(10, B)
+ONE, TWO, THREE, SEVEN = (tokenwise(num) for num in (1, 2, 3, 7))
+LOGITS = [array(11, B, T, V)]
+STEPS = [*THREE, array(12, B)]
+
+CASES = [
+    Case("masked_mean", with_mask(masked_mean), ONE, dict(normalizer=11.0), [PADDED]),
+    Case("masked_mean_of_count", with_mask(masked_mean), ONE, {}, [PADDED]),
+    Case("whiten", with_mask(whiten), ONE, {}, [PADDED]),
+    Case("whiten_keeping_the_mean", KEEP_MEAN, ONE, {}, [PADDED]),
+    Case("gae", with_mask(gae), TWO, GAE, [PADDED] * 2),
+    Case("gae_per_step", gae_of_arrays, STEPS, dict(gae_lambda=0.8), [PADDED] * 3 + [EMPTY_ROWS]),
+    Case("missing_eos_replace", with_eos, [SCORES], dict(replace=-1.0), [~np.asarray(HAS_EOS)]),
+    Case("missing_eos_penalty", with_eos, [SCORES], dict(penalty=1.0)),
+    Case("clipped_policy_loss", with_mask(clipped_policy_loss), THREE, CLIP, [PADDED] * 3),
+    Case("clipped_value_loss", with_mask(clipped_value_loss), THREE, VALUE_CLIP, [PADDED] * 3),
+    Case("ppo_loss", ppo_loss_of_arrays, SEVEN, PPO, [PADDED] * 7),
+    Case("next_token_loss", with_mask(next_token_loss), ONE, dict(normalizer=11), [PADDED]),
+    Case("explained_variance", with_mask(explained_variance), TWO, {}, [PADDED] * 2),
+    Case("preference_loss", preference_loss, [SCORES, array(13, B)], dict(margin=0.5)),
+    Case("entropy", entropy, LOGITS, {}, [PADDED], masks_itself=False),
+    Case("token_logprobs", logprobs_of_tokens, LOGITS, dict(temperature=0.7), [PADDED], False),
+    Case("token_statistics", product_of_statistics, LOGITS, dict(temperature=0.7), [PADDED], False),
+]
+for kind in ("k1", "k2", "k3"):
+    estimate = functools.partial(kl_estimate, kind=kind)
+    rewards = with_mask(token_rewards, kl_kind=kind)
+    paddings = [EMPTY_ROWS, PADDED, PADDED]
+    CASES += [
+        Case(f"kl_estimate_{kind}", estimate, TWO, {}, [PADDED] * 2, masks_itself=False),
+        Case(f"token_rewards_{kind}", rewards, [SCORES, *TWO], dict(kl_coef=0.1), paddings),
+    ]
+PADDED_CASES = [case for case in CASES if case.padding]
+
+
+def named(cases):
+    return pytest.mark.parametrize("case", cases, ids=[case.name for case in cases])
+
+
+def fill(x, padding, value):
+    padding = padding.reshape(padding.shape + (1,) * (x.ndim - padding.ndim))
+    return jnp.where(jnp.asarray(np.broadcast_to(padding, x.shape)), value, x)
+
+
+def run(case, value):
+    """Outputs and gradients with this value in the padding.
+
+    The gradient is that of a random weighting of all outputs: their plain sum would be blind to
+    some (that of whitened numbers is always 0).
+    """
+    arrays = [fill(x, p, value) for x, p in zip(case.arrays, case.padding, strict=True)]
+
+    def weighted(arrays):
+        outputs = case.function(*arrays, **case.numbers)
+        if not case.masks_itself:
+            outputs = jnp.where(MASK, outputs, 0.0)
+        leaves = jax.tree.leaves(outputs)
+        weights = [array(20 + i, *leaf.shape) for i, leaf in enumerate(leaves)]
+        return sum(jnp.sum(w * x) for w, x in zip(weights, leaves, strict=True)), outputs
+
+    return jax.grad(weighted, has_aux=True)(arrays)[::-1]
+
+
+@named(PADDED_CASES)
+def test_what_padding_holds_is_invisible_to_values_and_gradients(case):
+    run_case = jax.jit(lambda value: run(case, value))
+    expected = run_case(0.0)
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(expected))
+    for value in (jnp.nan, jnp.inf, 1e30):
+        outputs, grads = run_case(value)
+        jax.tree.map(np.testing.assert_array_equal, outputs, expected[0])
+        for got, expected_grad, padding in zip(grads, expected[1], case.padding, strict=True):
+            np.testing.assert_array_equal(got[~padding], expected_grad[~padding])
+            if case.masks_itself:
+                assert (got[padding] == 0.0).all()
+
+
+def assert_equal_trees(got, expected):
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+
+
+@named(CASES)
+def test_numbers_may_be_traced_and_compile_once_for_all_values(case):
+    traces = 0
+
+    @jax.jit
+    def call(arrays, numbers):
+        nonlocal traces
+        traces += 1
+        return case.function(*arrays, **numbers)
+
+    for scale in (1, 2):
+        numbers = {name: scale * x for name, x in case.numbers.items()}
+        assert_equal_trees(call(case.arrays, numbers), case.function(*case.arrays, **numbers))
+    assert traces == 1
+
+
+@named(CASES)
+def test_no_implicit_dtype_promotion(case, strict):
+    strong = {name: jnp.float32(x) for name, x in case.numbers.items()}
+    call = jax.jit(lambda arrays, numbers: case.function(*arrays, **numbers))
+    assert_equal_trees(call(case.arrays, case.numbers), case.function(*case.arrays, **strong))
+    half = [x.astype(jnp.bfloat16) for x in case.arrays]
+    for leaf in jax.tree.leaves(case.function(*half, **case.numbers)):
+        assert leaf.dtype == jnp.float32
+
+
+@named(CASES)
+def test_integers_in_place_of_floats_are_refused(case):
+    for i in range(len(case.arrays)):
+        if case.name == "gae_per_step" and i >= 2:
+            continue  # gamma and bootstrap are numbers, and a whole number is a number
+        arrays = list(case.arrays)
+        arrays[i] = arrays[i].astype(jnp.int32)
+        with pytest.raises(AssertionError, match="assert_type"):
+            case.function(*arrays, **case.numbers)
+
+
+@named([case for case in CASES if case.numbers])
+def test_a_row_of_numbers_is_one_sweep_under_vmap(case):
+    sweep = {name: jnp.array([0.5, 1.0], jnp.float32) * x for name, x in case.numbers.items()}
+    got = jax.vmap(lambda numbers: case.function(*case.arrays, **numbers))(sweep)
+    for i in range(2):
+        lane = {name: x[i] for name, x in sweep.items()}
+        expected = case.function(*case.arrays, **lane)
+        assert_equal_trees(jax.tree.map(lambda x, i=i: x[i], got), expected)
+
+
+def test_the_controller_takes_traced_numbers_without_promotion(strict):
+    numbers = dict(target_kl=6.0, horizon=100, batch_size=10)
+    call = jax.jit(adaptive_kl_coef)
+    expected = adaptive_kl_coef(0.1, 12.0, **numbers)
+    np.testing.assert_allclose(call(0.1, 12.0, **numbers), expected, rtol=1e-6)
+    np.testing.assert_allclose(call(jnp.float32(0.1), jnp.float32(12), **numbers), expected)
+
+
+def test_sample_takes_traced_numbers_without_promotion(strict):
+    key, logits = jax.random.key(0), array(0, B, V)
+    numbers = dict(temperature=0.7, top_p=0.9, min_p=0.1)
+    traced = jax.jit(lambda numbers: sample(key, logits, top_k=5, **numbers))(numbers)
+    np.testing.assert_array_equal(traced, sample(key, logits, top_k=5, **numbers))
+
+
+def test_a_row_of_nan_logits_leaves_the_samples_of_the_others():
+    key, logits = jax.random.key(0), array(0, B, V)
+    broken = logits.at[1].set(jnp.nan)
+    for filters in ({}, {"top_k": 3, "top_p": 0.9, "min_p": 0.1}):
+        got, expected = sample(key, broken, **filters), sample(key, logits, **filters)
+        assert (got[0], got[2]) == (expected[0], expected[2])
+
+
+def test_masks_are_made_without_promotion_and_in_a_jitted_program(strict):
+    mask = jax.jit(lambda tokens: response_mask(tokens, (2, 5)))(TOKENS)
+    np.testing.assert_array_equal(mask, response_mask(TOKENS, jnp.array([2, 5], jnp.int32)))
+    np.testing.assert_array_equal(jax.jit(last_token_index)(mask), last_token_index(mask))
+
+
+def test_masks_of_other_types_are_refused():
+    ones = jnp.ones((B, T))
+    for wrong in (ones, ones.astype(jnp.int32)):
+        for call in (
+            lambda m: masked_mean(ones, m),
+            lambda m: whiten(ones, m),
+            lambda m: gae(ones, ones, m),
+            lambda m: token_rewards(ones[:, 0], ones, ones, m, kl_coef=0.1),
+            lambda m: clipped_policy_loss(ones, ones, ones, m),
+            lambda m: clipped_value_loss(ones, ones, ones, m),
+            lambda m: explained_variance(ones, ones, m),
+            last_token_index,
+        ):
+            with pytest.raises(AssertionError, match="assert_type"):
+                call(wrong)

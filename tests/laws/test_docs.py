@@ -1,0 +1,275 @@
+"""What is written about settings, metrics, files, formats and commands is true, and is all."""
+
+import dataclasses
+import json
+import re
+import shlex
+import tomllib
+from unittest import mock
+
+import pytest
+
+import ppo_jax
+from ppo_jax import cli
+from ppo_jax.config import run as settings_module
+from ppo_jax.config.parsing import hints_of, options
+from ppo_jax.config.run import Config, from_config_dict
+from ppo_jax.data import preferences
+from ppo_jax.data import records as data
+from ppo_jax.data.records import write_jsonl
+from ppo_jax.distributed import processes
+from ppo_jax.pipeline import run as pipeline
+from tests.config.test_run import SECTIONS
+from tests.support import chats, tiny_run
+from tests.support.command_line import ROOT, run_script
+
+README = (ROOT / "README.md").read_text()
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
+
+
+def section(title):
+    """The text under a heading of the README, up to the next of its kind."""
+    level = title.split()[0]
+    return re.search(rf"\n{re.escape(title)}\n(.*?)(?=\n{level} |\Z)", README, re.DOTALL)[1]
+
+
+def table(text):
+    """The rows of the first table in a text, each a list of its cells."""
+    rows = re.search(r"(?:^\|.*\n)+", text, re.MULTILINE)[0].splitlines()
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[2:]]
+
+
+# --- settings -------------------------------------------------------------------------------------
+
+UNITS = "token text step layer block width number piece comparison pass prompt response rollout"
+UNITS += " iteration"
+
+
+def comments():
+    """{(class, field): its comment}, at the end of its line and on lines of their own below it."""
+    found, place, cls = {}, None, None
+    names = ("run.py", "stages.py", "mesh.py")
+    files = [(ROOT / "ppo_jax" / "config" / name).read_text() for name in names]
+    for line in "\n".join(files).splitlines():
+        if match := re.match(r"class (\w+)", line):
+            cls = match[1]
+        if match := re.match(r"    (\w+): [^#]*(?:#(.*))?$", line):
+            place = (cls, match[1])
+            found[place] = (match[2] or "").strip()
+        elif place and (match := re.match(r"    # (.*)", line)):
+            found[place] += " " + match[1]
+        else:
+            place = None
+    return found
+
+
+def fields():
+    return [(cls, field) for cls in SECTIONS for field in dataclasses.fields(cls)]
+
+
+def test_every_count_has_its_unit():
+    """A whole number is a number of something, and its comment says of what."""
+    found = comments()
+    assert not [
+        f"{cls.__name__}.{field.name}: {found[cls.__name__, field.name]}"
+        for cls, field in fields()
+        if field.name != "seed"
+        and int in options(hints_of(cls)[field.name])
+        and not re.search("|".join(UNITS.split()), found[cls.__name__, field.name])
+    ]
+
+
+def choices():
+    """(class, field, what `Check.choice` allows) of every word that is one of several."""
+    seen = []
+
+    def record(check, field, *allowed):
+        seen.append((type(check.settings), field, allowed))
+
+    with mock.patch.object(settings_module.Check, "choice", record):
+        from_config_dict(tiny_run.config())
+    return seen
+
+
+def test_every_choice_is_named_in_the_comment():
+    found = comments()
+    assert len(choices()) > 8
+    for cls, field, allowed in choices():
+        default = next(f.default for f in dataclasses.fields(cls) if f.name == field)
+        comment = found[cls.__name__, field]
+        missing = [x for x in allowed if x not in ("", default) and f'"{x}"' not in comment]
+        assert not missing, f"{cls.__name__}.{field} says nothing of {missing}"
+
+
+def test_every_setting_that_the_readme_names_exists():
+    names = set(re.findall(r"--config\.([a-z_0-9.]+?)=", README))
+    names |= set(re.findall(r"`((?:model|sft|reward|ppo|evaluate)\.[a-z_.]+)(?:=[^`]*)?`", README))
+    assert {"ppo.kl_coef", "model.vocabulary_data"} <= names
+    unknown = [name for name in names if not is_setting(Config, name.split("."))]
+    assert not unknown
+
+
+def is_setting(cls, path):
+    hints = hints_of(cls)
+    if path[0] not in hints or len(path) == 1:
+        return path[0] in hints
+    inner = next((o for o in options(hints[path[0]]) if dataclasses.is_dataclass(o)), None)
+    return inner is not None and is_setting(inner, path[1:])
+
+
+# --- what a run leaves ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A complete run of every stage; nothing may change it."""
+    folder = tmp_path_factory.mktemp("run")
+    pipeline.run(tiny_run.config(), folder)
+    return folder
+
+
+def documented_metrics():
+    """The names in the table, with what its remarks add: "also `sft/`", "`_gap1`, `_gap2`"; and
+    those of a setting that the run has not: "with `setting=...`:"."""
+    names, optional = set(), set()
+    for cell, meaning in table(section("### Metrics")):
+        row = re.findall(r"`([^`]+)`", cell)
+        if setting := re.match(r"with `(\w+)", meaning):
+            assert setting[1] in {field.name for _, field in fields()}
+            optional |= set(row)
+            continue
+        names |= set(row)
+        for remark in re.findall(r"`([^`]+)`", meaning):
+            if remark.endswith("/"):
+                names |= {remark + name.partition("/")[2] for name in row}
+            elif remark.startswith("_"):
+                names |= {name + remark for name in row}
+    return names, optional
+
+
+def test_the_table_of_metrics_is_what_a_run_writes(workdir):
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    written = {name for line in lines for name in json.loads(line)} - {"stage", "step"}
+    documented, optional = documented_metrics()
+    assert written - documented == set(), "not in the README's table"
+    assert documented - written == set(), "in the README's table, and nothing writes it"
+    sources = "".join(path.read_text() for path in (ROOT / "ppo_jax").rglob("*.py"))
+    assert all(f'"{name}"' in sources for name in optional)
+
+
+def test_the_table_of_files_is_what_a_run_leaves(workdir):
+    cells = " ".join(row[0] for row in table(section("## What a run leaves").split("###")[0]))
+    named = {name.strip("/") for name in re.findall(r"`([^`]+)`", cells)}
+    found = {path.name for path in workdir.iterdir()}
+    assert found - {"tensorboard"} == named  # which its row on metrics.jsonl names
+    inside = {path.name for path in (workdir / "sft").iterdir()}
+    assert inside == {"stage.json", "tokenizer", "frozen", "checkpoints"}
+
+
+# --- formats of data ------------------------------------------------------------------------------
+
+READ = {
+    "SFT": [data.load_demonstrations],
+    "reward model": [preferences.load_preferences, lambda path, _: data.load_ratings(path)],
+    "PPO": [data.load_prompts],
+}
+MESSAGES = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+VALUES = {"messages": MESSAGES, "responses": ["good", "bad"], "scores": [2, 1]}
+VALUES |= {"ratings": [1, 2.5], "rating": 3}
+TALKS = {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}
+
+
+def formats():
+    """(for what, its keys) of each form of a row in the README's table of data."""
+    rows = table(README[README.index("**Data** are") :])
+    forms = [(row[0], form) for row in rows for form in re.findall(r"`(\{.*?\})`", row[1])]
+    return [(what, tuple(re.findall(r'"(\w+)":', form))) for what, form in forms]
+
+
+def example_of(keys):
+    """A row with these keys; two conversations have the prompt in them."""
+    if keys == ("chosen", "rejected"):
+        return TALKS
+    return {key: VALUES.get(key, f"some {key}") for key in keys}
+
+
+@pytest.mark.parametrize(("what", "keys"), formats(), ids=str)
+def test_every_form_of_a_row_in_the_readme_is_read(tmp_path, what, keys):
+    path = tmp_path / "rows.jsonl"
+    write_jsonl(path, [example_of(keys)])
+    read = []
+    for load in READ[what]:
+        try:
+            read += load(path, chats.TOKENIZER)
+        except ValueError as error:
+            assert "the keys must be" in str(error)
+    assert len(read) == 1
+
+
+def test_every_form_that_is_read_is_in_the_readme():
+    forms = (data.DEMONSTRATION_FORMS, data.RATING_FORMS, data.PROMPT_FORMS)
+    read = {keys for group in (*forms, preferences.PREFERENCE_FORMS) for keys in group}
+    assert read == {keys for _, keys in formats()}
+
+
+# --- commands -------------------------------------------------------------------------------------
+
+
+def commands():
+    """Every `python experiments/...` of the documents and of the docstrings, on one line."""
+    sources = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+    sources += sorted((ROOT / "configs").glob("*.py")) + sorted((ROOT / "experiments").glob("*.py"))
+    for source in sources:
+        text = source.read_text().replace("\\\n", " ")
+        for command in re.findall(r"python (experiments/[^`|\n]*)", text):
+            yield pytest.param(command, id=f"{source.name}: {command.split(' --workdir')[0]}")
+
+
+@pytest.mark.parametrize("command", list(commands()))
+def test_every_command_parses(command, monkeypatch):
+    """Its flags exist, its config is one, and its settings are allowed; nothing is run."""
+    monkeypatch.chdir(ROOT)
+    path, *flags = shlex.split(re.sub(r"=N\b", "=1", command), comments=True)
+    given, script = [], path.removeprefix("experiments/").removesuffix(".py")
+
+    def start(config, workdir, only):
+        given.append(from_config_dict(config))
+
+    if script in ("rlhf", "train_sft", "train_reward", "train_ppo"):
+        patch = mock.patch.multiple(pipeline, run=start, dry_run=start)
+    else:
+        patch = mock.patch.object(cli, "call", given.append)
+    with patch, mock.patch.object(processes, "join"):
+        ended = run_script(script, *flags)
+    assert (ended.code, ended.err) == (0, "") and len(given) == 1
+
+
+def test_every_script_tells_its_command():
+    for path in (ROOT / "experiments").glob("*.py"):
+        if "cli.run" in path.read_text():
+            assert f"python experiments/{path.name} " in path.read_text(), path.name
+
+
+def test_every_config_file_tells_its_command():
+    for path in (ROOT / "configs").glob("*.py"):
+        assert f"--config=configs/{path.name}" in path.read_text(), path.name
+
+
+# --- the rest -------------------------------------------------------------------------------------
+
+
+def test_contributing_is_three_commands_that_the_project_knows():
+    block = re.search(r"```\n(.*?)```", CONTRIBUTING, re.DOTALL)[1].splitlines()
+    install, test, lint = block
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    assert re.search(r"'\.\[(\w+)\]'", install)[1] in extras
+    assert test == "pytest" and lint == "ruff check . && ruff format --check ."
+
+
+def test_the_version_is_one():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["version"] == ppo_jax.__version__
+    changelog = (ROOT / "ppo_jax" / "CHANGELOG.md").read_text()
+    assert "## Unreleased" in changelog or f"## {ppo_jax.__version__}" in changelog

@@ -1,0 +1,101 @@
+"""A token's attention to the cache: all of it, or the blocks that hold something."""
+
+import collections
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ppo_jax.models import attention, transformer
+from ppo_jax.models.attention import attend, attend_blocks, attend_cached
+from ppo_jax.models.build import policy_network
+from ppo_jax.planner.hlo.text import parse_module
+from ppo_jax.rollout.decode import rollout
+from tests.support import tiny
+
+B, H, G, K = 2, 4, 2, 8
+BOTH = {"samples_per_prompt": 2, "slots": 4, "refill": 2}
+
+
+def arrays(capacity, filled, new=1):
+    rng = np.random.default_rng(0)
+    shapes = (B, new, H, K), (B, G, capacity, K), (B, G, capacity, K)
+    q, k, v = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
+    allowed = rng.random((B, new, capacity)) < 0.7
+    allowed[:, :, 0] = True
+    return q, k, v, jnp.asarray(allowed & (np.arange(capacity) < filled))
+
+
+@pytest.mark.parametrize("new", [1, 3])
+@pytest.mark.parametrize("capacity", [4, 8, 9, 16, 31, 33])
+def test_blocks_that_hold_something_are_enough(monkeypatch, capacity, new):
+    monkeypatch.setattr(attention, "BLOCK", 2)
+    blocks = tiny.jit(lambda *args: attend_blocks(*args))  # traced with these blocks
+    for filled in range(new, capacity + 1):
+        args = arrays(capacity, filled, new)
+        np.testing.assert_allclose(blocks(*args, jnp.int32(filled)), attend(*args), atol=1e-6)
+
+
+def test_no_more_is_read_than_blocks_that_hold_something(monkeypatch):
+    """What lies behind them may be anything: it has no part in the sums."""
+    monkeypatch.setattr(attention, "BLOCK", 4)
+    q, k, v, allowed = arrays(16, 5)
+    expected = attend(q, k, v, allowed)
+    bad = v.at[:, :, 8:].set(jnp.nan)
+    got = jax.jit(lambda *args: attend_blocks(*args))(q, k, bad, allowed, jnp.int32(5))
+    np.testing.assert_allclose(got, expected, atol=1e-6)
+    assert np.isnan(attend(q, k, bad, allowed)).any()  # the whole cache is another matter
+
+
+@pytest.mark.parametrize("shape", ["gpt2", "scanned"])
+@pytest.mark.parametrize("of_rollout", [{}, {"slots": 3}, {"samples_per_prompt": 2}, BOTH], ids=str)
+def test_a_rollout_by_blocks_samples_the_same_responses(monkeypatch, shape, of_rollout):
+    """Also where the ring of the cache has gone round, and where a prompt is handed on."""
+    config = tiny.model_config(**tiny.SHAPES[shape])
+    network = policy_network(config)
+    params, sampling = tiny.random_params(network), tiny.sampling(**of_rollout)
+
+    def sample():
+        run = functools.partial(rollout, network, sampling=sampling)
+        return jax.jit(run)(params, tiny.prompts(), tiny.RUN_KEY)
+
+    expected = sample()
+    monkeypatch.setattr(attention, "BLOCK", 2)
+    monkeypatch.setattr(transformer, "attend_cached", lambda q, k, v, x: attend_blocks(q, k, v, *x))
+    got = sample()
+    assert (got.response_tokens == expected.response_tokens).all()
+    np.testing.assert_allclose(got.logprobs, expected.logprobs, atol=1e-5)
+
+
+def test_the_platform_chooses():
+    q, k, v, allowed = arrays(1000, 5)
+    args = q, k, v, (allowed, jnp.int32(5))
+    program = jax.jit(attend_cached)
+    parts = [f"tensor<{B}x{G}x{end}x{K}xf32>" for end in (256, 512, 768)]
+    elsewhere = program.trace(*args).lower(lowering_platforms=("tpu",)).as_text()
+    assert all(part in elsewhere for part in parts)
+    here = program.lower(*args)
+    assert not any(part in here.as_text() for part in parts)
+    assert "conditional" not in here.compile().as_text()
+
+
+@pytest.mark.parametrize("slots", [0, 4])
+@pytest.mark.parametrize("shape", ["gpt2", "llama", "scanned"])
+def test_no_token_copies_the_cache(shape, slots):
+    """A token's keys and values are written where they belong; nothing of the cache is moved."""
+    config = tiny.model_config(**tiny.SHAPES[shape])
+    network = policy_network(config)
+    run = functools.partial(rollout, network, sampling=tiny.sampling(slots=slots))
+    args = tiny.random_params(network), tiny.prompts(), tiny.RUN_KEY
+    module = parse_module(jax.jit(run).lower(*args).compile().as_text())
+    of_cache = (tiny.PROMPT_LENGTH + tiny.RESPONSE_LENGTH, config.head_dim)
+    found = collections.defaultdict(list)
+    for computation in module.computations.values():
+        for i in computation:
+            if any(x.dims[-2:] == of_cache for x in i.outputs) and computation != module.entry:
+                found[i.opcode].append(i.op_name)
+    assert found["dynamic-update-slice"]
+    # Where a prompt enters a slot its keys and values are gathered, a row at a time.
+    assert not [name for name in found["copy"] if not name.endswith("/gather")]

@@ -1,0 +1,187 @@
+"""The examples of a dry run show what is learned, and the lines on data what became of it."""
+
+import collections
+import re
+
+from ppo_jax.config.run import from_config_dict
+from ppo_jax.data import encode as batches
+from ppo_jax.data import packing
+from ppo_jax.data.chat import Chat
+from ppo_jax.data.comparisons import RewardData
+from ppo_jax.data.encode import TokenRow
+from ppo_jax.data.preferences import Ranking
+from ppo_jax.data.prompts import prompt_data
+from ppo_jax.data.records import Demonstration, write_jsonl
+from ppo_jax.pipeline import preview
+from ppo_jax.pipeline import preview as accounts
+from tests.support.chats import TOKENIZER, ids, turns
+from tests.support.tiny_config import changed
+
+TWO_CHATS = """\
+sft: the loss is on what is ⟦marked⟧
+  text 1: 23 tokens, 4 marked
+    | <|im_start|>user
+    | Hi<|im_end|>
+    | <|im_start|>assistant
+    | ⟦Yes<|im_end|>⟧
+    | <|im_start|>user
+    | Ho<|im_end|>
+    | <|im_start|>assistant
+    | ⟦No<|im_end|>⟧
+    ids 1 8 5 10 2 5 1 9 ... 11 2 5 1 9 5 13 2
+  text 2: 3 tokens, 2 marked
+    | Ho⟦Hi<|im_end|>⟧
+    ids 11 10 2"""
+
+RANKED = """\
+reward: the score of a response, ⟦marked⟧, is read at its last token
+  prompt 1, response 1, better than 3: 3 tokens, 2 marked
+    | Hi⟦Yes<|im_end|>⟧
+    ids 10 12 2
+  prompt 1, response 2, better than 1, 3: 3 tokens, 2 marked
+    | Hi⟦No<|im_end|>⟧
+    ids 10 13 2
+  prompt 1, response 3: 3 tokens, 2 marked
+    | Hi⟦Ho<|im_end|>⟧
+    ids 10 11 2
+  prompt 2, response 1, better than 2: 3 tokens, 2 marked
+    | Ho⟦Yes<|im_end|>⟧
+    ids 11 12 2
+  prompt 2, response 2: 3 tokens, 2 marked
+    | Ho⟦No<|im_end|>⟧
+    ids 11 13 2"""
+
+
+def chats():
+    several = Demonstration(Chat(TOKENIZER).parts(turns("Hi", "Yes", "Ho", "No"), "a:1"))
+    completion = Demonstration((("Ho", False), ("Hi", True)))
+    others = [Demonstration(((word, True),)) for word in ("Hi Ho", "Ho Hi")]
+    records = [several, completion, *others]
+    return batches.encode_demonstrations(records, TOKENIZER, max_length=64)
+
+
+def test_the_learned_tokens_of_texts_are_marked():
+    # 23 tokens: two turns of the user of 6, two openings of 3, two answers of 2, a line break.
+    assert preview.sft_preview(chats(), TOKENIZER, preview.brackets) == TWO_CHATS
+
+
+def test_packed_texts_are_shown_one_by_one():
+    single, packed = chats(), packing.pack(chats(), max_length=64)
+    assert len(packed.mask) == 1
+
+    def rows(texts):
+        return sorted((row.ids, row.learned) for row in preview.text_rows(texts))
+
+    assert rows(packed) == rows(single) and len(rows(packed)) == 4
+
+
+def test_all_responses_of_a_ranking_are_shown_in_their_order():
+    rankings = [
+        Ranking("Hi", ("Yes", "No", "Ho"), (1.0, 2.0, 0.0)),
+        Ranking("Ho", ("Yes", "No"), (1.0, 0.0)),
+        Ranking("Yes", ("Yes", "No"), (1.0, 0.0)),
+    ]
+    texts, groups = batches.encode_preferences(rankings, TOKENIZER, max_length=8)
+    data = RewardData(texts=texts, groups=groups)
+    assert preview.reward_preview(data, TOKENIZER, preview.brackets) == RANKED
+
+
+def test_rated_texts_are_shown_with_their_ratings():
+    texts = batches.encode_texts(["Hi", "Ho", "No"], TOKENIZER, max_length=8)
+    data = RewardData(texts=texts, ratings=[(1.0, -0.5), (2.0,), (3.0,)])
+    shown = preview.reward_preview(data, TOKENIZER, preview.brackets).split("\n")
+    assert shown[1:4] == ["  rated 1, -0.5: 2 tokens", "    | Hi<|im_end|>", "    ids 10 2"]
+    assert shown[4] == "  rated 2: 2 tokens" and len(shown) == 7
+
+
+def test_a_prompt_ends_where_the_response_begins(tmp_path):
+    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": turns("Hi")}, {"prompt": "Ho"}])
+    data = prompt_data(tmp_path / "prompts.jsonl", TOKENIZER, max_length=16)
+    assert preview.prompt_preview("ppo", data, TOKENIZER, preview.brackets) == (
+        "ppo: the response begins at ⟦...⟧\n"
+        "  prompt 1: 9 tokens\n"
+        "    | <|im_start|>user\n"
+        "    | Hi<|im_end|>\n"
+        "    | <|im_start|>assistant\n"
+        "    | ⟦...⟧\n"
+        "    ids 1 8 5 10 2 5 1 9 5\n"
+        "  prompt 2: 1 token\n"
+        "    | Ho⟦...⟧\n"
+        "    ids 11"
+    )
+
+
+def test_colours_begin_and_end_on_every_line():
+    assert preview.colours("a\nb") == "\033[30;42ma\033[0m\n\033[30;42mb\033[0m"
+
+
+def test_long_stretches_lose_their_middle_and_never_the_mark():
+    words = ids("Hi, ") * preview.LONGEST + ids("Yes, ") * preview.LONGEST
+    row = TokenRow(words, [False] * (len(words) // 2) + [True] * (len(words) // 2))
+    text = preview.marked_text(row, TOKENIZER, preview.brackets)
+    first, marked = re.fullmatch(r"(.*)⟦(.*)⟧", text).groups()
+    half = preview.LONGEST // 2
+    assert first == f"{('Hi ' * half)[:half]} [... 2,000 characters ...] {('Hi ' * half)[-half:]}"
+    assert len(marked) < preview.LONGEST + 50
+
+
+def test_what_would_move_the_cursor_is_spelt_out():
+    assert preview.printable("é\t\033[2J\r\n ⟦") == "é\\t\\x1b[2J\\r\n ⟦"
+
+
+# --- lines on data --------------------------------------------------------------------------------
+
+
+def encoded(num_records, num_long, tokenizer=TOKENIZER):
+    records = [Demonstration(((" ".join(["Hi"] * n), True),)) for n in range(1, num_records + 1)]
+    long = [Demonstration((("Ho " * (200 + n), True),)) for n in range(num_long)]
+    return batches.encode_demonstrations(records + long, tokenizer, max_length=100)
+
+
+def settings(**fields):
+    return from_config_dict(changed({"sft.max_length": 100, **fields}))
+
+
+def test_one_file_has_one_line_and_two_have_two():
+    parts = encoded(5, 2), encoded(3, 1)
+    assert accounts.data_lines(settings(), {"sft": parts}) == [
+        "sft.data: texts.jsonl: 11 read, 3 too long (over 100 tokens); 8 used, 5 to train and 3 to "
+        "validate"
+    ]
+    config = settings(**{"sft.validation_data": "unseen.jsonl"})
+    assert accounts.data_lines(config, {"sft": parts}) == [
+        "sft.data: texts.jsonl: 7 read, 2 too long (over 100 tokens); 5 used",
+        "sft.validation_data: unseen.jsonl: 4 read, 1 too long (over 100 tokens); 3 used",
+    ]
+
+
+def test_packed_texts_are_counted_as_texts():
+    parts = tuple(packing.pack(part, max_length=100) for part in (encoded(5, 2), encoded(3, 1)))
+    line, packed = accounts.data_lines(settings(**{"sft.packing": True}), {"sft": parts})
+    assert line.endswith("8 used, 5 to train and 3 to validate")
+    assert packed == "sft: packed 5 texts in 1 rows, 5.0 a row, 100% full"
+
+
+def test_every_file_that_is_read_has_its_line():
+    rankings = [Ranking("Hi", ("Yes", "No", "Ho"), (1.0, 2.0, 0.0))]
+    texts, groups = batches.encode_preferences(rankings, TOKENIZER, max_length=8)
+    part = RewardData(texts=texts, groups=groups)
+    prompts = collections.namedtuple("Prompts", "texts left_out")(["a"] * 3, {"repeated": 1})
+    config = settings(
+        **{"reward.reference_data": "neutral.jsonl", "evaluate.ratings": "ratings.jsonl"}
+    )
+    data = {
+        "reward": (part, part),
+        "references": encoded(2, 0),
+        "ppo": prompts,
+        "evaluate": prompts,
+        "ratings": [None] * 7,
+    }
+    assert accounts.data_lines(config, data) == [
+        "reward.data: pairs.jsonl: 2 read; 2 used, 1 to train and 1 to validate",
+        "reward: 3 comparisons to train on, among up to 3 responses to a prompt",
+        "reward.reference_data: neutral.jsonl: 2 read; 2 used",
+        "ppo.prompts: prompts.jsonl: 4 read, 1 repeated; 3 used",
+        "evaluate.prompts: test.jsonl: 4 read, 1 repeated; 3 used",
+        "evaluate.ratings: ratings.jsonl: 7 read; 7 used",
+    ]

@@ -1,0 +1,146 @@
+"""The analytic counts equal what compiled programs compute."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from ppo_jax.algorithms import experience, ppo
+from ppo_jax.models.build import policy_network, reward_network
+from ppo_jax.planner import flops
+from ppo_jax.planner.hlo import cost as programs
+from ppo_jax.rollout.decode import rollout
+from tests.support import tiny
+
+B, P, T = tiny.BATCH, tiny.PROMPT_LENGTH, tiny.RESPONSE_LENGTH
+
+
+def measured(function, *args, **options):
+    compiled = tiny.jit(function).lower(*args).compile()
+    return programs.account(compiled, **options).flops
+
+
+def test_a_forward_pass_by_hand():
+    """Two layers, D = 32, H K = 32, G K = 16, F = 48, V = 50; one sequence of 3, one logit row."""
+    config = tiny.model_config()
+    projections = 2 * 32 * (32 + 16 + 16 + 32 + 3 * 48)
+    attention = 2 * 3 * 32 + 2 * 3 * 32
+    expected = 3 * 2 * (projections + attention) + 2 * 32 * 50
+    assert expected == flops.forward_flops(
+        config, sequences=1, positions=3, attended=3, outputs=1, head="logits"
+    )
+
+
+@pytest.mark.parametrize("family", tiny.SHAPES)
+def test_the_forward_pass_of_every_family_is_counted_exactly(family):
+    config = tiny.model_config(**tiny.SHAPES[family])
+    network = policy_network(config)
+    params = jax.eval_shape(network.init, jax.random.key(0))
+    tokens, mask = tiny.tokens_and_mask(0, 4, 12)
+    expected = flops.forward_flops(
+        config, sequences=4, positions=12, attended=12, outputs=9, head="logits"
+    )
+    assert measured(functools.partial(network.apply, start=3), params, tokens, mask) == expected
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("make", [policy_network, reward_network])
+def test_training_is_counted_exactly_with_what_is_computed_again(make, remat):
+    config = tiny.model_config(scan_layers=True, remat=remat)
+    network = make(config)
+    params = jax.eval_shape(network.init, jax.random.key(0))
+    tokens, mask = tiny.tokens_and_mask(0, 4, 12)
+    gradient = jax.grad(lambda p: (network.apply(p, tokens, mask, start=3) ** 2).sum())
+    head = "logits" if make is policy_network else "scalar"
+    expected = flops.training_flops(config, sequences=4, positions=12, outputs=9, head=head)
+    assert measured(gradient, params) == pytest.approx(expected, rel=0.01)
+
+
+def test_a_rollout_is_its_prompts_and_as_many_tokens_as_it_may_have():
+    setup = tiny.setup()
+    config = tiny.model_config()
+    sample = functools.partial(rollout, setup.networks.policy, sampling=tiny.sampling())
+    args = setup.policy_params, tiny.prompts(), jax.random.key(0)
+    expected = flops.rollout_flops(config, sequences=B, prompt_length=P, response_length=T)
+    assert measured(sample, *args, default_trips=T) == expected
+
+
+def fresh_experience(setup):
+    """Shapes of a scored rollout."""
+    texts = jax.ShapeDtypeStruct((B, P + T), jnp.int32)
+    numbers = jax.ShapeDtypeStruct((B, T), jnp.float32)
+    mask = jax.ShapeDtypeStruct((B, T), bool)
+    return experience.Experience(
+        policy_inputs=texts,
+        value_inputs=texts,
+        mask=jax.ShapeDtypeStruct((B, P + T), bool),
+        response_tokens=jax.ShapeDtypeStruct((B, T), jnp.int32),
+        response_mask=mask,
+        logprobs=numbers,
+        values=numbers,
+        advantages=numbers,
+        returns=numbers,
+    )
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_an_update_is_counted_whatever_it_is_cut_into(packing):
+    """Epochs, minibatches and micro-batches are loops in loops; packed rows save none at worst."""
+    setup, numbers = tiny.setup(), tiny.hyperparameters()
+    parts = dict(
+        frozen=setup.frozen,
+        networks=setup.networks,
+        recipe=tiny.recipe(num_micro_batches=2, packing=packing),
+    )
+    update = functools.partial(ppo.ppo_update, **parts)
+    args = setup.start(numbers), fresh_experience(setup), numbers, jax.random.key(0)
+    config = tiny.model_config()
+    where = dict(sequences=B, prompt_length=P, response_length=T, num_epochs=2)
+    expected = flops.update_flops(config, config, **where)
+    trips = 2 if packing else None
+    assert measured(update, *args, default_trips=trips) == pytest.approx(expected, rel=0.01)
+
+
+def test_logits_in_chunks_are_computed_once_more():
+    chunk = 3  # of 8: the last is filled up
+    setup, numbers = tiny.setup(), tiny.hyperparameters()
+    config = tiny.model_config()
+    policy = policy_network(config, logits_chunk=chunk)
+    networks = setup.networks._replace(policy=policy)
+    update = functools.partial(
+        ppo.ppo_update, frozen=setup.frozen, networks=networks, recipe=tiny.recipe()
+    )
+    args = setup.start(numbers), fresh_experience(setup), numbers, jax.random.key(0)
+    where = dict(sequences=B, prompt_length=P, response_length=T, num_epochs=2)
+    expected = flops.update_flops(config, config, logits_chunk=chunk, **where)
+    assert expected > 1.01 * flops.update_flops(config, config, **where)
+    assert measured(update, *args) == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize(("old_logprobs", "passes"), [("rollout", 1), ("recompute", 2)])
+def test_scoring_is_the_reference_the_critic_and_the_reward_model(old_logprobs, passes):
+    recipe = tiny.recipe(old_logprobs=old_logprobs)
+    setup, numbers = tiny.setup(), tiny.hyperparameters()
+    state, prompts = setup.start(numbers), tiny.prompts()
+    parts = dict(networks=setup.networks, frozen=setup.frozen)
+
+    def score(responses):
+        scores = experience.response_scores(responses, **parts)
+        return experience.make_experience(responses, scores, state, numbers, recipe=recipe, **parts)
+
+    shapes = jax.eval_shape(
+        functools.partial(rollout, setup.networks.policy, sampling=tiny.sampling()),
+        setup.policy_params,
+        prompts,
+        jax.random.key(0),
+    )
+    config = tiny.model_config()
+    where = dict(sequences=B, prompt_length=P, response_length=T, policy_passes=passes)
+    expected = flops.scoring_flops(config, config, config, **where)
+    assert measured(score, shapes) == pytest.approx(expected, rel=0.01)
+    without = flops.scoring_flops(config, config, None, **where)
+    last = flops.forward_flops(
+        config, sequences=B, positions=P + T, attended=P + T, outputs=T, head="scalar"
+    )
+    assert without == expected - last

@@ -1,0 +1,204 @@
+"""The state that a plan has is that of a run: with adapters, top layers, a shared trunk."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from ppo_jax.algorithms.ppo import init_ppo
+from ppo_jax.algorithms.supervised import accumulate
+from ppo_jax.core.network import merge_params
+from ppo_jax.distributed.layout import Layout, init_in_pieces, make_mesh
+from ppo_jax.distributed.trees import named_leaves
+from ppo_jax.io.stage_folder import Model
+from ppo_jax.models.build import policy_network, reward_network
+from ppo_jax.models.lora import init_lora
+from ppo_jax.planner import flops, phases, planner
+from ppo_jax.planner import report as plan_report
+from ppo_jax.planner.hlo import cost as programs
+from ppo_jax.planner.phases import common_layers
+from ppo_jax.training.ppo_setup import begin_models, make_setup
+from tests.support import tiny, tiny_plan
+from tests.support.tiny_plan import TARGET, settings
+from tests.training.test_ppo_setup import BY_FUNCTION, TOKENIZER
+
+REWARD = dict(data="pairs.jsonl", init_from="base", trainable=1, optimizer=dict(learning_rate=1e-5))
+LORA = dict(trainable="lora", value_trainable="lora")
+TOP = dict(trainable=1, value_trainable=1)
+RUNS = {
+    "all": {},
+    "adapters": dict(ppo=LORA),
+    "adapters on one body": dict(ppo=LORA | dict(critic_init_from="policy")),
+    "adapters, frozen in bfloat16": dict(ppo=LORA, model=dict(frozen_dtype="bfloat16")),
+    "adapters beside top layers": dict(ppo=dict(trainable="lora", value_trainable=1)),
+    "one trunk": dict(ppo=BY_FUNCTION | dict(trainable=1, value_trainable=2)),
+    "one trunk and the head": dict(ppo=BY_FUNCTION | dict(trainable=1, value_trainable="head")),
+    "all three on the trunk": dict(ppo=TOP, reward=REWARD),
+    "a reward model from elsewhere": dict(ppo=TOP),
+    "the critic's top alone": dict(ppo=dict(value_trainable=1)),
+}
+
+
+def three_layers(run, **model):
+    sections = dict(RUNS[run])
+    scratch = tiny_plan.SCRATCH | dict(num_layers=3)
+    sections["model"] = dict(scratch=scratch) | sections.get("model", {}) | model
+    return settings(**sections)
+
+
+def begun(config, models, layouts):
+    """What a run makes of models with numbers: (its setup, its state at the start).
+
+    Those of the reward model are its own, but for the layers that its stage leaves as they are.
+    """
+    layout = layouts[0]
+
+    def model(kind, shape, seed):
+        network = (policy_network if kind == "policy" else reward_network)(shape)
+        params = layout.put(jax.tree.map(np.asarray, tiny.random_params(network, seed)))
+        return Model(kind=kind, config=shape, params=params, tokenizer=TOKENIZER)
+
+    policy = model("policy", models.policy, 0)
+    reward = models.reward and model("reward", models.reward, 1)
+    if config.reward:
+        tops = jax.tree.map(lambda x: np.arange(len(x)) >= len(x) - 1, reward.params["layers"])
+        layers = jax.tree.map(
+            lambda own, old, top: np.where(top.reshape(-1, *[1] * (own.ndim - 1)), own, old),
+            *(reward.params["layers"], policy.params["layers"], tops),
+        )
+        params = {**reward.params, "layers": layers, "embed": policy.params["embed"]}
+        reward = dataclasses.replace(reward, params=layout.put(params))
+    found = begin_models(config.ppo, policy, reward, config.seed, layout)
+    setup, *start = make_setup(config.ppo, *found, layouts, config.model.frozen_dtype)
+    return setup, init_in_pieces(layout, init_ppo, *start, setup.hyperparameters)
+
+
+def described(tree):
+    """{name: what the compiler has to know of a leaf}"""
+    return {
+        name: (leaf.shape, leaf.dtype, leaf.sharding) for name, leaf in named_leaves(tree).items()
+    }
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_the_planned_state_is_the_state_of_a_run(run):
+    config = three_layers(run)
+    models = planner.read_models(config)
+    mesh = make_mesh(config.mesh, TARGET.devices)
+    layouts = Layout(mesh, config.mesh.rules), Layout(mesh, config.mesh.rollout_rules)
+    setup, state = begun(config, models, layouts)
+    planned = phases.Arguments(config, models, layouts)
+    assert described(planned.state) == described(state)
+    assert described(planned.frozen) == described(setup.frozen)
+    assert described(planned.numbers) == described(setup.hyperparameters)
+    for field in ("value_on_trunk", "reward_on_trunk"):
+        assert getattr(planned.networks, field) == getattr(setup.networks, field), field
+    assert (planned.networks.trunk is None) == (setup.networks.trunk is None)
+
+
+ON_TRUNK = {
+    "one trunk": (1, 1, None),
+    "one trunk and the head": (2, 2, None),
+    "all three on the trunk": (2, 2, 2),
+    "a reward model from elsewhere": (2, None, None),
+    "the critic's top alone": (None, None, None),
+}
+
+
+@pytest.mark.parametrize("run", ON_TRUNK)
+def test_where_the_networks_of_a_plan_leave_the_trunk(run):
+    config = three_layers(run)
+    mesh = make_mesh(config.mesh, TARGET.devices)
+    layouts = Layout(mesh, config.mesh.rules), Layout(mesh, config.mesh.rollout_rules)
+    args = phases.Arguments(config, planner.read_models(config), layouts)
+    assert args.starts == ON_TRUNK[run]
+
+
+OPTIMIZER = dict(optimizer=dict(learning_rate=1e-5))
+STAGES = {  # layers that policy and reward model have in common, of three
+    "both from the base": (dict(reward=REWARD), 2),
+    "both from sft": (
+        dict(sft=dict(data="x", **OPTIMIZER), reward=REWARD | dict(init_from="sft")),
+        2,
+    ),
+    "sft trained more of it": (
+        dict(sft=dict(data="x", trainable=2, **OPTIMIZER), reward=REWARD),
+        1,
+    ),
+    "sft trained all of it": (dict(sft=dict(data="x", **OPTIMIZER), reward=REWARD), 0),
+    "fewer layers": (dict(reward=REWARD | dict(num_layers=2)), 1),
+    "adapters in the weights": (dict(reward=REWARD | dict(trainable="lora")), 0),
+    "a stage of another run": (dict(ppo=dict(reward_model="runs/reward/reward")), 0),
+}
+
+
+@pytest.mark.parametrize("stages", STAGES)
+def test_what_policy_and_reward_model_have_in_common_by_the_stages_before(stages):
+    sections, expected = STAGES[stages]
+    scratch = tiny_plan.SCRATCH | dict(num_layers=3)
+    ppo = sections.get("ppo", {}) | dict(init_from="sft" if "sft" in sections else "base")
+    config = settings(**sections | dict(model=dict(scratch=scratch), ppo=ppo))
+    assert common_layers(config, planner.read_models(config)) == expected
+
+
+def test_adapters_need_less_memory_than_all_parameters():
+    whole, config = tiny_plan.make_plan(), settings(ppo=LORA)
+    lora = planner.make_plan(config, TARGET)
+    for less, more in zip(lora.costs, whole.costs, strict=True):
+        mine, theirs = less.account.memory, more.account.memory
+        assert mine.arguments < 0.7 * theirs.arguments and mine.peak < 0.9 * theirs.peak
+    found = plan_report.figures(lora)
+    for name, figures in found["phases"].items():
+        # The narrow products are computed by all devices that share the heads.
+        assert figures["analytic_flops_ratio"] == pytest.approx(1, abs=0.15), name
+    assert (
+        found["fits"] and lora.costs[2].phase.model_flops < 0.9 * whole.costs[2].phase.model_flops
+    )
+
+
+def measured_training(make, config, params, frozen):
+    """Flops of the gradient of a network's outputs to its trained leaves, as they are computed."""
+    network = make(config)
+
+    def gradient(params, frozen, batch):  # no constants: XLA would fold products with them
+        def loss(params, piece):
+            outputs = network.apply(merge_params(frozen, params), *piece, start=3)
+            return (outputs**2).sum(), {}
+
+        return accumulate(loss, params, batch, 1)
+
+    lowered = tiny.jit(gradient).lower(params, frozen, tiny.tokens_and_mask(0, 4, 12))
+    return programs.account(lowered.compile()).flops
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("make", [policy_network, reward_network])
+def test_training_of_adapters_is_counted(make, remat):
+    config = tiny.model_config(scan_layers=True, remat=remat, num_layers=4)
+    params = tiny.random_params(make(config), 0)
+    targets, rank = ("query", "key", "up", "down"), 4
+    adapters = init_lora(jax.random.key(0), config, params, targets=targets, rank=rank)
+    config = dataclasses.replace(config, lora_alpha=8.0)
+    trained = dict(adapters) if make is policy_network else adapters | {"head": params["head"]}
+    head = "logits" if make is policy_network else "scalar"
+    of = flops.Trained(
+        adapters=flops.adapter_flops(config, targets, rank), head=make is reward_network
+    )
+    where = dict(sequences=4, positions=12, outputs=9, head=head)
+    expected = flops.training_flops(config, trained=of, **where)
+    assert expected < 0.9 * flops.training_flops(config, **where)
+    assert measured_training(make, config, trained, params) == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_training_of_the_top_layers_is_counted(count):
+    config = tiny.model_config(num_layers=4)
+    params = tiny.random_params(reward_network(config), 0)
+    tops = {str(layer): params["layers"][str(layer)] for layer in range(4 - count, 4)}
+    trained = {name: params[name] for name in ("final_norm", "head")} | {"layers": tops}
+    where = dict(sequences=4, positions=12, outputs=9, head="scalar")
+    of = flops.Trained(frozen_layers=4 - count)
+    expected = flops.training_flops(config, trained=of, **where)
+    got = measured_training(reward_network, config, trained, params)
+    assert got == pytest.approx(expected, rel=0.02)

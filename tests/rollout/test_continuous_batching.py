@@ -1,0 +1,195 @@
+"""N responses in S slots: the same responses for any S, and less work where lengths differ."""
+
+import collections
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ppo_jax.config.mesh import ROLLOUT_RULES
+from ppo_jax.core.network import Network, merge_params
+from ppo_jax.core.types import Prompts
+from ppo_jax.models.build import policy_network, trunk_network
+from ppo_jax.models.partition import split_params
+from ppo_jax.rollout.continuous_batching import FIRST, LATER, REFILLS, most_turns
+from ppo_jax.rollout.decode import rollout
+from tests.support import tiny
+from tests.support.meshes import WIDE, layout_of
+
+NUM_ROWS = 13
+KEY = jax.random.key(5)
+
+
+def responses(kind="llama", *, trunk=False, num_prompts=NUM_ROWS, **shape):
+    config = tiny.model_config(**tiny.SHAPES[kind])
+    params = tiny.random_params(policy_network(config))
+    parts = dict(policy=policy_network(config), params=params)
+    if trunk:
+        split = split_params(config, params, 1, 1)
+        parts = dict(
+            policy=policy_network(config, start_layer=1),
+            params=merge_params(split.frozen, split.trained),
+            trunk=trunk_network(config, end_layer=1),
+            trunk_params=split.trunk,
+        )
+    prompts = tiny.prompts(batch_size=num_prompts)
+    return tiny.sample(prompts=prompts, key=KEY, sampling=tiny.sampling(**shape), **parts)
+
+
+def assert_same(got, expected):
+    for name in ("prompt_tokens", "prompt_mask", "response_tokens", "response_mask", "has_eos"):
+        np.testing.assert_array_equal(getattr(got, name), getattr(expected, name), name)
+    np.testing.assert_allclose(got.logprobs, expected.logprobs, atol=1e-5, rtol=1e-5)
+    if expected.hidden is not None:
+        real = np.asarray(expected.mask)[:, :, None]
+        both = (np.where(real, x, 0) for x in (got.hidden, expected.hidden))
+        np.testing.assert_allclose(*both, atol=1e-4)
+
+
+@pytest.mark.parametrize(("slots", "refill"), [(1, 1), (4, 1), (4, 3), (5, 5), (12, 0)])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "scanned"])
+def test_responses_do_not_depend_on_the_slots(kind, slots, refill):
+    expected = responses(kind)
+    lengths = expected.response_mask.sum(axis=1)
+    assert lengths.min() < lengths.max() == tiny.RESPONSE_LENGTH
+    assert_same(responses(kind, slots=slots, refill=refill), expected)
+
+
+@pytest.mark.parametrize("slots", [3, 8])
+def test_hidden_states_come_with_their_responses(slots):
+    assert_same(responses(trunk=True, slots=slots), responses(trunk=True))
+
+
+def test_more_slots_than_responses_are_not_made():
+    assert_same(responses(slots=100, refill=100), responses())
+
+
+@pytest.mark.parametrize("slots", [0, 3, 6, 12])
+@pytest.mark.parametrize(("kind", "trunk"), [("gpt2", False), ("scanned", False), ("llama", True)])
+def test_several_samples_of_a_prompt_are_responses_to_its_copies(kind, trunk, slots):
+    """The same as if each prompt stood three times in the batch."""
+    got = responses(kind, trunk=trunk, num_prompts=5, samples_per_prompt=3, slots=slots)
+    config = tiny.model_config(**tiny.SHAPES[kind])
+    copies = jax.tree.map(lambda x: jnp.repeat(x, 3, axis=0), tiny.prompts(batch_size=5))
+    expected = tiny.sample(
+        policy=policy_network(config),
+        params=tiny.random_params(policy_network(config)),
+        prompts=copies,
+        key=KEY,
+        sampling=tiny.sampling(),
+    )
+    assert_same(got.replace(hidden=None), expected)
+    first, second = (np.asarray(got.response_tokens)[i::3] for i in (0, 1))
+    assert (first != second).any(axis=1).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 1, 8)])
+def test_slots_on_a_mesh_give_the_responses_of_one_device(shape):
+    """And the decode loop sends only what tensor parallelism sums: nothing of caches or prompts."""
+    config = tiny.model_config(**WIDE)
+    params = tiny.random_params(policy_network(config))
+
+    def compiled(shape, **slots):
+        layout = layout_of(shape, ROLLOUT_RULES)
+        policy = policy_network(config, constrain=layout.constrain)
+        prompts = layout.put_rows(jax.tree.map(np.asarray, tiny.prompts(batch_size=32)))
+        args = layout.put(params), prompts, layout.put_whole(KEY)
+        sampling = tiny.sampling(**slots)
+        program = jax.jit(lambda *args: rollout(policy, *args, sampling=sampling))
+        program = program.lower(*args).compile()
+        return program.as_text(), jax.device_get(program(*args))
+
+    text, got = compiled(shape, slots=16, refill=8)
+    assert_same(got, compiled((1, 1, 1))[1])
+    # A program that was kept from before may lack the name scopes: they are no part of its key.
+    of_loop = re.compile(r"/while/body/(later_decoding/)?while/body/")
+    inner = [line for line in text.splitlines() if of_loop.search(line)]
+    assert inner
+    moves = r" (all-gather|all-to-all|collective-permute)(-start)?\("
+    assert not [line for line in inner if re.search(moves, line)]
+
+
+def counted(calls: collections.Counter) -> Network:
+    """Emits the token after the last one, and counts its calls by the positions of each."""
+
+    def decode(params, tokens, mask, cache, *, start=0):
+        rows, length = tokens.shape
+        kind = "decode" if length == 1 else "prefill"
+        jax.debug.callback(lambda: calls.update({kind: 1, f"{kind} rows": rows}))
+        return 100.0 * jax.nn.one_hot(tokens + 1, tiny.VOCAB)[:, start:], cache
+
+    return Network(
+        init=None,
+        apply=None,
+        init_cache=lambda *_: None,
+        decode=decode,
+        refill=lambda cache, fresh, source: cache,
+    )
+
+
+def count_to_20(first, **shape):
+    """Responses that end with 20; `first` are the last tokens of their prompts."""
+    calls: collections.Counter = collections.Counter()
+    tokens = jnp.stack([jnp.zeros(len(first), jnp.int32), jnp.asarray(first, jnp.int32)], axis=1)
+    prompts = Prompts(tokens=tokens, mask=jnp.ones_like(tokens, bool))
+    sampling = tiny.sampling(response_length=16, eos_ids=(20,), **shape)
+    found = tiny.sample(
+        policy=counted(calls), params={}, prompts=prompts, key=KEY, sampling=sampling
+    )
+    jax.effects_barrier()
+    expected = [min(20 - token, 16) for token in first]
+    assert found.response_mask.sum(axis=1).tolist() == expected
+    assert found.has_eos.tolist() == [token >= 4 for token in first]
+    return calls
+
+
+def test_nobody_waits_for_the_longest_response():
+    """Each group of four has one long response: 4 x 16 steps one group after the other."""
+    first = [4, 19, 19, 18] * 4
+    assert count_to_20(first)["decode"] == 16
+    calls = count_to_20(first, slots=4, refill=1)
+    assert calls["decode"] <= 24  # 4 x 16 + 16 tokens and more in four slots
+    assert calls["prefill"] == 1 + 12
+
+
+def test_prompts_enter_together():
+    calls = count_to_20([19] * 12, slots=4, refill=4)
+    assert calls == {"decode": 3, "decode rows": 12, "prefill": 3, "prefill rows": 12}
+    # The last ones do not wait until more slots are free than there are prompts.
+    calls = count_to_20([19, 4, 4, 4, 18], slots=4, refill=4)
+    assert (calls["decode"], calls["prefill"]) == (16, 2)
+
+
+@pytest.mark.parametrize(
+    ("rows", "slots", "refill"), [(12, 4, 2), (13, 4, 4), (12, 4, 3), (9, 8, 1)]
+)
+def test_no_lengths_need_more_turns_than_full_ones(rows, slots, refill):
+    turns = most_turns(rows, slots, refill, 16)
+    most = turns[FIRST] + turns[REFILLS] * turns[LATER]
+    full = count_to_20([4] * rows, slots=slots, refill=refill)
+    assert full["prefill"] == 1 + turns[REFILLS]
+    assert full["decode"] == most
+    if slots % refill == 0:
+        assert most == 16 * -(-rows // slots)
+    for first in np.random.default_rng(0).integers(0, 20, size=(3, rows)).tolist():
+        calls = count_to_20(first, slots=slots, refill=refill)
+        assert calls["prefill"] == 1 + turns[REFILLS] and calls["decode"] <= most
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="refill must be at most the 4 slots .* got 5"):
+        responses(slots=4, refill=5)
+    with pytest.raises(ValueError, match="slots must be a multiple of samples_per_prompt 3"):
+        responses(num_prompts=5, samples_per_prompt=3, slots=4)
+    plain = counted(collections.Counter())._replace(refill=None)
+    with pytest.raises(ValueError, match="need a network with `refill`, this one has none"):
+        tiny.sample(
+            policy=plain,
+            params={},
+            prompts=tiny.prompts(),
+            key=KEY,
+            sampling=tiny.sampling(slots=4),
+        )

@@ -1,0 +1,143 @@
+"""From settings and models to networks and numbers: what starts where, and what is shared."""
+
+import dataclasses
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from ppo_jax.algorithms.ppo import init_ppo
+from ppo_jax.config.mesh import MeshSettings
+from ppo_jax.config.run import from_config_dict
+from ppo_jax.distributed.layout import make_layouts
+from ppo_jax.distributed.trees import named_leaves
+from ppo_jax.io.stage_folder import Model
+from ppo_jax.models.build import policy_network, reward_network
+from ppo_jax.training.ppo_setup import find_trunk, make_critic, make_hyperparameters, make_setup
+from tests.support import tiny
+from tests.support.tiny_config import changed
+
+LAYERS = 3
+TOKENIZER = types.SimpleNamespace(eos_token_id=1, get_vocab=dict)
+BY_FUNCTION = {"reward_model": "", "reward_function": "module:function"}
+
+
+def ppo_settings(**changes):
+    """A policy whose top layer is trained, and a critic whose top two are."""
+    small = dict(
+        rollout_batch_size=tiny.BATCH,
+        num_epochs=1,
+        response_length=tiny.RESPONSE_LENGTH,
+        trainable=1,
+        value_trainable="2",
+    )
+    fields = {f"ppo.{name}": value for name, value in (small | changes).items()}
+    return from_config_dict(changed(fields)).ppo
+
+
+def model(kind="policy", seed=0, **changes):
+    config = tiny.model_config(num_layers=LAYERS, **changes)
+    network = policy_network(config) if kind == "policy" else reward_network(config)
+    params = jax.tree.map(np.asarray, tiny.random_params(network, seed))
+    return Model(kind=kind, config=config, params=params, tokenizer=TOKENIZER)
+
+
+def test_the_critic_is_the_reward_model_or_the_body_of_the_policy():
+    policy, reward = model(), model("reward", seed=1)
+    for source in ("", "reward_model"):
+        assert make_critic(ppo_settings(critic_init_from=source), policy, reward) is reward
+    chosen = make_critic(ppo_settings(critic_init_from="policy"), policy, reward)
+    without = make_critic(ppo_settings(**BY_FUNCTION), policy, None)
+    for critic in (chosen, without):
+        assert critic.kind == "reward" and critic.config == policy.config
+        body = {name: tree for name, tree in critic.params.items() if name != "head"}
+        assert not tiny.leaves_differ(body, {name: policy.params[name] for name in body})
+        shapes = jax.eval_shape(reward_network(policy.config).init, jax.random.key(0))
+        assert jax.tree.structure(critic.params) == jax.tree.structure(shapes)
+        assert not any(leaf.any() for leaf in jax.tree.leaves(critic.params["head"]))
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize("source", ["reward model", "function"])
+def test_a_critic_on_the_policys_body_shares_the_trunk_and_starts_at_zero(source, scan_layers):
+    policy, reward = model(scan_layers=scan_layers), None
+    settings = ppo_settings(**BY_FUNCTION)
+    if source == "reward model":  # of other weights: it reads tokens
+        reward = model("reward", seed=1, scan_layers=scan_layers)
+        settings = ppo_settings(critic_init_from="policy")
+    critic = make_critic(settings, policy, reward)
+    # The policy trains layer 2, the critic layers 1 and 2.
+    assert find_trunk(settings, policy, [(critic, settings.value_trainable)]) == (1, [True])
+    layouts = make_layouts(MeshSettings())
+    setup, policy_params, value_params = make_setup(settings, policy, reward, critic, layouts)
+    assert setup.networks.value_on_trunk and not setup.networks.reward_on_trunk
+    size = sum(leaf.size for leaf in jax.tree.leaves(policy.params["layers"]))
+    trees = (setup.frozen.trunk, value_params, policy_params)
+    for tree, count in zip(trees, (1, 2, 1), strict=True):
+        own = sum(leaf.size for leaf in jax.tree.leaves(tree["layers"]))
+        assert own == size * count // LAYERS
+
+    state = init_ppo(policy_params, value_params, setup.hyperparameters)
+    parts = dict(frozen=setup.frozen, networks=setup.networks, recipe=setup.recipe)
+    numbers, key = setup.hyperparameters, jax.random.key(0)
+    rollout = tiny.sample_responses(state, numbers, tiny.prompts(), key, **parts)
+    assert rollout.hidden is not None
+    scores = np.arange(tiny.BATCH, dtype=np.float32)
+    experience, _ = tiny.make_experience(rollout, scores, state, numbers, **parts)
+    assert not experience.values.any() and experience.value_inputs.ndim == 3
+    state, _ = tiny.learn(state, numbers, rollout, scores, key, **parts)
+    experience, _ = tiny.make_experience(rollout, scores, state, numbers, **parts)
+    assert experience.values.any()
+
+
+def test_the_upper_clip_is_the_lower_one_unless_it_is_given():
+    numbers = make_hyperparameters(ppo_settings(clip_range=0.1))
+    assert numbers.clip_range_high == numbers.clip_range == np.float32(0.1)
+    numbers = make_hyperparameters(ppo_settings(clip_range=0.1, clip_range_high=0.3))
+    assert numbers.clip_range_high == np.float32(0.3) and numbers.clip_range == np.float32(0.1)
+
+
+def test_the_numbers_of_the_settings_are_float32_on_the_device():
+    settings = ppo_settings(num_iterations=7)
+    numbers = make_hyperparameters(settings)
+    assert {leaf.dtype for leaf in jax.tree.leaves(numbers)} == {np.dtype("float32")}
+    assert numbers.optimizer.total_steps == 7
+    own = {field.name for field in dataclasses.fields(numbers)} - {"optimizer", "clip_range_high"}
+    for name in own:
+        assert getattr(numbers, name) == np.float32(getattr(settings, name)), name
+
+
+def on_device(kind, seed, **changes):
+    found = model(kind, seed, **changes)
+    return dataclasses.replace(found, params=jax.tree.map(jax.numpy.asarray, found.params))
+
+
+SHARING = {
+    "reward model": {},
+    "body of the policy": {"critic_init_from": "policy", "trainable": "all"},
+    "token table": {"value_trainable": "all"},
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("source", SHARING)
+def test_what_networks_share_is_shared_in_every_dtype_of_frozen_parameters(source, dtype):
+    settings = ppo_settings(**SHARING[source])
+    policy, reward = on_device("policy", 0), on_device("reward", 1)
+    critic = make_critic(settings, policy, reward)
+    layouts = make_layouts(MeshSettings())
+    setup, *_ = make_setup(settings, policy, reward, critic, layouts, dtype)
+    frozen = setup.frozen
+    one, other = {
+        "reward model": (frozen.reward, frozen.value),
+        "body of the policy": (frozen.ref_policy, frozen.value),
+        "token table": (frozen.trunk, frozen.policy),
+    }[source]
+    one, other = named_leaves(one), named_leaves(other)
+    assert other and all(leaf is one[name] for name, leaf in other.items())
+    leaves = jax.tree.leaves(frozen)
+    assert {leaf.dtype for leaf in leaves} == {np.dtype(dtype)}
+    held = {leaf.unsafe_buffer_pointer(): leaf.size for leaf in leaves}
+    sources = {id(leaf): leaf.size for m in (policy, reward) for leaf in jax.tree.leaves(m.params)}
+    assert sum(held.values()) == sum(sources.values())
