@@ -9,12 +9,18 @@ import importlib
 
 from ppo_jax.algorithms.experience import (
     PPONetworks,
-    Recipe,
+    PPOOptions,
     make_experience,
     response_scores,
     sample_responses,
 )
-from ppo_jax.algorithms.ppo import experience_loss, init_ppo, learn, ppo_iteration, ppo_update
+from ppo_jax.algorithms.ppo import (
+    experience_loss,
+    init_ppo,
+    ppo_iteration,
+    ppo_update,
+    update_from_rollout,
+)
 from ppo_jax.algorithms.supervised import reward_step, sft_loss, sft_step, text_scores
 from ppo_jax.core.advantages import gae, whiten
 from ppo_jax.core.distributions import entropy, token_logprobs
@@ -33,7 +39,7 @@ from ppo_jax.core.optimizer import apply_gradients, init_optimizer, schedule
 from ppo_jax.core.rewards import missing_eos_scores, token_rewards
 from ppo_jax.core.types import (
     Experience,
-    Frozen,
+    FrozenParams,
     Hyperparameters,
     Optimizer,
     PPOState,
@@ -73,16 +79,16 @@ SHELL = {
 
 __all__ = [
     "Experience",
-    "Frozen",
+    "FrozenParams",
     "Hyperparameters",
     "ModelConfig",
     "Network",
     "Optimizer",
     "PPONetworks",
+    "PPOOptions",
     "PPOState",
     "PreferenceBatch",
     "Prompts",
-    "Recipe",
     "Rollout",
     "RopeScaling",
     "Sampling",
@@ -101,7 +107,6 @@ __all__ = [
     "init_ppo",
     "kl_estimate",
     "last_token_index",
-    "learn",
     "make_experience",
     "masked_mean",
     "merge_lora",
@@ -130,6 +135,7 @@ __all__ = [
     "token_logprobs",
     "token_rewards",
     "trunk_network",
+    "update_from_rollout",
     "value_network",
     "whiten",
 ]

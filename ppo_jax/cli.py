@@ -14,7 +14,7 @@ from ml_collections import config_dict, config_flags
 from ppo_jax.config.flags import check_overrides, explain
 from ppo_jax.config.run import STAGES
 from ppo_jax.distributed import processes
-from ppo_jax.distributed.runtime import keep_pages, keep_programs
+from ppo_jax.distributed.runtime import enable_compilation_cache, retain_freed_memory
 from ppo_jax.io.hub import cache_dir
 from ppo_jax.pipeline import run as pipeline
 from ppo_jax.training.reward_functions import FunctionFailed
@@ -77,8 +77,8 @@ def run(main: Callable[[], None]):
     """
     # transformers would say at every start that its models need torch; we use its tokenizers.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    keep_programs(cache_dir() / "compiled")
-    keep_pages()
+    enable_compilation_cache(cache_dir() / "compiled")
+    retain_freed_memory()
     sys.exit(app.run(lambda _: call(main), flags_parser=parse_flags))
 
 

@@ -13,10 +13,10 @@ import numpy as np
 
 from ppo_jax.algorithms.supervised import sft_step
 from ppo_jax.config.stages import OptimizerSettings
-from ppo_jax.data.encode import Texts, batch_indices
+from ppo_jax.data.encode import TokenizedTexts, batch_indices
 from ppo_jax.data.hidden_states import make_inputs
 from ppo_jax.data.packing import fullness, pack
-from ppo_jax.distributed.layout import init_in_pieces, one_device
+from ppo_jax.distributed.layout import init_sharded, one_device
 from ppo_jax.models.build import policy_network
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.training.common import compile_step, init_train_state, make_optimizer
@@ -38,22 +38,22 @@ def main():
     print(f"ratio: {together / single:.2f}")
 
 
-def random_texts(count: int) -> Texts:
+def random_texts(count: int) -> TokenizedTexts:
     """Log-normal lengths, as those of paragraphs: half of the texts have more than 40 tokens."""
     rng = np.random.default_rng(0)
     lengths = rng.lognormal(math.log(40), 0.7, size=count).astype(int).clip(4, MAX_LENGTH)
     mask = np.arange(MAX_LENGTH) < lengths[:, None]
     tokens = np.where(mask, rng.integers(5, MODEL.vocab_size, size=mask.shape, dtype=np.int32), 0)
-    return Texts(tokens, mask, mask & (np.arange(MAX_LENGTH) >= 1), np.arange(count))
+    return TokenizedTexts(tokens, mask, mask & (np.arange(MAX_LENGTH) >= 1), np.arange(count))
 
 
-def epoch_time(texts: Texts, batch_size: int) -> float:
+def epoch_time(texts: TokenizedTexts, batch_size: int) -> float:
     """Process seconds, over all threads, for a pass over the data; nothing compiles meanwhile."""
     network, num_rows = policy_network(MODEL), len(texts.mask)
     layout = one_device()
-    params = init_in_pieces(layout, network.init, jax.random.key(0))
-    optimizer = layout.put_whole(make_optimizer(OptimizerSettings(learning_rate=1e-3), 100))
-    state = init_in_pieces(layout, init_train_state, params, optimizer)
+    params = init_sharded(layout, network.init, jax.random.key(0))
+    optimizer = layout.replicate(make_optimizer(OptimizerSettings(learning_rate=1e-3), 100))
+    state = init_sharded(layout, init_train_state, params, optimizer)
     step = compile_step(sft_step, state, layout, network=network)
     inputs = make_inputs(texts, None, None, cache_gb=0.0)
     num_steps, times = math.ceil(num_rows / batch_size), []
@@ -61,7 +61,7 @@ def epoch_time(texts: Texts, batch_size: int) -> float:
         began = time.process_time()
         for i in range(num_steps):
             rows = batch_indices(0, i, num_examples=num_rows, batch_size=batch_size)
-            batch = layout.put_rows(as_text_batch(texts, inputs, rows))
+            batch = layout.shard_batch(as_text_batch(texts, inputs, rows))
             state, _ = step(state, batch, optimizer, frozen={})
         jax.block_until_ready(state)
         times.append(time.process_time() - began)

@@ -63,13 +63,13 @@ def packed_update():
     if FLAGS.num_micro_batches == 1:
         raise ValueError("--num-micro-batches must be > 1: packed rows save whole pieces, got 1")
     work = Work()
-    sampling = dataclasses.replace(work.recipe.sampling, eos_ids=stops)
-    work.recipe = dataclasses.replace(work.recipe, sampling=sampling)
+    sampling = dataclasses.replace(work.options.sampling, eos_ids=stops)
+    work.options = dataclasses.replace(work.options, sampling=sampling)
     _, responses = time_rollout(work, repeats=0)
     useful = float(responses.response_mask.sum())
     _, experience = time_score(work, responses, repeats=0)
     single = time_update(work, experience)
-    work.recipe = dataclasses.replace(work.recipe, packing=True)
+    work.options = dataclasses.replace(work.options, packing=True)
     timed = time_update(work, experience)
     told = {
         "benchmark": "update",

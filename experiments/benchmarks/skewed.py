@@ -33,7 +33,7 @@ def skewed_rollout():
             f"--num-prompts must be a multiple of --batch ({FLAGS.batch}), got {FLAGS.num_prompts}"
         )
     stops, work = stop_tokens(), Work()
-    sampling = dataclasses.replace(work.recipe.sampling, eos_ids=stops)
+    sampling = dataclasses.replace(work.options.sampling, eos_ids=stops)
     prompts, rows = random_prompts(FLAGS.num_prompts), jnp.arange(FLAGS.num_prompts)
 
     def respond(params, prompts, rows, sampling):

@@ -15,9 +15,9 @@ import numpy as np
 from absl import flags
 
 from benchmarks.profile import print_profile
-from ppo_jax.algorithms.experience import PPONetworks, Recipe
+from ppo_jax.algorithms.experience import PPONetworks, PPOOptions
 from ppo_jax.algorithms.ppo import init_ppo
-from ppo_jax.core.types import Frozen, Hyperparameters, Optimizer, Prompts
+from ppo_jax.core.types import FrozenParams, Hyperparameters, Optimizer, Prompts
 from ppo_jax.models.build import policy_network, reward_network, value_network
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.families.families import read_config
@@ -93,7 +93,7 @@ class Work:
             reward=reward_network(config),
         )
         sampling = Sampling(response_length=FLAGS.response_len, eos_ids=())
-        self.recipe = Recipe(
+        self.options = PPOOptions(
             sampling=sampling,
             num_epochs=FLAGS.num_epochs,
             num_minibatches=FLAGS.num_minibatches,
@@ -106,7 +106,7 @@ class Work:
         policy, value, reward = (
             jax.jit(network.init)(jax.random.key(i)) for i, network in enumerate(inits)
         )
-        self.frozen = Frozen(ref_policy=policy, reward=reward)
+        self.frozen = FrozenParams(ref_policy=policy, reward=reward)
         self.state = jax.jit(init_ppo)(policy, value, self.numbers)
         self.prompts = random_prompts(FLAGS.batch)
         self.key = jax.random.key(4)
@@ -115,7 +115,7 @@ class Work:
         self, function: Callable, *args: Any, **options: Any
     ) -> tuple[functools.partial, float]:
         """(the compiled function, bound to the frozen parameters; wall seconds to compile it)."""
-        parts = dict(networks=self.networks, recipe=self.recipe)
+        parts = dict(networks=self.networks, options=self.options)
         began = time.perf_counter()
         lowered = jax.jit(functools.partial(function, **parts), **options).lower(
             *args, frozen=self.frozen

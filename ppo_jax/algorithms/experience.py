@@ -18,7 +18,7 @@ from ppo_jax.core.network import Network, merge_params
 from ppo_jax.core.rewards import missing_eos_scores, token_rewards
 from ppo_jax.core.types import (
     Experience,
-    Frozen,
+    FrozenParams,
     Hyperparameters,
     Params,
     PPOState,
@@ -61,7 +61,7 @@ CHOICES = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Recipe:
+class PPOOptions:
     """What shapes the program of an iteration; the numbers are in `Hyperparameters`."""
 
     sampling: Sampling
@@ -89,9 +89,9 @@ def sample_responses(
     prompts: Prompts,
     key: jax.Array,
     *,
-    frozen: Frozen,
+    frozen: FrozenParams,
     networks: PPONetworks,
-    recipe: Recipe,
+    options: PPOOptions,
 ) -> Rollout:
     """The rollout of one iteration with the current policy. The key is consumed."""
     policy, trunk, place = networks.sampler or (networks.policy, networks.trunk, lambda x: x)
@@ -100,14 +100,14 @@ def sample_responses(
         place(merge_params(frozen.policy, state.policy_params)),
         prompts,
         key,
-        sampling=recipe.sampling,
+        sampling=options.sampling,
         temperature=hyperparameters.temperature,
         trunk=trunk,
         trunk_params=None if trunk is None else place(frozen.trunk),
     )
 
 
-def response_scores(rollout: Rollout, *, frozen: Frozen, networks: PPONetworks) -> jax.Array:
+def response_scores(rollout: Rollout, *, frozen: FrozenParams, networks: PPONetworks) -> jax.Array:
     """The reward model's score of each response, [B] float32, read at its last token."""
     inputs = rollout.hidden if networks.reward_on_trunk else rollout.tokens
     start = rollout.prompt_mask.shape[1]
@@ -122,9 +122,9 @@ def make_experience(
     state: PPOState,
     hyperparameters: Hyperparameters,
     *,
-    frozen: Frozen,
+    frozen: FrozenParams,
     networks: PPONetworks,
-    recipe: Recipe,
+    options: PPOOptions,
 ) -> tuple[Experience, dict[str, jax.Array]]:
     """Rewards, advantages and returns of a rollout.
 
@@ -135,7 +135,7 @@ def make_experience(
         hyperparameters: the numbers.
         frozen: holds the reference.
         networks: the networks.
-        recipe: the choices.
+        options: the choices.
 
     Returns:
         (experience, metrics).
@@ -146,7 +146,7 @@ def make_experience(
     parts = dict(policy_inputs=policy_inputs, frozen=frozen, networks=networks)
     ref_logprobs = policy_logprobs(rollout, frozen.ref_policy, numbers, **parts)
     weights, told = jnp.float32(1.0), {}
-    if recipe.old_logprobs == "recompute":
+    if options.old_logprobs == "recompute":
         logprobs = policy_logprobs(rollout, state.policy_params, numbers, **parts)
         weights, told = importance_weights(logprobs, rollout.logprobs, mask, numbers)
         rollout = rollout.replace(logprobs=jnp.where(mask, logprobs, 0.0))
@@ -158,7 +158,7 @@ def make_experience(
         response_length=mask.shape[1],
     )
     values = jnp.where(mask, values, 0.0)
-    rewards, metrics = response_rewards(rollout, scores, ref_logprobs, state, numbers, recipe)
+    rewards, metrics = response_rewards(rollout, scores, ref_logprobs, state, numbers, options)
     advantages, returns = gae(
         rewards, values, mask, gamma=numbers.gamma, gae_lambda=numbers.gae_lambda
     )
@@ -183,7 +183,7 @@ def policy_logprobs(
     hyperparameters: Hyperparameters,
     *,
     policy_inputs: jax.Array,
-    frozen: Frozen,
+    frozen: FrozenParams,
     networks: PPONetworks,
 ) -> jax.Array:
     """Log-probs of the response tokens as the update computes them, [B, T] float32, undefined
@@ -208,7 +208,7 @@ def importance_weights(
     """Weights of the tokens that undo, within limits, that they were sampled by a policy whose
     numbers are slightly others: one token at a time, with rounding of its own.
 
-    w = clip(exp(logprobs - sampled_logprobs), importance_low, importance_high)
+    w = clip(exp(logprobs - sampled_logprobs), tis_clip_low, tis_clip_high)
 
     The surrogate loss is linear in the advantages, so that times w is what they need.
 
@@ -224,11 +224,11 @@ def importance_weights(
     Reference: Espeholt et al. 2018, https://arxiv.org/abs/1802.01561, truncated weights.
     """
     difference = jnp.where(mask, logprobs - sampled_logprobs, 0.0)
-    limits = hyperparameters.importance_low, hyperparameters.importance_high
+    limits = hyperparameters.tis_clip_low, hyperparameters.tis_clip_high
     weights = jnp.clip(jnp.exp(difference), *limits)
     return weights, {
-        "policy/sampling_difference": masked_mean(jnp.abs(difference), mask),
-        "policy/sampling_difference_max": jnp.abs(difference).max(),
+        "policy/rollout_logprob_error": masked_mean(jnp.abs(difference), mask),
+        "policy/rollout_logprob_error_max": jnp.abs(difference).max(),
         "policy/importance_weight": masked_mean(weights, mask),
     }
 
@@ -239,7 +239,7 @@ def response_rewards(
     ref_logprobs: jax.Array,
     state: PPOState,
     hyperparameters: Hyperparameters,
-    recipe: Recipe,
+    options: PPOOptions,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The reward of each token: the score at the last, less the KL penalty at every one.
 
@@ -249,21 +249,21 @@ def response_rewards(
         ref_logprobs: [B, T] float, of the tokens under the reference.
         state: holds the coefficient of adaptive KL control.
         hyperparameters: the numbers.
-        recipe: the choices.
+        options: the choices.
 
     Returns:
         (rewards [B, T] float32, 0 where masked; metrics of scores, KL and responses).
     """
     mask = rollout.response_mask
-    adjusted = adjust_scores(scores, rollout.has_eos, hyperparameters, recipe)
-    kl_coef = hyperparameters.kl_coef if recipe.kl_control == "fixed" else state.kl_coef
+    adjusted = adjust_scores(scores, rollout.has_eos, hyperparameters, options)
+    kl_coef = hyperparameters.kl_coef if options.kl_control == "fixed" else state.kl_coef
     rewards = token_rewards(
         adjusted,
         rollout.logprobs,
         ref_logprobs,
         mask,
         kl_coef=kl_coef,
-        kl_kind=recipe.kl_estimator,
+        estimator=options.kl_estimator,
     )
     kl = jnp.where(mask, kl_estimate(rollout.logprobs, ref_logprobs, kind="k1"), 0.0)
     metrics = {
@@ -279,10 +279,10 @@ def response_rewards(
     return rewards, metrics
 
 
-def adjust_scores(scores, has_eos, hyperparameters: Hyperparameters, recipe: Recipe):
-    """The rule for responses that were cut off, as the recipe chooses it."""
+def adjust_scores(scores, has_eos, hyperparameters: Hyperparameters, options: PPOOptions):
+    """The rule for responses that were cut off, as the options choose it."""
     number = hyperparameters.missing_eos_score
-    match recipe.missing_eos:
+    match options.missing_eos:
         case "keep":
             return scores
         case "replace":

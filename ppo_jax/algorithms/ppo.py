@@ -10,19 +10,19 @@ import jax.numpy as jnp
 
 from ppo_jax.algorithms.experience import (
     PPONetworks,
-    Recipe,
+    PPOOptions,
     make_experience,
     response_scores,
     sample_responses,
 )
-from ppo_jax.algorithms.supervised import accumulate, accumulate_first
+from ppo_jax.algorithms.supervised import accumulate, accumulate_while
 from ppo_jax.core.kl import adaptive_kl_coef
 from ppo_jax.core.losses import ppo_loss
 from ppo_jax.core.network import merge_params
 from ppo_jax.core.optimizer import apply_gradients, init_optimizer, schedule
 from ppo_jax.core.types import (
     Experience,
-    Frozen,
+    FrozenParams,
     Hyperparameters,
     Params,
     PPOState,
@@ -54,7 +54,7 @@ def experience_loss(
     experience: Experience,
     hyperparameters: Hyperparameters,
     *,
-    frozen: Frozen,
+    frozen: FrozenParams,
     networks: PPONetworks,
     normalizer: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -114,9 +114,9 @@ def ppo_update(
     hyperparameters: Hyperparameters,
     key: jax.Array,
     *,
-    frozen: Frozen,
+    frozen: FrozenParams,
     networks: PPONetworks,
-    recipe: Recipe,
+    options: PPOOptions,
 ) -> tuple[PPOState, dict[str, jax.Array]]:
     """num_epochs x num_minibatches optimizer steps on one experience, shuffled anew each epoch.
 
@@ -127,7 +127,7 @@ def ppo_update(
         key: consumed; orders the shuffles.
         frozen: the leaves that are not trained.
         networks: the networks.
-        recipe: the choices.
+        options: the choices.
 
     Returns:
         (state, metrics of each optimizer step [num_epochs * num_minibatches], in their order).
@@ -135,7 +135,7 @@ def ppo_update(
     Raises:
         ValueError: packing, with a network that does not take packed rows.
     """
-    if recipe.packing and not (networks.policy.packs and networks.value.packs):
+    if options.packing and not (networks.policy.packs and networks.value.packs):
         raise ValueError(
             "packing needs networks that take `segments` and `at` and say so (Network.packs), got "
             f"policy {networks.policy.packs}, value {networks.value.packs}"
@@ -147,7 +147,7 @@ def ppo_update(
         "value": hyperparameters.value_learning_rate * factor,
     }
     orders = jax.vmap(lambda k: jax.random.permutation(k, batch_size))(
-        jax.random.split(key, recipe.num_epochs)
+        jax.random.split(key, options.num_epochs)
     )
 
     def step(carry, rows):
@@ -165,15 +165,15 @@ def ppo_update(
                 normalizer=normalizer,
             )
 
-        sums = accumulate_packed if recipe.packing else accumulate
-        gradients, metrics = sums(loss, params, minibatch, recipe.num_micro_batches)
+        sums = accumulate_packed if options.packing else accumulate
+        gradients, metrics = sums(loss, params, minibatch, options.num_micro_batches)
         params, opt_state, norm = apply_gradients(
             hyperparameters.optimizer, gradients, opt_state, params, rates
         )
         return (params, opt_state), metrics | {"policy/grad_norm": norm}
 
     carry = ({"policy": state.policy_params, "value": state.value_params}, state.opt_state)
-    rows = orders.reshape(recipe.num_epochs * recipe.num_minibatches, -1)
+    rows = orders.reshape(options.num_epochs * options.num_minibatches, -1)
     (params, opt_state), metrics = jax.lax.scan(step, carry, rows)
     state = state.replace(
         policy_params=params["policy"], value_params=params["value"], opt_state=opt_state
@@ -200,30 +200,30 @@ def accumulate_packed(
         of_piece = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i * size, size), rows)
         return packed_experience(minibatch, of_piece)
 
-    gradients, metrics = accumulate_first(loss, params, piece, pieces)
+    gradients, metrics = accumulate_while(loss, params, piece, pieces)
     real, trained = (rows.segments > 0).sum(), pieces * size * rows.segments.shape[1]
-    return gradients, metrics | {"ppo/row_fill": real / trained}
+    return gradients, metrics | {"ppo/packing_efficiency": real / trained}
 
 
-def learn(
+def update_from_rollout(
     state: PPOState,
     hyperparameters: Hyperparameters,
     rollout: Rollout,
     scores: jax.Array,
     key: jax.Array,
     *,
-    frozen: Frozen,
+    frozen: FrozenParams,
     networks: PPONetworks,
-    recipe: Recipe,
+    options: PPOOptions,
 ) -> tuple[PPOState, dict[str, jax.Array]]:
     """What follows the scores in an iteration: experience, update, KL control. Key consumed."""
-    parts = dict(frozen=frozen, networks=networks, recipe=recipe)
+    parts = dict(frozen=frozen, networks=networks, options=options)
     experience, metrics = make_experience(rollout, scores, state, hyperparameters, **parts)
     state, updates = ppo_update(state, experience, hyperparameters, key, **parts)
     metrics |= {k: v.max() if k.endswith("_max") else v.mean() for k, v in updates.items()}
     batch_size = scores.shape[0]
     kl_coef = state.kl_coef
-    if recipe.kl_control == "adaptive":
+    if options.kl_control == "adaptive":
         kl_coef = adaptive_kl_coef(
             kl_coef,
             metrics["kl/ref"],
@@ -243,9 +243,9 @@ def ppo_iteration(
     prompts: Prompts,
     key: jax.Array,
     *,
-    frozen: Frozen,
+    frozen: FrozenParams,
     networks: PPONetworks,
-    recipe: Recipe,
+    options: PPOOptions,
 ) -> tuple[PPOState, dict[str, jax.Array]]:
     """One whole iteration with a learned reward model: a single program.
 
@@ -256,14 +256,16 @@ def ppo_iteration(
         key: consumed; `jax.random.fold_in(root_key, state.step)` makes a resumed run the same run.
         frozen: reference, reward model, trunk.
         networks: the networks; `networks.reward` is not None.
-        recipe: the choices.
+        options: the choices.
 
     Returns:
         (state, metrics).
     """
-    parts = dict(frozen=frozen, networks=networks, recipe=recipe)
+    parts = dict(frozen=frozen, networks=networks, options=options)
     rollout_key, shuffle_key = jax.random.split(key)
     responses = sample_responses(state, hyperparameters, prompts, rollout_key, **parts)
     scores = response_scores(responses, frozen=frozen, networks=networks)
-    state, metrics = learn(state, hyperparameters, responses, scores, shuffle_key, **parts)
+    state, metrics = update_from_rollout(
+        state, hyperparameters, responses, scores, shuffle_key, **parts
+    )
     return state, metrics

@@ -66,7 +66,7 @@ def sft_step(
         return sft_loss(network, merge_params(frozen, params), piece, normalizer=normalizer)
 
     gradients, metrics = accumulate(loss, state.params, batch, num_micro_batches)
-    return take_step(state, gradients, metrics, optimizer, "sft")
+    return apply_update(state, gradients, metrics, optimizer, "sft")
 
 
 def text_scores(
@@ -121,10 +121,10 @@ def reward_step(
         return preference_loss(chosen, rejected, mask=batch.valid)
 
     (_, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(state.params)
-    return take_step(state, gradients, metrics, optimizer, "reward_model")
+    return apply_update(state, gradients, metrics, optimizer, "reward_model")
 
 
-def take_step(
+def apply_update(
     state: TrainState, gradients: Params, metrics: dict, optimizer: Optimizer, group: str
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Apply gradients at the scheduled learning rate; add the rate and the norm to the metrics."""
@@ -168,7 +168,7 @@ def accumulate(
     return jax.lax.scan(lambda sums, x: (add(sums, gradient(params, x)), None), first, rest)[0]
 
 
-def accumulate_first(
+def accumulate_while(
     loss: Callable[..., tuple[jax.Array, dict]],
     params: Params,
     piece: Callable[[jax.Array], Any],

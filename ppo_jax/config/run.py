@@ -119,6 +119,6 @@ MAY_CHANGE = frozenset(
     + ["target_kl", "kl_horizon", "gamma", "gae_lambda", "clip_range", "clip_range_high"]
     + ["value_clip_range", "vf_coef", "entropy_coef", "sample_every", "num_samples"]
     + ["save_every", "eval_every", "num_micro_batches", "hidden_cache_gb", "remat"]
-    + ["reward_seconds", "old_logprobs", "importance_low", "importance_high"]
+    + ["reward_timeout_s", "old_logprobs", "tis_clip_low", "tis_clip_high"]
     + ["attention"]
 )

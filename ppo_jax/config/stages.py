@@ -153,7 +153,7 @@ class PPOSettings:
     init_from: str = "sft"  # the policy: a stage of this workdir, "base", a stage folder or a model
     reward_model: str = "reward"  # a stage of this workdir or a stage folder; "" with a function
     reward_function: str = ""  # "module:function": (prompts, responses) -> one number a response
-    reward_seconds: Limit = math.inf  # that a call of reward_function may take, else the run ends
+    reward_timeout_s: Limit = math.inf  # that a call of reward_function may take, else the run ends
     critic_init_from: str = ""  # "reward_model", or "policy": its body and a head of zeros; "" is
     # the reward model, or the policy where a function gives the scores
     trainable: str | int = "all"  # "all", a number of top layers such as "4", "head" or "lora"
@@ -188,9 +188,9 @@ class PPOSettings:
 
     old_logprobs: str = "rollout"  # what ratio and KL start from: the log-probs of the sampling, or
     # "recompute", one pass more, as the update computes them: in bfloat16 they differ
-    importance_low: float = 1.0  # with "recompute": the least weight of a token, which is the ratio
+    tis_clip_low: float = 1.0  # with "recompute": the least weight of a token, which is the ratio
     # of the two probabilities, times its advantage
-    importance_high: float = 1.0  # the greatest; 1 and 1 is off, 0 and 2 is usual
+    tis_clip_high: float = 1.0  # the greatest; 1 and 1 is off, 0 and 2 is usual
 
     kl_coef: float = 0.05  # reward per nat
     kl_estimator: str = "k1"  # or "k2", "k3"
@@ -216,7 +216,7 @@ class PPOSettings:
         check.each("> 0", "num_iterations", "rollout_batch_size", "num_epochs", "num_minibatches")
         check.each("> 0", "num_micro_batches", "max_prompt_length", "response_length")
         check.each("> 0", "temperature", "target_kl", "kl_horizon", "value_clip_range")
-        check.each("> 0", "sample_every", "save_every", "reward_seconds")
+        check.each("> 0", "sample_every", "save_every", "reward_timeout_s")
         check.each(">= 0", "kl_coef", "vf_coef", "entropy_coef", "value_learning_rate")
         check.each("> 0", "samples_per_prompt", "prompt_buckets")
         most = self.max_prompt_length.bit_length()
@@ -233,12 +233,12 @@ class PPOSettings:
         check.choice("kl_estimator", "k1", "k2", "k3")
         check.choice("kl_control", "fixed", "adaptive")
         check.choice("old_logprobs", "rollout", "recompute")
-        low, high = self.importance_low, self.importance_high
-        check.that(0 <= low <= 1, "importance_low", "in [0, 1]")
-        check.that(high >= 1, "importance_high", ">= 1")
+        low, high = self.tis_clip_low, self.tis_clip_high
+        check.that(0 <= low <= 1, "tis_clip_low", "in [0, 1]")
+        check.that(high >= 1, "tis_clip_high", ">= 1")
         recomputed, rule = self.old_logprobs == "recompute", '1 unless old_logprobs is "recompute"'
-        check.that(recomputed or low == 1, "importance_low", rule)
-        check.that(recomputed or high == 1, "importance_high", rule)
+        check.that(recomputed or low == 1, "tis_clip_low", rule)
+        check.that(recomputed or high == 1, "tis_clip_high", rule)
         check.choice("critic_init_from", "", "reward_model", "policy")
         check_trainable(check, "trainable", "value_trainable")
         check_lora(check, "trainable", "value_trainable")

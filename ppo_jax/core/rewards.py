@@ -17,7 +17,7 @@ def token_rewards(
     mask: jax.Array,
     *,
     kl_coef: Number,
-    kl_kind: KLKind = "k1",
+    estimator: KLKind = "k1",
 ) -> jax.Array:
     """Reward of each token: a KL penalty, and the score at the last response token.
 
@@ -29,7 +29,7 @@ def token_rewards(
         ref_logprobs: [B, T] float, under the reference.
         mask: [B, T] bool, True on response tokens, the stop token included.
         kl_coef: weight of the KL penalty, in score per nat.
-        kl_kind: estimator of the KL, see `kl_estimate`.
+        estimator: estimator of the KL, see `kl_estimate`.
 
     Returns:
         [B, T] float32, zero where mask is False. The score of a row without any response token
@@ -53,7 +53,7 @@ def token_rewards(
     chex.assert_type([scores, logprobs, ref_logprobs, mask], [float, float, float, bool])
 
     logprobs, ref_logprobs = zero_padding(mask, logprobs, ref_logprobs)
-    penalty = kl_coef * kl_estimate(logprobs, ref_logprobs, kind=kl_kind)
+    penalty = kl_coef * kl_estimate(logprobs, ref_logprobs, kind=estimator)
     positions = jnp.arange(mask.shape[1], dtype=jnp.int32)[None, :]
     is_last = mask & (positions == last_token_index(mask)[:, None])
     score = jnp.where(is_last, scores.astype(jnp.float32)[:, None], 0.0)

@@ -108,8 +108,8 @@ class Hyperparameters:
     vf_coef: jax.Array | float = 0.1
     entropy_coef: jax.Array | float = 0.0
     missing_eos_score: jax.Array | float = 0.0  # replaces, or is subtracted from, the score
-    importance_low: jax.Array | float = 1.0  # limits of the weights of recomputed log-probs; 1 and
-    importance_high: jax.Array | float = 1.0  # 1 is no weight, see `importance_weights`
+    tis_clip_low: jax.Array | float = 1.0  # limits of the weights of recomputed log-probs; 1 and
+    tis_clip_high: jax.Array | float = 1.0  # 1 is no weight, see `importance_weights`
 
 
 @struct.dataclass(kw_only=True)
@@ -134,7 +134,7 @@ class PPOState:
 
 
 @struct.dataclass(kw_only=True)
-class Frozen:
+class FrozenParams:
     """Parameters that PPO reads and never writes. Never donated, never saved with the state."""
 
     ref_policy: Params  # where the policy's trained leaves started

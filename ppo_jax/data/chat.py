@@ -13,7 +13,7 @@ from ppo_jax.data.readers import shown, string
 ROLES = ("system", "user", "assistant")
 
 Message = dict[str, str]
-Part = tuple[str, bool]  # text, and whether it is learned
+Segment = tuple[str, bool]  # text, and whether it is learned
 
 
 class Chat:
@@ -47,7 +47,7 @@ class Chat:
         """
         return self.render(messages, place, generation_prompt=True)
 
-    def parts(self, messages: Sequence[Message], place: str) -> tuple[Part, ...]:
+    def parts(self, messages: Sequence[Message], place: str) -> tuple[Segment, ...]:
         """The conversation in parts, those learned that the assistant has to write.
 
         Whatever follows the assistant's last turn is left out: nothing is learned from it.
@@ -65,7 +65,7 @@ class Chat:
             raise ValueError(f"{place}: messages must have a turn of the assistant's to learn")
         messages = messages[: turns[-1] + 1]
         whole, done = self.render(messages, place), 0
-        parts: list[Part] = []
+        parts: list[Segment] = []
         for turn in turns:
             prompt = self.prompt(messages[:turn], place)
             turn_text = self.following(prompt, self.render(messages[: turn + 1], place), place)

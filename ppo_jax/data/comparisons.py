@@ -9,13 +9,13 @@ import numpy as np
 
 from ppo_jax.config.stages import RewardSettings
 from ppo_jax.data.encode import (
-    Groups,
-    Texts,
+    ComparisonGroups,
+    TokenizedTexts,
     batch_indices,
     encode_demonstrations,
     encode_preferences,
 )
-from ppo_jax.data.preferences import Ranking, load_preferences
+from ppo_jax.data.preferences import RankedResponses, load_preferences
 from ppo_jax.data.ratings import held_out_pairs, pair_accuracy, rating_pairs
 from ppo_jax.data.readers import naming_data
 from ppo_jax.data.records import RatedText, data_files, load_ratings, read_split
@@ -29,8 +29,8 @@ GAPS = {"": 0.0, "_gap1": 1.0, "_gap2": 2.0}  # least difference of mean ratings
 class RewardData:
     """Texts, and which of them is preferred: by fixed pairs, or by ratings to draw pairs from."""
 
-    texts: Texts
-    groups: Groups | None = None  # of responses to one prompt
+    texts: TokenizedTexts
+    groups: ComparisonGroups | None = None  # of responses to one prompt
     ratings: list[tuple[float, ...]] | None = None  # a row each
 
     @property
@@ -105,7 +105,7 @@ def reward_data(
     return tuple(parts)
 
 
-def ranked(records: Sequence[Ranking], tokenizer: Any, max_length: int) -> RewardData:
+def ranked(records: Sequence[RankedResponses], tokenizer: Any, max_length: int) -> RewardData:
     """Responses and which of them are better, tokenised."""
     texts, groups = encode_preferences(records, tokenizer, max_length=max_length)
     return RewardData(texts=texts, groups=groups)

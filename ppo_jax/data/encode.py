@@ -14,14 +14,14 @@ import jax
 import numpy as np
 
 from ppo_jax.core.types import Prompts
-from ppo_jax.data.chat import Part
-from ppo_jax.data.preferences import Ranking
+from ppo_jax.data.chat import Segment
+from ppo_jax.data.preferences import RankedResponses
 from ppo_jax.data.readers import NothingUsable
 from ppo_jax.data.records import Demonstration, RatedText
 
 
 @dataclass(frozen=True)
-class Texts:
+class TokenizedTexts:
     """N tokenised texts, padded on the right."""
 
     tokens: np.ndarray  # [N, L] int32, 0 where mask is False
@@ -33,8 +33,8 @@ class Texts:
 
 
 @dataclass(frozen=True)
-class Groups:
-    """Which rows of `Texts` respond to one prompt, and which of them are better.
+class ComparisonGroups:
+    """Which rows of `TokenizedTexts` respond to one prompt, and which of them are better.
 
     A ranking of fewer than K responses is filled up with its first, which is in no further pair.
     """
@@ -56,7 +56,7 @@ def encode_demonstrations(
     *,
     max_length: int,
     append_eos: bool = True,
-) -> Texts:
+) -> TokenizedTexts:
     """Tokens of the parts of each record, with the loss on those learned and on EOS.
 
     Parts are tokenised apart, as in a rollout, where the response starts on a token of its own; see
@@ -72,15 +72,15 @@ def encode_demonstrations(
         ValueError: no record, none that is left, or no EOS to append.
     """
     rows = token_rows([record.parts for record in records], tokenizer, append_eos=append_eos)
-    kept, left_out = usable(
-        records, [r.flaw for r in records], [len(row.ids) for row in rows], max_length
+    kept, left_out = filter_records(
+        records, [r.reject_reason for r in records], [len(row.ids) for row in rows], max_length
     )
     return _padded_texts([rows[i] for i in kept], kept, max_length, left_out)
 
 
 def encode_texts(
     texts: Sequence[str], tokenizer: Any, *, max_length: int, append_eos: bool = True
-) -> Texts:
+) -> TokenizedTexts:
     """Tokens of whole texts, whatever they are: only what is too long is left out.
 
     Args:
@@ -99,7 +99,7 @@ def encode_texts(
     return _padded_texts([rows[i] for i in kept], kept, max_length, +left_out)
 
 
-def encode_all(texts: Sequence[str], tokenizer: Any, *, max_length: int) -> Texts:
+def encode_all(texts: Sequence[str], tokenizer: Any, *, max_length: int) -> TokenizedTexts:
     """`encode_texts` with a row for each text.
 
     Raises:
@@ -116,8 +116,8 @@ def encode_all(texts: Sequence[str], tokenizer: Any, *, max_length: int) -> Text
 
 
 def encode_preferences(
-    rankings: Sequence[Ranking], tokenizer: Any, *, max_length: int
-) -> tuple[Texts, Groups]:
+    rankings: Sequence[RankedResponses], tokenizer: Any, *, max_length: int
+) -> tuple[TokenizedTexts, ComparisonGroups]:
     """Tokens of each prompt with each of its responses, and the pairs among them.
 
     Args:
@@ -137,7 +137,9 @@ def encode_preferences(
     longest = [0] * len(rankings)
     for (i, _), row in zip(responses, rows, strict=True):
         longest[i] = max(longest[i], len(row.ids))
-    kept, left_out = usable(rankings, [r.flaw for r in rankings], longest, max_length)
+    kept, left_out = filter_records(
+        rankings, [r.reject_reason for r in rankings], longest, max_length
+    )
     used = set(kept)
     chosen = [(i, row) for (i, _), row in zip(responses, rows, strict=True) if i in used]
     texts = _padded_texts([r for _, r in chosen], [i for i, _ in chosen], max_length, left_out)
@@ -210,7 +212,7 @@ def _too_long(max_length: int) -> str:
     return f"too long (over {max_length:,} tokens)"
 
 
-def usable(
+def filter_records(
     records: Sequence[Any], flaws: Sequence[str], lengths: Sequence[int], max_length: int
 ) -> tuple[list[int], Mapping[str, int]]:
     """Which records are left, and how many are left out for which reason.
@@ -229,8 +231,8 @@ def usable(
     """
     kept, seen = [], set()
     left_out = collections.Counter()
-    for i, (record, flaw, length) in enumerate(zip(records, flaws, lengths, strict=True)):
-        reason = flaw or ("repeated" if record in seen else "")
+    for i, (record, reject_reason, length) in enumerate(zip(records, flaws, lengths, strict=True)):
+        reason = reject_reason or ("repeated" if record in seen else "")
         reason = reason or (_too_long(max_length) if length > max_length else "")
         seen.add(record)
         if reason:
@@ -252,7 +254,7 @@ def _check_kept(kept, lengths, max_length, left_out: Mapping[str, int]) -> None:
     raise NothingUsable(f"none of the {len(lengths)} records can be used: {why}", too_long)
 
 
-def _groups(rankings: Sequence[Ranking]) -> Groups:
+def _groups(rankings: Sequence[RankedResponses]) -> ComparisonGroups:
     """The groups of rankings whose responses stand in rows one after the other."""
     sizes = np.array([len(ranking.responses) for ranking in rankings])
     most = int(sizes.max())
@@ -264,15 +266,15 @@ def _groups(rankings: Sequence[Ranking]) -> Groups:
     for i, ranking in enumerate(rankings):
         pairs[i, : len(ranking.pairs)] = ranking.pairs
         valid[i, : len(ranking.pairs)] = True
-    return Groups(rows=rows.astype(np.int32), pairs=pairs, valid=valid)
+    return ComparisonGroups(rows=rows.astype(np.int32), pairs=pairs, valid=valid)
 
 
-def _padded_texts(rows, records, max_length, left_out) -> Texts:
+def _padded_texts(rows, records, max_length, left_out) -> TokenizedTexts:
     tokens, mask = padded([row.ids for row in rows], max_length)
     loss_mask = np.zeros(mask.shape, bool)
     loss_mask[mask] = np.concatenate([row.learned for row in rows])
     loss_mask[:, 0] = False
-    return Texts(tokens, mask, loss_mask, np.array(records, dtype=np.int64), left_out)
+    return TokenizedTexts(tokens, mask, loss_mask, np.array(records, dtype=np.int64), left_out)
 
 
 def _check_positive(**sizes: int) -> None:
@@ -292,7 +294,7 @@ class TokenRow(NamedTuple):
 
 
 def token_rows(
-    texts: Sequence[Sequence[Part]], tokenizer: Any, *, append_eos: bool
+    texts: Sequence[Sequence[Segment]], tokenizer: Any, *, append_eos: bool
 ) -> list[TokenRow]:
     """The tokens of texts in parts (text, learned), each part tokenised for itself.
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from ppo_jax.core.network import Network
 from ppo_jax.core.types import Params
-from ppo_jax.data.encode import Texts
+from ppo_jax.data.encode import TokenizedTexts
 from ppo_jax.distributed.layout import Layout, one_device
 
 MULTIPLE = 16  # batches are as wide as their longest text, rounded up: few compiled shapes
@@ -23,7 +23,7 @@ Inputs = Callable[[Rows, int], jax.Array]
 
 
 def make_inputs(
-    texts: Texts,
+    texts: TokenizedTexts,
     trunk: Network | None,
     trunk_params: Params | None,
     *,
@@ -49,7 +49,7 @@ def make_inputs(
     def compute(rows, width):
         segments = None if texts.segments is None else texts.segments[rows, :width]
         batch = (texts.tokens[rows, :width], texts.mask[rows, :width], segments)
-        tokens, mask, segments = layout.put_rows(batch)
+        tokens, mask, segments = layout.shard_batch(batch)
         return run(trunk_params, tokens, mask, segments=segments)
 
     shape = jax.eval_shape(trunk.apply, trunk_params, texts.tokens[:1], texts.mask[:1])
@@ -69,7 +69,7 @@ def make_inputs(
 
 
 def text_states(
-    texts: Texts, used: Rows, compute: Inputs, layout: Layout | None = None
+    texts: TokenizedTexts, used: Rows, compute: Inputs, layout: Layout | None = None
 ) -> Iterator[tuple[int, np.ndarray]]:
     """(row, the trunk's states [its length, D]) of each used text, those of like length together.
 
@@ -84,13 +84,13 @@ def text_states(
     for begin in range(0, len(order), TRUNK_BATCH):
         # The last batch is filled up with its own first row, so that no new shape is compiled.
         rows = order[begin : begin + TRUNK_BATCH]
-        padded = layout.fill_up(rows, TRUNK_BATCH)
+        padded = layout.pad_batch(rows, TRUNK_BATCH)
         hidden = np.asarray(compute(padded, batch_width(texts, rows)))
         for i, row in enumerate(rows):
             yield row, hidden[i, : lengths[row]]
 
 
-def batch_width(texts: Texts, rows: Rows) -> int:
+def batch_width(texts: TokenizedTexts, rows: Rows) -> int:
     """Positions that a batch of these texts needs."""
     longest = int(texts.mask[rows].sum(axis=1).max())
     return min(-(-longest // MULTIPLE) * MULTIPLE, texts.mask.shape[1])

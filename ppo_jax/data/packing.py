@@ -1,6 +1,6 @@
 """Several texts a row, so that little of a batch is padding. All of it is numpy.
 
-A packed row is a row of `Texts` like any other: its texts stand one after the other, then padding.
+A packed row is a row of `TokenizedTexts`: its texts follow one another, then padding.
 `segments` says which is which, and the network keeps them apart (see `networks.Network`).
 Dimensions: N texts, R rows, L tokens.
 """
@@ -10,10 +10,10 @@ import dataclasses
 
 import numpy as np
 
-from ppo_jax.data.encode import Texts
+from ppo_jax.data.encode import TokenizedTexts
 
 
-def pack(texts: Texts, *, max_length: int) -> Texts:
+def pack(texts: TokenizedTexts, *, max_length: int) -> TokenizedTexts:
     """The same texts in as few rows as best-fit-decreasing finds; none is split.
 
     What a row holds depends on the lengths of the texts alone. The first token of each text stays
@@ -93,7 +93,7 @@ def best_fit(lengths: np.ndarray, max_length: int) -> list[list[int]]:
     return rows
 
 
-def fullness(packed: Texts) -> str:
+def fullness(packed: TokenizedTexts) -> str:
     """How many texts share how many rows, and how full these are."""
     texts, rows, share = len(packed.records), len(packed.mask), packed.mask.mean()
     return f"{texts:,} texts in {rows:,} rows, {texts / rows:.1f} a row, {share:.0%} full"

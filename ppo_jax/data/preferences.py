@@ -18,7 +18,7 @@ HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # how turns begin in transcri
 
 
 @dataclass(frozen=True)
-class Ranking:
+class RankedResponses:
     """Two responses or more to one prompt, and how good each of them is."""
 
     prompt: str
@@ -37,14 +37,16 @@ class Ranking:
         ]
 
     @property
-    def flaw(self) -> str:
+    def reject_reason(self) -> str:
         """Why nothing can be learned from it, or ""."""
         if not all(response.strip() for response in self.responses):
             return "blank"
         return "" if self.pairs else "tied"
 
 
-def load_preferences(path: str | os.PathLike, tokenizer: Any | None = None) -> list[Ranking]:
+def load_preferences(
+    path: str | os.PathLike, tokenizer: Any | None = None
+) -> list[RankedResponses]:
     """Reads preferences and rankings.
 
     - {"prompt", "chosen", "rejected"}: texts, or messages.
@@ -64,7 +66,7 @@ def load_preferences(path: str | os.PathLike, tokenizer: Any | None = None) -> l
     return [ranking(row, chat, place) for place, row in read_rows(path, PREFERENCE_FORMS)]
 
 
-def ranking(row: Row, chat: Chat, place: str) -> Ranking:
+def ranking(row: Row, chat: Chat, place: str) -> RankedResponses:
     sides, scores = given_responses(row, place)
     if all(isinstance(x, str) for x in [row.get("prompt", ""), *sides.values()]):
         sides = {key: string(sides, key, place) for key in sides}
@@ -74,7 +76,7 @@ def ranking(row: Row, chat: Chat, place: str) -> Ranking:
             prompt, responses = split_transcripts(tuple(sides.values()), place)
     else:
         prompt, responses = split_conversations(row, sides, chat, place)
-    return Ranking(prompt, responses, scores)
+    return RankedResponses(prompt, responses, scores)
 
 
 def given_responses(row: Row, place: str) -> tuple[dict[str, Any], tuple[float, ...]]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ppo_jax.core.types import Prompts
-from ppo_jax.data.encode import batch_indices, encode_prompts, token_rows, usable
+from ppo_jax.data.encode import batch_indices, encode_prompts, filter_records, token_rows
 from ppo_jax.data.readers import naming_data
 from ppo_jax.data.records import load_prompts
 
@@ -46,7 +46,7 @@ def prompt_data(
     lengths = [len(row.ids) for row in rows]
     flaws = ["" if length else "blank" for length in lengths]
     with naming_data(field, path, "ppo.max_prompt_length"):
-        kept, left_out = usable(texts, flaws, lengths, max_length)
+        kept, left_out = filter_records(texts, flaws, lengths, max_length)
     texts = [texts[i] for i in kept]
     prompts = encode_prompts(texts, tokenizer, max_length=max_length)
     return PromptData(texts=texts, prompts=prompts, left_out=left_out)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ppo_jax.config.stages import RewardSettings, SFTSettings
-from ppo_jax.data.chat import Chat, Part, assistant_turns, has_blank_turn, read_messages
+from ppo_jax.data.chat import Chat, Segment, assistant_turns, has_blank_turn, read_messages
 from ppo_jax.data.readers import Row, finite, json_lines, read_rows, string
 
 Record = TypeVar("Record")
@@ -31,7 +31,7 @@ class Demonstration:
     the assistant's. Parts are tokenised apart, as prompt and response are in a rollout.
     """
 
-    parts: tuple[Part, ...]
+    parts: tuple[Segment, ...]
 
     @property
     def text(self) -> str:
@@ -39,7 +39,7 @@ class Demonstration:
         return "".join(text for text, _ in self.parts)
 
     @property
-    def flaw(self) -> str:
+    def reject_reason(self) -> str:
         """Why nothing can be learned from it, or ""."""
         return "" if any(learned and text.strip() for text, learned in self.parts) else "blank"
 
@@ -57,19 +57,17 @@ class RatedText:
         return sum(self.ratings) / len(self.ratings)
 
     @property
-    def parts(self) -> tuple[Part, ...]:
+    def parts(self) -> tuple[Segment, ...]:
         """As a `Demonstration` has them."""
         return ((self.text, True),)
 
     @property
-    def flaw(self) -> str:
+    def reject_reason(self) -> str:
         """Why nothing can be learned from it, or ""."""
         return "" if self.text.strip() else "blank"
 
 
-def load_demonstrations(
-    path: str | os.PathLike, tokenizer: Any | None = None
-) -> list[Demonstration]:
+def load_texts(path: str | os.PathLike, tokenizer: Any | None = None) -> list[Demonstration]:
     """Reads demonstrations: {"text"}, {"prompt", "completion"} or {"messages"}.
 
     Of messages the assistant's turns are learned, each with the token that ends it.

@@ -15,9 +15,9 @@ from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ppo_jax.config.mesh import MESH_AXES, RULES, AxisRules, MeshSettings
-from ppo_jax.distributed.processes import need_all
+from ppo_jax.distributed.processes import require_all_processes
 from ppo_jax.distributed.trees import named_leaves
-from ppo_jax.models.axes import Axes, Constrain, parameter_axes
+from ppo_jax.models.axes import Axes, ShardingConstraint, parameter_axes
 
 
 def devices_of_run() -> Sequence[jax.Device]:
@@ -110,9 +110,9 @@ class Layout:
         )
 
     @property
-    def constrain(self) -> Constrain:
+    def constrain(self) -> ShardingConstraint:
         """What a network knows of this layout."""
-        return Constrain(self.sharding)
+        return ShardingConstraint(self.sharding)
 
     def shardings(self, tree: Any) -> Any:
         """The sharding of every leaf of a tree of parameters, or of a state that holds some.
@@ -146,19 +146,19 @@ class Layout:
         """The sharding of what every device has a copy of."""
         return NamedSharding(self.mesh, PartitionSpec())
 
-    def put_rows(self, batch: Any) -> Any:
+    def shard_batch(self, batch: Any) -> Any:
         """A batch [N, ...] a leaf, in its pieces; N is a multiple of `pieces("batch")`."""
         return jax.tree.map(lambda x: place(x, self.rows), batch)
 
-    def put_whole(self, tree: Any) -> Any:
+    def replicate(self, tree: Any) -> Any:
         """Arrays and numbers that every device has a copy of."""
         return jax.tree.map(lambda x: place(x, self.whole), tree)
 
     def key(self, seed: int, step: int) -> jax.Array:
         """The random key of a step: a resumed run has the same."""
-        return self.put_whole(jax.random.fold_in(jax.random.key(seed), step))
+        return self.replicate(jax.random.fold_in(jax.random.key(seed), step))
 
-    def fill_up(self, rows: np.ndarray, multiple: int = 1) -> np.ndarray:
+    def pad_batch(self, rows: np.ndarray, multiple: int = 1) -> np.ndarray:
         """The rows, and their first again until a number and the mesh's pieces divide them."""
         lacking = -len(rows) % math.lcm(multiple, self.pieces("batch"))
         return np.concatenate([rows, np.repeat(rows[:1], lacking)])
@@ -186,7 +186,7 @@ def fetch(tree: Any) -> Any:
     def whole(leaf: Any) -> Any:
         if getattr(leaf, "is_fully_addressable", True):  # so are numpy and numbers
             return leaf
-        need_all("an array of several processes must be fetched")
+        require_all_processes("an array of several processes must be fetched")
         return multihost_utils.process_allgather(leaf, tiled=True)
 
     return jax.device_get(jax.tree.map(whole, tree))
@@ -237,12 +237,12 @@ def make_layouts(settings: MeshSettings) -> tuple[Layout, Layout]:
 
 
 def abstract(layout: Layout, init: Callable[..., Any], *args: Any) -> Any:
-    """The shapes, dtypes and shardings of what `init_in_pieces` would make."""
+    """The shapes, dtypes and shardings of what `init_sharded` would make."""
     shapes = jax.eval_shape(init, *args)
     return jax.tree.map(lambda x, lie: x.update(sharding=lie), shapes, layout.shardings(shapes))
 
 
-def init_in_pieces(layout: Layout, init: Callable[..., Any], *args: Any) -> Any:
+def init_sharded(layout: Layout, init: Callable[..., Any], *args: Any) -> Any:
     """What `init(*args)` gives, made in its pieces: no device ever holds a whole array."""
     lies = layout.shardings(jax.eval_shape(init, *args))
     return jax.jit(init, out_shardings=lies)(*args)

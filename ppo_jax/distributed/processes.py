@@ -1,6 +1,6 @@
 """Several processes as one program: who writes, who waits, and how all end together.
 
-The run's folder is one that all processes see. In a run of one process `from_first` just calls,
+The run's folder is one that all processes see. In a run of one process `on_primary` just calls,
 nothing waits, and nobody is asked to stop here.
 """
 
@@ -27,11 +27,11 @@ POLL_S = 1  # how soon Ctrl-C is heard by a process that waits
 FAREWELL_MS = 10_000  # the time to hear of a failure before the process that failed is gone
 STOPS = {signal.SIGTERM: 143, signal.SIGINT: 130}  # signal: exit code of a run that was saved
 CALLS = itertools.count(1)  # the same on all processes, without gaps: jax waits for the next one
-TURNS = itertools.count(1)  # of `from_first`, the same on all processes
-ALONE = threading.Event()  # set on process 0 while the others wait in `from_first`
+TURNS = itertools.count(1)  # of `on_primary`, the same on all processes
+ALONE = threading.Event()  # set on process 0 while the others wait in `on_primary`
 
 
-class NotTogether(ValueError):
+class ProcessMismatch(ValueError):
     """The processes do not do the same: nothing is wrong with what they read or write."""
 
 
@@ -71,8 +71,8 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def are_several() -> bool:
-    """Whether others take part in what this process does now: not in `from_first`."""
+def is_multiprocess() -> bool:
+    """Whether others take part in what this process does now: not in `on_primary`."""
     return jax.process_count() > 1 and not ALONE.is_set()
 
 
@@ -82,27 +82,27 @@ def wait_for_all(where: str):
     Args:
         where: a name that no other call has.
     """
-    if are_several():
+    if is_multiprocess():
         _wait(distributed.global_state.client.wait_at_barrier, f"ppo_jax/{where}")
 
 
-def need_all(what: str):
-    """Refuse in `from_first` what all processes must do: process 0 would wait for ever.
+def require_all_processes(what: str):
+    """Refuse in `on_primary` what all processes must do: process 0 would wait for ever.
 
     Args:
         what: the beginning of the message, for instance "FOLDER must be saved".
 
     Raises:
-        NotTogether: the others wait until this process has ended what it does for all.
+        ProcessMismatch: the others wait until this process has ended what it does for all.
     """
     if ALONE.is_set():
-        raise NotTogether(
+        raise ProcessMismatch(
             f"{what} by all processes, not by process 0 alone, as judges and `prepare` are "
             "called; the function that evaluate.judges names is called by all"
         )
 
 
-def from_first(do: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+def on_primary(do: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     """What `do(...)` gives on process 0, which alone calls it, on all processes.
 
     It begins when all are here, so that nobody reads a file any more that it changes, and the
@@ -115,10 +115,10 @@ def from_first(do: Callable[..., T], *args: Any, **kwargs: Any) -> T:
 
     Raises:
         SystemExit: on all processes, if it ends process 0 so.
-        NotTogether: on the others, if anything else is raised on process 0, be it Ctrl-C, or if
+        ProcessMismatch: on the others, if anything else is raised on process 0, be it Ctrl-C, or if
             process 0 has called another function.
     """
-    if not are_several():
+    if not is_multiprocess():
         return do(*args, **kwargs)
     turn = f"turn {next(TURNS)}"
     name = getattr(do, "__qualname__", type(do).__qualname__)
@@ -131,7 +131,7 @@ def from_first(do: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         _part(turn)
     if called != name:
         me = f"process {jax.process_index()}"
-        raise NotTogether(
+        raise ProcessMismatch(
             f"{me} waits for {name}, but process 0 has called {called}: all processes must make "
             "the same calls in the same order"
         )
@@ -149,7 +149,7 @@ def _tell(turn: str, name: str, do: Callable[[], T]) -> T:
         given = do()
         told = pickle.dumps((name, given, None))
     except BaseException as error:  # a user's code may call sys.exit, or be interrupted
-        failed: BaseException = NotTogether("process 0 has failed, and says why")
+        failed: BaseException = ProcessMismatch("process 0 has failed, and says why")
         if isinstance(error, SystemExit):  # all leave properly, with the same exit code
             failed = SystemExit(error.code if isinstance(error.code, int | str | None) else 1)
         client.key_value_set_bytes(f"ppo_jax/{turn}", pickle.dumps((name, None, failed)))
@@ -189,7 +189,7 @@ def preempted() -> bool:
     To be asked once a step by every process: the calls are counted, over all stages, and all
     processes stop after the same call.
     """
-    return are_several() and multihost_utils.reached_preemption_sync_point(next(CALLS))
+    return is_multiprocess() and multihost_utils.reached_preemption_sync_point(next(CALLS))
 
 
 def stop_if_asked(told: str = "nothing is lost; the same command goes on"):
@@ -220,6 +220,6 @@ def ask_all_to_stop(number: int, frame: Any):
 
 def stop_handlers(stop_soon: Callable[[int, Any], None]) -> dict[signal.Signals, Callable]:
     """What a stage does on Ctrl-C and SIGTERM; among several processes SIGTERM is jax's."""
-    if are_several():
+    if is_multiprocess():
         return {signal.SIGINT: ask_all_to_stop}
     return {signal.SIGINT: stop_soon, signal.SIGTERM: stop_soon}

@@ -18,7 +18,7 @@ MOST_BYTES = 4 * 2**30  # of the folder; what was used longest ago goes first
 EVENT = "/jax/core/compile/backend_compile_duration"
 
 
-def keep_programs(folder: Path):
+def enable_compilation_cache(folder: Path):
     """Compile each program once for all processes: a second start of a run begins in seconds.
 
     jax's own settings go first: JAX_COMPILATION_CACHE_DIR names another folder,
@@ -34,7 +34,7 @@ def keep_programs(folder: Path):
     jax.config.update("jax_compilation_cache_max_size", MOST_BYTES)
 
 
-def keep_nothing():
+def disable_compilation_cache():
     """From here on, whatever was kept: what is compiled for devices that are not there could be
     written, but no client is there to read it again."""
     jax.config.update("jax_enable_compilation_cache", False)
@@ -74,7 +74,7 @@ SETTINGS = (
 )
 
 
-def keep_pages():
+def retain_freed_memory():
     """Leave what malloc frees with the process. Call it before jax has a device.
 
     A program's temporary buffers are one block of up to gigabytes, asked for at each call. glibc

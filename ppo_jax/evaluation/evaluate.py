@@ -19,7 +19,7 @@ from ppo_jax.data.prompts import PromptData, prompt_data
 from ppo_jax.data.readers import naming_data
 from ppo_jax.data.records import load_ratings
 from ppo_jax.distributed.layout import Layout, fetch, make_layouts
-from ppo_jax.distributed.processes import from_first, stop_if_asked
+from ppo_jax.distributed.processes import on_primary, stop_if_asked
 from ppo_jax.evaluation.statistics import Judge, distinct_n, judge_table
 from ppo_jax.inference.generate import generate, make_sampling
 from ppo_jax.inference.score import score_rows, scores_that_fit
@@ -176,7 +176,7 @@ def judge_all(settings: EvaluateSettings, workdir: Path, texts: dict[str, list[s
     if not settings.judges:
         return {}
     panel: Panel = load_function(settings.judges, "evaluate.judges")(workdir)
-    table = from_first(judge_table, panel.judges, texts, notes=panel.notes, rated=panel.rated)
+    table = on_primary(judge_table, panel.judges, texts, notes=panel.notes, rated=panel.rated)
     results = {"judges": table, "reference": dict(panel.reference)}
     gold = next((row for row in table if row["judge"] == "gold"), None)
     if gold and "win_rate_ppo_vs_sft" in gold:

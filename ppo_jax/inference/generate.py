@@ -141,7 +141,7 @@ def generate(
     sample = compiled_rollout(model.config, sampling, layout)
     # On a mesh the program itself puts them where the rollout reads them, cast first.
     params = model.params if model.layout else layout.put(model.params)
-    key, temperature = layout.put_whole((jax.random.key(seed), np.float32(temperature)))
+    key, temperature = layout.replicate((jax.random.key(seed), np.float32(temperature)))
     responses, rollouts = [], []
     pieces = layout.pieces("batch")
     batch_size = -(-batch_size // pieces) * pieces
@@ -150,7 +150,7 @@ def generate(
             before_batch()
         numbers = np.arange(begin, begin + batch_size)
         chosen = np.where(numbers < len(prompts), numbers, 0)
-        batch, numbers = layout.put_rows((take_prompts(rows, chosen), numbers))
+        batch, numbers = layout.shard_batch((take_prompts(rows, chosen), numbers))
         found = sample(params, batch, key, temperature=temperature, rows=numbers)
         tokens, mask = fetch((found.response_tokens, found.response_mask))
         responses += decode_rows(model.tokenizer, tokens, mask)

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from ppo_jax.algorithms.supervised import text_scores
-from ppo_jax.data.encode import Texts, encode_all, encode_texts, row_batches
+from ppo_jax.data.encode import TokenizedTexts, encode_all, encode_texts, row_batches
 from ppo_jax.data.hidden_states import Inputs, batch_width, make_inputs
 from ppo_jax.distributed.layout import Layout, fetch, one_device
 from ppo_jax.io.stage_folder import Model
@@ -15,13 +15,13 @@ from ppo_jax.models.config import ModelConfig
 
 
 def all_scores(
-    score, params, texts: Texts, inputs: Inputs, layout: Layout, batch_size: int
+    score, params, texts: TokenizedTexts, inputs: Inputs, layout: Layout, batch_size: int
 ) -> np.ndarray:
     """Scores of a whole data set, [N] float32."""
     batches, scores = row_batches(texts.mask, batch_size), []
     for rows in batches:
-        width, filled = batch_width(texts, rows), layout.fill_up(rows)
-        batch = layout.put_rows((inputs(filled, width), texts.mask[filled, :width]))
+        width, filled = batch_width(texts, rows), layout.pad_batch(rows)
+        batch = layout.shard_batch((inputs(filled, width), texts.mask[filled, :width]))
         scores.append(score(params, *batch))
     ordered = np.empty(len(texts.mask), np.float32)
     for rows, found in zip(batches, fetch(scores), strict=True):
@@ -50,7 +50,7 @@ def compiled_scores(config: ModelConfig, layout: Layout):
     return jax.jit(functools.partial(text_scores, network))
 
 
-def score_rows(model: Model, rows: Texts) -> np.ndarray:
+def score_rows(model: Model, rows: TokenizedTexts) -> np.ndarray:
     """A reward model's scores of tokenised texts, [N] float32."""
     layout = model.layout or one_device()
     score, inputs = compiled_scores(model.config, layout), make_inputs(rows, None, None, cache_gb=0)

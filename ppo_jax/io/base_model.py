@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from ppo_jax.config.run import ModelSettings, ScratchSettings
 from ppo_jax.core.types import Params
-from ppo_jax.data.records import load_demonstrations
+from ppo_jax.data.records import load_texts
 from ppo_jax.io import huggingface as hf
 from ppo_jax.io import tokenizers as vocabulary
 from ppo_jax.io.hub import model_folder
@@ -39,7 +39,7 @@ def prepare_base(settings: ModelSettings, folder: Path, seed: int):
     """
     if settings.vocabulary_data and not folder.is_dir():
         tokenizer = None if settings.scratch else vocabulary.load_tokenizer(settings.path)
-        records = load_demonstrations(settings.vocabulary_data, tokenizer)
+        records = load_texts(settings.vocabulary_data, tokenizer)
         texts = [text for record in records for text, _ in record.parts]
         make = trimmed_model if settings.scratch is None else scratch_model
         temporary = folder.with_name(folder.name + ".tmp")

@@ -20,7 +20,12 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 from orbax.checkpoint import v1 as ocp
 
-from ppo_jax.distributed.processes import NotTogether, are_several, from_first, need_all
+from ppo_jax.distributed.processes import (
+    ProcessMismatch,
+    is_multiprocess,
+    on_primary,
+    require_all_processes,
+)
 from ppo_jax.distributed.trees import abstract, detach, differences, named_leaves
 from ppo_jax.io.integrity import verify_again, verify_checksums, write_checksums
 
@@ -59,16 +64,16 @@ class Checkpoints:
             metadata: what JSON can hold, given back by `restore`.
 
         Raises:
-            NotTogether: it is called in `from_first`, where Orbax would wait for the others.
+            ProcessMismatch: it is called in `on_primary`, where Orbax would wait for the others.
             ValueError: a leaf is not an array, or the folder holds a complete checkpoint of this
                 step or a later one, which a run that did not restore it would overwrite.
         """
-        need_all(f"step {step} of {self.directory} must be saved")
+        require_all_processes(f"step {step} of {self.directory} must be saved")
         self.wait()
         if step == self._verified:
             return
         # The others wait here while process 0 writes checksums; inside of Orbax they would give up.
-        from_first(self._check_new, step)
+        on_primary(self._check_new, step)
         # Named, so that a state is saved under the same paths whatever its nodes are made of.
         tree = unflatten_dict(named_leaves(detach(state)), sep="/")
         # Orbax's transfer to the host is implicit; a caller's guard is for the caller's code.
@@ -134,7 +139,7 @@ class Checkpoints:
 
         For decisions, see `verify_again`. Warns and raises as `restore` does.
         """
-        return from_first(_newest_step, self.directory, verify_again)
+        return on_primary(_newest_step, self.directory, verify_again)
 
     def wait(self) -> None:
         """Wait until the last `save` is on disk, and drop what `keep` no longer covers.
@@ -200,7 +205,7 @@ def load_checkpoint_item(
     if step is not None:
         path = directory / str(step)
         with damage_named(f"checkpoint {path}"):
-            from_first(verify_checksums, path)
+            on_primary(verify_checksums, path)
             return load(path, *_read_metadata(step, path))
     found = _load_newest(directory, load)
     if found is None:
@@ -215,7 +220,7 @@ def save_params(path: str | Path, params: Any) -> None:
         path: the folder.
         params: nested dicts with string keys, of jax or numpy arrays.
     """
-    need_all(f"{path} must be saved")
+    require_all_processes(f"{path} must be saved")
     path, tree = Path(path).absolute(), detach(params)
     with jax.transfer_guard("allow"):
         ocp.save(path, tree, overwrite=True, custom_metadata={"step": None, "metadata": {}})
@@ -233,16 +238,16 @@ def load_params(path: str | Path, shardings: Shardings | None = None) -> Any:
     if not path.is_dir():
         raise ValueError(f"no params in {path}: the folder does not exist.")
     with damage_named(f"params in {path}"):
-        from_first(verify_checksums, path)
+        on_primary(verify_checksums, path)
         return _load_part(path, _read_metadata(None, path)[0], shardings)
 
 
 def _load_newest(directory: Path, load: Callable[..., T]) -> tuple[int, T] | None:
     """The newest step that can be read, and what `load(folder, tree of what was saved, metadata)`
     gives for it. Several processes load the step that process 0 has verified and chosen."""
-    if not are_several():
+    if not is_multiprocess():
         return newest_readable(directory, lambda step, path: load(path, *_verified(step, path)))
-    step = from_first(_newest_step, directory)
+    step = on_primary(_newest_step, directory)
     if step is None:
         return None
     path = directory / str(step)
@@ -293,7 +298,7 @@ def _load_part(path: Path, saved: Any, shardings: Shardings | None) -> Any:
 
 
 def _load(path: Path, wanted: Any, context: ocp.Context) -> Any:
-    need_all(f"{path} must be loaded")
+    require_all_processes(f"{path} must be loaded")
     with context, jax.transfer_guard("allow"):
         return ocp.load(path, wanted)
 
@@ -308,7 +313,7 @@ class Mismatch(ValueError):
 
 
 # Neither is a device without memory, or another process that has failed.
-NOT_DAMAGED = (Mismatch, NotTogether, MemoryError, jax.errors.JaxRuntimeError)
+NOT_DAMAGED = (Mismatch, ProcessMismatch, MemoryError, jax.errors.JaxRuntimeError)
 
 
 def step_folders(directory: Path) -> list[tuple[int, Path]]:

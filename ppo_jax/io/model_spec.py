@@ -28,7 +28,7 @@ from ppo_jax.models.config import ModelConfig, computation
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Shape:
+class ModelSpec:
     """A model without its parameters."""
 
     kind: str  # "policy" or "reward"
@@ -36,7 +36,7 @@ class Shape:
     tokenizer: Any
 
 
-def parameters(shape: Shape):
+def parameters(shape: ModelSpec):
     """The parameter tree of a model, as shapes alone."""
     return parameters_of(shape.kind, shape.config)
 
@@ -47,7 +47,7 @@ def parameters_of(kind: str, config: ModelConfig):
     return jax.eval_shape(network(config).init, jax.random.key(0))
 
 
-def read_shape(path: str | os.PathLike, settings: ModelSettings) -> Shape:
+def read_shape(path: str | os.PathLike, settings: ModelSettings) -> ModelSpec:
     """The shape of a stage's model, or of anything that `hf.load_policy` reads.
 
     Args:
@@ -59,7 +59,7 @@ def read_shape(path: str | os.PathLike, settings: ModelSettings) -> Shape:
     """
     how = computation(settings)
     if description := describe_stage(Path(path)):
-        return Shape(
+        return ModelSpec(
             kind=description["kind"],
             config=dataclasses.replace(stage_config(description), **how),
             tokenizer=vocabulary.load_tokenizer(Path(path) / "tokenizer"),
@@ -72,7 +72,7 @@ def read_shape(path: str | os.PathLike, settings: ModelSettings) -> Shape:
     with naming(path, "the tokenizer"):
         tokenizer = vocabulary.load_tokenizer(folder)
         check_tokenizer(tokenizer, config, path)
-    return Shape(kind="policy", config=config, tokenizer=tokenizer)
+    return ModelSpec(kind="policy", config=config, tokenizer=tokenizer)
 
 
 @contextlib.contextmanager
@@ -97,10 +97,10 @@ def check_weights(folder: Path, config: ModelConfig):
         find_parameters(config, hf.read_json(folder)["model_type"], files)
 
 
-def scratch_shape(settings: ScratchSettings) -> Shape:
+def scratch_shape(settings: ScratchSettings) -> ModelSpec:
     """What is known of a model from scratch before it is made: all but its tokenizer."""
     raw = llama_config(settings, settings.vocab_size, eos_token_id=0)
-    return Shape(kind="policy", config=hf.read_config(raw), tokenizer=None)
+    return ModelSpec(kind="policy", config=hf.read_config(raw), tokenizer=None)
 
 
 def needs_base(config: Config, stages: Sequence[str]) -> bool:
@@ -110,9 +110,9 @@ def needs_base(config: Config, stages: Sequence[str]) -> bool:
     return "sft" in stages or "base" in starts or compared
 
 
-def find_starts(
+def initial_models(
     config: Config, workdir: Path, base: str, stages: Sequence[str]
-) -> dict[str, Shape]:
+) -> dict[str, ModelSpec]:
     """The models that the stages start from; one that the run will make has its shape already.
 
     Args:
@@ -125,10 +125,10 @@ def find_starts(
         Shapes under "sft", "reward" and "ppo" (for the evaluation too), and under "score" that of
         PPO's reward model.
     """
-    starts: dict[str, Shape] = {}
-    made: dict[str, Shape] = {}
+    starts: dict[str, ModelSpec] = {}
+    made: dict[str, ModelSpec] = {}
 
-    def shape(field: str, name: str) -> Shape:
+    def shape(field: str, name: str) -> ModelSpec:
         path = resolve(name, workdir, base)
         if name in STAGES and not has_begun(Path(path)):  # made here
             return made[name]

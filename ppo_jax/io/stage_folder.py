@@ -17,7 +17,7 @@ from ppo_jax.config.run import STAGES, ModelSettings
 from ppo_jax.core.network import merge_params
 from ppo_jax.core.types import Params
 from ppo_jax.distributed.layout import Layout
-from ppo_jax.distributed.processes import from_first
+from ppo_jax.distributed.processes import on_primary
 from ppo_jax.io import huggingface as hf
 from ppo_jax.io import tokenizers as vocabulary
 from ppo_jax.io.checkpoints import Checkpoints, load_checkpoint_item, load_params, save_params
@@ -130,17 +130,17 @@ def begin_stage(folder: Path, model: Model, parts: Parts, description: dict):
         parts: its parameters, split.
         description: the stage's name and settings, kept in stage.json.
     """
-    from_first(vocabulary.save_tokenizer, model.tokenizer, folder / "tokenizer")
+    on_primary(vocabulary.save_tokenizer, model.tokenizer, folder / "tokenizer")
     frozen = merge_params(parts.trunk, parts.frozen)
     if frozen:
         save_params(folder / "frozen", frozen)
     of_model = {"kind": model.kind, "model": dataclasses.asdict(model.config)}
-    from_first(write_description, folder, description | of_model | {"frozen": bool(frozen)})
+    on_primary(write_description, folder, description | of_model | {"frozen": bool(frozen)})
 
 
 def update_stage(folder: Path, description: dict):
     """Settings that may change, and the number of steps, as the resumed run has them."""
-    from_first(write_description, folder, describe_stage(folder) | description)
+    on_primary(write_description, folder, describe_stage(folder) | description)
 
 
 def write_description(folder: Path, description: dict):

@@ -66,7 +66,7 @@ def visible(mask_BL, segments_BL) -> jax.Array:
     return allowed_BLL
 
 
-def visible_in_cache(mask_BS, cache: KVCache):
+def cache_mask(mask_BS, cache: KVCache):
     """([B, S, C] bool, which slots each new position may attend to; the cache with its mask)."""
     length, capacity = mask_BS.shape[1], cache.mask.shape[1]
     begin = cache.index % capacity
@@ -77,7 +77,7 @@ def visible_in_cache(mask_BS, cache: KVCache):
     return causal_SC[None] & mask_BC[:, None], cache.replace(mask=mask_BC)
 
 
-def remember(cache, new_BGSK, slot, layer):
+def update_cache(cache, new_BGSK, slot, layer):
     """Keys and values of S new positions in their slots, which do not pass the ring's end.
 
     Args:

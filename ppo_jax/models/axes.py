@@ -33,11 +33,11 @@ CACHE: Axes = ("batch", "kv_heads", None, None)  # of cached keys and values [B,
 
 
 @dataclasses.dataclass(frozen=True)
-class Constrain:
+class ShardingConstraint:
     """What a program knows of the mesh that its arrays lie on.
 
     Called with an array and its logical axes it pins how the array lies. A program that knows of no
-    mesh has `uncut`, which pins nothing.
+    mesh has `unconstrained`, which pins nothing.
     """
 
     sharding: Callable[[Axes, Sequence[int]], jax.sharding.NamedSharding] | None = None
@@ -72,7 +72,7 @@ class Constrain:
         return mapped(*arrays)
 
 
-uncut = Constrain()
+unconstrained = ShardingConstraint()
 
 
 def gathered(axes: Axes) -> Axes:

@@ -19,7 +19,7 @@ from ppo_jax.core.distributions import chunked_token_statistics
 from ppo_jax.core.network import Network
 from ppo_jax.core.types import Params
 from ppo_jax.models.attention import KVCache, refill_cache
-from ppo_jax.models.axes import CACHE, Constrain, uncut
+from ppo_jax.models.axes import CACHE, ShardingConstraint, unconstrained
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.transformer import Transformer
 
@@ -33,7 +33,9 @@ def make_network(config, start, end, head, constrain, head_std=0.0) -> Network:
         shape = (1, 1) if start is None else (1, 1, config.embed_dim)
         inputs = jnp.zeros(shape, jnp.int32 if start is None else config.dtype)
         # One row cannot be cut: where parameters lie is for whoever calls to say.
-        return module.clone(constrain=uncut).init(key, inputs, mask, None, None, 0)["params"]
+        return module.clone(constrain=unconstrained).init(key, inputs, mask, None, None, 0)[
+            "params"
+        ]
 
     def apply(params, inputs, mask, *, start=0, segments=None, at=None):
         check_inputs(config, module.start, inputs, mask, segments, at)
@@ -88,7 +90,7 @@ def policy_network(
     config: ModelConfig,
     *,
     start_layer: int | None = None,
-    constrain: Constrain = uncut,
+    constrain: ShardingConstraint = unconstrained,
     logits_chunk: int = 0,
 ) -> Network:
     """Tokens (or hidden states after `start_layer` layers) to logits, float32.
@@ -118,7 +120,10 @@ def policy_network(
 
 
 def reward_network(
-    config: ModelConfig, *, start_layer: int | None = None, constrain: Constrain = uncut
+    config: ModelConfig,
+    *,
+    start_layer: int | None = None,
+    constrain: ShardingConstraint = unconstrained,
 ) -> Network:
     """One scalar a position; the head starts with std 1 / sqrt(D + 1), bias 0.
 
@@ -129,13 +134,18 @@ def reward_network(
 
 
 def value_network(
-    config: ModelConfig, *, start_layer: int | None = None, constrain: Constrain = uncut
+    config: ModelConfig,
+    *,
+    start_layer: int | None = None,
+    constrain: ShardingConstraint = unconstrained,
 ) -> Network:
     """One scalar a position; the head starts at zero, so that the first values are 0."""
     return make_network(config, start_layer, config.num_layers, "scalar", constrain)
 
 
-def trunk_network(config: ModelConfig, *, end_layer: int, constrain: Constrain = uncut) -> Network:
+def trunk_network(
+    config: ModelConfig, *, end_layer: int, constrain: ShardingConstraint = unconstrained
+) -> Network:
     """Tokens to the hidden states after `end_layer` layers: what networks above it start from."""
     return make_network(config, None, end_layer, "none", constrain)
 

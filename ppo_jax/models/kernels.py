@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from ppo_jax.models.attention import Sight, attend, visible
-from ppo_jax.models.axes import Constrain
+from ppo_jax.models.axes import ShardingConstraint
 from ppo_jax.models.config import ModelConfig
 
 LANES = 128  # of a TPU: blocks of positions are multiples of it
@@ -51,7 +51,7 @@ def kernel_of(config: ModelConfig, platform: str | None, length: int, packed: bo
 
 
 def choose_sight(
-    config: ModelConfig, constrain: Constrain, mask: jax.Array, segments: jax.Array | None
+    config: ModelConfig, constrain: ShardingConstraint, mask: jax.Array, segments: jax.Array | None
 ) -> Sight:
     """Who sees whom in every layer of a call without a cache, for what computes attention there.
 
@@ -66,7 +66,7 @@ def choose_sight(
             texts = jnp.where(mask, 1 if segments is None else segments, 0)
             return Sight(texts, functools.partial(splash_attention, constrain=constrain))
         case "cudnn":
-            return Sight(to_front(mask), functools.partial(cudnn_attention, constrain=constrain))
+            return Sight(left_align(mask), functools.partial(cudnn_attention, constrain=constrain))
     return Sight(visible(mask, segments), attend)
 
 
@@ -155,7 +155,7 @@ def cudnn_takes(config: ModelConfig, length: int) -> bool:
     return True
 
 
-def to_front(mask_BL):
+def left_align(mask_BL):
     """cuDNN takes rows by their lengths, so that real positions must come first, in their order.
 
     Returns:
@@ -174,7 +174,7 @@ def cudnn_attention(q_BLHK, k_BGLK, v_BGLK, moves, *, constrain):
         q_BLHK: queries.
         k_BGLK: keys.
         v_BGLK: values.
-        moves: what `to_front` gives.
+        moves: what `left_align` gives.
         constrain: of the mesh.
 
     Returns:

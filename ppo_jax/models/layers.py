@@ -10,7 +10,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ppo_jax.models.axes import HIDDEN, KERNELS, LORA, TABLES, Constrain, gathered, uncut
+from ppo_jax.models.axes import (
+    HIDDEN,
+    KERNELS,
+    LORA,
+    TABLES,
+    ShardingConstraint,
+    gathered,
+    unconstrained,
+)
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.lora import lora_scale
 
@@ -45,7 +53,7 @@ class Projection(nn.Module):
     use_bias: bool
     num_in: int = 1
     std: float = 0.02
-    constrain: Constrain = uncut
+    constrain: ShardingConstraint = unconstrained
     lora_alpha: float = 0.0
 
     @nn.compact
@@ -79,7 +87,7 @@ class Embedding(nn.Module):
     """Token table and, for GPT-2, position table."""
 
     config: ModelConfig
-    constrain: Constrain = uncut
+    constrain: ShardingConstraint = unconstrained
 
     def setup(self):
         c, init = self.config, nn.initializers.normal(0.02)
@@ -103,7 +111,7 @@ class Head(nn.Module):
     """The matrix of the logits where it is not the token table."""
 
     config: ModelConfig
-    constrain: Constrain = uncut
+    constrain: ShardingConstraint = unconstrained
 
     @nn.compact
     def __call__(self):

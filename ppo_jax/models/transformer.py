@@ -18,12 +18,12 @@ import jax.numpy as jnp
 from ppo_jax.models.attention import (
     Sight,
     attend_cached,
-    remember,
+    cache_mask,
     rotate,
     text_positions,
-    visible_in_cache,
+    update_cache,
 )
-from ppo_jax.models.axes import HIDDEN, Constrain, uncut
+from ppo_jax.models.axes import HIDDEN, ShardingConstraint, unconstrained
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.kernels import choose_sight
 from ppo_jax.models.layers import Embedding, Head, Norm, Projection, product
@@ -36,7 +36,7 @@ class Attention(nn.Module):
     """Causal self-attention; with a cache, over the cached and the new positions."""
 
     config: ModelConfig
-    constrain: Constrain = uncut
+    constrain: ShardingConstraint = unconstrained
 
     @nn.compact
     def __call__(self, x_BSD, positions_BS, sight, cache, layer, next_slot):
@@ -52,7 +52,7 @@ class Attention(nn.Module):
             q, k = rotate(q, positions_BS, c), rotate(k, positions_BS, c)
         k, v = (x.swapaxes(1, 2) for x in (k, v))
         if cache is not None:
-            cache, (k, v) = remember(cache, (k, v), next_slot, layer)
+            cache, (k, v) = update_cache(cache, (k, v), next_slot, layer)
         mixed = sight.mix(q, k, v, sight.arrays)
         output = project(
             (c.embed_dim,),
@@ -68,7 +68,7 @@ class MLP(nn.Module):
     """gelu(up) or silu(gate) * up, then down."""
 
     config: ModelConfig
-    constrain: Constrain = uncut
+    constrain: ShardingConstraint = unconstrained
 
     @nn.compact
     def __call__(self, x_BSD):
@@ -93,7 +93,7 @@ class Block(nn.Module):
     """
 
     config: ModelConfig
-    constrain: Constrain = uncut
+    constrain: ShardingConstraint = unconstrained
 
     @nn.compact
     def __call__(self, carry, layer, positions_BS, sight, next_slot):
@@ -113,7 +113,7 @@ class Layers(nn.Module):
     config: ModelConfig
     start: int
     end: int
-    constrain: Constrain = uncut
+    constrain: ShardingConstraint = unconstrained
 
     @nn.compact
     def __call__(self, x_BSD, caches, *where):
@@ -158,7 +158,7 @@ class Transformer(nn.Module):
     end: int
     head: str
     head_std: float = 0.0
-    constrain: Constrain = uncut
+    constrain: ShardingConstraint = unconstrained
 
     @nn.compact
     def __call__(self, inputs, mask_BS, segments_BS, cache, outputs, read=None):
@@ -167,7 +167,7 @@ class Transformer(nn.Module):
             positions = text_positions(mask_BS, segments_BS)
             sight = choose_sight(c, self.constrain, mask_BS, segments_BS)
         else:
-            allowed_BSC, cache = visible_in_cache(mask_BS, cache)
+            allowed_BSC, cache = cache_mask(mask_BS, cache)
             # A token sees itself and all real ones before it: counting them places it.
             positions = jnp.maximum(allowed_BSC.sum(axis=2, dtype=jnp.int32) - 1, 0)
             filled = jnp.minimum(cache.index + mask_BS.shape[1], cache.mask.shape[1])

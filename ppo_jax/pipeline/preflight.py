@@ -13,15 +13,15 @@ from ppo_jax.config.parsing import load_function
 from ppo_jax.config.run import STAGES, Config
 from ppo_jax.config.stages import LoRASettings, PPOSettings, RewardSettings
 from ppo_jax.data.comparisons import RewardData, reward_data
-from ppo_jax.data.encode import Texts
+from ppo_jax.data.encode import TokenizedTexts
 from ppo_jax.data.preferences import PREFERENCE_FORMS
 from ppo_jax.data.prompts import prompt_data
 from ppo_jax.data.readers import check_packages, is_hub, is_table, read_rows
-from ppo_jax.data.records import PROMPT_FORMS, load_demonstrations, load_ratings
+from ppo_jax.data.records import PROMPT_FORMS, load_ratings, load_texts
 from ppo_jax.distributed.layout import Layout, make_layouts
 from ppo_jax.evaluation.evaluate import evaluation_prompts
 from ppo_jax.inference.generate import stop_ids
-from ppo_jax.io.model_spec import Shape, needs_base, parameters, scratch_shape
+from ppo_jax.io.model_spec import ModelSpec, needs_base, parameters, scratch_shape
 from ppo_jax.io.stage_folder import check_pin, describe_stage, missing_steps, source_steps
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.lora import check_targets
@@ -56,12 +56,14 @@ def check_named(config: Config, workdir: Path, stages: Sequence[str]):
     check_sources(config, workdir, stages)
 
 
-def check_run(config: Config, starts: Mapping[str, Shape], stages: Sequence[str]) -> dict[str, Any]:
+def check_run(
+    config: Config, starts: Mapping[str, ModelSpec], stages: Sequence[str]
+) -> dict[str, Any]:
     """Check the stages against the models that they start from, and the data.
 
     Args:
         config: of the run.
-        starts: what the stages start from, see `plan.find_starts`.
+        starts: what the stages start from, see `plan.initial_models`.
         stages: those that will run.
 
     Returns:
@@ -122,7 +124,7 @@ def check_rows(field: str, path: str, config: Config):
     elif name == "prompts":
         collections.deque(read_rows(path, PROMPT_FORMS), maxlen=0)
     else:
-        load_demonstrations(path)
+        load_texts(path)
 
 
 def check_sources(config: Config, workdir: Path, stages: Sequence[str]):
@@ -184,7 +186,7 @@ def check_scratch(config: Config, stages: Sequence[str]):
 
 
 def check_data(
-    config: Config, starts: Mapping[str, Shape], stages: Sequence[str]
+    config: Config, starts: Mapping[str, ModelSpec], stages: Sequence[str]
 ) -> dict[str, Any]:
     """Read and tokenise the data of every stage, so that a bad file stops the run at once.
 
@@ -234,7 +236,7 @@ def check_rankings(settings: RewardSettings, data: RewardData):
         )
 
 
-def check_texts(stage: str, settings, parts: Sequence[Texts], context: int, num_rows: int):
+def check_texts(stage: str, settings, parts: Sequence[TokenizedTexts], context: int, num_rows: int):
     """Refuse texts beyond the model's context and batches beyond the data.
 
     Args:
@@ -258,7 +260,7 @@ def check_texts(stage: str, settings, parts: Sequence[Texts], context: int, num_
         )
 
 
-def check_policy(stage: str, config: Config, start: Shape):
+def check_policy(stage: str, config: Config, start: ModelSpec):
     """A stage that trains a policy has one, and has what is to be trained."""
     trainable = getattr(config, stage).trainable
     if start.kind != "policy":
@@ -273,7 +275,7 @@ def check_policy(stage: str, config: Config, start: Shape):
     check_part(f"{stage}.trainable", trainable, getattr(config, stage).lora, start.config)
 
 
-def check_reward(config: Config, start: Shape):
+def check_reward(config: Config, start: ModelSpec):
     """A reward model has the layers that are kept, and of them what is to be trained."""
     settings, depth = config.reward, start.config.num_layers
     check_depth("reward.num_layers", settings.num_layers, depth)
@@ -281,7 +283,7 @@ def check_reward(config: Config, start: Shape):
     check_part("reward.trainable", settings.trainable, settings.lora, lower)
 
 
-def check_ppo(settings: PPOSettings, policy: Shape, score: Shape | None):
+def check_ppo(settings: PPOSettings, policy: ModelSpec, score: ModelSpec | None):
     """Lengths fit the policy; the reward model scores, and reads what the policy writes."""
     context = min([policy.config.max_length] + ([score.config.max_length] if score else []))
     total = settings.max_prompt_length + settings.response_length
@@ -321,12 +323,12 @@ def check_depth(field: str, count: str | int, depth: int):
         raise ValueError(f"{field} must be at most {depth}, the model's layers, got {count}")
 
 
-def check_mesh(config: Config, starts: Mapping[str, Shape], stages: Sequence[str]):
+def check_mesh(config: Config, starts: Mapping[str, ModelSpec], stages: Sequence[str]):
     """Every parameter and every batch of responses falls into equal pieces.
 
     Args:
         config: of the run.
-        starts: what the stages start from, see `plan.find_starts`.
+        starts: what the stages start from, see `plan.initial_models`.
         stages: those that will run.
 
     Raises:
@@ -377,7 +379,7 @@ def check_batch_rows(settings: PPOSettings, layouts: Sequence[Layout]):
             )
 
 
-def share_of_a_device(layout: Layout, shape: Shape) -> float:
+def share_of_a_device(layout: Layout, shape: ModelSpec) -> float:
     """Which part of a model's parameters lies on one device."""
     leaves = jax.tree.leaves(parameters(shape))
     lies = jax.tree.leaves(layout.shardings(parameters(shape)))

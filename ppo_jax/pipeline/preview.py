@@ -11,13 +11,13 @@ import numpy as np
 from ppo_jax.config.run import Config
 from ppo_jax.config.stages import RewardSettings, SFTSettings
 from ppo_jax.data.comparisons import RewardData
-from ppo_jax.data.encode import Texts, TokenRow
+from ppo_jax.data.encode import TokenizedTexts, TokenRow
 from ppo_jax.data.packing import fullness
 from ppo_jax.data.preferences import PREFERENCE_FORMS
 from ppo_jax.data.prompts import PromptData
 from ppo_jax.data.readers import Forms, unread_columns
 from ppo_jax.data.records import DEMONSTRATION_FORMS, PROMPT_FORMS, RATING_FORMS
-from ppo_jax.io.model_spec import Shape
+from ppo_jax.io.model_spec import ModelSpec
 
 EXAMPLES = 2  # of a stage
 LONGEST = 1000  # characters of one stretch of text; the middle of a longer one is left out
@@ -36,12 +36,12 @@ def colours(text: str) -> str:
     return "\n".join(f"\033[30;42m{line}\033[0m" for line in text.split("\n"))
 
 
-def previews(data: Mapping[str, Any], starts: Mapping[str, Shape], mark: Mark) -> list[str]:
+def previews(data: Mapping[str, Any], starts: Mapping[str, ModelSpec], mark: Mark) -> list[str]:
     """Examples of each stage.
 
     Args:
         data: what was read, see `checks.check_data`.
-        starts: what the stages start from, see `plan.find_starts`.
+        starts: what the stages start from, see `plan.initial_models`.
         mark: `brackets` or `colours`.
     """
     shown = []
@@ -55,7 +55,7 @@ def previews(data: Mapping[str, Any], starts: Mapping[str, Shape], mark: Mark) -
     return shown
 
 
-def sft_preview(texts: Texts, tokenizer: Any, mark: Mark) -> str:
+def sft_preview(texts: TokenizedTexts, tokenizer: Any, mark: Mark) -> str:
     """The first texts to train on."""
     rows = itertools.islice(text_rows(texts), EXAMPLES)
     shown = [example(f"text {i}", row, tokenizer, mark) for i, row in enumerate(rows, start=1)]
@@ -102,7 +102,7 @@ def prompt_preview(stage: str, data: PromptData, tokenizer: Any, mark: Mark) -> 
     return "\n".join([f"{stage}: the response begins at {mark('...')}", *shown])
 
 
-def text_rows(texts: Texts) -> Iterator[TokenRow]:
+def text_rows(texts: TokenizedTexts) -> Iterator[TokenRow]:
     """The texts in the order in which they stand, one a row or packed."""
     for row, mask in enumerate(texts.mask):
         segments = mask.astype(int) if texts.segments is None else texts.segments[row]
@@ -187,7 +187,10 @@ def data_lines(config: Config, data: Mapping[str, Any]) -> list[str]:
 
 
 def text_lines(
-    stage: str, settings: SFTSettings | RewardSettings, parts: Sequence[Texts], forms: Forms
+    stage: str,
+    settings: SFTSettings | RewardSettings,
+    parts: Sequence[TokenizedTexts],
+    forms: Forms,
 ) -> list[str]:
     """The training and the validation data: two files, or two parts of one."""
     used = [len(np.unique(part.records)) for part in parts]
@@ -215,7 +218,7 @@ def reward_lines(settings: RewardSettings, parts: Sequence[RewardData]) -> list[
     return lines
 
 
-def texts_line(field: str, settings: RewardSettings, texts: Texts) -> str:
+def texts_line(field: str, settings: RewardSettings, texts: TokenizedTexts) -> str:
     count = len(np.unique(texts.records))
     return data_line(field, settings.reference_data, count, texts.left_out, DEMONSTRATION_FORMS)
 

@@ -17,13 +17,13 @@ from ml_collections import config_dict
 from ppo_jax.config.parsing import load_function
 from ppo_jax.config.run import STAGES, Config, from_config_dict
 from ppo_jax.distributed.layout import make_mesh
-from ppo_jax.distributed.processes import from_first, stop_if_asked, wait_for_all
+from ppo_jax.distributed.processes import on_primary, stop_if_asked, wait_for_all
 from ppo_jax.evaluation.evaluate import evaluate
 from ppo_jax.evaluation.report.report import write_report
 from ppo_jax.evaluation.report.summary import headlines, read_run, verdict
 from ppo_jax.io.base_model import base_path, prepare_base
 from ppo_jax.io.checkpoints import Checkpoints
-from ppo_jax.io.model_spec import Shape, find_starts, needs_base, read_shape
+from ppo_jax.io.model_spec import ModelSpec, initial_models, needs_base, read_shape
 from ppo_jax.io.run_folder import (
     fill_in_workdir,
     prepare_workdir,
@@ -36,7 +36,7 @@ from ppo_jax.pipeline.preflight import check_mesh, check_named, check_run
 from ppo_jax.pipeline.preview import brackets, colours, data_lines, previews
 from ppo_jax.pipeline.summary import summary
 from ppo_jax.training.ppo import train_ppo
-from ppo_jax.training.resume import check_origin, check_same_data, drop_outdated_base
+from ppo_jax.training.resume import check_same_base, check_same_data, drop_outdated_base
 from ppo_jax.training.reward import train_reward
 from ppo_jax.training.sft import train_sft
 from ppo_jax.training.stage import check_settings, describe
@@ -58,7 +58,7 @@ def run(settings: config_dict.ConfigDict | dict, workdir: str | Path, only: Sequ
     logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it writes
     workdir = checked_folder(workdir)
     given, config, stages = planned(settings, workdir, only)
-    complete = from_first(completeness, config, workdir)
+    complete = on_primary(completeness, config, workdir)
     todo = [stage for stage in stages if not complete[stage]]
     if todo:
         base = prepare(config, given, workdir, todo)
@@ -68,7 +68,7 @@ def run(settings: config_dict.ConfigDict | dict, workdir: str | Path, only: Sequ
         else:
             print(f"{stage}: complete", flush=True)
     report = workdir / "report.html"
-    from_first(lambda: (todo or not report.exists()) and write_report(workdir))
+    on_primary(lambda: (todo or not report.exists()) and write_report(workdir))
     if not todo:
         print("every stage is complete: nothing to do", flush=True)
     print(closing(workdir, report), flush=True)
@@ -90,7 +90,7 @@ def planned(
     make_mesh(config.mesh)  # refused before anything is made
     for stage in (stage for stage in stages if stage != "evaluate"):
         check_settings(workdir / stage, describe(stage, config, workdir))
-    check_origin(workdir, dataclasses.asdict(given))
+    check_same_base(workdir, dataclasses.asdict(given))
     return given, config, stages
 
 
@@ -151,7 +151,7 @@ def prepare(config: Config, given: Config, workdir: Path, stages: Sequence[str])
     """
     began = time.time()
     check_named(config, workdir, stages)
-    from_first(drop_outdated_base, workdir, dataclasses.asdict(given))
+    on_primary(drop_outdated_base, workdir, dataclasses.asdict(given))
     if makes_something(config, workdir, stages):  # what is made says from which settings it is
         prepare_workdir(workdir, dataclasses.asdict(given))
     base, starts, data = make_ready(config, workdir, stages)
@@ -164,23 +164,23 @@ def prepare(config: Config, given: Config, workdir: Path, stages: Sequence[str])
 
 def make_ready(
     config: Config, workdir: Path, stages: Sequence[str]
-) -> tuple[str, dict[str, Shape], dict[str, Any]]:
+) -> tuple[str, dict[str, ModelSpec], dict[str, Any]]:
     """Make the data and the base model where they are not there yet, and check all.
 
     Returns:
         (path of the base model or "", what the stages start from, what they read).
     """
-    from_first(make_data, config, workdir)
+    on_primary(make_data, config, workdir)
     stop_if_asked()
     base = ""
     if needs_base(config, stages):
         model = config.model
         if model.path and model.vocabulary_data and not (workdir / "base").is_dir():
             read_shape(model.path, model)  # refuses what cannot be cut down before it is read
-        from_first(prepare_base, config.model, workdir / "base", config.seed)
+        on_primary(prepare_base, config.model, workdir / "base", config.seed)
         stop_if_asked()
         base = base_path(config.model, workdir / "base")
-    starts = find_starts(config, workdir, base, stages)
+    starts = initial_models(config, workdir, base, stages)
     check_mesh(config, starts, stages)
     data = check_run(config, starts, stages)
     check_same_data(config, workdir, data)

@@ -12,7 +12,7 @@ from ppo_jax.config.run import STAGES, Config
 from ppo_jax.config.stages import LoRASettings, PPOSettings
 from ppo_jax.core.network import merge_params
 from ppo_jax.distributed.layout import Layout, make_layouts
-from ppo_jax.io.model_spec import Shape, parameters
+from ppo_jax.io.model_spec import ModelSpec, parameters
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.lora import init_lora
 from ppo_jax.models.partition import split_params, start_layer
@@ -23,13 +23,13 @@ Rows = list[tuple[str, str]]
 
 
 def summary(
-    config: Config, starts: Mapping[str, Shape], stages: Sequence[str], data: Mapping[str, Any]
+    config: Config, starts: Mapping[str, ModelSpec], stages: Sequence[str], data: Mapping[str, Any]
 ) -> str:
     """A table of two columns.
 
     Args:
         config: of the run.
-        starts: what the stages start from, see `plan.find_starts`.
+        starts: what the stages start from, see `plan.initial_models`.
         stages: those that will run.
         data: what they read, see `checks.check_data`.
     """
@@ -70,7 +70,7 @@ def warm_up_lines(config: Config, steps: Mapping[str, int]) -> list[str]:
     ]
 
 
-def mesh_rows(layout: Layout, shape: Shape) -> Rows:
+def mesh_rows(layout: Layout, shape: ModelSpec) -> Rows:
     devices = layout.mesh.devices.flatten()
     rows = [("devices", f"{len(devices)} x {devices[0].device_kind}; sizes are of all together")]
     if len(devices) == 1:
@@ -81,7 +81,7 @@ def mesh_rows(layout: Layout, shape: Shape) -> Rows:
     return [*rows, ("mesh", sizes), ("a device has", what)]
 
 
-def sft_rows(config: Config, start: Shape, steps: int) -> Rows:
+def sft_rows(config: Config, start: ModelSpec, steps: int) -> Rows:
     s = config.sft
     unit = "rows of texts" if s.packing else "texts"
     most = s.batch_size * min(s.max_length, start.config.max_length)
@@ -96,7 +96,7 @@ def sft_rows(config: Config, start: Shape, steps: int) -> Rows:
     ]
 
 
-def reward_rows(config: Config, start: Shape, steps: int) -> Rows:
+def reward_rows(config: Config, start: ModelSpec, steps: int) -> Rows:
     s = config.reward
     depth = s.num_layers or start.config.num_layers
     shape = dataclasses.replace(start.config, num_layers=depth)
@@ -135,7 +135,7 @@ def ppo_rows(s: PPOSettings, model: ModelConfig) -> Rows:
     ]
 
 
-def memory_rows(s: PPOSettings, policy: Shape, score: Shape | None) -> Rows:
+def memory_rows(s: PPOSettings, policy: ModelSpec, score: ModelSpec | None) -> Rows:
     """Float32 parameters of the models. Frozen layers that two of them share count once, unless
     one of the two is trained whole: at most so much, then."""
     params = shapes_with_adapters(parameters(policy), policy.config, s.trainable, s.lora)
@@ -164,7 +164,7 @@ def memory_rows(s: PPOSettings, policy: Shape, score: Shape | None) -> Rows:
     ]
 
 
-def describe(start: Shape) -> str:
+def describe(start: ModelSpec) -> str:
     model = start.config
     return (
         f"a {start.kind} model of {rounded(count(parameters(start)))} parameters, "

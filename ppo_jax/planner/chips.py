@@ -3,7 +3,7 @@
 import dataclasses
 from typing import NamedTuple
 
-from ppo_jax.planner.hlo.cost import Account
+from ppo_jax.planner.hlo.cost import ProgramCost
 
 GIB = 2**30
 
@@ -128,7 +128,7 @@ def find_chip(name: str) -> Chip:
     raise ValueError(f"no figures of the chip {name!r}; there are {[x.name for x in CHIPS]}")
 
 
-def roofline(account: Account, chip: Chip) -> Roofline:
+def roofline(account: ProgramCost, chip: Chip) -> Roofline:
     """flops / peak, bytes / HBM bandwidth, bytes sent / ICI bandwidth, of one device.
 
     A bound from below: at the published peaks, all links of the interconnect busy at once, and no
@@ -153,6 +153,6 @@ def utilisation(model_flops: float, seconds: float, chip: Chip) -> float:
     return model_flops * chip.devices / (seconds * chip.flops)
 
 
-def spare_bytes(account: Account, chip: Chip) -> float:
+def spare_bytes(account: ProgramCost, chip: Chip) -> float:
     """What of a device's main memory a program leaves; negative where it does not fit."""
     return chip.usable_bytes / chip.devices - account.memory.peak

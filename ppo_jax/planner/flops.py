@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from ppo_jax.core.distributions import chunk_shape
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.kernels import kernel_of, splash_blocks
-from ppo_jax.rollout.continuous_batching import FIRST, LATER, REFILLS, most_turns
+from ppo_jax.rollout.continuous_batching import FIRST, LATER, REFILLS, max_trip_counts
 
 
 def projection_flops(config: ModelConfig) -> int:
@@ -157,7 +157,7 @@ def rollout_flops(
     """Prompts through the policy, then T single tokens, each over the whole cache of P + T slots.
 
     With fewer `slots` than sequences, prompts that wait enter in groups, and each step is one of
-    all slots: as many steps as `slots.most_turns` has.
+    all slots: as many steps as `slots.max_trip_counts` has.
 
     The worst case: the decode loop ends earlier when every row has stopped, and accelerators leave
     out blocks of the cache that hold nothing. Several samples of a
@@ -176,7 +176,7 @@ def rollout_flops(
     )
     if at_once == sequences:
         return first + response_length * token
-    turns = most_turns(sequences, at_once, group, response_length)
+    turns = max_trip_counts(sequences, at_once, group, response_length)
     refill = prefill(sequences=group // samples_per_prompt, attended=prompt_length)
     later = turns[REFILLS] * (refill + turns[LATER] * token)
     return first + turns[FIRST] * token + later

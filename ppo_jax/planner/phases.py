@@ -21,7 +21,7 @@ from ppo_jax.algorithms.experience import make_experience, response_scores, samp
 from ppo_jax.algorithms.ppo import init_ppo, ppo_update
 from ppo_jax.config.run import STAGES, Config, ModelSettings
 from ppo_jax.config.stages import LoRASettings, PPOSettings
-from ppo_jax.core.types import Frozen, Hyperparameters, Params, PPOState, Prompts
+from ppo_jax.core.types import FrozenParams, Hyperparameters, Params, PPOState, Prompts
 from ppo_jax.distributed.layout import Layout, abstract
 from ppo_jax.io import huggingface as hf
 from ppo_jax.io.base_model import llama_config
@@ -33,7 +33,7 @@ from ppo_jax.models.families.presets import SHAPES, published_config
 from ppo_jax.models.partition import start_layer
 from ppo_jax.planner import flops
 from ppo_jax.planner.hlo.trip_counts import Trips
-from ppo_jax.rollout.continuous_batching import most_turns
+from ppo_jax.rollout.continuous_batching import max_trip_counts
 from ppo_jax.rollout.sampling import Sampling
 from ppo_jax.training.ppo_setup import (
     begin_models,
@@ -152,8 +152,8 @@ def phases(config: Config, models: Models, layouts: tuple[Layout, Layout]) -> li
     """
     s, layout = config.ppo, layouts[0]
     args = Arguments(config, models, layouts)
-    recipe = make_recipe(s, make_sampling(s))
-    parts = dict(networks=args.networks, recipe=recipe)
+    options = make_recipe(s, make_sampling(s))
+    parts = dict(networks=args.networks, options=options)
     rows, whole = layout.rows, layout.whole
     state_lies = jax.tree.map(lambda leaf: leaf.sharding, args.state)
 
@@ -173,7 +173,7 @@ def phases(config: Config, models: Models, layouts: tuple[Layout, Layout]) -> li
     at_once = dataclasses.replace(s, logits_chunk=0)
     with_again = analytic_flops(s, models, args.starts, layout.constrain.platform)
     once = analytic_flops(at_once, without_remat(models), args.starts)
-    trips: dict[str, Trips] = {"rollout": rollout_turns(s, recipe.sampling)}
+    trips: dict[str, Trips] = {"rollout": rollout_turns(s, options.sampling)}
     if s.packing:
         trips["update"] = s.num_micro_batches
     return [
@@ -193,14 +193,14 @@ def rollout_turns(settings: PPOSettings, sampling: Sampling) -> Trips:
     rows, slots, length = settings.rollout_batch_size, sampling.slots, sampling.response_length
     if slots in (0, rows):
         return length
-    return most_turns(rows, slots, sampling.group(slots), length)
+    return max_trip_counts(rows, slots, sampling.group(slots), length)
 
 
-def score(state, hyperparameters, rollout, scores=None, *, frozen, networks, recipe):
+def score(state, hyperparameters, rollout, scores=None, *, frozen, networks, options):
     """What lies between the rollout and the updates."""
     if scores is None:
         scores = response_scores(rollout, frozen=frozen, networks=networks)
-    parts = dict(frozen=frozen, networks=networks, recipe=recipe)
+    parts = dict(frozen=frozen, networks=networks, options=options)
     return make_experience(rollout, scores, state, hyperparameters, **parts)
 
 
@@ -231,12 +231,12 @@ class Arguments:
         shapes = policy.config, critic.config, reward and reward.config
         self.networks = make_networks(*shapes, self.starts, layouts, s.logits_chunk)
 
-        def split(params: Sequence[Params]) -> tuple[Frozen, Params, Params]:
+        def split(params: Sequence[Params]) -> tuple[FrozenParams, Params, Params]:
             pairs = zip(found, params, strict=True)
             filled = (m and dataclasses.replace(m, params=p) for m, p in pairs)
             return split_models(s, *filled, self.starts)
 
-        def frozen(params: Sequence[Params]) -> Frozen:
+        def frozen(params: Sequence[Params]) -> FrozenParams:
             return jax.tree.map(lambda x: x.astype(config.model.frozen_dtype), split(params)[0])
 
         def state(params: Sequence[Params], numbers: Hyperparameters) -> PPOState:

@@ -17,11 +17,11 @@ from jax.sharding import Mesh
 
 from ppo_jax.config.run import Config
 from ppo_jax.distributed.layout import Layout, devices_of_run, make_mesh
-from ppo_jax.distributed.runtime import keep_nothing
-from ppo_jax.io.model_spec import Shape
+from ppo_jax.distributed.runtime import disable_compilation_cache
+from ppo_jax.io.model_spec import ModelSpec
 from ppo_jax.pipeline.preflight import check_batch_rows, check_part, check_policy
 from ppo_jax.planner.chips import Chip, Roofline, find_chip, roofline
-from ppo_jax.planner.hlo.cost import Account, account
+from ppo_jax.planner.hlo.cost import ProgramCost, account
 from ppo_jax.planner.phases import Models, Phase, phases, read_models
 
 # Several times as fast. Flops are the same and collectives nearly; two to four times as much is
@@ -65,7 +65,7 @@ class Cost:
     """What one phase costs one device."""
 
     phase: Phase
-    account: Account | None  # None: the compiler refused, for want of memory
+    account: ProgramCost | None  # None: the compiler refused, for want of memory
     refusal: str = ""  # what it said
     lies: Roofline | None = None  # the least seconds; None without figures of the chip
     compile_seconds: float
@@ -130,7 +130,7 @@ def find_target(topology: str | None) -> Target:
     chip = find_chip(topology)
     jax.config.update("jax_platforms", "cpu")  # of this process; what is described is not there
     os.environ.update(ONLY_COMPILE)
-    keep_nothing()
+    disable_compilation_cache()
     try:
         described = topologies.get_topology_desc(platform="tpu", topology_name=topology)
     except Exception as error:
@@ -150,7 +150,7 @@ def prepare(config: Config, target: Target) -> tuple[Models, Mesh, list[Phase]]:
             the devices or cannot cut a parameter or the batch.
     """
     models, s = read_models(config), config.ppo
-    check_policy("ppo", config, Shape(kind="policy", config=models.policy, tokenizer=None))
+    check_policy("ppo", config, ModelSpec(kind="policy", config=models.policy, tokenizer=None))
     check_part("ppo.value_trainable", s.value_trainable, s.lora, models.critic)
     mesh = make_mesh(config.mesh, target.devices)
     layouts = Layout(mesh, config.mesh.rules), Layout(mesh, config.mesh.rollout_rules)

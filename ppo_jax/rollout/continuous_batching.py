@@ -18,7 +18,7 @@ from ppo_jax.core.network import Network
 from ppo_jax.core.types import Params, Prompts
 from ppo_jax.rollout.sampling import Sampling, choose, is_eos
 
-# Name scopes of the loops, by which a compiled program is read, see `most_turns`.
+# Name scopes of the loops, by which a compiled program is read, see `max_trip_counts`.
 FIRST, REFILLS, LATER = "first_decoding", "refills", "later_decoding"
 
 
@@ -221,7 +221,7 @@ class Engine(NamedTuple):
         return s, hidden, numbers
 
 
-def most_turns(num_rows: int, num_slots: int, group: int, length: int) -> dict[str, float]:
+def max_trip_counts(num_rows: int, num_slots: int, group: int, length: int) -> dict[str, float]:
     """How often the loops of `Engine.serve` turn at most; `LATER` in each turn of `REFILLS`.
 
     That is where every response has its full length. When a group of G has entered, so have, T
@@ -229,7 +229,7 @@ def most_turns(num_rows: int, num_slots: int, group: int, length: int) -> dict[s
     waits. So R = ceil((N - S) / G) groups take at most T (1 + ceil(R / floor(S / G))) steps, those
     of the first rows included; where G divides S that is T ceil(N / S), and is reached.
 
-    >>> most_turns(12, 4, 2, 10)
+    >>> max_trip_counts(12, 4, 2, 10)
     {'first_decoding': 10, 'refills': 4, 'later_decoding': 5.0}
 
     Args:

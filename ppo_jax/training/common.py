@@ -17,7 +17,7 @@ from ppo_jax.core.optimizer import init_optimizer
 from ppo_jax.core.types import Optimizer, Params, TrainState
 from ppo_jax.data.hidden_states import make_inputs
 from ppo_jax.data.records import TextSettings
-from ppo_jax.distributed.layout import Layout, init_in_pieces, place
+from ppo_jax.distributed.layout import Layout, init_sharded, place
 from ppo_jax.io.stage_folder import Model
 from ppo_jax.models.build import trunk_network
 from ppo_jax.models.config import ModelConfig
@@ -42,7 +42,7 @@ def with_adapters(
     lora: LoRASettings,
     seed: int,
     layout: Layout,
-    make: Callable[[Layout, Callable[[], Params]], Params] = init_in_pieces,
+    make: Callable[[Layout, Callable[[], Params]], Params] = init_sharded,
 ) -> Model:
     """The model with new adapters, if it is they that are trained.
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from ppo_jax.algorithms.experience import response_scores, sample_responses
-from ppo_jax.algorithms.ppo import init_ppo, learn, ppo_iteration
+from ppo_jax.algorithms.ppo import init_ppo, ppo_iteration, update_from_rollout
 from ppo_jax.config.run import Config
 from ppo_jax.config.stages import PPOSettings
 from ppo_jax.core.types import PPOState, Prompts, Rollout
@@ -46,7 +46,7 @@ def train_ppo(config: Config, workdir: Path, base: str):
     policy, reward, critic = find_models(config, workdir, base, layout)
     function = None
     if settings.reward_function:
-        function = load_reward_function(settings.reward_function, settings.reward_seconds)
+        function = load_reward_function(settings.reward_function, settings.reward_timeout_s)
     most = settings.max_prompt_length
     data = prompt_data(settings.prompts, policy.tokenizer, max_length=most)
     texts, rows = data.texts, data.prompts
@@ -90,7 +90,7 @@ def train_ppo(config: Config, workdir: Path, base: str):
             if widths and width not in widths:
                 run.tell(f"compiling an iteration with prompts of {width} tokens")
             widths.add(width)
-            prompts = layout.put_rows(take_prompts(rows, chosen, width))
+            prompts = layout.shard_batch(take_prompts(rows, chosen, width))
             chosen = chosen.repeat(samples_each)  # of each response
             state, metrics = iterate(state, chosen, prompts, layout.key(config.seed, i))
             if settings.prompt_buckets > 1:
@@ -148,7 +148,7 @@ def make_iteration(
     With a reward model an iteration is one program. With a function it is two, and the function
     between them sees text; the numbers are those of the same pieces.
     """
-    parts = dict(networks=setup.networks, recipe=setup.recipe)
+    parts = dict(networks=setup.networks, options=setup.options)
     hyperparameters, frozen = setup.hyperparameters, setup.frozen
     if function is None:
         whole = compile_step(ppo_iteration, state, layout, **parts)
@@ -156,13 +156,13 @@ def make_iteration(
             state, hyperparameters, prompts, key, frozen=frozen
         )
     sample = jax.jit(functools.partial(sample_responses, **parts), out_shardings=layout.rows)
-    update = compile_step(learn, state, layout, **parts)
+    update = compile_step(update_from_rollout, state, layout, **parts)
 
     def iterate(state: PPOState, chosen: np.ndarray, prompts: Prompts, key: jax.Array):
         rollout_key, shuffle_key = jax.random.split(key)
         rollout = sample(state, hyperparameters, prompts, rollout_key, frozen=frozen)
         scores = call_function(function, [texts[i] for i in chosen], rollout, tokenizer)
-        scores = layout.put_rows(scores)
+        scores = layout.shard_batch(scores)
         return update(state, hyperparameters, rollout, scores, shuffle_key, frozen=frozen)
 
     return iterate
@@ -193,11 +193,11 @@ def make_sampler(
 ):
     """(state, step) -> rows of samples.jsonl: the same prompts and the same key every time."""
     chosen = np.arange(min(settings.num_samples, len(texts)))
-    filled = layout.fill_up(chosen)
-    once = dataclasses.replace(setup.recipe.sampling, samples_per_prompt=1, slots=0, refill=0)
-    recipe = dataclasses.replace(setup.recipe, sampling=once)
+    filled = layout.pad_batch(chosen)
+    once = dataclasses.replace(setup.options.sampling, samples_per_prompt=1, slots=0, refill=0)
+    options = dataclasses.replace(setup.options, sampling=once)
     sample = jax.jit(
-        functools.partial(sample_responses, networks=setup.networks, recipe=recipe),
+        functools.partial(sample_responses, networks=setup.networks, options=options),
         out_shardings=layout.rows,
     )
     score = jax.jit(functools.partial(response_scores, networks=setup.networks))
@@ -206,15 +206,15 @@ def make_sampler(
         if not len(chosen):
             return []
         prompts, key = (
-            layout.put_rows(take_prompts(rows, filled)),
-            layout.put_whole(jax.random.key(0)),
+            layout.shard_batch(take_prompts(rows, filled)),
+            layout.replicate(jax.random.key(0)),
         )
         rollout = sample(state, setup.hyperparameters, prompts, key, frozen=setup.frozen)
         if function is None:
             scores = score(rollout, frozen=setup.frozen)
         else:
             prompts = [texts[i] for i in filled]
-            scores = layout.put_rows(call_function(function, prompts, rollout, tokenizer))
+            scores = layout.shard_batch(call_function(function, prompts, rollout, tokenizer))
         scores, shown = fetch((scores, (rollout.response_tokens, rollout.response_mask)))
         responses = decode_rows(tokenizer, *shown)
         return [

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ppo_jax.algorithms.experience import PPONetworks, Recipe, Sampler
+from ppo_jax.algorithms.experience import PPONetworks, PPOOptions, Sampler
 from ppo_jax.config.stages import PPOSettings
 from ppo_jax.core.network import merge_params
-from ppo_jax.core.types import Frozen, Hyperparameters, Params
-from ppo_jax.distributed.layout import Layout, init_in_pieces
+from ppo_jax.core.types import FrozenParams, Hyperparameters, Params
+from ppo_jax.distributed.layout import Layout, init_sharded
 from ppo_jax.inference.generate import make_sampling
 from ppo_jax.io.stage_folder import Model
 from ppo_jax.models.build import policy_network, reward_network, trunk_network, value_network
@@ -29,9 +29,9 @@ class Setup:
     """All that an iteration needs besides its state."""
 
     networks: PPONetworks
-    recipe: Recipe
+    options: PPOOptions
     hyperparameters: Hyperparameters
-    frozen: Frozen
+    frozen: FrozenParams
 
 
 def make_hyperparameters(settings: PPOSettings) -> Hyperparameters:
@@ -43,12 +43,12 @@ def make_hyperparameters(settings: PPOSettings) -> Hyperparameters:
     return Hyperparameters(optimizer=optimizer, **numbers)
 
 
-def make_recipe(settings: PPOSettings, sampling: Sampling) -> Recipe:
+def make_recipe(settings: PPOSettings, sampling: Sampling) -> PPOOptions:
     """The choices of the settings; what shapes the program."""
-    names = {field.name for field in dataclasses.fields(Recipe)} - {"sampling"}
+    names = {field.name for field in dataclasses.fields(PPOOptions)} - {"sampling"}
     of_rollout = ("samples_per_prompt", "slots", "refill")
     sampling = dataclasses.replace(sampling, **{k: getattr(settings, k) for k in of_rollout})
-    return Recipe(sampling=sampling, **{name: getattr(settings, name) for name in names})
+    return PPOOptions(sampling=sampling, **{name: getattr(settings, name) for name in names})
 
 
 def same(a: Params, b: Params) -> bool:
@@ -178,7 +178,7 @@ def split_models(
     reward: Model | None,
     critic: Model,
     starts: tuple[int | None, int | None, int | None],
-) -> tuple[Frozen, Params, Params]:
+) -> tuple[FrozenParams, Params, Params]:
     """(what is frozen, the trained leaves of the policy as they start, those of the critic).
 
     Arguments as for `make_setup`; starts: see `network_starts`.
@@ -190,7 +190,7 @@ def split_models(
     if reward is not None:
         reward_parts = split_params(reward.config, reward.params, "head", reward_start)
         reward_params = merge_params(reward_parts.frozen, reward_parts.trained)
-    frozen = Frozen(
+    frozen = FrozenParams(
         # Without its adapters the policy is the reference.
         ref_policy={} if settings.trainable == "lora" else parts.trained,
         reward=reward_params,
@@ -233,8 +233,8 @@ def make_setup(
             layouts,
             settings.logits_chunk,
         ),
-        recipe=make_recipe(settings, make_sampling(vars(settings), policy.tokenizer)),
-        hyperparameters=layout.put_whole(make_hyperparameters(settings)),
+        options=make_recipe(settings, make_sampling(vars(settings), policy.tokenizer)),
+        hyperparameters=layout.replicate(make_hyperparameters(settings)),
         frozen=freeze(frozen, layout, frozen_dtype),
     )
     return setup, layout.put(trained), layout.put(value_trained)
@@ -246,7 +246,7 @@ def begin_models(
     reward: Model | None,
     seed: int,
     layout: Layout,
-    make: Callable[..., Any] = init_in_pieces,
+    make: Callable[..., Any] = init_sharded,
 ) -> tuple[Model, Model | None, Model]:
     """(policy, reward model, critic) as PPO begins: adapters are there, where they are trained.
 

@@ -22,7 +22,7 @@ def fingerprint(data: Any) -> dict[str, int]:
     """The number of records and a checksum over all of them, for stage.json.
 
     Args:
-        data: `Texts`, `RewardData` or `PromptData`, tokenised.
+        data: `TokenizedTexts`, `RewardData` or `PromptData`, tokenised.
     """
     texts = getattr(data, "texts", data)
     count = len(texts) if isinstance(texts, list) else len(np.unique(texts.records))
@@ -69,7 +69,7 @@ def check_same_data(config: Config, workdir: Path, data: Mapping[str, Any]):
 MADE_FROM = {"data": ("prepare",), "base": ("model", "seed")}  # folder: settings
 
 
-def check_origin(workdir: Path, config: dict):
+def check_same_base(workdir: Path, config: dict):
     """Refuse a folder whose data or base model were made from other settings.
 
     A base model that was made here and that no stage has learned from binds nobody.
@@ -86,7 +86,7 @@ def check_origin(workdir: Path, config: dict):
 
 
 def drop_outdated_base(workdir: Path, config: dict):
-    """Remove a base model that was made from other settings; after `check_origin`."""
+    """Remove a base model that was made from other settings; after `check_same_base`."""
     folder = workdir / "base"
     if origin_differences(workdir, "base", config):
         folder.unlink() if folder.is_symlink() else shutil.rmtree(folder)

@@ -14,10 +14,10 @@ from ppo_jax.config.stages import RewardSettings
 from ppo_jax.core.network import merge_params
 from ppo_jax.core.types import PreferenceBatch, TrainState
 from ppo_jax.data.comparisons import RewardData, reward_data
-from ppo_jax.data.encode import Texts, encode_demonstrations
+from ppo_jax.data.encode import TokenizedTexts, encode_demonstrations
 from ppo_jax.data.hidden_states import Inputs, batch_width
 from ppo_jax.data.readers import naming_data
-from ppo_jax.data.records import load_demonstrations
+from ppo_jax.data.records import load_texts
 from ppo_jax.distributed.layout import Layout, make_layouts
 from ppo_jax.inference.score import all_scores
 from ppo_jax.io.stage_folder import Model, load_source, source_steps
@@ -77,7 +77,7 @@ def train_reward(config: Config, workdir: Path, base: str):
     used = [data.batch(config.seed, i, settings)[0] for i in steps]
     inputs = read(data.texts, used=np.concatenate(used) if used else None)
     unseen_inputs = read(unseen.texts)
-    optimizer = layout.put_whole(make_optimizer(settings.optimizer, num_steps))
+    optimizer = layout.replicate(make_optimizer(settings.optimizer, num_steps))
     pieces, trained = settings.num_micro_batches, layout.put(parts.trained)
     # What of them is used is in `frozen`, in the inputs and, soon, in the state.
     del model, parts, sources
@@ -133,17 +133,17 @@ def preference_batch(
     rows, pairs, valid = data.batch(seed, step, settings)
     width = batch_width(data.texts, rows)
     # Each micro-batch falls into equal pieces; no pair has what fills the batch up.
-    rows = layout.fill_up(rows, settings.num_micro_batches * layout.pieces("batch"))
-    inputs, mask = layout.put_rows((inputs(rows, width), data.texts.mask[rows, :width]))
-    pairs, valid = layout.put_whole((pairs, valid))
+    rows = layout.pad_batch(rows, settings.num_micro_batches * layout.pieces("batch"))
+    inputs, mask = layout.shard_batch((inputs(rows, width), data.texts.mask[rows, :width]))
+    pairs, valid = layout.replicate((pairs, valid))
     return PreferenceBatch(inputs=inputs, mask=mask, pairs=pairs, valid=valid)
 
 
-def reference_texts(settings: RewardSettings, tokenizer: Any) -> Texts | None:
+def reference_texts(settings: RewardSettings, tokenizer: Any) -> TokenizedTexts | None:
     """The texts that shall score 0 on average; None stands for the held-out data."""
     if not settings.reference_data:
         return None
-    records = load_demonstrations(settings.reference_data, tokenizer)
+    records = load_texts(settings.reference_data, tokenizer)
     with naming_data("reward.reference_data", settings.reference_data, "reward.max_length"):
         return encode_demonstrations(records, tokenizer, max_length=settings.max_length)
 

@@ -38,12 +38,12 @@ class RewardFunction:
         try:
             given = within(self.seconds, self.function, prompts, responses)
         except TookTooLong:
-            limit = f"ppo.reward_seconds={self.seconds:g} for {len(responses)} responses"
+            limit = f"ppo.reward_timeout_s={self.seconds:g} for {len(responses)} responses"
             raise FunctionFailed(f"{FIELD} {self.name} took more than {limit}") from None
         except Exception as error:
             told = f"{FIELD} {self.name} raised {type(error).__name__}: {error}"
             raise FunctionFailed(told.rstrip(": ")) from error
-        if wrong := flaw(given, len(responses)):
+        if wrong := reject_reason(given, len(responses)):
             raise ValueError(
                 f"{FIELD} {self.name} must return {len(responses)} finite numbers, one a response, "
                 f"got {wrong}"
@@ -106,7 +106,7 @@ def load_reward_function(name: str, seconds: float = math.inf) -> RewardFunction
     return RewardFunction(name, function, seconds)
 
 
-def flaw(given: Any, count: int) -> str:
+def reject_reason(given: Any, count: int) -> str:
     """What is wrong with scores that a function gave, or "".
 
     >>> flaw([0.5, 1], 2)

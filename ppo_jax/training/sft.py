@@ -13,11 +13,11 @@ from ppo_jax.config.run import Config
 from ppo_jax.config.stages import SFTSettings
 from ppo_jax.core.network import merge_params
 from ppo_jax.core.types import TextBatch
-from ppo_jax.data.encode import Texts, batch_indices, encode_demonstrations, row_batches
+from ppo_jax.data.encode import TokenizedTexts, batch_indices, encode_demonstrations, row_batches
 from ppo_jax.data.hidden_states import Inputs, batch_width
 from ppo_jax.data.packing import pack
 from ppo_jax.data.readers import naming_data
-from ppo_jax.data.records import data_files, load_demonstrations, read_split
+from ppo_jax.data.records import data_files, load_texts, read_split
 from ppo_jax.distributed.layout import make_layouts
 from ppo_jax.io.stage_folder import load_source
 from ppo_jax.models.build import policy_network
@@ -36,9 +36,11 @@ from ppo_jax.training.stage import StageRun, open_stage
 SHOW = {"sft/loss": "loss", "sft/validation_loss": "validation"}
 
 
-def sft_data(settings: SFTSettings, seed: int, tokenizer: Any) -> tuple[Texts, Texts]:
+def sft_data(
+    settings: SFTSettings, seed: int, tokenizer: Any
+) -> tuple[TokenizedTexts, TokenizedTexts]:
     """Tokenised training and validation texts, one a row or packed."""
-    read = functools.partial(load_demonstrations, tokenizer=tokenizer)
+    read = functools.partial(load_texts, tokenizer=tokenizer)
     split = read_split(settings, seed, read, lambda record: record.text)
     length, parts = settings.max_length, []
     for (field, path), part in zip(data_files(settings), split, strict=True):
@@ -71,7 +73,7 @@ def train_sft(config: Config, workdir: Path, base: str):
     read = inputs_reader(model.config, start, trunk_params, layout, settings.hidden_cache_gb)
     used = None if start is None else np.concatenate([rows_of(i) for i in range(num_steps)])
     inputs, unseen_inputs = read(texts, used=used), read(unseen)
-    optimizer = layout.put_whole(make_optimizer(settings.optimizer, num_steps))
+    optimizer = layout.replicate(make_optimizer(settings.optimizer, num_steps))
     pieces = settings.num_micro_batches
     multiple = pieces * layout.pieces("batch")  # each micro-batch falls into equal pieces
     trained = layout.put(parts.trained)
@@ -80,8 +82,8 @@ def train_sft(config: Config, workdir: Path, base: str):
     loss = jax.jit(functools.partial(sft_loss, network, normalizer=1.0))
 
     def batch_of(texts, inputs, rows):
-        filled = layout.fill_up(rows, multiple)
-        return layout.put_rows(as_text_batch(texts, inputs, rows, filled))
+        filled = layout.pad_batch(rows, multiple)
+        return layout.shard_batch(as_text_batch(texts, inputs, rows, filled))
 
     def validate(state):
         """Loss and perplexity over all validation texts, each token counted once."""
@@ -112,7 +114,7 @@ def train_sft(config: Config, workdir: Path, base: str):
 
 
 def as_text_batch(
-    texts: Texts, inputs: Inputs, rows: np.ndarray, filled: np.ndarray | None = None
+    texts: TokenizedTexts, inputs: Inputs, rows: np.ndarray, filled: np.ndarray | None = None
 ) -> TextBatch:
     """The texts of `rows`; what `filled` has behind them is no text to learn."""
     filled = rows if filled is None else filled

@@ -12,7 +12,7 @@ from typing import Any
 from ppo_jax.config.parsing import filled_in
 from ppo_jax.config.run import MAY_CHANGE, Config, ModelSettings
 from ppo_jax.config.stages import PPOSettings, RewardSettings, SFTSettings
-from ppo_jax.distributed.layout import Layout, abstract, init_in_pieces
+from ppo_jax.distributed.layout import Layout, abstract, init_sharded
 from ppo_jax.distributed.processes import STOPS, preempted, stop_handlers
 from ppo_jax.io.checkpoints import Checkpoints
 from ppo_jax.io.run_folder import config_differences, drop_lines_after, without_workdir
@@ -88,7 +88,7 @@ class StageRun:
         cases in the pieces of the layout, whatever the mesh was that saved it."""
         found = self.checkpoints.restore(abstract(layout, init, *args))
         if found is None:
-            state = init_in_pieces(layout, init, *args)
+            state = init_sharded(layout, init, *args)
         else:
             state, self.start, _ = found
         if 0 < self.start < self.num_steps:

@@ -9,7 +9,7 @@ from ppo_jax.algorithms.experience import PPONetworks, importance_weights
 from ppo_jax.models.build import policy_network, reward_network, value_network
 from tests.support import tiny
 
-RECOMPUTE = tiny.recipe(num_epochs=1, num_minibatches=1, old_logprobs="recompute")
+RECOMPUTE = tiny.options(num_epochs=1, num_minibatches=1, old_logprobs="recompute")
 
 
 def disturbed(rollout):
@@ -35,7 +35,7 @@ def test_recomputed_log_probs_forget_those_of_the_sampling(kind):
 @pytest.mark.parametrize("limits", [(0.0, 2.0), (0.9, 1.2), (1.0, 1.0)])
 def test_advantages_are_times_the_weights_within_their_limits(limits):
     low, high = limits
-    run = tiny.Run("whole", RECOMPUTE, importance_low=low, importance_high=high)
+    run = tiny.Run("whole", RECOMPUTE, tis_clip_low=low, tis_clip_high=high)
     rollout = run.rollout()
     scores, other = run.scores(rollout), disturbed(rollout)
     mask = np.asarray(rollout.response_mask)
@@ -45,18 +45,18 @@ def test_advantages_are_times_the_weights_within_their_limits(limits):
     weights = np.clip(np.exp(difference), low, high)
     np.testing.assert_allclose(got.advantages, plain.advantages * weights, atol=5e-5)
     size = np.abs(difference)[mask]
-    np.testing.assert_allclose(metrics["policy/sampling_difference"], size.mean(), rtol=1e-4)
-    np.testing.assert_allclose(metrics["policy/sampling_difference_max"], size.max(), rtol=1e-4)
+    np.testing.assert_allclose(metrics["policy/rollout_logprob_error"], size.mean(), rtol=1e-4)
+    np.testing.assert_allclose(metrics["policy/rollout_logprob_error_max"], size.max(), rtol=1e-4)
     np.testing.assert_allclose(metrics["policy/importance_weight"], weights[mask].mean(), rtol=1e-4)
 
 
 def test_padding_has_no_part_in_the_weights():
     mask = jnp.array([[True, False]])
     new, old = jnp.array([[-1.0, jnp.nan]]), jnp.array([[-1.5, jnp.inf]])
-    numbers = tiny.hyperparameters(importance_low=0.0, importance_high=2.0)
+    numbers = tiny.hyperparameters(tis_clip_low=0.0, tis_clip_high=2.0)
     weights, metrics = importance_weights(new, old, mask, numbers)
     np.testing.assert_allclose(weights, [[np.exp(0.5), 1.0]], rtol=1e-6)
-    np.testing.assert_allclose(metrics["policy/sampling_difference"], 0.5)
+    np.testing.assert_allclose(metrics["policy/rollout_logprob_error"], 0.5)
 
 
 def test_in_bfloat16_the_two_differ_and_recomputed_ones_begin_at_a_ratio_of_1():
@@ -64,16 +64,16 @@ def test_in_bfloat16_the_two_differ_and_recomputed_ones_begin_at_a_ratio_of_1():
     networks = PPONetworks(policy_network(config), value_network(config), reward_network(config))
     largest = {}
     for choice in ("rollout", "recompute"):
-        recipe = tiny.recipe(num_epochs=1, num_minibatches=1, old_logprobs=choice)
-        run = tiny.Run("whole", recipe)
+        options = tiny.options(num_epochs=1, num_minibatches=1, old_logprobs=choice)
+        run = tiny.Run("whole", options)
         run.parts["networks"] = networks
         experience, metrics = run.experience(run.rollout())
         largest[choice] = abs(run.update(experience)[1]["policy/ratio_max"][0] - 1)
-    assert 1e-4 < metrics["policy/sampling_difference"] < 0.1
+    assert 1e-4 < metrics["policy/rollout_logprob_error"] < 0.1
     assert largest["recompute"] < 1e-5 < 1e-3 < largest["rollout"]
 
 
 @pytest.mark.parametrize("choice", ["old_logprobs", "kl_control"])
 def test_an_unknown_choice_is_refused(choice):
     with pytest.raises(ValueError, match=f"unknown {choice} 'sampled'; choose from"):
-        tiny.recipe(**{choice: "sampled"})
+        tiny.options(**{choice: "sampled"})

@@ -13,11 +13,11 @@ from ppo_jax.core.advantages import gae
 from ppo_jax.core.distributions import token_logprobs
 from ppo_jax.core.network import Network, merge_params
 from ppo_jax.core.rewards import token_rewards
-from ppo_jax.core.types import Experience, Frozen
+from ppo_jax.core.types import Experience, FrozenParams
 from ppo_jax.rollout.decode import response_outputs
 from tests.support import tiny
 
-ONE_STEP = tiny.recipe(num_epochs=1, num_minibatches=1)
+ONE_STEP = tiny.options(num_epochs=1, num_minibatches=1)
 
 
 @functools.cache
@@ -119,7 +119,10 @@ def test_the_upper_clip_is_one_of_its_own(high, expected, clipped):
     @functools.partial(jax.value_and_grad, has_aux=True)
     def loss(logits):
         params = {"policy": {"outputs": logits}, "value": {"outputs": zeros}}
-        frozen, networks = Frozen(ref_policy={}), PPONetworks(table_network(), table_network())
+        frozen, networks = (
+            FrozenParams(ref_policy={}),
+            PPONetworks(table_network(), table_network()),
+        )
         return experience_loss(params, experience, numbers, frozen=frozen, networks=networks)
 
     (got, metrics), gradient = loss(logits)
@@ -131,17 +134,17 @@ def test_the_upper_clip_is_one_of_its_own(high, expected, clipped):
 
 def test_every_minibatch_is_an_optimizer_step():
     for epochs, minibatches in [(1, 1), (2, 2), (3, 8)]:
-        run = tiny.Run("trunk", tiny.recipe(num_epochs=epochs, num_minibatches=minibatches))
+        run = tiny.Run("trunk", tiny.options(num_epochs=epochs, num_minibatches=minibatches))
         state, metrics = run.update(fixed_experience("trunk"))
         assert optax.tree_utils.tree_get(state.opt_state, "count") == epochs * minibatches
         assert {v.shape for v in metrics.values()} == {(epochs * minibatches,)}
-        assert state.step == 0  # iterations are counted by `learn`
+        assert state.step == 0  # iterations are counted by `update_from_rollout`
 
 
 def test_every_epoch_is_a_new_order_of_all_rows():
     # Rows one by one at learning rate 0: the value loss tells which row it was.
-    recipe = tiny.recipe(num_epochs=3, num_minibatches=tiny.BATCH)
-    run = tiny.Run("trunk", recipe, optimizer=dict(learning_rate=0.0), value_learning_rate=0.0)
+    options = tiny.options(num_epochs=3, num_minibatches=tiny.BATCH)
+    run = tiny.Run("trunk", options, optimizer=dict(learning_rate=0.0), value_learning_rate=0.0)
     _, metrics = run.update(fixed_experience("trunk"))
     epochs = np.asarray(metrics["value/loss"]).reshape(3, tiny.BATCH)
     assert len(np.unique(epochs[0])) == tiny.BATCH
@@ -154,10 +157,10 @@ def test_every_epoch_is_a_new_order_of_all_rows():
 def test_micro_batches_do_not_change_the_update(num_micro_batches):
     e = fixed_experience("trunk")
     assert len(set(np.asarray(e.response_mask.sum(axis=1)).tolist())) > 2
-    recipe = dict(num_epochs=1, num_minibatches=1)
+    options = dict(num_epochs=1, num_minibatches=1)
     # Adam's first step is the sign of the gradient, which rounding may flip: compare gradients.
-    whole, metrics = tiny.Run("trunk", tiny.recipe(**recipe)).update(e)
-    pieces = tiny.recipe(**recipe, num_micro_batches=num_micro_batches)
+    whole, metrics = tiny.Run("trunk", tiny.options(**options)).update(e)
+    pieces = tiny.options(**options, num_micro_batches=num_micro_batches)
     got, micro_metrics = tiny.Run("trunk", pieces).update(e)
     mean = functools.partial(optax.tree_utils.tree_get, key="mu")
     tiny.leaves_close(mean(got.opt_state), mean(whole.opt_state), atol=1e-7, rtol=1e-4)

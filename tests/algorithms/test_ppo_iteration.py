@@ -18,7 +18,7 @@ def test_an_iteration_is_its_pieces_one_after_the_other(kind):
     state, metrics = run.iterate()
     rollout_key, shuffle_key = jax.random.split(tiny.RUN_KEY)
     rollout = run.rollout(rollout_key)
-    expected, expected_metrics = tiny.learn(
+    expected, expected_metrics = tiny.update_from_rollout(
         run.state, run.numbers, rollout, run.scores(rollout), shuffle_key, **run.parts
     )
     tiny.leaves_close(metrics, expected_metrics, rtol=1e-4, atol=1e-5)
@@ -67,14 +67,14 @@ def test_the_rule_for_responses_without_a_stop_token(rule, expected):
         jnp.array([1.0, 2.0]),
         jnp.array([True, False]),
         tiny.hyperparameters(missing_eos_score=-3.0),
-        tiny.recipe(missing_eos=rule),
+        tiny.options(missing_eos=rule),
     )
     assert got.tolist() == expected
 
 
 def test_an_unknown_rule_is_refused():
     with pytest.raises(ValueError, match="unknown missing_eos 'drop'; choose from .*'replace'"):
-        tiny.recipe(missing_eos="drop")
+        tiny.options(missing_eos="drop")
 
 
 def test_integer_scores_are_refused():
@@ -86,7 +86,7 @@ def test_integer_scores_are_refused():
 
 def test_adaptive_control_moves_the_coefficient_by_its_formula():
     numbers = dict(kl_coef=0.3, target_kl=4.0, kl_horizon=100.0)
-    run = tiny.Run("trunk", tiny.recipe(kl_control="adaptive"), **numbers)
+    run = tiny.Run("trunk", tiny.options(kl_control="adaptive"), **numbers)
     state, metrics = run.iterate()
     expected = adaptive_kl_coef(
         0.3, metrics["kl/ref"], target_kl=4.0, horizon=100.0, batch_size=tiny.BATCH
@@ -149,6 +149,6 @@ def test_ppo_learns_to_say_a_token():
         mask = np.asarray(rollout.response_mask)
         hits = (np.asarray(rollout.response_tokens) == wanted) & mask
         shares.append(hits.sum() / mask.sum())
-        run.state, _ = run.learn(rollout, jnp.asarray(hits.sum(axis=1), jnp.float32))
+        run.state, _ = run.update_from_rollout(rollout, jnp.asarray(hits.sum(axis=1), jnp.float32))
     assert np.mean(shares[:3]) < 0.1
     assert np.mean(shares[-3:]) > 0.9

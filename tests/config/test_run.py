@@ -13,7 +13,7 @@ import sys
 import pytest
 from ml_collections import config_dict
 
-from ppo_jax.algorithms.experience import Recipe
+from ppo_jax.algorithms.experience import PPOOptions
 from ppo_jax.config import run as settings_module
 from ppo_jax.config import stages as stage_settings
 from ppo_jax.config.run import Config, from_config_dict, with_defaults
@@ -281,7 +281,7 @@ def test_no_setting_is_accepted_and_ignored():
             nodes = ast.walk(ast.parse(path.read_text()))
             read |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
     read |= {field.name for field in dataclasses.fields(sharding.AxisRules)}  # named by the axes
-    for struct in (Optimizer, Hyperparameters, Recipe, Sampling):
+    for struct in (Optimizer, Hyperparameters, PPOOptions, Sampling):
         read |= {field.name for field in dataclasses.fields(struct)}
     ignored = [f"{cls}.{field}" for cls, field, _, _ in lines_of_fields() if field not in read]
     assert not ignored

@@ -8,15 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ppo_jax.algorithms.experience import Recipe, make_experience, sample_responses
+from ppo_jax.algorithms.experience import PPOOptions, make_experience, sample_responses
 from ppo_jax.algorithms.ppo import ppo_iteration
 from ppo_jax.core.optimizer import schedule
 from ppo_jax.core.types import Hyperparameters, Optimizer
 from tests.support import tiny
 
 KEY = jax.random.key(5)
-# A recipe in which every number has a part to play, with enough epochs for the clips to bind.
-EVERYTHING = tiny.recipe(kl_control="adaptive", missing_eos="penalty", old_logprobs="recompute")
+# Options with which every number has a part to play, with enough epochs for the clips to bind.
+EVERYTHING = tiny.options(kl_control="adaptive", missing_eos="penalty", old_logprobs="recompute")
 NUMBERS = dict(
     optimizer=dict(
         learning_rate=3e-3,
@@ -32,8 +32,8 @@ NUMBERS = dict(
     clip_range_high=0.2,
     value_clip_range=0.01,
     gamma=0.9,
-    importance_low=0.0,
-    importance_high=2.0,
+    tis_clip_low=0.0,
+    tis_clip_high=2.0,
 )
 CHANGES = {
     "learning_rate": 2e-3,
@@ -58,8 +58,8 @@ CHANGES = {
     "vf_coef": 0.5,
     "entropy_coef": 0.1,
     "missing_eos_score": 2.0,
-    "importance_low": 1.5,
-    "importance_high": 0.5,
+    "tis_clip_low": 1.5,
+    "tis_clip_high": 0.5,
 }
 
 
@@ -71,9 +71,9 @@ def numbers(**changes):
     return tiny.hyperparameters(**changed)
 
 
-def three_iterations(hyperparameters, recipe=EVERYTHING):
+def three_iterations(hyperparameters, options=EVERYTHING):
     setup = tiny.setup(1, True)
-    parts = dict(frozen=setup.frozen, networks=setup.networks, recipe=recipe)
+    parts = dict(frozen=setup.frozen, networks=setup.networks, options=options)
     state, every = setup.start(hyperparameters), []
     for i in range(3):
         key = jax.random.fold_in(KEY, i)
@@ -119,15 +119,17 @@ CHOICES = {
 
 @functools.cache
 def learned(**choice):
-    setup, recipe = tiny.setup(1, True), tiny.recipe(**choice)
+    setup, options = tiny.setup(1, True), tiny.options(**choice)
     hyperparameters = numbers(schedule="constant")
     parts = dict(frozen=setup.frozen, networks=setup.networks)
     state = setup.start(hyperparameters)
     rollout = tiny.sample_responses(
-        state, hyperparameters, tiny.prompts(), KEY, **parts, recipe=tiny.recipe()
+        state, hyperparameters, tiny.prompts(), KEY, **parts, options=tiny.options()
     )
     scores = tiny.response_scores(rollout, **parts)
-    return tiny.learn(state, hyperparameters, rollout, scores, KEY, **parts, recipe=recipe)[0]
+    return tiny.update_from_rollout(
+        state, hyperparameters, rollout, scores, KEY, **parts, options=options
+    )[0]
 
 
 @pytest.mark.parametrize("name", CHOICES)
@@ -138,7 +140,7 @@ def test_every_choice_of_the_recipe_matters(name):
 def test_the_recipe_has_no_other_choices():
     # Sampling has tests of its own; micro-batches change the memory, see below, and nothing else,
     # packing the time, see `test_packed_rows`.
-    fields = {f.name for f in dataclasses.fields(Recipe)}
+    fields = {f.name for f in dataclasses.fields(PPOOptions)}
     assert fields == CHOICES.keys() | {"sampling", "num_micro_batches", "packing"}
 
 
@@ -148,8 +150,8 @@ def test_micro_batches_save_memory():
     prompts = tiny.prompts(**rollout)
 
     def memory(num_micro_batches):
-        recipe = tiny.recipe(num_minibatches=1, num_micro_batches=num_micro_batches)
-        parts = dict(frozen=setup.frozen, networks=setup.networks, recipe=recipe)
+        options = tiny.options(num_minibatches=1, num_micro_batches=num_micro_batches)
+        parts = dict(frozen=setup.frozen, networks=setup.networks, options=options)
         state = setup.start(hyperparameters)
         run = functools.partial(sample_responses, **parts)
         responses = jax.eval_shape(run, state, hyperparameters, prompts, KEY)
@@ -171,8 +173,8 @@ def test_micro_batches_save_memory():
 def test_a_sweep_is_one_program(packing):
     lanes = [numbers(), numbers(kl_coef=0.5, learning_rate=1e-3, clip_range=0.05)]
     setup = tiny.setup(1, True)
-    recipe = tiny.recipe(packing=packing, num_micro_batches=4 if packing else 1)
-    parts = dict(frozen=setup.frozen, networks=setup.networks, recipe=recipe)
+    options = tiny.options(packing=packing, num_micro_batches=4 if packing else 1)
+    parts = dict(frozen=setup.frozen, networks=setup.networks, options=options)
 
     @tiny.jit
     @functools.partial(jax.vmap, in_axes=(0, 0, None))
@@ -184,7 +186,7 @@ def test_a_sweep_is_one_program(packing):
     for i in range(3):
         states, metrics = iterate(states, stacked, jax.random.fold_in(KEY, i))
     for i, lane in enumerate(lanes):
-        expected, expected_metrics = three_iterations(lane, recipe)
+        expected, expected_metrics = three_iterations(lane, options)
         got, got_metrics = jax.tree.map(lambda x, i=i: np.asarray(x)[i], (states, metrics))
         tiny.leaves_close(got_metrics, expected_metrics[-1], rtol=1e-3, atol=1e-4)
         # A tenth of the learning rate: Adam turns rounding of small gradients into steps.
@@ -196,7 +198,7 @@ def test_a_sweep_is_one_program(packing):
 def test_frozen_parameters_are_arguments_not_constants_of_the_program():
     setup, hyperparameters = tiny.setup(1, True), numbers()
     args = (setup.start(hyperparameters), hyperparameters, tiny.prompts(), KEY)
-    parts = dict(networks=setup.networks, recipe=EVERYTHING)
+    parts = dict(networks=setup.networks, options=EVERYTHING)
 
     def constants(function, *args, **kwargs):
         return sum(np.size(x) for x in jax.make_jaxpr(function)(*args, **kwargs).consts)

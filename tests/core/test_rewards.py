@@ -5,8 +5,8 @@ import pytest
 from ppo_jax.core.rewards import missing_eos_scores, token_rewards
 
 
-@pytest.mark.parametrize("kl_kind", ["k1", "k2", "k3"])
-def test_token_rewards_equal_the_loop(kl_kind):
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_token_rewards_equal_the_loop(estimator):
     rng = np.random.default_rng(0)
     logprobs, ref_logprobs = rng.normal(size=(2, 6, 5)).astype(np.float32)
     scores = rng.normal(size=6).astype(np.float32)
@@ -18,12 +18,12 @@ def test_token_rewards_equal_the_loop(kl_kind):
             if not mask[b, t]:
                 continue
             d = float(logprobs[b, t]) - float(ref_logprobs[b, t])
-            kl = {"k1": d, "k2": d * d / 2, "k3": np.exp(-d) - 1 + d}[kl_kind]
+            kl = {"k1": d, "k2": d * d / 2, "k3": np.exp(-d) - 1 + d}[estimator]
             expected[b, t] = -0.3 * kl
             if not mask[b, t + 1 :].any():
                 expected[b, t] += scores[b]
     got = token_rewards(
-        *map(jnp.asarray, (scores, logprobs, ref_logprobs, mask)), kl_coef=0.3, kl_kind=kl_kind
+        *map(jnp.asarray, (scores, logprobs, ref_logprobs, mask)), kl_coef=0.3, estimator=estimator
     )
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
 

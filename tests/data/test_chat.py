@@ -138,9 +138,12 @@ def test_the_empty_fields_of_a_table_are_no_keys():
 def test_files_of_messages(tmp_path):
     path = tmp_path / "chats.jsonl"
     write_jsonl(path, [{"messages": turns("Hi", "Yes")}, {"messages": turns("Hi", " ")}])
-    good, blank = data.load_demonstrations(path, TOKENIZER)
-    assert good.text.endswith("Yes<|im_end|>") and (good.flaw, blank.flaw) == ("", "blank")
-    assert data.load_demonstrations(path)[0].parts == (("Hi", False), ("Yes", True))
+    good, blank = data.load_texts(path, TOKENIZER)
+    assert good.text.endswith("Yes<|im_end|>") and (good.reject_reason, blank.reject_reason) == (
+        "",
+        "blank",
+    )
+    assert data.load_texts(path)[0].parts == (("Hi", False), ("Yes", True))
     # The assistant's last turn is no part of a prompt.
     write_jsonl(path, [{"messages": turns("Hi", "Yes")}, {"prompt": turns("Hi")}, {"prompt": "Hi"}])
     opened = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"

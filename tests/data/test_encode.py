@@ -6,7 +6,7 @@ import tokenizers
 import transformers
 
 from ppo_jax.data import encode as batches
-from ppo_jax.data.preferences import Ranking
+from ppo_jax.data.preferences import RankedResponses
 from ppo_jax.data.prompts import prompt_data
 from ppo_jax.data.records import Demonstration, RatedText, write_jsonl
 
@@ -148,10 +148,10 @@ def test_texts_to_score_are_all_kept():
 
 def test_preferences_fill_two_rows_each_and_are_dropped_whole():
     preferences = [
-        Ranking("the", (" good", " bad"), (1.0, 0.0)),
-        Ranking("x", ("y" * 20, "z"), (1.0, 0.0)),
-        Ranking("x", ("z", "y" * 20), (1.0, 0.0)),
-        Ranking("film", ("a", "b"), (0.0, 1.0)),
+        RankedResponses("the", (" good", " bad"), (1.0, 0.0)),
+        RankedResponses("x", ("y" * 20, "z"), (1.0, 0.0)),
+        RankedResponses("x", ("z", "y" * 20), (1.0, 0.0)),
+        RankedResponses("film", ("a", "b"), (0.0, 1.0)),
     ]
     texts, groups = batches.encode_preferences(preferences, PLAIN, max_length=12)
     assert rows_of(texts) == [

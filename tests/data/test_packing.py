@@ -12,7 +12,7 @@ import pytest
 
 from ppo_jax.algorithms.supervised import sft_loss, sft_step
 from ppo_jax.config.run import from_config_dict
-from ppo_jax.data.encode import Texts, batch_indices
+from ppo_jax.data.encode import TokenizedTexts, batch_indices
 from ppo_jax.data.hidden_states import make_inputs
 from ppo_jax.data.packing import best_fit, fullness, pack
 from ppo_jax.io.checkpoints import load_checkpoint_item
@@ -28,13 +28,13 @@ SEGMENTS = np.array([[1, 1, 1, 2, 2, 2, 2, 3, 0, 0]], np.int32)
 MASK = SEGMENTS > 0
 
 
-def make_texts(lengths, prompts=1, seed=0) -> Texts:
+def make_texts(lengths, prompts=1, seed=0) -> TokenizedTexts:
     """Texts of random tokens; the first `prompts` tokens of each are not learned."""
     rng = np.random.default_rng(seed)
     mask = np.arange(max(lengths)) < np.asarray(lengths)[:, None]
     tokens = np.where(mask, rng.integers(5, tiny.VOCAB, size=mask.shape), 0).astype(np.int32)
     loss_mask = mask & (np.arange(mask.shape[1]) >= prompts)
-    return Texts(tokens, mask, loss_mask, np.arange(len(lengths)))
+    return TokenizedTexts(tokens, mask, loss_mask, np.arange(len(lengths)))
 
 
 def whole_batch(texts):

@@ -6,7 +6,7 @@ import pytest
 from ppo_jax.config.stages import OptimizerSettings, RewardSettings
 from ppo_jax.data import encode as batches
 from ppo_jax.data.comparisons import RewardData, reward_data
-from ppo_jax.data.preferences import Ranking, load_preferences
+from ppo_jax.data.preferences import RankedResponses, load_preferences
 from ppo_jax.data.records import write_jsonl
 from ppo_jax.pipeline.preflight import check_rankings
 from tests.support.chats import TOKENIZER, ids, turns
@@ -135,13 +135,13 @@ def test_a_bad_row_is_named(tmp_path, row, message):
 
 def rankings():
     return [
-        Ranking("Hi", ("Yes", "No"), (1.0, 0.0)),
-        Ranking("Hi", ("Yes", "Ho", "No"), (1.0, 2.0, 1.0)),
-        Ranking("Hi", ("Yes", "No"), (1.0, 0.0)),
-        Ranking("Hi", ("Yes", "Yes"), (1.0, 0.0)),
-        Ranking("Hi", ("Yes", " "), (1.0, 0.0)),
-        Ranking("Hi", ("Yes", "No Yes No Yes No"), (1.0, 0.0)),
-        Ranking("Ho", ("No", "Yes"), (0.0, 1.0)),
+        RankedResponses("Hi", ("Yes", "No"), (1.0, 0.0)),
+        RankedResponses("Hi", ("Yes", "Ho", "No"), (1.0, 2.0, 1.0)),
+        RankedResponses("Hi", ("Yes", "No"), (1.0, 0.0)),
+        RankedResponses("Hi", ("Yes", "Yes"), (1.0, 0.0)),
+        RankedResponses("Hi", ("Yes", " "), (1.0, 0.0)),
+        RankedResponses("Hi", ("Yes", "No Yes No Yes No"), (1.0, 0.0)),
+        RankedResponses("Ho", ("No", "Yes"), (0.0, 1.0)),
     ]
 
 

@@ -52,8 +52,8 @@ CONTAINERS = [gzipped, parquet, on_hub]
 @pytest.mark.parametrize("hold", CONTAINERS)
 def test_every_container_holds_the_same_records(here, hold):
     write_jsonl(here / "rows.jsonl", TEXTS)
-    expected = data.load_demonstrations(here / "rows.jsonl")
-    assert data.load_demonstrations(hold(here, TEXTS)) == expected
+    expected = data.load_texts(here / "rows.jsonl")
+    assert data.load_texts(hold(here, TEXTS)) == expected
     assert len(expected) == 3
 
 
@@ -65,8 +65,8 @@ def test_messages_and_rankings_come_through(here, hold):
     ]
     path = here / "rows.jsonl"
     write_jsonl(path, chats)
-    expected = data.load_demonstrations(path, TOKENIZER)
-    assert data.load_demonstrations(hold(here, chats), TOKENIZER) == expected
+    expected = data.load_texts(path, TOKENIZER)
+    assert data.load_texts(hold(here, chats), TOKENIZER) == expected
     rankings = [{"prompt": "p", "responses": ["a", "b", "c"], "scores": [1.0, 3.0, 2.0]}]
     write_jsonl(path, rankings)
     expected = load_preferences(path)
@@ -110,20 +110,20 @@ def test_damaged_and_empty_files_are_named(tmp_path):
     path = gzipped(tmp_path, [{"text": f"{n} " * 20} for n in range(2000)])
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(ValueError, match=r"rows\.jsonl\.gz:\d+: the gzip file is damaged"):
-        data.load_demonstrations(path)
+        data.load_texts(path)
     path.write_bytes(b'{"text": "a"}\n')
     with pytest.raises(ValueError, match=r"rows\.jsonl\.gz:1: the gzip file is damaged: Not a gz"):
-        data.load_demonstrations(path)
+        data.load_texts(path)
     table = tmp_path / "rows.parquet"
     with pytest.raises(ValueError, match="rows.parquet: there is no such file"):
-        data.load_demonstrations(table)
+        data.load_texts(table)
     table.write_bytes(b'{"text": "a"}\n')
     with pytest.raises(ValueError, match="rows.parquet: not a Parquet file"):
-        data.load_demonstrations(table)
+        data.load_texts(table)
     empty = pyarrow.table({"text": pyarrow.array([], pyarrow.string())})
     pyarrow.parquet.write_table(empty, table)
     with pytest.raises(ValueError, match="rows.parquet: the table is empty, at least one row"):
-        data.load_demonstrations(table)
+        data.load_texts(table)
 
 
 @pytest.mark.parametrize("name", ["hub:", "hub:name", "hub:owner/", "hub:a/b/c", "hub:/name:train"])
@@ -140,14 +140,14 @@ def test_a_name_has_a_split():
 def test_a_split_is_read_and_one_that_is_not_there_is_named(here):
     on_hub(here, TEXTS[:1])
     on_hub(here, TEXTS[1:], "test")
-    assert len(data.load_demonstrations("hub:owner/name")) == 1
-    assert len(data.load_demonstrations("hub:owner/name:test")) == 2
+    assert len(data.load_texts("hub:owner/name")) == 1
+    assert len(data.load_texts("hub:owner/name:test")) == 2
     with pytest.raises(
         ValueError, match='hub:owner/name:none: datasets could not load it: .*"none"'
     ):
-        data.load_demonstrations("hub:owner/name:none")
+        data.load_texts("hub:owner/name:none")
     with pytest.raises(ValueError, match="hub:no/where: datasets could not load it: "):
-        data.load_demonstrations("hub:no/where")
+        data.load_texts("hub:no/where")
 
 
 @pytest.mark.parametrize(

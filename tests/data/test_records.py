@@ -6,7 +6,7 @@ from dataclasses import asdict
 import pytest
 
 from ppo_jax.data import records as data
-from ppo_jax.data.preferences import Ranking, load_preferences
+from ppo_jax.data.preferences import RankedResponses, load_preferences
 from ppo_jax.data.records import Demonstration, RatedText
 
 
@@ -18,12 +18,12 @@ def written(tmp_path, *lines):
 
 def test_each_reader_reads_its_forms(tmp_path):
     path = written(tmp_path, '{"text": "a b"}', "", '{"prompt": "p", "completion": " c"}')
-    text, completion = data.load_demonstrations(path)
+    text, completion = data.load_texts(path)
     assert text == Demonstration((("a b", True),)) and text.text == "a b"
     assert completion == Demonstration((("p", False), (" c", True)))
     assert completion.text == "p c"
     path = written(tmp_path, '{"prompt": "", "chosen": "x", "rejected": "y"}')
-    assert load_preferences(path) == [Ranking("", ("x", "y"), (1.0, 0.0))]
+    assert load_preferences(path) == [RankedResponses("", ("x", "y"), (1.0, 0.0))]
     path = written(tmp_path, '{"text": "x", "ratings": [1, -2.5]}', '{"text": "y", "rating": 3}')
     assert data.load_ratings(path) == [RatedText("x", (1.0, -2.5)), RatedText("y", (3.0,))]
     assert data.load_ratings(path)[0].mean == -0.75
@@ -62,7 +62,7 @@ def test_a_missing_and_an_empty_file_are_refused(tmp_path):
 
 
 GOOD = {
-    data.load_demonstrations: {"text": "good"},
+    data.load_texts: {"text": "good"},
     load_preferences: {"prompt": "p", "chosen": "c", "rejected": "r"},
     data.load_ratings: {"text": "good", "ratings": [1]},
     data.load_prompts: {"prompt": "p"},
@@ -72,21 +72,21 @@ GOOD = {
 @pytest.mark.parametrize(
     ("load", "line", "message"),
     [
-        (data.load_demonstrations, '{"text": "half', "not a JSON object"),
-        (data.load_demonstrations, "[" * 100_000, "not a JSON object"),
-        (data.load_demonstrations, '["text"]', "must be a JSON object"),
-        (data.load_demonstrations, '{"text": "a", "text": "b"}', "a key stands twice"),
+        (data.load_texts, '{"text": "half', "not a JSON object"),
+        (data.load_texts, "[" * 100_000, "not a JSON object"),
+        (data.load_texts, '["text"]', "must be a JSON object"),
+        (data.load_texts, '{"text": "a", "text": "b"}', "a key stands twice"),
         (
-            data.load_demonstrations,
+            data.load_texts,
             "{}",
             r"must be \['text'\] or \['prompt', 'completion'\] or \['messages'\], got",
         ),
-        (data.load_demonstrations, '{"text": "a", "source": 1}', r"got \['text', 'source'\]"),
-        (data.load_demonstrations, '{"text": "a", "prompt": "b"}', "the keys must be"),
-        (data.load_demonstrations, '{"text": 7}', "text must be a string, got 7"),
-        (data.load_demonstrations, '{"text": "\\ud800"}', "text must be valid Unicode"),
+        (data.load_texts, '{"text": "a", "source": 1}', r"got \['text', 'source'\]"),
+        (data.load_texts, '{"text": "a", "prompt": "b"}', "the keys must be"),
+        (data.load_texts, '{"text": 7}', "text must be a string, got 7"),
+        (data.load_texts, '{"text": "\\ud800"}', "text must be valid Unicode"),
         (
-            data.load_demonstrations,
+            data.load_texts,
             '{"prompt": "a", "completion": 3}',
             "completion must be a string",
         ),
@@ -153,7 +153,7 @@ def test_texts_that_differ_in_case_and_spacing_are_one_text():
 
 
 def test_preferences_over_one_prompt_stay_together_and_all_are_kept():
-    records = [Ranking(f"p{n // 3}", (f"c{n}", "r"), (1.0, 0.0)) for n in range(90)]
+    records = [RankedResponses(f"p{n // 3}", (f"c{n}", "r"), (1.0, 0.0)) for n in range(90)]
     splits = data.split_by_text(
         records, SHARES, seed=0, key=lambda record: record.prompt, duplicates="keep"
     )
@@ -171,17 +171,17 @@ def test_shares_that_do_not_sum_to_one_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("record", "flaw"),
+    ("record", "reject_reason"),
     [
         (Demonstration((("p", False), (" c", True))), ""),
         (Demonstration((("p", False), (" \n", True))), "blank"),
         (Demonstration(()), "blank"),
         (RatedText("\t", (1.0,)), "blank"),
-        (Ranking("", ("a", "b"), (1.0, 0.0)), ""),
-        (Ranking("p", ("a", " "), (1.0, 0.0)), "blank"),
-        (Ranking("p", ("a", "b"), (2.0, 2.0)), "tied"),
-        (Ranking("p", ("a", "a"), (1.0, 0.0)), "tied"),
+        (RankedResponses("", ("a", "b"), (1.0, 0.0)), ""),
+        (RankedResponses("p", ("a", " "), (1.0, 0.0)), "blank"),
+        (RankedResponses("p", ("a", "b"), (2.0, 2.0)), "tied"),
+        (RankedResponses("p", ("a", "a"), (1.0, 0.0)), "tied"),
     ],
 )
-def test_a_record_says_why_nothing_can_be_learned_from_it(record, flaw):
-    assert record.flaw == flaw
+def test_a_record_says_why_nothing_can_be_learned_from_it(record, reject_reason):
+    assert record.reject_reason == reject_reason

@@ -15,10 +15,10 @@ from ppo_jax.distributed import runtime as host_memory
 FAULTS = """
 import resource, sys
 import jax, jax.numpy as jnp
-from ppo_jax.host_memory import keep_pages
+from ppo_jax.host_memory import retain_freed_memory
 
 if sys.argv[1] == "keep":
-    keep_pages()
+    retain_freed_memory()
 step = jax.jit(lambda x: jnp.sort(jnp.sin(x)).sum())
 x = jnp.arange(2.0**24)
 found = [0]
@@ -33,9 +33,9 @@ print(min(after - before for before, after in zip(found[1:], found[2:])))
 # Bytes that the heap has grown by when a block of 3 GiB, of which no page is touched, is freed.
 GROWN = """
 import ctypes
-from ppo_jax.host_memory import keep_pages
+from ppo_jax.host_memory import retain_freed_memory
 
-keep_pages()
+retain_freed_memory()
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
 libc.free.argtypes, libc.sbrk.restype = [ctypes.c_void_p], ctypes.c_void_p

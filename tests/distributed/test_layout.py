@@ -11,7 +11,7 @@ import pytest
 
 from ppo_jax.algorithms import ppo
 from ppo_jax.config.mesh import ROLLOUT_RULES, AxisRules, MeshSettings, RolloutRules
-from ppo_jax.distributed.layout import Layout, init_in_pieces, mesh_shape, own_rows
+from ppo_jax.distributed.layout import Layout, init_sharded, mesh_shape, own_rows
 from ppo_jax.distributed.trees import named_leaves
 from ppo_jax.models.axes import parameter_axes
 from ppo_jax.models.build import policy_network, value_network
@@ -40,7 +40,7 @@ def test_nothing_large_is_copied_to_every_device(shape, scan_layers):
     def init(key):
         return ppo.init_ppo(policy.init(key), value.init(key), tiny.hyperparameters())
 
-    state = init_in_pieces(layout, init, jax.random.key(0))
+    state = init_sharded(layout, init, jax.random.key(0))
     assert not large_copies(state)
     kernels = [x for name, x in named_leaves(state).items() if name.endswith("up/kernel")]
     assert len(kernels) >= 6  # of policy and critic, with two moments each
@@ -135,9 +135,9 @@ def test_the_rollout_reads_kernels_in_its_dtype_and_leaves_the_rest_as_it_is():
 
 def test_rows_are_cut_filled_up_and_found_again():
     layout = Layout(mesh_of((2, 2, 2)))
-    rows = layout.fill_up(np.array([5, 6, 7]))
-    assert rows.tolist() == [5, 6, 7, 5] and len(layout.fill_up(rows, multiple=3)) == 12
-    placed = layout.put_rows(np.arange(12.0).reshape(4, 3))
+    rows = layout.pad_batch(np.array([5, 6, 7]))
+    assert rows.tolist() == [5, 6, 7, 5] and len(layout.pad_batch(rows, multiple=3)) == 12
+    placed = layout.shard_batch(np.arange(12.0).reshape(4, 3))
     assert {shard.data.shape for shard in placed.addressable_shards} == {(1, 3)}
     numbers, found = own_rows(placed)
     assert numbers.tolist() == [0, 1, 2, 3]

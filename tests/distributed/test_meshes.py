@@ -10,8 +10,8 @@ import pytest
 
 from ppo_jax.algorithms import experience, ppo
 from ppo_jax.config.mesh import ROLLOUT_RULES
-from ppo_jax.core.types import Frozen
-from ppo_jax.distributed.layout import Layout, init_in_pieces
+from ppo_jax.core.types import FrozenParams
+from ppo_jax.distributed.layout import Layout, init_sharded
 from ppo_jax.distributed.trees import named_leaves
 from ppo_jax.models.build import policy_network, reward_network, trunk_network, value_network
 from ppo_jax.models.partition import split_params
@@ -53,11 +53,11 @@ class Run:
                 place=functools.partial(self.of_rollout.decoding_params, dtype=c.dtype),
             ),
         )
-        self.recipe = tiny.recipe(num_epochs=2, num_minibatches=2, num_micro_batches=2)
-        self.numbers = self.layout.put_whole(tiny.hyperparameters(**numbers))
+        self.options = tiny.options(num_epochs=2, num_minibatches=2, num_micro_batches=2)
+        self.numbers = self.layout.replicate(tiny.hyperparameters(**numbers))
         params = [self.params(make(c), i) for i, make in enumerate(MAKERS)]
         of_policy, of_reference, of_critic, of_reward = map(self.split, params)
-        self.frozen = Frozen(
+        self.frozen = FrozenParams(
             ref_policy=of_reference.trained,
             reward=of_reward.frozen | of_reward.trained,
             trunk=of_policy.trunk if start else None,
@@ -65,7 +65,7 @@ class Run:
             value=of_critic.frozen,
         )
         args = (of_policy.trained, of_critic.trained, self.numbers)
-        self.state = init_in_pieces(self.layout, ppo.init_ppo, *args)
+        self.state = init_sharded(self.layout, ppo.init_ppo, *args)
 
     def params(self, network, seed):
         return self.layout.put(jax.tree.map(np.asarray, tiny.random_params(network, seed)))
@@ -75,10 +75,10 @@ class Run:
 
     def prompts(self, seed):
         prompts = tiny.prompts(seed=seed, batch_size=BATCH)
-        return self.layout.put_rows(jax.tree.map(np.asarray, prompts))
+        return self.layout.shard_batch(jax.tree.map(np.asarray, prompts))
 
     def compile(self, function, *static, **out):
-        parts = dict(networks=self.networks, recipe=self.recipe)
+        parts = dict(networks=self.networks, options=self.options)
         return jax.jit(functools.partial(function, **parts), **out)
 
     def iterations(self, count):
@@ -150,7 +150,7 @@ def test_one_sgd_update_on_a_fixed_experience_is_that_of_one_device(shape):
             networks=run.networks,
         )
         params = {"policy": run.state.policy_params, "value": run.state.value_params}
-        return jax.device_get(jax.jit(descend)(params, run.layout.put_rows(fixed)))
+        return jax.device_get(jax.jit(descend)(params, run.layout.shard_batch(fixed)))
 
     mine, one = named_leaves(update(shape)), named_leaves(update((1, 1, 1)))
     for name, leaf in one.items():
@@ -161,10 +161,12 @@ def test_one_sgd_update_on_a_fixed_experience_is_that_of_one_device(shape):
 def test_an_update_of_packed_rows_is_that_of_one_device(shape):
     def update(shape):
         run = Run(shape)
-        run.recipe = tiny.recipe(num_epochs=1, num_minibatches=1, num_micro_batches=4, packing=True)
+        run.options = tiny.options(
+            num_epochs=1, num_minibatches=1, num_micro_batches=4, packing=True
+        )
         lies = jax.tree.map(lambda leaf: leaf.sharding, run.state), run.layout.whole
         step = run.compile(ppo.ppo_update, out_shardings=lies)
-        args = run.state, run.layout.put_rows(ragged_experience()), run.numbers
+        args = run.state, run.layout.shard_batch(ragged_experience()), run.numbers
         return jax.device_get(step(*args, run.layout.key(0, 0), frozen=run.frozen))
 
     (mine, metrics), (one, one_metrics) = update(shape), update((1, 1, 1))
@@ -172,7 +174,9 @@ def test_an_update_of_packed_rows_is_that_of_one_device(shape):
     tiny.leaves_close(moment(mine.opt_state), moment(one.opt_state), rtol=1e-4, atol=1e-7)
     tiny.leaves_close(metrics, one_metrics, rtol=1e-4, atol=1e-6)
     real = ragged_experience().mask.sum() - BATCH  # without the last tokens
-    pieces = real / (one_metrics["ppo/row_fill"] * 8 * 12)  # of eight rows of 12 positions
+    pieces = real / (
+        one_metrics["ppo/packing_efficiency"] * 8 * 12
+    )  # of eight rows of 12 positions
     np.testing.assert_allclose(pieces, 2, rtol=1e-5)  # of four
 
 
@@ -188,7 +192,7 @@ def ragged_experience():
 @functools.cache
 def fixed_experience():
     run = Run((1, 1, 1))
-    scores = run.layout.put_rows(np.arange(BATCH, dtype=np.float32) % 5)
+    scores = run.layout.shard_batch(np.arange(BATCH, dtype=np.float32) % 5)
     make = run.compile(experience.make_experience)
     found, _ = make(run.rollout(), scores, run.state, run.numbers, frozen=run.frozen)
     return found

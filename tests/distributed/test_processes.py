@@ -15,7 +15,7 @@ import pytest
 
 from ppo_jax.config.mesh import MeshSettings, RolloutRules
 from ppo_jax.distributed.layout import Layout, fetch, make_mesh
-from ppo_jax.distributed.processes import are_several, from_first, preempted
+from ppo_jax.distributed.processes import is_multiprocess, on_primary, preempted
 from ppo_jax.inference.generate import generate
 from ppo_jax.io import integrity as checksums
 from ppo_jax.io import tokenizers as vocabulary
@@ -50,9 +50,9 @@ def raised(do, *args, **kwargs):
 
 def done_for_all(folder):
     calls = []
-    answer = from_first(lambda word: calls.append(word) or [jax.process_index(), word], "a")
-    inside = from_first(lambda: [are_several(), preempted(), from_first(jax.process_index)])
-    return {"answer": answer, "calls": calls, "inside": inside, "after": are_several()}
+    answer = on_primary(lambda word: calls.append(word) or [jax.process_index(), word], "a")
+    inside = on_primary(lambda: [is_multiprocess(), preempted(), on_primary(jax.process_index)])
+    return {"answer": answer, "calls": calls, "inside": inside, "after": is_multiprocess()}
 
 
 def failed_for_all(folder):
@@ -60,19 +60,19 @@ def failed_for_all(folder):
         raise error
 
     errors = [KeyError("lost"), SystemExit(7), KeyboardInterrupt("asked"), SystemExit(lambda: 0)]
-    told = [raised(from_first, fail, error) for error in errors]
-    return {"raised": told, "no_value": raised(from_first, lambda: lambda: 0)}
+    told = [raised(on_primary, fail, error) for error in errors]
+    return {"raised": told, "no_value": raised(on_primary, lambda: lambda: 0)}
 
 
 def different_calls(folder):
-    return raised(from_first, max if jax.process_index() == 0 else min, 1, 2)
+    return raised(on_primary, max if jax.process_index() == 0 else min, 1, 2)
 
 
 def interrupted_while_it_waits(folder):
     if jax.process_index() == 1:
         threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()
     began = time.monotonic()
-    told = raised(from_first, time.sleep, 5)
+    told = raised(on_primary, time.sleep, 5)
     return [told, time.monotonic() - began]
 
 
@@ -81,10 +81,10 @@ def a_damaged_step(folder):
 
     def state(step):
         numbers = np.random.default_rng(step).normal(size=(512, 32)).astype(np.float32)
-        return {"w": layout.put_rows(numbers)}
+        return {"w": layout.shard_batch(numbers)}
 
     def damage(step):
-        from_first(lambda: flip_a_bit(largest_file(folder / "steps" / str(step))))
+        on_primary(lambda: flip_a_bit(largest_file(folder / "steps" / str(step))))
 
     def rows(tree):
         return {"w": layout.rows}
@@ -115,10 +115,10 @@ def a_damaged_step(folder):
     found["damaged_item"] = raised(load_checkpoint_item, folder / "steps", step=6, **at)
     found["params"] = first_number(load_params(folder / "params", rows)["w"])
     found["alone"] = [
-        raised(from_first, load_params, folder / "params"),
-        raised(from_first, save_params, folder / "other", {"w": np.ones(2)}),
-        raised(from_first, again.save, 9, state(0)),
-        raised(from_first, fetch, state(0)),
+        raised(on_primary, load_params, folder / "params"),
+        raised(on_primary, save_params, folder / "other", {"w": np.ones(2)}),
+        raised(on_primary, again.save, 9, state(0)),
+        raised(on_primary, fetch, state(0)),
     ]
     damage(3)
     found["all_damaged"] = [
@@ -126,7 +126,7 @@ def a_damaged_step(folder):
         raised(Checkpoints(folder / "steps").readable_step),
         raised(load_checkpoint_item, folder / "steps", **at),
     ]
-    from_first(lambda: flip_a_bit(largest_file(folder / "params")))
+    on_primary(lambda: flip_a_bit(largest_file(folder / "params")))
     found["damaged_params"] = raised(load_params, folder / "params", rows)
     checksums._crc32 = crc32
     return found | {"expected": [float(fetch(state(s)["w"])[0, 0]) for s in (3, 1)], "read": read}
@@ -149,8 +149,8 @@ def rows_of_a_reward_function(folder):
     for name, (settings, order) in meshes.items():
         layout, scored = Layout(make_mesh(settings, order), settings.rules), []
         score = RewardFunction("score", lambda p, r, scored=scored: scored.extend(p) or map_int(p))
-        tokens = layout.put_rows(np.full((NUM_ROWS, 3), 5, np.int32))
-        mask = layout.put_rows(np.ones((NUM_ROWS, 3), bool))
+        tokens = layout.shard_batch(np.full((NUM_ROWS, 3), 5, np.int32))
+        mask = layout.shard_batch(np.ones((NUM_ROWS, 3), bool))
         rollout = types.SimpleNamespace(response_tokens=tokens, response_mask=mask)
         scores = call_function(score, prompts, rollout, tokenizer)
         found[name] = [[int(row) for row in scored], scores.tolist()]
@@ -162,11 +162,11 @@ def map_int(prompts):
 
 
 def arrays_of_its_own(folder):
-    rows = Layout(make_mesh(MeshSettings(data=8))).put_rows(np.arange(8))
+    rows = Layout(make_mesh(MeshSettings(data=8))).shard_batch(np.arange(8))
     mixed = fetch({"several": rows, "one": jnp.arange(3), "numpy": np.arange(2), "number": 5})
     return [
         {name: np.asarray(leaf).tolist() for name, leaf in mixed.items()},
-        from_first(lambda: fetch(jnp.ones(2)).sum().item()),
+        on_primary(lambda: fetch(jnp.ones(2)).sum().item()),
     ]
 
 
@@ -209,7 +209,7 @@ def test_whatever_process_0_raises_the_others_are_told(found):
     *known, unpicklable = first["raised"]
     assert known == ["KeyError('lost')", "SystemExit(7)", "KeyboardInterrupt('asked')"]
     assert "SystemExit(<function" in unpicklable
-    told = "NotTogether('process 0 has failed, and says why')"
+    told = "ProcessMismatch('process 0 has failed, and says why')"
     assert other["raised"] == [told, "SystemExit(7)", told, "SystemExit(1)"]
     assert "pickle" in first["no_value"] and other["no_value"] == told
 
@@ -244,7 +244,7 @@ def test_process_0_says_what_is_damaged_and_the_others_end_as_well(found):
     for name, what in (("damaged_item", "steps/6"), ("damaged_params", "params")):
         assert f"{what} cannot be read" in first[name] and "its checksum differs" in first[name]
     assert all("none of the checkpoints" in text for text in first["all_damaged"])
-    told = "NotTogether('process 0 has failed, and says why')"  # not of a checkpoint
+    told = "ProcessMismatch('process 0 has failed, and says why')"  # not of a checkpoint
     assert {other["damaged_item"], other["damaged_params"], *other["all_damaged"]} == {told}
 
 
@@ -284,10 +284,10 @@ def test_what_lies_on_one_process_is_fetched_without_the_others(found):
 
 
 def test_one_process_does_it_and_raises_as_it_is():
-    assert from_first(divmod, 7, 2) == (3, 1)
+    assert on_primary(divmod, 7, 2) == (3, 1)
     with pytest.raises(ZeroDivisionError):
-        from_first(divmod, 7, 0)
-    unpicklable = from_first(lambda: lambda: 5)
+        on_primary(divmod, 7, 0)
+    unpicklable = on_primary(lambda: lambda: 5)
     assert unpicklable() == 5 and not preempted()
 
 

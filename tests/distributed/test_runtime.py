@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ppo_jax.distributed.runtime import compile_seconds, keep_programs, processor
+from ppo_jax.distributed.runtime import compile_seconds, enable_compilation_cache, processor
 from tests.support.command_line import ROOT
 
 PROGRAM = """
 import jax, jax.numpy as jnp, json, pathlib, sys
 from ppo_jax import compilation
 compilation.LEAST_SECONDS = 0.0
-compilation.keep_programs(pathlib.Path(sys.argv[1]))
+compilation.enable_compilation_cache(pathlib.Path(sys.argv[1]))
 jax.jit(lambda x: jnp.linalg.svd(x @ x.T)[0])(jnp.ones((64, 64))).block_until_ready()
 print(json.dumps(compilation.compile_seconds()))
 """
@@ -45,7 +45,9 @@ def test_a_second_process_finds_what_the_first_compiled(tmp_path):
     assert [name for name in again if name.endswith("-cache")] == programs
 
 
-@pytest.mark.parametrize(("where", "kept"), [("", True), ("compilation.keep_nothing()", False)])
+@pytest.mark.parametrize(
+    ("where", "kept"), [("", True), ("compilation.disable_compilation_cache()", False)]
+)
 def test_nothing_is_kept_from_there_on(tmp_path, where, kept):
     compile_first = "jax.jit(lambda x: x + 1)(1.0)\n"  # jax has asked whether there is a cache
     begin, _, end = PROGRAM.rpartition("jax.jit")
@@ -59,7 +61,7 @@ def test_the_settings_of_jax_go_first(tmp_path):
     start(tmp_path, JAX_ENABLE_COMPILATION_CACHE="false")
     assert not (tmp_path / processor()).exists()
     before = jax.config.jax_compilation_cache_dir
-    keep_programs(tmp_path)
+    enable_compilation_cache(tmp_path)
     assert before is not None and jax.config.jax_compilation_cache_dir == before
 
 

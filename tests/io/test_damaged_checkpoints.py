@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ppo_jax.distributed.processes import NotTogether
+from ppo_jax.distributed.processes import ProcessMismatch
 from ppo_jax.io import checkpoints as checkpoints_module
 from ppo_jax.io.checkpoints import Checkpoints, load_checkpoint_item, load_params, save_params
 from tests.support.tiny_state import (
@@ -35,7 +35,7 @@ def test_of_several_processes_a_step_that_cannot_be_loaded_is_an_error_with_advi
     tmp_path, monkeypatch
 ):
     save_all(tmp_path, [3, 6])
-    monkeypatch.setattr(checkpoints_module, "are_several", lambda: True)
+    monkeypatch.setattr(checkpoints_module, "is_multiprocess", lambda: True)
     assert restore(tmp_path)[1] == 6
     shutil.rmtree(tmp_path / "6" / "state" / "d")
     monkeypatch.setattr(checkpoints_module, "verify_checksums", lambda folder: None)
@@ -44,7 +44,7 @@ def test_of_several_processes_a_step_that_cannot_be_loaded_is_an_error_with_advi
         restore(tmp_path)
 
 
-@pytest.mark.parametrize("error", [jax.errors.JaxRuntimeError, NotTogether, MemoryError])
+@pytest.mark.parametrize("error", [jax.errors.JaxRuntimeError, ProcessMismatch, MemoryError])
 def test_what_is_no_damage_is_told_as_it_is(tmp_path, monkeypatch, error):
     def fail(*args):
         raise error("out of memory")

@@ -108,7 +108,7 @@ CASES = [
 ]
 for kind in ("k1", "k2", "k3"):
     estimate = functools.partial(kl_estimate, kind=kind)
-    rewards = with_mask(token_rewards, kl_kind=kind)
+    rewards = with_mask(token_rewards, estimator=kind)
     paddings = [EMPTY_ROWS, PADDED, PADDED]
     CASES += [
         Case(f"kl_estimate_{kind}", estimate, TWO, {}, [PADDED] * 2, masks_itself=False),

@@ -169,7 +169,7 @@ def test_the_table_of_files_is_what_a_run_leaves(workdir):
 # --- formats of data ------------------------------------------------------------------------------
 
 READ = {
-    "SFT": [data.load_demonstrations],
+    "SFT": [data.load_texts],
     "reward model": [preferences.load_preferences, lambda path, _: data.load_ratings(path)],
     "PPO": [data.load_prompts],
 }

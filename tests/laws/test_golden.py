@@ -34,7 +34,7 @@ why they moved. If it is, update GOLDEN in tests/test_golden.py in a commit that
 
 def test_the_golden_step():
     setup, numbers = tiny.setup(1, True), tiny.hyperparameters()
-    parts = dict(frozen=setup.frozen, networks=setup.networks, recipe=tiny.recipe())
+    parts = dict(frozen=setup.frozen, networks=setup.networks, options=tiny.options())
     state, metrics = tiny.iterate(
         setup.start(numbers), numbers, tiny.prompts(), jax.random.key(0), **parts
     )

@@ -35,7 +35,7 @@ def on(monkeypatch):
 
     def set_platform(name):
         known = property(lambda constrain: constrain.sharding and name)
-        monkeypatch.setattr(axes.Constrain, "platform", known)
+        monkeypatch.setattr(axes.ShardingConstraint, "platform", known)
 
     return set_platform
 
@@ -200,7 +200,7 @@ def test_rows_are_moved_to_the_front_for_cudnn_and_back(monkeypatch, shape, kv_h
 
     monkeypatch.setattr(attention_kernels, "_cudnn", by_lengths)
     mix = functools.partial(attention_kernels.cudnn_attention, constrain=layout_of(shape).constrain)
-    moves = attention_kernels.to_front(mask)
+    moves = attention_kernels.left_align(mask)
     assert_as_plain(lambda q, k, v: mix(q, k, v, moves), inputs(kv_heads), mask)
 
 
@@ -211,7 +211,7 @@ def test_a_population_under_vmap_calls_cudnn_too(on):
     constrain = layout_of((1, 1, 1)).constrain
 
     def loss(q, k, v):
-        moves = attention_kernels.to_front(mask)
+        moves = attention_kernels.left_align(mask)
         return attention_kernels.cudnn_attention(q, k, v, moves, constrain=constrain).sum()
 
     q, k, v = inputs(2, dtype=jnp.bfloat16)
@@ -222,7 +222,7 @@ def test_a_population_under_vmap_calls_cudnn_too(on):
 
 
 def test_a_row_of_nothing_but_padding_is_finite():
-    lengths, order, place = attention_kernels.to_front(jnp.zeros((1, 3), bool))
+    lengths, order, place = attention_kernels.left_align(jnp.zeros((1, 3), bool))
     assert (lengths.tolist(), order.tolist(), place.tolist()) == ([1], [[0, 1, 2]], [[0, 1, 2]])
 
 
@@ -275,7 +275,7 @@ def test_a_gpu_without_cudnn_computes_plain_attention():
 
 def test_a_mesh_knows_its_platform_and_no_mesh_knows_none():
     assert layout_of((2, 2, 2)).constrain.platform == "cpu"
-    assert axes.uncut.platform is None
+    assert axes.unconstrained.platform is None
 
 
 # --- positions ------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from ppo_jax.data import packing
 from ppo_jax.data.chat import Chat
 from ppo_jax.data.comparisons import RewardData
 from ppo_jax.data.encode import TokenRow
-from ppo_jax.data.preferences import Ranking
+from ppo_jax.data.preferences import RankedResponses
 from ppo_jax.data.prompts import prompt_data
 from ppo_jax.data.records import Demonstration, write_jsonl
 from ppo_jax.pipeline import preview
@@ -77,9 +77,9 @@ def test_packed_texts_are_shown_one_by_one():
 
 def test_all_responses_of_a_ranking_are_shown_in_their_order():
     rankings = [
-        Ranking("Hi", ("Yes", "No", "Ho"), (1.0, 2.0, 0.0)),
-        Ranking("Ho", ("Yes", "No"), (1.0, 0.0)),
-        Ranking("Yes", ("Yes", "No"), (1.0, 0.0)),
+        RankedResponses("Hi", ("Yes", "No", "Ho"), (1.0, 2.0, 0.0)),
+        RankedResponses("Ho", ("Yes", "No"), (1.0, 0.0)),
+        RankedResponses("Yes", ("Yes", "No"), (1.0, 0.0)),
     ]
     texts, groups = batches.encode_preferences(rankings, TOKENIZER, max_length=8)
     data = RewardData(texts=texts, groups=groups)
@@ -163,7 +163,7 @@ def test_packed_texts_are_counted_as_texts():
 
 
 def test_every_file_that_is_read_has_its_line():
-    rankings = [Ranking("Hi", ("Yes", "No", "Ho"), (1.0, 2.0, 0.0))]
+    rankings = [RankedResponses("Hi", ("Yes", "No", "Ho"), (1.0, 2.0, 0.0))]
     texts, groups = batches.encode_preferences(rankings, TOKENIZER, max_length=8)
     part = RewardData(texts=texts, groups=groups)
     prompts = collections.namedtuple("Prompts", "texts left_out")(["a"] * 3, {"repeated": 1})

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from ppo_jax.data.records import load_demonstrations
+from ppo_jax.data.records import load_texts
 from ppo_jax.inference.score import score_texts
 from ppo_jax.io import huggingface as hf
 from ppo_jax.io.checkpoints import Checkpoints
@@ -149,7 +149,7 @@ def test_the_reward_model_scores_the_reference_texts_zero_on_average(workdir, ot
         if data is None:  # the default: the texts it was trained on
             assert "reward_model/calibration_shift" in rows_of(folder, "reward")[-1]
             continue
-        records = load_demonstrations(workdir / "data" / f"{data}.jsonl")
+        records = load_texts(workdir / "data" / f"{data}.jsonl")
         scores = score_texts(model, [record.text for record in records])
         assert abs(scores.mean()) < 1e-5 < scores.std()
 

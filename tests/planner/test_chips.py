@@ -3,7 +3,7 @@
 import pytest
 
 from ppo_jax.planner import chips
-from ppo_jax.planner.hlo.cost import Account, Memory, Sent
+from ppo_jax.planner.hlo.cost import Memory, ProgramCost, Sent
 
 V5E = chips.find_chip("v5e:4x4")
 ONE_SECOND = dict(flops=197e12, bytes_accessed=819e9, collectives={"all-gather": Sent(1, 200e9)})
@@ -30,14 +30,14 @@ def test_the_figures_hang_together():
 )
 def test_the_slowest_of_the_three_bounds(field, bound):
     twice = {"collectives": {"all-gather": Sent(2, 400e9)}}.get(field) or 2 * ONE_SECOND[field]
-    line = chips.roofline(Account(**ONE_SECOND | {field: twice}), V5E)
+    line = chips.roofline(ProgramCost(**ONE_SECOND | {field: twice}), V5E)
     assert line.bound == bound
     assert line.seconds == pytest.approx(2)
     assert sorted(line) == pytest.approx([1, 1, 2])
 
 
 def test_two_devices_share_a_chip():
-    account = Account(**ONE_SECOND)
+    account = ProgramCost(**ONE_SECOND)
     chip = chips.find_chip("tpu7x:2x2x1")
     assert chips.roofline(account, chip).compute == pytest.approx(2 * 197e12 / 2307e12)
     assert chips.roofline(account, chip).hbm == pytest.approx(2 * 819e9 / 7380e9)
@@ -45,13 +45,13 @@ def test_two_devices_share_a_chip():
 
 def test_utilisation_is_of_the_model_alone():
     """Half of the flops are the model's own; the rest was computed again."""
-    line = chips.roofline(Account(flops=197e12), V5E)
+    line = chips.roofline(ProgramCost(flops=197e12), V5E)
     assert chips.utilisation(0.5 * 197e12, line.seconds, V5E) == pytest.approx(0.5)
 
 
 def test_spare_memory_is_below_zero_where_a_program_does_not_fit():
     memory = Memory(arguments=10, outputs=8, aliased=7, temporaries=5, code=1)
     assert memory.peak == 17
-    assert chips.spare_bytes(Account(memory=memory), V5E) == 15.75 * 2**30 - 17
+    assert chips.spare_bytes(ProgramCost(memory=memory), V5E) == 15.75 * 2**30 - 17
     large = memory._replace(temporaries=2**34)
-    assert chips.spare_bytes(Account(memory=large), V5E) < 0
+    assert chips.spare_bytes(ProgramCost(memory=large), V5E) < 0

@@ -209,8 +209,10 @@ def test_collectives_count_what_a_chip_sends(kind, n):
 
 
 def test_accounts_add_up():
-    one = programs.Account(flops=1, collectives={"all-gather": programs.Sent(1, 10.0)})
-    two = one.plus(one, 3).plus(programs.Account(collectives={"all-reduce": programs.Sent(2, 5.0)}))
+    one = programs.ProgramCost(flops=1, collectives={"all-gather": programs.Sent(1, 10.0)})
+    two = one.plus(one, 3).plus(
+        programs.ProgramCost(collectives={"all-reduce": programs.Sent(2, 5.0)})
+    )
     assert two.flops == 4
     assert two.collectives == {"all-gather": (4, 40.0), "all-reduce": (2, 5.0)}
     assert two.collective_bytes == 45

@@ -91,7 +91,7 @@ def test_an_update_is_counted_whatever_it_is_cut_into(packing):
     parts = dict(
         frozen=setup.frozen,
         networks=setup.networks,
-        recipe=tiny.recipe(num_micro_batches=2, packing=packing),
+        options=tiny.options(num_micro_batches=2, packing=packing),
     )
     update = functools.partial(ppo.ppo_update, **parts)
     args = setup.start(numbers), fresh_experience(setup), numbers, jax.random.key(0)
@@ -109,7 +109,7 @@ def test_logits_in_chunks_are_computed_once_more():
     policy = policy_network(config, logits_chunk=chunk)
     networks = setup.networks._replace(policy=policy)
     update = functools.partial(
-        ppo.ppo_update, frozen=setup.frozen, networks=networks, recipe=tiny.recipe()
+        ppo.ppo_update, frozen=setup.frozen, networks=networks, options=tiny.options()
     )
     args = setup.start(numbers), fresh_experience(setup), numbers, jax.random.key(0)
     where = dict(sequences=B, prompt_length=P, response_length=T, num_epochs=2)
@@ -120,14 +120,16 @@ def test_logits_in_chunks_are_computed_once_more():
 
 @pytest.mark.parametrize(("old_logprobs", "passes"), [("rollout", 1), ("recompute", 2)])
 def test_scoring_is_the_reference_the_critic_and_the_reward_model(old_logprobs, passes):
-    recipe = tiny.recipe(old_logprobs=old_logprobs)
+    options = tiny.options(old_logprobs=old_logprobs)
     setup, numbers = tiny.setup(), tiny.hyperparameters()
     state, prompts = setup.start(numbers), tiny.prompts()
     parts = dict(networks=setup.networks, frozen=setup.frozen)
 
     def score(responses):
         scores = experience.response_scores(responses, **parts)
-        return experience.make_experience(responses, scores, state, numbers, recipe=recipe, **parts)
+        return experience.make_experience(
+            responses, scores, state, numbers, options=options, **parts
+        )
 
     shapes = jax.eval_shape(
         functools.partial(rollout, setup.networks.policy, sampling=tiny.sampling()),

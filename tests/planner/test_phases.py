@@ -9,7 +9,7 @@ import pytest
 from ppo_jax.algorithms.ppo import init_ppo
 from ppo_jax.algorithms.supervised import accumulate
 from ppo_jax.core.network import merge_params
-from ppo_jax.distributed.layout import Layout, init_in_pieces, make_mesh
+from ppo_jax.distributed.layout import Layout, init_sharded, make_mesh
 from ppo_jax.distributed.trees import named_leaves
 from ppo_jax.io.stage_folder import Model
 from ppo_jax.models.build import policy_network, reward_network
@@ -71,7 +71,7 @@ def begun(config, models, layouts):
         reward = dataclasses.replace(reward, params=layout.put(params))
     found = begin_models(config.ppo, policy, reward, config.seed, layout)
     setup, *start = make_setup(config.ppo, *found, layouts, config.model.frozen_dtype)
-    return setup, init_in_pieces(layout, init_ppo, *start, setup.hyperparameters)
+    return setup, init_sharded(layout, init_ppo, *start, setup.hyperparameters)
 
 
 def described(tree):

@@ -7,7 +7,7 @@ import pytest
 
 from ppo_jax.planner import phases, planner
 from ppo_jax.planner import report as plan_report
-from ppo_jax.planner.hlo.cost import Account, Memory
+from ppo_jax.planner.hlo.cost import Memory, ProgramCost
 from tests.support import tiny_plan
 from tests.support.tiny_plan import TARGET, on_a_chip_of, settings
 
@@ -96,7 +96,7 @@ def test_the_first_thing_to_change(plan, change):
     for cost in plan.costs:
         memory = sizes | {"arguments": 90 if where == "arguments" else 10}
         memory["temporaries"] = 200 if cost.phase.name == where else 20
-        costs.append(dataclasses.replace(cost, account=Account(memory=Memory(**memory))))
+        costs.append(dataclasses.replace(cost, account=ProgramCost(memory=Memory(**memory))))
     mesh = {axis: getattr(config.mesh, axis) for axis in ("data", "fsdp", "model")}
     changed = dataclasses.replace(
         on_a_chip_of(plan, 100), config=config, costs=tuple(costs), mesh=mesh

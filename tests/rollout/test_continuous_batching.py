@@ -13,7 +13,7 @@ from ppo_jax.core.network import Network, merge_params
 from ppo_jax.core.types import Prompts
 from ppo_jax.models.build import policy_network, trunk_network
 from ppo_jax.models.partition import split_params
-from ppo_jax.rollout.continuous_batching import FIRST, LATER, REFILLS, most_turns
+from ppo_jax.rollout.continuous_batching import FIRST, LATER, REFILLS, max_trip_counts
 from ppo_jax.rollout.decode import rollout
 from tests.support import tiny
 from tests.support.meshes import WIDE, layout_of
@@ -95,8 +95,8 @@ def test_slots_on_a_mesh_give_the_responses_of_one_device(shape):
     def compiled(shape, **slots):
         layout = layout_of(shape, ROLLOUT_RULES)
         policy = policy_network(config, constrain=layout.constrain)
-        prompts = layout.put_rows(jax.tree.map(np.asarray, tiny.prompts(batch_size=32)))
-        args = layout.put(params), prompts, layout.put_whole(KEY)
+        prompts = layout.shard_batch(jax.tree.map(np.asarray, tiny.prompts(batch_size=32)))
+        args = layout.put(params), prompts, layout.replicate(KEY)
         sampling = tiny.sampling(**slots)
         program = jax.jit(lambda *args: rollout(policy, *args, sampling=sampling))
         program = program.lower(*args).compile()
@@ -167,7 +167,7 @@ def test_prompts_enter_together():
     ("rows", "slots", "refill"), [(12, 4, 2), (13, 4, 4), (12, 4, 3), (9, 8, 1)]
 )
 def test_no_lengths_need_more_turns_than_full_ones(rows, slots, refill):
-    turns = most_turns(rows, slots, refill, 16)
+    turns = max_trip_counts(rows, slots, refill, 16)
     most = turns[FIRST] + turns[REFILLS] * turns[LATER]
     full = count_to_20([4] * rows, slots=slots, refill=refill)
     assert full["prefill"] == 1 + turns[REFILLS]

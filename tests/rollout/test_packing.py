@@ -12,7 +12,7 @@ from ppo_jax.algorithms import ppo
 from ppo_jax.algorithms.experience import PPONetworks
 from ppo_jax.core.network import Network
 from ppo_jax.core.optimizer import init_optimizer
-from ppo_jax.core.types import Experience, Frozen, PPOState
+from ppo_jax.core.types import Experience, FrozenParams, PPOState
 from ppo_jax.models.build import policy_network, value_network
 from ppo_jax.rollout.packing import first_fit, pack_rows, packed_experience
 from tests.support import tiny
@@ -159,27 +159,27 @@ def update(kind, experience, chosen, **numbers):
         opt_state=init_optimizer(numbers.optimizer, params),
         kl_coef=jnp.float32(0.0),
     )
-    frozen = Frozen(ref_policy={})
-    parts = dict(frozen=frozen, networks=networks, recipe=chosen)
+    frozen = FrozenParams(ref_policy={})
+    parts = dict(frozen=frozen, networks=networks, options=chosen)
     return tiny.update(state, experience, numbers, tiny.RUN_KEY, **parts)
 
 
-def recipe(packing, **changes):
+def options(packing, **changes):
     base = dict(num_epochs=1, num_minibatches=1, num_micro_batches=6)
-    return tiny.recipe(**base | changes, packing=packing)
+    return tiny.options(**base | changes, packing=packing)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_gradient_is_that_of_rows_of_their_own(kind):
     e = make_experience(kind)
     (expected, metrics), (got, packed_metrics) = (
-        update(kind, e, recipe(packing), optimizer=dict(max_grad_norm=np.inf))
+        update(kind, e, options(packing), optimizer=dict(max_grad_norm=np.inf))
         for packing in (False, True)
     )
     expected, got = (ADAM(x.opt_state, "mu") for x in (expected, got))
     largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected))
     tiny.leaves_close(got, expected, rtol=1e-5, atol=1e-6 * largest)
-    fill = packed_metrics.pop("ppo/row_fill")
+    fill = packed_metrics.pop("ppo/packing_efficiency")
     tiny.leaves_close(packed_metrics, metrics, rtol=1e-5, atol=1e-6)
     # Pieces of two rows, as many as first fit decreasing needs, and fewer than six.
     sizes = list(zip(PROMPTS + LENGTHS - 1, LENGTHS, strict=True))
@@ -191,7 +191,7 @@ def test_the_gradient_is_that_of_rows_of_their_own(kind):
 def test_several_steps_are_those_of_rows_of_their_own():
     e = make_experience("llama")
     steps = dict(num_epochs=2, num_minibatches=3, num_micro_batches=4)
-    expected, got = (update("llama", e, recipe(packing, **steps))[0] for packing in (False, True))
+    expected, got = (update("llama", e, options(packing, **steps))[0] for packing in (False, True))
     for name in ("policy_params", "value_params"):  # a tenth of the learning rate
         tiny.leaves_close(getattr(got, name), getattr(expected, name), atol=1e-4)
     assert tiny.leaves_differ(got.policy_params, networks_of("llama")[1]["policy"])
@@ -219,7 +219,7 @@ def test_as_many_pieces_are_computed_as_there_are_rows_for(num_micro_batches):
     def loss(params, piece):
         numbers = tiny.hyperparameters()
         return ppo.experience_loss(
-            params, piece, numbers, frozen=Frozen(ref_policy={}), networks=networks
+            params, piece, numbers, frozen=FrozenParams(ref_policy={}), networks=networks
         )
 
     args = loss, params, e, num_micro_batches
@@ -254,5 +254,5 @@ def test_a_network_that_does_not_take_packed_rows_is_refused():
             None,
             frozen=None,
             networks=networks._replace(value=own),
-            recipe=recipe(True),
+            options=options(True),
         )

@@ -100,15 +100,15 @@ def scores_of_ppo(policy, params):
         policy=policy, value=ppo_jax.Network(None, zeros), reward=ppo_jax.Network(None, count)
     )
     sampling = ppo_jax.Sampling(response_length=8, eos_ids=())
-    recipe = ppo_jax.Recipe(sampling=sampling, num_epochs=2, num_minibatches=2)
+    options = ppo_jax.PPOOptions(sampling=sampling, num_epochs=2, num_minibatches=2)
     optimizer = ppo_jax.Optimizer(learning_rate=0.02)
     numbers = ppo_jax.Hyperparameters(optimizer=optimizer, value_learning_rate=0.02)
     iterate = jax.jit(
         functools.partial(
             ppo_jax.ppo_iteration,
-            frozen=ppo_jax.Frozen(ref_policy=params),
+            frozen=ppo_jax.FrozenParams(ref_policy=params),
             networks=networks,
-            recipe=recipe,
+            options=options,
         )
     )
     state = ppo_jax.init_ppo(params, {"bias": jnp.zeros((1, 1))}, numbers)

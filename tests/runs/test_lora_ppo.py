@@ -16,7 +16,7 @@ from ppo_jax.training.ppo_setup import make_setup
 from ppo_jax.rollout.decode import response_statistics
 from ppo_jax.config.mesh import ROLLOUT_RULES
 from ppo_jax.distributed.layout import fetch
-from ppo_jax.distributed.layout import init_in_pieces
+from ppo_jax.distributed.layout import init_sharded
 from ppo_jax.config.stages import LoRASettings
 from ppo_jax.training.common import with_adapters
 from tests.support import tiny
@@ -60,26 +60,26 @@ class Run:
             setup.networks,
             setup.hyperparameters,
         )
-        self.parts = dict(networks=setup.networks, recipe=setup.recipe)
-        self.state = init_in_pieces(self.layout, init_ppo, *start, self.numbers)
+        self.parts = dict(networks=setup.networks, options=setup.options)
+        self.state = init_sharded(self.layout, init_ppo, *start, self.numbers)
 
     def rollout(self, key=KEY):
-        prompts = self.layout.put_rows(fetch(tiny.prompts(batch_size=BATCH)))
-        key = self.layout.put_whole(key)
+        prompts = self.layout.shard_batch(fetch(tiny.prompts(batch_size=BATCH)))
+        key = self.layout.replicate(key)
         args = (self.state, self.numbers, prompts, key)
         return tiny.sample_responses(*args, frozen=self.frozen, **self.parts)
 
-    def learn(self, rollout, key=KEY):
+    def update_from_rollout(self, rollout, key=KEY):
         """The score of a response is the number of its tokens below 20."""
         low = (rollout.response_tokens < 20) & rollout.response_mask
-        scores, key = low.sum(axis=1).astype(np.float32), self.layout.put_whole(key)
+        scores, key = low.sum(axis=1).astype(np.float32), self.layout.replicate(key)
         args = (self.state, self.numbers, rollout, scores, key)
-        self.state, metrics = tiny.learn(*args, frozen=self.frozen, **self.parts)
+        self.state, metrics = tiny.update_from_rollout(*args, frozen=self.frozen, **self.parts)
         return fetch(metrics)
 
     def iterate(self, count):
         keys = (jax.random.fold_in(KEY, step) for step in range(count))
-        return [self.learn(self.rollout(key), key) for key in keys]
+        return [self.update_from_rollout(self.rollout(key), key) for key in keys]
 
 
 def buffers(tree):
@@ -154,7 +154,7 @@ def test_sampled_logprobs_are_those_of_the_update(scan_layers):
     )
     mask = np.asarray(rollout.response_mask)
     np.testing.assert_allclose(logprobs[mask], rollout.logprobs[mask], atol=1e-5)
-    np.testing.assert_allclose(run.learn(rollout)["policy/ratio_max"], 1.0, atol=0.2)
+    np.testing.assert_allclose(run.update_from_rollout(rollout)["policy/ratio_max"], 1.0, atol=0.2)
 
 
 def test_a_token_costs_what_it_costs_without_adapters():

@@ -10,7 +10,7 @@ from ppo_jax.io.checkpoints import Checkpoints
 from ppo_jax.io.checkpoints import load_checkpoint_item
 from ppo_jax.config.run import from_config_dict
 from ppo_jax.io.stage_folder import DESCRIPTION
-from ppo_jax.training.resume import check_origin
+from ppo_jax.training.resume import check_same_base
 from ppo_jax.training.stage import check_settings
 from ppo_jax.training.stage import describe
 from tests.support import tiny_run
@@ -193,6 +193,6 @@ def test_remat_and_attention_may_change_on_resume_and_the_dtype_may_not(tmp_path
     younger = ("remat", "attention")
     before = {"model": {name: x for name, x in asked.items() if name not in younger}, "seed": 0}
     (tmp_path / "config.json").write_text(json.dumps({"config": before}))
-    check_origin(tmp_path, {"model": asked, "seed": 0})
+    check_same_base(tmp_path, {"model": asked, "seed": 0})
     with pytest.raises(ValueError, match="settings: model.dtype: float32 -> bfloat16. Set"):
-        check_origin(tmp_path, {"model": other, "seed": 0})
+        check_same_base(tmp_path, {"model": other, "seed": 0})

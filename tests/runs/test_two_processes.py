@@ -265,11 +265,11 @@ def test_a_killed_process_ends_the_other_within_a_minute(slow_run, tmp_path, kil
     ("function", "told"),
     [
         ("fails_on_process_1", "fails_on_process_1 raised KeyError: 'no such word'"),
-        ("hangs_on_process_1", "took more than ppo.reward_seconds=2 for 2 responses"),
+        ("hangs_on_process_1", "took more than ppo.reward_timeout_s=2 for 2 responses"),
     ],
 )
 def test_a_reward_function_that_fails_names_the_process_and_ends_both(tmp_path, function, told):
-    config = by_function(function, reward_seconds=2.0)
+    config = by_function(function, reward_timeout_s=2.0)
     ended = two_processes.finish(two_processes.start(config, tmp_path), 200)
     assert [code == 0 for code, _ in ended] == [False, False], ended
     assert "process 1: ppo.reward_function tests.support.users_code:" in ended[1][1], ended

@@ -10,7 +10,7 @@ import numpy as np
 
 from ppo_jax.algorithms import experience, ppo
 from ppo_jax.core.network import Network, merge_params
-from ppo_jax.core.types import Frozen, Hyperparameters, Optimizer, Params, Prompts
+from ppo_jax.core.types import FrozenParams, Hyperparameters, Optimizer, Params, Prompts
 from ppo_jax.models.build import policy_network, reward_network, trunk_network, value_network
 from ppo_jax.models.config import ModelConfig, RopeScaling
 from ppo_jax.models.partition import split_params, start_layer
@@ -86,9 +86,9 @@ def sampling(**changes) -> Sampling:
     return Sampling(**dict(response_length=RESPONSE_LENGTH, eos_ids=EOS) | changes)
 
 
-def recipe(**changes) -> experience.Recipe:
+def options(**changes) -> experience.PPOOptions:
     base = dict(sampling=sampling(), num_epochs=2, num_minibatches=2)
-    return experience.Recipe(**base | changes)
+    return experience.PPOOptions(**base | changes)
 
 
 def hyperparameters(**changes) -> Hyperparameters:
@@ -102,7 +102,7 @@ class Setup(NamedTuple):
     is not 0."""
 
     networks: experience.PPONetworks
-    frozen: Frozen
+    frozen: FrozenParams
     policy_params: Params
     value_params: Params
 
@@ -141,7 +141,7 @@ def setup(trainable="all", on_trunk=False) -> Setup:
             value_on_trunk=on_trunk,
             reward_on_trunk=on_trunk,
         ),
-        frozen=Frozen(
+        frozen=FrozenParams(
             ref_policy=ref_policy.trained,
             reward=merge_params(reward.frozen, reward.trained),
             trunk=policy.trunk if on_trunk else None,
@@ -183,7 +183,7 @@ def program(function):
         TRACES[function.__name__] += 1
         return function(*args, **kwargs)
 
-    static = ("networks", "recipe", "policy", "trunk", "sampling", "num_micro_batches", "network")
+    static = ("networks", "options", "policy", "trunk", "sampling", "num_micro_batches", "network")
     names = function.__code__.co_varnames[: function.__code__.co_argcount]
     names += function.__code__.co_varnames[len(names) :][: function.__code__.co_kwonlyargcount]
     return jit(counted, static_argnames=[name for name in static if name in names])
@@ -194,7 +194,7 @@ sample_responses = program(experience.sample_responses)
 response_scores = program(experience.response_scores)
 make_experience = program(experience.make_experience)
 update = program(ppo.ppo_update)
-learn = program(ppo.learn)
+update_from_rollout = program(ppo.update_from_rollout)
 iterate = program(ppo.ppo_iteration)
 
 
@@ -212,7 +212,7 @@ class Run:
         self.parts = dict(
             frozen=self.setup.frozen,
             networks=self.setup.networks,
-            recipe=chosen or recipe(),
+            options=chosen or options(),
         )
 
     def rollout(self, key=RUN_KEY):
@@ -228,8 +228,8 @@ class Run:
     def update(self, experience):
         return update(self.state, experience, self.numbers, RUN_KEY, **self.parts)
 
-    def learn(self, rollout, scores):
-        return learn(self.state, self.numbers, rollout, scores, RUN_KEY, **self.parts)
+    def update_from_rollout(self, rollout, scores):
+        return update_from_rollout(self.state, self.numbers, rollout, scores, RUN_KEY, **self.parts)
 
     def iterate(self, key=RUN_KEY):
         return iterate(self.state, self.numbers, prompts(), key, **self.parts)

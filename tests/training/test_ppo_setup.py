@@ -79,14 +79,14 @@ def test_a_critic_on_the_policys_body_shares_the_trunk_and_starts_at_zero(source
         assert own == size * count // LAYERS
 
     state = init_ppo(policy_params, value_params, setup.hyperparameters)
-    parts = dict(frozen=setup.frozen, networks=setup.networks, recipe=setup.recipe)
+    parts = dict(frozen=setup.frozen, networks=setup.networks, options=setup.options)
     numbers, key = setup.hyperparameters, jax.random.key(0)
     rollout = tiny.sample_responses(state, numbers, tiny.prompts(), key, **parts)
     assert rollout.hidden is not None
     scores = np.arange(tiny.BATCH, dtype=np.float32)
     experience, _ = tiny.make_experience(rollout, scores, state, numbers, **parts)
     assert not experience.values.any() and experience.value_inputs.ndim == 3
-    state, _ = tiny.learn(state, numbers, rollout, scores, key, **parts)
+    state, _ = tiny.update_from_rollout(state, numbers, rollout, scores, key, **parts)
     experience, _ = tiny.make_experience(rollout, scores, state, numbers, **parts)
     assert experience.values.any()
 

@@ -17,7 +17,7 @@ from ppo_jax.config.parsing import load_function
 from ppo_jax.config.run import from_config_dict
 from ppo_jax.core.network import merge_params
 from ppo_jax.distributed import runtime as compilation
-from ppo_jax.distributed.layout import init_in_pieces, make_layouts
+from ppo_jax.distributed.layout import init_sharded, make_layouts
 from ppo_jax.inference.generate import generate
 from ppo_jax.io.checkpoints import load_checkpoint_item
 from ppo_jax.io.stage_folder import load_model, resolve
@@ -97,13 +97,13 @@ def ppo_settings(**changes):
 def one_iteration(settings, policy, reward, critic):
     layouts = make_layouts(MeshSettings())
     setup, *start = ppo_setup.make_setup(settings, policy, reward, critic, layouts)
-    state = init_in_pieces(layouts[0], ppo.init_ppo, *start, setup.hyperparameters)
+    state = init_sharded(layouts[0], ppo.init_ppo, *start, setup.hyperparameters)
     iterate = ppo_loop.make_iteration(setup, state, policy.tokenizer, [], None, layouts[0])
     rng = np.random.default_rng(0)
     tokens = rng.integers(5, 300, size=(8, 8)).astype(np.int32)
     mask = np.arange(8) >= np.arange(8)[:, None]
-    prompts = layouts[0].put_rows(ppo.Prompts(tokens=tokens, mask=mask))
-    key = layouts[0].put_whole(jax.random.key(1))
+    prompts = layouts[0].shard_batch(ppo.Prompts(tokens=tokens, mask=mask))
+    key = layouts[0].replicate(jax.random.key(1))
     state, metrics = iterate(state, None, prompts, key)
     return setup, state, metrics
 
@@ -215,7 +215,10 @@ def test_packing_changes_no_number_of_a_run(workdir, tmp_path):
     (expected, samples), (metrics, same) = run(False), run(True)
     assert len(metrics) == 2 and same == samples
     for mine, one in zip(metrics, expected, strict=True):
-        assert mine.keys() - one.keys() == {"ppo/row_fill"} and 0.3 < mine["ppo/row_fill"] <= 1
+        assert (
+            mine.keys() - one.keys() == {"ppo/packing_efficiency"}
+            and 0.3 < mine["ppo/packing_efficiency"] <= 1
+        )
         for name in one:
             if name != "stage" and not name.startswith("time/"):
                 np.testing.assert_allclose(mine[name], one[name], rtol=1e-3, atol=1e-5)

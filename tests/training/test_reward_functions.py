@@ -132,7 +132,7 @@ def test_a_call_that_takes_too_long_ends_with_its_limit():
         time.sleep(5.0)
 
     began = time.monotonic()
-    told = r"mine:slow took more than ppo.reward_seconds=0.1 for 2 responses"
+    told = r"mine:slow took more than ppo.reward_timeout_s=0.1 for 2 responses"
     with pytest.raises(FunctionFailed, match=told):
         RewardFunction("mine:slow", slow, 0.1)(["", ""], ["", ""])
     assert time.monotonic() - began < 4

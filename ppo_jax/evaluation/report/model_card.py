@@ -97,7 +97,7 @@ def write_card(
         f"## Use\n\n```python\n{use}```\n",
         ABOUT_SCORES if about["kind"] == "reward" else "",
         results(run, stage),
-        recipe(stages, stage),
+        options(stages, stage),
         made_by(run.config, f"python experiments/export_hf.py {command}"),
     ]
     (folder / "README.md").write_text("\n".join(filter(None, parts)), encoding="utf-8")
@@ -157,7 +157,7 @@ def judges_table(judges: Sequence[Mapping[str, Any]]) -> str:
     return table(("judge", *heads), rows) if rows else ""
 
 
-def recipe(stages: Mapping[str, Mapping[str, Any]], stage: str) -> str:
+def options(stages: Mapping[str, Mapping[str, Any]], stage: str) -> str:
     """Where the model comes from, its data, and the settings of each stage on the way to it."""
     base = origin(stages, stage)
     began = f"It began with `{public(base)}`." if base else "It began with random weights."

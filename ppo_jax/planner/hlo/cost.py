@@ -38,7 +38,7 @@ class Memory(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Account:
+class ProgramCost:
     """The cost of one run of a program on one chip."""
 
     flops: float = 0.0  # of matrix products, convolutions and kernels of attention; elementwise
@@ -53,13 +53,13 @@ class Account:
         """Bytes that one chip sends, in all kinds of collectives."""
         return sum(sent.bytes for sent in self.collectives.values())
 
-    def plus(self, other: "Account", times: float = 1) -> "Account":
+    def plus(self, other: "ProgramCost", times: float = 1) -> "ProgramCost":
         """This and `times` another. Memory is not a thing to add: the result has none."""
         kinds = dict(self.collectives)
         for kind, (count, sent) in other.collectives.items():
             before = kinds.get(kind, Sent(0, 0.0))
             kinds[kind] = Sent(before.count + times * count, before.bytes + times * sent)
-        return Account(
+        return ProgramCost(
             flops=self.flops + times * other.flops,
             attention_kernels=self.attention_kernels + times * other.attention_kernels,
             bytes_accessed=self.bytes_accessed + times * other.bytes_accessed,
@@ -67,7 +67,7 @@ class Account:
         )
 
 
-def account(compiled: jax.stages.Compiled, *, default_trips: Trips = None) -> Account:
+def account(compiled: jax.stages.Compiled, *, default_trips: Trips = None) -> ProgramCost:
     """What one run of a compiled program costs one chip.
 
     Args:
@@ -90,15 +90,15 @@ def account(compiled: jax.stages.Compiled, *, default_trips: Trips = None) -> Ac
     return dataclasses.replace(whole, memory=memory)
 
 
-def account_of_text(text: str, *, default_trips: Trips = None) -> Account:
+def account_of_text(text: str, *, default_trips: Trips = None) -> ProgramCost:
     """The account of a program given as text, `Compiled.as_text()`; without its memory."""
     module = parse_module(text)
     return account_of_scope(Scope(module, module.entry), default_trips)
 
 
-def account_of_scope(scope: Scope, default_trips: Trips, fused: bool = False) -> Account:
+def account_of_scope(scope: Scope, default_trips: Trips, fused: bool = False) -> ProgramCost:
     """The account of a computation where it is called; inside a fusion no bytes are moved."""
-    total = Account()
+    total = ProgramCost()
     for instruction in scope.computation:
         inner = [
             (
@@ -115,12 +115,12 @@ def account_of_scope(scope: Scope, default_trips: Trips, fused: bool = False) ->
     return total
 
 
-def account_of_instruction(scope: Scope, instruction: Instruction, fused: bool) -> Account:
+def account_of_instruction(scope: Scope, instruction: Instruction, fused: bool) -> ProgramCost:
     """The account of an instruction without what it calls."""
     module, computation = scope.module, scope.computation
     sent = collective(module, computation, instruction)
     of_kernel = attention_flops(computation, instruction)
-    return Account(
+    return ProgramCost(
         flops=matmul_flops(computation, instruction) + of_kernel,
         attention_kernels=float(of_kernel > 0),
         bytes_accessed=0.0 if fused else traffic(module, computation, instruction),
