@@ -213,13 +213,13 @@ def _too_long(max_length: int) -> str:
 
 
 def filter_records(
-    records: Sequence[Any], flaws: Sequence[str], lengths: Sequence[int], max_length: int
+    records: Sequence[Any], reject_reasons: Sequence[str], lengths: Sequence[int], max_length: int
 ) -> tuple[list[int], Mapping[str, int]]:
     """Which records are left, and how many are left out for which reason.
 
     Args:
         records: N, of which a second one like the first is left out.
-        flaws: why nothing can be learned from a record, or "".
+        reject_reasons: why nothing can be learned from a record, or "".
         lengths: tokens of each.
         max_length: tokens.
 
@@ -231,7 +231,9 @@ def filter_records(
     """
     kept, seen = [], set()
     left_out = collections.Counter()
-    for i, (record, reject_reason, length) in enumerate(zip(records, flaws, lengths, strict=True)):
+    for i, (record, reject_reason, length) in enumerate(
+        zip(records, reject_reasons, lengths, strict=True)
+    ):
         reason = reject_reason or ("repeated" if record in seen else "")
         reason = reason or (_too_long(max_length) if length > max_length else "")
         seen.add(record)

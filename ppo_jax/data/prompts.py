@@ -44,9 +44,9 @@ def prompt_data(
     texts = load_prompts(path, tokenizer)
     rows = token_rows([((text, False),) for text in texts], tokenizer, append_eos=False)
     lengths = [len(row.ids) for row in rows]
-    flaws = ["" if length else "blank" for length in lengths]
+    reject_reasons = ["" if length else "blank" for length in lengths]
     with naming_data(field, path, "ppo.max_prompt_length"):
-        kept, left_out = filter_records(texts, flaws, lengths, max_length)
+        kept, left_out = filter_records(texts, reject_reasons, lengths, max_length)
     texts = [texts[i] for i in kept]
     prompts = encode_prompts(texts, tokenizer, max_length=max_length)
     return PromptData(texts=texts, prompts=prompts, left_out=left_out)

@@ -109,13 +109,13 @@ def load_reward_function(name: str, seconds: float = math.inf) -> RewardFunction
 def reject_reason(given: Any, count: int) -> str:
     """What is wrong with scores that a function gave, or "".
 
-    >>> flaw([0.5, 1], 2)
+    >>> reject_reason([0.5, 1], 2)
     ''
-    >>> flaw([0.5, float("nan")], 2)
+    >>> reject_reason([0.5, float("nan")], 2)
     'nan for response 1'
-    >>> flaw([0.5], 2)
+    >>> reject_reason([0.5], 2)
     '1: [0.5]'
-    >>> flaw(["0.5", "1"], 2)
+    >>> reject_reason(["0.5", "1"], 2)
     "['0.5', '1']"
     """
     try:
