@@ -11,7 +11,7 @@ import jax
 from absl import app, flags
 from ml_collections import config_dict, config_flags
 
-from ppo_jax.config.flags import check_overrides, explain
+from ppo_jax.config.flags import checked_flags, explain
 from ppo_jax.config.run import STAGES
 from ppo_jax.distributed import processes
 from ppo_jax.distributed.runtime import enable_compilation_cache, retain_freed_memory
@@ -84,8 +84,7 @@ def run(main: Callable[[], None]):
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
     try:
-        check_overrides(argv)
-        rest = flags.FLAGS(argv)
+        rest = flags.FLAGS(checked_flags(argv))
     except Exception as error:  # flags and config files are the user's
         stop(f"{explain(error)} (--help lists the flags)", USER_MISTAKE)
     if len(rest) > 1:

@@ -56,7 +56,7 @@ def skewed_rollout():
         return timed, np.concatenate([np.asarray(x.response_mask).sum(axis=1) for x in found])
 
     static, lengths = time_of(sampling, FLAGS.batch)
-    slots = dataclasses.replace(sampling, slots=FLAGS.batch, refill=FLAGS.refill)
+    slots = dataclasses.replace(sampling, max_concurrent=FLAGS.batch, min_free_slots=FLAGS.refill)
     timed, same = time_of(slots, FLAGS.num_prompts)
     assert (lengths == same).all(), "slots change no response"
     useful = float(lengths.sum())

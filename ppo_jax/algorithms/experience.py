@@ -15,6 +15,7 @@ from ppo_jax.core.kl import kl_estimate
 from ppo_jax.core.losses import explained_variance
 from ppo_jax.core.masking import last_token_index, masked_mean
 from ppo_jax.core.network import Network, merge_params
+from ppo_jax.core.renamed import renamed
 from ppo_jax.core.rewards import missing_eos_scores, token_rewards
 from ppo_jax.core.types import (
     Experience,
@@ -83,6 +84,7 @@ class PPOOptions:
                 )
 
 
+@renamed(recipe="options")
 def sample_responses(
     state: PPOState,
     hyperparameters: Hyperparameters,
@@ -116,6 +118,7 @@ def response_scores(rollout: Rollout, *, frozen: FrozenParams, networks: PPONetw
     return jnp.take_along_axis(values, last[:, None], axis=1)[:, 0]
 
 
+@renamed(recipe="options")
 def make_experience(
     rollout: Rollout,
     scores: jax.Array,
@@ -265,7 +268,7 @@ def response_rewards(
         kl_coef=kl_coef,
         estimator=options.kl_estimator,
     )
-    kl = jnp.where(mask, kl_estimate(rollout.logprobs, ref_logprobs, kind="k1"), 0.0)
+    kl = jnp.where(mask, kl_estimate(rollout.logprobs, ref_logprobs, estimator="k1"), 0.0)
     metrics = {
         "reward/score_mean": scores.mean(),
         "reward/score_std": scores.std(),

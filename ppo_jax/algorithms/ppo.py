@@ -20,6 +20,7 @@ from ppo_jax.core.kl import adaptive_kl_coef
 from ppo_jax.core.losses import ppo_loss
 from ppo_jax.core.network import merge_params
 from ppo_jax.core.optimizer import apply_gradients, init_optimizer, schedule
+from ppo_jax.core.renamed import renamed
 from ppo_jax.core.types import (
     Experience,
     FrozenParams,
@@ -108,6 +109,7 @@ def experience_loss(
     )
 
 
+@renamed(recipe="options")
 def ppo_update(
     state: PPOState,
     experience: Experience,
@@ -205,6 +207,7 @@ def accumulate_packed(
     return gradients, metrics | {"ppo/packing_efficiency": real / trained}
 
 
+@renamed(recipe="options")
 def update_from_rollout(
     state: PPOState,
     hyperparameters: Hyperparameters,
@@ -237,6 +240,7 @@ def update_from_rollout(
     return state, metrics | {"reward/episodes": state.episodes}
 
 
+@renamed(recipe="options")
 def ppo_iteration(
     state: PPOState,
     hyperparameters: Hyperparameters,

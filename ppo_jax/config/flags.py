@@ -10,7 +10,14 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from ppo_jax.config.parsing import WORDS, Limit, hints_of, options, unknown_setting
+from ppo_jax.config.parsing import (
+    WORDS,
+    Limit,
+    hints_of,
+    options,
+    unknown_setting,
+    warn_renamed,
+)
 from ppo_jax.config.run import Config
 
 OVERRIDE = re.compile(r"--?config\.([^=]+)(?:=(.*))?", re.DOTALL)
@@ -19,8 +26,8 @@ BOOLEANS = ("true", "false", "t", "f", "1", "0")
 READ = {int: int, float: float, Limit: float}
 
 
-def check_overrides(argv: Sequence[str]):
-    """Check the flags of a config, if there are any.
+def checked_flags(argv: Sequence[str]) -> list[str]:
+    """The arguments of a script, with the flags of a config checked and under their names of today.
 
     Args:
         argv: of a script, its name first.
@@ -38,8 +45,31 @@ def check_overrides(argv: Sequence[str]):
         path = name.partition(":")[0]
         if not os.path.isfile(path):
             raise ValueError(f"--config must be a config file, got {path!r}, which is not there")
-    for match in overrides:
-        check_override(match[1], match[2])
+    return [renamed_flag(argument) for argument in argv]
+
+
+def renamed_flag(argument: str) -> str:
+    """An argument, which is checked if it is a flag of a config."""
+    match = OVERRIDE.fullmatch(argument)
+    if match is None:
+        return argument
+    name = current_name(match[1])
+    check_override(name, match[2])
+    return f"--config.{name}" + ("" if match[2] is None else f"={match[2]}")
+
+
+def current_name(name: str) -> str:
+    """The name of a setting, "ppo.slots" for instance, as it is today."""
+    section, _, field = name.rpartition(".")
+    try:
+        cls = section_of(hint_of(section)) if section else Config
+    except ValueError:  # there is no such section: the check of the whole name says so
+        return name
+    new = getattr(cls, "FORMERLY", {}).get(field)
+    if new is None:
+        return name
+    warn_renamed(name, f"{section}.{new}")
+    return f"{section}.{new}"
 
 
 def check_override(name: str, text: str | None):

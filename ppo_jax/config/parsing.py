@@ -12,8 +12,9 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Callable, Collection
-from typing import Annotated, Any
+import warnings
+from collections.abc import Callable, Collection, Mapping
+from typing import Annotated, Any, ClassVar
 
 Limit = Annotated[float, "may be inf"]  # a float for which inf is no limit
 TEXTS = tuple[str, ...]
@@ -75,7 +76,34 @@ def options(hint: Any) -> tuple:
 
 
 def hints_of(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls, include_extras=True)
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {name: hint for name, hint in hints.items() if typing.get_origin(hint) is not ClassVar}
+
+
+def with_new_names(
+    cls: type, values: Mapping[str, Any], section: str = "", *, warn: bool = True
+) -> dict[str, Any]:
+    """The values of a section with each field under its name of today.
+
+    A class may have `FORMERLY`, {old name: new name}: the old one is taken for one release.
+
+    Raises:
+        ValueError: a field is given under both names.
+    """
+    formerly = getattr(cls, "FORMERLY", {})
+    old_names = [name for name in values if name in formerly]
+    for old in old_names:
+        new = formerly[old]
+        if new in values:
+            raise ValueError(f"{section}{old} is now {section}{new}, got both")
+        if warn:
+            warn_renamed(f"{section}{old}", f"{section}{new}")
+    return {formerly.get(name, name): value for name, value in values.items()}
+
+
+def warn_renamed(old: str, new: str):
+    message = f"the setting {old} is now {new}; the old name goes with the next release"
+    warnings.warn(message, FutureWarning, stacklevel=2)
 
 
 def filled_in(cls: type, values: dict) -> dict:
@@ -85,7 +113,7 @@ def filled_in(cls: type, values: dict) -> dict:
     as a float where the field is one, and as text where the field is a word or a number, so that
     a later value may be 0.5 after 1, or "all" after 4. Nothing is checked.
     """
-    hints = hints_of(cls)
+    hints, values = hints_of(cls), with_new_names(cls, values)
     fields = {f.name: f.default for f in dataclasses.fields(cls)}
     defaults = {k: v for k, v in fields.items() if v is not dataclasses.MISSING}
     sections = {k: v for k, v in defaults.items() if dataclasses.is_dataclass(v)}
@@ -119,7 +147,7 @@ def build(cls: type, values: Any, section: str = "") -> Any:
     name = section.rstrip(".") or "config"
     if not isinstance(values, dict):
         raise ValueError(f"{name} must be a section of settings, got {values!r}")
-    hints = hints_of(cls)
+    hints, values = hints_of(cls), with_new_names(cls, values, section)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     if unknown := sorted(set(values) - set(fields)):
         raise ValueError(unknown_setting(section, unknown[0], fields))

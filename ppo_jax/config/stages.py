@@ -5,8 +5,11 @@ Every number has its unit in a comment, and every rule its check.
 
 import dataclasses
 import math
+from collections.abc import Mapping
+from typing import ClassVar
 
 from ppo_jax.config.parsing import Check, Limit
+from ppo_jax.core.kl import ESTIMATORS
 from ppo_jax.core.optimizer import SCHEDULES
 from ppo_jax.models.lora import TARGETS
 
@@ -147,6 +150,14 @@ class RewardSettings:
 class PPOSettings:
     """Proximal policy optimization with a KL penalty against the policy it starts from."""
 
+    FORMERLY: ClassVar[Mapping[str, str]] = {  # names until 0.1, taken with a warning in 0.2
+        "slots": "max_concurrent",
+        "refill": "min_free_slots",
+        "reward_seconds": "reward_timeout_s",
+        "importance_low": "tis_clip_low",
+        "importance_high": "tis_clip_high",
+    }
+
     prompts: str  # rows of {"prompt"} or {"messages"}
     optimizer: OptimizerSettings  # of the policy; max_grad_norm is over policy and critic
     value_learning_rate: float  # of the critic, on the same schedule
@@ -170,9 +181,9 @@ class PPOSettings:
     logits_chunk: int = 0  # response positions whose logits are held at a time; 0 is all. For a
     # large vocabulary that does not fit: the backward pass computes them again
     samples_per_prompt: int = 1  # responses of an iteration to each of its prompts
-    slots: int = 0  # responses under way at a time; 0 is all. Fewer save work where lengths differ
-    # much, and a KV cache of so many rows: when a response ends, the next prompt takes its slot
-    refill: int = 0  # free slots that prompts wait for, to enter together; 0 is a quarter of them
+    max_concurrent: int = 0  # responses decoded at a time; 0 is all. Fewer save work where lengths
+    # differ much, and a KV cache of so many rows: when a response ends, the next prompt enters
+    min_free_slots: int = 0  # free rows that prompts wait for, to enter together; 0 is a quarter
 
     max_prompt_length: int = 64  # tokens; longer prompts are left out and counted
     prompt_buckets: int = 1  # widths in tokens that prompts are padded to: the longest one's, its
@@ -230,7 +241,7 @@ class PPOSettings:
         high, rule = self.clip_range_high, f"0 or at least clip_range ({self.clip_range})"
         check.that(high == 0 or high >= self.clip_range, "clip_range_high", rule)
         check.choice("missing_eos", "keep", "penalty", "replace")
-        check.choice("kl_estimator", "k1", "k2", "k3")
+        check.choice("kl_estimator", *ESTIMATORS)
         check.choice("kl_control", "fixed", "adaptive")
         check.choice("old_logprobs", "rollout", "recompute")
         low, high = self.tis_clip_low, self.tis_clip_high
@@ -249,8 +260,8 @@ class PPOSettings:
         samples = self.samples_per_prompt
         check.multiple("rollout_batch_size", samples, "samples_per_prompt")
         for field, most, of in (
-            ("slots", self.rollout_batch_size, "rollout_batch_size"),
-            ("refill", self.slots, "slots"),
+            ("max_concurrent", self.rollout_batch_size, "rollout_batch_size"),
+            ("min_free_slots", self.max_concurrent, "max_concurrent"),
         ):
             value = getattr(self, field)
             rule = f"0, or a multiple of samples_per_prompt ({samples}) up to {of} ({most})"

@@ -1,50 +1,55 @@
 """KL divergence between the policy and its reference. Dimensions: B sequences, T tokens."""
 
-from typing import Literal
-
 import chex
 import jax
 import jax.numpy as jnp
 
+from ppo_jax.core.renamed import renamed
+
 Number = jax.Array | float
-KLKind = Literal["k1", "k2", "k3"]
+
+# The estimators, as functions of d = logprobs - ref_logprobs. k3 goes through expm1: near d = 0 the
+# terms of the plain form cancel, and it may come out below 0.
+ESTIMATORS = {
+    "k1": lambda d: d,
+    "k2": lambda d: 0.5 * jnp.square(d),
+    "k3": lambda d: jnp.expm1(-d) + d,
+}
 
 
-def kl_estimate(logprobs: jax.Array, ref_logprobs: jax.Array, *, kind: KLKind = "k1") -> jax.Array:
+@renamed(kind="estimator")
+def kl_estimate(
+    logprobs: jax.Array, ref_logprobs: jax.Array, *, estimator: str = "k1"
+) -> jax.Array:
     """Per-token estimates of KL(policy || reference), for tokens sampled from the policy.
 
     With d = logprobs - ref_logprobs:  k1 = d,  k2 = d² / 2,  k3 = exp(-d) - 1 + d.
 
-    k1 and k3 are unbiased; k2 and k3 are never negative. k3 goes through expm1: near d = 0 the
-    terms of the plain form cancel, and it may come out below 0.
+    k1 and k3 are unbiased; k2 and k3 are never negative.
 
     Args:
         logprobs: [B, T] float, of the sampled tokens under the policy.
         ref_logprobs: [B, T] float, of the same tokens under the reference.
-        kind: which estimator.
+        estimator: a key of `ESTIMATORS`.
 
     Returns:
         [B, T] float32 in nats. Elementwise: what padding holds stays in padding.
 
     Raises:
-        ValueError: the kind is unknown.
+        ValueError: the estimator is unknown.
 
     Reference: Schulman 2020, http://joschu.net/blog/kl-approx.html.
 
-    >>> kl_estimate(jnp.array([[-1.0]]), jnp.array([[-3.0]]), kind="k2").item()
+    >>> kl_estimate(jnp.array([[-1.0]]), jnp.array([[-3.0]]), estimator="k2").item()
     2.0
     """
     chex.assert_equal_shape([logprobs, ref_logprobs])
     chex.assert_type([logprobs, ref_logprobs], float)
 
-    d = logprobs.astype(jnp.float32) - ref_logprobs.astype(jnp.float32)
-    if kind == "k1":
-        return d
-    if kind == "k2":
-        return 0.5 * jnp.square(d)
-    if kind == "k3":
-        return jnp.expm1(-d) + d
-    raise ValueError(f"unknown KL kind {kind!r}; choose from ['k1', 'k2', 'k3'].")
+    if estimator not in ESTIMATORS:
+        known = sorted(ESTIMATORS)
+        raise ValueError(f"estimator must be one of {known}, got {estimator!r}")
+    return ESTIMATORS[estimator](logprobs.astype(jnp.float32) - ref_logprobs.astype(jnp.float32))
 
 
 def adaptive_kl_coef(

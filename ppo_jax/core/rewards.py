@@ -4,12 +4,12 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from ppo_jax.core.kl import KLKind, kl_estimate
+from ppo_jax.core.kl import Number, kl_estimate
 from ppo_jax.core.masking import last_token_index, zero_padding
+from ppo_jax.core.renamed import renamed
 
-Number = jax.Array | float
 
-
+@renamed(kl_kind="estimator")
 def token_rewards(
     scores: jax.Array,
     logprobs: jax.Array,
@@ -17,7 +17,7 @@ def token_rewards(
     mask: jax.Array,
     *,
     kl_coef: Number,
-    estimator: KLKind = "k1",
+    estimator: str = "k1",
 ) -> jax.Array:
     """Reward of each token: a KL penalty, and the score at the last response token.
 
@@ -53,7 +53,7 @@ def token_rewards(
     chex.assert_type([scores, logprobs, ref_logprobs, mask], [float, float, float, bool])
 
     logprobs, ref_logprobs = zero_padding(mask, logprobs, ref_logprobs)
-    penalty = kl_coef * kl_estimate(logprobs, ref_logprobs, kind=estimator)
+    penalty = kl_coef * kl_estimate(logprobs, ref_logprobs, estimator=estimator)
     positions = jnp.arange(mask.shape[1], dtype=jnp.int32)[None, :]
     is_last = mask & (positions == last_token_index(mask)[:, None])
     score = jnp.where(is_last, scores.astype(jnp.float32)[:, None], 0.0)

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from ppo_jax.core.renamed import renamed
+
 Params = dict[str, Any]
 
 
@@ -85,6 +87,7 @@ class Optimizer:
     schedule: str = struct.field(pytree_node=False, default="constant")
 
 
+@renamed(importance_low="tis_clip_low", importance_high="tis_clip_high")
 @struct.dataclass(kw_only=True)
 class Hyperparameters:
     """Every number of PPO. All leaves are traced: changing one never recompiles, and `jax.vmap`

@@ -22,7 +22,11 @@ from ppo_jax.data.records import RatedText, data_files, load_ratings, read_split
 
 VALIDATION_PAIRS = 20_000  # of unseen texts, ordered by their mean ratings
 CONTEXT = "the model's context"  # what limits the texts that are only scored
-GAPS = {"": 0.0, "_gap1": 1.0, "_gap2": 2.0}  # least difference of mean ratings, in rating units
+GAPS = {
+    "": 0.0,
+    "_margin1": 1.0,
+    "_margin2": 2.0,
+}  # least difference of mean ratings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,7 +73,7 @@ class RewardData:
         return found
 
     def unseen_pairs(self, seed: int) -> dict[str, np.ndarray]:
-        """{"": all pairs, "_gap1": those that differ by 1 or more ...}, rows of (better, worse)."""
+        """{"": all pairs, "_margin1": pairs that differ by 1 or more ...}, rows (better, worse)."""
         if self.groups is not None:
             return {"": self.groups.row_pairs}
         means = np.array([np.mean(r) for r in self.ratings])

@@ -23,6 +23,7 @@ from ppo_jax.distributed.processes import on_primary, stop_if_asked
 from ppo_jax.evaluation.statistics import Judge, distinct_n, judge_table
 from ppo_jax.inference.generate import generate, make_sampling
 from ppo_jax.inference.score import score_rows, scores_that_fit
+from ppo_jax.io.metric_names import with_new_names
 from ppo_jax.io.run_folder import read_results, write_results
 from ppo_jax.io.stage_folder import Model, describe_stage, load_source, resolve, source_steps
 from ppo_jax.models.build import policy_network
@@ -226,7 +227,7 @@ def last_validation(path: Path) -> dict[str, float]:
     """The last validation of the reward model in metrics.jsonl."""
     found = {}
     for line in path.read_text().splitlines():
-        row = json.loads(line)
+        row = with_new_names(json.loads(line))
         if row["stage"] == "reward":
             found |= {k: v for k, v in row.items() if "/validation_" in k}
     return found

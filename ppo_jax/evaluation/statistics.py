@@ -200,7 +200,7 @@ def judge_table(
         notes: name -> what a reader must know of this judge, such as what it shares with training.
 
     Returns:
-        Rows with the keys `judge`, `note` (if any), `num_prompts`, `pair_accuracy_gap1` (with
+        Rows with the keys `judge`, `note` (if any), `num_prompts`, `pair_accuracy_margin1` (with
         `rated`), `mean_<stage>` for every stage, and for every stage but the candidate
         `win_rate_<candidate>_vs_<stage>` and the same with `_interval` (95%, [low, high]).
 
@@ -223,7 +223,7 @@ def judge_table(
 def _accuracy(judge: Judge, texts: Sequence[str], mean_ratings: np.ndarray) -> dict:
     if np.ptp(mean_ratings) < 1:  # a scale of its own: no pair has the gap
         return {}
-    return {"pair_accuracy_gap1": rating_accuracy(judge(texts), mean_ratings, gap=1)}
+    return {"pair_accuracy_margin1": rating_accuracy(judge(texts), mean_ratings, gap=1)}
 
 
 def _comparison(judge: Judge, responses: Mapping, candidate: str, seed: int) -> dict:

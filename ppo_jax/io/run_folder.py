@@ -18,6 +18,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from ppo_jax.io.metric_names import with_former_names, with_new_names
+
 PACKAGES = ("ppo_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "chex", "numpy")
 PACKAGES += ("transformers", "tokenizers", "safetensors")
 WORKDIR = "{workdir}"  # stands for the run's folder in the paths of a config
@@ -116,7 +118,7 @@ def read_results(workdir: str | Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        return with_new_names(dict(json.loads(path.read_text(encoding="utf-8"))))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} must be a JSON object: {error}") from error
 
@@ -124,7 +126,8 @@ def read_results(workdir: str | Path) -> dict[str, Any]:
 def write_results(workdir: str | Path, results: Mapping[str, Any]) -> None:
     """Write results.json, whole or not at all; process 0 only."""
     if jax.process_index() == 0:
-        text = json.dumps(_plain(results, nonfinite=lambda x: None), indent=2, ensure_ascii=False)
+        both = with_former_names(_plain(results, nonfinite=lambda x: None))
+        text = json.dumps(both, indent=2, ensure_ascii=False)
         _write_atomically(Path(workdir) / "results.json", (text + "\n").encode())
 
 

@@ -362,15 +362,20 @@ def check_batch_rows(settings: PPOSettings, layouts: Sequence[Layout]):
             f"{s.rollout_batch_size}"
         )
     sampling = Sampling(
-        response_length=1, eos_ids=(), samples_per_prompt=s.samples_per_prompt, refill=s.refill
+        response_length=1,
+        eos_ids=(),
+        samples_per_prompt=s.samples_per_prompt,
+        min_free_slots=s.min_free_slots,
     )
-    slots = s.slots or s.rollout_batch_size
+    slots = s.max_concurrent or s.rollout_batch_size
     fields = {
         "ppo.rollout_batch_size / samples_per_prompt": s.rollout_batch_size // s.samples_per_prompt,
-        "ppo.slots / samples_per_prompt": slots // s.samples_per_prompt,
+        "ppo.max_concurrent / samples_per_prompt": slots // s.samples_per_prompt,
     }
-    if s.slots:
-        fields["ppo.refill / samples_per_prompt"] = sampling.group(slots) // s.samples_per_prompt
+    if s.max_concurrent:
+        fields["ppo.min_free_slots / samples_per_prompt"] = (
+            sampling.group(slots) // s.samples_per_prompt
+        )
     for field, value in fields.items():
         if value % rows:
             raise ValueError(

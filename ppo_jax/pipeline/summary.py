@@ -121,7 +121,7 @@ def ppo_rows(s: PPOSettings, model: ModelConfig) -> Rows:
     length = s.max_prompt_length + s.response_length
     episodes = s.rollout_batch_size * s.num_iterations
     heads = 2 * model.num_kv_heads * model.head_dim * model.num_layers
-    slots, size = s.slots or s.rollout_batch_size, 4 if model.dtype == "float32" else 2
+    slots, size = s.max_concurrent or s.rollout_batch_size, 4 if model.dtype == "float32" else 2
     cache = slots * length * heads * size
     unit = "packed rows " if s.packing else ""
     logits = piece * s.response_length * model.vocab_size * 4

@@ -190,7 +190,11 @@ def phases(config: Config, models: Models, layouts: tuple[Layout, Layout]) -> li
 
 def rollout_turns(settings: PPOSettings, sampling: Sampling) -> Trips:
     """Of the decode loops, where every response has its full length."""
-    rows, slots, length = settings.rollout_batch_size, sampling.slots, sampling.response_length
+    rows, slots, length = (
+        settings.rollout_batch_size,
+        sampling.max_concurrent,
+        sampling.response_length,
+    )
     if slots in (0, rows):
         return length
     return max_trip_counts(rows, slots, sampling.group(slots), length)
@@ -329,8 +333,8 @@ def analytic_flops(
         "rollout": flops.rollout_flops(
             policy,
             samples_per_prompt=s.samples_per_prompt,
-            slots=s.slots,
-            group=make_recipe(s, make_sampling(s)).sampling.group(s.slots),
+            slots=s.max_concurrent,
+            group=make_recipe(s, make_sampling(s)).sampling.group(s.max_concurrent),
             **where,
         ),
         "scoring": positions * of_adapters

@@ -164,7 +164,7 @@ def heading(plan: Plan) -> list[str]:
         "parameters: " + ", ".join(f"{name} {n / 1e6:,.0f}M" for name, n in sizes.items()),
         "computed from the compiled programs, not run; responses of full length",
     ]
-    slots = plan.config.ppo.slots
+    slots = plan.config.ppo.max_concurrent
     if 0 < slots < plan.config.ppo.rollout_batch_size:
         lines.append(
             f"{slots} slots: as many steps as responses of full length need, the worst case; "

@@ -54,13 +54,13 @@ def rollout(
         The rollout. `logprobs` are over the full vocabulary, before the filters.
 
     Raises:
-        ValueError: slots or refill do not fit, or a network without `refill` would need it.
+        ValueError: max_concurrent or min_free_slots do not fit, or need a network with `refill`.
     """
     chex.assert_rank([prompts.tokens, prompts.mask], 2)
     chex.assert_equal_shape([prompts.tokens, prompts.mask])
     chex.assert_type([prompts.tokens, prompts.mask], [int, bool])
     num_rows = prompts.tokens.shape[0] * sampling.samples_per_prompt
-    num_slots = min(sampling.slots or num_rows, num_rows)
+    num_slots = min(sampling.max_concurrent or num_rows, num_rows)
     check_slots(sampling, num_slots, num_rows, (trunk, policy))
     rows = jnp.arange(num_rows) if rows is None else rows
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, rows)
@@ -98,15 +98,17 @@ def check_slots(sampling: Sampling, num_slots: int, num_rows: int, networks: tup
     samples, group = sampling.samples_per_prompt, sampling.group(num_slots)
     if num_slots < num_rows and group > num_slots:
         raise ValueError(
-            f"refill must be at most the {num_slots} slots and a multiple of samples_per_prompt "
+            f"min_free_slots must be at most {num_slots} and a multiple of samples_per_prompt "
             f"({samples}), got {group}"
         )
     if num_slots % samples:
-        raise ValueError(f"slots must be a multiple of samples_per_prompt {samples}: {num_slots}")
+        raise ValueError(
+            f"max_concurrent must be a multiple of samples_per_prompt ({samples}), got {num_slots}"
+        )
     without = [n for n in networks if n is not None and n.refill is None]
     if without and (num_slots < num_rows or samples > 1):
         raise ValueError(
-            "slots and samples_per_prompt need a network with `refill`, this one has none"
+            "max_concurrent and samples_per_prompt need a network with `refill`, this one has none"
         )
 
 

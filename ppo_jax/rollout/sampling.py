@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from ppo_jax.core.distributions import Number, is_number, positive_temperature, token_logprobs
+from ppo_jax.core.renamed import renamed
 
 
 def sample(
@@ -124,6 +125,7 @@ def _nucleus(logits: jax.Array, top_p: Number) -> jax.Array:
     return inside | (top_p >= 1)
 
 
+@renamed(slots="max_concurrent", refill="min_free_slots")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
     """What shapes the sampling program; the temperature is a number, passed apart."""
@@ -134,12 +136,12 @@ class Sampling:
     top_p: float = 1.0  # 1 is off
     min_p: float = 0.0  # 0 is off
     samples_per_prompt: int = 1  # responses to each prompt; its keys and values are computed once
-    slots: int = 0  # S, responses under way at a time; 0 is all
-    refill: int = 0  # G, free slots that the next prompts wait for; 0 is a quarter of the slots
+    max_concurrent: int = 0  # S, responses decoded at a time (slots); 0 is all
+    min_free_slots: int = 0  # G, free slots that the next prompts wait for; 0 is a quarter of S
 
-    def group(self, slots: int) -> int:
+    def group(self, max_concurrent: int) -> int:
         """G: a multiple of the samples of a prompt."""
-        wanted = self.refill or max(slots // 4, 1)
+        wanted = self.min_free_slots or max(max_concurrent // 4, 1)
         return max(wanted // self.samples_per_prompt, 1) * self.samples_per_prompt
 
 

@@ -14,6 +14,7 @@ import tensorboardX
 from tqdm import tqdm
 
 from ppo_jax.distributed.runtime import LEAST_SECONDS, compile_seconds
+from ppo_jax.io.metric_names import with_former_names
 from ppo_jax.io.run_folder import append_rows, drop_lines_after
 
 
@@ -109,7 +110,8 @@ class MetricsWriter:
         values = {name: _scalar(name, x) for name, x in jax.device_get(dict(metrics)).items()}
         values |= self._times(step, values)
         if self._progress is not None:
-            append_rows(self._path, [{"stage": self.stage, "step": step, **values}])
+            row = {"stage": self.stage, "step": step, **with_former_names(values)}
+            append_rows(self._path, [row])
             for name, value in values.items():
                 if math.isfinite(value):
                     self._tensorboard.add_scalar(name, value, step)

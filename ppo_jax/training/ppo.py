@@ -194,7 +194,9 @@ def make_sampler(
     """(state, step) -> rows of samples.jsonl: the same prompts and the same key every time."""
     chosen = np.arange(min(settings.num_samples, len(texts)))
     filled = layout.pad_batch(chosen)
-    once = dataclasses.replace(setup.options.sampling, samples_per_prompt=1, slots=0, refill=0)
+    once = dataclasses.replace(
+        setup.options.sampling, samples_per_prompt=1, max_concurrent=0, min_free_slots=0
+    )
     options = dataclasses.replace(setup.options, sampling=once)
     sample = jax.jit(
         functools.partial(sample_responses, networks=setup.networks, options=options),

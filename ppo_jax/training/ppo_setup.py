@@ -46,7 +46,7 @@ def make_hyperparameters(settings: PPOSettings) -> Hyperparameters:
 def make_recipe(settings: PPOSettings, sampling: Sampling) -> PPOOptions:
     """The choices of the settings; what shapes the program."""
     names = {field.name for field in dataclasses.fields(PPOOptions)} - {"sampling"}
-    of_rollout = ("samples_per_prompt", "slots", "refill")
+    of_rollout = ("samples_per_prompt", "max_concurrent", "min_free_slots")
     sampling = dataclasses.replace(sampling, **{k: getattr(settings, k) for k in of_rollout})
     return PPOOptions(sampling=sampling, **{name: getattr(settings, name) for name in names})
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
-from ppo_jax.config.parsing import filled_in
+from ppo_jax.config.parsing import filled_in, with_new_names
 from ppo_jax.config.run import MAY_CHANGE, Config, ModelSettings
 from ppo_jax.config.stages import PPOSettings, RewardSettings, SFTSettings
 from ppo_jax.distributed.layout import Layout, abstract, init_sharded
@@ -237,4 +237,5 @@ def fixed_differences(old: dict, new: dict, may_change: Set[str] = MAY_CHANGE) -
 def with_younger_fields(stage: str, settings: dict) -> dict:
     """A field that is younger than the stage had its default then."""
     model = filled_in(ModelSettings, settings.get("model", {}))
+    settings = with_new_names(SECTIONS[stage], settings, warn=False)
     return filled_in(SECTIONS[stage], settings) | {"model": model}

@@ -2,10 +2,14 @@
 
 import dataclasses
 import math
+import re
+from typing import ClassVar
 
 import pytest
 
+from ppo_jax.config.flags import checked_flags
 from ppo_jax.config.parsing import RULES, Check, Limit, build, filled_in
+from ppo_jax.config.stages import PPOSettings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,3 +126,35 @@ def test_filling_in_widens_whole_numbers_where_others_may_follow():
     numbers = [*filled["wheel"].values(), filled["load"], filled["rack"], filled["brakes"]]
     assert sorted(map(repr, numbers)) == sorted(["1.0", "3", "'4'", "5.0", "6.0", "True"])
     assert build(Bicycle, filled) == build(Bicycle, values)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Basket:
+    FORMERLY: ClassVar = {"depth": "height"}
+
+    height: int = 3
+
+
+def test_a_setting_is_taken_under_its_old_name_with_a_warning():
+    told = "the setting basket.depth is now basket.height; the old name goes with the next release"
+    with pytest.warns(FutureWarning, match=f"^{re.escape(told)}$"):
+        assert build(Basket, {"depth": 4}, "basket.") == Basket(height=4)
+    with pytest.warns(FutureWarning):
+        assert filled_in(Basket, {"depth": 4}) == {"height": 4}
+    with pytest.raises(ValueError, match=r"^basket.depth is now basket.height, got both$"):
+        build(Basket, {"depth": 4, "height": 4}, "basket.")
+
+
+def test_a_flag_is_taken_under_its_old_name(tmp_path):
+    path = tmp_path / "config.py"
+    path.write_text("")
+    argv = ["script", f"--config={path}", "--config.ppo.slots=4", "--config.ppo.kl_coef", "0.1"]
+    with pytest.warns(FutureWarning, match="ppo.slots is now ppo.max_concurrent"):
+        got = checked_flags(argv)
+    assert got == [argv[0], argv[1], "--config.ppo.max_concurrent=4", *argv[3:]]
+
+
+def test_every_old_name_of_the_settings_leads_to_a_setting_of_today():
+    fields = {field.name for field in dataclasses.fields(PPOSettings)}
+    assert set(PPOSettings.FORMERLY.values()) <= fields
+    assert not set(PPOSettings.FORMERLY) & fields

@@ -20,7 +20,7 @@ JUDGE = {
     "judge": "gold <1>",
     "note": "a ridge",
     "num_prompts": 256,
-    "pair_accuracy_gap1": 0.88,
+    "pair_accuracy_margin1": 0.88,
     "mean_sft": -0.1,
     "mean_ppo": 1.9,
     "win_rate_ppo_vs_sft": 0.87,
@@ -28,8 +28,8 @@ JUDGE = {
 }
 RESULTS = {
     "reward_model/accuracy": 0.806,
-    "reward_model/accuracy_gap1": 0.912,
-    "reward_model/accuracy_gap2": 0.957,
+    "reward_model/accuracy_margin1": 0.912,
+    "reward_model/accuracy_margin2": 0.957,
     "gold/win_rate_ppo_vs_sft": 0.87,
     "gold/win_rate_ppo_vs_sft_interval": [0.83, 0.91],
     "policy/kl_per_response": 12.31,

@@ -123,12 +123,12 @@ def test_the_table_has_means_win_rates_and_the_judges_own_accuracy():
     assert (row["mean_base"], row["mean_sft"], row["mean_ppo"]) == (1.0, 3.0, 3.0)
     assert (row["win_rate_ppo_vs_base"], row["win_rate_ppo_vs_sft"]) == (1.0, 0.5)
     assert row["win_rate_ppo_vs_sft_interval"] == [0.0, 1.0]
-    assert (row["pair_accuracy_gap1"], row["num_prompts"]) == (1.0, 2)
+    assert (row["pair_accuracy_margin1"], row["num_prompts"]) == (1.0, 2)
 
 
 def test_a_table_without_rated_texts_does_not_claim_an_accuracy():
     (row,) = judges.judge_table({"vader": judges.vader_judge()}, {"sft": ["bad"], "ppo": ["good"]})
-    assert "pair_accuracy_gap1" not in row and "note" not in row
+    assert "pair_accuracy_margin1" not in row and "note" not in row
     assert row["win_rate_ppo_vs_sft"] == 1.0
 
 

@@ -18,9 +18,9 @@ SFT = [
 ]
 ACCURACY = "reward_model/validation_accuracy"
 REWARD = [
-    {"stage": "reward", "step": 80, ACCURACY: 0.7701, f"{ACCURACY}_gap1": 0.88},
-    {"stage": "reward", "step": 299, ACCURACY: 0.7964, f"{ACCURACY}_gap1": 0.9022}
-    | {f"{ACCURACY}_gap2": 0.9411},
+    {"stage": "reward", "step": 80, ACCURACY: 0.7701, f"{ACCURACY}_margin1": 0.88},
+    {"stage": "reward", "step": 299, ACCURACY: 0.7964, f"{ACCURACY}_margin1": 0.9022}
+    | {f"{ACCURACY}_margin2": 0.9411},
 ]
 RATED = {"config": {"reward": {"format": "ratings", "batch_size": 32, "pairs_per_batch": 256}}}
 COMPARED = {
@@ -113,8 +113,8 @@ def test_an_accuracy_tells_how_many_pairs_it_is_of(tmp_path):
     assert headlines(compared)[0] == ("75.0%", "reward-model accuracy", told)
     rated = compared._replace(config={"reward": {"format": "ratings"}})  # pairs share texts
     assert headlines(rated)[0][2] == "on 200 unseen pairs"
-    results = {"reward_model/accuracy": 0.8, "reward_model/accuracy_gap1": 0.9}
-    results |= {"reward_model/pairs_gap1": 1234, "policy/kl_per_response": 1.0}
+    results = {"reward_model/accuracy": 0.8, "reward_model/accuracy_margin1": 0.9}
+    results |= {"reward_model/pairs_margin1": 1234, "policy/kl_per_response": 1.0}
     cards = headlines(rated._replace(results=results))
     evaluated = [note for _, what, note in cards if "accuracy" in what]
     assert evaluated == ["1,234 unseen pairs with a gap of 1 or more"]
@@ -162,7 +162,7 @@ def test_the_latest_stage_gives_the_verdict_and_every_stage_a_figure(tmp_path):
 def test_an_evaluated_run_has_the_figures_of_the_evaluation(tmp_path):
     results = EVALUATED | {
         "reward_model/accuracy": 0.8,
-        "reward_model/accuracy_gap1": 0.912,
+        "reward_model/accuracy_margin1": 0.912,
         "reference": {"human rater": 0.943},
         "text/distinct2_base": 0.9,
         "text/distinct2_sft": 0.9,

@@ -107,7 +107,7 @@ CASES = [
     Case("token_statistics", product_of_statistics, LOGITS, dict(temperature=0.7), [PADDED], False),
 ]
 for kind in ("k1", "k2", "k3"):
-    estimate = functools.partial(kl_estimate, kind=kind)
+    estimate = functools.partial(kl_estimate, estimator=kind)
     rewards = with_mask(token_rewards, estimator=kind)
     paddings = [EMPTY_ROWS, PADDED, PADDED]
     CASES += [

@@ -129,8 +129,8 @@ def workdir(tmp_path_factory):
 
 
 def documented_metrics():
-    """The names in the table, with what its remarks add: "also `sft/`", "`_gap1`, `_gap2`"; and
-    those of a setting that the run has not: "with `setting=...`:"."""
+    """The names in the table, with what its remarks add: "also `sft/`", "`_margin1`, `_margin2`";
+    and those of a setting that the run has not: "with `setting=...`:"."""
     names, optional = set(), set()
     for cell, meaning in table(section("### Metrics")):
         row = re.findall(r"`([^`]+)`", cell)

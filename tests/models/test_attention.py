@@ -16,7 +16,7 @@ from ppo_jax.rollout.decode import rollout
 from tests.support import tiny
 
 B, H, G, K = 2, 4, 2, 8
-BOTH = {"samples_per_prompt": 2, "slots": 4, "refill": 2}
+BOTH = {"samples_per_prompt": 2, "max_concurrent": 4, "min_free_slots": 2}
 
 
 def arrays(capacity, filled, new=1):
@@ -50,7 +50,9 @@ def test_no_more_is_read_than_blocks_that_hold_something(monkeypatch):
 
 
 @pytest.mark.parametrize("shape", ["gpt2", "scanned"])
-@pytest.mark.parametrize("of_rollout", [{}, {"slots": 3}, {"samples_per_prompt": 2}, BOTH], ids=str)
+@pytest.mark.parametrize(
+    "of_rollout", [{}, {"max_concurrent": 3}, {"samples_per_prompt": 2}, BOTH], ids=str
+)
 def test_a_rollout_by_blocks_samples_the_same_responses(monkeypatch, shape, of_rollout):
     """Also where the ring of the cache has gone round, and where a prompt is handed on."""
     config = tiny.model_config(**tiny.SHAPES[shape])
@@ -87,7 +89,7 @@ def test_no_token_copies_the_cache(shape, slots):
     """A token's keys and values are written where they belong; nothing of the cache is moved."""
     config = tiny.model_config(**tiny.SHAPES[shape])
     network = policy_network(config)
-    run = functools.partial(rollout, network, sampling=tiny.sampling(slots=slots))
+    run = functools.partial(rollout, network, sampling=tiny.sampling(max_concurrent=slots))
     args = tiny.random_params(network), tiny.prompts(), tiny.RUN_KEY
     module = parse_module(jax.jit(run).lower(*args).compile().as_text())
     of_cache = (tiny.PROMPT_LENGTH + tiny.RESPONSE_LENGTH, config.head_dim)

@@ -70,7 +70,7 @@ def test_every_step_of_every_stage_has_its_line(workdir):
 def test_the_metrics_have_their_standard_names(workdir):
     sft, reward, ppo = (rows_of(workdir, stage)[-1] for stage in STAGES)
     assert {"sft/loss", "sft/validation_loss", "sft/validation_perplexity"} <= sft.keys()
-    assert {"reward_model/loss", "reward_model/validation_accuracy_gap1"} <= reward.keys()
+    assert {"reward_model/loss", "reward_model/validation_accuracy_margin1"} <= reward.keys()
     names = {"reward/score_mean", "kl/ref", "kl/coef", "policy/loss", "policy/clip_fraction"}
     names |= {"policy/approx_kl", "policy/entropy", "value/loss", "value/explained_variance"}
     assert names | {"response/length", "response/eos_fraction"} <= ppo.keys()
@@ -103,7 +103,7 @@ def test_the_same_prompts_are_sampled_every_so_many_iterations(workdir):
 
 def test_results_have_the_names_that_outside_code_relies_on(workdir):
     results = json.loads((workdir / "results.json").read_text())
-    names = ["reward_model/accuracy_gap1", "gold/win_rate_ppo_vs_sft", "policy/kl_per_response"]
+    names = ["reward_model/accuracy_margin1", "gold/win_rate_ppo_vs_sft", "policy/kl_per_response"]
     names += ["text/distinct2_ratio", "time/total_s"]
     assert all(np.isfinite(results[name]) for name in names)
     assert results["judges"][0]["judge"] == "gold" and len(results["samples"]) == 6
@@ -115,8 +115,8 @@ def test_results_have_the_names_that_outside_code_relies_on(workdir):
 def test_the_last_validation_is_the_result(workdir):
     results = json.loads((workdir / "results.json").read_text())
     row = rows_of(workdir, "reward")[-1]
-    got = results["reward_model/accuracy_gap1"]
-    assert got == row["reward_model/validation_accuracy_gap1"]
+    got = results["reward_model/accuracy_margin1"]
+    assert got == row["reward_model/validation_accuracy_margin1"]
 
 
 def test_there_is_a_report_and_tensorboard_files(workdir):

@@ -92,7 +92,7 @@ def test_packed_rows_are_planned_for_as_if_they_saved_nothing():
 @pytest.mark.parametrize("samples", [1, 2])
 def test_slots_are_planned_for_as_if_every_response_were_of_full_length(samples):
     """32 responses in 16 slots, entering by 8: first 8 tokens, then two groups and 8 more."""
-    by_slots = settings(ppo=dict(slots=16, refill=8, samples_per_prompt=samples))
+    by_slots = settings(ppo=dict(max_concurrent=16, min_free_slots=8, samples_per_prompt=samples))
     rollout = planner.prepare(by_slots, TARGET)[2][0]
     assert rollout.trips == {"first_decoding": 8, "refills": 2, "later_decoding": 4.0}
     cost = planner.cost_of(rollout, TARGET, {})

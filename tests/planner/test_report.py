@@ -28,7 +28,7 @@ def test_the_table_has_every_figure_and_ends_with_the_verdict(plan):
 
 
 def test_slots_are_told_to_be_the_worst_case(plan):
-    by_slots = dataclasses.replace(plan, config=settings(ppo=dict(slots=16)))
+    by_slots = dataclasses.replace(plan, config=settings(ppo=dict(max_concurrent=16)))
     told = "\n".join(plan_report.table(by_slots))
     assert "16 slots: as many steps as responses of full length need, the worst case" in told
     assert "slots" not in "\n".join(plan_report.table(plan))

@@ -54,23 +54,23 @@ def test_responses_do_not_depend_on_the_slots(kind, slots, refill):
     expected = responses(kind)
     lengths = expected.response_mask.sum(axis=1)
     assert lengths.min() < lengths.max() == tiny.RESPONSE_LENGTH
-    assert_same(responses(kind, slots=slots, refill=refill), expected)
+    assert_same(responses(kind, max_concurrent=slots, min_free_slots=refill), expected)
 
 
 @pytest.mark.parametrize("slots", [3, 8])
 def test_hidden_states_come_with_their_responses(slots):
-    assert_same(responses(trunk=True, slots=slots), responses(trunk=True))
+    assert_same(responses(trunk=True, max_concurrent=slots), responses(trunk=True))
 
 
 def test_more_slots_than_responses_are_not_made():
-    assert_same(responses(slots=100, refill=100), responses())
+    assert_same(responses(max_concurrent=100, min_free_slots=100), responses())
 
 
 @pytest.mark.parametrize("slots", [0, 3, 6, 12])
 @pytest.mark.parametrize(("kind", "trunk"), [("gpt2", False), ("scanned", False), ("llama", True)])
 def test_several_samples_of_a_prompt_are_responses_to_its_copies(kind, trunk, slots):
     """The same as if each prompt stood three times in the batch."""
-    got = responses(kind, trunk=trunk, num_prompts=5, samples_per_prompt=3, slots=slots)
+    got = responses(kind, trunk=trunk, num_prompts=5, samples_per_prompt=3, max_concurrent=slots)
     config = tiny.model_config(**tiny.SHAPES[kind])
     copies = jax.tree.map(lambda x: jnp.repeat(x, 3, axis=0), tiny.prompts(batch_size=5))
     expected = tiny.sample(
@@ -102,7 +102,7 @@ def test_slots_on_a_mesh_give_the_responses_of_one_device(shape):
         program = program.lower(*args).compile()
         return program.as_text(), jax.device_get(program(*args))
 
-    text, got = compiled(shape, slots=16, refill=8)
+    text, got = compiled(shape, max_concurrent=16, min_free_slots=8)
     assert_same(got, compiled((1, 1, 1))[1])
     # A program that was kept from before may lack the name scopes: they are no part of its key.
     of_loop = re.compile(r"/while/body/(later_decoding/)?while/body/")
@@ -150,16 +150,16 @@ def test_nobody_waits_for_the_longest_response():
     """Each group of four has one long response: 4 x 16 steps one group after the other."""
     first = [4, 19, 19, 18] * 4
     assert count_to_20(first)["decode"] == 16
-    calls = count_to_20(first, slots=4, refill=1)
+    calls = count_to_20(first, max_concurrent=4, min_free_slots=1)
     assert calls["decode"] <= 24  # 4 x 16 + 16 tokens and more in four slots
     assert calls["prefill"] == 1 + 12
 
 
 def test_prompts_enter_together():
-    calls = count_to_20([19] * 12, slots=4, refill=4)
+    calls = count_to_20([19] * 12, max_concurrent=4, min_free_slots=4)
     assert calls == {"decode": 3, "decode rows": 12, "prefill": 3, "prefill rows": 12}
     # The last ones do not wait until more slots are free than there are prompts.
-    calls = count_to_20([19, 4, 4, 4, 18], slots=4, refill=4)
+    calls = count_to_20([19, 4, 4, 4, 18], max_concurrent=4, min_free_slots=4)
     assert (calls["decode"], calls["prefill"]) == (16, 2)
 
 
@@ -169,21 +169,21 @@ def test_prompts_enter_together():
 def test_no_lengths_need_more_turns_than_full_ones(rows, slots, refill):
     turns = max_trip_counts(rows, slots, refill, 16)
     most = turns[FIRST] + turns[REFILLS] * turns[LATER]
-    full = count_to_20([4] * rows, slots=slots, refill=refill)
+    full = count_to_20([4] * rows, max_concurrent=slots, min_free_slots=refill)
     assert full["prefill"] == 1 + turns[REFILLS]
     assert full["decode"] == most
     if slots % refill == 0:
         assert most == 16 * -(-rows // slots)
     for first in np.random.default_rng(0).integers(0, 20, size=(3, rows)).tolist():
-        calls = count_to_20(first, slots=slots, refill=refill)
+        calls = count_to_20(first, max_concurrent=slots, min_free_slots=refill)
         assert calls["prefill"] == 1 + turns[REFILLS] and calls["decode"] <= most
 
 
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="refill must be at most the 4 slots .* got 5"):
-        responses(slots=4, refill=5)
+        responses(max_concurrent=4, min_free_slots=5)
     with pytest.raises(ValueError, match="slots must be a multiple of samples_per_prompt 3"):
-        responses(num_prompts=5, samples_per_prompt=3, slots=4)
+        responses(num_prompts=5, samples_per_prompt=3, max_concurrent=4)
     plain = counted(collections.Counter())._replace(refill=None)
     with pytest.raises(ValueError, match="need a network with `refill`, this one has none"):
         tiny.sample(
@@ -191,5 +191,5 @@ def test_what_does_not_fit_is_refused():
             params={},
             prompts=tiny.prompts(),
             key=KEY,
-            sampling=tiny.sampling(slots=4),
+            sampling=tiny.sampling(max_concurrent=4),
         )

@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import inspect
 from typing import NamedTuple
 
 import jax
@@ -184,8 +185,7 @@ def program(function):
         return function(*args, **kwargs)
 
     static = ("networks", "options", "policy", "trunk", "sampling", "num_micro_batches", "network")
-    names = function.__code__.co_varnames[: function.__code__.co_argcount]
-    names += function.__code__.co_varnames[len(names) :][: function.__code__.co_kwonlyargcount]
+    names = inspect.signature(function).parameters
     return jit(counted, static_argnames=[name for name in static if name in names])
 
 

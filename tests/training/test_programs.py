@@ -159,7 +159,9 @@ def test_slots_change_no_number_of_a_run(workdir, tmp_path):
 
     expected = metrics()
     assert len(expected) == 2 and expected[1][-1] < 8
-    np.testing.assert_allclose(metrics(slots=4, refill=4), expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        metrics(max_concurrent=4, min_free_slots=4), expected, rtol=1e-4, atol=1e-6
+    )
 
 
 @contextlib.contextmanager

@@ -158,7 +158,7 @@ def win_rates(results: dict, opponent: str) -> Draw | None:
 
 def margins(results: dict) -> Draw | None:
     """Accuracy of the reward model by the least gap between the mean ratings of a pair."""
-    keys = {"all pairs": "", "gap ≥ 1": "_gap1", "gap ≥ 2": "_gap2"}
+    keys = {"all pairs": "", "gap ≥ 1": "_margin1", "gap ≥ 2": "_margin2"}
     bars = {name: results.get(f"reward_model/accuracy{key}") for name, key in keys.items()}
     bars = {name: value for name, value in bars.items() if value is not None}
 
@@ -171,7 +171,7 @@ def margins(results: dict) -> Draw | None:
 
 def references(results: dict) -> Draw | None:
     """The reward model's accuracy at a gap of 1 or more among its references, the best on top."""
-    own = results.get("reward_model/accuracy_gap1")
+    own = results.get("reward_model/accuracy_margin1")
     if own is None:
         return None
     bars = {"this reward model": own, **results.get("reference", {})}

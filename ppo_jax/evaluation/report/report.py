@@ -120,7 +120,7 @@ def _judge_table(judges: list[dict]) -> str:
 
 
 def _judge_heading(key: str) -> str:
-    if key == "pair_accuracy_gap1":
+    if key == "pair_accuracy_margin1":
         return "its accuracy"
     if key.startswith("mean_"):
         return f"mean, {_name(key.removeprefix('mean_'))}"

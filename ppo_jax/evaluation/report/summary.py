@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from ppo_jax.evaluation.report.panels import STAGES, series
 from ppo_jax.evaluation.statistics import share_interval
+from ppo_jax.io.metric_names import with_new_names
 
 FILES = ("config.json", "metrics.jsonl", "samples.jsonl", "results.json")
 
@@ -57,7 +58,12 @@ def read_run(workdir: str | Path) -> Run:
     date = datetime.datetime.fromtimestamp(newest, datetime.UTC).strftime("%d %B %Y, %H:%M UTC")
     stages = {stage: _read(Path(workdir) / stage / "stage.json") for stage in STAGES}
     num_steps = {stage: found["num_steps"] for stage, found in stages.items() if found}
-    return Run(Path(workdir).resolve().name, date, *map(_read, paths), num_steps)
+    return Run(
+        Path(workdir).resolve().name,
+        date,
+        *(with_new_names(_read(path)) for path in paths),
+        num_steps,
+    )
 
 
 def unfinished(run: Run) -> str:
@@ -192,9 +198,9 @@ def _ppo_cards(run: Run) -> list[tuple[str, str, str]]:
 
 
 def _accuracies(run: Run) -> dict[str, float]:
-    """{"": on all unseen pairs, "_gap1": on those that differ by 1 or more, "_gap2": by 2}."""
+    """{"": of all unseen pairs, "_margin1": of pairs that differ by 1 or more, "_margin2": 2}."""
     found = {}
-    for suffix in ("", "_gap1", "_gap2"):
+    for suffix in ("", "_margin1", "_margin2"):
         validated = run.points("reward", f"reward_model/validation_accuracy{suffix}")
         if (value := run.results.get(f"reward_model/accuracy{suffix}")) is not None:
             found[suffix] = value
@@ -235,7 +241,7 @@ def _reward_reached(run: Run) -> str:
     told = f"The reward model puts {accuracies['']:.1%} of the unseen pairs in the right order"
     gaps = [
         f"{accuracies[suffix]:.1%} at {gap} or more"
-        for suffix, gap in (("_gap1", "a gap in rating of 1"), ("_gap2", "2"))
+        for suffix, gap in (("_margin1", "a gap in rating of 1"), ("_margin2", "2"))
         if suffix in accuracies
     ]
     told += f" ({', '.join(gaps)})" if gaps else ""
@@ -248,16 +254,16 @@ def _reward_reached(run: Run) -> str:
 def _reward_cards(run: Run) -> list[tuple[str, str, str]]:
     accuracies, what = _accuracies(run), "reward-model accuracy"
     human = run.results.get("reference", {}).get("human rater")
-    if _evaluated(run) and "_gap1" in accuracies:
-        pairs = _measured_on(run, "_gap1", accuracies["_gap1"])
+    if _evaluated(run) and "_margin1" in accuracies:
+        pairs = _measured_on(run, "_margin1", accuracies["_margin1"])
         told = "" if pairs == "unseen pairs" else f"{pairs} with a "
         note = f"{told}gap of 1 or more" + (f"; a human rater {human:.1%}" if human else "")
-        return [(f"{accuracies['_gap1']:.1%}", what, note)]
+        return [(f"{accuracies['_margin1']:.1%}", what, note)]
     if "" not in accuracies:
         return []
     note = f"on {_measured_on(run, '', accuracies[''])}"
-    if "_gap1" in accuracies:
-        note += f"; {accuracies['_gap1']:.1%} at a gap of 1 or more"
+    if "_margin1" in accuracies:
+        note += f"; {accuracies['_margin1']:.1%} at a gap of 1 or more"
     cards = [(f"{accuracies['']:.1%}", what, note)]
     if (rows := run.rows("reward")) and not _evaluated(run):
         each = f"{pairs} each" if (pairs := _pairs_a_step(run)) else "of the optimizer"

@@ -1,0 +1,41 @@
+"""An old keyword works for one release, and says what to write instead."""
+
+import jax.numpy as jnp
+import pytest
+
+from ppo_jax import Sampling, kl_estimate, token_rewards
+from ppo_jax.core.renamed import renamed
+from tests.support import tiny
+
+
+def test_old_keywords_give_what_the_new_ones_give():
+    logprobs, ref_logprobs = jnp.array([[-1.0, -2.0]]), jnp.array([[-1.5, -1.0]])
+    with pytest.warns(FutureWarning, match="kl_estimate: kind is now estimator; the old name"):
+        old = kl_estimate(logprobs, ref_logprobs, kind="k3")
+    assert (old == kl_estimate(logprobs, ref_logprobs, estimator="k3")).all()
+    args = jnp.array([1.0]), logprobs, ref_logprobs, jnp.ones((1, 2), bool)
+    with pytest.warns(FutureWarning, match="token_rewards: kl_kind is now estimator"):
+        old = token_rewards(*args, kl_coef=0.1, kl_kind="k2")
+    assert (old == token_rewards(*args, kl_coef=0.1, estimator="k2")).all()
+
+
+def test_old_fields_of_a_struct_are_taken():
+    with pytest.warns(FutureWarning) as caught:
+        sampling = Sampling(response_length=4, eos_ids=(), slots=2, refill=1)
+    assert sorted(str(x.message).split(";")[0] for x in caught) == [
+        "Sampling: refill is now min_free_slots",
+        "Sampling: slots is now max_concurrent",
+    ]
+    assert (sampling.max_concurrent, sampling.min_free_slots) == (2, 1)
+    with pytest.warns(FutureWarning, match="importance_high is now tis_clip_high"):
+        numbers = tiny.hyperparameters(importance_high=2.0)
+    assert numbers.tis_clip_high == 2.0
+
+
+def test_both_names_at_once_are_refused():
+    @renamed(kind="estimator")
+    def estimate(*, estimator):
+        return estimator
+
+    with pytest.raises(TypeError, match="estimate: kind is now estimator, got both"):
+        estimate(kind="k1", estimator="k1")
