@@ -16,7 +16,7 @@ made the meshes:
 
 from ml_collections import config_dict
 
-from ppo_jax.config.run import with_defaults
+from ppo_jax.config import with_defaults
 
 # The topology that each is made for, and what follows from it and the model.
 VARIANTS = {

@@ -21,7 +21,7 @@ takes three minutes of CPU time:
 
 from ml_collections import config_dict
 
-from ppo_jax.config.run import with_defaults
+from ppo_jax.config import with_defaults
 
 
 def get_config(variant: str = "default") -> config_dict.ConfigDict:

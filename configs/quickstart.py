@@ -15,7 +15,7 @@ minutes; expect a win rate of 0.6 or more, and no sense in the texts:
 
 from ml_collections import config_dict
 
-from ppo_jax.config.run import with_defaults
+from ppo_jax.config import with_defaults
 
 
 def get_config(variant: str = "default") -> config_dict.ConfigDict:

@@ -17,7 +17,7 @@ From a small model that configs/sft.py:scratch has made in runs/small:
 
 from ml_collections import config_dict
 
-from ppo_jax.config.run import with_defaults
+from ppo_jax.config import with_defaults
 
 
 def get_config(variant: str = "default") -> config_dict.ConfigDict:

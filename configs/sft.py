@@ -17,7 +17,7 @@ A small model from scratch, with a tokenizer trained on the texts (its size is i
 
 from ml_collections import config_dict
 
-from ppo_jax.config.run import with_defaults
+from ppo_jax.config import with_defaults
 
 
 def get_config(variant: str = "default") -> config_dict.ConfigDict:

@@ -9,7 +9,7 @@ with "acting", "actor", "actress", "performance" or "cast" in them. Two minutes 
 
 from ml_collections import config_dict
 
-from ppo_jax.config.run import with_defaults
+from ppo_jax.config import with_defaults
 
 
 def get_config() -> config_dict.ConfigDict:

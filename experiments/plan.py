@@ -17,7 +17,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from ppo_jax import cli
-from ppo_jax.config.run import from_config_dict
+from ppo_jax.config import from_config_dict
 from ppo_jax.planner import planner
 from ppo_jax.planner import report as plan_report
 

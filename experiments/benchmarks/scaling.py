@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator, ScalarFormatter
 from ml_collections import config_flags
 
-from ppo_jax.config.run import Config, from_config_dict
+from ppo_jax.config import Config, from_config_dict
 from ppo_jax.evaluation.report import plots
 from ppo_jax.planner import planner
 from ppo_jax.planner.chips import Chip, find_chip

@@ -4,3 +4,7 @@
 a dict, `flags` reads the command line. Imports `core` and `models`.
 Start with `run`, then `stages`.
 """
+
+from ppo_jax.config.run import Config, from_config_dict, with_defaults
+
+__all__ = ["Config", "from_config_dict", "with_defaults"]

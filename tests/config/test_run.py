@@ -248,7 +248,7 @@ def lines_of_fields():
         tree = ast.parse("\n".join(lines))
         classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
         for node in classes[cls.__name__].body:
-            if isinstance(node, ast.AnnAssign):
+            if isinstance(node, ast.AnnAssign) and "ClassVar" not in ast.unparse(node.annotation):
                 source = " ".join(lines[node.lineno - 1 : node.end_lineno])
                 yield cls.__name__, node.target.id, source, lines[node.lineno - 2]
 

@@ -15,7 +15,7 @@ from ppo_jax.distributed import runtime as host_memory
 FAULTS = """
 import resource, sys
 import jax, jax.numpy as jnp
-from ppo_jax.host_memory import retain_freed_memory
+from ppo_jax.distributed.runtime import retain_freed_memory
 
 if sys.argv[1] == "keep":
     retain_freed_memory()
@@ -33,7 +33,7 @@ print(min(after - before for before, after in zip(found[1:], found[2:])))
 # Bytes that the heap has grown by when a block of 3 GiB, of which no page is touched, is freed.
 GROWN = """
 import ctypes
-from ppo_jax.host_memory import retain_freed_memory
+from ppo_jax.distributed.runtime import retain_freed_memory
 
 retain_freed_memory()
 libc = ctypes.CDLL(None)

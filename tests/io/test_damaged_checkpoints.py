@@ -237,7 +237,7 @@ def test_a_removal_that_was_killed_is_finished_by_the_next_save_without_a_warnin
 WRITER = """
 import sys
 import numpy as np
-from ppo_jax.checkpoints import Checkpoints
+from ppo_jax.io.checkpoints import Checkpoints
 checkpoints = Checkpoints(sys.argv[1])
 example = {"w": np.zeros((600, 600), np.float32)}
 example["n"] = {str(i): np.zeros((), np.int32) for i in range(20)}

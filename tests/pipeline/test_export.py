@@ -246,7 +246,7 @@ def test_a_failure_halfway_leaves_nothing(saved, workdir, monkeypatch):
     def fail(*_, **__):
         raise OSError("no space left")
 
-    monkeypatch.setattr("ppo_jax.export.write_card", fail)
+    monkeypatch.setattr("ppo_jax.pipeline.export.write_card", fail)
     with pytest.raises(OSError, match="no space left"):
         export_stage(workdir, "sft", workdir / "out")
     assert sorted(workdir.iterdir()) == before

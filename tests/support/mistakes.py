@@ -127,7 +127,7 @@ train_ppo --config.ppo.stop_tokens=<none>
     ppo.stop_tokens must be among the ... tokens of the tokenizer (...), got ['<none>']
 train_ppo --config.ppo.reward_model= --config.ppo.reward_function=nothing:here
     ppo.reward_function must be 'module:function', got 'nothing:here': No module named 'nothing'
-train_ppo --config.ppo.reward_model= --config.ppo.reward_function=tests/tiny_run.py:letters
+train_ppo --config.ppo.reward_model= --config.ppo.reward_function=tests/support/tiny_run.py:letters
     ppo.reward_function must be 'module:function', got ..., e.g. tests.support.tiny_run:letters
 train_ppo --config.ppo.reward_model= --config.ppo.reward_function=tests.support.tiny_run.letters
     ppo.reward_function must be 'module:function', got ..., e.g. tests.support.tiny_run:letters
