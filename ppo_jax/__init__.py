@@ -62,7 +62,7 @@ from ppo_jax.models.partition import split_params
 from ppo_jax.rollout.decode import response_outputs, rollout
 from ppo_jax.rollout.sampling import Sampling, sample
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Functions that touch files or devices: name -> where it is.
 SHELL = {

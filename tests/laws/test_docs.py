@@ -18,25 +18,14 @@ from ppo_jax.data import preferences
 from ppo_jax.data import records as data
 from ppo_jax.data.records import write_jsonl
 from ppo_jax.distributed import processes
+from ppo_jax.io.metric_names import with_new_names
 from ppo_jax.pipeline import run as pipeline
 from tests.config.test_run import SECTIONS
 from tests.support import chats, tiny_run
 from tests.support.command_line import ROOT, run_script
+from tests.support.documents import EVERYTHING, PAGES, section, table
 
-README = (ROOT / "README.md").read_text()
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
-
-
-def section(title):
-    """The text under a heading of the README, up to the next of its kind."""
-    level = title.split()[0]
-    return re.search(rf"\n{re.escape(title)}\n(.*?)(?=\n{level} |\Z)", README, re.DOTALL)[1]
-
-
-def table(text):
-    """The rows of the first table in a text, each a list of its cells."""
-    rows = re.search(r"(?:^\|.*\n)+", text, re.MULTILINE)[0].splitlines()
-    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[2:]]
 
 
 # --- settings -------------------------------------------------------------------------------------
@@ -101,9 +90,11 @@ def test_every_choice_is_named_in_the_comment():
         assert not missing, f"{cls.__name__}.{field} says nothing of {missing}"
 
 
-def test_every_setting_that_the_readme_names_exists():
-    names = set(re.findall(r"--config\.([a-z_0-9.]+?)=", README))
-    names |= set(re.findall(r"`((?:model|sft|reward|ppo|evaluate)\.[a-z_.]+)(?:=[^`]*)?`", README))
+def test_every_setting_that_the_pages_name_exists():
+    names = set(re.findall(r"--config\.([a-z_0-9.]+?)=", EVERYTHING))
+    names |= set(
+        re.findall(r"`((?:model|sft|reward|ppo|evaluate)\.[a-z_.]+)(?:=[^`]*)?`", EVERYTHING)
+    )
     assert {"ppo.kl_coef", "model.vocabulary_data"} <= names
     unknown = [name for name in names if not is_setting(Config, name.split("."))]
     assert not unknown
@@ -132,7 +123,7 @@ def documented_metrics():
     """The names in the table, with what its remarks add: "also `sft/`", "`_margin1`, `_margin2`";
     and those of a setting that the run has not: "with `setting=...`:"."""
     names, optional = set(), set()
-    for cell, meaning in table(section("### Metrics")):
+    for cell, meaning in table(PAGES["metrics.md"]):
         row = re.findall(r"`([^`]+)`", cell)
         if setting := re.match(r"with `(\w+)", meaning):
             assert setting[1] in {field.name for _, field in fields()}
@@ -149,16 +140,19 @@ def documented_metrics():
 
 def test_the_table_of_metrics_is_what_a_run_writes(workdir):
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    written = {name for line in lines for name in json.loads(line)} - {"stage", "step"}
+    written = {name for line in lines for name in with_new_names(json.loads(line))} - {
+        "stage",
+        "step",
+    }
     documented, optional = documented_metrics()
-    assert written - documented == set(), "not in the README's table"
-    assert documented - written == set(), "in the README's table, and nothing writes it"
+    assert written - documented == set(), "not in the table of docs/metrics.md"
+    assert documented - written == set(), "in the table of docs/metrics.md, and nothing writes it"
     sources = "".join(path.read_text() for path in (ROOT / "ppo_jax").rglob("*.py"))
     assert all(f'"{name}"' in sources for name in optional)
 
 
 def test_the_table_of_files_is_what_a_run_leaves(workdir):
-    cells = " ".join(row[0] for row in table(section("## What a run leaves").split("###")[0]))
+    cells = " ".join(row[0] for row in table(section(PAGES["training.md"], "## Files of a run")))
     named = {name.strip("/") for name in re.findall(r"`([^`]+)`", cells)}
     found = {path.name for path in workdir.iterdir()}
     assert found - {"tensorboard"} == named  # which its row on metrics.jsonl names
@@ -180,8 +174,8 @@ TALKS = {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\n
 
 
 def formats():
-    """(for what, its keys) of each form of a row in the README's table of data."""
-    rows = table(README[README.index("**Data** are") :])
+    """(for what, its keys) of each form of a row in the table of docs/data.md."""
+    rows = table(section(PAGES["data.md"], "## Data"))
     forms = [(row[0], form) for row in rows for form in re.findall(r"`(\{.*?\})`", row[1])]
     return [(what, tuple(re.findall(r'"(\w+)":', form))) for what, form in forms]
 
@@ -194,7 +188,7 @@ def example_of(keys):
 
 
 @pytest.mark.parametrize(("what", "keys"), formats(), ids=str)
-def test_every_form_of_a_row_in_the_readme_is_read(tmp_path, what, keys):
+def test_every_form_of_a_row_in_the_docs_is_read(tmp_path, what, keys):
     path = tmp_path / "rows.jsonl"
     write_jsonl(path, [example_of(keys)])
     read = []
@@ -206,7 +200,7 @@ def test_every_form_of_a_row_in_the_readme_is_read(tmp_path, what, keys):
     assert len(read) == 1
 
 
-def test_every_form_that_is_read_is_in_the_readme():
+def test_every_form_that_is_read_is_in_the_docs():
     forms = (data.DEMONSTRATION_FORMS, data.RATING_FORMS, data.PROMPT_FORMS)
     read = {keys for group in (*forms, preferences.PREFERENCE_FORMS) for keys in group}
     assert read == {keys for _, keys in formats()}
@@ -217,7 +211,7 @@ def test_every_form_that_is_read_is_in_the_readme():
 
 def commands():
     """Every `python experiments/...` of the documents and of the docstrings, on one line."""
-    sources = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+    sources = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
     sources += sorted((ROOT / "configs").glob("*.py")) + sorted((ROOT / "experiments").glob("*.py"))
     for source in sources:
         text = source.read_text().replace("\\\n", " ")
@@ -271,5 +265,39 @@ def test_contributing_is_three_commands_that_the_project_knows():
 def test_the_version_is_one():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["version"] == ppo_jax.__version__
-    changelog = (ROOT / "ppo_jax" / "CHANGELOG.md").read_text()
+    changelog = (ROOT / "CHANGELOG.md").read_text()
     assert "## Unreleased" in changelog or f"## {ppo_jax.__version__}" in changelog
+
+
+def test_the_front_page_is_short():
+    assert len((ROOT / "README.md").read_bytes()) <= 9000
+
+
+def links():
+    for path in [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *sorted((ROOT / "docs").rglob("*.md")),
+    ]:
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text()):
+            if "://" not in target:
+                yield path, target
+
+
+def test_every_link_between_the_pages_leads_to_a_file():
+    broken = [
+        f"{path.name}: {target}" for path, target in links() if not (path.parent / target).exists()
+    ]
+    assert len(list(links())) > 10 and not broken
+
+
+def test_every_page_is_reached_from_the_front_page():
+    reached, todo = set(), [ROOT / "README.md"]
+    while todo:
+        page = todo.pop()
+        new = {
+            (path.parent / target).resolve() for path, target in links() if path == page
+        } - reached
+        reached |= new
+        todo += new
+    assert {path for path in (ROOT / "docs").rglob("*.md")} <= reached

@@ -2,11 +2,10 @@
 
 import contextlib
 import io
-import pathlib
 import re
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-README = (ROOT / "README.md").read_text()
+from tests.support.command_line import ROOT
+from tests.support.documents import EVERYTHING, PAGES, README
 
 
 def test_the_first_example_prints_what_its_comment_says():
@@ -20,15 +19,18 @@ def test_the_first_example_prints_what_its_comment_says():
     ]
 
 
-def test_every_file_that_the_readme_names_exists():
-    names = set(re.findall(r"(?:experiments|configs|ppo_jax)/\w+\.(?:py|png)", README))
-    layout = README[README.index("ppo_jax/cli.py") : README.index("Configs are `ml_coll")]
-    names |= {f"ppo_jax/{name}" for name in re.findall(r"(?<![\w/*])\w+\.py", layout)}
-    missing = [name for name in names if not (ROOT / name).exists()]
-    assert not missing
-    for path in (ROOT / "ppo_jax").glob("*.py"):
-        listed = path.name in layout or path.name.startswith(("report", "__init__"))
-        assert listed, f"{path.name} is not in the README's layout"
+def test_every_file_that_the_pages_name_exists():
+    names = set(re.findall(r"(?:experiments|configs|ppo_jax|tests)/[\w/]+\.(?:py|png)", EVERYTHING))
+    assert len(names) > 10
+    assert not [name for name in names if not (ROOT / name).exists()]
+
+
+def test_every_package_is_in_the_layout():
+    layout = README[README.index("## Layout") : README.index("## Limits")]
+    packages = [
+        path.name for path in (ROOT / "ppo_jax").iterdir() if (path / "__init__.py").exists()
+    ]
+    assert not [name for name in packages if f"  {name}/ " not in layout]
 
 
 def test_every_metric_of_the_core_is_in_the_table():
@@ -39,6 +41,5 @@ def test_every_metric_of_the_core_is_in_the_table():
     } - {"time/total_s", "time/prepare_s"}
     in_results = {"policy/kl_per_response"}  # of results.json
     in_results |= {name for name in names if name.startswith("reward_model/accuracy_")}
-    table = README[README.index("### Metrics") : README.index("## Limits")]
-    missing = sorted(name for name in names - in_results if f"`{name}`" not in table)
+    missing = sorted(x for x in names - in_results if f"`{x}`" not in PAGES["metrics.md"])
     assert not missing

@@ -1,9 +1,8 @@
-"""The examples of the README's "Using the parts" run as they stand and do what they say."""
+"""The examples of docs/using-the-parts.md run as they stand and do what they say."""
 
 import contextlib
 import functools
 import io
-import pathlib
 import re
 
 import jax
@@ -12,9 +11,9 @@ import numpy as np
 import pytest
 
 import ppo_jax
+from tests.support.documents import PAGES
 
-README = (pathlib.Path(__file__).resolve().parents[2] / "README.md").read_text()
-SECTION = re.search(r"\n## Using the parts\n(.*?)\n## ", README, re.DOTALL)[1]
+SECTION = PAGES["using-the-parts.md"]
 # By the words in bold before the code.
 EXAMPLES = dict(re.findall(r"\*\*([^*]+)\*\*.*?```python\n(.*?)```", SECTION, re.DOTALL))
 
@@ -24,7 +23,7 @@ def ran(title):
     """(the names that an example leaves, what it printed)"""
     names, printed = {}, io.StringIO()
     with contextlib.redirect_stdout(printed):
-        exec(compile(EXAMPLES[title], f"README, {title}", "exec"), names)
+        exec(compile(EXAMPLES[title], f"docs/using-the-parts.md, {title}", "exec"), names)
     return names, printed.getvalue()
 
 
