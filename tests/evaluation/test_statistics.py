@@ -5,50 +5,6 @@ import pytest
 
 from ppo_jax.evaluation import statistics as judges
 
-PRAISE = ["a wonderful film", "wonderful and moving", "a moving story", "moving, wonderful story"]
-BLAME = ["a dreadful film", "dreadful and dull", "a dull story", "dull, dreadful story"]
-RATINGS = np.array([2.0, 3.0, 2.5, 3.5, -2.0, -3.0, -2.5, -3.5])
-
-
-@pytest.fixture
-def tfidf():
-    return judges.fit_tfidf_judge(PRAISE + BLAME, RATINGS)
-
-
-def test_the_tfidf_judge_ranks_unseen_praise_above_unseen_blame(tfidf):
-    scores = tfidf(["wonderful acting", "dull acting", "acting"])
-    assert scores.shape == (3,)
-    assert scores[0] > 1 and scores[1] < -1
-    assert scores[1] < scores[2] < scores[0]
-
-
-def test_the_tfidf_judge_keeps_a_contraction_as_one_word():
-    texts = ["it isn't good", "it is good", "this isn't good", "this is good"]
-    judge = judges.fit_tfidf_judge(texts, np.array([-2.0, 2.0, -2.0, 2.0]))
-    negated, plain = judge(["that isn't good", "that is good"])
-    assert negated < -1 and plain > 1
-
-
-def test_the_lexicons_know_good_from_bad_and_give_floats():
-    for judge in (judges.vader_judge(), judges.textblob_judge()):
-        good, bad, nothing = judge(["A great, lovely film!", "A terrible, ugly film.", ""])
-        assert -1 <= bad < nothing == 0 < good <= 1
-        assert judge(["words"]).dtype == np.float64
-
-
-def test_ridge_recovers_a_linear_law_whatever_the_scale_of_a_feature():
-    x = np.random.default_rng(0).normal(size=(400, 3)) * [1.0, 1e4, 1e-4]
-    law = np.array([1.0, 2e-4, -3e4])
-    predict = judges.fit_ridge(x[:300], x[:300] @ law + 5.0, alphas=(1e-4, 1.0))
-    np.testing.assert_allclose(predict(x[300:]), x[300:] @ law + 5.0, atol=1e-3)
-
-
-def test_ridge_chooses_the_strong_penalty_when_the_targets_are_noise():
-    rng = np.random.default_rng(0)
-    x, noise = rng.normal(size=(60, 50)), rng.normal(size=60)
-    both = judges.fit_ridge(x, noise, alphas=(1e-6, 1e6))(rng.normal(size=(40, 50)))
-    assert both.std() < 0.01
-
 
 def test_rating_accuracy_equals_the_loop_over_pairs():
     rng = np.random.default_rng(1)
@@ -126,8 +82,12 @@ def test_the_table_has_means_win_rates_and_the_judges_own_accuracy():
     assert (row["pair_accuracy_margin1"], row["num_prompts"]) == (1.0, 2)
 
 
+def by_length(texts):
+    return np.array([float(len(text)) for text in texts])
+
+
 def test_a_table_without_rated_texts_does_not_claim_an_accuracy():
-    (row,) = judges.judge_table({"vader": judges.vader_judge()}, {"sft": ["bad"], "ppo": ["good"]})
+    (row,) = judges.judge_table({"length": by_length}, {"sft": ["bad"], "ppo": ["good"]})
     assert "pair_accuracy_margin1" not in row and "note" not in row
     assert row["win_rate_ppo_vs_sft"] == 1.0
 
@@ -135,9 +95,6 @@ def test_a_table_without_rated_texts_does_not_claim_an_accuracy():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: judges.fit_tfidf_judge(["a b"], np.array([np.nan])), "finite, got nan at index 0"),
-        (lambda: judges.fit_tfidf_judge(["a b"], np.zeros(2)), r"shape \(1,\), got \(2,\)"),
-        (lambda: judges.fit_ridge(np.full((2, 1), np.inf), np.zeros(2)), "finite"),
         (lambda: judges.win_rate(np.zeros(2), np.zeros(3)), "scores_b must have shape"),
         (lambda: judges.win_rate(np.zeros(0), np.zeros(0)), "empty"),
         (lambda: judges.bootstrap_interval(np.ones(2), np.ones(2), seed=0, level=95), "level"),

@@ -6,6 +6,9 @@ import film_reviews
 import jax
 import numpy as np
 import pytest
+from film_reviews import scorers
+from film_reviews.data import PARTS as SHARES
+from film_reviews.data import PROMPT_WORDS
 
 from ppo_jax.data.encode import encode_texts
 from ppo_jax.data.records import read_jsonl
@@ -51,14 +54,14 @@ def test_prompts_of_unseen_parts_begin_no_training_text_and_are_their_own(data):
         for name in ("prompts", "test_prompts", "validation_prompts")
     )
     assert not training & test and not training & validation and not test & validation
-    words = film_reviews.PROMPT_WORDS
+    words = PROMPT_WORDS
     begins = {" ".join(text.split()[:words]) for text in normalised(data["sft"])}
     assert not begins & (test | validation)
 
 
 @pytest.mark.parametrize("part", ["train", "test", "validation"])
 def test_a_prompt_is_how_a_text_of_its_part_begins(data, part):
-    words = film_reviews.PROMPT_WORDS
+    words = PROMPT_WORDS
     begins = {" ".join(row["text"].split()[:words]) for row in data[f"{part}_ratings"]}
     found = [row["prompt"] for row in data["prompts" if part == "train" else f"{part}_prompts"]]
     assert set(found) <= begins
@@ -70,7 +73,7 @@ def test_there_is_enough_of_everything(data):
     sizes = {name: len(rows) for name, rows in data.items()}
     assert sum(sizes[f"{part}_ratings"] for part in PARTS) > 10_000
     total = sum(sizes[f"{part}_ratings"] for part in PARTS)
-    for part, share in film_reviews.PARTS.items():
+    for part, share in SHARES.items():
         assert abs(sizes[f"{part}_ratings"] / total - share) < 0.02
     assert 3_000 < sizes["sft"] <= sizes["train_ratings"]
     assert sizes["prompts"] > 3_000
@@ -110,7 +113,7 @@ class Letters:
 
 @pytest.fixture
 def model(monkeypatch):
-    monkeypatch.setattr(film_reviews, "JUDGE_LAYER", 1)
+    monkeypatch.setattr(scorers, "JUDGE_LAYER", 1)
     config = tiny.model_config()
     params = tiny.random_params(policy_network(config))
     params = jax.tree.map(np.asarray, params)
@@ -120,7 +123,7 @@ def model(monkeypatch):
 def test_hidden_features_are_the_mean_and_the_last_state_of_the_judges_layer(model):
     """Whatever the other texts are: 35 of them, in two batches of several lengths."""
     texts = ["a" * (1 + n % 9) + "bcd" * (n % 4) for n in range(35)]
-    got = film_reviews.hidden_features(model, film_reviews.make_trunk(model), texts)
+    got = scorers.hidden_features(model, scorers.make_trunk(model), texts)
     trunk = trunk_network(model.config, end_layer=1)
     params = split_params(model.config, model.params, 1, 1).trunk
     for text, features in zip(texts[::12], got[::12], strict=True):
@@ -135,7 +138,7 @@ def test_the_gold_judge_learns_what_its_ratings_say(model):
     rng = np.random.default_rng(0)
     texts = ["".join(rng.choice(list("abcdef"), size=8)) for _ in range(200)]
     ratings = np.array([text.count("a") - text.count("b") for text in texts], float)
-    judge = film_reviews.gold_judge(model, texts[:150], ratings[:150])
+    judge = scorers.gold_judge(model, texts[:150], ratings[:150])
     assert np.corrcoef(judge(texts[150:]), ratings[150:])[0, 1] > 0.8
 
 

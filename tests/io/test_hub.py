@@ -9,6 +9,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import transformers
+from film_reviews.data import film_ratings
 
 from ppo_jax.io import gguf as gguf_file
 from ppo_jax.io import hub as sources
@@ -117,34 +118,6 @@ def test_of_a_hub_repository_only_weights_config_and_tokenizer_are_fetched(tmp_p
     assert fetched == wanted
 
 
-def test_film_ratings_are_different_sentences_with_many_ratings_each():
-    rated = sources.film_ratings()
-    assert len(rated) == len({r.text for r in rated}) == 10_603  # 10,605 lines, 2 twice
-    assert all(len(r.ratings) >= 15 for r in rated)
-    assert {x for r in rated for x in r.ratings} == set(range(-4, 5))
-    assert rated[0].text.startswith("The Rock is destined to be the 21st Century's new")
-    assert rated[0].mean == pytest.approx(2.26666666667)  # as in the file
-    assert not any("&amp;" in r.text or "\r" in r.text for r in rated)
-
-
-@pytest.mark.parametrize(
-    ("name", "count"),
-    # Lines, less equal texts, less the tweets whose files disagree.
-    [
-        ("amazonReviewSnippets", 3708 - 11),
-        ("nytEditorialSnippets", 5190 - 72),
-        ("tweets", 4200 - 199),
-    ],
-)
-def test_the_other_rating_sets_are_read_too(name, count):
-    assert len(sources.film_ratings(name)) == count
-
-
-def test_an_unknown_rating_set_is_refused():
-    with pytest.raises(ValueError, match="'films'.*movieReviewSnippets"):
-        sources.film_ratings("films")
-
-
 @pytest.fixture(scope="module")
 def tiny_llama():
     pytest.importorskip("torch")
@@ -225,7 +198,7 @@ def interleave(array, part, size):
 
 
 def gguf_tokenizer():
-    tokenizer = train_tokenizer([r.text for r in sources.film_ratings()[:200]], 300)
+    tokenizer = train_tokenizer([r.text for r in film_ratings()[:200]], 300)
     assert len(tokenizer) == 300
     return tokenizer
 

@@ -5,10 +5,10 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from film_reviews.data import film_ratings
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from ppo_jax.io.hub import film_ratings
 from ppo_jax.io.tokenizers import (
     load_tokenizer,
     save_tokenizer,

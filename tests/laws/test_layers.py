@@ -122,7 +122,6 @@ def test_only_the_module_that_is_named_for_it_knows_a_third_party():
         "gguf": {"io.gguf"},
         "tokenizers": {"io.gguf", "io.tokenizers"},
         "transformers": {"io.gguf", "io.tokenizers"},
-        "sklearn": {"evaluation.statistics"},
         "ml_collections": {"config.run", "pipeline.run", "cli"},
     }
     users = {name: imports(source(name))[1] for name in modules()}

@@ -1,0 +1,82 @@
+"""The panels of judges that the configs name."""
+
+from pathlib import Path
+
+import numpy as np
+
+from film_reviews.data import OTHER_SETS, film_ratings, stable_order
+from ppo_jax.data.records import load_ratings
+from ppo_jax.evaluation.evaluate import Panel
+from ppo_jax.io.stage_folder import load_model
+
+try:
+    from film_reviews.scorers import (
+        JUDGE_LAYER,
+        fit_tfidf_judge,
+        gold_judge,
+        textblob_judge,
+        vader_judge,
+    )
+except ImportError as error:
+    raise ImportError(f"{error}; pip install 'ppo_jax[quickstart]' has it") from error
+
+BASE_MODEL = "package:smollm2-135m-instruct"
+NUM_GOLD = 2500  # texts that the gold judge is fitted on
+NUM_RATED = 500  # unseen texts that measure the judges
+# Accuracy on pairs of unseen film sentences with a gap of 1 or more, on a split of its own.
+REFERENCE = {"human rater": 0.943, "ridge on a frozen layer": 0.888, "TF-IDF ridge": 0.855}
+
+
+def judges(workdir: Path) -> Panel:
+    """The panel of the quickstart: gold, words, and two lexicons."""
+    panel = word_judges(workdir)
+    texts, means = rated_texts(workdir, "judge")
+    gold = gold_judge(load_model(BASE_MODEL), texts[:NUM_GOLD], means[:NUM_GOLD])
+    note = (
+        f"ridge regression on layer {JUDGE_LAYER} of the pretrained model, fitted on {NUM_GOLD} "
+        "rated texts of its own; it shares these frozen layers with policy and reward model, and "
+        "no text, rating or trained weight"
+    )
+    return Panel(
+        judges={"gold": gold} | dict(panel.judges),
+        notes=dict(panel.notes) | {"gold": note},
+        rated=panel.rated,
+        reference=panel.reference,
+    )
+
+
+def word_judges(workdir: Path) -> Panel:
+    """Judges that share nothing with the policy's model."""
+    texts, means = rated_texts(workdir, "judge")
+    others = [r for name in OTHER_SETS for r in film_ratings(name)]
+    tfidf = fit_tfidf_judge(
+        texts + [r.text for r in others], np.concatenate([means, [r.mean for r in others]])
+    )
+    unseen, unseen_means = rated_texts(workdir, "test")
+    return Panel(
+        judges={"tf-idf": tfidf, "vader": vader_judge(), "textblob": textblob_judge()},
+        notes={
+            "tf-idf": "ridge regression on words and word pairs; film texts of its own, product "
+            "reviews and tweets; shares nothing with the policy's model",
+            "vader": "a lexicon; easy to please with a few strong words",
+            "textblob": "a lexicon; easy to please with a few strong words",
+        },
+        rated=(unseen[:NUM_RATED], unseen_means[:NUM_RATED]),
+        reference=REFERENCE,
+    )
+
+
+def words_as_gold(workdir: Path) -> Panel:
+    """The panel of the tiny variant: a model from scratch has no layer that knows sentiment."""
+    panel = word_judges(workdir)
+    scorers, notes = dict(panel.judges), dict(panel.notes)
+    scorers = {"gold": scorers.pop("tf-idf")} | scorers
+    notes["gold"] = notes.pop("tf-idf")
+    return Panel(judges=scorers, notes=notes, rated=panel.rated, reference=panel.reference)
+
+
+def rated_texts(workdir: Path, part: str) -> tuple[list[str], np.ndarray]:
+    """Texts and mean ratings of a part, shuffled: the source has the kind reviews first."""
+    records = load_ratings(workdir / "data" / f"{part}_ratings.jsonl")
+    records.sort(key=lambda record: stable_order(record.text))
+    return [r.text for r in records], np.array([r.mean for r in records])
