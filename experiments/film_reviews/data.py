@@ -62,7 +62,6 @@ def extract_hutto(folder: Path) -> None:
         "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
         source=True,
     )
-    folder.mkdir()
     inner = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
     with tarfile.open(archive) as outer:
         content = io.BytesIO(outer.extractfile(inner).read())

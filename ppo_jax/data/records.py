@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ppo_jax.config.stages import RewardSettings, SFTSettings
+from ppo_jax.data.atomic import atomic_write
 from ppo_jax.data.chat import Chat, Segment, assistant_turns, has_blank_turn, read_messages
 from ppo_jax.data.readers import Row, finite, json_lines, read_rows, string
 
@@ -137,10 +138,7 @@ def write_jsonl(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> N
     path = Path(path)
     lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
     path.parent.mkdir(parents=True, exist_ok=True)
-    # In the same folder, since a rename is atomic only within one file system.
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes("".join(lines).encode("utf-8"))
-    os.replace(partial, path)
+    atomic_write(path, "".join(lines))
 
 
 def split_by_text(

@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 
 from ppo_jax.config.run import ModelSettings, ScratchSettings
 from ppo_jax.core.types import Params
+from ppo_jax.data.atomic import atomic_folder
 from ppo_jax.data.records import load_texts
 from ppo_jax.io import huggingface as hf
 from ppo_jax.io import tokenizers as vocabulary
@@ -42,14 +43,8 @@ def prepare_base(settings: ModelSettings, folder: Path, seed: int):
         records = load_texts(settings.vocabulary_data, tokenizer)
         texts = [text for record in records for text, _ in record.parts]
         make = trimmed_model if settings.scratch is None else scratch_model
-        temporary = folder.with_name(folder.name + ".tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        try:
-            make(settings, temporary, texts, seed)
-            temporary.rename(folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        with atomic_folder(folder) as new:
+            make(settings, new, texts, seed)
 
 
 def trimmed_model(settings: ModelSettings, folder: Path, texts: list[str], seed: int):

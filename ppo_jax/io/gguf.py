@@ -84,7 +84,7 @@ def convert_gguf(path: Path, folder: Path) -> None:
     for tensor in reader.tensors:
         weight = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
         tensors[hf_names[tensor.name]] = half_split(weight, tensor.name, config)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     tokenizer.save_pretrained(folder)
     save_file(tensors, folder / "model.safetensors")

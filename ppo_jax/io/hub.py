@@ -14,6 +14,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+from ppo_jax.data.atomic import atomic_folder
 from ppo_jax.io.gguf import convert_gguf
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -95,14 +96,8 @@ def make_once(folder: Path, write: Callable[[Path], None]) -> Path:
     """`folder`, written by `write(partial_folder)` unless it is there; whole or not at all."""
     if folder.is_dir():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-") as partial:
-        write(Path(partial) / "new")
-        try:
-            os.rename(Path(partial) / "new", folder)
-        except OSError:  # another process was faster
-            if not folder.is_dir():
-                raise
+    with atomic_folder(folder, shared=True) as new:
+        write(new)
     return folder
 
 

@@ -2,9 +2,10 @@
 
 import functools
 import json
-import os
 import zlib
 from pathlib import Path
+
+from ppo_jax.data.atomic import atomic_write
 
 CHECKSUMS = "checksums.json"  # {"state/_METADATA": {"bytes": 46983, "crc32": 3298103}, ...}
 CHUNK = 2**20  # bytes read at a time; they stay in the processor's cache
@@ -18,12 +19,7 @@ def write_checksums(folder: Path) -> None:
         for path in files
         if not path.name.startswith(CHECKSUMS)
     }
-    temporary = folder / f"{CHECKSUMS}.tmp"
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(sums, file)
-        file.flush()
-        os.fsync(file.fileno())  # or a power cut might leave the new name with no content
-    temporary.replace(folder / CHECKSUMS)
+    atomic_write(folder / CHECKSUMS, json.dumps(sums))
 
 
 def verify_checksums(folder: Path) -> None:

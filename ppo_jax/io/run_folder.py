@@ -8,7 +8,6 @@ import dataclasses
 import importlib.metadata
 import json
 import math
-import os
 import platform
 import subprocess
 from collections.abc import Callable, Iterable, Mapping
@@ -18,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from ppo_jax.data.atomic import atomic_write
 from ppo_jax.io.metric_names import with_former_names, with_new_names
 
 PACKAGES = ("ppo_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "chex", "numpy")
@@ -59,7 +59,7 @@ def drop_lines_after(path: str | Path, stage: str, step: int | None) -> None:
     *complete, torn = path.read_bytes().split(b"\n")
     kept = [x for n, x in enumerate(complete, 1) if not _is_after(x, stage, step, f"{path}:{n}")]
     if torn or len(kept) < len(complete):
-        _write_atomically(path, b"".join(line + b"\n" for line in kept))
+        atomic_write(path, b"".join(line + b"\n" for line in kept))
 
 
 def prepare_workdir(workdir: str | Path, config: Mapping[str, Any]) -> None:
@@ -90,7 +90,7 @@ def prepare_workdir(workdir: str | Path, config: Mapping[str, Any]) -> None:
         "devices": {"kind": kind, "count": count, "processes": jax.process_count()},
     }
     text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
-    _write_atomically(Path(workdir) / "config.json", text.encode())
+    atomic_write(Path(workdir) / "config.json", text.encode())
 
 
 def read_config(workdir: str | Path) -> dict[str, Any] | None:
@@ -128,7 +128,7 @@ def write_results(workdir: str | Path, results: Mapping[str, Any]) -> None:
     if jax.process_index() == 0:
         both = with_former_names(_plain(results, nonfinite=lambda x: None))
         text = json.dumps(both, indent=2, ensure_ascii=False)
-        _write_atomically(Path(workdir) / "results.json", (text + "\n").encode())
+        atomic_write(Path(workdir) / "results.json", (text + "\n").encode())
 
 
 def fill_in_workdir(settings: Any, workdir: Path) -> Any:
@@ -196,15 +196,6 @@ def _is_after(line: bytes, stage: str, step: int | None, place: str) -> bool:
         raise ValueError(
             f"{place}: must be a JSON object with stage and step: {error!r}."
         ) from error
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def _package_versions() -> dict[str, str]:

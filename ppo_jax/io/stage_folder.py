@@ -16,6 +16,7 @@ import numpy as np
 from ppo_jax.config.run import STAGES, ModelSettings
 from ppo_jax.core.network import merge_params
 from ppo_jax.core.types import Params
+from ppo_jax.data.atomic import atomic_write
 from ppo_jax.distributed.layout import Layout
 from ppo_jax.distributed.processes import on_primary
 from ppo_jax.io import huggingface as hf
@@ -144,9 +145,7 @@ def update_stage(folder: Path, description: dict):
 
 
 def write_description(folder: Path, description: dict):
-    temporary = folder / "stage.json.tmp"
-    temporary.write_text(json.dumps(description, indent=2) + "\n")
-    temporary.replace(folder / "stage.json")
+    atomic_write(folder / "stage.json", json.dumps(description, indent=2) + "\n")
 
 
 def has_begun(folder: Path) -> bool:

@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ppo_jax.core.types import Params
+from ppo_jax.data.atomic import atomic_folder
 from ppo_jax.evaluation.report.model_card import write_card
 from ppo_jax.inference.generate import find_sampling
 from ppo_jax.io import huggingface as hf
@@ -88,13 +88,9 @@ def export_stage(
         model = load_model(source)
         how = find_sampling(str(source), model.tokenizer)
         write = functools.partial(write_model, model=model, **how)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".partial-") as partial:
-        folder = Path(partial) / "new"
-        folder.mkdir()
+    with atomic_folder(out) as folder:
         write(folder, dtype=dtype)
         write_card(folder, Path(workdir), stage, out=out.name, dtype=dtype, adapter_of=adapter_of)
-        os.rename(folder, out)
 
 
 def check_base(path: str, source: Path) -> str:

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import os
-import shutil
 import sys
 import tempfile
 import time
@@ -16,6 +15,7 @@ from ml_collections import config_dict
 
 from ppo_jax.config.parsing import load_function
 from ppo_jax.config.run import STAGES, Config, from_config_dict
+from ppo_jax.data.atomic import PARTIAL, atomic_folder
 from ppo_jax.distributed.layout import make_mesh
 from ppo_jax.distributed.processes import on_primary, stop_if_asked, wait_for_all
 from ppo_jax.evaluation.evaluate import evaluate
@@ -128,7 +128,7 @@ def stand_in(workdir: Path) -> Iterator[Path]:
     """A temporary folder with links to what the run's folder holds; messages name the latter."""
     with tempfile.TemporaryDirectory() as name:
         for entry in workdir.iterdir() if workdir.is_dir() else ():
-            if entry.suffix != ".tmp":  # what a killed run has left
+            if not entry.name.startswith(PARTIAL):  # what a killed run has left
                 (Path(name) / entry.name).symlink_to(entry.resolve())
         try:
             yield Path(name)
@@ -248,14 +248,8 @@ def make_data(config: Config, workdir: Path):
     folder = workdir / "data"
     if not config.prepare or folder.is_dir():
         return
-    temporary = workdir / "data.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        load_function(config.prepare, "prepare")(temporary)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with atomic_folder(folder) as new:
+        load_function(config.prepare, "prepare")(new)
 
 
 def evaluation_subject(config: Config, workdir: Path) -> dict:

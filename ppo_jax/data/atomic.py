@@ -1,0 +1,52 @@
+"""Files and folders that appear whole or not at all."""
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+PARTIAL = ".partial-"  # how the names begin of what is not yet whole
+
+
+def atomic_write(path: str | os.PathLike, content: str | bytes) -> None:
+    """Write a file, or replace it; a reader, or a crash, finds the old content or the new one.
+
+    Args:
+        path: of the file; its folder is there.
+        content: a text is written as UTF-8.
+    """
+    path = Path(path)
+    # In the same folder, since a rename is atomic only within one file system.
+    partial = path.with_name(PARTIAL + path.name)
+    with open(partial, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())  # or a power cut might leave the new name with no content
+    os.replace(partial, path)
+
+
+@contextlib.contextmanager
+def atomic_folder(folder: str | os.PathLike, *, shared: bool = False) -> Iterator[Path]:
+    """A new folder to fill, which becomes `folder` at the end of the context; nothing on an error.
+
+    Args:
+        folder: which is absent, or empty.
+        shared: other processes may write the same folder at the same time: the first to finish
+            wins. Otherwise what a killed process has left is removed.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f"{PARTIAL}{folder.name}-"
+    for left in () if shared else folder.parent.glob(f"{prefix}*"):
+        shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=prefix) as partial:
+        new = Path(partial) / folder.name
+        new.mkdir()
+        yield new
+        try:
+            os.rename(new, folder)
+        except OSError:
+            if not (shared and folder.is_dir()):
+                raise
