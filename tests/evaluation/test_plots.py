@@ -1,4 +1,4 @@
-"""The labels of a figure lie clear of what it shows, wherever its points are."""
+"""The labels of both ends of a trajectory are inside the axes, apart, and beside their points."""
 
 import math
 
@@ -9,7 +9,6 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from ppo_jax.evaluation.report import plots, report
-from ppo_jax.evaluation.report.plot_labels import clear_place
 
 RADIUS = 2.5  # points: of a drawn point
 
@@ -67,48 +66,24 @@ def is_known(row):
     return all(value is not None and math.isfinite(value) for value in row.values())
 
 
-@pytest.mark.parametrize("size", [report.WIDE, report.SMALL])
+@pytest.mark.parametrize("size", [report.WIDE, (4.2, 2.7)])
 @pytest.mark.parametrize("run", RUNS)
-def test_the_labels_of_both_ends_cover_nothing(run, size):
+def test_the_labels_of_both_ends_are_inside_the_axes_and_do_not_overlap(run, size):
     axes, labels, boxes = drawn(RUNS[run], size)
     known = [row["step"] for row in RUNS[run] if is_known(row)]
     assert [text.get_text() for text in labels] == [f"iteration {known[i]}" for i in (0, -1)]
-    to_pixels = axes.transData.transform
-    points = to_pixels(np.asarray(axes.collections[0].get_offsets()))
-    assert len(points) == len(known)
-    lines = [line.get_path().interpolated(50).transformed(axes.transData) for line in axes.lines]
+    assert len(axes.collections[0].get_offsets()) == len(known)
     for box in boxes:
-        assert gap(box, points) > RADIUS * axes.figure.dpi / 72
-        assert all(gap(box, line.vertices) > 2 for line in lines)
         assert (axes.bbox.min <= box.min).all() and (box.max <= axes.bbox.max).all()
     assert not boxes[0].overlaps(boxes[1])
 
 
-@pytest.mark.parametrize("run", ["two points", "few", "falling"])
-def test_a_label_is_beside_its_point_where_there_is_room(run):
+@pytest.mark.parametrize("run", RUNS)
+def test_a_label_is_beside_its_point_and_does_not_cover_it(run):
     axes, labels, boxes = drawn(RUNS[run], report.WIDE)
     for text, box in zip(labels, boxes, strict=True):
-        assert gap(box, axes.transData.transform(text.xy)[None]) < 12 * axes.figure.dpi / 72
-        assert not text.arrow_patch.get_visible()
-
-
-def test_a_label_that_is_far_from_its_point_is_joined_to_it():
-    axes, labels, boxes = drawn(RUNS["a cloud"], report.WIDE)
-    far = [
-        gap(box, axes.transData.transform(text.xy)[None]) > 12 * axes.figure.dpi / 72
-        for text, box in zip(labels, boxes, strict=True)
-    ]
-    assert any(far) and [text.arrow_patch.get_visible() for text in labels] == far
-
-
-def test_a_place_is_the_nearest_that_is_free_or_covers_the_least():
-    area, box = (0.0, 0.0, 30.0, 20.0), (6.0, 4.0)
-    everywhere = np.argwhere(np.ones((30, 20))) + 0.5
-    free = (everywhere[:, 0] > 20) & (everywhere[:, 1] < 10)  # a corner of 10 x 10
-    assert clear_place((5.0, 15.0), box, everywhere[~free], area) == (20.0, 6.0)
-    twice = np.concatenate([everywhere, everywhere[~free]])
-    assert clear_place((5.0, 15.0), box, twice, area) == (20.0, 6.0)
-    assert clear_place((29.0, 10.0), box, everywhere[:0], area)[0] <= 24.0
+        point = axes.transData.transform(text.xy)[None]
+        assert RADIUS < gap(box, point) * 72 / axes.figure.dpi < 12
 
 
 def test_a_run_without_two_points_has_no_trajectory():

@@ -10,7 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from ppo_jax.evaluation.report import plots, report
-from ppo_jax.evaluation.report.panels import PANELS, Panel, series
+from ppo_jax.evaluation.report.charts import CHARTS, Chart, series
 from ppo_jax.evaluation.report.summary import read_run
 from tests.support.run_files import write_run
 
@@ -52,7 +52,7 @@ RESULTS = {
 
 
 def metric_rows(stage, steps=30):
-    names = [name for group in PANELS[stage] for panel in group.panels for name in panel.metrics]
+    names = [name for group in CHARTS[stage] for chart in group.charts for name in chart.metrics]
     names += ["reward/score_std"] if stage == "ppo" else []
     return [
         {"stage": stage, "step": step}
@@ -114,15 +114,15 @@ def read_report(folder):
     return Reader(text), text
 
 
-def test_a_whole_run_has_every_section_and_every_panel(whole_report):
+def test_a_whole_run_has_every_section_and_every_chart(whole_report):
     page, text = whole_report
-    for stage in PANELS.values():
+    for stage in CHARTS.values():
         for group in stage:
-            assert {panel.title for panel in group.panels} <= set(page.headings)
+            assert {chart.title for chart in group.charts} <= set(page.headings)
     sections = ["Result", "Samples", "Stages", "Supervised fine-tuning", "Reward model", "PPO"]
     sections += ["During training", "Environment and configuration"]
     assert [heading for heading in page.headings if heading in sections] == sections
-    figures = sum(len(group.panels) for stage in PANELS.values() for group in stage) + 4
+    figures = sum(len(group.charts) for stage in CHARTS.values() for group in stage) + 4
     assert page.tags.count("svg") == page.tags.count("figure") == figures
     assert "0123abc" in text and "ppo.kl_coef" in text and "16 min 50 s" in text
 
@@ -146,7 +146,7 @@ def test_text_of_models_judges_and_config_is_escaped(whole_report):
     for raw in ("<script>", "<b>film", "I <i>", "gold <1>", "<end>", "my & run"):
         assert raw not in text
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
-    assert "&amp; &quot;so so&quot;" in text and " is\nlovely" in text
+    assert "&amp; &#34;so so&#34;" in text and " is\nlovely" in text
 
 
 def test_the_same_files_give_the_same_report(whole_run, whole_report):
@@ -165,7 +165,7 @@ def test_a_run_of_sft_alone_has_the_parts_that_it_has(tmp_path):
     assert "This run has not finished: sft is at step 2 of 4." in read_report(folder)[1]
 
 
-def test_a_panel_without_its_metric_is_left_out(tmp_path):
+def test_a_chart_without_its_metric_is_left_out(tmp_path):
     rows = [{"stage": "ppo", "step": i, "kl/ref": 0.1 * i} for i in range(3)]
     page, _ = read_report(write_run(tmp_path / "run", metrics=rows))
     assert "KL from the SFT policy" in page.headings
@@ -227,7 +227,7 @@ def test_a_kl_that_is_zero_but_for_rounding_reads_as_zero(tmp_path):
 def test_what_is_set_by_a_rule_is_not_smoothed(exact):
     rows = [{"step": i, "rate": float(i == 0)} for i in range(100)]
     axes = Figure().subplots()
-    plots.curves(rows, "ppo", Panel("Rate", "rate", "", {"rate": "rate"}, exact=exact))(axes)
+    plots.curves(rows, "ppo", Chart("Rate", "rate", "", {"rate": "rate"}, exact=exact))(axes)
     drawn = [line.get_ydata().max() for line in axes.lines]
     assert drawn == [1.0] if exact else drawn[1] < 0.5
 

@@ -49,8 +49,8 @@ def a_run(folder, **files):
         ),
         (
             {"gold/win_rate_ppo_vs_sft": 0.53, "gold/win_rate_ppo_vs_sft_interval": [0.47, 0.59]},
-            "PPO and SFT are not told apart: PPO is preferred in 53% of the unseen prompts by the "
-            "gold judge (95% interval 47% to 59%).",
+            "The difference between PPO and SFT is not significant: PPO is preferred in 53% of the "
+            "unseen prompts by the gold judge (95% interval 47% to 59%).",
         ),
         (
             {"gold/win_rate_ppo_vs_sft": 0.2},

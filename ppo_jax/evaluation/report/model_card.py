@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ppo_jax.evaluation.report import plots
-from ppo_jax.evaluation.report.panels import PANELS
+from ppo_jax.evaluation.report.charts import CHARTS
 from ppo_jax.evaluation.report.summary import Run, headlines, read_run, verdict
 from ppo_jax.io.hub import HUB_ID
 from ppo_jax.io.stage_folder import describe_stage
@@ -125,8 +125,8 @@ def pictures(run: Run, stage: str) -> dict[str, plots.Draw | None]:
             "Score against KL": plots.trajectory(run.rows("ppo")),
             "PPO against SFT, by judge": plots.win_rates(run.results, "sft"),
         }
-    panel = next(p for p in PANELS[stage][0].panels if p.title == FIGURE[stage])
-    drawn = {panel.title: plots.curves(run.rows(stage), stage, panel)}
+    chart = next(c for c in CHARTS[stage][0].charts if c.title == FIGURE[stage])
+    drawn = {chart.title: plots.curves(run.rows(stage), stage, chart)}
     if stage == "reward":
         drawn["Accuracy by gap in rating"] = plots.margins(run.results)
     return drawn

@@ -14,11 +14,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.text import Annotation, Text
 from matplotlib.ticker import MaxNLocator
 
-from ppo_jax.evaluation.report.panels import STEP_NAMES, Panel, series
-from ppo_jax.evaluation.report.plot_labels import along, clear_place, filled
+from ppo_jax.evaluation.report.charts import STEP_NAMES, Chart, series
 
 COLORS = {
     "base": "#8b929c",
@@ -88,20 +86,20 @@ def save_png(draws: Mapping[str, Draw], path: Path, *, columns: int) -> None:
 # Figures of a run. Each returns what draws it, or None when the run has nothing to show there.
 
 
-def curves(rows: Sequence[dict], stage: str, panel: Panel) -> Draw | None:
-    """The metrics of a panel over the steps of a stage; training stands grey beside validation."""
-    known = {name: label for name, label in panel.metrics.items() if series(rows, name)[0]}
+def curves(rows: Sequence[dict], stage: str, chart: Chart) -> Draw | None:
+    """The metrics of a chart over the steps of a stage; training in grey beside validation."""
+    known = {name: label for name, label in chart.metrics.items() if series(rows, name)[0]}
     if not known:
         return None
 
     def draw(axes: Axes) -> None:
         for name, label in known.items():
             steps, values = map(np.array, series(rows, name))
-            muted = name == next(iter(panel.metrics)) and len(panel.metrics) > 1
+            muted = name == next(iter(chart.metrics)) and len(chart.metrics) > 1
             color = COLORS["base" if muted else stage]
-            _draw_line(axes, steps, values, color, label, noisy=not panel.exact)
-            _draw_band(axes, rows, (name, panel.band), color)
-        axes.set(xlabel=STEP_NAMES[stage], ylabel=panel.unit)
+            _draw_line(axes, steps, values, color, label, noisy=not chart.exact)
+            _draw_band(axes, rows, (name, chart.band), color)
+        axes.set(xlabel=STEP_NAMES[stage], ylabel=chart.unit)
         axes.margins(x=0.02)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, steps=[1, 2, 5, 10]))
         if len(known) > 1:
@@ -130,11 +128,10 @@ def trajectory(rows: Sequence[dict]) -> Draw | None:
         ends = points[[0, -1]]
         axes.scatter(*ends.T, facecolors="none", edgecolors=_ink(), s=34, lw=0.9)
         axes.set(xlabel="KL from the SFT policy (nats per response)", ylabel="mean score")
-        axes.margins(x=0.05, y=0.22)  # a label has a place above and below the points
-        first = _Label(f"{STEP_NAMES['ppo']} {steps[0]}", ends[0], points, line)
-        last = _Label(f"{STEP_NAMES['ppo']} {steps[-1]}", ends[1], points, line, first)
-        for label in (first, last):
-            axes.add_artist(label)
+        axes.margins(x=0.05, y=0.25)  # room for a label above and below the points
+        up = 1 if ends[1, 1] >= ends[0, 1] else -1
+        _label_point(axes, f"{STEP_NAMES['ppo']} {steps[0]}", ends[0], -up)
+        _label_point(axes, f"{STEP_NAMES['ppo']} {steps[-1]}", ends[1], up)
 
     return draw
 
@@ -199,36 +196,21 @@ def smooth(values: np.ndarray) -> np.ndarray:
     return (weights * values[known]).sum(1) / weights.sum(1)
 
 
-class _Label(Annotation):
-    """The name of a point, near it and clear of all points, of a line and of another label.
-
-    Its place is found when it is drawn: the size of the axes is not known before.
-    """
-
-    def __init__(self, text: str, at: np.ndarray, points: np.ndarray, line: np.ndarray, other=None):
-        pointer = {"arrowstyle": "-", "lw": 0.6, "color": _ink(), "shrinkA": 0, "shrinkB": 3.5}
-        where = {"xytext": (0, 0), "textcoords": "offset pixels", "ha": "left", "va": "bottom"}
-        super().__init__(text, at, **where, fontweight="bold", arrowprops=pointer)
-        self.points, self.line, self.other = points, line, other
-        self.pixels = np.zeros((0, 2))  # that it covers, once it is drawn
-        self.set_in_layout(False)
-
-    def draw(self, renderer) -> None:
-        to_pixels = self.axes.transData.transform
-        # The air around a label, from the middle of a point; and that to the edge of the axes.
-        pad, edge = map(renderer.points_to_pixels, (6.0, 3.0))
-        size = np.array(Text.get_window_extent(self, renderer).size)
-        things = [to_pixels(self.points)]
-        things += [along(to_pixels(self.line))] if len(self.line) else []
-        things += [self.other.pixels] if self.other else []
-        near = to_pixels(self.xy)
-        within = self.axes.bbox.padded(pad - edge).extents
-        corner = pad + np.array(clear_place(near, size + 2 * pad, np.concatenate(things), within))
-        nearest = np.clip(near, corner, corner + size)
-        self.arrow_patch.set_visible(np.hypot(*(nearest - near)) > 2 * pad)
-        self.pixels = np.concatenate([filled(corner, size), along(np.stack([nearest, near]))])
-        self.set_position(corner - near)
-        super().draw(renderer)
+def _label_point(axes: Axes, text: str, point: np.ndarray, side: int) -> None:
+    """The name of a point, above (side 1) or below it (side -1), toward the middle of the axes."""
+    left, right = axes.get_xlim()
+    toward = 1 if point[0] < (left + right) / 2 else -1
+    axes.annotate(
+        text,
+        point,
+        xytext=(-4 * toward, 9 * side),
+        textcoords="offset points",
+        ha="left" if toward > 0 else "right",
+        va="bottom" if side > 0 else "top",
+        fontweight="bold",
+        bbox={"facecolor": matplotlib.rcParams["figure.facecolor"], "alpha": 0.7, "lw": 0}
+        | {"boxstyle": "square,pad=0.1"},
+    ).set_in_layout(False)
 
 
 def _draw_line(

@@ -3,13 +3,16 @@
 A run that was interrupted, or that has some of the stages only, gets the parts that it has.
 """
 
-from html import escape
+import json
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import jinja2
 import numpy as np
+from markupsafe import Markup
 
-from ppo_jax.evaluation.report import page, plots
-from ppo_jax.evaluation.report.panels import PANELS, STAGES, STEP_NAMES, Group
+from ppo_jax.evaluation.report import plots
+from ppo_jax.evaluation.report.charts import CHARTS, STAGES, STEP_NAMES, Group
 from ppo_jax.evaluation.report.summary import (
     Run,
     duration,
@@ -24,6 +27,23 @@ SHOWN_SAMPLES = 6  # the others are folded
 SHOWN_VERSIONS = 6  # of the response to one prompt during training
 # Inches of 72 points; the page scales them.
 SMALL, HALF, TALL, WIDE = (3.6, 2.3), (5.5, 2.6), (3.6, 3.05), (7.4, 3.05)
+TEMPLATES = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).parent),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+)
+
+
+class Figure(NamedTuple):
+    """A figure of the page: its heading, the drawing, how to read it."""
+
+    title: str
+    svg: Markup
+    note: str
+    wide: bool = False
 
 
 def write_report(workdir: str | Path) -> Path:
@@ -37,10 +57,25 @@ def write_report(workdir: str | Path) -> Path:
         ValueError: the folder holds none of them, or one is not JSON (file:line).
     """
     run = read_run(workdir)
-    parts = [_header(run), _judgement(run), _samples(run), _stages(run)]
-    parts += [_curves(run, stage) for stage in STAGES] + [_changes(run), _settings(run)]
+    config = run.config.get("config", run.config)
+    environment = {key: value for key, value in run.config.items() if key != "config"}
+    text = TEMPLATES.get_template("page.html.jinja").render(
+        run=run,
+        verdict=verdict(run),
+        unfinished=unfinished(run),
+        headlines=headlines(run),
+        result=_result(run),
+        samples=_samples(run),
+        shown_samples=SHOWN_SAMPLES,
+        timeline=_timeline(run),
+        stages=_stages(run),
+        curves=[(title, _groups(run, stage)) for stage, title in STAGES.items()],
+        changes=_changes(run),
+        environment=_flat(environment) if "config" in run.config else [],
+        configuration=_flat(config),
+    )
     path = Path(workdir) / "report.html"
-    path.write_text(page.page(f"{run.name} · ppo_jax", *parts), encoding="utf-8")
+    path.write_text(text, encoding="utf-8")
     return path
 
 
@@ -56,7 +91,7 @@ def save_curves_png(workdir: str | Path, path: str | Path) -> None:
     """
     run = read_run(workdir)
     pictures = {
-        "SFT: loss": plots.curves(run.rows("sft"), "sft", PANELS["sft"][0].panels[0]),
+        "SFT: loss": plots.curves(run.rows("sft"), "sft", CHARTS["sft"][0].charts[0]),
         "Reward model: accuracy": plots.references(run.results),
         "PPO: score against KL": plots.trajectory(run.rows("ppo")),
         "PPO against SFT, by judge": plots.win_rates(run.results, "sft"),
@@ -67,26 +102,15 @@ def save_curves_png(workdir: str | Path, path: str | Path) -> None:
     plots.save_png(drawn, Path(path), columns=min(len(drawn), 2))
 
 
-# The parts of the page, from the top
+# What the template shows, from the top of the page
 
 
-def _header(run: Run) -> str:
-    todo = unfinished(run)
-    warning = f'<p class="warning">This run has not finished: {escape(todo)}.</p>\n'
-    return (
-        f'<header>\n<div class="kicker">ppo_jax · {escape(run.date)}</div>\n'
-        f'<h1>{escape(run.name)}</h1>\n<p class="verdict">{escape(verdict(run))}</p>\n'
-        + (warning if todo else "")
-        + f"{page.cards(headlines(run))}</header>\n"
-    )
-
-
-def _judgement(run: Run) -> str:
+def _result(run: Run) -> dict[str, Any]:
     figures = [
         _figure(
             "Score against KL",
             plots.trajectory(run.rows("ppo")),
-            "Each point is an iteration, from the SFT policy (blue) to the end of PPO (green). "
+            "Each point is an iteration, from the first (blue) to the last (green). "
             "Further up and to the left is better: more score for less drift.",
             size=WIDE,
         ),
@@ -98,25 +122,17 @@ def _judgement(run: Run) -> str:
             size=TALL,
         ),
     ]
-    judges = run.results.get("judges", [])
-    note = (
-        "The judges had no part in the training. The accuracy of each, on unseen pairs that people "
-        "rated at least 1 apart, tells how far to trust it."
-    )
-    return page.section(
-        "Result", page.grid(figures), _judge_table(judges), note=note if judges else ""
-    )
-
-
-def _judge_table(judges: list[dict]) -> str:
-    keys = [key for key in (judges or [{}])[0] if key.startswith(("pair_", "mean_", "win_"))]
+    rows = run.results.get("judges", [])
+    keys = [key for key in (rows or [{}])[0] if key.startswith(("pair_", "mean_", "win_"))]
     keys = [key for key in keys if not key.endswith("_interval")]
-    rows = [
-        [f"{escape(row['judge'])}<small>{escape(row.get('note', ''))}</small>"]
-        + [_judge_cell(row, key) for key in keys]
-        for row in judges
-    ]
-    return page.table(["judge", *map(_judge_heading, keys)], rows) if rows else ""
+    return {
+        "figures": [figure for figure in figures if figure],
+        "headings": ["judge", *map(_judge_heading, keys)],
+        "judges": [
+            (row["judge"], row.get("note", ""), [_judge_cell(row, key) for key in keys])
+            for row in rows
+        ],
+    }
 
 
 def _judge_heading(key: str) -> str:
@@ -127,64 +143,71 @@ def _judge_heading(key: str) -> str:
     return " over ".join(map(_name, key.removeprefix("win_rate_").split("_vs_")))
 
 
-def _judge_cell(row: dict, key: str) -> str:
+def _judge_cell(row: dict, key: str) -> tuple[str, str]:
+    """A figure of a judge and its interval, if any."""
     if key not in row:
-        return ""
+        return "", ""
     if key.startswith("mean_"):
-        return f"{row[key]:+.2f}"
+        return f"{row[key]:+.2f}", ""
     interval = row.get(f"{key}_interval")
-    return f"{row[key]:.1%}" + (
-        '<small class="short">{:.0%} to {:.0%}</small>'.format(*interval) if interval else ""
-    )
+    return f"{row[key]:.1%}", "{:.0%} to {:.0%}".format(*interval) if interval else ""
 
 
-def _samples(run: Run) -> str:
-    samples = run.results.get("samples", [])
-    scores = [score for row in samples for score in row.get("scores", {}).values()]
-    cards = [_sample(row, max(map(abs, scores), default=1.0)) for row in samples]
-    folded = cards[SHOWN_SAMPLES:]
-    more = page.details(f"{len(folded)} more prompts", *folded) if folded else ""
-    note = "Unseen prompts (grey), one response of each stage, with its score."
-    return page.section("Samples", *cards[:SHOWN_SAMPLES], more, note=note)
-
-
-def _sample(row: dict, largest: float) -> str:
+def _samples(run: Run) -> dict[str, Any]:
+    """One row a prompt: the response of every policy that was compared."""
+    rows = run.results.get("samples", [])
+    scores = [score for row in rows for score in row.get("scores", {}).values()]
     columns = [
-        f'<div style="border-color: var(--{stage})">'
-        + page.chip(row.get("scores", {}).get(stage), largest)
-        + f'<span class="stage">{_name(stage)}</span>{page.text(row["prompt"], row[stage])}</div>'
-        for stage in ("base", "sft", "ppo")
-        if stage in row
+        [
+            {
+                "name": _name(policy),
+                "color": policy if policy in plots.COLORS else "other",
+                "score": row.get("scores", {}).get(policy),
+                "prompt": row["prompt"],
+                "response": response,
+            }
+            for policy, response in row.items()
+            if policy not in ("prompt", "scores")
+        ]
+        for row in rows
     ]
-    return f'<div class="sample"><div class="columns">{"".join(columns)}</div></div>\n'
+    return {"rows": columns, "largest": max(map(abs, scores), default=1.0)}
 
 
-def _stages(run: Run) -> str:
-    times = {
+def _times(run: Run) -> dict[str, float]:
+    return {
         key.removeprefix("time/").removesuffix("_s"): seconds
         for key, seconds in run.results.items()
         if key.startswith("time/") and key != "time/total_s"
     }
-    stages = [stage for stage in STAGES if stage not in times and run.rows(stage)]
-    rows = [
-        [
-            escape(_name(stage)),
-            f'<span class="time">{duration(times[stage])}</span>' if stage in times else "",
-            _outcome(run, stage),
-        ]
-        for stage in [*times, *stages]
+
+
+def _timeline(run: Run) -> list[tuple[str, str, float, bool]]:
+    """(label, colour, seconds, whether the label has room) of each segment of the bar.
+
+    A label without room in its segment shows when the pointer rests there.
+    """
+    times = _times(run)
+    total = sum(times.values())
+    return [
+        (
+            f"{_name(stage)} {duration(seconds)}",
+            stage if stage in plots.COLORS else "other",
+            seconds,
+            seconds > 0.12 * total,
+        )
+        for stage, seconds in times.items()
     ]
-    bar = page.timeline(
-        [
-            (f"{_name(s)} {duration(t)}", s if s in plots.COLORS else "other", t)
-            for s, t in times.items()
-        ]
-    )
-    return page.section(
-        "Stages",
-        bar if times else "",
-        page.table(["stage", "time", "outcome"], rows) if rows else "",
-    )
+
+
+def _stages(run: Run) -> list[tuple[str, str, str]]:
+    """(name, time, outcome) of each stage."""
+    times = _times(run)
+    untimed = [stage for stage in STAGES if stage not in times and run.rows(stage)]
+    return [
+        (_name(stage), duration(times[stage]) if stage in times else "", _outcome(run, stage))
+        for stage in [*times, *untimed]
+    ]
 
 
 def _outcome(run: Run, stage: str) -> str:
@@ -200,24 +223,24 @@ def _outcome(run: Run, stage: str) -> str:
     rows = run.rows(stage)
     ends = [(form, run.ends(stage, name)) for name, form in names.items()]
     # + 0.0: the KL begins at 0 but for rounding, which is no reason for a sign.
-    told = [form.format(*(round(v, 3) + 0.0 for v in values)) for form, values in ends if values]
+    parts = [form.format(*(round(v, 3) + 0.0 for v in values)) for form, values in ends if values]
     steps = [f"{STEP_NAMES[stage]} {rows[-1]['step']}"] if rows and stage in STEP_NAMES else []
-    return escape("; ".join(steps + told))
+    return "; ".join(steps + parts)
 
 
-def _curves(run: Run, stage: str) -> str:
-    groups = [_group(run, stage, group) for group in PANELS[stage]]
-    return page.section(STAGES[stage], *groups)
+def _groups(run: Run, stage: str) -> list[dict[str, Any]]:
+    groups = [_group(run, stage, group) for group in CHARTS[stage]]
+    return [group for group in groups if group["figures"]]
 
 
-def _group(run: Run, stage: str, group: Group) -> str:
-    """The figures of a group: two or four of them stand in two columns, else in three."""
-    figures = [(p.title, plots.curves(run.rows(stage), stage, p), p.note) for p in group.panels]
-    figures += _accuracies(run) if stage == "reward" else []
-    figures = [figure for figure in figures if figure[1]]
-    columns, size = (2, HALF) if len(figures) in (2, 4) else (3, SMALL)
-    parts = [_figure(*figure, size=size) for figure in figures]
-    return page.grid(parts, group.heading, columns=columns)
+def _group(run: Run, stage: str, group: Group) -> dict[str, Any]:
+    """The figures of a group: two or four of them in two columns, else in three."""
+    charts = [(c.title, plots.curves(run.rows(stage), stage, c), c.note) for c in group.charts]
+    charts += _accuracies(run) if stage == "reward" else []
+    charts = [chart for chart in charts if chart[1]]
+    columns, size = (2, HALF) if len(charts) in (2, 4) else (3, SMALL)
+    figures = [_figure(*chart, size=size) for chart in charts]
+    return {"heading": group.heading, "columns": columns, "figures": figures}
 
 
 def _accuracies(run: Run) -> list[tuple[str, plots.Draw | None, str]]:
@@ -236,61 +259,57 @@ def _accuracies(run: Run) -> list[tuple[str, plots.Draw | None, str]]:
     ]
 
 
-def _changes(run: Run) -> str:
+def _changes(run: Run) -> dict[str, Any]:
     """How the responses to the same prompts changed during training."""
     prompts: dict[str, list[dict]] = {}
     for row in run.samples:
         prompts.setdefault(row["prompt"], []).append(row)
-    largest = max((abs(row["score"]) for row in run.samples if _scored(row)), default=1.0)
-    folds = [
-        page.details(prompt.strip() or "(empty prompt)", _versions(rows, largest))
-        for prompt, rows in prompts.items()
-    ]
-    if folds:
-        folds[0] = folds[0].replace("<details>", "<details open>", 1)
-    note = "The responses to the same prompts, every few steps."
-    return page.section("During training", *folds, note=note)
+    scores = [abs(row["score"]) for row in run.samples if row.get("score") is not None]
+    return {
+        "prompts": [
+            (prompt.strip() or "(empty prompt)", _versions(rows))
+            for prompt, rows in prompts.items()
+        ],
+        "largest": max(scores, default=1.0),
+    }
 
 
-def _versions(rows: list[dict], largest: float) -> str:
+def _versions(rows: list[dict]) -> list[dict]:
+    """Some of the responses to one prompt, the first and the last among them."""
     kept = np.unique(np.linspace(0, len(rows) - 1, SHOWN_VERSIONS).round().astype(int))
-    cells = [
-        [
-            f'<span class="soft">{escape(_name(row["stage"]))} {row["step"]}</span>',
-            page.text(row["prompt"], row["response"]),
-            page.chip(row["score"] if _scored(row) else None, largest),
-        ]
+    return [
+        {
+            "step": f"{_name(row['stage'])} {row['step']}",
+            "prompt": row["prompt"],
+            "response": row["response"],
+            "score": row.get("score"),
+        }
         for row in (rows[i] for i in kept)
     ]
-    return page.table(["step", "response", "score"], cells)
 
 
-def _settings(run: Run) -> str:
-    """The config, folded, under the environment: whatever config.json holds beside `config`."""
-    whole = run.config
-    config = whole.get("config", whole)
-    environment = {k: v for k, v in whole.items() if k != "config"} if "config" in whole else {}
-    parts = [page.key_table(environment)] if environment else []
-    if config:
-        parts.append(page.details("Configuration", page.key_table(config)))
-    return page.section("Environment and configuration", *parts)
+def _flat(tree: dict, prefix: str = "") -> list[tuple[str, str]]:
+    """Dotted keys and JSON values of a nested dict.
+
+    >>> _flat({"ppo": {"seed": 1, "data": None}, "name": ""})
+    [('ppo.seed', '1'), ('ppo.data', 'null'), ('name', '""')]
+    """
+    rows = []
+    for key, value in tree.items():
+        nested = isinstance(value, dict) and value
+        rows += _flat(value, f"{prefix}{key}.") if nested else [(prefix + key, json.dumps(value))]
+    return rows
 
 
-# Small pieces
-
-
-def _figure(title: str, draw: plots.Draw | None, note: str, *, size: tuple = SMALL) -> str:
-    """A figure of the page; nothing when there is nothing to draw."""
+def _figure(
+    title: str, draw: plots.Draw | None, note: str, *, size: tuple[float, float]
+) -> Figure | None:
+    """None where there is nothing to draw."""
     if draw is None:
-        return ""
-    return page.figure(
-        title, plots.svg(draw, size=size, name=f"{title}: {note}"), note, wide=size == WIDE
-    )
+        return None
+    svg = plots.svg(draw, size=size, name=f"{title}: {note}")
+    return Figure(title, Markup(svg), note, wide=size == WIDE)
 
 
 def _name(stage: str) -> str:
     return NAMES.get(stage, stage)
-
-
-def _scored(row: dict) -> bool:
-    return row.get("score") is not None

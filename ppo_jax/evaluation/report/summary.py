@@ -1,4 +1,4 @@
-"""What a run came to: its files read, its verdict in one sentence, its headline figures."""
+"""Summary of a finished run: headline metrics and a one-sentence verdict."""
 
 import datetime
 import json
@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
 
-from ppo_jax.evaluation.report.panels import STAGES, series
+from ppo_jax.evaluation.report.charts import STAGES, series
 from ppo_jax.evaluation.statistics import share_interval
 from ppo_jax.io.metric_names import with_new_names
 
@@ -138,7 +138,7 @@ def _preference(rate: float, results: dict) -> str:
         return f"PPO is preferred to SFT {told}"
     if high < 0.5:
         return f"PPO lost to SFT: it is preferred {told}"
-    return f"PPO and SFT are not told apart: PPO is preferred {told}"
+    return f"The difference between PPO and SFT is not significant: PPO is preferred {told}"
 
 
 def _window(values: Sequence[float]) -> int:

@@ -1,4 +1,4 @@
-"""Which metric stands in which figure of the report, with its unit and how to read it."""
+"""The charts of the report: which metrics each shows, its unit and how to read it."""
 
 import math
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ STAGES = {
 STEP_NAMES = {"sft": "optimizer step", "reward": "optimizer step", "ppo": "iteration"}
 
 
-class Panel(NamedTuple):
+class Chart(NamedTuple):
     """One figure: its metrics (name -> label), the unit of its axis, and how to read it."""
 
     title: str
@@ -24,25 +24,25 @@ class Panel(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Figures that stand together under one heading."""
+    """Charts under one heading."""
 
     heading: str
-    panels: tuple[Panel, ...]
+    charts: tuple[Chart, ...]
 
 
-# A panel of which a run logged no metric is left out.
-PANELS: dict[str, tuple[Group, ...]] = {
+# A chart of which a run logged no metric is left out.
+CHARTS: dict[str, tuple[Group, ...]] = {
     "sft": (
         Group(
             "",
             (
-                Panel(
+                Chart(
                     "Loss",
                     "nats per token",
                     "Cross-entropy of the next token, on texts trained on and on unseen texts.",
                     {"sft/loss": "training", "sft/validation_loss": "validation"},
                 ),
-                Panel(
+                Chart(
                     "Validation perplexity",
                     "perplexity",
                     "exp(validation loss): as unsure as a choice among this many tokens.",
@@ -55,13 +55,13 @@ PANELS: dict[str, tuple[Group, ...]] = {
         Group(
             "",
             (
-                Panel(
+                Chart(
                     "Loss",
                     "nats per pair",
                     "-log sigmoid(chosen - rejected); a coin toss gives 0.69.",
                     {"reward_model/loss": "training"},
                 ),
-                Panel(
+                Chart(
                     "Accuracy",
                     "share of pairs",
                     "How often the preferred text of a pair has the higher score.",
@@ -77,7 +77,7 @@ PANELS: dict[str, tuple[Group, ...]] = {
         Group(
             "What is optimised",
             (
-                Panel(
+                Chart(
                     "Score",
                     "score",
                     "Mean score of the sampled responses; the band is one standard deviation "
@@ -85,19 +85,19 @@ PANELS: dict[str, tuple[Group, ...]] = {
                     {"reward/score_mean": "mean"},
                     "reward/score_std",
                 ),
-                Panel(
+                Chart(
                     "KL from the SFT policy",
                     "nats per response",
                     "Summed log-ratio of policy and reference over a response, in the mean.",
                     {"kl/ref": "KL"},
                 ),
-                Panel(
+                Chart(
                     "KL penalty",
                     "reward per response",
                     "What the KL takes from the score.",
                     {"reward/kl_penalty": "penalty"},
                 ),
-                Panel(
+                Chart(
                     "KL coefficient",
                     "score per nat",
                     "Constant when fixed; moves towards the target KL when adaptive.",
@@ -109,38 +109,38 @@ PANELS: dict[str, tuple[Group, ...]] = {
         Group(
             "Policy update",
             (
-                Panel(
+                Chart(
                     "Entropy",
                     "nats per token",
                     "Falls as the policy becomes sure; near 0 it has collapsed.",
                     {"policy/entropy": "entropy"},
                 ),
-                Panel(
+                Chart(
                     "Clip fraction",
                     "share of tokens",
                     "Tokens whose ratio left the clip range; 0 for long: updates too timid, "
                     "above 0.3: too bold.",
                     {"policy/clip_fraction": "fraction"},
                 ),
-                Panel(
+                Chart(
                     "Approximate KL of the update",
                     "nats per token",
                     "Between the policy that sampled and the policy that is updated.",
                     {"policy/approx_kl": "KL"},
                 ),
-                Panel(
+                Chart(
                     "Largest ratio",
                     "new / old probability",
                     "The token whose probability an update raised the most.",
                     {"policy/ratio_max": "ratio"},
                 ),
-                Panel(
+                Chart(
                     "Policy loss",
                     "loss",
                     "The clipped surrogate; its level means little, a jump means trouble.",
                     {"policy/loss": "loss"},
                 ),
-                Panel(
+                Chart(
                     "Learning rate",
                     "learning rate",
                     "Of the policy.",
@@ -152,20 +152,20 @@ PANELS: dict[str, tuple[Group, ...]] = {
         Group(
             "Critic",
             (
-                Panel(
+                Chart(
                     "Value loss",
                     "squared error / 2",
                     "Of the critic's values against the returns.",
                     {"value/loss": "loss"},
                 ),
-                Panel(
+                Chart(
                     "Explained variance",
                     "share",
                     "1 - mean squared error / variance of the returns: 1 is a perfect critic, "
                     "0 one no better than a constant.",
                     {"value/explained_variance": "share"},
                 ),
-                Panel(
+                Chart(
                     "Value clip fraction",
                     "share of tokens",
                     "Tokens whose value moved by more than the clip range.",
@@ -176,25 +176,25 @@ PANELS: dict[str, tuple[Group, ...]] = {
         Group(
             "Responses and speed",
             (
-                Panel(
+                Chart(
                     "Response length",
                     "tokens",
-                    "In the mean, the end token included.",
+                    "On average, the end token included.",
                     {"response/length": "length"},
                 ),
-                Panel(
+                Chart(
                     "Ended by themselves",
                     "share of responses",
                     "Responses with an end token before the length limit.",
                     {"response/eos_fraction": "share"},
                 ),
-                Panel(
+                Chart(
                     "Time of an iteration",
                     "seconds",
                     "Rollout, scoring and all optimizer steps.",
                     {"time/step_s": "time"},
                 ),
-                Panel(
+                Chart(
                     "Speed",
                     "tokens per second",
                     "Response tokens sampled and trained on.",
