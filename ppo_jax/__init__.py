@@ -22,7 +22,7 @@ from ppo_jax.algorithms.ppo import (
     update_from_rollout,
 )
 from ppo_jax.algorithms.supervised import reward_step, sft_loss, sft_step, text_scores
-from ppo_jax.core.advantages import gae, whiten
+from ppo_jax.core.advantages import gae, leave_one_out, whiten
 from ppo_jax.core.distributions import entropy, token_logprobs
 from ppo_jax.core.kl import adaptive_kl_coef, kl_estimate
 from ppo_jax.core.losses import (
@@ -107,6 +107,7 @@ __all__ = [
     "init_ppo",
     "kl_estimate",
     "last_token_index",
+    "leave_one_out",
     "make_experience",
     "masked_mean",
     "merge_lora",

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ppo_jax.core.advantages import gae, whiten
+from ppo_jax.core.advantages import gae, leave_one_out, whiten
 from ppo_jax.core.kl import kl_estimate
 from ppo_jax.core.losses import explained_variance
 from ppo_jax.core.masking import last_token_index, masked_mean
@@ -46,7 +46,7 @@ class PPONetworks(NamedTuple):
     """
 
     policy: Network
-    value: Network
+    value: Network | None = None  # None: advantages come without a critic
     reward: Network | None = None  # None: scores come from outside
     trunk: Network | None = None
     value_on_trunk: bool = False
@@ -55,6 +55,7 @@ class PPONetworks(NamedTuple):
 
 
 CHOICES = {
+    "advantages": ("gae", "leave_one_out"),
     "kl_control": ("adaptive", "fixed"),
     "missing_eos": ("keep", "penalty", "replace"),
     "old_logprobs": ("recompute", "rollout"),
@@ -70,6 +71,7 @@ class PPOOptions:
     num_minibatches: int  # optimizer steps a pass
     num_micro_batches: int = 1  # pieces of a minibatch held in memory one after the other
     packing: bool = False  # responses share rows in the update; pieces without responses are saved
+    advantages: str = "gae"  # of the critic's values, or "leave_one_out": of the other responses
     kl_estimator: str = "k1"  # of the penalty in the rewards
     kl_control: str = "fixed"  # or "adaptive"
     missing_eos: str = "keep"  # the score of a response without a stop token, or "replace", or
@@ -134,7 +136,7 @@ def make_experience(
     Args:
         rollout: B responses.
         scores: [B] float, one a response.
-        state: holds the critic, and the coefficient of adaptive KL control.
+        state: holds the critic, if there is one, and the coefficient of adaptive KL control.
         hyperparameters: the numbers.
         frozen: holds the reference.
         networks: the networks.
@@ -142,10 +144,16 @@ def make_experience(
 
     Returns:
         (experience, metrics).
+
+    Raises:
+        ValueError: the advantages need a critic and there is none, or the other way round.
     """
+    needs_critic = options.advantages == "gae"
+    if needs_critic != (networks.value is not None):
+        rule = "a value network" if needs_critic else "no value network"
+        raise ValueError(f"advantages={options.advantages!r} need {rule} in networks.value")
     mask, numbers = rollout.response_mask, hyperparameters
     policy_inputs = rollout.tokens if networks.trunk is None else rollout.hidden
-    value_inputs = rollout.hidden if networks.value_on_trunk else rollout.tokens
     parts = dict(policy_inputs=policy_inputs, frozen=frozen, networks=networks)
     ref_logprobs = policy_logprobs(rollout, frozen.ref_policy, numbers, **parts)
     weights, told = jnp.float32(1.0), {}
@@ -153,6 +161,44 @@ def make_experience(
         logprobs = policy_logprobs(rollout, state.policy_params, numbers, **parts)
         weights, told = importance_weights(logprobs, rollout.logprobs, mask, numbers)
         rollout = rollout.replace(logprobs=jnp.where(mask, logprobs, 0.0))
+    rewards, metrics = response_rewards(rollout, scores, ref_logprobs, state, numbers, options)
+    critic = dict(value_inputs=None, values=None, returns=None)
+    if needs_critic:
+        advantages, critic, told_by_critic = critic_advantages(
+            rollout, rewards, state, numbers, frozen=frozen, networks=networks
+        )
+        metrics |= told_by_critic
+    else:
+        group_size = options.sampling.samples_per_prompt
+        advantages = leave_one_out(rewards, mask, group_size=group_size)
+    experience = Experience(
+        policy_inputs=policy_inputs,
+        mask=rollout.mask,
+        response_tokens=rollout.response_tokens,
+        response_mask=mask,
+        logprobs=rollout.logprobs,
+        advantages=advantages * weights,
+        **critic,
+    )
+    return experience, metrics | told
+
+
+def critic_advantages(
+    rollout: Rollout,
+    rewards: jax.Array,
+    state: PPOState,
+    hyperparameters: Hyperparameters,
+    *,
+    frozen: FrozenParams,
+    networks: PPONetworks,
+) -> tuple[jax.Array, dict[str, jax.Array], dict[str, jax.Array]]:
+    """Generalised advantages by the critic's values, whitened over the whole batch.
+
+    Returns:
+        (advantages [B, T] float32, what the critic's loss needs of `Experience`, metrics).
+    """
+    mask, numbers = rollout.response_mask, hyperparameters
+    value_inputs = rollout.hidden if networks.value_on_trunk else rollout.tokens
     values = response_outputs(
         networks.value,
         merge_params(frozen.value, state.value_params),
@@ -161,23 +207,12 @@ def make_experience(
         response_length=mask.shape[1],
     )
     values = jnp.where(mask, values, 0.0)
-    rewards, metrics = response_rewards(rollout, scores, ref_logprobs, state, numbers, options)
     advantages, returns = gae(
         rewards, values, mask, gamma=numbers.gamma, gae_lambda=numbers.gae_lambda
     )
-    experience = Experience(
-        policy_inputs=policy_inputs,
-        value_inputs=value_inputs,
-        mask=rollout.mask,
-        response_tokens=rollout.response_tokens,
-        response_mask=mask,
-        logprobs=rollout.logprobs,
-        values=values,
-        advantages=whiten(advantages, mask) * weights,
-        returns=returns,
-    )
-    metrics |= {"value/explained_variance": explained_variance(values, returns, mask)}
-    return experience, metrics | told
+    of_critic = dict(value_inputs=value_inputs, values=values, returns=returns)
+    metrics = {"value/explained_variance": explained_variance(values, returns, mask)}
+    return whiten(advantages, mask), of_critic, metrics
 
 
 def policy_logprobs(

@@ -35,19 +35,27 @@ from ppo_jax.rollout.packing import pack_rows, packed_experience
 
 
 def init_ppo(
-    policy_params: Params, value_params: Params, hyperparameters: Hyperparameters
+    policy_params: Params, value_params: Params | None, hyperparameters: Hyperparameters
 ) -> PPOState:
     """The state before the first iteration. The parameters are copied: the state is donated by
-    the loops, and shares no buffer with the reference or the reward model."""
-    trained = jax.tree.map(jnp.copy, {"policy": policy_params, "value": value_params})
+    the loops, and shares no buffer with the reference or the reward model. `value_params` is None
+    without a critic."""
+    trained = jax.tree.map(jnp.copy, trained_params(policy_params, value_params))
     return PPOState(
         step=jnp.int32(0),
         episodes=jnp.int32(0),
         policy_params=trained["policy"],
-        value_params=trained["value"],
+        value_params=trained.get("value"),
         opt_state=init_optimizer(hyperparameters.optimizer, trained),
         kl_coef=jnp.array(hyperparameters.kl_coef, jnp.float32),  # a copy: donated as well
     )
+
+
+def trained_params(policy_params: Params, value_params: Params | None) -> dict[str, Params]:
+    """What the optimizer moves: {"policy": ...}, and "value" where there is a critic."""
+    if value_params is None:
+        return {"policy": policy_params}
+    return {"policy": policy_params, "value": value_params}
 
 
 def experience_loss(
@@ -62,7 +70,7 @@ def experience_loss(
     """The PPO loss of a piece of experience.
 
     Args:
-        params: {"policy": trained leaves, "value": trained leaves}.
+        params: the trained leaves, see `trained_params`.
         experience: B responses, or rows of responses.
         hyperparameters: the numbers; a temperature of 0 counts as 1.
         frozen: the leaves that are not trained.
@@ -83,14 +91,16 @@ def experience_loss(
         temperature=hyperparameters.temperature,
         **packed,
     )
-    values = response_outputs(
-        networks.value,
-        merge_params(frozen.value, params["value"]),
-        e.value_inputs,
-        e.mask,
-        response_length=mask.shape[1],
-        **packed,
-    )
+    values = None
+    if networks.value is not None:
+        values = response_outputs(
+            networks.value,
+            merge_params(frozen.value, params["value"]),
+            e.value_inputs,
+            e.mask,
+            response_length=mask.shape[1],
+            **packed,
+        )
     return ppo_loss(
         logprobs,
         values,
@@ -137,10 +147,12 @@ def ppo_update(
     Raises:
         ValueError: packing, with a network that does not take packed rows.
     """
-    if options.packing and not (networks.policy.packs and networks.value.packs):
+    trained = {"policy": networks.policy, "value": networks.value}
+    packs = {name: network.packs for name, network in trained.items() if network is not None}
+    if options.packing and not all(packs.values()):
         raise ValueError(
             "packing needs networks that take `segments` and `at` and say so (Network.packs), got "
-            f"policy {networks.policy.packs}, value {networks.value.packs}"
+            + ", ".join(f"{name} {value}" for name, value in packs.items())
         )
     batch_size = experience.mask.shape[0]
     factor = schedule(hyperparameters.optimizer, state.step)
@@ -148,6 +160,7 @@ def ppo_update(
         "policy": hyperparameters.optimizer.learning_rate * factor,
         "value": hyperparameters.value_learning_rate * factor,
     }
+    rates = {name: rate for name, rate in rates.items() if name in packs}
     orders = jax.vmap(lambda k: jax.random.permutation(k, batch_size))(
         jax.random.split(key, options.num_epochs)
     )
@@ -174,14 +187,14 @@ def ppo_update(
         )
         return (params, opt_state), metrics | {"policy/grad_norm": norm}
 
-    carry = ({"policy": state.policy_params, "value": state.value_params}, state.opt_state)
+    carry = (trained_params(state.policy_params, state.value_params), state.opt_state)
     rows = orders.reshape(options.num_epochs * options.num_minibatches, -1)
     (params, opt_state), metrics = jax.lax.scan(step, carry, rows)
     state = state.replace(
-        policy_params=params["policy"], value_params=params["value"], opt_state=opt_state
+        policy_params=params["policy"], value_params=params.get("value"), opt_state=opt_state
     )
-    rates = {"policy/learning_rate": rates["policy"], "value/learning_rate": rates["value"]}
-    return state, metrics | {k: jnp.full(len(rows), v) for k, v in rates.items()}
+    rates = {f"{name}/learning_rate": jnp.full(len(rows), x) for name, x in rates.items()}
+    return state, metrics | rates
 
 
 def accumulate_packed(

@@ -160,7 +160,7 @@ class PPOSettings:
 
     prompts: str  # rows of {"prompt"} or {"messages"}
     optimizer: OptimizerSettings  # of the policy; max_grad_norm is over policy and critic
-    value_learning_rate: float  # of the critic, on the same schedule
+    value_learning_rate: float = 1e-5  # of the critic, if there is one, on the same schedule
     init_from: str = "sft"  # the policy: a stage of this workdir, "base", a stage folder or a model
     reward_model: str = "reward"  # a stage of this workdir or a stage folder; "" with a function
     reward_function: str = ""  # "module:function": (prompts, responses) -> one number a response
@@ -203,6 +203,8 @@ class PPOSettings:
     # of the two probabilities, times its advantage
     tis_clip_high: float = 1.0  # the greatest; 1 and 1 is off, 0 and 2 is usual
 
+    advantages: str = "gae"  # by the critic's values; or "leave_one_out": against the other samples
+    # of a prompt, without a critic
     kl_coef: float = 0.05  # reward per nat
     kl_estimator: str = "k1"  # or "k2", "k3"
     kl_control: str = "fixed"  # or "adaptive"
@@ -251,6 +253,12 @@ class PPOSettings:
         check.that(recomputed or low == 1, "tis_clip_low", rule)
         check.that(recomputed or high == 1, "tis_clip_high", rule)
         check.choice("critic_init_from", "", "reward_model", "policy")
+        check.choice("advantages", "gae", "leave_one_out")
+        if self.advantages == "leave_one_out":
+            rule = "at least 2 with advantages='leave_one_out'"
+            check.that(self.samples_per_prompt >= 2, "samples_per_prompt", rule)
+            rule = "'' with advantages='leave_one_out', which has no critic"
+            check.that(not self.critic_init_from, "critic_init_from", rule)
         check_trainable(check, "trainable", "value_trainable")
         check_lora(check, "trainable", "value_trainable")
         pieces = self.num_minibatches * self.num_micro_batches

@@ -76,6 +76,44 @@ def gae(
     return advantages, advantages + values
 
 
+def leave_one_out(rewards: jax.Array, mask: jax.Array, *, group_size: int) -> jax.Array:
+    """Advantages without a critic: a response against the others to the same prompt.
+
+    A_i = R_i - mean of R_j over the other responses j of the group, the same for each token;
+    R_i is the sum of the rewards of response i.
+
+    Args:
+        rewards: [B, T] float, for taking step t.
+        mask: [B, T] bool, True on the steps that count.
+        group_size: responses to each prompt, at least 2; those of one prompt follow each other.
+
+    Returns:
+        [B, T] float32, zero where mask is False.
+
+    Raises:
+        ValueError: the group size is less than 2, or does not divide B.
+
+    Reference: Ahmadian et al. 2024, https://arxiv.org/abs/2402.14740, section 3.2 (RLOO).
+
+    >>> rewards = jnp.array([[1.0, 2.0], [0.0, 9.0]])
+    >>> leave_one_out(rewards, jnp.array([[True, True], [True, False]]), group_size=2).tolist()
+    [[3.0, 3.0], [-3.0, 0.0]]
+    """
+    chex.assert_rank(rewards, 2)
+    chex.assert_equal_shape([rewards, mask])
+    chex.assert_type([rewards, mask], [float, bool])
+    if group_size < 2 or len(rewards) % group_size:
+        raise ValueError(
+            f"group_size must be at least 2 and divide the {len(rewards)} responses, "
+            f"got {group_size}"
+        )
+    (rewards,) = zero_padding(mask, rewards)
+    totals = rewards.sum(axis=1).reshape(-1, group_size)
+    others = (totals.sum(axis=1, keepdims=True) - totals) / (group_size - 1)
+    advantages = (totals - others).reshape(-1, 1)
+    return jnp.where(mask, advantages, 0.0)
+
+
 def whiten(x: jax.Array, mask: jax.Array, *, shift_mean: bool = True) -> jax.Array:
     """x scaled to unit variance, and shifted to zero mean, over the True positions of mask.
 

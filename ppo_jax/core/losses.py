@@ -140,14 +140,14 @@ def clipped_value_loss(
 
 def ppo_loss(
     logprobs: jax.Array,
-    values: jax.Array,
+    values: jax.Array | None,
     entropies: jax.Array,
     mask: jax.Array,
     *,
     old_logprobs: jax.Array,
-    old_values: jax.Array,
+    old_values: jax.Array | None,
     advantages: jax.Array,
-    returns: jax.Array,
+    returns: jax.Array | None,
     clip_range: Number = 0.2,
     clip_range_high: Number | None = None,
     value_clip_range: Number | None = 0.2,
@@ -157,17 +157,17 @@ def ppo_loss(
 ) -> tuple[jax.Array, Metrics]:
     """The whole loss of a PPO update: policy, critic and entropy bonus.
 
-    L = L_policy + vf_coef L_value - entropy_coef mean H.
+    L = L_policy + vf_coef L_value - entropy_coef mean H, where L_value is 0 without a critic.
 
     Args:
         logprobs: [B, T] float, of the tokens under the policy that is trained.
-        values: [B, T] float, of the critic that is trained.
+        values: [B, T] float, of the critic that is trained; None without one.
         entropies: [B, T] float, of the policy that is trained, in nats.
         mask: [B, T] bool, True counts; what the others hold elsewhere has no effect.
         old_logprobs: [B, T] float, when the tokens were sampled.
-        old_values: [B, T] float, when the tokens were sampled.
+        old_values: [B, T] float, when the tokens were sampled; None without a critic.
         advantages: [B, T] float.
-        returns: [B, T] float.
+        returns: [B, T] float; None without a critic.
         clip_range: see `clipped_policy_loss`.
         clip_range_high: see `clipped_policy_loss`.
         value_clip_range: see `clipped_value_loss`.
@@ -187,16 +187,18 @@ def ppo_loss(
     >>> round(loss.item(), 6)  # -1 + 0.1 x 2, the clipped and the plain error being equal
     -0.8
     """
-    chex.assert_equal_shape([logprobs, values, entropies, mask])
+    chex.assert_equal_shape([logprobs, entropies, mask])
     chex.assert_type(entropies, float)
 
     clip = {"clip_range": clip_range, "clip_range_high": clip_range_high, "normalizer": normalizer}
     policy_loss, policy_metrics = clipped_policy_loss(
         logprobs, old_logprobs, advantages, mask, **clip
     )
-    clip = {"value_clip_range": value_clip_range, "normalizer": normalizer}
-    value_loss, value_metrics = clipped_value_loss(values, old_values, returns, mask, **clip)
     mean_entropy = masked_mean(entropies, mask, normalizer=normalizer)
+    value_loss, value_metrics = 0.0, {}
+    if values is not None:
+        clip = {"value_clip_range": value_clip_range, "normalizer": normalizer}
+        value_loss, value_metrics = clipped_value_loss(values, old_values, returns, mask, **clip)
     loss = policy_loss + vf_coef * value_loss - entropy_coef * mean_entropy
     metrics = {"ppo/loss": loss, "policy/entropy": mean_entropy}
     return loss, jax.lax.stop_gradient(metrics | policy_metrics | value_metrics)

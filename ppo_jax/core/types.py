@@ -59,14 +59,14 @@ class Experience:
     """
 
     policy_inputs: jax.Array  # [B, L] int32 tokens, or [B, L, D] the trunk's hidden states
-    value_inputs: jax.Array  # the same for the value network
+    value_inputs: jax.Array | None  # the same for the value network; None without one
     mask: jax.Array  # [B, L] bool
     response_tokens: jax.Array  # [B, T] int32
     response_mask: jax.Array  # [B, T] bool
     logprobs: jax.Array  # [B, T] float32, of the behaviour policy
-    values: jax.Array  # [B, T] float32, before token t is emitted
-    advantages: jax.Array  # [B, T] float32, whitened over the whole batch
-    returns: jax.Array  # [B, T] float32
+    values: jax.Array | None  # [B, T] float32, before token t is emitted; None without a critic
+    advantages: jax.Array  # [B, T] float32, see `PPOOptions.advantages`
+    returns: jax.Array | None  # [B, T] float32; None without a critic
     segments: jax.Array | None = None  # [B, L - 1] int32, which response of its row: 1, 2, .. or 0
     at: jax.Array | None = None  # [B, T] int32, the position that predicts each response token
 
@@ -98,7 +98,7 @@ class Hyperparameters:
     """
 
     optimizer: Optimizer
-    value_learning_rate: jax.Array | float = 1e-5
+    value_learning_rate: jax.Array | float = 1e-5  # of the critic, where there is one
     temperature: jax.Array | float = 1.0  # > 0; divides the logits, in sampling and in training
     kl_coef: jax.Array | float = 0.05  # fixed control, and where adaptive control starts
     target_kl: jax.Array | float = 6.0  # nats per response, adaptive control
@@ -131,7 +131,7 @@ class PPOState:
     step: jax.Array  # [] int32, iterations done
     episodes: jax.Array  # [] int32, responses sampled
     policy_params: Params  # the trained leaves
-    value_params: Params
+    value_params: Params | None  # None without a critic
     opt_state: Any
     kl_coef: jax.Array  # [] float32, moved by adaptive control alone
 

@@ -302,8 +302,9 @@ def check_ppo(settings: PPOSettings, policy: ModelSpec, score: ModelSpec | None)
             f"{len(score.tokenizer)} tokens where the policy has {len(policy.tokenizer)}, or other "
             "ids. Use a reward_function, which gets text."
         )
-    critic = policy if score is None or settings.critic_init_from == "policy" else score
-    check_part("ppo.value_trainable", settings.value_trainable, settings.lora, critic.config)
+    if settings.advantages == "gae":
+        critic = policy if score is None or settings.critic_init_from == "policy" else score
+        check_part("ppo.value_trainable", settings.value_trainable, settings.lora, critic.config)
 
 
 def check_part(field: str, trainable: str | int, lora: LoRASettings, config: ModelConfig):

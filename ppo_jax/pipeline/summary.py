@@ -140,27 +140,30 @@ def memory_rows(s: PPOSettings, policy: ModelSpec, score: ModelSpec | None) -> R
     one of the two is trained whole: at most so much, then."""
     params = shapes_with_adapters(parameters(policy), policy.config, s.trainable, s.lora)
     policy_trained = count_trained(policy.config, params, s.trainable)
-    critic = policy if score is None or s.critic_init_from == "policy" else score
-    critic_params = parameters(dataclasses.replace(critic, kind="reward"))
-    critic_params = shapes_with_adapters(critic_params, critic.config, s.value_trainable, s.lora)
-    critic_trained = count_trained(critic.config, critic_params, s.value_trainable)
-    partial = not {s.trainable, s.value_trainable} & {"all", "lora"}  # the top layers of both
-    shared = partial or s.value_trainable == "lora"
-    rows = [
-        ("memory, policy", count(params)),
-        ("memory, reference", 0 if s.trainable == "lora" else policy_trained),
-        ("memory, critic", critic_trained if shared else count(critic_params)),
-        ("memory, optimizer", 2 * (policy_trained + critic_trained)),
-    ]
-    if score is not None:
-        scorer = count(parameters(score))
+    trains = [("policy trains", trained(policy.config, params, s.trainable))]
+    memory = {
+        "policy": count(params),
+        "reference": 0 if s.trainable == "lora" else policy_trained,
+    }
+    scorer = 0 if score is None else count(parameters(score))
+    critic_trained = 0
+    if s.advantages == "gae":
+        critic = policy if score is None or s.critic_init_from == "policy" else score
+        value = parameters(dataclasses.replace(critic, kind="reward"))
+        value = shapes_with_adapters(value, critic.config, s.value_trainable, s.lora)
+        critic_trained = count_trained(critic.config, value, s.value_trainable)
+        trains += [("critic trains", trained(critic.config, value, s.value_trainable))]
+        partial = not {s.trainable, s.value_trainable} & {"all", "lora"}  # the top layers of both
+        shared = partial or s.value_trainable == "lora"
+        memory["critic"] = critic_trained if shared else count(value)
         scorer = min(scorer, critic_trained) if partial else scorer
-        rows.insert(3, ("memory, reward model", scorer))
+    if score is not None:
+        memory["reward model"] = scorer
+    memory["optimizer"] = 2 * (policy_trained + critic_trained)
     return [
         ("ppo starts from", describe(policy)),
-        ("policy trains", trained(policy.config, params, s.trainable)),
-        ("critic trains", trained(critic.config, critic_params, s.value_trainable)),
-        *((label, size_of(4 * number)) for label, number in rows),
+        *trains,
+        *((f"memory, {name}", size_of(4 * number)) for name, number in memory.items()),
     ]
 
 

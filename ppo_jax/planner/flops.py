@@ -184,7 +184,7 @@ def rollout_flops(
 
 def scoring_flops(
     policy: ModelConfig,
-    value: ModelConfig,
+    value: ModelConfig | None,
     reward: ModelConfig | None,
     *,
     sequences: int,
@@ -199,7 +199,7 @@ def scoring_flops(
 
     Args:
         policy: the policy and its reference.
-        value: the critic.
+        value: the critic; None without one.
         reward: the reward model; None where scores come from outside.
         sequences: N.
         prompt_length: P.
@@ -231,7 +231,7 @@ def scoring_flops(
 
 def update_flops(
     policy: ModelConfig,
-    value: ModelConfig,
+    value: ModelConfig | None,
     *,
     sequences: int,
     prompt_length: int,
@@ -239,7 +239,7 @@ def update_flops(
     num_epochs: int,
     logits_chunk: int = 0,
     platform: str | None = None,
-    trained: tuple[Trained, Trained] = (ALL, ALL),
+    trained: Sequence[Trained] = (ALL, ALL),
 ) -> float:
     """num_epochs x (training of the policy + training of the critic) over P + T - 1 positions.
 
@@ -250,11 +250,11 @@ def update_flops(
     where = dict(sequences=sequences, positions=positions, platform=platform)
     outputs = filled_outputs(response_length, logits_chunk)
     again = sequences * outputs * head_flops(policy, "logits") if logits_chunk else 0
-    return num_epochs * (
-        training_flops(policy, head="logits", outputs=outputs, trained=trained[0], **where)
-        + again
-        + training_flops(value, head="scalar", outputs=response_length, trained=trained[1], **where)
-    )
+    total = training_flops(policy, head="logits", outputs=outputs, trained=trained[0], **where)
+    if value is not None:
+        how = dict(head="scalar", outputs=response_length, trained=trained[1])
+        total += training_flops(value, **how, **where)
+    return num_epochs * (total + again)
 
 
 def filled_outputs(response_length: int, logits_chunk: int) -> int:

@@ -50,7 +50,7 @@ class Models:
     """The shapes of all models of a run."""
 
     policy: ModelConfig  # and of the reference
-    critic: ModelConfig
+    critic: ModelConfig | None  # None: advantages come without one
     reward: ModelConfig | None  # None: scores come from a function
 
 
@@ -74,8 +74,10 @@ def read_models(config: Config) -> Models:
         reward = shape_at(s.reward_model, config.model) or base
         if s.reward_model == "reward" and config.reward and config.reward.num_layers:
             reward = dataclasses.replace(reward, num_layers=config.reward.num_layers)
-    from_policy = reward is None or s.critic_init_from == "policy"
-    return Models(policy=policy, critic=policy if from_policy else reward, reward=reward)
+    critic = None
+    if s.advantages == "gae":
+        critic = policy if reward is None or s.critic_init_from == "policy" else reward
+    return Models(policy=policy, critic=critic, reward=reward)
 
 
 def common_layers(config: Config, models: Models) -> int:
@@ -231,8 +233,8 @@ class Arguments:
         found = abstract_models(config, models, self.layout)
         shared = functools.partial(planned_sharing, config, models)
         self.starts = network_starts(s, *found, shared)
-        policy, reward, critic = found
-        shapes = policy.config, critic.config, reward and reward.config
+        policy, reward, critic = (None if m is None else m.config for m in found)
+        shapes = policy, critic, reward
         self.networks = make_networks(*shapes, self.starts, layouts, s.logits_chunk)
 
         def split(params: Sequence[Params]) -> tuple[FrozenParams, Params, Params]:
@@ -273,7 +275,7 @@ class Arguments:
 
 def abstract_models(
     config: Config, models: Models, layout: Layout
-) -> tuple[Model, Model | None, Model]:
+) -> tuple[Model, Model | None, Model | None]:
     """(policy, reward model, critic) as PPO begins, with shapes in place of parameters."""
 
     def of(kind: str, shape: ModelConfig | None) -> Model | None:
@@ -321,13 +323,13 @@ def analytic_flops(
     )
     policy, critic = models.policy, models.critic
     trunks = [start or 0 for start in starts]
-    trained = (
-        gradients_of(policy, s.trainable, trunks[0], s.lora, "logits"),
-        gradients_of(critic, s.value_trainable, trunks[1], s.lora, "scalar"),
-    )
+    trained = [gradients_of(policy, s.trainable, trunks[0], s.lora, "logits")]
+    if critic is not None:
+        trained.append(gradients_of(critic, s.value_trainable, trunks[1], s.lora, "scalar"))
     passes = 2 if s.old_logprobs == "recompute" else 1
     of_adapters = (passes - 1) * policy.num_layers * trained[0].adapters
-    of_adapters += critic.num_layers * trained[1].adapters
+    if critic is not None:
+        of_adapters += critic.num_layers * trained[1].adapters
     positions = s.rollout_batch_size * (s.max_prompt_length + s.response_length - 1)
     return {
         "rollout": flops.rollout_flops(

@@ -151,7 +151,8 @@ def prepare(config: Config, target: Target) -> tuple[Models, Mesh, list[Phase]]:
     """
     models, s = read_models(config), config.ppo
     check_policy("ppo", config, ModelSpec(kind="policy", config=models.policy, tokenizer=None))
-    check_part("ppo.value_trainable", s.value_trainable, s.lora, models.critic)
+    if models.critic is not None:
+        check_part("ppo.value_trainable", s.value_trainable, s.lora, models.critic)
     mesh = make_mesh(config.mesh, target.devices)
     layouts = Layout(mesh, config.mesh.rules), Layout(mesh, config.mesh.rollout_rules)
     check_batch_rows(s, layouts)

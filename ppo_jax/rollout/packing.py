@@ -120,10 +120,12 @@ def packed_experience(experience: Experience, rows: PackedRows) -> Experience:
     """
 
     def of_tokens(x):
+        if x is None:  # without a critic
+            return None
         return jnp.where(rows.mask, x.reshape(-1)[rows.tokens], 0)
 
     def of_positions(x):
-        return x.reshape(-1, *x.shape[2:])[rows.positions]
+        return None if x is None else x.reshape(-1, *x.shape[2:])[rows.positions]
 
     e = experience
     return Experience(

@@ -109,7 +109,7 @@ def find_trunk(
 
 def make_networks(
     policy: ModelConfig,
-    critic: ModelConfig,
+    critic: ModelConfig | None,
     reward: ModelConfig | None,
     starts: tuple[int | None, int | None, int | None],
     layouts: tuple[Layout, Layout],
@@ -119,7 +119,7 @@ def make_networks(
 
     Args:
         policy: shape of the policy and the reference.
-        critic: shape of the critic.
+        critic: shape of the critic, or None without one.
         reward: shape of the reward model, or None with a reward function.
         starts: the layer at which each of the three starts above the trunk; None reads tokens.
         layouts: of the updates, and of the rollout.
@@ -138,12 +138,17 @@ def make_networks(
         """With the adapters in the weights, a token costs what it costs without them."""
         return of_rollout.decoding_params(merge_lora(policy, params), dtype=policy.dtype)
 
+    value_model = reward_model = None
+    if critic is not None:
+        value_model = value_network(critic, start_layer=value_start, constrain=constrain)
+    if reward is not None:
+        reward_model = reward_network(reward, start_layer=reward_start, constrain=constrain)
     return PPONetworks(
         policy=policy_network(
             policy, start_layer=start, constrain=constrain, logits_chunk=logits_chunk
         ),
-        value=value_network(critic, start_layer=value_start, constrain=constrain),
-        reward=reward and reward_network(reward, start_layer=reward_start, constrain=constrain),
+        value=value_model,
+        reward=reward_model,
         trunk=trunk(constrain),
         value_on_trunk=value_start is not None,
         reward_on_trunk=reward_start is not None,
@@ -159,33 +164,39 @@ def network_starts(
     settings: PPOSettings,
     policy: Model,
     reward: Model | None,
-    critic: Model,
+    critic: Model | None,
     shared: Callable[[Model, Model], int | None] = shared_layers,
 ) -> tuple[int | None, int | None, int | None]:
-    """The layer at which policy, critic and reward model start above the trunk; None reads tokens.
+    """The layer at which policy, critic and reward model start above the trunk; None reads tokens,
+    or there is no such network.
 
     `shared` says how many layers two of them have in common; see `find_trunk`.
     """
-    scorers = [(critic, settings.value_trainable)] + ([(reward, "head")] if reward else [])
-    start, on_trunk = find_trunk(settings, policy, scorers, shared)
-    value_start, reward_start = (start if on else None for on in (on_trunk + [False])[:2])
-    return start, value_start, reward_start
+    both = {"value": (critic, settings.value_trainable), "reward": (reward, "head")}
+    scorers = {name: scorer for name, scorer in both.items() if scorer[0] is not None}
+    start, on_trunk = find_trunk(settings, policy, list(scorers.values()), shared)
+    starts = {name: start for name, on in zip(scorers, on_trunk, strict=True) if on}
+    return start, starts.get("value"), starts.get("reward")
 
 
 def split_models(
     settings: PPOSettings,
     policy: Model,
     reward: Model | None,
-    critic: Model,
+    critic: Model | None,
     starts: tuple[int | None, int | None, int | None],
-) -> tuple[FrozenParams, Params, Params]:
+) -> tuple[FrozenParams, Params, Params | None]:
     """(what is frozen, the trained leaves of the policy as they start, those of the critic).
 
     Arguments as for `make_setup`; starts: see `network_starts`.
     """
     start, value_start, reward_start = starts
     parts = split_params(policy.config, policy.params, settings.trainable, start)
-    value_parts = split_params(critic.config, critic.params, settings.value_trainable, value_start)
+    value_frozen, value_trained = {}, None
+    if critic is not None:
+        trainable = settings.value_trainable
+        value_parts = split_params(critic.config, critic.params, trainable, value_start)
+        value_frozen, value_trained = value_parts.frozen, value_parts.trained
     reward_params = None
     if reward is not None:
         reward_parts = split_params(reward.config, reward.params, "head", reward_start)
@@ -196,39 +207,39 @@ def split_models(
         reward=reward_params,
         trunk=None if start is None else parts.trunk,
         policy=parts.frozen,
-        value=value_parts.frozen,
+        value=value_frozen,
     )
-    return frozen, parts.trained, value_parts.trained
+    return frozen, parts.trained, value_trained
 
 
 def make_setup(
     settings: PPOSettings,
     policy: Model,
     reward: Model | None,
-    critic: Model,
+    critic: Model | None,
     layouts: tuple[Layout, Layout],
     frozen_dtype: str = "float32",
-) -> tuple[Setup, Params, Params]:
+) -> tuple[Setup, Params, Params | None]:
     """Networks and parameters of a run, with all that can be shared shared.
 
     Args:
         settings: the ppo section.
         policy: where the policy starts, and the reference; with its adapters, if it has some.
         reward: the reward model, or None with a reward function.
-        critic: where the critic starts, likewise.
+        critic: where the critic starts, likewise; None without one.
         layouts: of the updates, and of the rollout.
         frozen_dtype: of the parameters that are not trained.
 
     Returns:
-        (setup, the trained leaves of the policy as they start, those of the critic).
+        (setup, the trained leaves of the policy as they start, those of the critic or None).
     """
     layout, starts = layouts[0], network_starts(settings, policy, reward, critic)
     frozen, trained, value_trained = split_models(settings, policy, reward, critic, starts)
     setup = Setup(
         networks=make_networks(
             policy.config,
-            critic.config,
-            reward and reward.config,
+            None if critic is None else critic.config,
+            None if reward is None else reward.config,
             starts,
             layouts,
             settings.logits_chunk,
@@ -237,7 +248,7 @@ def make_setup(
         hyperparameters=layout.replicate(make_hyperparameters(settings)),
         frozen=freeze(frozen, layout, frozen_dtype),
     )
-    return setup, layout.put(trained), layout.put(value_trained)
+    return setup, layout.put(trained), None if critic is None else layout.put(value_trained)
 
 
 def begin_models(
@@ -247,8 +258,10 @@ def begin_models(
     seed: int,
     layout: Layout,
     make: Callable[..., Any] = init_sharded,
-) -> tuple[Model, Model | None, Model]:
+) -> tuple[Model, Model | None, Model | None]:
     """(policy, reward model, critic) as PPO begins: adapters are there, where they are trained.
+
+    The critic is None where the advantages need none.
 
     Args:
         settings: the ppo section.
@@ -261,8 +274,10 @@ def begin_models(
     adapt = functools.partial(
         with_adapters, lora=settings.lora, seed=seed, layout=layout, make=make
     )
-    critic = make_critic(settings, policy, reward)
-    return adapt(policy, settings.trainable), reward, adapt(critic, settings.value_trainable)
+    critic = None
+    if settings.advantages == "gae":
+        critic = adapt(make_critic(settings, policy, reward), settings.value_trainable)
+    return adapt(policy, settings.trainable), reward, critic
 
 
 def make_critic(settings: PPOSettings, policy: Model, reward: Model | None) -> Model:

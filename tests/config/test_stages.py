@@ -133,15 +133,17 @@ def learned(**choice):
 
 
 @pytest.mark.parametrize("name", CHOICES)
-def test_every_choice_of_the_recipe_matters(name):
+def test_every_option_matters(name):
     assert tiny.leaves_differ(learned(), learned(**{name: CHOICES[name]}))
 
 
-def test_the_recipe_has_no_other_choices():
+def test_there_are_no_other_options():
     # Sampling has tests of its own; micro-batches change the memory, see below, and nothing else,
-    # packing the time, see `test_packed_rows`.
+    # packing the time, see `test_packing`; for advantages without a critic see
+    # `test_critic_free_run`.
     fields = {f.name for f in dataclasses.fields(PPOOptions)}
-    assert fields == CHOICES.keys() | {"sampling", "num_micro_batches", "packing"}
+    others = {"sampling", "num_micro_batches", "packing", "advantages"}
+    assert fields == CHOICES.keys() | others
 
 
 def test_micro_batches_save_memory():

@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ppo_jax.core.advantages import gae, whiten
+from ppo_jax.core.advantages import gae, leave_one_out, whiten
 
 
 def gae_loop(rewards, values, mask, *, gamma, gae_lambda, bootstrap):
@@ -139,3 +139,30 @@ def test_whiten_of_equal_numbers_or_of_none_is_zero():
     x = jnp.full((2, 2), 3.0)
     assert (whiten(x, jnp.ones((2, 2), bool)) == 0.0).all()
     assert (whiten(x, jnp.zeros((2, 2), bool)) == 0.0).all()
+
+
+def test_leave_one_out_equals_the_loop_over_the_other_responses():
+    rewards, _, mask = random_inputs(5)
+    got = leave_one_out(jnp.asarray(rewards), jnp.asarray(mask), group_size=3)
+    totals = np.where(mask, rewards, 0.0).sum(axis=1)
+    for i in range(6):
+        group = range(i // 3 * 3, i // 3 * 3 + 3)
+        others = np.mean([totals[j] for j in group if j != i])
+        expected = np.where(mask[i], totals[i] - others, 0.0)
+        np.testing.assert_allclose(got[i], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_padding_changes_no_leave_one_out_advantage():
+    rewards, _, mask = random_inputs(6)
+    clean = leave_one_out(jnp.asarray(rewards), jnp.asarray(mask), group_size=2)
+    dirty = jnp.where(mask, rewards, jnp.nan)
+    assert (leave_one_out(dirty, jnp.asarray(mask), group_size=2) == clean).all()
+
+
+@pytest.mark.parametrize("group_size", [1, 4])
+def test_a_group_that_cannot_be_is_refused(group_size):
+    rewards, _, mask = random_inputs(7)
+    with pytest.raises(
+        ValueError, match=f"at least 2 and divide the 6 responses, got {group_size}"
+    ):
+        leave_one_out(jnp.asarray(rewards), jnp.asarray(mask), group_size=group_size)

@@ -37,6 +37,10 @@ RUNS = {
     "all three on the trunk": dict(ppo=TOP, reward=REWARD),
     "a reward model from elsewhere": dict(ppo=TOP),
     "the critic's top alone": dict(ppo=dict(value_trainable=1)),
+    "no critic": dict(ppo=dict(advantages="leave_one_out", samples_per_prompt=2)),
+    "no critic, one trunk": dict(
+        ppo=BY_FUNCTION | dict(trainable=1, advantages="leave_one_out", samples_per_prompt=2)
+    ),
 }
 
 
@@ -103,6 +107,8 @@ ON_TRUNK = {
     "all three on the trunk": (2, 2, 2),
     "a reward model from elsewhere": (2, None, None),
     "the critic's top alone": (None, None, None),
+    "no critic": (None, None, None),
+    "no critic, one trunk": (2, None, None),
 }
 
 
