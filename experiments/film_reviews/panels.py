@@ -1,12 +1,13 @@
 """The panels of judges that the configs name."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 
 from film_reviews.data import OTHER_SETS, film_ratings, stable_order
 from ppo_jax.data.records import load_ratings
-from ppo_jax.evaluation.evaluate import Panel
+from ppo_jax.evaluation.evaluate import JudgePanel
 from ppo_jax.io.stage_folder import load_model
 
 try:
@@ -27,7 +28,7 @@ NUM_RATED = 500  # unseen texts that measure the judges
 REFERENCE = {"human rater": 0.943, "ridge on a frozen layer": 0.888, "TF-IDF ridge": 0.855}
 
 
-def judges(workdir: Path) -> Panel:
+def judges(workdir: Path) -> JudgePanel:
     """The panel of the quickstart: gold, words, and two lexicons."""
     panel = word_judges(workdir)
     texts, means = rated_texts(workdir, "judge")
@@ -37,15 +38,11 @@ def judges(workdir: Path) -> Panel:
         "rated texts of its own; it shares these frozen layers with policy and reward model, and "
         "no text, rating or trained weight"
     )
-    return Panel(
-        judges={"gold": gold} | dict(panel.judges),
-        notes=dict(panel.notes) | {"gold": note},
-        rated=panel.rated,
-        reference=panel.reference,
-    )
+    judges = {"gold": gold} | dict(panel.judges)
+    return dataclasses.replace(panel, judges=judges, notes=dict(panel.notes) | {"gold": note})
 
 
-def word_judges(workdir: Path) -> Panel:
+def word_judges(workdir: Path) -> JudgePanel:
     """Judges that share nothing with the policy's model."""
     texts, means = rated_texts(workdir, "judge")
     others = [r for name in OTHER_SETS for r in film_ratings(name)]
@@ -53,7 +50,7 @@ def word_judges(workdir: Path) -> Panel:
         texts + [r.text for r in others], np.concatenate([means, [r.mean for r in others]])
     )
     unseen, unseen_means = rated_texts(workdir, "test")
-    return Panel(
+    return JudgePanel(
         judges={"tf-idf": tfidf, "vader": vader_judge(), "textblob": textblob_judge()},
         notes={
             "tf-idf": "ridge regression on words and word pairs; film texts of its own, product "
@@ -66,13 +63,9 @@ def word_judges(workdir: Path) -> Panel:
     )
 
 
-def words_as_gold(workdir: Path) -> Panel:
+def words_as_gold(workdir: Path) -> JudgePanel:
     """The panel of the tiny variant: a model from scratch has no layer that knows sentiment."""
-    panel = word_judges(workdir)
-    scorers, notes = dict(panel.judges), dict(panel.notes)
-    scorers = {"gold": scorers.pop("tf-idf")} | scorers
-    notes["gold"] = notes.pop("tf-idf")
-    return Panel(judges=scorers, notes=notes, rated=panel.rated, reference=panel.reference)
+    return dataclasses.replace(word_judges(workdir), headline="tf-idf")
 
 
 def rated_texts(workdir: Path, part: str) -> tuple[list[str], np.ndarray]:

@@ -289,7 +289,7 @@ class EvaluateSettings:
     """Base, SFT and PPO on unseen prompts, before judges that had no part in the training."""
 
     prompts: str  # rows of {"prompt"} or {"messages"}
-    judges: str = ""  # "module:function": (workdir) -> evaluate.Panel; "" is no judge
+    judges: str = ""  # "module:function": (workdir) -> evaluate.JudgePanel; "" is no judge
     ratings: str = ""  # rows of {"text", "ratings"}: pairs for the reward model; "" is the last
     # validation's accuracy
     num_prompts: int = 256  # the first prompts of the file

@@ -1,4 +1,4 @@
-"""Base, SFT and PPO on unseen prompts, before judges that had no part in the training."""
+"""Comparison of policies on unseen prompts, by judges that had no part in the training."""
 
 import dataclasses
 import json
@@ -33,13 +33,21 @@ NUM_SAMPLES = 12  # prompts side by side in the report
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Panel:
+class JudgePanel:
     """Judges of whole texts (prompt and response), and what a reader must know of them."""
 
     judges: Mapping[str, Judge]
     notes: Mapping[str, str] = dataclasses.field(default_factory=dict)
     rated: tuple[Sequence[str], np.ndarray] | None = None  # texts and mean ratings, unseen by all
     reference: Mapping[str, float] = dataclasses.field(default_factory=dict)  # marks for accuracy
+    headline: str = "gold"  # the judge whose win rate is the result of the run
+
+    def __post_init__(self):
+        if self.headline != "gold" and self.headline not in self.judges:
+            raise ValueError(
+                f"headline must be one of the panel's judges {list(self.judges)}, got "
+                f"{self.headline!r}"
+            )
 
 
 def evaluate(config: Config, workdir: Path, base: str):
@@ -57,22 +65,12 @@ def evaluate(config: Config, workdir: Path, base: str):
         for name, (path, pin) in compared(config, workdir, base, pins.get("init_from")).items()
     }
     prompts = evaluation_prompts(config, policies["ppo"].tokenizer).texts[: settings.num_prompts]
-    responses, rollouts = {}, {}
-    for name, policy in policies.items():
-        responses[name], rollouts[name] = respond(policy, prompts, config, of_rollout)
-        print(f"evaluate: {len(prompts)} responses of {name}", flush=True)
+    responses, results = compare(policies, prompts, config, of_rollout)
     texts = {
         name: [p + r for p, r in zip(prompts, rows, strict=True)]
         for name, rows in responses.items()
     }
-    results = {f"text/distinct2_{name}": distinct_n(rows, 2) for name, rows in responses.items()}
-    start = "sft" if "sft" in policies else "base"  # where PPO began, and its reference
-    results["policy/kl_per_response"] = kl_per_response(
-        policies[start], rollouts["ppo"], len(prompts), settings.temperature
-    )
-    variety = results["text/distinct2_ppo"], results[f"text/distinct2_{start}"]
-    results["text/distinct2_ratio"] = variety[0] / max(variety[1], 1e-9)
-    # What is found is on disk before a judge or the reward model can fail.
+    # What is measured is on disk before a judge or the reward model can fail.
     add_results(workdir, results)
     add_results(workdir, judge_all(settings, workdir, texts))
     name = config.ppo.reward_model or ("reward" if config.reward is not None else "")
@@ -80,6 +78,35 @@ def evaluate(config: Config, workdir: Path, base: str):
     reward = load_source(name, workdir, base, config.model, layout, pin) if name else None
     add_results(workdir, {"samples": side_by_side(reward, prompts, responses, texts)})
     add_results(workdir, reward_accuracies(reward, config, workdir))
+
+
+def compare(
+    policies: Mapping[str, Model], prompts: list[str], config: Config, layout: Layout
+) -> tuple[dict[str, list[str]], dict[str, float]]:
+    """Responses of some policies to the same prompts, with their variety and the last one's KL.
+
+    Args:
+        policies: two or more by name; the last is the candidate, the one before it its reference.
+        prompts: N texts.
+        config: of the run; `ppo` has the lengths, `evaluate` temperature and batch size.
+        layout: of the rollout.
+
+    Returns:
+        name -> N responses, and `text/distinct2_<name>` of each, `policy/kl_per_response` of the
+        candidate from its reference, and `text/distinct2_ratio` of the two.
+    """
+    responses, rollouts, results = {}, {}, {}
+    for name, policy in policies.items():
+        responses[name], rollouts[name] = respond(policy, prompts, config, layout)
+        results[f"text/distinct2_{name}"] = distinct_n(responses[name], 2)
+        print(f"evaluate: {len(prompts)} responses of {name}", flush=True)
+    *_, reference, candidate = policies
+    results["policy/kl_per_response"] = kl_per_response(
+        policies[reference], rollouts[candidate], len(prompts), config.evaluate.temperature
+    )
+    variety, before = (results[f"text/distinct2_{name}"] for name in (candidate, reference))
+    results["text/distinct2_ratio"] = variety / max(before, 1e-9)
+    return responses, results
 
 
 def add_results(workdir: Path, results: Mapping[str, Any]):
@@ -91,20 +118,21 @@ def compared(
 ) -> dict[str, tuple[str, int | None]]:
     """(path, step) of the policies to compare: "base" and "sft" as far as PPO began there, "ppo".
 
-    A stage folder from elsewhere that PPO began from is "sft", any other model is "base".
+    The order is that of training: the last began from the one before it. A stage folder from
+    elsewhere that PPO began from is "sft", any other model is "base".
 
     Args:
         config: of the run.
         workdir: the run's folder.
         base: path of the base model.
-        pin: the step of the stage that PPO began from, see `models.source_steps`.
+        pin: the step of the stage that PPO began from, see `stage_folder.source_steps`.
     """
     origin = config.ppo.init_from
     path = resolve(origin, workdir, base)
-    found = {"base": (base, None)} if origin in ("base", "sft") else {}
+    sources = {"base": (base, None)} if origin in ("base", "sft") else {}
     if origin != "base":
-        found["base" if describe_stage(Path(path)) is None else "sft"] = (path, pin)
-    return found | {"ppo": (str(workdir / "ppo"), None)}
+        sources["base" if describe_stage(Path(path)) is None else "sft"] = (path, pin)
+    return sources | {"ppo": (str(workdir / "ppo"), None)}
 
 
 def evaluation_prompts(config: Config, tokenizer: Any) -> PromptData:
@@ -142,7 +170,7 @@ def respond(
         batch_size=settings.batch_size,
         max_prompt_length=ppo.max_prompt_length,
         layout=layout,
-        before_batch=lambda: stop_if_asked("the same command begins the evaluation anew"),
+        before_batch=lambda: stop_if_asked("the same command starts the evaluation over"),
     )
 
 
@@ -169,20 +197,29 @@ def kl_per_response(
 
 
 def judge_all(settings: EvaluateSettings, workdir: Path, texts: dict[str, list[str]]) -> dict:
-    """The judges' table and the gold judge's verdict.
+    """The judges' table and the verdict of the panel's headline judge, under gold/.
 
     Every process makes the panel, which may load models: that is done together. The judges, which
     may be slow, paid or random, are asked by process 0 alone; they compute on its own devices.
     """
     if not settings.judges:
         return {}
-    panel: Panel = load_function(settings.judges, "evaluate.judges")(workdir)
-    table = on_primary(judge_table, panel.judges, texts, notes=panel.notes, rated=panel.rated)
+    panel: JudgePanel = load_function(settings.judges, "evaluate.judges")(workdir)
+    *_, reference, candidate = texts
+    table = on_primary(
+        judge_table,
+        panel.judges,
+        texts,
+        candidate=candidate,
+        notes=panel.notes,
+        rated=panel.rated,
+    )
     results = {"judges": table, "reference": dict(panel.reference)}
-    gold = next((row for row in table if row["judge"] == "gold"), None)
-    if gold and "win_rate_ppo_vs_sft" in gold:
-        results["gold/win_rate_ppo_vs_sft"] = gold["win_rate_ppo_vs_sft"]
-        results["gold/win_rate_ppo_vs_sft_interval"] = gold["win_rate_ppo_vs_sft_interval"]
+    for row in table:
+        if row["judge"] == panel.headline:
+            key = f"win_rate_{candidate}_vs_{reference}"
+            results |= {f"gold/{name}": row[name] for name in (key, f"{key}_interval")}
+            results["headline_judge"] = panel.headline
     return results
 
 
@@ -200,7 +237,7 @@ def side_by_side(
         {
             "prompt": prompts[i],
             **{name: rows[i] for name, rows in responses.items()},
-            "scores": {name: found[i] for name, found in scores.items() if i in found},
+            "scores": {name: row[i] for name, row in scores.items() if i in row},
         }
         for i in range(min(NUM_SAMPLES, len(prompts)))
     ]
@@ -209,7 +246,7 @@ def side_by_side(
 def reward_accuracies(reward: Model | None, config: Config, workdir: Path) -> dict[str, float]:
     """The reward model's accuracy on unseen pairs, under results' names.
 
-    On pairs of `evaluate.ratings`, or else what the last validation found.
+    On pairs of `evaluate.ratings`, or else those of the last validation.
     """
     if reward is None:
         return {}
@@ -217,17 +254,17 @@ def reward_accuracies(reward: Model | None, config: Config, workdir: Path) -> di
         records = load_ratings(config.evaluate.ratings)
         with naming_data("evaluate.ratings", config.evaluate.ratings, CONTEXT):
             data = rated(records, reward.tokenizer, reward.config.max_length)
-        found = data.accuracy(score_rows(reward, data.texts), config.seed)
+        accuracies = data.accuracy(score_rows(reward, data.texts), config.seed)
     else:
-        found = last_validation(workdir / "metrics.jsonl")
-    return {name.replace("/validation_", "/"): value for name, value in found.items()}
+        accuracies = last_validation(workdir / "metrics.jsonl")
+    return {name.replace("/validation_", "/"): value for name, value in accuracies.items()}
 
 
 def last_validation(path: Path) -> dict[str, float]:
     """The last validation of the reward model in metrics.jsonl."""
-    found = {}
+    metrics = {}
     for line in path.read_text().splitlines():
         row = with_new_names(json.loads(line))
         if row["stage"] == "reward":
-            found |= {k: v for k, v in row.items() if "/validation_" in k}
-    return found
+            metrics |= {k: v for k, v in row.items() if "/validation_" in k}
+    return metrics

@@ -166,6 +166,7 @@ def test_an_evaluated_run_has_the_figures_of_the_evaluation(tmp_path):
         "reference": {"human rater": 0.943},
         "text/distinct2_base": 0.9,
         "text/distinct2_sft": 0.9,
+        "text/distinct2_ppo": 0.73,
         "text/distinct2_ratio": 0.81,
     }
     run = a_run(tmp_path, metrics=SFT + REWARD + ppo([0.1, 0.9]), results=results)
@@ -178,7 +179,7 @@ def test_an_evaluated_run_has_the_figures_of_the_evaluation(tmp_path):
 
 
 def test_ppo_that_began_from_the_base_model_is_not_compared_with_sft(tmp_path):
-    results = {"policy/kl_per_response": 3.0, "text/distinct2_base": 0.9}
+    results = {"policy/kl_per_response": 3.0, "text/distinct2_base": 0.9, "text/distinct2_ppo": 0.4}
     run = a_run(tmp_path, metrics=ppo([0.1]), results=results | {"text/distinct2_ratio": 0.5})
     assert headlines(run)[1:] == [
         ("3.0 nats", "KL per response", "from the base policy"),
@@ -203,3 +204,18 @@ def test_ppo_that_began_from_the_base_model_is_not_compared_with_sft(tmp_path):
 )
 def test_what_a_run_has_yet_to_do_is_told(tmp_path, files, told):
     assert unfinished(a_run(tmp_path, **files)) == told
+
+
+def test_any_policies_are_compared_by_the_headline_judge_of_the_panel(tmp_path):
+    results = {
+        **{"text/distinct2_ppo": 0.8, "text/distinct2_best_of_4": 0.9, "text/distinct2_ratio": 1.1},
+        **{"policy/kl_per_response": 0.6, "gold/win_rate_best_of_4_vs_ppo": 0.6},
+        **{"gold/win_rate_best_of_4_vs_ppo_interval": [0.55, 0.65], "headline_judge": "tf-idf"},
+    }
+    run = a_run(tmp_path, results=results)
+    assert verdict(run) == (
+        "best_of_4 is preferred to PPO in 60% of the unseen prompts by the tf-idf judge (95% "
+        "interval 55% to 65%), at 0.6 nats of KL per response."
+    )
+    assert headlines(run)[0][1] == "prefer best_of_4 to PPO"
+    assert headlines(run)[1][2] == "from the PPO policy"

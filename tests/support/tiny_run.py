@@ -13,7 +13,7 @@ import time
 import jax
 
 from ppo_jax.data.records import write_jsonl
-from ppo_jax.evaluation.evaluate import Panel
+from ppo_jax.evaluation.evaluate import JudgePanel
 from ppo_jax.pipeline import run as pipeline
 from ppo_jax.training.stage import StageRun
 
@@ -149,7 +149,7 @@ def judges(workdir):
             for text in texts
         ]
 
-    return Panel(judges={"gold": words}, notes={"gold": "counts words"})
+    return JudgePanel(judges={"gold": words}, notes={"gold": "counts words"})
 
 
 def letters(prompts, responses):

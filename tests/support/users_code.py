@@ -10,7 +10,7 @@ import time
 
 import jax
 
-from ppo_jax.evaluation.evaluate import Panel
+from ppo_jax.evaluation.evaluate import JudgePanel
 from tests.support import tiny_run
 
 WAITS, CALLS = "PPO_JAX_TEST_WAITS", "PPO_JAX_TEST_CALLS"
@@ -40,7 +40,7 @@ def judges(workdir):
             file.write(f"{jax.process_index()}\n")
         return [random.random() for _ in texts]
 
-    return Panel(judges={"gold": moods})
+    return JudgePanel(judges={"gold": moods})
 
 
 def count_vowels(prompts, responses):

@@ -1,8 +1,8 @@
 """The charts of the report: which metrics each shows, its unit and how to read it."""
 
 import math
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 STAGES = {
     "sft": "Supervised fine-tuning",
@@ -10,6 +10,24 @@ STAGES = {
     "ppo": "PPO",
 }
 STEP_NAMES = {"sft": "optimizer step", "reward": "optimizer step", "ppo": "iteration"}
+NAMES = {"base": "base", "sft": "SFT", "reward": "reward model", "ppo": "PPO"}
+
+
+def display_name(name: str) -> str:
+    """A stage or policy for a reader."""
+    return NAMES.get(name, name)
+
+
+def compared(results: Mapping[str, Any]) -> tuple[str, str]:
+    """(candidate, reference) of an evaluation: the last of its policies and the one before it.
+
+    >>> compared({"text/distinct2_base": 0.9, "text/distinct2_best_of_4": 0.8})
+    ('best_of_4', 'base')
+    """
+    prefix = "text/distinct2_"
+    names = [key.removeprefix(prefix) for key in results if key.startswith(prefix)]
+    names = [name for name in names if name != "ratio"]
+    return (names[-1], names[-2]) if len(names) > 1 else ("ppo", "sft")
 
 
 class Chart(NamedTuple):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ppo_jax.evaluation.report import plots
-from ppo_jax.evaluation.report.charts import CHARTS
+from ppo_jax.evaluation.report.charts import CHARTS, compared, display_name
 from ppo_jax.evaluation.report.summary import Run, headlines, read_run, verdict
 from ppo_jax.io.hub import HUB_ID
 from ppo_jax.io.stage_folder import describe_stage
@@ -82,7 +82,7 @@ def write_card(
         plots.save_png(drawn, folder / PICTURE, columns=min(len(drawn), 2))
     about = describe_stage(workdir / stage)
     before = {name: describe_stage(workdir / name) for name in BEFORE[stage]}
-    stages = {name: found["settings"] for name, found in before.items() if found}
+    stages = {name: entry["settings"] for name, entry in before.items() if entry}
     command = f"--workdir={public(str(workdir))} --stage={stage} --out={out} --dtype={dtype}"
     what, use = WHAT[stage], USE_REWARD if about["kind"] == "reward" else USE_POLICY
     if adapter_of:
@@ -121,9 +121,10 @@ def front_matter(about: Mapping[str, Any], base: str, library: str) -> str:
 def pictures(run: Run, stage: str) -> dict[str, plots.Draw | None]:
     """The figures of a stage by their titles; None where the run has nothing to show."""
     if stage == "ppo":
+        candidate, reference = map(display_name, compared(run.results))
         return {
             "Score against KL": plots.trajectory(run.rows("ppo")),
-            "PPO against SFT, by judge": plots.win_rates(run.results, "sft"),
+            f"{candidate} against {reference}, by judge": plots.win_rates(run.results),
         }
     chart = next(c for c in CHARTS[stage][0].charts if c.title == FIGURE[stage])
     drawn = {chart.title: plots.curves(run.rows(stage), stage, chart)}

@@ -16,7 +16,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ppo_jax.evaluation.report.charts import STEP_NAMES, Chart, series
+from ppo_jax.evaluation.report.charts import STEP_NAMES, Chart, compared, series
 
 COLORS = {
     "base": "#8b929c",
@@ -136,9 +136,9 @@ def trajectory(rows: Sequence[dict]) -> Draw | None:
     return draw
 
 
-def win_rates(results: dict, opponent: str) -> Draw | None:
-    """How often each judge prefers PPO to the opponent, with intervals."""
-    key = f"win_rate_ppo_vs_{opponent}"
+def win_rates(results: dict) -> Draw | None:
+    """How often each judge prefers the candidate to its reference, with intervals."""
+    key = "win_rate_{}_vs_{}".format(*compared(results))
     rows = [row for row in results.get("judges", []) if key in row]
 
     def draw(axes: Axes) -> None:

@@ -12,7 +12,14 @@ import numpy as np
 from markupsafe import Markup
 
 from ppo_jax.evaluation.report import plots
-from ppo_jax.evaluation.report.charts import CHARTS, STAGES, STEP_NAMES, Group
+from ppo_jax.evaluation.report.charts import (
+    CHARTS,
+    STAGES,
+    STEP_NAMES,
+    Group,
+    compared,
+    display_name,
+)
 from ppo_jax.evaluation.report.summary import (
     Run,
     duration,
@@ -22,7 +29,6 @@ from ppo_jax.evaluation.report.summary import (
     verdict,
 )
 
-NAMES = {"base": "base", "sft": "SFT", "reward": "reward model", "ppo": "PPO"}
 SHOWN_SAMPLES = 6  # the others are folded
 SHOWN_VERSIONS = 6  # of the response to one prompt during training
 # Inches of 72 points; the page scales them.
@@ -90,11 +96,12 @@ def save_curves_png(workdir: str | Path, path: str | Path) -> None:
         ValueError: the run has nothing to draw yet.
     """
     run = read_run(workdir)
+    candidate, reference = map(display_name, compared(run.results))
     pictures = {
         "SFT: loss": plots.curves(run.rows("sft"), "sft", CHARTS["sft"][0].charts[0]),
         "Reward model: accuracy": plots.references(run.results),
         "PPO: score against KL": plots.trajectory(run.rows("ppo")),
-        "PPO against SFT, by judge": plots.win_rates(run.results, "sft"),
+        f"{candidate} against {reference}, by judge": plots.win_rates(run.results),
     }
     drawn = {title: draw for title, draw in pictures.items() if draw}
     if not drawn:
@@ -106,6 +113,7 @@ def save_curves_png(workdir: str | Path, path: str | Path) -> None:
 
 
 def _result(run: Run) -> dict[str, Any]:
+    candidate, reference = map(display_name, compared(run.results))
     figures = [
         _figure(
             "Score against KL",
@@ -115,10 +123,10 @@ def _result(run: Run) -> dict[str, Any]:
             size=WIDE,
         ),
         _figure(
-            "PPO against SFT, by judge",
-            plots.win_rates(run.results, "sft"),
-            "Share of prompts on which the judge prefers PPO, ties half. Whiskers: 95% interval; "
-            "dashed: no preference.",
+            f"{candidate} against {reference}, by judge",
+            plots.win_rates(run.results),
+            f"Share of prompts on which the judge prefers {candidate}, ties half. Whiskers: 95% "
+            "interval; dashed: no preference.",
             size=TALL,
         ),
     ]
@@ -139,8 +147,8 @@ def _judge_heading(key: str) -> str:
     if key == "pair_accuracy_margin1":
         return "its accuracy"
     if key.startswith("mean_"):
-        return f"mean, {_name(key.removeprefix('mean_'))}"
-    return " over ".join(map(_name, key.removeprefix("win_rate_").split("_vs_")))
+        return f"mean, {display_name(key.removeprefix('mean_'))}"
+    return " over ".join(map(display_name, key.removeprefix("win_rate_").split("_vs_")))
 
 
 def _judge_cell(row: dict, key: str) -> tuple[str, str]:
@@ -160,7 +168,7 @@ def _samples(run: Run) -> dict[str, Any]:
     columns = [
         [
             {
-                "name": _name(policy),
+                "name": display_name(policy),
                 "color": policy if policy in plots.COLORS else "other",
                 "score": row.get("scores", {}).get(policy),
                 "prompt": row["prompt"],
@@ -191,7 +199,7 @@ def _timeline(run: Run) -> list[tuple[str, str, float, bool]]:
     total = sum(times.values())
     return [
         (
-            f"{_name(stage)} {duration(seconds)}",
+            f"{display_name(stage)} {duration(seconds)}",
             stage if stage in plots.COLORS else "other",
             seconds,
             seconds > 0.12 * total,
@@ -205,7 +213,11 @@ def _stages(run: Run) -> list[tuple[str, str, str]]:
     times = _times(run)
     untimed = [stage for stage in STAGES if stage not in times and run.rows(stage)]
     return [
-        (_name(stage), duration(times[stage]) if stage in times else "", _outcome(run, stage))
+        (
+            display_name(stage),
+            duration(times[stage]) if stage in times else "",
+            _outcome(run, stage),
+        )
         for stage in [*times, *untimed]
     ]
 
@@ -279,7 +291,7 @@ def _versions(rows: list[dict]) -> list[dict]:
     kept = np.unique(np.linspace(0, len(rows) - 1, SHOWN_VERSIONS).round().astype(int))
     return [
         {
-            "step": f"{_name(row['stage'])} {row['step']}",
+            "step": f"{display_name(row['stage'])} {row['step']}",
             "prompt": row["prompt"],
             "response": row["response"],
             "score": row.get("score"),
@@ -309,7 +321,3 @@ def _figure(
         return None
     svg = plots.svg(draw, size=size, name=f"{title}: {note}")
     return Figure(title, Markup(svg), note, wide=size == WIDE)
-
-
-def _name(stage: str) -> str:
-    return NAMES.get(stage, stage)

@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from ppo_jax.evaluation.report.charts import STAGES, series
+from ppo_jax.evaluation.report.charts import STAGES, compared, display_name, series
 from ppo_jax.evaluation.statistics import share_interval
 from ppo_jax.io.metric_names import with_new_names
 
@@ -57,7 +57,7 @@ def read_run(workdir: str | Path) -> Run:
     newest = max(path.stat().st_mtime for path in paths if path.is_file())
     date = datetime.datetime.fromtimestamp(newest, datetime.UTC).strftime("%d %B %Y, %H:%M UTC")
     stages = {stage: _read(Path(workdir) / stage / "stage.json") for stage in STAGES}
-    num_steps = {stage: found["num_steps"] for stage, found in stages.items() if found}
+    num_steps = {name: stage["num_steps"] for name, stage in stages.items() if stage}
     return Run(
         Path(workdir).resolve().name,
         date,
@@ -82,18 +82,20 @@ def unfinished(run: Run) -> str:
 
 def verdict(run: Run) -> str:
     """The strongest statement that the files of the run support, in one sentence."""
-    if (rate := run.results.get("gold/win_rate_ppo_vs_sft")) is not None:
-        told = _preference(rate, run.results) + _at_kl(run)
+    if (rate := _win_rate(run.results)) is not None:
+        sentence = _preference(rate, run.results) + _at_kl(run)
     else:
-        told = _ppo_reached(run) or _reward_reached(run) or _sft_reached(run)
-    return f"{told or 'There is no result to report yet'}."
+        sentence = _ppo_reached(run) or _reward_reached(run) or _sft_reached(run)
+    return f"{sentence or 'There is no result to report yet'}."
 
 
 def headlines(run: Run) -> list[tuple[str, str, str]]:
     """The cards of the report: (figure, what it is, what to compare it with)."""
     cards = [*_ppo_cards(run), *_reward_cards(run)]
     if (ratio := run.results.get("text/distinct2_ratio")) is not None:
-        cards.append((f"{ratio:.0%}", f"of {_origin(run)}'s distinct-2", "variety of word pairs"))
+        cards.append(
+            (f"{ratio:.0%}", f"of {_reference(run)}'s distinct-2", "variety of word pairs")
+        )
     if (points := run.points("sft", "sft/validation_perplexity")) and not _evaluated(run):
         step, first = points[0]
         before = f"{_perplexity(first)} at step {step}, {points[-1][0]} steps in all"
@@ -115,30 +117,37 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-# What a stage came to
+# The result of each stage
 
 
 def _evaluated(run: Run) -> bool:
     return "policy/kl_per_response" in run.results
 
 
-def _origin(run: Run) -> str:
-    """The name of the policy that PPO began from, as the evaluation has it."""
-    names = [name for name in ("sft", "base") if f"text/distinct2_{name}" in run.results]
-    return "base" if names == ["base"] else "SFT"
+def _reference(run: Run) -> str:
+    """The policy that the candidate of the evaluation began from."""
+    return display_name(compared(run.results)[1])
+
+
+def _win_rate(results: dict, of: str = "") -> Any:
+    """Of the candidate over its reference, by the headline judge; `_interval` is its interval."""
+    return results.get("gold/win_rate_{}_vs_{}".format(*compared(results)) + of)
 
 
 def _preference(rate: float, results: dict) -> str:
+    ours, theirs = map(display_name, compared(results))
     prompts = next((row["num_prompts"] for row in results.get("judges", [])), "the")
-    interval = results.get("gold/win_rate_ppo_vs_sft_interval")
+    interval = _win_rate(results, "_interval")
     low, high = interval or (rate, rate)
     between = f" (95% interval {low:.0%} to {high:.0%})" if interval else ""
-    told = f"in {rate:.0%} of {prompts} unseen prompts by the gold judge{between}"
+    judge = results.get("headline_judge", "gold")
+    share = f"in {rate:.0%} of {prompts} unseen prompts by the {judge} judge{between}"
     if low > 0.5:
-        return f"PPO is preferred to SFT {told}"
+        return f"{ours} is preferred to {theirs} {share}"
     if high < 0.5:
-        return f"PPO lost to SFT: it is preferred {told}"
-    return f"The difference between PPO and SFT is not significant: PPO is preferred {told}"
+        return f"{ours} lost to {theirs}: it is preferred {share}"
+    difference = f"The difference between {ours} and {theirs} is not significant"
+    return f"{difference}: {ours} is preferred {share}"
 
 
 def _window(values: Sequence[float]) -> int:
@@ -173,18 +182,17 @@ def _ppo_reached(run: Run) -> str:
         return ""
     n, first, last = ends
     early, late = (f"{n} iterations", f" {n}") if n > 1 else ("iteration", "")
-    told = (
-        f"PPO took the mean score from {first:.2f} in the first {early} to {last:.2f} in the last"
-    )
-    return f"{told}{late}{_at_kl(run)}"
+    change = f"from {first:.2f} in the first {early} to {last:.2f} in the last"
+    return f"PPO took the mean score {change}{late}{_at_kl(run)}"
 
 
 def _ppo_cards(run: Run) -> list[tuple[str, str, str]]:
     cards, results = [], run.results
-    if (rate := results.get("gold/win_rate_ppo_vs_sft")) is not None:
-        interval = results.get("gold/win_rate_ppo_vs_sft_interval")
+    if (rate := _win_rate(results)) is not None:
+        interval = _win_rate(results, "_interval")
         between = "95% interval {:.1%} to {:.1%}".format(*interval) if interval else "win rate"
-        cards.append((f"{rate:.1%}", "prefer PPO to SFT", between))
+        ours, theirs = map(display_name, compared(results))
+        cards.append((f"{rate:.1%}", f"prefer {ours} to {theirs}", between))
     elif ends := _score_ends(run):
         n, first, last = ends
         late, early = (f"{n} iterations", f" {n}") if n > 1 else ("iteration", "")
@@ -192,21 +200,21 @@ def _ppo_cards(run: Run) -> list[tuple[str, str, str]]:
             (f"{last:.2f}", f"mean score, last {late}", f"{first:.2f} in the first{early}")
         )
     if (kl := _kl(run)) is not None:
-        policy = f"the {_origin(run)} policy" if _evaluated(run) else "the reference policy"
+        policy = f"the {_reference(run)} policy" if _evaluated(run) else "the reference policy"
         cards.append((f"{kl:.1f} nats", "KL per response", f"from {policy}"))
     return cards
 
 
 def _accuracies(run: Run) -> dict[str, float]:
     """{"": of all unseen pairs, "_margin1": of pairs that differ by 1 or more, "_margin2": 2}."""
-    found = {}
+    accuracies = {}
     for suffix in ("", "_margin1", "_margin2"):
         validated = run.points("reward", f"reward_model/validation_accuracy{suffix}")
         if (value := run.results.get(f"reward_model/accuracy{suffix}")) is not None:
-            found[suffix] = value
+            accuracies[suffix] = value
         elif validated:
-            found[suffix] = validated[-1][1]
-    return found
+            accuracies[suffix] = validated[-1][1]
+    return accuracies
 
 
 def _measured_on(run: Run, suffix: str, accuracy: float) -> str:
@@ -215,10 +223,10 @@ def _measured_on(run: Run, suffix: str, accuracy: float) -> str:
     count = run.results.get(f"reward_model/pairs{suffix}", counts[-1] if counts else None)
     if count is None:
         return "unseen pairs"
-    told = f"{round(count):,} unseen pairs"
+    pairs = f"{round(count):,} unseen pairs"
     if _of_reward(run).get("format") != "preferences":  # drawn many times from the same texts
-        return told
-    return told + "; 95% interval {:.1%} to {:.1%}".format(*share_interval(accuracy, count))
+        return pairs
+    return pairs + "; 95% interval {:.1%} to {:.1%}".format(*share_interval(accuracy, count))
 
 
 def _of_reward(run: Run) -> dict:
@@ -238,17 +246,17 @@ def _reward_reached(run: Run) -> str:
     accuracies = _accuracies(run)
     if "" not in accuracies:
         return ""
-    told = f"The reward model puts {accuracies['']:.1%} of the unseen pairs in the right order"
+    sentence = f"The reward model puts {accuracies['']:.1%} of the unseen pairs in the right order"
     gaps = [
         f"{accuracies[suffix]:.1%} at {gap} or more"
         for suffix, gap in (("_margin1", "a gap in rating of 1"), ("_margin2", "2"))
         if suffix in accuracies
     ]
-    told += f" ({', '.join(gaps)})" if gaps else ""
+    sentence += f" ({', '.join(gaps)})" if gaps else ""
     if rows := run.rows("reward"):
         pairs = _pairs_a_step(run)
-        told += f", after {rows[-1]['step']} steps" + (f" of {pairs}" if pairs else "")
-    return told
+        sentence += f", after {rows[-1]['step']} steps" + (f" of {pairs}" if pairs else "")
+    return sentence
 
 
 def _reward_cards(run: Run) -> list[tuple[str, str, str]]:
@@ -256,8 +264,8 @@ def _reward_cards(run: Run) -> list[tuple[str, str, str]]:
     human = run.results.get("reference", {}).get("human rater")
     if _evaluated(run) and "_margin1" in accuracies:
         pairs = _measured_on(run, "_margin1", accuracies["_margin1"])
-        told = "" if pairs == "unseen pairs" else f"{pairs} with a "
-        note = f"{told}gap of 1 or more" + (f"; a human rater {human:.1%}" if human else "")
+        of = "" if pairs == "unseen pairs" else f"{pairs} with a "
+        note = f"{of}gap of 1 or more" + (f"; a human rater {human:.1%}" if human else "")
         return [(f"{accuracies['_margin1']:.1%}", what, note)]
     if "" not in accuracies:
         return []
