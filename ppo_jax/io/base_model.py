@@ -18,6 +18,7 @@ from ppo_jax.data.records import load_texts
 from ppo_jax.io import huggingface as hf
 from ppo_jax.io import tokenizers as vocabulary
 from ppo_jax.io.hub import model_folder
+from ppo_jax.io.trim_vocabulary import trim_params, trim_vocabulary
 from ppo_jax.models.build import policy_network
 from ppo_jax.models.config import ModelConfig
 
@@ -53,7 +54,7 @@ def trimmed_model(settings: ModelSettings, folder: Path, texts: list[str], seed:
     config, params = hf.load_policy(settings.path)
     tokenizer = vocabulary.load_tokenizer(settings.path)
     try:
-        tokenizer, kept = vocabulary.trim_vocabulary(tokenizer, texts)
+        tokenizer, kept = trim_vocabulary(tokenizer, texts)
     except ValueError as error:
         what = f"model.vocabulary_data must be '' for {settings.path}"
         raise ValueError(f"{what}: {error}") from error
@@ -66,7 +67,7 @@ def trimmed_model(settings: ModelSettings, folder: Path, texts: list[str], seed:
             raw[name] = [new_id[i] for i in raw[name] if i in new_id]
     config = dataclasses.replace(config, vocab_size=len(kept))
     raw["vocab_size"] = len(kept)
-    write_folder(folder, raw, config, vocabulary.trim_params(params, kept), tokenizer)
+    write_folder(folder, raw, config, trim_params(params, kept), tokenizer)
 
 
 def scratch_model(settings: ModelSettings, folder: Path, texts: list[str], seed: int):

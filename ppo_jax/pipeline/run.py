@@ -176,7 +176,7 @@ def make_ready(
     if needs_base(config, stages):
         model = config.model
         if model.path and model.vocabulary_data and not (workdir / "base").is_dir():
-            read_shape(model.path, model)  # refuses what cannot be cut down before it is read
+            read_shape(model.path, model)  # refuses what cannot be trimmed before it is read
         on_primary(prepare_base, config.model, workdir / "base", config.seed)
         stop_if_asked()
         base = base_path(config.model, workdir / "base")
