@@ -111,7 +111,6 @@ def _statistics_backward(saved, gradients):
     divisor = positive_temperature(temperature)
     scaled = logits.astype(jnp.float32) / divisor
     logprobs = scaled - normalizer[..., None]
-    # A comparison in place of a scatter, which a CPU does element by element.
     ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
     hit = ids == tokens[..., None].astype(jnp.int32)
     of_scaled = jnp.where(hit, of_logprob, 0.0) - jnp.exp(logprobs) * (

@@ -3,13 +3,13 @@
 Dimension key: B sequences, L positions, S new positions, D model, V vocabulary.
 """
 
-import functools
 import math
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ppo_jax.core import cpu
 from ppo_jax.models.axes import (
     HIDDEN,
     KERNELS,
@@ -64,7 +64,7 @@ class Projection(nn.Module):
         kernel = self.constrain(kernel.astype(x.dtype), gathered(before + after))
         kernel = kernel.reshape(math.prod(in_shape), math.prod(self.shape))
         x = x.reshape(*x.shape[: x.ndim - self.num_in], -1)
-        y = product(x, kernel)
+        y = cpu.matmul(x, kernel)
         if self.has_variable("params", "lora_a"):
             y = y + self.low_rank(x)
         if self.use_bias:
@@ -79,8 +79,8 @@ class Projection(nn.Module):
         rank = b.shape[0]
         a = self.constrain(a, gathered((*before, None))).reshape(-1, rank)
         b = self.constrain(b, gathered((None, *after))).reshape(rank, -1)
-        inner = self.constrain(product(x, a), HIDDEN)
-        return product(inner, b) * lora_scale(self.lora_alpha, rank)
+        inner = self.constrain(cpu.matmul(x, a), HIDDEN)
+        return cpu.matmul(inner, b) * lora_scale(self.lora_alpha, rank)
 
 
 class Embedding(nn.Module):
@@ -118,56 +118,3 @@ class Head(nn.Module):
         shape = (self.config.embed_dim, self.config.vocab_size)
         kernel = self.param("kernel", nn.initializers.normal(0.02), shape)
         return self.constrain(kernel.astype(self.config.dtype), gathered(sum(KERNELS["head"], ())))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def product(x: jax.Array, kernel: jax.Array, dtype: str | None = None) -> jax.Array:
-    """x @ kernel, with a gradient of the kernel that is fast on a CPU as well.
-
-    On other platforms the gradients are those of autodiff. Reverse mode only: `jax.jvp` is refused.
-
-    Args:
-        x: [..., I] float.
-        kernel: [I, O] float.
-        dtype: of the result; None is that of the arguments.
-
-    Returns:
-        [..., O].
-    """
-    return _plain(x, kernel, dtype)
-
-
-def _plain(x, kernel, dtype):
-    return jnp.matmul(x, kernel, preferred_element_type=dtype)
-
-
-def _forward(x, kernel, dtype):
-    return _plain(x, kernel, dtype), (x, kernel)
-
-
-def _backward(dtype, saved, g):
-    x, kernel = saved
-
-    def by_autodiff(x, g):
-        return jax.linear_transpose(lambda kernel: _plain(x, kernel, dtype), kernel)(g)[0]
-
-    by_hand = functools.partial(_kernel_gradient, dtype=kernel.dtype)
-    of_kernel = jax.lax.platform_dependent(x, g, cpu=by_hand, default=by_autodiff)
-    return *jax.linear_transpose(lambda x: _plain(x, kernel, dtype), x)(g), of_kernel
-
-
-def _kernel_gradient(x, g, dtype):
-    """x' g over all positions.
-
-    XLA copies what stands on the left of such a product on a CPU into another order, number by
-    number, and both if the sum is over more than one axis. So: one axis, and the narrower array on
-    the left. The barrier keeps XLA from turning the product around again.
-    """
-    x_NI, g_NO = (a.reshape(-1, a.shape[-1]) for a in (x, g))
-    turned = x_NI.shape[1] > g_NO.shape[1]
-    left, right = (g_NO, x_NI) if turned else (x_NI, g_NO)
-    found = jax.lax.optimization_barrier(jnp.matmul(left.T, right, preferred_element_type=dtype))
-    return found.T if turned else found
-
-
-product.defvjp(_forward, _backward)

@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ppo_jax.core import cpu
 from ppo_jax.models.attention import (
     Sight,
     attend_cached,
@@ -26,7 +27,7 @@ from ppo_jax.models.attention import (
 from ppo_jax.models.axes import HIDDEN, ShardingConstraint, unconstrained
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.kernels import choose_sight
-from ppo_jax.models.layers import Embedding, Head, Norm, Projection, product
+from ppo_jax.models.layers import Embedding, Head, Norm, Projection
 
 # What the backward pass finds in memory: the products with parameters, or only a layer's input.
 REMAT = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
@@ -205,8 +206,11 @@ class Transformer(nn.Module):
 
         def logits(weights, x_BSD):
             # Arrays alone, no Module: it may run in a scan.
-            found = product(x_BSD, weights.T, "float32") if tied else product(x_BSD, weights)
-            return constrain(found, ("batch", None, "vocab"))
+            if tied:
+                z = cpu.matmul(x_BSD, weights.T, "float32")
+            else:
+                z = cpu.matmul(x_BSD, weights)
+            return constrain(z, ("batch", None, "vocab"))
 
         return read(logits, weights, x_BSD)
 

@@ -9,6 +9,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from ppo_jax.core import cpu
 from ppo_jax.core.distributions import Number, is_number, positive_temperature, token_logprobs
 from ppo_jax.core.renamed import renamed
 
@@ -54,7 +55,7 @@ def sample(
         raise ValueError(f"top_k must be at least 0 (0 is off), got {top_k}.")
     chex.assert_type(logits, float)
     if is_number(temperature, 0):
-        return _first_largest(logits)
+        return cpu.argmax(logits)
 
     logits = logits.astype(jnp.float32) / positive_temperature(temperature)
     noise = jnp.where(temperature == 0, 0.0, jax.random.gumbel(key, logits.shape))
@@ -64,25 +65,15 @@ def sample(
         noise = jnp.take_along_axis(noise, tokens, axis=-1)
         logits = jnp.where(_in_nucleus(logits, top_p), logits, -jnp.inf)
     elif not is_number(top_p, 1):
-        logits = jnp.where(_nucleus(logits, top_p), logits, -jnp.inf)
+        logits = jnp.where(cpu.nucleus(logits, top_p), logits, -jnp.inf)
     if not is_number(min_p, 0):
         floor = jnp.max(logits, axis=-1, keepdims=True) + jnp.log(min_p)
         logits = jnp.where(logits >= floor, logits, -jnp.inf)
 
-    drawn = _first_largest(logits + noise)
+    drawn = cpu.argmax(logits + noise)
     if tokens is not None:
         drawn = jnp.take_along_axis(tokens, drawn[..., None], axis=-1)[..., 0]
     return drawn
-
-
-def _first_largest(x: jax.Array) -> jax.Array:
-    """`jnp.argmax` of [..., V] as two reductions of one value each, which XLA vectorises on a CPU.
-
-    [...] int32; of a row with NaN it is 0.
-    """
-    below = x < jnp.max(x, axis=-1, keepdims=True)
-    ids = jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
-    return jnp.min(jnp.where(below, x.shape[-1], ids), axis=-1)
 
 
 def _in_nucleus(sorted_logits: jax.Array, top_p: Number) -> jax.Array:
@@ -93,36 +84,6 @@ def _in_nucleus(sorted_logits: jax.Array, top_p: Number) -> jax.Array:
     # sum to 1 before its end, while a top_p of 1 is off by definition.
     above_zero = jnp.maximum(top_p, jnp.finfo(jnp.float32).tiny)
     return before < jnp.where(top_p >= 1, jnp.inf, above_zero)
-
-
-def _nucleus(logits: jax.Array, top_p: Number) -> jax.Array:
-    """The same for logits [..., V] in any order, without sorting them.
-
-    A bisection finds the largest threshold whose tokens reach top_p together: 32 sums, which cost
-    a twentieth of a sort of 8,192 tokens on a CPU.
-    """
-    bits = jax.lax.bitcast_convert_type(logits, jnp.int32)
-    order = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers in the order of the floats
-    probs = jax.nn.softmax(logits, axis=-1)
-    bound = jnp.maximum(top_p, jnp.finfo(jnp.float32).tiny)
-
-    def mass(chosen):
-        return jnp.sum(jnp.where(chosen, probs, 0.0), axis=-1, keepdims=True)
-
-    def halve(_, span):
-        low, high = span
-        middle = (low & high) + ((low ^ high) >> 1)  # their mean, which does not overflow
-        reached = mass(order >= middle) >= bound
-        return jnp.where(reached, middle, low), jnp.where(reached, high, middle)
-
-    ends = jnp.iinfo(jnp.int32)
-    span = tuple(jnp.full((*logits.shape[:-1], 1), end, jnp.int32) for end in (ends.min, ends.max))
-    threshold, _ = jax.lax.fori_loop(0, 32, halve, span)
-    above, equal = order > threshold, order == threshold
-    # Of equal ones the first are in, as many as it takes.
-    first = jnp.cumsum(equal, axis=-1) - 1
-    inside = above | (equal & (mass(above) + first * probs < bound))
-    return inside | (top_p >= 1)
 
 
 @renamed(slots="max_concurrent", refill="min_free_slots")

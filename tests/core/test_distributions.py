@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ppo_jax.core import cpu
 from ppo_jax.core.distributions import entropy, token_logprobs, token_statistics
-from ppo_jax.rollout.sampling import _in_nucleus, _nucleus, sample
+from ppo_jax.rollout.sampling import _in_nucleus, sample
 
 TEMPERATURES = [0.5, 0.7, 1.0, 2.0]
 
@@ -300,7 +301,7 @@ def test_the_nucleus_is_that_of_the_sorted_tokens(top_p, scale):
         logits[1] = np.round(logits[1])
         logits[2, ::3] = -np.inf
         chosen, tokens = jax.lax.top_k(jnp.asarray(logits), logits.shape[1])
-        in_order = np.take_along_axis(np.asarray(_nucleus(logits, top_p)), np.asarray(tokens), 1)
+        in_order = np.take_along_axis(np.asarray(cpu.nucleus(logits, top_p)), np.asarray(tokens), 1)
         probs = jax.nn.softmax(chosen)
         clear = np.abs(np.cumsum(probs, axis=1) - probs - top_p) > 1e-6  # of the rounding of sums
         np.testing.assert_array_equal(in_order[clear], _in_nucleus(chosen, top_p)[clear])

@@ -1,0 +1,116 @@
+"""Operations that XLA compiles badly for a CPU, in a form that it compiles well.
+
+Each is called in place of a plain expression, which its docstring gives.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from ppo_jax.core.distributions import Number
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def matmul(x: jax.Array, kernel: jax.Array, dtype: str | None = None) -> jax.Array:
+    """x @ kernel; the gradient of the kernel is that of autodiff, but in another order of axes.
+
+    On other platforms it is autodiff's own. Reverse mode only: `jax.jvp` is refused.
+
+    Args:
+        x: [..., I] float.
+        kernel: [I, O] float.
+        dtype: of the result; None is that of the arguments.
+
+    Returns:
+        [..., O].
+    """
+    return _matmul(x, kernel, dtype)
+
+
+def _matmul(x, kernel, dtype):
+    return jnp.matmul(x, kernel, preferred_element_type=dtype)
+
+
+def _matmul_forward(x, kernel, dtype):
+    return _matmul(x, kernel, dtype), (x, kernel)
+
+
+def _matmul_backward(dtype, saved, g):
+    x, kernel = saved
+
+    def autodiff(x, g):
+        return jax.linear_transpose(lambda kernel: _matmul(x, kernel, dtype), kernel)(g)[0]
+
+    reordered = functools.partial(_kernel_gradient, dtype=kernel.dtype)
+    kernel_gradient = jax.lax.platform_dependent(x, g, cpu=reordered, default=autodiff)
+    return *jax.linear_transpose(lambda x: _matmul(x, kernel, dtype), x)(g), kernel_gradient
+
+
+def _kernel_gradient(x, g, dtype):
+    """x' g over all positions.
+
+    XLA copies the left operand of such a product on a CPU into another order, number by number,
+    and both operands if the sum is over more than one axis. So: one axis, and the narrower array on
+    the left. The barrier keeps XLA from swapping the operands back.
+    """
+    x_NI, g_NO = (a.reshape(-1, a.shape[-1]) for a in (x, g))
+    swapped = x_NI.shape[1] > g_NO.shape[1]
+    left, right = (g_NO, x_NI) if swapped else (x_NI, g_NO)
+    product = jnp.matmul(left.T, right, preferred_element_type=dtype)
+    product = jax.lax.optimization_barrier(product)
+    return product.T if swapped else product
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+def argmax(x: jax.Array) -> jax.Array:
+    """`jnp.argmax(x, axis=-1)` as two reductions of one value each, which XLA vectorises.
+
+    Args:
+        x: [..., V].
+
+    Returns:
+        [...] int32, the first of equal ones; 0 for a row with NaN.
+    """
+    below = x < jnp.max(x, axis=-1, keepdims=True)
+    ids = jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
+    return jnp.min(jnp.where(below, x.shape[-1], ids), axis=-1)
+
+
+def nucleus(logits: jax.Array, top_p: Number) -> jax.Array:
+    """The tokens of top-p sampling without a sort: the plain form sorts, then sums from the top.
+
+    A bisection finds the largest threshold whose tokens reach top_p together, in 32 sums.
+
+    Args:
+        logits: [..., V] float32, in any order.
+        top_p: [] or a number.
+
+    Returns:
+        [..., V] bool.
+    """
+    bits = jax.lax.bitcast_convert_type(logits, jnp.int32)
+    order = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers in the order of the floats
+    probs = jax.nn.softmax(logits, axis=-1)
+    bound = jnp.maximum(top_p, jnp.finfo(jnp.float32).tiny)
+
+    def mass(chosen):
+        return jnp.sum(jnp.where(chosen, probs, 0.0), axis=-1, keepdims=True)
+
+    def halve(_, interval):
+        low, high = interval
+        middle = (low & high) + ((low ^ high) >> 1)  # their mean, which does not overflow
+        reached = mass(order >= middle) >= bound
+        return jnp.where(reached, middle, low), jnp.where(reached, high, middle)
+
+    ends = jnp.iinfo(jnp.int32)
+    shape = (*logits.shape[:-1], 1)
+    interval = tuple(jnp.full(shape, end, jnp.int32) for end in (ends.min, ends.max))
+    threshold, _ = jax.lax.fori_loop(0, 32, halve, interval)
+    above, equal = order > threshold, order == threshold
+    # Of equal ones the first are in, as many as it takes.
+    first = jnp.cumsum(equal, axis=-1) - 1
+    inside = above | (equal & (mass(above) + first * probs < bound))
+    return inside | (top_p >= 1)
