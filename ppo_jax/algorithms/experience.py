@@ -35,7 +35,7 @@ class Sampler(NamedTuple):
 
     policy: Network
     trunk: Network | None
-    place: Callable[[Params], Params]  # once an iteration: to where, and as, the rollout reads them
+    reshard: Callable[[Params], Params]  # once an iteration: to the rollout's dtype and sharding
 
 
 class PPONetworks(NamedTuple):
@@ -98,24 +98,24 @@ def sample_responses(
     options: PPOOptions,
 ) -> Rollout:
     """The rollout of one iteration with the current policy. The key is consumed."""
-    policy, trunk, place = networks.sampler or (networks.policy, networks.trunk, lambda x: x)
+    sampler = networks.sampler or Sampler(networks.policy, networks.trunk, reshard=lambda x: x)
     return rollout(
-        policy,
-        place(merge_params(frozen.policy, state.policy_params)),
+        sampler.policy,
+        sampler.reshard(merge_params(frozen.policy, state.policy_params)),
         prompts,
         key,
         sampling=options.sampling,
         temperature=hyperparameters.temperature,
-        trunk=trunk,
-        trunk_params=None if trunk is None else place(frozen.trunk),
+        trunk=sampler.trunk,
+        trunk_params=None if sampler.trunk is None else sampler.reshard(frozen.trunk),
     )
 
 
 def response_scores(rollout: Rollout, *, frozen: FrozenParams, networks: PPONetworks) -> jax.Array:
     """The reward model's score of each response, [B] float32, read at its last token."""
-    inputs = rollout.hidden if networks.reward_on_trunk else rollout.tokens
+    inputs = rollout.hidden_states if networks.reward_on_trunk else rollout.tokens
     start = rollout.prompt_mask.shape[1]
-    values = networks.reward.apply(frozen.reward, inputs, rollout.mask, start=start)
+    values = networks.reward.apply(frozen.reward, inputs, rollout.mask, first_output=start)
     last = last_token_index(rollout.response_mask)
     return jnp.take_along_axis(values, last[:, None], axis=1)[:, 0]
 
@@ -153,7 +153,7 @@ def make_experience(
         rule = "a value network" if needs_critic else "no value network"
         raise ValueError(f"advantages={options.advantages!r} need {rule} in networks.value")
     mask, numbers = rollout.response_mask, hyperparameters
-    policy_inputs = rollout.tokens if networks.trunk is None else rollout.hidden
+    policy_inputs = rollout.tokens if networks.trunk is None else rollout.hidden_states
     parts = dict(policy_inputs=policy_inputs, frozen=frozen, networks=networks)
     ref_logprobs = policy_logprobs(rollout, frozen.ref_policy, numbers, **parts)
     weights, told = jnp.float32(1.0), {}
@@ -198,7 +198,7 @@ def critic_advantages(
         (advantages [B, T] float32, what the critic's loss needs of `Experience`, metrics).
     """
     mask, numbers = rollout.response_mask, hyperparameters
-    value_inputs = rollout.hidden if networks.value_on_trunk else rollout.tokens
+    value_inputs = rollout.hidden_states if networks.value_on_trunk else rollout.tokens
     values = response_outputs(
         networks.value,
         merge_params(frozen.value, state.value_params),

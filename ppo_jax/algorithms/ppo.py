@@ -81,7 +81,7 @@ def experience_loss(
         (loss, metrics).
     """
     e, mask = experience, experience.response_mask
-    packed = dict(segments=e.segments, at=e.at)
+    packed = dict(segment_ids=e.segment_ids, output_positions=e.output_positions)
     logprobs, entropies = response_statistics(
         networks.policy,
         merge_params(frozen.policy, params["policy"]),
@@ -148,10 +148,11 @@ def ppo_update(
         ValueError: packing, with a network that does not take packed rows.
     """
     trained = {"policy": networks.policy, "value": networks.value}
-    packs = {name: network.packs for name, network in trained.items() if network is not None}
+    packs = {k: network.supports_packing for k, network in trained.items() if network is not None}
     if options.packing and not all(packs.values()):
         raise ValueError(
-            "packing needs networks that take `segments` and `at` and say so (Network.packs), got "
+            "packing needs networks that take `segment_ids` and `output_positions` and say so "
+            "(Network.supports_packing), got "
             + ", ".join(f"{name} {value}" for name, value in packs.items())
         )
     batch_size = experience.mask.shape[0]
@@ -216,7 +217,7 @@ def accumulate_packed(
         return packed_experience(minibatch, of_piece)
 
     gradients, metrics = accumulate_while(loss, params, piece, pieces)
-    real, trained = (rows.segments > 0).sum(), pieces * size * rows.segments.shape[1]
+    real, trained = (rows.segment_ids > 0).sum(), pieces * size * rows.segment_ids.shape[1]
     return gradients, metrics | {"ppo/packing_efficiency": real / trained}
 
 

@@ -23,7 +23,7 @@ def sft_loss(
     """Negative log-likelihood of the tokens in `loss_mask`, nats a token.
 
     Args:
-        network: gives logits; it must take `segments` where the batch has them.
+        network: gives logits; it must take `segment_ids` where the batch has them.
         params: all of its parameters.
         batch: N texts, or N rows of texts.
         normalizer: [] float, the token count to divide by; by default this batch's own.
@@ -31,7 +31,7 @@ def sft_loss(
     Returns:
         (loss, metrics).
     """
-    packed = {} if batch.segments is None else {"segments": batch.segments[:, :-1]}
+    packed = {} if batch.segment_ids is None else {"segment_ids": batch.segment_ids[:, :-1]}
     logits = network.apply(params, batch.inputs[:, :-1], batch.mask[:, :-1], **packed)
     logprobs = token_logprobs(logits, batch.tokens[:, 1:])
     return next_token_loss(logprobs, batch.loss_mask[:, 1:], normalizer=normalizer)

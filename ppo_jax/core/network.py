@@ -14,33 +14,38 @@ from ppo_jax.core.types import Params
 class Network(NamedTuple):
     """A network as functions: the first four are a policy, the others save time or memory.
 
-    `inputs` is tokens [B, L] int32, or, for a network that starts above a frozen trunk, the hidden
-    states [B, L, D] that the trunk gives. `mask` [B, L] bool is True on real positions; padding may
-    stand on either side and may hold anything. Outputs are logits [B, L - start, V] for a policy,
-    values [B, L - start] for a value or reward network, hidden states for a trunk: those of the
-    positions from `start` on, so that nobody pays for logits of a prompt.
+    `inputs` is tokens [B, L] int32, or, for a network above a frozen trunk, the trunk's hidden
+    states [B, L, D]. `mask` [B, L] bool is True on real positions; padding may be on either side
+    and may hold anything. Outputs are logits [B, O, V] for a policy, values [B, O] for a value or
+    reward network, hidden states [B, O, D] for a trunk: those of the O = L - first_output positions
+    from `first_output` on, so that prompt logits are never computed.
 
     - `init(key) -> params`; the key is consumed.
-    - `apply(params, inputs, mask, *, start=0, segments=None, at=None) -> outputs`; see below.
+    - `apply(params, inputs, mask, *, first_output=0, segment_ids=None, output_positions=None) ->
+      outputs`; see below.
     - `init_cache(batch_size, length) -> cache`
-    - `decode(params, inputs, mask, cache, *, start=0) -> (outputs, cache)`: the same for new
+    - `decode(params, inputs, mask, cache, *, first_output=0) -> (outputs, cache)`: the same for new
       positions that follow those in the cache.
-    - `refill(cache, fresh, source) -> cache`: sequence b of the cache begins anew with what
-      `fresh`, the cache of some prompts, holds of prompt source[b], or goes on where that is -1.
-      Needed where `Sampling` has fewer slots than responses, or several samples of a prompt; the
-      cache must then hold a sequence of its length wherever it begins (ours is a ring).
-    - `token_statistics(params, inputs, mask, tokens, temperature, *, start=0, segments=None,
-      at=None) -> (logprobs, entropies)`: what `distributions.token_statistics` gives for the logits
-      of `apply` and tokens [B, L - start], without holding all of the logits.
-    - `packs`: True where `apply` and `token_statistics` take `segments` and `at`.
+    - `refill(cache, fresh, source) -> cache`: sequence b of the cache starts over with what
+      `fresh`, the cache of some prompts, holds of prompt source[b], or continues where that is -1.
+      Needed where `Sampling` has `max_concurrent` below the number of responses, or several samples
+      of a prompt; the cache must then hold a sequence of its length wherever it begins (ours is a
+      ring).
+    - `token_statistics(params, inputs, mask, tokens, temperature, *, first_output=0,
+      segment_ids=None, output_positions=None) -> (logprobs, entropies)`: what
+      `distributions.token_statistics` gives for the logits of `apply` and tokens [B, O], without
+      holding all of the logits.
+    - `supports_packing`: True where `apply` and `token_statistics` take `segment_ids` and
+      `output_positions`.
 
     Value and reward networks need the first two only.
 
-    `segments` [B, L] int32 says which text of its row a position belongs to, 1, 2, ... and 0 in
-    padding, where several texts share a row: positions then begin anew with each text, and no text
-    sees another. `at` [B, T] int32 is then the positions that have an output, in place of `start`.
-    Both are given for packed rows alone (`sft.packing`, which needs no `at`, and `ppo.packing`); a
-    network that is not trained on such rows need not take them.
+    Where several texts share a row, `segment_ids` [B, L] int32 numbers the texts of a row 1, 2, ...
+    and is 0 in padding: positions then start over with each text, and no text attends to another.
+    `output_positions` [B, T] int32 is then the positions that have an output, in place of
+    `first_output`. Both are given for packed rows alone (`sft.packing`, which needs no
+    `output_positions`, and `ppo.packing`); a network that is not trained on such rows need not take
+    them.
     """
 
     init: Callable[[jax.Array], Params]
@@ -49,7 +54,7 @@ class Network(NamedTuple):
     decode: Callable[..., tuple[jax.Array, Any]] | None = None
     refill: Callable[[Any, Any, jax.Array], Any] | None = None
     token_statistics: Callable[..., tuple[jax.Array, jax.Array]] | None = None
-    packs: bool = False
+    supports_packing: bool = False
 
 
 def merge_params(*trees: Params, stacked: bool = False) -> Params:

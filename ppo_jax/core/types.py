@@ -22,6 +22,7 @@ class Prompts:
     mask: jax.Array  # [B, P] bool, True on real tokens
 
 
+@renamed(hidden="hidden_states")
 @struct.dataclass(kw_only=True)
 class Rollout:
     """Sampled responses.
@@ -35,7 +36,7 @@ class Rollout:
     response_mask: jax.Array  # [B, T] bool, True up to and including the stop token
     logprobs: jax.Array  # [B, T] float32, at the sampling temperature, 0 where masked
     has_eos: jax.Array  # [B] bool, the response ended with a stop token
-    hidden: jax.Array | None = None  # [B, L, D], the trunk's output, when there is a trunk
+    hidden_states: jax.Array | None = None  # [B, L, D], the trunk's output, when there is a trunk
 
     @property
     def tokens(self) -> jax.Array:
@@ -48,14 +49,15 @@ class Rollout:
         return jnp.concatenate([self.prompt_mask, self.response_mask], axis=1)
 
 
+@renamed(segments="segment_ids", at="output_positions")
 @struct.dataclass(kw_only=True)
 class Experience:
     """A rollout with all that the update needs. Everything but `policy_inputs`,
     `value_inputs` and `mask` is over the response, and zero where `response_mask` is False.
 
-    Where responses share rows (see `packed_rows`), there are `segments` and `at`: B is a number of
-    rows, [B, L] is [B, L - 1], without the position that predicts nothing, and what is over the
-    response is over those of a row, one after the other.
+    Where responses share rows (see `rollout.packing`), there are `segment_ids` and
+    `output_positions`: B is a number of rows, [B, L] is [B, L - 1], without the position that
+    predicts nothing, and what is over the response is over those of a row, one after the other.
     """
 
     policy_inputs: jax.Array  # [B, L] int32 tokens, or [B, L, D] the trunk's hidden states
@@ -67,8 +69,8 @@ class Experience:
     values: jax.Array | None  # [B, T] float32, before token t is emitted; None without a critic
     advantages: jax.Array  # [B, T] float32, see `PPOOptions.advantages`
     returns: jax.Array | None  # [B, T] float32; None without a critic
-    segments: jax.Array | None = None  # [B, L - 1] int32, which response of its row: 1, 2, .. or 0
-    at: jax.Array | None = None  # [B, T] int32, the position that predicts each response token
+    segment_ids: jax.Array | None = None  # [B, L - 1] int32, as in `TextBatch`
+    output_positions: jax.Array | None = None  # [B, T] int32, predict the response tokens
 
 
 @struct.dataclass(kw_only=True)
@@ -147,15 +149,16 @@ class FrozenParams:
     value: Params = struct.field(default_factory=dict)
 
 
+@renamed(segments="segment_ids")
 @struct.dataclass(kw_only=True)
 class TextBatch:
-    """Texts to learn by heart, padded on the right; one a row, or several with `segments`."""
+    """A batch of training texts, right-padded; one a row, or several with `segment_ids`."""
 
     inputs: jax.Array  # [N, L] int32 tokens, or [N, L, D] a trunk's hidden states
     tokens: jax.Array  # [N, L] int32
     mask: jax.Array  # [N, L] bool, True on real tokens
     loss_mask: jax.Array  # [N, L] bool, True on tokens to predict; False on a text's first token
-    segments: jax.Array | None = None  # [N, L] int32, which text of its row: 1, 2, .. or 0
+    segment_ids: jax.Array | None = None  # [N, L] int32, which text of its row: 1, 2, .. or 0
 
 
 @struct.dataclass(kw_only=True)

@@ -29,7 +29,7 @@ class TokenizedTexts:
     loss_mask: np.ndarray  # [N, L] bool, True on the tokens to predict
     records: np.ndarray  # [N] int64, which of the given records the row is made from
     left_out: Mapping[str, int] = field(default_factory=dict)  # why: how many of the records
-    segments: np.ndarray | None = None  # [N, L] int32 where rows hold several texts, see `packing`
+    segment_ids: np.ndarray | None = None  # [N, L] int32 in packed rows, see `packing`
 
 
 @dataclass(frozen=True)

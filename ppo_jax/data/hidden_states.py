@@ -47,10 +47,10 @@ def make_inputs(
     run = jax.jit(trunk.apply)
 
     def compute(rows, width):
-        segments = None if texts.segments is None else texts.segments[rows, :width]
-        batch = (texts.tokens[rows, :width], texts.mask[rows, :width], segments)
-        tokens, mask, segments = layout.shard_batch(batch)
-        return run(trunk_params, tokens, mask, segments=segments)
+        segment_ids = None if texts.segment_ids is None else texts.segment_ids[rows, :width]
+        batch = (texts.tokens[rows, :width], texts.mask[rows, :width], segment_ids)
+        tokens, mask, segment_ids = layout.shard_batch(batch)
+        return run(trunk_params, tokens, mask, segment_ids=segment_ids)
 
     shape = jax.eval_shape(trunk.apply, trunk_params, texts.tokens[:1], texts.mask[:1])
     used = np.arange(len(texts.mask)) if used is None else np.unique(used)

@@ -1,7 +1,7 @@
 """Several texts a row, so that little of a batch is padding. All of it is numpy.
 
 A packed row is a row of `TokenizedTexts`: its texts follow one another, then padding.
-`segments` says which is which, and the network keeps them apart (see `networks.Network`).
+`segment_ids` says which is which, and the network keeps them apart (see `networks.Network`).
 Dimensions: N texts, R rows, L tokens.
 """
 
@@ -24,7 +24,7 @@ def pack(texts: TokenizedTexts, *, max_length: int) -> TokenizedTexts:
         max_length: tokens of a row, at least those of the longest text.
 
     Returns:
-        R rows with `segments`: 1, 2, ... on the texts of a row, 0 in padding. `records` has an
+        R rows with `segment_ids`: 1, 2, ... on the texts of a row, 0 in padding. `records` has an
         entry for each text, in the order in which they stand.
 
     Raises:
@@ -52,7 +52,7 @@ def pack(texts: TokenizedTexts, *, max_length: int) -> TokenizedTexts:
         mask=mask,
         loss_mask=laid_out(texts.loss_mask[order][real]),
         records=texts.records[order],
-        segments=laid_out(np.repeat(numbers, lengths[order])),
+        segment_ids=laid_out(np.repeat(numbers, lengths[order])),
     )
 
 

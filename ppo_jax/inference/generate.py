@@ -170,7 +170,7 @@ def compiled_stream(config: ModelConfig, sampling: Sampling):
         width = tokens.shape[1]
         # The last chunk may run over the end; what it adds there is thrown away.
         cache = network.init_cache(1, width + sampling.response_length + CHUNK)
-        logits, cache = network.decode(params, tokens, mask, cache, start=width - 1)
+        logits, cache = network.decode(params, tokens, mask, cache, first_output=width - 1)
         return jnp.int32(0), logits[:, 0], cache
 
     def more(params, state, key, temperature):

@@ -17,11 +17,14 @@ import jax.numpy as jnp
 
 from ppo_jax.core.distributions import chunked_token_statistics
 from ppo_jax.core.network import Network
+from ppo_jax.core.renamed import renamed
 from ppo_jax.core.types import Params
 from ppo_jax.models.attention import KVCache, refill_cache
 from ppo_jax.models.axes import CACHE, ShardingConstraint, unconstrained
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.transformer import Transformer
+
+OLD_NAMES = dict(start="first_output", segments="segment_ids", at="output_positions")
 
 
 def make_network(config, start, end, head, constrain, head_std=0.0) -> Network:
@@ -37,10 +40,11 @@ def make_network(config, start, end, head, constrain, head_std=0.0) -> Network:
             "params"
         ]
 
-    def apply(params, inputs, mask, *, start=0, segments=None, at=None):
-        check_inputs(config, module.start, inputs, mask, segments, at)
-        outputs = start if at is None else at
-        return module.apply({"params": params}, inputs, mask, segments, None, outputs)[0]
+    @renamed(**OLD_NAMES)
+    def apply(params, inputs, mask, *, first_output=0, segment_ids=None, output_positions=None):
+        check_inputs(config, module.start, inputs, mask, segment_ids, output_positions)
+        outputs = first_output if output_positions is None else output_positions
+        return module.apply({"params": params}, inputs, mask, segment_ids, None, outputs)[0]
 
     def init_cache(batch_size, length):
         shape = (batch_size, config.num_kv_heads, length, config.head_dim)
@@ -57,9 +61,10 @@ def make_network(config, start, end, head, constrain, head_std=0.0) -> Network:
         mask = constrain(jnp.zeros((batch_size, length), bool), ("batch", None))
         return KVCache(layers=layers, mask=mask, index=jnp.zeros((), jnp.int32))
 
-    def decode(params, inputs, mask, cache, *, start=0):
+    @renamed(start="first_output")
+    def decode(params, inputs, mask, cache, *, first_output=0):
         check_inputs(config, module.start, inputs, mask)
-        return module.apply({"params": params}, inputs, mask, None, cache, start)
+        return module.apply({"params": params}, inputs, mask, None, cache, first_output)
 
     def refill(cache, fresh, source):
         cache = refill_cache(cache, fresh, source)
@@ -67,19 +72,19 @@ def make_network(config, start, end, head, constrain, head_std=0.0) -> Network:
         return cache.replace(layers=jax.tree.map(lambda x: constrain(x, axes), cache.layers))
 
     functions = dict(init=init, apply=apply, init_cache=init_cache, decode=decode, refill=refill)
-    return Network(**functions, packs=True)
+    return Network(**functions, supports_packing=True)
 
 
-def check_inputs(config, start_layer, inputs, mask, segments=None, at=None):
+def check_inputs(config, start_layer, inputs, mask, segment_ids=None, output_positions=None):
     chex.assert_rank([mask, inputs], [2, 2 if start_layer is None else 3])
     chex.assert_equal_shape_prefix([inputs, mask], 2)
     chex.assert_type([inputs, mask], [int if start_layer is None else float, bool])
-    if segments is not None:
-        chex.assert_equal_shape([mask, segments])
-        chex.assert_type(segments, int)
-    if at is not None:
-        chex.assert_rank(at, 2)
-        chex.assert_type(at, int)
+    if segment_ids is not None:
+        chex.assert_equal_shape([mask, segment_ids])
+        chex.assert_type(segment_ids, int)
+    if output_positions is not None:
+        chex.assert_rank(output_positions, 2)
+        chex.assert_type(output_positions, int)
     if config.positions == "learned" and inputs.shape[1] > config.max_length:
         raise ValueError(
             f"{inputs.shape[1]} positions, but the model has {config.max_length} (model.max_length)"
@@ -103,18 +108,27 @@ def policy_network(
         return network
     module = Transformer(config, start_layer, config.num_layers, "logits", constrain=constrain)
 
+    @renamed(**OLD_NAMES)
     def token_statistics(
-        params, inputs, mask, tokens, temperature, *, start=0, segments=None, at=None
+        params,
+        inputs,
+        mask,
+        tokens,
+        temperature,
+        *,
+        first_output=0,
+        segment_ids=None,
+        output_positions=None,
     ):
-        check_inputs(config, start_layer, inputs, mask, segments, at)
-        outputs = start if at is None else at
+        check_inputs(config, start_layer, inputs, mask, segment_ids, output_positions)
+        outputs = first_output if output_positions is None else output_positions
 
         def read(*head):
             return chunked_token_statistics(
                 *head, tokens, temperature=temperature, chunk=logits_chunk
             )
 
-        return module.apply({"params": params}, inputs, mask, segments, None, outputs, read)[0]
+        return module.apply({"params": params}, inputs, mask, segment_ids, None, outputs, read)[0]
 
     return network._replace(token_statistics=token_statistics)
 

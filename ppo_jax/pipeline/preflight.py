@@ -246,7 +246,7 @@ def check_texts(stage: str, settings, parts: Sequence[TokenizedTexts], context: 
         context: tokens that the model can read.
         num_rows: of one pass over the texts to train on.
     """
-    what = "text" if parts[0].segments is None else "packed row"
+    what = "text" if parts[0].segment_ids is None else "packed row"
     longest = max(int(part.mask.sum(axis=1).max()) for part in parts)
     if longest > context:
         raise ValueError(

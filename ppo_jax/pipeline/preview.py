@@ -105,9 +105,9 @@ def prompt_preview(stage: str, data: PromptData, tokenizer: Any, mark: Mark) -> 
 def text_rows(texts: TokenizedTexts) -> Iterator[TokenRow]:
     """The texts in the order in which they stand, one a row or packed."""
     for row, mask in enumerate(texts.mask):
-        segments = mask.astype(int) if texts.segments is None else texts.segments[row]
-        for number in range(1, segments.max() + 1):
-            chosen = np.flatnonzero(segments == number)
+        segment_ids = mask.astype(int) if texts.segment_ids is None else texts.segment_ids[row]
+        for number in range(1, segment_ids.max() + 1):
+            chosen = np.flatnonzero(segment_ids == number)
             learned = texts.loss_mask[row, chosen]
             yield TokenRow(texts.tokens[row, chosen].tolist(), learned.tolist())
 

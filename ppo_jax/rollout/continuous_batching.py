@@ -74,13 +74,13 @@ class Engine(NamedTuple):
     def init_caches(self, count: int, length: int) -> tuple:
         return tuple(n and n.init_cache(count, length) for n in self.networks)
 
-    def forward(self, tokens, mask, caches, start=0):
+    def forward(self, tokens, mask, caches, first_output=0):
         """New tokens through trunk and policy: (hidden states or None, logits [B, V], caches)."""
         (trunk, policy), (trunk_params, params) = self.networks, self.params
         inputs, trunk_cache = tokens, None
         if trunk is not None:
             inputs, trunk_cache = trunk.decode(trunk_params, tokens, mask, caches[0])
-        logits, cache = policy.decode(params, inputs, mask, caches[1], start=start)
+        logits, cache = policy.decode(params, inputs, mask, caches[1], first_output=first_output)
         return (None if trunk is None else inputs), logits[:, 0], (trunk_cache, cache)
 
     def begin(self, num_slots: int) -> tuple[Slots, jax.Array | None]:
@@ -90,7 +90,7 @@ class Engine(NamedTuple):
         tokens, mask = (x[:count] for x in (self.prompts.tokens, self.prompts.mask))
         capacity = self.length + self.sampling.response_length
         caches = self.init_caches(count, capacity if samples == 1 else self.length)
-        hidden, logits, caches = self.forward(tokens, mask, caches, start=self.length - 1)
+        hidden, logits, caches = self.forward(tokens, mask, caches, first_output=self.length - 1)
         if samples > 1:
             source = jnp.arange(num_slots) // samples
             empty = self.init_caches(num_slots, capacity)
@@ -199,7 +199,7 @@ class Engine(NamedTuple):
         prompts = jax.tree.map(lambda x: x.at[numbers].get(mode="clip"), self.prompts)
         fresh = self.init_caches(group // samples, self.length)
         hidden, logits, fresh = self.forward(
-            prompts.tokens, prompts.mask, fresh, start=self.length - 1
+            prompts.tokens, prompts.mask, fresh, first_output=self.length - 1
         )
         rank = jnp.cumsum(~s.alive) - 1  # of a free slot among the free ones
         row = s.waiting + rank

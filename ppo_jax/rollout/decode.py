@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from ppo_jax.core.distributions import token_statistics
 from ppo_jax.core.network import Network
+from ppo_jax.core.renamed import renamed
 from ppo_jax.core.types import Params, Prompts, Rollout
 from ppo_jax.rollout.continuous_batching import Engine
 from ppo_jax.rollout.sampling import Sampling
@@ -89,7 +90,9 @@ def rollout(
         response_mask=ended.mask,
         logprobs=ended.logprobs,
         has_eos=ended.stopped,
-        hidden=None if trunk is None else jnp.concatenate([of_rows(hidden), ended.hidden], axis=1),
+        hidden_states=None
+        if trunk is None
+        else jnp.concatenate([of_rows(hidden), ended.hidden], axis=1),
     )
 
 
@@ -112,6 +115,7 @@ def check_slots(sampling: Sampling, num_slots: int, num_rows: int, networks: tup
         )
 
 
+@renamed(segments="segment_ids", at="output_positions")
 def response_outputs(
     network: Network,
     params: Params,
@@ -119,8 +123,8 @@ def response_outputs(
     mask: jax.Array,
     *,
     response_length: int,
-    segments: jax.Array | None = None,
-    at: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    output_positions: jax.Array | None = None,
 ) -> jax.Array:
     """What a network gives before each response token, and nowhere else.
 
@@ -130,24 +134,25 @@ def response_outputs(
         inputs: [B, L] int32 tokens or [B, L, D] hidden states, the response in the last T.
         mask: [B, L] bool.
         response_length: T.
-        segments: of packed rows, see `Experience`; inputs and mask then have L - 1 positions.
-        at: of packed rows.
+        segment_ids: of packed rows, see `Experience`; inputs and mask then have L - 1 positions.
+        output_positions: of packed rows.
 
     Returns:
         [B, T, V] float32, the logits that predict each token, or [B, T] float32, the value of the
         state before it.
     """
-    inputs, mask, where = predictors(inputs, mask, response_length, segments, at)
+    inputs, mask, where = predictors(inputs, mask, response_length, segment_ids, output_positions)
     return network.apply(params, inputs, mask, **where)
 
 
-def predictors(inputs, mask, response_length, segments, at):
+def predictors(inputs, mask, response_length, segment_ids, output_positions):
     """(inputs, mask, where to read the outputs) of the positions that predict something."""
-    if at is not None:
-        return inputs, mask, {"segments": segments, "at": at}
-    return inputs[:, :-1], mask[:, :-1], {"start": mask.shape[1] - response_length - 1}
+    if output_positions is not None:
+        return inputs, mask, {"segment_ids": segment_ids, "output_positions": output_positions}
+    return inputs[:, :-1], mask[:, :-1], {"first_output": mask.shape[1] - response_length - 1}
 
 
+@renamed(segments="segment_ids", at="output_positions")
 def response_statistics(
     network: Network,
     params: Params,
@@ -156,8 +161,8 @@ def response_statistics(
     tokens: jax.Array,
     *,
     temperature: jax.Array | float = 1.0,
-    segments: jax.Array | None = None,
-    at: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    output_positions: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probability of each response token, and the entropy of the distribution it is from.
 
@@ -170,13 +175,13 @@ def response_statistics(
         mask: [B, L] bool.
         tokens: [B, T] int32, the response.
         temperature: divides the logits; 0 counts as 1.
-        segments: see `response_outputs`.
-        at: see `response_outputs`.
+        segment_ids: see `response_outputs`.
+        output_positions: see `response_outputs`.
 
     Returns:
         (logprobs, entropies in nats), each [B, T] float32, undefined where mask is False.
     """
-    inputs, mask, where = predictors(inputs, mask, tokens.shape[1], segments, at)
+    inputs, mask, where = predictors(inputs, mask, tokens.shape[1], segment_ids, output_positions)
     if network.token_statistics is not None:
         return network.token_statistics(params, inputs, mask, tokens, temperature, **where)
     logits = network.apply(params, inputs, mask, **where)

@@ -21,10 +21,10 @@ class PackedRows:
     """What stands where. The rows in use come first; the others are all padding."""
 
     positions: jax.Array  # [B, W] int32, indices into [B x L], the positions of all responses
-    segments: jax.Array  # [B, W] int32, which response of its row: 1, 2, .. or 0 in padding
+    segment_ids: jax.Array  # [B, W] int32, which response of its row: 1, 2, .. or 0 in padding
     tokens: jax.Array  # [B, T] int32, indices into [B x T], the response tokens of all responses
     mask: jax.Array  # [B, T] bool, True on response tokens
-    at: jax.Array  # [B, T] int32, the position before each of them, which predicts it
+    output_positions: jax.Array  # [B, T] int32, the position before each of them, which predicts it
 
 
 def pack_rows(mask: jax.Array, response_mask: jax.Array) -> tuple[PackedRows, jax.Array]:
@@ -62,10 +62,10 @@ def pack_rows(mask: jax.Array, response_mask: jax.Array) -> tuple[PackedRows, ja
     token = jnp.arange(batch_size * most, dtype=jnp.int32).reshape(batch_size, most)
     rows = PackedRows(
         positions=laid_out(place, position, width),
-        segments=laid_out(place, jnp.broadcast_to(number[:, None], place.shape), width),
+        segment_ids=laid_out(place, jnp.broadcast_to(number[:, None], place.shape), width),
         tokens=laid_out(token_place, token, most),
         mask=laid_out(token_place, response_mask, most),
-        at=laid_out(token_place, place[:, -most:] % width, most),
+        output_positions=laid_out(token_place, place[:, -most:] % width, most),
     )
     return rows, row.max() + 1
 
@@ -116,7 +116,7 @@ def packed_experience(experience: Experience, rows: PackedRows) -> Experience:
         rows: R of their rows.
 
     Returns:
-        R rows, with `segments` and `at`.
+        R rows, with `segment_ids` and `output_positions`.
     """
 
     def of_tokens(x):
@@ -131,13 +131,13 @@ def packed_experience(experience: Experience, rows: PackedRows) -> Experience:
     return Experience(
         policy_inputs=of_positions(e.policy_inputs),
         value_inputs=of_positions(e.value_inputs),
-        mask=rows.segments > 0,
+        mask=rows.segment_ids > 0,
         response_tokens=of_tokens(e.response_tokens),
         response_mask=rows.mask,
         logprobs=of_tokens(e.logprobs),
         values=of_tokens(e.values),
         advantages=of_tokens(e.advantages),
         returns=of_tokens(e.returns),
-        segments=rows.segments,
-        at=rows.at,
+        segment_ids=rows.segment_ids,
+        output_positions=rows.output_positions,
     )

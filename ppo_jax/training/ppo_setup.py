@@ -134,7 +134,7 @@ def make_networks(
             return None
         return trunk_network(policy, end_layer=start, constrain=constrain)
 
-    def place(params: Params) -> Params:
+    def reshard(params: Params) -> Params:
         """With the adapters in the weights, a token costs what it costs without them."""
         return of_rollout.decoding_params(merge_lora(policy, params), dtype=policy.dtype)
 
@@ -155,7 +155,7 @@ def make_networks(
         sampler=Sampler(
             policy=policy_network(policy, start_layer=start, constrain=constrain_rollout),
             trunk=trunk(constrain_rollout),
-            place=place,
+            reshard=reshard,
         ),
     )
 

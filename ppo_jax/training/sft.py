@@ -126,5 +126,5 @@ def as_text_batch(
         tokens=texts.tokens[filled, :width],
         mask=texts.mask[filled, :width],
         loss_mask=loss_mask,
-        segments=None if texts.segments is None else texts.segments[filled, :width],
+        segment_ids=None if texts.segment_ids is None else texts.segment_ids[filled, :width],
     )

@@ -66,7 +66,7 @@ def test_the_kl_to_itself_is_zero(kind, temperature):
     np.testing.assert_allclose(metrics["kl/ref"], 0.0, atol=1e-5)
     # Exactly 0 when both sides come from a full forward at the same temperature.
     params = merge_params(run.setup.frozen.policy, run.setup.frozen.ref_policy)
-    inputs = rollout.tokens if rollout.hidden is None else rollout.hidden
+    inputs = rollout.tokens if rollout.hidden_states is None else rollout.hidden_states
     network = run.setup.networks.policy
 
     @tiny.jit
@@ -87,7 +87,7 @@ def table_network() -> Network:
     """Its parameters are its outputs, whatever it reads."""
     return Network(
         init=None,
-        apply=lambda params, inputs, mask, *, start=0: params["outputs"],
+        apply=lambda params, inputs, mask, *, first_output=0: params["outputs"],
         init_cache=None,
         decode=None,
     )

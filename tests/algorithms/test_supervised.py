@@ -146,7 +146,7 @@ def packed(batch):
     """Two texts a row; the padding of the first stays between them."""
     rows = jax.tree.map(lambda x: x.reshape(N // 2, 2 * L), batch)
     numbers = jnp.arange(2 * L)[None] // L + 1
-    return rows.replace(segments=jnp.where(rows.mask, numbers, 0))
+    return rows.replace(segment_ids=jnp.where(rows.mask, numbers, 0))
 
 
 @pytest.mark.parametrize("num_micro_batches", [1, 2, 4])
@@ -161,12 +161,12 @@ def test_packed_rows_give_the_gradient_of_their_texts(num_micro_batches):
 
 
 def test_a_network_that_knows_no_segments_learns_from_single_texts():
-    def apply(params, inputs, mask, *, start=0):
-        return POLICY.apply(params, inputs, mask, start=start)
+    def apply(params, inputs, mask, *, first_output=0):
+        return POLICY.apply(params, inputs, mask, first_output=first_output)
 
     network, params, batch = POLICY._replace(apply=apply), tiny.random_params(POLICY), texts()
     assert sft_loss(network, params, batch)[0] > 0.0
-    with pytest.raises(TypeError, match="segments"):
+    with pytest.raises(TypeError, match="segment_ids"):
         sft_loss(network, params, packed(batch))
 
 

@@ -1,10 +1,12 @@
 """An old keyword works for one release, and says what to write instead."""
 
+import jax
 import jax.numpy as jnp
 import pytest
 
-from ppo_jax import Sampling, kl_estimate, token_rewards
+from ppo_jax import Sampling, kl_estimate, policy_network, token_rewards
 from ppo_jax.core.renamed import renamed
+from ppo_jax.core.types import TextBatch
 from tests.support import tiny
 
 
@@ -30,6 +32,21 @@ def test_old_fields_of_a_struct_are_taken():
     with pytest.warns(FutureWarning, match="importance_high is now tis_clip_high"):
         numbers = tiny.hyperparameters(importance_high=2.0)
     assert numbers.tis_clip_high == 2.0
+
+
+def test_old_keywords_of_our_networks_are_taken():
+    network, tokens = policy_network(tiny.model_config()), jnp.ones((1, 4), jnp.int32)
+    params, mask = network.init(jax.random.key(0)), tokens > 0
+    with pytest.warns(FutureWarning, match="apply: start is now first_output"):
+        old = network.apply(params, tokens, mask, start=3)
+    assert (old == network.apply(params, tokens, mask, first_output=3)).all()
+    with pytest.warns(FutureWarning) as caught:
+        network.apply(params, tokens, mask, segments=tokens, at=jnp.array([[1]]))
+        TextBatch(inputs=tokens, tokens=tokens, mask=mask, loss_mask=mask, segments=tokens)
+    assert [str(x.message).split(";")[0] for x in caught if "TextBatch" in str(x.message)] == [
+        "TextBatch: segments is now segment_ids"
+    ]
+    assert len(caught) == 3
 
 
 def test_both_names_at_once_are_refused():

@@ -45,11 +45,11 @@ def whole_batch(texts):
 def read_back(packed):
     """{record: (its tokens, its loss mask)} out of the rows."""
     found, records = {}, iter(packed.records.tolist())
-    for tokens, loss_mask, segments in zip(
-        packed.tokens, packed.loss_mask, packed.segments, strict=True
+    for tokens, loss_mask, segment_ids in zip(
+        packed.tokens, packed.loss_mask, packed.segment_ids, strict=True
     ):
-        for number in range(1, segments.max() + 1):
-            own = segments == number
+        for number in range(1, segment_ids.max() + 1):
+            own = segment_ids == number
             found[next(records)] = (tokens[own].tolist(), loss_mask[own].tolist())
     assert next(records, None) is None
     return found
@@ -68,16 +68,16 @@ def test_every_text_is_in_one_row_once_and_whole():
     }
     assert read_back(packed) == expected
     assert packed.tokens.shape[1] <= 24 and len(packed.tokens) < 30
-    np.testing.assert_array_equal(packed.mask, packed.segments > 0)
+    np.testing.assert_array_equal(packed.mask, packed.segment_ids > 0)
     assert not packed.tokens[~packed.mask].any() and not packed.loss_mask[~packed.mask].any()
     # Padding is at the end alone, and each text's tokens stand together.
     assert (np.diff(packed.mask.astype(int), axis=1) <= 0).all()
-    assert (np.diff(packed.segments, axis=1)[packed.mask[:, 1:]] >= 0).all()
+    assert (np.diff(packed.segment_ids, axis=1)[packed.mask[:, 1:]] >= 0).all()
 
 
 def test_no_text_is_predicted_from_the_one_before_it():
     packed = pack(make_texts([4, 3, 2, 5, 1]), max_length=8)
-    first = np.diff(packed.segments, axis=1, prepend=0) != 0
+    first = np.diff(packed.segment_ids, axis=1, prepend=0) != 0
     assert (first & packed.mask).sum() == 5 and not (first & packed.loss_mask).any()
     np.testing.assert_array_equal(packed.loss_mask, packed.mask & ~first)
 
@@ -88,7 +88,7 @@ def test_rows_are_nearly_full_and_the_same_each_time():
     packed = pack(texts, max_length=256)
     assert packed.mask.mean() > 0.97
     again = pack(texts, max_length=256)
-    for name in ("tokens", "mask", "loss_mask", "segments", "records"):
+    for name in ("tokens", "mask", "loss_mask", "segment_ids", "records"):
         np.testing.assert_array_equal(getattr(packed, name), getattr(again, name))
     rows, share = len(packed.tokens), f"{packed.mask.mean():.0%}"
     said = f"3,000 texts in {rows} rows, {3000 / rows:.1f} a row, {share} full"
@@ -117,7 +117,7 @@ def test_no_text_sees_another(shape):
     inputs = jnp.asarray(np.random.default_rng(4).normal(size=(1, 10, 32)), jnp.float32)
 
     def outputs(inputs):
-        return network.apply(params, inputs, MASK, segments=SEGMENTS)[0, :, 3]
+        return network.apply(params, inputs, MASK, segment_ids=SEGMENTS)[0, :, 3]
 
     reaches = (tiny.jit(jax.jacobian(outputs))(inputs)[:, 0] != 0.0).any(axis=-1)
     own = SEGMENTS[0][:, None] == SEGMENTS[0]
@@ -133,8 +133,8 @@ def test_another_text_in_the_row_changes_no_bit(shape):
     rng = np.random.default_rng(5)
     tokens, others = (rng.integers(5, tiny.VOCAB, size=(1, 10)).astype(np.int32) for _ in range(2))
     own = SEGMENTS == 2
-    expected = apply(params, tokens, MASK, segments=SEGMENTS)
-    got = apply(params, np.where(own, tokens, others), MASK, segments=SEGMENTS)
+    expected = apply(params, tokens, MASK, segment_ids=SEGMENTS)
+    got = apply(params, np.where(own, tokens, others), MASK, segment_ids=SEGMENTS)
     np.testing.assert_array_equal(got[own], expected[own])
     assert (got[SEGMENTS == 1] != expected[SEGMENTS == 1]).any()
     alone = apply(params, tokens[:, 3:7], np.ones((1, 4), bool))
@@ -146,7 +146,7 @@ def test_positions_begin_anew_with_each_text():
     params = tiny.random_params(network)
 
     def loss(params, number):
-        logits = network.apply(params, jnp.full((1, 10), 7), MASK, segments=SEGMENTS)
+        logits = network.apply(params, jnp.full((1, 10), 7), MASK, segment_ids=SEGMENTS)
         return jnp.where(SEGMENTS[..., None] == number, jnp.sin(logits), 0.0).sum()
 
     gradient = tiny.jit(jax.grad(loss))
@@ -188,7 +188,7 @@ def test_a_loss_has_no_gradient_in_another_text_and_padding_may_hold_nan():
     tokens = np.random.default_rng(7).integers(5, tiny.VOCAB, size=(1, 10)).astype(np.int32)
     batch = whole_batch(pack(make_texts([3, 4, 1, 2]), max_length=10))
     second = (SEGMENTS == 2) & (np.diff(SEGMENTS, axis=1, prepend=0) == 0)
-    batch = batch.replace(tokens=tokens, mask=MASK, segments=SEGMENTS, loss_mask=second)
+    batch = batch.replace(tokens=tokens, mask=MASK, segment_ids=SEGMENTS, loss_mask=second)
 
     @tiny.jit
     def run(params, hidden):
@@ -237,7 +237,7 @@ def train_on_single_texts(workdir, settings):
     packed, _ = sft_data(config.sft, config.seed, model.tokenizer)
     single = dataclasses.replace(config.sft, packing=False)
     texts, _ = sft_data(single, config.seed, model.tokenizer)
-    ends = np.cumsum(packed.segments.max(axis=1))
+    ends = np.cumsum(packed.segment_ids.max(axis=1))
     of_row = np.split(packed.records, ends[:-1])
     num_rows = num_steps = len(of_row)  # two epochs, two rows a step
     parts = split_params(model.config, model.params, config.sft.trainable, None)

@@ -50,7 +50,7 @@ class Run:
             sampler=experience.Sampler(
                 policy=policy(constrain=self.of_rollout.constrain),
                 trunk=trunk(self.of_rollout.constrain),
-                place=functools.partial(self.of_rollout.decoding_params, dtype=c.dtype),
+                reshard=functools.partial(self.of_rollout.decoding_params, dtype=c.dtype),
             ),
         )
         self.options = tiny.options(num_epochs=2, num_minibatches=2, num_micro_batches=2)
@@ -236,6 +236,8 @@ def test_no_parameter_is_gathered_inside_the_decode_loop(kind, capfd):
     assert not gathers_in_the_decode_loop(compiled_iteration(run).as_text(), smallest)
     assert "nvoluntary full rematerialization" not in capfd.readouterr().err
     # The same with the rules of the updates gathers: the test can see it.
-    sampler = run.networks.sampler._replace(policy=run.networks.policy, place=lambda params: params)
+    sampler = run.networks.sampler._replace(
+        policy=run.networks.policy, reshard=lambda params: params
+    )
     run.networks = run.networks._replace(sampler=sampler)
     assert gathers_in_the_decode_loop(compiled_iteration(run).as_text(), smallest)

@@ -167,7 +167,7 @@ def test_outputs_begin_at_start():
     tokens, mask = tiny.tokens_and_mask(7, 2, 8)
     apply = tiny.jit(network.apply, static_argnames="start")
     np.testing.assert_allclose(
-        apply(params, tokens, mask, start=5), apply(params, tokens, mask)[:, 5:], atol=1e-5
+        apply(params, tokens, mask, first_output=5), apply(params, tokens, mask)[:, 5:], atol=1e-5
     )
 
 

@@ -129,7 +129,7 @@ def test_a_network_is_the_same_with_the_kernel(interpreted, on, packed):
     """Scanned layers, computed again in the backward pass, on a mesh that cuts all there is."""
     mask, segments = rows()
     tokens = jax.random.randint(jax.random.key(0), mask.shape, 0, 64)
-    packing = dict(segments=segments) if packed else {}
+    packing = dict(segment_ids=segments) if packed else {}
     found = {}
     for platform in ("cpu", "tpu"):
         on(platform)

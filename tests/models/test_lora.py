@@ -200,7 +200,7 @@ def test_no_gradient_of_a_frozen_kernel_is_computed(scan_layers, remat):
         parts = split_params(config, params, trainable, None)
 
         def loss(trained, frozen):
-            return (apply(merge_params(frozen, trained), tokens, mask, start=6) ** 2).sum()
+            return (apply(merge_params(frozen, trained), tokens, mask, first_output=6) ** 2).sum()
 
         compiled = tiny.jit(jax.grad(loss)).lower(parts.trained, parts.frozen).compile()
         return programs.account(compiled).flops

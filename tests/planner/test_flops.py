@@ -41,7 +41,9 @@ def test_the_forward_pass_of_every_family_is_counted_exactly(family):
     expected = flops.forward_flops(
         config, sequences=4, positions=12, attended=12, outputs=9, head="logits"
     )
-    assert measured(functools.partial(network.apply, start=3), params, tokens, mask) == expected
+    assert (
+        measured(functools.partial(network.apply, first_output=3), params, tokens, mask) == expected
+    )
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
@@ -51,7 +53,7 @@ def test_training_is_counted_exactly_with_what_is_computed_again(make, remat):
     network = make(config)
     params = jax.eval_shape(network.init, jax.random.key(0))
     tokens, mask = tiny.tokens_and_mask(0, 4, 12)
-    gradient = jax.grad(lambda p: (network.apply(p, tokens, mask, start=3) ** 2).sum())
+    gradient = jax.grad(lambda p: (network.apply(p, tokens, mask, first_output=3) ** 2).sum())
     head = "logits" if make is policy_network else "scalar"
     expected = flops.training_flops(config, sequences=4, positions=12, outputs=9, head=head)
     assert measured(gradient, params) == pytest.approx(expected, rel=0.01)

@@ -169,7 +169,7 @@ def measured_training(make, config, params, frozen):
 
     def gradient(params, frozen, batch):  # no constants: XLA would fold products with them
         def loss(params, piece):
-            outputs = network.apply(merge_params(frozen, params), *piece, start=3)
+            outputs = network.apply(merge_params(frozen, params), *piece, first_output=3)
             return (outputs**2).sum(), {}
 
         return accumulate(loss, params, batch, 1)

@@ -42,9 +42,9 @@ def assert_same(got, expected):
     for name in ("prompt_tokens", "prompt_mask", "response_tokens", "response_mask", "has_eos"):
         np.testing.assert_array_equal(getattr(got, name), getattr(expected, name), name)
     np.testing.assert_allclose(got.logprobs, expected.logprobs, atol=1e-5, rtol=1e-5)
-    if expected.hidden is not None:
+    if expected.hidden_states is not None:
         real = np.asarray(expected.mask)[:, :, None]
-        both = (np.where(real, x, 0) for x in (got.hidden, expected.hidden))
+        both = (np.where(real, x, 0) for x in (got.hidden_states, expected.hidden_states))
         np.testing.assert_allclose(*both, atol=1e-4)
 
 
@@ -80,7 +80,7 @@ def test_several_samples_of_a_prompt_are_responses_to_its_copies(kind, trunk, sl
         key=KEY,
         sampling=tiny.sampling(),
     )
-    assert_same(got.replace(hidden=None), expected)
+    assert_same(got.replace(hidden_states=None), expected)
     first, second = (np.asarray(got.response_tokens)[i::3] for i in (0, 1))
     assert (first != second).any(axis=1).all()
 
@@ -115,11 +115,11 @@ def test_slots_on_a_mesh_give_the_responses_of_one_device(shape):
 def counted(calls: collections.Counter) -> Network:
     """Emits the token after the last one, and counts its calls by the positions of each."""
 
-    def decode(params, tokens, mask, cache, *, start=0):
+    def decode(params, tokens, mask, cache, *, first_output=0):
         rows, length = tokens.shape
         kind = "decode" if length == 1 else "prefill"
         jax.debug.callback(lambda: calls.update({kind: 1, f"{kind} rows": rows}))
-        return 100.0 * jax.nn.one_hot(tokens + 1, tiny.VOCAB)[:, start:], cache
+        return 100.0 * jax.nn.one_hot(tokens + 1, tiny.VOCAB)[:, first_output:], cache
 
     return Network(
         init=None,

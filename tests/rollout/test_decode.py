@@ -49,7 +49,7 @@ def full_forward(network, params, inputs, mask, tokens, temperature):
 
 def recomputed(rollout, start=None, temperature=1.0):
     """(logits, logprobs) of the responses, from one pass over whole sequences."""
-    inputs = rollout.tokens if start is None else rollout.hidden
+    inputs = rollout.tokens if start is None else rollout.hidden_states
     kwargs = model(start)
     tokens = rollout.response_tokens
     args = (kwargs["params"], inputs, rollout.mask, tokens, temperature)
@@ -59,9 +59,9 @@ def recomputed(rollout, start=None, temperature=1.0):
 def counting_network() -> Network:
     """Not one of ours, and without parameters: the next token is the last one plus 1."""
 
-    def decode(params, tokens, mask, cache, *, start=0):
+    def decode(params, tokens, mask, cache, *, first_output=0):
         logits = 100.0 * jax.nn.one_hot(tokens + 1, tiny.VOCAB)
-        return logits[:, start:], cache
+        return logits[:, first_output:], cache
 
     return Network(init=None, apply=None, init_cache=lambda *_: None, decode=decode)
 
@@ -102,10 +102,10 @@ def test_without_stop_tokens_all_tokens_are_sampled():
 
 def test_the_loop_ends_when_every_row_has_stopped():
     # This trunk leaves a mark wherever it was run.
-    def decode(params, tokens, mask, cache, *, start=0):
+    def decode(params, tokens, mask, cache, *, first_output=0):
         return jnp.ones((*tokens.shape, 1)), cache
 
-    def upper(params, hidden, mask, cache, *, start=0):
+    def upper(params, hidden, mask, cache, *, first_output=0):
         last = jnp.full((2, 1), 12)
         return COUNTING.decode(params, last, mask, cache)
 
@@ -113,13 +113,13 @@ def test_the_loop_ends_when_every_row_has_stopped():
     policy = COUNTING._replace(decode=upper)
     rollout = count_from([12, 12], eos_ids=(13,), policy=policy, trunk=trunk, trunk_params={})
     assert rollout.response_tokens.tolist() == [[13, 0, 0, 0, 0]] * 2
-    assert rollout.hidden[0, :, 0].tolist() == [1, 1, 0, 0, 0, 0]
+    assert rollout.hidden_states[0, :, 0].tolist() == [1, 1, 0, 0, 0, 0]
     rollout = count_from([12, 12], eos_ids=(9,), policy=policy, trunk=trunk, trunk_params={})
-    assert rollout.hidden[0, :, 0].tolist() == [1, 1, 1, 1, 1, 1]
+    assert rollout.hidden_states[0, :, 0].tolist() == [1, 1, 1, 1, 1, 1]
 
 
 def test_every_row_and_position_has_noise_of_its_own():
-    def decode(params, tokens, mask, cache, *, start=0):
+    def decode(params, tokens, mask, cache, *, first_output=0):
         return jnp.zeros((tokens.shape[0], 1, 4)), cache
 
     flat = COUNTING._replace(decode=decode)
@@ -149,7 +149,7 @@ def test_with_and_without_a_trunk_the_responses_are_the_same():
     whole, split = roll(tiny.prompts()), roll(tiny.prompts(), start=1)
     np.testing.assert_array_equal(whole.response_tokens, split.response_tokens)
     np.testing.assert_allclose(whole.logprobs, split.logprobs, atol=1e-5)
-    assert whole.hidden is None
+    assert whole.hidden_states is None
 
 
 def test_the_kept_hidden_states_are_those_of_the_trunk():
@@ -157,7 +157,9 @@ def test_the_kept_hidden_states_are_those_of_the_trunk():
     kwargs = model(1)
     expected = tiny.jit(kwargs["trunk"].apply)(kwargs["trunk_params"], rollout.tokens, rollout.mask)
     expected = np.asarray(expected)
-    np.testing.assert_allclose(rollout.hidden[rollout.mask], expected[rollout.mask], atol=1e-5)
+    np.testing.assert_allclose(
+        rollout.hidden_states[rollout.mask], expected[rollout.mask], atol=1e-5
+    )
 
 
 def test_copies_of_a_prompt_get_different_responses():

@@ -70,16 +70,16 @@ def test_every_response_is_whole_and_once_in_a_row():
     rows, used = jax.tree.map(np.asarray, pack(mask, response_mask))
     sizes = list(zip(PROMPTS + LENGTHS - 1, LENGTHS, strict=True))
     assert used == len(first_fit_decreasing(sizes, (W, T))) < B
-    assert not rows.segments[used:].any() and not rows.mask[used:].any()
+    assert not rows.segment_ids[used:].any() and not rows.mask[used:].any()
     seen = []
-    for positions, segments, tokens, real, at in zip(
-        rows.positions, rows.segments, rows.tokens, rows.mask, rows.at, strict=True
+    for positions, segment_ids, tokens, real, at in zip(
+        rows.positions, rows.segment_ids, rows.tokens, rows.mask, rows.output_positions, strict=True
     ):
-        held = segments.max()
-        assert (np.diff(segments[segments > 0]) >= 0).all()  # text after text, padding last
-        assert segments[: (segments > 0).sum()].all()
+        held = segment_ids.max()
+        assert (np.diff(segment_ids[segment_ids > 0]) >= 0).all()  # text after text, padding last
+        assert segment_ids[: (segment_ids > 0).sum()].all()
         for number in range(1, held + 1):
-            places = np.flatnonzero(segments == number)
+            places = np.flatnonzero(segment_ids == number)
             response, position = np.divmod(positions[places], P + T)
             (response,) = set(response)
             first, last = P - PROMPTS[response], P + LENGTHS[response] - 1
@@ -88,7 +88,7 @@ def test_every_response_is_whole_and_once_in_a_row():
             np.testing.assert_array_equal(tokens[mine] % T, np.arange(LENGTHS[response]))
             # Each is predicted by the position before it.
             np.testing.assert_array_equal(positions[at[mine]] % (P + T), P - 1 + tokens[mine] % T)
-            assert (segments[at[mine]] == number).all()
+            assert (segment_ids[at[mine]] == number).all()
             seen.append(response)
         assert real.sum() == sum(LENGTHS[r] for r in seen[len(seen) - held :])
     assert sorted(seen) == list(range(B))
@@ -97,8 +97,10 @@ def test_every_response_is_whole_and_once_in_a_row():
 def test_rows_of_their_own_are_enough_for_the_longest():
     full = np.full(B, T), np.full(B, P)
     rows, used = pack(*masks(*full))
-    assert used == B and (rows.segments == 1).all()
-    np.testing.assert_array_equal(rows.at, np.broadcast_to(np.arange(P - 1, W), (B, T)))
+    assert used == B and (rows.segment_ids == 1).all()
+    np.testing.assert_array_equal(
+        rows.output_positions, np.broadcast_to(np.arange(P - 1, W), (B, T))
+    )
 
 
 # --- the gradient ---------------------------------------------------------------------------------
@@ -245,8 +247,12 @@ def test_rows_hold_nothing_of_what_padding_holds():
 
 def test_a_network_that_does_not_take_packed_rows_is_refused():
     networks, _ = networks_of("llama")
-    own = Network(init=networks.value.init, apply=lambda params, inputs, mask, *, start=0: None)
-    with pytest.raises(ValueError, match=r"Network.packs\), got policy True, value False"):
+    own = Network(
+        init=networks.value.init, apply=lambda params, inputs, mask, *, first_output=0: None
+    )
+    with pytest.raises(
+        ValueError, match=r"Network.supports_packing\), got policy True, value False"
+    ):
         ppo.ppo_update(
             None,
             None,

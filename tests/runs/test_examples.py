@@ -76,7 +76,7 @@ def takes_part_like_any_network(names, printed):
     policy, params = names["policy"], names["policy"].init(jax.random.key(0))
     tokens = jax.random.randint(jax.random.key(1), (3, 9), 0, 50)
     mask = jnp.arange(9)[None] >= jnp.array([[0], [2], [4]])
-    whole = policy.apply(params, tokens, mask, start=3)
+    whole = policy.apply(params, tokens, mask, first_output=3)
     first, cache = policy.decode(params, tokens[:, :6], mask[:, :6], policy.init_cache(3, 9))
     rest, _ = policy.decode(params, tokens[:, 6:], mask[:, 6:], cache)
     by_pieces = jnp.concatenate([first, rest], axis=1)[:, 3:]
@@ -88,12 +88,12 @@ def takes_part_like_any_network(names, printed):
 def scores_of_ppo(policy, params):
     """The mean count of an even token in 8, at the first and the last of 30 iterations."""
 
-    def count(params, tokens, mask, *, start=0):
+    def count(params, tokens, mask, *, first_output=0):
         """Instead of a reward model."""
-        return jnp.cumsum((tokens % 2 == 0).astype(jnp.float32), axis=1)[:, start:]
+        return jnp.cumsum((tokens % 2 == 0).astype(jnp.float32), axis=1)[:, first_output:]
 
-    def zeros(params, tokens, mask, *, start=0):
-        return params["bias"] + jnp.zeros(tokens[:, start:].shape)
+    def zeros(params, tokens, mask, *, first_output=0):
+        return params["bias"] + jnp.zeros(tokens[:, first_output:].shape)
 
     networks = ppo_jax.PPONetworks(
         policy=policy, value=ppo_jax.Network(None, zeros), reward=ppo_jax.Network(None, count)

@@ -82,7 +82,7 @@ def test_a_critic_on_the_policys_body_shares_the_trunk_and_starts_at_zero(source
     parts = dict(frozen=setup.frozen, networks=setup.networks, options=setup.options)
     numbers, key = setup.hyperparameters, jax.random.key(0)
     rollout = tiny.sample_responses(state, numbers, tiny.prompts(), key, **parts)
-    assert rollout.hidden is not None
+    assert rollout.hidden_states is not None
     scores = np.arange(tiny.BATCH, dtype=np.float32)
     experience, _ = tiny.make_experience(rollout, scores, state, numbers, **parts)
     assert not experience.values.any() and experience.value_inputs.ndim == 3
