@@ -1,4 +1,4 @@
-"""The base model of a run where it has to be made: with fewer tokens, or from scratch."""
+"""The base model of a run where the run makes it: with a trimmed vocabulary, or from scratch."""
 
 import dataclasses
 import json
@@ -24,19 +24,19 @@ from ppo_jax.models.config import ModelConfig
 
 
 def base_path(settings: ModelSettings, folder: Path) -> str:
-    """Where the base model lies: where it is from, or in the folder that `prepare_base` makes."""
+    """The path of the base model: `model.path`, or the folder that `prepare_base` writes."""
     return str(folder) if settings.vocabulary_data else settings.path
 
 
 def prepare_base(settings: ModelSettings, folder: Path, seed: int):
-    """Make the base model where it has to be made.
+    """Write a base model with a trimmed vocabulary, or from scratch, as a Hugging Face folder.
 
-    With a vocabulary to trim, or from scratch, it is written once into `folder` as a Hugging Face
-    folder; otherwise it is used where it lies.
+    It is written once; without `model.vocabulary_data` nothing is written, and `model.path` is
+    read where it is.
 
     Args:
         settings: the model section.
-        folder: where a made model goes.
+        folder: to write to.
         seed: of the weights from scratch.
     """
     if settings.vocabulary_data and not folder.is_dir():

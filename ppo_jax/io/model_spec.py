@@ -1,4 +1,4 @@
-"""What each stage of a run starts from, known before any parameters are read."""
+"""Specs of the models that the stages of a run start from, before any parameters are read."""
 
 import contextlib
 import dataclasses
@@ -36,9 +36,9 @@ class ModelSpec:
     tokenizer: Any
 
 
-def parameters(shape: ModelSpec):
+def parameters(spec: ModelSpec):
     """The parameter tree of a model, as shapes alone."""
-    return parameters_of(shape.kind, shape.config)
+    return parameters_of(spec.kind, spec.config)
 
 
 @functools.lru_cache(maxsize=8)  # tracing a deep network takes seconds
@@ -48,7 +48,7 @@ def parameters_of(kind: str, config: ModelConfig):
 
 
 def read_shape(path: str | os.PathLike, settings: ModelSettings) -> ModelSpec:
-    """The shape of a stage's model, or of anything that `hf.load_policy` reads.
+    """The spec of a stage's model, or of anything that `hf.load_policy` reads.
 
     Args:
         path: the folder, file or name.
@@ -83,8 +83,9 @@ def naming(path: str | os.PathLike, part: str) -> Iterator[None]:
     except NotThere:
         raise
     except Exception as error:
-        told = str(error) if type(error) is ValueError else f"{part} cannot be read: {error!r}"
-        raise ValueError(told if str(path) in told else f"{path}: {told}") from error
+        plain = type(error) is ValueError
+        message = str(error) if plain else f"{part} cannot be read: {error!r}"
+        raise ValueError(message if str(path) in message else f"{path}: {message}") from error
 
 
 def check_weights(folder: Path, config: ModelConfig):
@@ -113,7 +114,7 @@ def needs_base(config: Config, stages: Sequence[str]) -> bool:
 def initial_models(
     config: Config, workdir: Path, base: str, stages: Sequence[str]
 ) -> dict[str, ModelSpec]:
-    """The models that the stages start from; one that the run will make has its shape already.
+    """The models that the stages start from; one that the run will train has its spec already.
 
     Args:
         config: of the run.
@@ -122,30 +123,30 @@ def initial_models(
         stages: those that will run, in their order.
 
     Returns:
-        Shapes under "sft", "reward" and "ppo" (for the evaluation too), and under "score" that of
+        Specs under "sft", "reward" and "ppo" (for the evaluation too), and under "score" that of
         PPO's reward model.
     """
     starts: dict[str, ModelSpec] = {}
-    made: dict[str, ModelSpec] = {}
+    trained: dict[str, ModelSpec] = {}
 
-    def shape(field: str, name: str) -> ModelSpec:
+    def spec(field: str, name: str) -> ModelSpec:
         path = resolve(name, workdir, base)
-        if name in STAGES and not has_begun(Path(path)):  # made here
-            return made[name]
+        if name in STAGES and not has_begun(Path(path)):  # a stage of this run
+            return trained[name]
         try:
             return read_shape(path, config.model)
         except NotThere as error:
             raise ValueError(f"{'model.path' if name == 'base' else field}: {error}") from error
 
     if "sft" in stages:
-        starts["sft"] = made["sft"] = shape("model.path", "base")
+        starts["sft"] = trained["sft"] = spec("model.path", "base")
     if "reward" in stages:
-        starts["reward"] = start = shape("reward.init_from", config.reward.init_from)
+        starts["reward"] = start = spec("reward.init_from", config.reward.init_from)
         depth = config.reward.num_layers or start.config.num_layers
         lower = dataclasses.replace(start.config, num_layers=depth)
-        made["reward"] = dataclasses.replace(start, kind="reward", config=lower)
+        trained["reward"] = dataclasses.replace(start, kind="reward", config=lower)
     if "ppo" in stages or "evaluate" in stages:
-        starts["ppo"] = shape("ppo.init_from", config.ppo.init_from)
+        starts["ppo"] = spec("ppo.init_from", config.ppo.init_from)
     if "ppo" in stages and config.ppo.reward_model:
-        starts["score"] = shape("ppo.reward_model", config.ppo.reward_model)
+        starts["score"] = spec("ppo.reward_model", config.ppo.reward_model)
     return starts

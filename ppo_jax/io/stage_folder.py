@@ -1,4 +1,4 @@
-"""Whole models on disk: what each stage leaves, and what it starts from.
+"""Models on disk: what each stage saves, and what it starts from.
 
 A stage folder holds `stage.json` (what it is), `tokenizer/`, `frozen/` (parameters that the stage
 does not train, written once) and `checkpoints/` (the trained ones, step by step).
@@ -21,7 +21,13 @@ from ppo_jax.distributed.layout import Layout
 from ppo_jax.distributed.processes import on_primary
 from ppo_jax.io import huggingface as hf
 from ppo_jax.io import tokenizers as vocabulary
-from ppo_jax.io.checkpoints import Checkpoints, load_checkpoint_item, load_params, save_params
+from ppo_jax.io.checkpoints import (
+    Checkpoints,
+    Shardings,
+    load_checkpoint_item,
+    load_params,
+    save_params,
+)
 from ppo_jax.models.config import ModelConfig, RopeScaling, computation
 from ppo_jax.models.lora import merge_lora, split_lora
 from ppo_jax.models.partition import Parts, stack_layers, unstack_layers
@@ -52,35 +58,44 @@ def load_model(
 
     Args:
         path: the folder, file or name.
-        settings: how to compute with it, see `shapes.computation`; None is float32, or as the
-            stage did.
-        layout: where its parameters go, straight into their pieces; None is the host.
+        settings: how to compute with it, see `models.config.computation`; None is float32, or as
+            the stage did.
+        layout: how its parameters are sharded, straight from the files; None is the host.
         step: of a stage's checkpoint; None is the newest.
 
     Raises:
-        ValueError: there is no complete model at `path`, or the layout cannot cut it.
+        ValueError: there is no complete model at `path`, or the layout cannot shard it.
     """
     if (Path(path) / "stage.json").is_file():
         model = load_stage(Path(path), layout, step)
         return model if settings is None else compute_as(model, settings)
     how = {} if settings is None else computation(settings)
-    config, params = hf.load_policy(path, shardings=layout and layout.shardings, **how)
+    config, params = hf.load_policy(path, shardings=shardings_of(layout), **how)
     tokenizer = vocabulary.load_tokenizer(path)
     check_tokenizer(tokenizer, config, path)
     return Model(kind="policy", config=config, params=params, tokenizer=tokenizer, layout=layout)
 
 
-def settle(params: Params, layout: Layout | None) -> Params:
-    """Parameters that were joined or taken apart, on the host or in the pieces of the layout."""
-    return jax.tree.map(np.asarray, params) if layout is None else layout.put(params)
+def shardings_of(layout: Layout | None) -> Shardings | None:
+    """From shapes to shardings; None, for the host, where there is no layout."""
+    if layout is None:
+        return None
+    return layout.shardings
+
+
+def device_put(params: Params, layout: Layout | None) -> Params:
+    """Parameters that were merged or stacked: numpy on the host, or sharded as the layout says."""
+    if layout is None:
+        return jax.tree.map(np.asarray, params)
+    return layout.put(params)
 
 
 def compute_as(model: Model, settings: ModelSettings) -> Model:
-    """The same model, computed as the settings ask for; its parameters stay where they are."""
+    """The same model, computed as the settings ask for; its parameters are not moved."""
     params = model.params
     if model.config.scan_layers != settings.scan_layers:
         change = stack_layers if settings.scan_layers else unstack_layers
-        params = settle(change(params), model.layout)
+        params = device_put(change(params), model.layout)
     config = dataclasses.replace(model.config, **computation(settings))
     return dataclasses.replace(model, config=config, params=params)
 
@@ -135,8 +150,8 @@ def begin_stage(folder: Path, model: Model, parts: Parts, description: dict):
     frozen = merge_params(parts.trunk, parts.frozen)
     if frozen:
         save_params(folder / "frozen", frozen)
-    of_model = {"kind": model.kind, "model": dataclasses.asdict(model.config)}
-    on_primary(write_description, folder, description | of_model | {"frozen": bool(frozen)})
+    spec = {"kind": model.kind, "model": dataclasses.asdict(model.config)}
+    on_primary(write_description, folder, description | spec | {"frozen": bool(frozen)})
 
 
 def update_stage(folder: Path, description: dict):
@@ -149,7 +164,7 @@ def write_description(folder: Path, description: dict):
 
 
 def has_begun(folder: Path) -> bool:
-    """Whether a stage has a checkpoint: before its first one it is begun anew, whatever differs."""
+    """Whether a stage has a checkpoint: before its first one it starts over, whatever differs."""
     return describe_stage(folder) is not None and bool(Checkpoints(folder / "checkpoints").steps())
 
 
@@ -207,8 +222,9 @@ def load_source(
         check_pin(folder, step)
     elif describe_stage(folder) is not None:
         if missing := missing_steps(folder):
-            told = f"the stage {path} is not complete: {missing}. Run it to its end first."
-            raise ValueError(told)
+            raise ValueError(
+                f"the stage {path} is not complete: {missing}. Run it to its end first."
+            )
         step = Checkpoints(folder / "checkpoints").readable_step()
     return load_model(path, settings, layout, step)
 
@@ -222,15 +238,15 @@ def stage_folder(workdir: str | os.PathLike, stage: str) -> Path:
     workdir = Path(workdir)
     if not workdir.is_dir():
         raise ValueError(f"there is no run {workdir}")
-    found = [name for name in STAGES if describe_stage(workdir / name) is not None]
-    if stage not in found:
-        has = f"it has {', '.join(found)}" if found else "it has none"
+    stages = [name for name in STAGES if describe_stage(workdir / name) is not None]
+    if stage not in stages:
+        has = f"it has {', '.join(stages)}" if stages else "it has none"
         raise ValueError(f"{workdir} has no stage {stage}; {has}")
     return workdir / stage
 
 
 def trained_config(description: dict) -> ModelConfig:
-    """The shape of a stage's model as it was trained, out of its `stage.json`."""
+    """The config of a stage's model as it was trained, from its `stage.json`."""
     values = dict(description["model"])
     scaling = values.pop("rope_scaling")
     return ModelConfig(**values, rope_scaling=RopeScaling(**scaling) if scaling else None)
@@ -249,14 +265,14 @@ def load_stage(folder: Path, layout: Layout | None = None, step: int | None = No
     checkpoints = folder / "checkpoints"
     if not checkpoints.is_dir():
         raise ValueError(f"{folder} has no checkpoint yet: run the stage first")
-    field, shardings = FIELD_OF_STAGE[description["stage"]], layout and layout.shardings
+    field, shardings = FIELD_OF_STAGE[description["stage"]], shardings_of(layout)
     trained = load_checkpoint_item(checkpoints, field, step, shardings)
     frozen = load_params(folder / "frozen", shardings) if description["frozen"] else {}
     params = merge_lora(trained_config(description), merge_params(frozen, trained))
     return Model(
         kind=description["kind"],
         config=stage_config(description),
-        params=settle(params, layout),
+        params=device_put(params, layout),
         tokenizer=vocabulary.load_tokenizer(folder / "tokenizer"),
         layout=layout,
         step=step,
@@ -264,7 +280,7 @@ def load_stage(folder: Path, layout: Layout | None = None, step: int | None = No
 
 
 def load_adapters(folder: Path) -> tuple[ModelConfig, Params]:
-    """What a stage trained beside the weights: (shape of the model, the adapters alone), numpy.
+    """What a stage trained beside the weights: (config of the model, the adapters alone), numpy.
 
     Raises:
         ValueError: the stage trained no adapters, or has no complete checkpoint.
