@@ -41,12 +41,14 @@ def run_stages(only: Sequence[str] = STAGES):
     coordinator = flags.DEFINE_string(
         "coordinator", None, "HOST:PORT of process 0, where jax does not find it by itself."
     )
-    num_processes = flags.DEFINE_integer("num_processes", None, "Of the run; see --coordinator.")
-    process_id = flags.DEFINE_integer("process_id", None, "This one's; see --coordinator.")
+    num_processes = flags.DEFINE_integer(
+        "num_processes", None, "Number of processes; see --coordinator."
+    )
+    process_id = flags.DEFINE_integer(
+        "process_id", None, "Index of this process; see --coordinator."
+    )
     flags.mark_flags_as_required(["config", "workdir"])
-    own = ("config", "workdir", "dry_run", "multihost", "coordinator")
-    for name in (*own, "num_processes", "process_id"):  # so that --help of the script lists them
-        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
+    show_in_help(config, workdir, dry_run, multihost, coordinator, num_processes, process_id)
 
     def main():
         addresses = (coordinator.value, num_processes.value, process_id.value)
@@ -64,6 +66,12 @@ def run_stages(only: Sequence[str] = STAGES):
         start(config.value, workdir.value, only=only)
 
     run(main)
+
+
+def show_in_help(*holders: flags.FlagHolder):
+    """Have --help list flags that are defined here and not in the script; call it last."""
+    for holder in holders:
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[holder.name])
 
 
 def run(main: Callable[[], None]):

@@ -1,5 +1,6 @@
 """Eight fake CPU devices, no silent rank promotion, one compilation cache for all tests."""
 
+import collections
 import os
 import pathlib
 
@@ -18,11 +19,35 @@ import pytest
 
 from ppo_jax.distributed import layout as sharding
 
+MOST_WORKERS = 4  # each takes two gigabytes
 CACHE = pathlib.Path(os.environ.get("PPO_JAX_CACHE", "~/.cache/ppo_jax")).expanduser()
 
 jax.config.update("jax_compilation_cache_dir", str(CACHE / "compiled"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """Folders are shared out to a process a core, file by file; single files run in this one.
+
+    Of no concern without pytest-xdist, nor where `-n` says how many. A worker, which comes here
+    too, must not start workers of its own.
+    """
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return
+    folders = any(pathlib.Path(path).is_dir() for path in config.args)
+    if folders and config.getoption("numprocesses", 0) is None and not config.option.usepdb:
+        config.option.numprocesses = min(os.cpu_count(), MOST_WORKERS)
+        config.option.dist = "loadfile"
+        config.option.loadscopereorder = False
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """Files with slow tests come first: the last file to end should be a short one."""
+    slow = collections.Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -30,6 +30,7 @@ PACKAGES["evaluation"] = [name for name in PACKAGES if name != "training"]
 PACKAGES["pipeline"] = list(PACKAGES)
 PACKAGES["planner"] = list(PACKAGES)
 PACKAGES["cli"] = list(PACKAGES)
+PACKAGES["commands"] = list(PACKAGES)
 
 # The purity line: nothing below it can touch a file, a clock or a device.
 COMPUTES = {"jax", "flax", "optax", "chex"}
