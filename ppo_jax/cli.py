@@ -29,7 +29,7 @@ def run_stages(only: Sequence[str] = STAGES):
     Args:
         only: the stages.
     """
-    config = config_flags.DEFINE_config_file("config", help_string="FILE.py or FILE.py:VARIANT")
+    config = config_flag()
     workdir = flags.DEFINE_string("workdir", None, "The run's folder.")
     dry_run = flags.DEFINE_boolean(
         "dry_run", False, "Print the plan and the first examples of the data; train nothing."
@@ -66,6 +66,11 @@ def run_stages(only: Sequence[str] = STAGES):
         start(config.value, workdir.value, only=only)
 
     run(main)
+
+
+def config_flag() -> flags.FlagHolder:
+    """Define --config, a file relative to the working folder, and --config.SECTION.FIELD."""
+    return config_flags.DEFINE_config_file("config", help_string="FILE.py or FILE.py:VARIANT")
 
 
 def show_in_help(*holders: flags.FlagHolder):

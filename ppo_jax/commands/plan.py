@@ -6,7 +6,6 @@ import sys
 from types import SimpleNamespace
 
 from absl import flags
-from ml_collections import config_flags
 
 from ppo_jax import cli
 from ppo_jax.config import from_config_dict
@@ -17,7 +16,7 @@ from ppo_jax.planner import report as plan_report
 def define_flags() -> SimpleNamespace:
     """The flags of the command, by name."""
     found = SimpleNamespace(
-        config=config_flags.DEFINE_config_file("config", help_string="FILE.py or FILE.py:VARIANT"),
+        config=cli.config_flag(),
         topology=flags.DEFINE_string("topology", None, "v5e:2x2, v5p:4x4x4, v6e:8x8 ..."),
         compare=flags.DEFINE_string(
             "compare",
