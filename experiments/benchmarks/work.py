@@ -20,7 +20,7 @@ from ppo_jax.algorithms.ppo import init_ppo
 from ppo_jax.core.types import FrozenParams, Hyperparameters, Optimizer, Prompts
 from ppo_jax.models.build import policy_network, reward_network, value_network
 from ppo_jax.models.config import ModelConfig
-from ppo_jax.models.families.families import read_config
+from ppo_jax.models.families import read_config
 from ppo_jax.planner import flops
 from ppo_jax.rollout.sampling import Sampling
 

@@ -19,7 +19,7 @@ from ppo_jax.core.types import Params
 from ppo_jax.io.hub import model_folder
 from ppo_jax.io.safetensors import Files, find_parameters, matrix_shape, read_parameters
 from ppo_jax.models.config import ModelConfig
-from ppo_jax.models.families.families import NAMES, read_config
+from ppo_jax.models.families import family_of, read_config
 
 INDEX = "model.safetensors.index.json"
 
@@ -143,7 +143,7 @@ def params_to_hf(config: ModelConfig, family: str, params: Params) -> dict[str, 
 
     Args:
         config: the model's shape.
-        family: "gpt2", "llama", "qwen2" or "qwen3".
+        family: the name of one of `models.families.FAMILIES`, such as "llama".
         params: of `policy_network(config)`, any float dtype.
 
     Returns:
@@ -153,13 +153,12 @@ def params_to_hf(config: ModelConfig, family: str, params: Params) -> dict[str, 
     Raises:
         ValueError: the family is unknown or has no place for one of the parameters.
     """
-    if family not in NAMES:
-        raise ValueError(f"model family {family!r} is not supported; choose from {sorted(NAMES)}")
+    rows = family_of(family).tensors
     tensors: dict[str, np.ndarray] = {}
     for path, layer, leaf in leaves_by_layer(config, params):
-        if path not in NAMES[family]:
+        if path not in rows:
             raise ValueError(f"a {family} checkpoint has no place for the parameter {path}")
-        row = NAMES[family][path]
+        row = rows[path]
         array = np.asarray(leaf)
         matrix = array.reshape(matrix_shape(path, array.shape))
         name = row.name.format(layer)

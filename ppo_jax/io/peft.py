@@ -17,7 +17,7 @@ from ppo_jax.core.types import Params
 from ppo_jax.io.base_model import save_tensors
 from ppo_jax.io.huggingface import leaves_by_layer
 from ppo_jax.models.config import ModelConfig
-from ppo_jax.models.families.families import NAMES
+from ppo_jax.models.families import family_of
 
 PREFIX = "base_model.model."
 
@@ -30,7 +30,7 @@ def write_adapter(
     Args:
         folder: where to.
         config: the model's shape, with its `lora_alpha`.
-        family: a key of `families.NAMES`.
+        family: the name of one of `models.families.FAMILIES`.
         adapters: `lora_a` and `lora_b` of every layer, and nothing else.
         base: folder or hub id of the model that they go onto.
         dtype: of the tensors.
@@ -51,10 +51,11 @@ def peft_tensors(config: ModelConfig, family: str, adapters: Params) -> dict[str
 
         A = [A_q; A_v],  B = [[B_q, 0], [0, 0], [0, B_v]].
     """
+    rows = family_of(family).tensors
     found: dict[str, dict] = {}
     for path, layer, leaf in leaves_by_layer(config, adapters):
         projection, _, name = path.rpartition(".")
-        row = NAMES[family][f"{projection}.kernel"]
+        row = rows[f"{projection}.kernel"]
         rank = leaf.shape[-1 if name == "lora_a" else 0]
         matrix = np.asarray(leaf).reshape((-1, rank) if name == "lora_a" else (rank, -1)).T
         module = row.name.format(layer).removesuffix(".weight")
@@ -105,14 +106,15 @@ def adapter_config(
         "target_modules": sorted(ranks),
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": family == "gpt2",  # its modules hold their matrices as [I, O]
+        "fan_in_fan_out": not family_of(family).linear_is_transposed,  # matrices stored as [I, O]
         "inference_mode": True,
     }
 
 
 def short_name(module: str, family: str) -> str:
     """The end of a module's name that no other kind of module of a layer has."""
-    kernels = [row.name for path, row in NAMES[family].items() if path.endswith(".kernel")]
+    rows = family_of(family).tensors
+    kernels = [row.name for path, row in rows.items() if path.endswith(".kernel")]
     ends = Counter(name.split(".")[-2] for name in set(kernels))
     *_, parent, last = module.split(".")
     return last if ends[last] == 1 else f"{parent}.{last}"

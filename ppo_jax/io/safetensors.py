@@ -18,7 +18,8 @@ from jax.sharding import NamedSharding
 from ppo_jax.core.types import Params
 from ppo_jax.models.build import policy_network
 from ppo_jax.models.config import ModelConfig
-from ppo_jax.models.families.families import DERIVED, NAMES, PREFIX, Tensor
+from ppo_jax.models.families import family_of
+from ppo_jax.models.families.base import DERIVED, Family, Tensor
 
 DTYPES = ("F32", "F16", "BF16")  # as the headers call them
 COMPARED_ROWS = 4096  # of a head and an embedding, at a time
@@ -106,17 +107,19 @@ def find_parameters(config: ModelConfig, family: str, files: Files) -> Params:
 
     Args:
         config: the model's shape, and whether its layers are stacked.
-        family: a key of `families.NAMES`.
+        family: the name of one of `models.families.FAMILIES`.
         files: open, see `Files`.
 
     Raises:
         ValueError: before any parameter is read: a tensor is missing, is too many, or has a shape
             or a dtype that is not expected; or a tied head differs from the embedding.
     """
-    tensors = canonical_names(files, family)
+    names = family_of(family)
+    tensors = canonical_names(files, names)
     shapes = parameter_shapes(config)
-    rows = {path: NAMES[family][path] for path in shapes}
-    check_names(config, rows, tensors)
+    rows = {path: names.tensors[path] for path in shapes}
+    head = names.tensors["head.kernel"].name
+    check_names(config, rows, tensors, head)
     found = {name: file.get_slice(key) for name, (file, key) in tensors.items()}
     tree: Params = {}
     for path, shape in shapes.items():
@@ -132,18 +135,18 @@ def find_parameters(config: ModelConfig, family: str, files: Files) -> Params:
         for i, tensor in enumerate(layers):
             leaf = StoredParameter(path, row, [tensor], one, stacked=False)
             put(tree, path.replace("layers.", f"layers.{i}.", 1), leaf)
-    if config.tie_embeddings and "lm_head.weight" in found:
-        check_tied(found["lm_head.weight"], found, rows["embed.tokens"].name)
+    if config.tie_embeddings and head in found:
+        check_tied(head, rows["embed.tokens"].name, found)
     return tree
 
 
-def canonical_names(files: Files, family: str) -> dict[str, tuple[Any, str]]:
+def canonical_names(files: Files, family: Family) -> dict[str, tuple[Any, str]]:
     """Full name of each tensor -> (open file, its name there), without derived constants."""
     tensors: dict[str, tuple[Any, str]] = {}
+    prefix, head = family.prefix, family.tensors["head.kernel"].name
     for key, file in files.items():
-        is_full = key.startswith((PREFIX[family], "lm_head."))
-        name = key if is_full else PREFIX[family] + key
-        if DERIVED.fullmatch(name.removeprefix(PREFIX[family])):
+        name = key if key.startswith(prefix) or key == head else prefix + key
+        if DERIVED.fullmatch(name.removeprefix(prefix)):
             continue
         if name in tensors:
             raise ValueError(f"the weight files hold {name} twice: {key}, {tensors[name][1]}")
@@ -161,14 +164,16 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {path.replace("layers.stack.", "layers."): shape for path, shape in paths}
 
 
-def check_names(config: ModelConfig, rows: dict[str, Tensor], tensors: dict[str, Any]) -> None:
+def check_names(
+    config: ModelConfig, rows: dict[str, Tensor], tensors: dict[str, Any], head: str
+) -> None:
     """Refuse files that lack a tensor or have one too many."""
     needed = {
         row.name.format(i)
         for path, row in rows.items()
         for i in range(config.num_layers if path.startswith("layers.") else 1)
     }
-    allowed = needed | ({"lm_head.weight"} if config.tie_embeddings else set())
+    allowed = needed | ({head} if config.tie_embeddings else set())
     if missing := sorted(needed - tensors.keys()):
         raise ValueError(f"the weight files lack {len(missing)} tensors: {shorten(missing)}")
     if unused := sorted(tensors.keys() - allowed):
@@ -190,16 +195,16 @@ def check_tensor(name: str, tensor: Any, expected: tuple[int, ...]) -> None:
         raise ValueError(f"{name} has shape {shape}, but config.json asks for {expected}")
 
 
-def check_tied(head: Any, found: dict[str, Any], name: str) -> None:
+def check_tied(head: str, embedding: str, found: dict[str, Any]) -> None:
     """Refuse a head that is not the embedding, of which it should be a copy."""
-    table = found[name]
-    same = head.get_shape() == table.get_shape() and all(
-        np.array_equal(head[rows], table[rows]) for rows in row_blocks(table.get_shape()[0])
+    matrix, table = found[head], found[embedding]
+    same = matrix.get_shape() == table.get_shape() and all(
+        np.array_equal(matrix[rows], table[rows]) for rows in row_blocks(table.get_shape()[0])
     )
     if not same:
         raise ValueError(
-            "config.json ties the head to the embedding, but lm_head.weight differs from "
-            f"{name}; should tie_word_embeddings be false?"
+            "config.json ties the head to the embedding, but "
+            f"{head} differs from {embedding}; should tie_word_embeddings be false?"
         )
 
 

@@ -35,12 +35,11 @@ from ppo_jax.io.stage_folder import (
     stage_folder,
 )
 from ppo_jax.models.config import ModelConfig, computation
-from ppo_jax.models.families.families import write_config
+from ppo_jax.models.families import family_of, write_config
 from ppo_jax.rollout.sampling import Sampling
 
 DTYPES = ("float32", "bfloat16")
 SHARD_BYTES = 5_000_000_000  # of one weight file, as far as its tensors allow
-CLASSES = {"gpt2": "GPT2", "llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 HEADS = {"policy": "ForCausalLM", "reward": "ForSequenceClassification"}
 
@@ -156,7 +155,10 @@ def write_model(
         write_json(folder / "generation_config.json", numbers)
     raw = write_config(model.config)
     family, tokenizer = raw["model_type"], model.tokenizer
-    about = {"architectures": [CLASSES[family] + HEADS[model.kind]], "torch_dtype": dtype}
+    about = {
+        "architectures": [family_of(family).hf_class + HEADS[model.kind]],
+        "torch_dtype": dtype,
+    }
     ids = {name: getattr(tokenizer, name) for name in TOKEN_IDS}
     write_json(folder / "config.json", about | raw | ids | extra)
     write_weights(folder, named_tensors(model, family), dtype=dtype)

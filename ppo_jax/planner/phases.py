@@ -28,7 +28,7 @@ from ppo_jax.io.base_model import llama_config
 from ppo_jax.io.model_spec import parameters_of
 from ppo_jax.io.stage_folder import Model, describe_stage, stage_config
 from ppo_jax.models.config import ModelConfig, computation
-from ppo_jax.models.families.families import read_config
+from ppo_jax.models.families import read_config
 from ppo_jax.models.families.presets import SHAPES, published_config
 from ppo_jax.models.partition import start_layer
 from ppo_jax.planner import flops

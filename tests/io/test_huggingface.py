@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from ppo_jax.io import huggingface as hf
 from ppo_jax.models.build import policy_apply
 from ppo_jax.models.config import computation
-from ppo_jax.models.families.families import read_config, write_config
+from ppo_jax.models.families import read_config, write_config
 from tests.support.tiny_hf import (
     LENGTH,
     LLAMA3_ROPE,

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from ppo_jax.io import huggingface as hf
 from ppo_jax.models.build import policy_network
 from ppo_jax.models.config import ModelConfig
-from ppo_jax.models.families.families import write_config
+from ppo_jax.models.families import write_config
 
 SIZES = dict(vocab_size=48, embed_dim=16, mlp_dim=24, num_heads=8, num_kv_heads=8, head_dim=6)
 GPT2 = dict(positions="learned", norm="layernorm", mlp="gelu", head_dim=2)

@@ -1,4 +1,63 @@
 """Model families: what each calls its options and tensors in a checkpoint.
 
-Imports `models` and `core`. Start with `families`; `presets` has published shapes for plans.
+A family that needs no new arithmetic is one `Family` value in a file of its own, and its name in
+`FAMILIES`. Imports `models` and `core`. `presets` has published shapes for plans.
 """
+
+from typing import Any
+
+from ppo_jax.models.config import ModelConfig, computation
+from ppo_jax.models.families.base import Family, Json, refuse_unsupported
+from ppo_jax.models.families.gpt2 import GPT2
+from ppo_jax.models.families.llama import LLAMA, QWEN2, QWEN3
+
+FAMILIES = (GPT2, LLAMA, QWEN2, QWEN3)
+
+
+def family_of(model_type: Any) -> Family:
+    """The family with this `model_type`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for family in FAMILIES:
+        if family.name == model_type:
+            return family
+    names = sorted(family.name for family in FAMILIES)
+    raise ValueError(f"model_type {model_type!r} is not supported; choose from {names}")
+
+
+def read_config(raw: Json, **options: Any) -> ModelConfig:
+    """The content of a config.json as a `ModelConfig`.
+
+    Args:
+        raw: the content.
+        options: how to compute with it, see `models.config.computation`.
+
+    Raises:
+        ValueError: the family or one of its options is not supported, or a key is missing.
+    """
+    family = family_of(raw.get("model_type"))
+    refuse_unsupported(raw, family)
+    return ModelConfig(**options, **family.read(raw))
+
+
+def write_config(config: ModelConfig) -> Json:
+    """The inverse of `read_config`: the config.json of a model, without the ids of its tokens.
+
+    The family is the first whose checkpoints can hold such a model; the options of `computation`
+    are not in it.
+
+    Raises:
+        ValueError: no family has such a model.
+    """
+    for family in FAMILIES:
+        raw = {"model_type": family.name, **family.write(config)}
+        try:
+            read = read_config(raw, **computation(config))
+        except ValueError:  # its width is not a multiple of its heads
+            continue
+        if read == config:
+            return raw
+    names = sorted(family.name for family in FAMILIES)
+    raise ValueError(f"none of {names} has a model of the shape {config}")

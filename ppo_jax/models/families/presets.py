@@ -6,7 +6,7 @@ What stands here is what their config.json says, under its own names.
 from typing import Any
 
 from ppo_jax.models.config import ModelConfig
-from ppo_jax.models.families.families import read_config
+from ppo_jax.models.families import read_config
 
 LLAMA_3 = {
     "model_type": "llama",
