@@ -166,6 +166,11 @@ def encode_prompts(prompts: Sequence[str], tokenizer: Any, *, max_length: int) -
                 f"prompt {index} has {len(row)} tokens, allowed are 1 to {max_length}: "
                 f"{prompts[index][:80]!r}"
             )
+    return pad_prompts(rows, max_length)
+
+
+def pad_prompts(rows: Sequence[Sequence[int]], max_length: int) -> Prompts:
+    """Rows of tokens, each at most max_length long, padded on the left with 0."""
     tokens, mask = padded(rows, max_length)
     # Roll each row's padding from its right end to its left.
     columns = np.arange(tokens.shape[1]) - (~mask).sum(axis=1, keepdims=True)

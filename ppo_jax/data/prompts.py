@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ppo_jax.core.types import Prompts
-from ppo_jax.data.encode import batch_indices, encode_prompts, filter_records, token_rows
+from ppo_jax.data.encode import batch_indices, filter_records, pad_prompts, token_rows
 from ppo_jax.data.readers import naming_data
 from ppo_jax.data.records import load_prompts
 
@@ -47,9 +47,8 @@ def prompt_data(
     reject_reasons = ["" if length else "blank" for length in lengths]
     with naming_data(field, path, "ppo.max_prompt_length"):
         kept, left_out = filter_records(texts, reject_reasons, lengths, max_length)
-    texts = [texts[i] for i in kept]
-    prompts = encode_prompts(texts, tokenizer, max_length=max_length)
-    return PromptData(texts=texts, prompts=prompts, left_out=left_out)
+    prompts = pad_prompts([rows[i].ids for i in kept], max_length)
+    return PromptData(texts=[texts[i] for i in kept], prompts=prompts, left_out=left_out)
 
 
 WINDOW = 16  # batches that are sorted together: a share of long prompts down to 1/16 pads no other

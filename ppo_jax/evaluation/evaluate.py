@@ -17,13 +17,14 @@ from ppo_jax.core.types import Rollout
 from ppo_jax.data.comparisons import CONTEXT, rated
 from ppo_jax.data.prompts import PromptData, prompt_data
 from ppo_jax.data.readers import naming_data
-from ppo_jax.data.records import load_ratings
+from ppo_jax.data.records import RatedText, load_ratings
 from ppo_jax.distributed.layout import Layout, fetch, make_layouts
 from ppo_jax.distributed.processes import on_primary, stop_if_asked
 from ppo_jax.evaluation.statistics import Judge, distinct_n, judge_table
 from ppo_jax.inference.generate import generate, make_sampling
 from ppo_jax.inference.score import score_rows, scores_that_fit
 from ppo_jax.io.metric_names import with_new_names
+from ppo_jax.io.model_spec import ModelSpec
 from ppo_jax.io.run_folder import read_results, write_results
 from ppo_jax.io.stage_folder import Model, describe_stage, load_source, resolve, source_steps
 from ppo_jax.models.build import policy_network
@@ -50,13 +51,23 @@ class JudgePanel:
             )
 
 
-def evaluate(config: Config, workdir: Path, base: str):
+# The prompts, and the rated texts that measure the reward model.
+EvaluationData = tuple[PromptData, list[RatedText] | None]
+
+
+def read_evaluation(config: Config, start: ModelSpec) -> EvaluationData:
+    ratings = config.evaluate.ratings
+    return evaluation_prompts(config, start.tokenizer), load_ratings(ratings) if ratings else None
+
+
+def evaluate(config: Config, workdir: Path, base: str, data: EvaluationData):
     """Compare the policies of a run and add the verdict to results.json.
 
     Args:
         config: of the run; its evaluate section.
         workdir: the run's folder; its stages are complete.
         base: path of the base model.
+        data: see `read_evaluation`.
     """
     settings, (layout, of_rollout) = config.evaluate, make_layouts(config.mesh)
     pins = source_steps(workdir / "ppo")
@@ -64,7 +75,7 @@ def evaluate(config: Config, workdir: Path, base: str):
         name: load_source(path, workdir, base, config.model, layout, pin)
         for name, (path, pin) in compared(config, workdir, base, pins.get("init_from")).items()
     }
-    prompts = evaluation_prompts(config, policies["ppo"].tokenizer).texts[: settings.num_prompts]
+    prompts, ratings = data[0].texts[: settings.num_prompts], data[1]
     responses, results = compare(policies, prompts, config, of_rollout)
     texts = {
         name: [p + r for p, r in zip(prompts, rows, strict=True)]
@@ -77,7 +88,7 @@ def evaluate(config: Config, workdir: Path, base: str):
     pin = pins.get("reward_model") if config.ppo.reward_model else None
     reward = load_source(name, workdir, base, config.model, layout, pin) if name else None
     add_results(workdir, {"samples": side_by_side(reward, prompts, responses, texts)})
-    add_results(workdir, reward_accuracies(reward, config, workdir))
+    add_results(workdir, reward_accuracies(reward, ratings, config, workdir))
 
 
 def compare(
@@ -243,17 +254,18 @@ def side_by_side(
     ]
 
 
-def reward_accuracies(reward: Model | None, config: Config, workdir: Path) -> dict[str, float]:
+def reward_accuracies(
+    reward: Model | None, ratings: list[RatedText] | None, config: Config, workdir: Path
+) -> dict[str, float]:
     """The reward model's accuracy on unseen pairs, under results' names.
 
     On pairs of `evaluate.ratings`, or else those of the last validation.
     """
     if reward is None:
         return {}
-    if config.evaluate.ratings:
-        records = load_ratings(config.evaluate.ratings)
+    if ratings is not None:
         with naming_data("evaluate.ratings", config.evaluate.ratings, CONTEXT):
-            data = rated(records, reward.tokenizer, reward.config.max_length)
+            data = rated(ratings, reward.tokenizer, reward.config.max_length)
         accuracies = data.accuracy(score_rows(reward, data.texts), config.seed)
     else:
         accuracies = last_validation(workdir / "metrics.jsonl")

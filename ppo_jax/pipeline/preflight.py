@@ -12,30 +12,20 @@ import jax
 from ppo_jax.config.parsing import load_function
 from ppo_jax.config.run import STAGES, Config
 from ppo_jax.config.stages import LoRASettings, PPOSettings, RewardSettings
-from ppo_jax.data.comparisons import RewardData, reward_data
+from ppo_jax.data.comparisons import RewardData
 from ppo_jax.data.encode import TokenizedTexts
 from ppo_jax.data.preferences import PREFERENCE_FORMS
-from ppo_jax.data.prompts import prompt_data
 from ppo_jax.data.readers import check_packages, is_hub, is_table, read_rows
 from ppo_jax.data.records import PROMPT_FORMS, load_ratings, load_texts
 from ppo_jax.distributed.layout import Layout, make_layouts
-from ppo_jax.evaluation.evaluate import evaluation_prompts
 from ppo_jax.inference.generate import stop_ids
 from ppo_jax.io.model_spec import ModelSpec, needs_base, parameters, scratch_shape
 from ppo_jax.io.stage_folder import check_pin, describe_stage, missing_steps, source_steps
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.lora import check_targets
+from ppo_jax.pipeline.stages import chosen
 from ppo_jax.rollout.sampling import Sampling
-from ppo_jax.training.reward import reference_texts
 from ppo_jax.training.reward_functions import load_reward_function
-from ppo_jax.training.sft import sft_data
-
-FILES = {
-    "sft": ("data", "validation_data"),
-    "reward": ("data", "validation_data", "reference_data"),
-    "ppo": ("prompts",),
-    "evaluate": ("prompts", "ratings"),
-}
 
 
 def check_named(config: Config, workdir: Path, stages: Sequence[str]):
@@ -95,9 +85,9 @@ def check_functions(config: Config, stages: Sequence[str]):
 def check_files(config: Config, workdir: Path, stages: Sequence[str]):
     """The data files are there, but for those that `prepare` will write."""
     named = {
-        f"{stage}.{field}": getattr(getattr(config, stage), field)
-        for stage in stages
-        for field in FILES[stage]
+        f"{stage.name}.{field}": getattr(getattr(config, stage.name), field)
+        for stage in chosen(stages)
+        for field in stage.data_fields
     }
     if needs_base(config, stages):
         named["model.vocabulary_data"] = config.model.vocabulary_data
@@ -129,7 +119,10 @@ def check_rows(field: str, path: str, config: Config):
 
 def check_sources(config: Config, workdir: Path, stages: Sequence[str]):
     """What a stage starts from is there, or is made by a stage before it."""
-    read = {"reward": ["reward.init_from"], "ppo": ["ppo.init_from", "ppo.reward_model"]}
+    read = {
+        stage.name: [f"{stage.name}.{field}" for field in stage.source_fields]
+        for stage in chosen(stages)
+    }
     if "ppo" not in stages:
         read["evaluate"] = ["ppo.init_from"]
     for stage in stages:
@@ -196,34 +189,26 @@ def check_data(
         stages: those that will run.
 
     Returns:
-        Under "sft" the texts and under "reward" the `RewardData` to train on and to validate on,
-        under "references" the texts that shall score 0, where a file holds them, under "ppo" and
-        "evaluate" the `PromptData`, under "ratings" the records that measure the reward model.
+        {stage name: what its `read` returns}.
     """
-    data: dict[str, Any] = {}
-    if "sft" in stages:
-        start = starts["sft"]
-        data["sft"] = sft_data(config.sft, config.seed, start.tokenizer)
-        rows = len(data["sft"][0].mask)
-        check_texts("sft", config.sft, data["sft"], start.config.max_length, rows)
-    if "reward" in stages:
-        start, context = starts["reward"], starts["reward"].config.max_length
-        data["reward"] = reward_data(config.reward, config.seed, start.tokenizer, context)
-        check_rankings(config.reward, data["reward"][0])
-        texts, rows = [part.texts for part in data["reward"]], data["reward"][0].num_rows
-        check_texts("reward", config.reward, texts, context, rows)
-        if config.reward.reference_data:
-            data["references"] = reference_texts(config.reward, start.tokenizer)
     if "ppo" in starts:
-        tokenizer, length = starts["ppo"].tokenizer, config.ppo.max_prompt_length
-        stop_ids(tokenizer, config.ppo.stop_tokens)
-    if "ppo" in stages:
-        data["ppo"] = prompt_data(config.ppo.prompts, tokenizer, max_length=length)
-    if "evaluate" in stages:
-        data["evaluate"] = evaluation_prompts(config, starts["ppo"].tokenizer)
-        if config.evaluate.ratings:
-            data["ratings"] = load_ratings(config.evaluate.ratings)
+        stop_ids(starts["ppo"].tokenizer, config.ppo.stop_tokens)
+    data: dict[str, Any] = {}
+    for stage in chosen(stages):
+        start = starts["ppo" if stage.name == "evaluate" else stage.name]
+        data[stage.name] = stage.read(config, start)
+        check_sizes(stage.name, config, data[stage.name], start.config.max_length)
     return data
+
+
+def check_sizes(stage: str, config: Config, data: Any, context: int):
+    """Texts fit the model's context, and batches the data."""
+    if stage == "sft":
+        check_texts("sft", config.sft, data, context, len(data[0].mask))
+    elif stage == "reward":
+        check_rankings(config.reward, data[0])
+        texts = [part.texts for part in data[:2]]
+        check_texts("reward", config.reward, texts, context, data[0].num_rows)
 
 
 def check_rankings(settings: RewardSettings, data: RewardData):

@@ -18,6 +18,7 @@ from ppo_jax.data.prompts import PromptData
 from ppo_jax.data.readers import Forms, unread_columns
 from ppo_jax.data.records import DEMONSTRATION_FORMS, PROMPT_FORMS, RATING_FORMS
 from ppo_jax.io.model_spec import ModelSpec
+from ppo_jax.training.stage import training_data
 
 EXAMPLES = 2  # of a stage
 LONGEST = 1000  # characters of one stretch of text; the middle of a longer one is left out
@@ -51,7 +52,8 @@ def previews(data: Mapping[str, Any], starts: Mapping[str, ModelSpec], mark: Mar
         shown.append(reward_preview(data["reward"][0], starts["reward"].tokenizer, mark))
     for stage in ("ppo", "evaluate"):
         if stage in data:
-            shown.append(prompt_preview(stage, data[stage], starts["ppo"].tokenizer, mark))
+            prompts = training_data(data[stage])
+            shown.append(prompt_preview(stage, prompts, starts["ppo"].tokenizer, mark))
     return shown
 
 
@@ -174,14 +176,15 @@ def data_lines(config: Config, data: Mapping[str, Any]) -> list[str]:
         if config.sft.packing:
             lines.append(f"sft: packed {fullness(data['sft'][0])}")
     if "reward" in data:
-        lines += reward_lines(config.reward, data["reward"])
-    if "references" in data:
-        lines.append(texts_line("reward.reference_data", config.reward, data["references"]))
+        lines += reward_lines(config.reward, data["reward"][:2])
+        if (references := data["reward"][2]) is not None:
+            lines.append(texts_line("reward.reference_data", config.reward, references))
     for stage in ("ppo", "evaluate"):
         if stage in data:
-            lines.append(prompts_line(stage, getattr(config, stage).prompts, data[stage]))
-    if "ratings" in data:
-        path, count = config.evaluate.ratings, len(data["ratings"])
+            prompts = training_data(data[stage])
+            lines.append(prompts_line(stage, getattr(config, stage).prompts, prompts))
+    if "evaluate" in data and data["evaluate"][1] is not None:
+        path, count = config.evaluate.ratings, len(data["evaluate"][1])
         lines.append(data_line("evaluate.ratings", path, count, {}, RATING_FORMS))
     return lines
 

@@ -18,7 +18,6 @@ from ppo_jax.config.run import STAGES, Config, from_config_dict
 from ppo_jax.data.atomic import PARTIAL, atomic_folder
 from ppo_jax.distributed.layout import make_mesh
 from ppo_jax.distributed.processes import on_primary, stop_if_asked, wait_for_all
-from ppo_jax.evaluation.evaluate import evaluate
 from ppo_jax.evaluation.report.report import write_report
 from ppo_jax.evaluation.report.summary import headlines, read_run, verdict
 from ppo_jax.io.base_model import base_path, prepare_base
@@ -34,14 +33,10 @@ from ppo_jax.io.run_folder import (
 from ppo_jax.io.stage_folder import missing_steps
 from ppo_jax.pipeline.preflight import check_mesh, check_named, check_run
 from ppo_jax.pipeline.preview import brackets, colours, data_lines, previews
+from ppo_jax.pipeline.stages import chosen
 from ppo_jax.pipeline.summary import summary
-from ppo_jax.training.ppo import train_ppo
 from ppo_jax.training.resume import check_same_base, check_same_data, drop_outdated_base
-from ppo_jax.training.reward import train_reward
-from ppo_jax.training.sft import train_sft
 from ppo_jax.training.stage import check_settings, describe
-
-RUN = {"sft": train_sft, "reward": train_reward, "ppo": train_ppo, "evaluate": evaluate}
 
 
 def run(settings: config_dict.ConfigDict | dict, workdir: str | Path, only: Sequence[str] = STAGES):
@@ -61,10 +56,10 @@ def run(settings: config_dict.ConfigDict | dict, workdir: str | Path, only: Sequ
     complete = on_primary(completeness, config, workdir)
     todo = [stage for stage in stages if not complete[stage]]
     if todo:
-        base = prepare(config, given, workdir, todo)
+        base, data = prepare(config, given, workdir, todo)
     for stage in stages:
         if stage in todo:
-            run_stage(stage, config, workdir, base)
+            run_stage(stage, config, workdir, base, data.pop(stage))
         else:
             print(f"{stage}: complete", flush=True)
     report = workdir / "report.html"
@@ -137,7 +132,9 @@ def stand_in(workdir: Path) -> Iterator[Path]:
             raise
 
 
-def prepare(config: Config, given: Config, workdir: Path, stages: Sequence[str]) -> str:
+def prepare(
+    config: Config, given: Config, workdir: Path, stages: Sequence[str]
+) -> tuple[str, dict[str, Any]]:
     """Make the data and the base model, check all that the stages need, and print the table.
 
     Args:
@@ -147,7 +144,7 @@ def prepare(config: Config, given: Config, workdir: Path, stages: Sequence[str])
         stages: those that will run.
 
     Returns:
-        The path of the base model, "" where no stage reads it.
+        (path of the base model, "" where no stage reads it; {stage name: its data}).
     """
     began = time.time()
     check_named(config, workdir, stages)
@@ -159,7 +156,7 @@ def prepare(config: Config, given: Config, workdir: Path, stages: Sequence[str])
     print("\n".join([summary(config, starts, stages, data), *data_lines(config, data)]), flush=True)
     if "time/prepare_s" not in read_results(workdir):
         add_time(workdir, "prepare", began)
-    return base
+    return base, data
 
 
 def make_ready(
@@ -183,7 +180,7 @@ def make_ready(
     starts = initial_models(config, workdir, base, stages)
     check_mesh(config, starts, stages)
     data = check_run(config, starts, stages)
-    check_same_data(config, workdir, data)
+    check_same_data(config, workdir, chosen(stages), data)
     return base, starts, data
 
 
@@ -210,13 +207,13 @@ def closing(workdir: Path, report: Path) -> str:
     return "\n".join([*figures, verdict(run), f"report: {report}"])
 
 
-def run_stage(stage: str, config: Config, workdir: Path, base: str):
+def run_stage(stage: str, config: Config, workdir: Path, base: str, data: Any):
     """Run a stage; what an earlier evaluation said does not outlive the models that it was of."""
     stop_if_asked()
     began, results = time.time(), read_results(workdir)
     write_results(workdir, {k: v for k, v in results.items() if k.startswith("time/")})
     try:
-        RUN[stage](config, workdir, base)
+        chosen([stage])[0].train(config, workdir, base, data)
     finally:
         add_time(workdir, stage, began)
     wait_for_all(f"the end of {stage}")

@@ -14,32 +14,32 @@ from ppo_jax.config.run import Config
 from ppo_jax.config.stages import PPOSettings
 from ppo_jax.core.types import PPOState, Prompts, Rollout
 from ppo_jax.data.encode import take_prompts
-from ppo_jax.data.prompts import PromptBuckets, prompt_data
+from ppo_jax.data.prompts import PromptBuckets, PromptData, prompt_data
 from ppo_jax.distributed.layout import Layout, fetch, gather_rows, make_layouts, own_rows
 from ppo_jax.inference.generate import decode_rows
+from ppo_jax.io.model_spec import ModelSpec
 from ppo_jax.io.run_folder import append_rows
 from ppo_jax.io.stage_folder import load_source, source_steps
 from ppo_jax.training.common import compile_step
 from ppo_jax.training.ppo_setup import Setup, begin_models, make_setup
 from ppo_jax.training.resume import fingerprint
 from ppo_jax.training.reward_functions import FunctionFailed, RewardFunction, load_reward_function
-from ppo_jax.training.stage import StageRun, open_stage
-
-SHOW = {
-    "reward/score_mean": "score",
-    "kl/ref": "kl",
-    "policy/clip_fraction": "clip",
-    "response/length": "length",
-}
+from ppo_jax.training.stage import Stage, StageRun, open_stage
 
 
-def train_ppo(config: Config, workdir: Path, base: str):
+def read_ppo(config: Config, start: ModelSpec) -> PromptData:
+    settings = config.ppo
+    return prompt_data(settings.prompts, start.tokenizer, max_length=settings.max_prompt_length)
+
+
+def train_ppo(config: Config, workdir: Path, base: str, data: PromptData):
     """Align a policy; the result is the stage folder `workdir/ppo`.
 
     Args:
         config: of the run; its ppo section.
         workdir: the run's folder.
         base: path of the base model.
+        data: the prompts, see `prompt_data`.
     """
     settings, layouts = config.ppo, make_layouts(config.mesh)
     layout = layouts[0]
@@ -47,8 +47,6 @@ def train_ppo(config: Config, workdir: Path, base: str):
     function = None
     if settings.reward_function:
         function = load_reward_function(settings.reward_function, settings.reward_timeout_s)
-    most = settings.max_prompt_length
-    data = prompt_data(settings.prompts, policy.tokenizer, max_length=most)
     texts, rows = data.texts, data.prompts
     num_steps, size = settings.num_iterations, settings.rollout_batch_size
     samples_each = settings.samples_per_prompt
@@ -72,10 +70,9 @@ def train_ppo(config: Config, workdir: Path, base: str):
     samples = make_sampler(setup, tokenizer, texts, rows, settings, function, layout)
     with StageRun(
         workdir,
-        "ppo",
+        PPO,
         num_steps=num_steps,
         save_every=settings.save_every,
-        show=SHOW,
         tokens=("response/length", size),
     ) as run:
         state = run.restore(layout, init_ppo, *start, setup.hyperparameters)
@@ -225,3 +222,19 @@ def make_sampler(
         ]
 
     return samples
+
+
+PPO = Stage(
+    name="ppo",
+    data_fields=("prompts",),
+    source_fields=("init_from", "reward_model"),
+    step_unit="iteration",
+    progress={
+        "reward/score_mean": "score",
+        "kl/ref": "kl",
+        "policy/clip_fraction": "clip",
+        "response/length": "length",
+    },
+    read=read_ppo,
+    train=train_ppo,
+)

@@ -1,9 +1,9 @@
-"""Data told apart: a stage that goes on must read what it began with, in the same order."""
+"""Fingerprints of training data and provenance of the base model, checked on resume."""
 
 import dataclasses
 import shutil
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,7 @@ import numpy as np
 from ppo_jax.config.run import STAGES, Config
 from ppo_jax.io.run_folder import read_config
 from ppo_jax.io.stage_folder import describe_stage, has_begun
-from ppo_jax.training.stage import fixed_differences
-
-FIELDS = {"sft": "data", "reward": "data", "ppo": "prompts"}  # what a stage trains on
+from ppo_jax.training.stage import Stage, fixed_differences, training_data
 
 
 def fingerprint(data: Any) -> dict[str, int]:
@@ -41,28 +39,34 @@ def checksum(value: Any, before: int = 0) -> int:
     return zlib.crc32(np.asarray(value).tobytes() if is_array else repr(value).encode(), before)
 
 
-def check_same_data(config: Config, workdir: Path, data: Mapping[str, Any]):
-    """Refuse to go on with a stage on other data than it began with.
+def check_same_data(
+    config: Config, workdir: Path, stages: Sequence[Stage], data: Mapping[str, Any]
+):
+    """Refuse to resume a stage on other data than it began with.
 
     Args:
         config: of the run.
         workdir: the run's folder.
-        data: what the stages read, see `checks.check_data`.
+        stages: those that will run.
+        data: {stage name: what it has read}.
 
     Raises:
         ValueError: a file has changed; it is named.
     """
-    for stage in [name for name in FIELDS if name in data]:
-        folder = workdir / stage
+    for stage in stages:
+        folder = workdir / stage.name
         old = describe_stage(folder).get("data") if has_begun(folder) else None
-        new = fingerprint(data[stage] if stage == "ppo" else data[stage][0])
-        if old in (None, new):  # stages of before had none
+        if old is None:  # not begun, or before there were fingerprints
+            continue
+        new = fingerprint(training_data(data[stage.name]))
+        if old == new:
             continue
         same = old["rows"] == new["rows"]
         rows = "rows, but others" if same else f"-> {new['rows']} rows"
+        path = getattr(getattr(config, stage.name), stage.data_fields[0])
         raise ValueError(
-            f"{getattr(getattr(config, stage), FIELDS[stage])} has changed since {folder} was "
-            f"begun ({old['rows']} {rows}): put it back, or choose another workdir"
+            f"{path} has changed since {folder} was begun ({old['rows']} {rows}): "
+            "put it back, or choose another workdir"
         )
 
 

@@ -20,6 +20,7 @@ from ppo_jax.data.readers import naming_data
 from ppo_jax.data.records import load_texts
 from ppo_jax.distributed.layout import Layout, make_layouts
 from ppo_jax.inference.score import all_scores
+from ppo_jax.io.model_spec import ModelSpec
 from ppo_jax.io.stage_folder import Model, load_source, source_steps
 from ppo_jax.models.build import reward_network
 from ppo_jax.models.partition import keep_layers
@@ -33,16 +34,19 @@ from ppo_jax.training.common import (
     with_adapters,
 )
 from ppo_jax.training.resume import fingerprint
-from ppo_jax.training.stage import StageRun, open_stage
+from ppo_jax.training.stage import Stage, StageRun, open_stage
 
-SHOW = {
-    "reward_model/loss": "loss",
-    "reward_model/accuracy": "accuracy",
-    "reward_model/validation_accuracy": "validation",
-}
+# To train on, to validate on, and to score 0 on average: None stands for the second.
+RewardParts = tuple[RewardData, RewardData, TokenizedTexts | None]
 
 
-def train_reward(config: Config, workdir: Path, base: str):
+def read_reward(config: Config, start: ModelSpec) -> RewardParts:
+    settings, context = config.reward, start.config.max_length
+    train, unseen = reward_data(settings, config.seed, start.tokenizer, context)
+    return train, unseen, reference_texts(settings, start.tokenizer)
+
+
+def train_reward(config: Config, workdir: Path, base: str, data: RewardParts):
     """Train a reward model; the result is the stage folder `workdir/reward`.
 
     After the last step the head's bias is set so that the reference texts score 0 on average.
@@ -51,13 +55,13 @@ def train_reward(config: Config, workdir: Path, base: str):
         config: of the run; its reward section.
         workdir: the run's folder.
         base: path of the base model.
+        data: comparisons to train on and to validate on, and the reference texts or None.
     """
     settings, (layout, _) = config.reward, make_layouts(config.mesh)
     pin = source_steps(workdir / "reward").get("init_from")
     model = load_source(settings.init_from, workdir, base, config.model, layout, pin)
-    data, unseen = reward_data(settings, config.seed, model.tokenizer, model.config.max_length)
-    references = reference_texts(settings, model.tokenizer)
-    num_steps = count_steps(settings, data.num_rows)
+    comparisons, unseen, references = data
+    num_steps = count_steps(settings, comparisons.num_rows)
     model = init_reward_model(model, settings.num_layers, config.seed)
     model = with_adapters(model, settings.trainable, settings.lora, config.seed, layout)
     sources = {"init_from": model}
@@ -67,15 +71,15 @@ def train_reward(config: Config, workdir: Path, base: str):
         workdir,
         model,
         num_steps=num_steps,
-        data=fingerprint(data),
+        data=fingerprint(comparisons),
         sources=sources,
     )
     network = reward_network(model.config, start_layer=start, constrain=layout.constrain)
     trunk_params, frozen = freeze((parts.trunk, parts.frozen), layout, config.model.frozen_dtype)
     read = inputs_reader(model.config, start, trunk_params, layout, settings.hidden_cache_gb)
     steps = () if start is None else range(num_steps)
-    used = [data.batch(config.seed, i, settings)[0] for i in steps]
-    inputs = read(data.texts, used=np.concatenate(used) if used else None)
+    used = [comparisons.batch(config.seed, i, settings)[0] for i in steps]
+    inputs = read(comparisons.texts, used=np.concatenate(used) if used else None)
     unseen_inputs = read(unseen.texts)
     optimizer = layout.replicate(make_optimizer(settings.optimizer, num_steps))
     pieces, trained = settings.num_micro_batches, layout.put(parts.trained)
@@ -87,9 +91,7 @@ def train_reward(config: Config, workdir: Path, base: str):
         params = merge_params(frozen, state.params)
         return all_scores(score, params, texts, inputs, layout, settings.batch_size)
 
-    with StageRun(
-        workdir, "reward", num_steps=num_steps, save_every=settings.save_every, show=SHOW
-    ) as run:
+    with StageRun(workdir, REWARD, num_steps=num_steps, save_every=settings.save_every) as run:
         state = run.restore(layout, init_train_state, trained, optimizer)
         del trained
         step = compile_step(reward_step, state, layout, network=network, num_micro_batches=pieces)
@@ -97,7 +99,7 @@ def train_reward(config: Config, workdir: Path, base: str):
             scores = scores_of(state, unseen.texts, unseen_inputs)
             run.log_start(unseen.accuracy(scores, config.seed))
         for i in run.steps():
-            batch = preference_batch(data, inputs, config.seed, i, settings, layout)
+            batch = preference_batch(comparisons, inputs, config.seed, i, settings, layout)
             state, metrics = step(state, batch, optimizer, frozen=frozen)
             if i + 1 == num_steps or (i + 1) % settings.eval_every == 0:
                 run.settle()
@@ -153,3 +155,17 @@ def shift_scores(state: TrainState, shift: float) -> TrainState:
     head = state.params["head"]
     bias = head["bias"] + np.float32(shift)
     return state.replace(params={**state.params, "head": {**head, "bias": bias}})
+
+
+REWARD = Stage(
+    name="reward",
+    data_fields=("data", "validation_data", "reference_data"),
+    source_fields=("init_from",),
+    progress={
+        "reward_model/loss": "loss",
+        "reward_model/accuracy": "accuracy",
+        "reward_model/validation_accuracy": "validation",
+    },
+    read=read_reward,
+    train=train_reward,
+)

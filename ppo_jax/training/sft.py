@@ -19,6 +19,7 @@ from ppo_jax.data.packing import pack
 from ppo_jax.data.readers import naming_data
 from ppo_jax.data.records import data_files, load_texts, read_split
 from ppo_jax.distributed.layout import make_layouts
+from ppo_jax.io.model_spec import ModelSpec
 from ppo_jax.io.stage_folder import load_source
 from ppo_jax.models.build import policy_network
 from ppo_jax.training.common import (
@@ -31,14 +32,12 @@ from ppo_jax.training.common import (
     with_adapters,
 )
 from ppo_jax.training.resume import fingerprint
-from ppo_jax.training.stage import StageRun, open_stage
+from ppo_jax.training.stage import Stage, StageRun, open_stage
 
-SHOW = {"sft/loss": "loss", "sft/validation_loss": "validation"}
+Texts = tuple[TokenizedTexts, TokenizedTexts]  # to train on, to validate on
 
 
-def sft_data(
-    settings: SFTSettings, seed: int, tokenizer: Any
-) -> tuple[TokenizedTexts, TokenizedTexts]:
+def sft_data(settings: SFTSettings, seed: int, tokenizer: Any) -> Texts:
     """Tokenised training and validation texts, one a row or packed."""
     read = functools.partial(load_texts, tokenizer=tokenizer)
     split = read_split(settings, seed, read, lambda record: record.text)
@@ -49,17 +48,22 @@ def sft_data(
     return tuple(pack(part, max_length=length) if settings.packing else part for part in parts)
 
 
-def train_sft(config: Config, workdir: Path, base: str):
+def read_sft(config: Config, start: ModelSpec) -> Texts:
+    return sft_data(config.sft, config.seed, start.tokenizer)
+
+
+def train_sft(config: Config, workdir: Path, base: str, data: Texts):
     """Fine-tune the base model on texts; the result is the stage folder `workdir/sft`.
 
     Args:
         config: of the run; its sft section.
         workdir: the run's folder.
         base: path of the base model.
+        data: texts to train on and to validate on, see `sft_data`.
     """
     settings, (layout, _) = config.sft, make_layouts(config.mesh)
     model = load_source("base", workdir, base, config.model, layout)
-    texts, unseen = sft_data(settings, config.seed, model.tokenizer)
+    texts, unseen = data
     num_steps = count_steps(settings, len(texts.tokens))
     model = with_adapters(model, settings.trainable, settings.lora, config.seed, layout)
     start, parts = open_stage(
@@ -96,9 +100,7 @@ def train_sft(config: Config, workdir: Path, base: str):
             "sft/validation_perplexity": math.exp(min(mean, 700.0)),
         }
 
-    with StageRun(
-        workdir, "sft", num_steps=num_steps, save_every=settings.save_every, show=SHOW
-    ) as run:
+    with StageRun(workdir, SFT, num_steps=num_steps, save_every=settings.save_every) as run:
         state = run.restore(layout, init_train_state, trained, optimizer)
         del trained
         step = compile_step(sft_step, state, layout, network=network, num_micro_batches=pieces)
@@ -128,3 +130,12 @@ def as_text_batch(
         loss_mask=loss_mask,
         segment_ids=None if texts.segment_ids is None else texts.segment_ids[filled, :width],
     )
+
+
+SFT = Stage(
+    name="sft",
+    data_fields=("data", "validation_data"),
+    progress={"sft/loss": "loss", "sft/validation_loss": "validation"},
+    read=read_sft,
+    train=train_sft,
+)

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
+from ppo_jax.config.flags import hint_of, section_of
 from ppo_jax.config.parsing import filled_in, with_new_names
 from ppo_jax.config.run import MAY_CHANGE, Config, ModelSettings
-from ppo_jax.config.stages import PPOSettings, RewardSettings, SFTSettings
 from ppo_jax.distributed.layout import Layout, abstract, init_sharded
 from ppo_jax.distributed.processes import STOPS, preempted, stop_handlers
 from ppo_jax.io.checkpoints import Checkpoints
@@ -20,7 +20,23 @@ from ppo_jax.io.stage_folder import Model, begin_stage, describe_stage, has_begu
 from ppo_jax.models.partition import Parts, split_params, start_layer
 from ppo_jax.training.metrics import MetricsWriter
 
-SECTIONS = {"sft": SFTSettings, "reward": RewardSettings, "ppo": PPOSettings}
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stage of a run. Its name is that of its section of the config and of its folder."""
+
+    name: str
+    data_fields: tuple[str, ...]  # settings that name data sets; the first is what it trains on
+    source_fields: tuple[str, ...] = ()  # settings that may name another stage to start from
+    step_unit: str = "step"  # what one of its steps is called
+    progress: Mapping[str, str] = dataclasses.field(default_factory=dict)  # metric: label
+    read: Callable[[Config, Any], Any]  # (config, its initial ModelSpec) -> data, tokenised
+    train: Callable[[Config, Path, str, Any], None]  # (config, workdir, base model's path, data)
+
+
+def training_data(data: Any) -> Any:
+    """The part of a stage's data that it trains on: the first of several."""
+    return data[0] if isinstance(data, tuple) else data
 
 
 class StageRun:
@@ -35,27 +51,25 @@ class StageRun:
 
     Args:
         workdir: the run's folder.
-        stage: its name, and that of its folder.
+        stage: which one.
         num_steps: of the stage.
         save_every: steps between checkpoints; the last step is always saved.
-        show: {metric: label} of the figures in the progress.
         tokens: (metric, factor), as `MetricsWriter` has it.
     """
 
     def __init__(
         self,
         workdir: Path,
-        stage: str,
+        stage: Stage,
         *,
         num_steps: int,
         save_every: int,
-        show: Mapping[str, str],
         tokens: tuple[str, float] | None = None,
     ):
-        self.workdir, self.stage, self.num_steps = Path(workdir), stage, num_steps
-        self.save_every, self.show, self.tokens = save_every, show, tokens
-        self.folder = self.workdir / stage
-        self.unit = "iteration" if stage == "ppo" else "step"
+        self.workdir, self.stage, self.num_steps = Path(workdir), stage.name, num_steps
+        self.save_every, self.show, self.tokens = save_every, stage.progress, tokens
+        self.folder = self.workdir / stage.name
+        self.unit = stage.step_unit
         self.start = 0
         self.asked_to_stop: signal.Signals | None = None
         self.checkpoints = Checkpoints(self.folder / "checkpoints")
@@ -237,5 +251,6 @@ def fixed_differences(old: dict, new: dict, may_change: Set[str] = MAY_CHANGE) -
 def with_younger_fields(stage: str, settings: dict) -> dict:
     """A field that is younger than the stage had its default then."""
     model = filled_in(ModelSettings, settings.get("model", {}))
-    settings = with_new_names(SECTIONS[stage], settings, warn=False)
-    return filled_in(SECTIONS[stage], settings) | {"model": model}
+    section = section_of(hint_of(stage))
+    settings = with_new_names(section, settings, warn=False)
+    return filled_in(section, settings) | {"model": model}

@@ -1,7 +1,7 @@
 """The examples of a dry run show what is learned, and the lines on data what became of it."""
 
-import collections
 import re
+import types
 
 from ppo_jax.config.run import from_config_dict
 from ppo_jax.data import encode as batches
@@ -166,16 +166,14 @@ def test_every_file_that_is_read_has_its_line():
     rankings = [RankedResponses("Hi", ("Yes", "No", "Ho"), (1.0, 2.0, 0.0))]
     texts, groups = batches.encode_preferences(rankings, TOKENIZER, max_length=8)
     part = RewardData(texts=texts, groups=groups)
-    prompts = collections.namedtuple("Prompts", "texts left_out")(["a"] * 3, {"repeated": 1})
+    prompts = types.SimpleNamespace(texts=["a"] * 3, left_out={"repeated": 1})
     config = settings(
         **{"reward.reference_data": "neutral.jsonl", "evaluate.ratings": "ratings.jsonl"}
     )
     data = {
-        "reward": (part, part),
-        "references": encoded(2, 0),
+        "reward": (part, part, encoded(2, 0)),
         "ppo": prompts,
-        "evaluate": prompts,
-        "ratings": [None] * 7,
+        "evaluate": (prompts, [None] * 7),
     }
     assert accounts.data_lines(config, data) == [
         "reward.data: pairs.jsonl: 2 read; 2 used, 1 to train and 1 to validate",

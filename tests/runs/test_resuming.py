@@ -1,10 +1,13 @@
 """What a run that is begun again may find changed, and what it refuses by name."""
 
+import collections
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
+from ppo_jax.data import encode, readers
 from ppo_jax.pipeline import run as pipeline
 from ppo_jax.io.checkpoints import Checkpoints
 from ppo_jax.io.checkpoints import load_checkpoint_item
@@ -196,3 +199,30 @@ def test_remat_and_attention_may_change_on_resume_and_the_dtype_may_not(tmp_path
     check_same_base(tmp_path, {"model": asked, "seed": 0})
     with pytest.raises(ValueError, match="settings: model.dtype: float32 -> bfloat16. Set"):
         check_same_base(tmp_path, {"model": other, "seed": 0})
+
+
+def test_a_run_reads_each_data_set_twice_and_tokenises_it_once(workdir, tmp_path, monkeypatch):
+    """As text before there is a tokenizer, then for training; a stage gets what was checked."""
+    files, texts = collections.Counter(), collections.Counter()
+    read, tokenise = readers.json_lines, encode.token_ids
+
+    def count_file(path, *args, **kwargs):
+        files[Path(path).name] += 1
+        return read(path, *args, **kwargs)
+
+    def count_texts(given, *args):
+        texts.update(given)
+        return tokenise(given, *args)
+
+    monkeypatch.setattr(readers, "json_lines", count_file)
+    monkeypatch.setattr(encode, "token_ids", count_texts)
+    ppo = {"init_from": "base", "reward_model": "", "num_iterations": 1}
+    ppo["reward_function"] = "tests.support.tiny_run:letters"
+    values = tiny_run.on_base(workdir, sft={"num_epochs": 0.1}, ppo=ppo)
+    pipeline.run(values, tmp_path / "run")
+    assert files == {"train_texts.jsonl": 2, "unseen_texts.jsonl": 2, "prompts.jsonl": 2}
+    assert set(texts.values()) == {1} and len(texts) == 48 + 16 + 6
+    files.clear()
+    values["ppo"]["num_iterations"] = 2
+    pipeline.run(values, tmp_path / "run")  # SFT is complete: its data are not needed
+    assert files == {"prompts.jsonl": 2}
