@@ -1,0 +1,79 @@
+"""PPO without a critic: no such network is built, and a run is like any other."""
+
+import json
+import math
+
+import jax.numpy as jnp
+import pytest
+
+from ppo_jax import make_experience
+from ppo_jax.pipeline import run as pipeline
+from tests.support import tiny, tiny_run
+
+FREE = dict(advantages="leave_one_out", samples_per_prompt=2)
+FROM_BASE = dict(
+    init_from="base", reward_function="tests.support.tiny_run:letters", reward_model=""
+)
+CONSTANT = dict(optimizer=tiny_run.optimizer(schedule="constant"))
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A run of all stages, evaluation and report included."""
+    folder = tmp_path_factory.mktemp("run")
+    values = tiny_run.config()
+    values["ppo"] |= FREE
+    pipeline.run(values, folder)
+    return folder
+
+
+def rows(folder):
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [row for row in lines if row["stage"] == "ppo"]
+
+
+def test_a_whole_run_has_no_critic(workdir):
+    metrics = rows(workdir)
+    assert [row["step"] for row in metrics] == [1, 2, 3, 4, 5, 6]
+    assert not [name for name in metrics[-1] if name.startswith("value/")]
+    assert all(math.isfinite(row["ppo/loss"]) for row in metrics)
+    saved = [str(path) for path in (workdir / "ppo" / "checkpoints").rglob("*")]
+    assert saved and not [path for path in saved if "value" in path]
+    page = (workdir / "report.html").read_text()
+    assert "kl/ref" in page or "KL" in page
+    assert "explained variance" not in page.lower()
+
+
+def test_the_table_at_the_start_has_no_critic(workdir, tmp_path, capsys):
+    values = tiny_run.on_base(workdir, ppo=FREE | FROM_BASE)
+    pipeline.dry_run(values, tmp_path)
+    table = capsys.readouterr().out
+    assert "memory, policy" in table and "critic" not in table
+
+
+def test_a_run_resumes_as_if_it_had_not_stopped(workdir, tmp_path):
+    def run(folder, num_iterations):
+        shape = FREE | FROM_BASE | CONSTANT | dict(num_iterations=num_iterations)
+        pipeline.run(tiny_run.on_base(workdir, ppo=shape), folder)
+        return rows(folder)
+
+    run(tmp_path / "parts", 3)
+    parts, whole = run(tmp_path / "parts", 6), run(tmp_path / "whole", 6)
+    for mine, one in zip(parts, whole, strict=True):
+        differ = [name for name in one if mine[name] != one[name]]
+        assert not [name for name in differ if not name.startswith("time/")]
+
+
+def test_the_advantages_and_the_networks_must_agree():
+    run = tiny.Run("whole")
+    rollout = run.rollout()
+    args = rollout, jnp.zeros(len(rollout.tokens)), run.state, run.numbers
+    networks, options = run.parts["networks"], run.parts["options"]
+    changes = [
+        ("'gae' need a value network", dict(networks=networks._replace(value=None))),
+        ("'leave_one_out' need no value network", dict(options=tiny.options(advantages="leave_one_out"))),
+    ]
+    for message, change in changes:
+        with pytest.raises(ValueError, match=message):
+            make_experience(*args, **run.parts | change)
+    assert options.advantages == "gae"
