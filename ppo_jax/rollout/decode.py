@@ -1,19 +1,169 @@
-"""Sampling responses with a KV cache, and what is read off them afterwards.
+"""Sampling responses with a KV cache, and the outputs at their tokens afterwards.
 
-Dimension key: N responses, B sequences, P prompt tokens, T response tokens, L = P + T, D model,
-V vocabulary.
+`rollout` is the decode loop: prefill, then one token at a time until every response has ended.
+
+Dimension key: N responses, S of them decoded at a time, B sequences, P prompt tokens, T response
+tokens, L = P + T, D model, V vocabulary.
 """
+
+from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from ppo_jax.core.distributions import token_statistics
 from ppo_jax.core.network import Network
 from ppo_jax.core.renamed import renamed
 from ppo_jax.core.types import Params, Prompts, Rollout
-from ppo_jax.rollout.continuous_batching import Engine
-from ppo_jax.rollout.sampling import Sampling
+from ppo_jax.rollout.sampling import Sampling, choose, is_eos
+
+
+class Policy(NamedTuple):
+    """The policy with its parameters, above a trunk if there is one."""
+
+    network: Network
+    params: Params
+    trunk: Network | None = None
+    trunk_params: Params | None = None
+
+    def init_caches(self, batch_size: int, length: int) -> tuple[Any, Any]:
+        """Empty caches of (trunk or None, policy)."""
+        trunk = None if self.trunk is None else self.trunk.init_cache(batch_size, length)
+        return trunk, self.network.init_cache(batch_size, length)
+
+    def refill_caches(self, caches: tuple, fresh: tuple, source: jax.Array) -> tuple[Any, Any]:
+        """Row b starts over with prompt source[b] of the fresh caches, where that is not -1."""
+        trunk = None if self.trunk is None else self.trunk.refill(caches[0], fresh[0], source)
+        return trunk, self.network.refill(caches[1], fresh[1], source)
+
+    def forward(self, tokens, mask, caches, first_output=0):
+        """New tokens through trunk and policy: (hidden states or None, logits [B, V], caches)."""
+        inputs, hidden_states, trunk_cache = tokens, None, None
+        if self.trunk is not None:
+            hidden_states, trunk_cache = self.trunk.decode(
+                self.trunk_params, tokens, mask, caches[0]
+            )
+            inputs = hidden_states
+        logits, cache = self.network.decode(
+            self.params, inputs, mask, caches[1], first_output=first_output
+        )
+        return hidden_states, logits[:, 0], (trunk_cache, cache)
+
+    def prefill(self, prompts: Prompts, caches: tuple):
+        """`forward` of prompts [B, P], with the logits that predict the first response token."""
+        length = prompts.tokens.shape[1]
+        return self.forward(prompts.tokens, prompts.mask, caches, first_output=length - 1)
+
+
+@struct.dataclass(kw_only=True)
+class DecodeState:
+    """What the decode loop carries from step to step.
+
+    Response s has its first token at step first_step[s], 0 unless it replaced a finished one.
+    Column step mod T of the [S, T] arrays holds the tokens chosen at `step`.
+    """
+
+    step: jax.Array  # [] int32, tokens chosen in each row so far
+    first_step: jax.Array  # [S] int32
+    keys: jax.Array  # [S] random key of the response
+    logits: jax.Array  # [S, V], predict the next token
+    active: jax.Array  # [S] bool, neither a stop token nor T tokens yet
+    stopped: jax.Array  # [S] bool, by a stop token
+    tokens: jax.Array  # [S, T] int32
+    logprobs: jax.Array  # [S, T] float32
+    mask: jax.Array  # [S, T] bool
+    hidden_states: jax.Array | None  # [S, T, D], the trunk's
+    caches: Any  # (of the trunk or None, of the policy)
+
+
+def init_decode(
+    policy: Policy, prompts: Prompts, keys: jax.Array, sampling: Sampling
+) -> tuple[DecodeState, jax.Array | None]:
+    """The state after prefill.
+
+    Args:
+        policy: with its parameters.
+        prompts: S / samples_per_prompt prompts; each is computed once, and its cache copied.
+        keys: [S].
+        sampling: the length and the number of samples are read.
+
+    Returns:
+        (state, the trunk's hidden states of the prompts [S / samples, P, D] or None).
+    """
+    (count, prompt_length), num_rows = prompts.tokens.shape, len(keys)
+    samples, capacity = sampling.samples_per_prompt, prompt_length + sampling.response_length
+    caches = policy.init_caches(count, capacity if samples == 1 else prompt_length)
+    prompt_states, logits, caches = policy.prefill(prompts, caches)
+    if samples > 1:
+        source = jnp.arange(num_rows) // samples
+        caches = policy.refill_caches(policy.init_caches(num_rows, capacity), caches, source)
+        logits = logits[source]
+    shape, states = (num_rows, sampling.response_length), None
+    if prompt_states is not None:
+        states = jnp.zeros((*shape, prompt_states.shape[-1]), prompt_states.dtype)
+    state = DecodeState(
+        step=jnp.int32(0),
+        first_step=jnp.zeros(num_rows, jnp.int32),
+        keys=keys,
+        logits=logits,
+        active=jnp.ones(num_rows, bool),
+        stopped=jnp.zeros(num_rows, bool),
+        tokens=jnp.zeros(shape, jnp.int32),
+        logprobs=jnp.zeros(shape, jnp.float32),
+        mask=jnp.zeros(shape, bool),
+        hidden_states=states,
+        caches=caches,
+    )
+    return state, prompt_states
+
+
+def decode_step(
+    policy: Policy, state: DecodeState, sampling: Sampling, temperature: jax.Array | float
+) -> DecodeState:
+    """One more token in each active row."""
+    s, length, t = state, sampling.response_length, state.step - state.first_step
+    tokens, logprobs = choose(s.logits, s.keys, t, sampling, temperature)
+    tokens = jnp.where(s.active, tokens, 0)
+    states, logits, caches = policy.forward(tokens[:, None], s.active[:, None], s.caches)
+    stopped = s.active & is_eos(tokens, jnp.asarray(sampling.eos_ids, jnp.int32))
+
+    def write(array, new):
+        # A finished response stays as it is, also where its row is kept for a while.
+        column = s.step % length
+        old = jax.lax.dynamic_slice_in_dim(array, column, 1, axis=1)
+        new = jnp.where(s.active.reshape(-1, *(1,) * (array.ndim - 1)), new, old)
+        return jax.lax.dynamic_update_slice_in_dim(array, new, column, axis=1)
+
+    return s.replace(
+        step=s.step + 1,
+        logits=logits,
+        active=s.active & ~stopped & (t + 1 < length),
+        stopped=s.stopped | stopped,
+        tokens=write(s.tokens, tokens[:, None]),
+        logprobs=write(s.logprobs, logprobs[:, None]),
+        mask=write(s.mask, s.active[:, None]),
+        hidden_states=None if states is None else write(s.hidden_states, states),
+        caches=caches,
+    )
+
+
+def decode_all(
+    policy: Policy,
+    prompts: Prompts,
+    keys: jax.Array,
+    sampling: Sampling,
+    temperature: jax.Array | float,
+) -> tuple[DecodeState, jax.Array | None]:
+    """The plain loop: (state in which every response has ended, hidden states of the prompts)."""
+    state, prompt_states = init_decode(policy, prompts, keys, sampling)
+    state = jax.lax.while_loop(
+        lambda s: s.active.any(),
+        lambda s: decode_step(policy, s, sampling, temperature),
+        state,
+    )
+    return state, prompt_states
 
 
 def rollout(
@@ -31,12 +181,12 @@ def rollout(
     """Sample N responses, `samples_per_prompt` to each prompt, as one program.
 
     Each token has a key of its own, fold_in(fold_in(key, row), t), so a response depends neither
-    on the batch it was sampled in, nor on the slots, nor on how the batch lies on devices. The
-    program ends when every response has.
+    on the batch that it was sampled in, nor on `max_concurrent`, nor on how the batch is sharded.
+    The program ends when every response has.
 
-    With fewer slots than responses, prompts wait until G slots are free and enter them together:
-    one prefill of G prompts. A slot costs the same whether its response is under way or has ended:
-    few slots have little idle work, many make better use of the hardware for each step.
+    With `max_concurrent` below N the rows are those of `continuous_batching`: a finished response
+    frees its row for the next prompt. A row costs the same whether its response is active or has
+    ended: few rows waste little work, many make better use of the hardware at each step.
 
     Args:
         policy: the network that gives logits; above `trunk` when there is one.
@@ -44,9 +194,9 @@ def rollout(
         prompts: N / samples_per_prompt prompts, padded on the left. Responses to the same prompt
             follow each other.
         key: consumed.
-        sampling: length, stop tokens, filters, slots.
+        sampling: length, stop tokens, filters, concurrency.
         temperature: of the sampling; 0 is greedy, and then `logprobs` are those at 1.
-        rows: [N] int, the numbers that tell the rows apart; 0 .. N - 1 by default.
+        rows: [N] int, the row numbers folded into the key; 0 .. N - 1 by default.
         trunk: frozen lower layers, run once per token; their hidden states are kept, so that
             other networks on the same trunk need not run it again.
         trunk_params: the trunk's parameters.
@@ -57,59 +207,52 @@ def rollout(
     Raises:
         ValueError: max_concurrent or min_free_slots do not fit, or need a network with `refill`.
     """
+    # Imported here, since it is made of the functions above.
+    from ppo_jax.rollout.continuous_batching import decode_with_refills
+
     chex.assert_rank([prompts.tokens, prompts.mask], 2)
     chex.assert_equal_shape([prompts.tokens, prompts.mask])
     chex.assert_type([prompts.tokens, prompts.mask], [int, bool])
     num_rows = prompts.tokens.shape[0] * sampling.samples_per_prompt
-    num_slots = min(sampling.max_concurrent or num_rows, num_rows)
-    check_slots(sampling, num_slots, num_rows, (trunk, policy))
+    concurrent = min(sampling.max_concurrent or num_rows, num_rows)
+    check_concurrency(sampling, concurrent, num_rows, (trunk, policy))
     rows = jnp.arange(num_rows) if rows is None else rows
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, rows)
-    engine = Engine(
-        networks=(trunk, policy),
-        params=(trunk_params, params),
-        prompts=prompts,
-        keys=keys,
-        sampling=sampling,
-        temperature=temperature,
-    )
-    slots, hidden = engine.begin(num_slots)
-    if num_slots == num_rows:
-        slots = jax.lax.while_loop(lambda s: s.alive.any(), engine.advance, slots)
-        ended = slots
-    else:
-        ended, hidden = engine.serve(slots, hidden, sampling.group(num_slots))
+    decode = decode_all if concurrent == num_rows else decode_with_refills
+    bound = Policy(policy, params, trunk, trunk_params)
+    responses, prompt_states = decode(bound, prompts, keys, sampling, temperature)
 
     def of_rows(x):
         return jnp.repeat(x, sampling.samples_per_prompt, axis=0, total_repeat_length=num_rows)
 
+    states = None
+    if trunk is not None:
+        states = jnp.concatenate([of_rows(prompt_states), responses.hidden_states], axis=1)
     return Rollout(
         prompt_tokens=of_rows(prompts.tokens),
         prompt_mask=of_rows(prompts.mask),
-        response_tokens=ended.tokens,
-        response_mask=ended.mask,
-        logprobs=ended.logprobs,
-        has_eos=ended.stopped,
-        hidden_states=None
-        if trunk is None
-        else jnp.concatenate([of_rows(hidden), ended.hidden], axis=1),
+        response_tokens=responses.tokens,
+        response_mask=responses.mask,
+        logprobs=responses.logprobs,
+        has_eos=responses.stopped,
+        hidden_states=states,
     )
 
 
-def check_slots(sampling: Sampling, num_slots: int, num_rows: int, networks: tuple) -> None:
-    """Raise a ValueError where the slots cannot serve the rows."""
-    samples, group = sampling.samples_per_prompt, sampling.group(num_slots)
-    if num_slots < num_rows and group > num_slots:
+def check_concurrency(sampling: Sampling, concurrent: int, num_rows: int, networks: tuple) -> None:
+    """Raise a ValueError where `max_concurrent` rows cannot decode them all."""
+    samples, group = sampling.samples_per_prompt, sampling.group(concurrent)
+    if concurrent < num_rows and group > concurrent:
         raise ValueError(
-            f"min_free_slots must be at most {num_slots} and a multiple of samples_per_prompt "
+            f"min_free_slots must be at most {concurrent} and a multiple of samples_per_prompt "
             f"({samples}), got {group}"
         )
-    if num_slots % samples:
+    if concurrent % samples:
         raise ValueError(
-            f"max_concurrent must be a multiple of samples_per_prompt ({samples}), got {num_slots}"
+            f"max_concurrent must be a multiple of samples_per_prompt ({samples}), got {concurrent}"
         )
     without = [n for n in networks if n is not None and n.refill is None]
-    if without and (num_slots < num_rows or samples > 1):
+    if without and (concurrent < num_rows or samples > 1):
         raise ValueError(
             "max_concurrent and samples_per_prompt need a network with `refill`, this one has none"
         )
@@ -126,7 +269,7 @@ def response_outputs(
     segment_ids: jax.Array | None = None,
     output_positions: jax.Array | None = None,
 ) -> jax.Array:
-    """What a network gives before each response token, and nowhere else.
+    """The network's outputs at the positions that predict response tokens, and nowhere else.
 
     Args:
         network: a policy, or a value network.
