@@ -14,7 +14,7 @@ from ppo_jax.core.types import Prompts
 from ppo_jax.models.build import policy_network, trunk_network
 from ppo_jax.models.partition import split_params
 from ppo_jax.rollout.continuous_batching import FIRST, LATER, REFILLS, max_trip_counts
-from ppo_jax.rollout.decode import rollout
+from ppo_jax.rollout.rollout import rollout
 from tests.support import tiny
 from tests.support.meshes import WIDE, layout_of
 
