@@ -59,7 +59,8 @@ from ppo_jax.models.build import (
 from ppo_jax.models.config import ModelConfig, RopeScaling
 from ppo_jax.models.lora import init_lora, merge_lora
 from ppo_jax.models.partition import split_params
-from ppo_jax.rollout.decode import response_outputs, rollout
+from ppo_jax.rollout.decode import response_outputs
+from ppo_jax.rollout.rollout import rollout
 from ppo_jax.rollout.sampling import Sampling, sample
 
 __version__ = "0.2.0"

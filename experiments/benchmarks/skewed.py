@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.work import FLAGS, Work, arguments, random_prompts, rates, rounded, time_calls
-from ppo_jax.rollout.decode import rollout
+from ppo_jax.rollout.rollout import rollout
 
 
 def stop_tokens() -> tuple[int, ...]:

@@ -26,7 +26,8 @@ from ppo_jax.core.types import (
     Prompts,
     Rollout,
 )
-from ppo_jax.rollout.decode import response_outputs, response_statistics, rollout
+from ppo_jax.rollout.decode import response_outputs, response_statistics
+from ppo_jax.rollout.rollout import rollout
 from ppo_jax.rollout.sampling import Sampling
 
 

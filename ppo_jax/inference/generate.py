@@ -19,7 +19,7 @@ from ppo_jax.io.hub import model_folder
 from ppo_jax.io.stage_folder import Model, describe_stage
 from ppo_jax.models.build import policy_network
 from ppo_jax.models.config import ModelConfig
-from ppo_jax.rollout.decode import rollout
+from ppo_jax.rollout.rollout import rollout
 from ppo_jax.rollout.sampling import Sampling, choose
 
 CHUNK = 4  # tokens that a stream samples in one call

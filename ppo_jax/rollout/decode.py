@@ -1,118 +1,168 @@
-"""Sampling responses with a KV cache, and what is read off them afterwards.
+"""Sampling responses with a KV cache, and the outputs at their tokens afterwards.
 
-Dimension key: N responses, B sequences, P prompt tokens, T response tokens, L = P + T, D model,
-V vocabulary.
+`decode_all` is the loop: prefill, then one token at a time until every response has ended.
+
+Dimension key: N responses, S of them decoded at a time, B sequences, P prompt tokens, T response
+tokens, L = P + T, D model, V vocabulary.
 """
 
-import chex
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from ppo_jax.core.distributions import token_statistics
 from ppo_jax.core.network import Network
 from ppo_jax.core.renamed import renamed
-from ppo_jax.core.types import Params, Prompts, Rollout
-from ppo_jax.rollout.continuous_batching import Engine
-from ppo_jax.rollout.sampling import Sampling
+from ppo_jax.core.types import Params, Prompts
+from ppo_jax.rollout.sampling import Sampling, choose, is_eos
 
 
-def rollout(
-    policy: Network,
-    params: Params,
-    prompts: Prompts,
-    key: jax.Array,
-    *,
-    sampling: Sampling,
-    temperature: jax.Array | float = 1.0,
-    rows: jax.Array | None = None,
-    trunk: Network | None = None,
-    trunk_params: Params | None = None,
-) -> Rollout:
-    """Sample N responses, `samples_per_prompt` to each prompt, as one program.
+class Policy(NamedTuple):
+    """The policy with its parameters, above a trunk if there is one."""
 
-    Each token has a key of its own, fold_in(fold_in(key, row), t), so a response depends neither
-    on the batch it was sampled in, nor on the slots, nor on how the batch lies on devices. The
-    program ends when every response has.
+    network: Network
+    params: Params
+    trunk: Network | None = None
+    trunk_params: Params | None = None
 
-    With fewer slots than responses, prompts wait until G slots are free and enter them together:
-    one prefill of G prompts. A slot costs the same whether its response is under way or has ended:
-    few slots have little idle work, many make better use of the hardware for each step.
+    def init_caches(self, batch_size: int, length: int) -> tuple[Any, Any]:
+        """Empty caches of (trunk or None, policy)."""
+        trunk = None if self.trunk is None else self.trunk.init_cache(batch_size, length)
+        return trunk, self.network.init_cache(batch_size, length)
+
+    def refill_caches(self, caches: tuple, fresh: tuple, source: jax.Array) -> tuple[Any, Any]:
+        """Row b starts over with prompt source[b] of the fresh caches, where that is not -1."""
+        trunk = None if self.trunk is None else self.trunk.refill(caches[0], fresh[0], source)
+        return trunk, self.network.refill(caches[1], fresh[1], source)
+
+    def forward(self, tokens, mask, caches, first_output=0):
+        """New tokens through trunk and policy: (hidden states or None, logits [B, V], caches)."""
+        inputs, hidden_states, trunk_cache = tokens, None, None
+        if self.trunk is not None:
+            hidden_states, trunk_cache = self.trunk.decode(
+                self.trunk_params, tokens, mask, caches[0]
+            )
+            inputs = hidden_states
+        logits, cache = self.network.decode(
+            self.params, inputs, mask, caches[1], first_output=first_output
+        )
+        return hidden_states, logits[:, 0], (trunk_cache, cache)
+
+    def prefill(self, prompts: Prompts, caches: tuple):
+        """`forward` of prompts [B, P], with the logits that predict the first response token."""
+        length = prompts.tokens.shape[1]
+        return self.forward(prompts.tokens, prompts.mask, caches, first_output=length - 1)
+
+
+@struct.dataclass(kw_only=True)
+class DecodeState:
+    """What the decode loop carries from step to step.
+
+    Response s has its first token at step first_step[s], 0 unless it replaced a finished one.
+    Column step mod T of the [S, T] arrays holds the tokens chosen at `step`.
+    """
+
+    step: jax.Array  # [] int32, tokens chosen in each row so far
+    first_step: jax.Array  # [S] int32
+    keys: jax.Array  # [S] random key of the response
+    logits: jax.Array  # [S, V], predict the next token
+    active: jax.Array  # [S] bool, neither a stop token nor T tokens yet
+    stopped: jax.Array  # [S] bool, by a stop token
+    tokens: jax.Array  # [S, T] int32
+    logprobs: jax.Array  # [S, T] float32
+    mask: jax.Array  # [S, T] bool
+    hidden_states: jax.Array | None  # [S, T, D], the trunk's
+    caches: Any  # (of the trunk or None, of the policy)
+
+
+def init_decode(
+    policy: Policy, prompts: Prompts, keys: jax.Array, sampling: Sampling
+) -> tuple[DecodeState, jax.Array | None]:
+    """The state after prefill.
 
     Args:
-        policy: the network that gives logits; above `trunk` when there is one.
-        params: the policy's parameters.
-        prompts: N / samples_per_prompt prompts, padded on the left. Responses to the same prompt
-            follow each other.
-        key: consumed.
-        sampling: length, stop tokens, filters, slots.
-        temperature: of the sampling; 0 is greedy, and then `logprobs` are those at 1.
-        rows: [N] int, the numbers that tell the rows apart; 0 .. N - 1 by default.
-        trunk: frozen lower layers, run once per token; their hidden states are kept, so that
-            other networks on the same trunk need not run it again.
-        trunk_params: the trunk's parameters.
+        policy: with its parameters.
+        prompts: S / samples_per_prompt prompts; each is computed once, and its cache copied.
+        keys: [S].
+        sampling: the length and the number of samples are read.
 
     Returns:
-        The rollout. `logprobs` are over the full vocabulary, before the filters.
-
-    Raises:
-        ValueError: max_concurrent or min_free_slots do not fit, or need a network with `refill`.
+        (state, the trunk's hidden states of the prompts [S / samples, P, D] or None).
     """
-    chex.assert_rank([prompts.tokens, prompts.mask], 2)
-    chex.assert_equal_shape([prompts.tokens, prompts.mask])
-    chex.assert_type([prompts.tokens, prompts.mask], [int, bool])
-    num_rows = prompts.tokens.shape[0] * sampling.samples_per_prompt
-    num_slots = min(sampling.max_concurrent or num_rows, num_rows)
-    check_slots(sampling, num_slots, num_rows, (trunk, policy))
-    rows = jnp.arange(num_rows) if rows is None else rows
-    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, rows)
-    engine = Engine(
-        networks=(trunk, policy),
-        params=(trunk_params, params),
-        prompts=prompts,
+    (count, prompt_length), num_rows = prompts.tokens.shape, len(keys)
+    samples, capacity = sampling.samples_per_prompt, prompt_length + sampling.response_length
+    caches = policy.init_caches(count, capacity if samples == 1 else prompt_length)
+    prompt_states, logits, caches = policy.prefill(prompts, caches)
+    if samples > 1:
+        source = jnp.arange(num_rows) // samples
+        caches = policy.refill_caches(policy.init_caches(num_rows, capacity), caches, source)
+        logits = logits[source]
+    shape, states = (num_rows, sampling.response_length), None
+    if prompt_states is not None:
+        states = jnp.zeros((*shape, prompt_states.shape[-1]), prompt_states.dtype)
+    state = DecodeState(
+        step=jnp.int32(0),
+        first_step=jnp.zeros(num_rows, jnp.int32),
         keys=keys,
-        sampling=sampling,
-        temperature=temperature,
+        logits=logits,
+        active=jnp.ones(num_rows, bool),
+        stopped=jnp.zeros(num_rows, bool),
+        tokens=jnp.zeros(shape, jnp.int32),
+        logprobs=jnp.zeros(shape, jnp.float32),
+        mask=jnp.zeros(shape, bool),
+        hidden_states=states,
+        caches=caches,
     )
-    slots, hidden = engine.begin(num_slots)
-    if num_slots == num_rows:
-        slots = jax.lax.while_loop(lambda s: s.alive.any(), engine.advance, slots)
-        ended = slots
-    else:
-        ended, hidden = engine.serve(slots, hidden, sampling.group(num_slots))
+    return state, prompt_states
 
-    def of_rows(x):
-        return jnp.repeat(x, sampling.samples_per_prompt, axis=0, total_repeat_length=num_rows)
 
-    return Rollout(
-        prompt_tokens=of_rows(prompts.tokens),
-        prompt_mask=of_rows(prompts.mask),
-        response_tokens=ended.tokens,
-        response_mask=ended.mask,
-        logprobs=ended.logprobs,
-        has_eos=ended.stopped,
-        hidden_states=None
-        if trunk is None
-        else jnp.concatenate([of_rows(hidden), ended.hidden], axis=1),
+def decode_step(
+    policy: Policy, state: DecodeState, sampling: Sampling, temperature: jax.Array | float
+) -> DecodeState:
+    """One more token in each active row."""
+    s, length, t = state, sampling.response_length, state.step - state.first_step
+    tokens, logprobs = choose(s.logits, s.keys, t, sampling, temperature)
+    tokens = jnp.where(s.active, tokens, 0)
+    states, logits, caches = policy.forward(tokens[:, None], s.active[:, None], s.caches)
+    stopped = s.active & is_eos(tokens, jnp.asarray(sampling.eos_ids, jnp.int32))
+
+    def write(array, new):
+        # A finished response stays as it is, also where its row is kept for a while.
+        column = s.step % length
+        old = jax.lax.dynamic_slice_in_dim(array, column, 1, axis=1)
+        new = jnp.where(s.active.reshape(-1, *(1,) * (array.ndim - 1)), new, old)
+        return jax.lax.dynamic_update_slice_in_dim(array, new, column, axis=1)
+
+    return s.replace(
+        step=s.step + 1,
+        logits=logits,
+        active=s.active & ~stopped & (t + 1 < length),
+        stopped=s.stopped | stopped,
+        tokens=write(s.tokens, tokens[:, None]),
+        logprobs=write(s.logprobs, logprobs[:, None]),
+        mask=write(s.mask, s.active[:, None]),
+        hidden_states=None if states is None else write(s.hidden_states, states),
+        caches=caches,
     )
 
 
-def check_slots(sampling: Sampling, num_slots: int, num_rows: int, networks: tuple) -> None:
-    """Raise a ValueError where the slots cannot serve the rows."""
-    samples, group = sampling.samples_per_prompt, sampling.group(num_slots)
-    if num_slots < num_rows and group > num_slots:
-        raise ValueError(
-            f"min_free_slots must be at most {num_slots} and a multiple of samples_per_prompt "
-            f"({samples}), got {group}"
-        )
-    if num_slots % samples:
-        raise ValueError(
-            f"max_concurrent must be a multiple of samples_per_prompt ({samples}), got {num_slots}"
-        )
-    without = [n for n in networks if n is not None and n.refill is None]
-    if without and (num_slots < num_rows or samples > 1):
-        raise ValueError(
-            "max_concurrent and samples_per_prompt need a network with `refill`, this one has none"
-        )
+def decode_all(
+    policy: Policy,
+    prompts: Prompts,
+    keys: jax.Array,
+    sampling: Sampling,
+    temperature: jax.Array | float,
+) -> tuple[DecodeState, jax.Array | None]:
+    """The plain loop: (state in which every response has ended, hidden states of the prompts)."""
+    state, prompt_states = init_decode(policy, prompts, keys, sampling)
+    state = jax.lax.while_loop(
+        lambda s: s.active.any(),
+        lambda s: decode_step(policy, s, sampling, temperature),
+        state,
+    )
+    return state, prompt_states
 
 
 @renamed(segments="segment_ids", at="output_positions")
@@ -126,7 +176,7 @@ def response_outputs(
     segment_ids: jax.Array | None = None,
     output_positions: jax.Array | None = None,
 ) -> jax.Array:
-    """What a network gives before each response token, and nowhere else.
+    """The network's outputs at the positions that predict response tokens, and nowhere else.
 
     Args:
         network: a policy, or a value network.

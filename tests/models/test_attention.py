@@ -12,7 +12,7 @@ from ppo_jax.models import attention, transformer
 from ppo_jax.models.attention import attend, attend_blocks, attend_cached
 from ppo_jax.models.build import policy_network
 from ppo_jax.planner.hlo.text import parse_module
-from ppo_jax.rollout.decode import rollout
+from ppo_jax.rollout.rollout import rollout
 from tests.support import tiny
 
 B, H, G, K = 2, 4, 2, 8

@@ -10,7 +10,7 @@ from ppo_jax.algorithms import experience, ppo
 from ppo_jax.models.build import policy_network, reward_network
 from ppo_jax.planner import flops
 from ppo_jax.planner.hlo import cost as programs
-from ppo_jax.rollout.decode import rollout
+from ppo_jax.rollout.rollout import rollout
 from tests.support import tiny
 
 B, P, T = tiny.BATCH, tiny.PROMPT_LENGTH, tiny.RESPONSE_LENGTH

@@ -15,7 +15,7 @@ from ppo_jax.core.types import FrozenParams, Hyperparameters, Optimizer, Params,
 from ppo_jax.models.build import policy_network, reward_network, trunk_network, value_network
 from ppo_jax.models.config import ModelConfig, RopeScaling
 from ppo_jax.models.partition import split_params, start_layer
-from ppo_jax.rollout.decode import rollout
+from ppo_jax.rollout.rollout import rollout
 from ppo_jax.rollout.sampling import Sampling
 
 VOCAB = 50
