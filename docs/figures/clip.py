@@ -29,7 +29,7 @@ def objective(ratio: jax.Array, advantage: float) -> jax.Array:
 
 def curves(advantage: float) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(ratios, objectives, gradients by the ratio), each [N]."""
-    ratios = jnp.linspace(0.4, 1.6, 601)
+    ratios = jnp.linspace(0.4, 1.6, 600)
     values, gradients = jax.vmap(jax.value_and_grad(objective), (0, None))(ratios, advantage)
     return ratios, values, gradients
 
@@ -46,7 +46,7 @@ def draw() -> plt.Figure:
             above.plot(ratios, advantage * ratios, ":", color="gray", label="eq. 6, not clipped")
             above.plot(ratios, values, color=color, label="eq. 7, clipped")
             above.plot([1.0], [advantage], "o", color=color)
-            above.set_title(f"advantage {advantage:+.0f}")
+            above.set_title("advantage 1" if advantage > 0 else "advantage \N{MINUS SIGN}1")
             above.legend(frameon=False)
             below.plot(ratios, gradients, color=color)
             below.set_xlabel("probability ratio $r$")
