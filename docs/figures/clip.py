@@ -1,4 +1,4 @@
-"""Draws docs/figures/clip.svg: the clipped objective of PPO and its gradient, as the code computes them.
+"""Draws docs/figures/clip.svg: the clipped objective of PPO and its gradient.
 
 python docs/figures/clip.py
 """

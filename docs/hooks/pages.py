@@ -28,16 +28,20 @@ def site_path(path: pathlib.Path) -> str:
     """Where a file of the repository is in the site."""
     if path == HOME:
         return "index.md"
-    return str(path.relative_to(DOCS) if path.is_relative_to(DOCS) else "repository" / path.relative_to(ROOT))
+    if path.is_relative_to(DOCS):
+        return str(path.relative_to(DOCS))
+    return str("repository" / path.relative_to(ROOT))
 
 
 def on_files(files, config):
     """The README and every file outside of docs/ that a page of the site links to."""
-    pages = {*DOCS.rglob("*.md"), HOME}
-    while new := {path for page in pages for path in linked_files(page) if path.suffix == ".md"} - pages:
-        pages |= new
-    outside = {HOME} | {path for page in pages for path in linked_files(page)}
-    for path in sorted(outside):
+    reached, todo = set(), [HOME, *DOCS.rglob("*.md")]
+    while todo:
+        path = todo.pop()
+        if path not in reached:
+            reached.add(path)
+            todo += linked_files(path) if path.suffix == ".md" else []
+    for path in sorted(reached):
         if not path.is_relative_to(DOCS):
             files.append(File.generated(config, site_path(path), abs_src_path=str(path)))
     return files
