@@ -83,8 +83,9 @@ def rows(cls: type, places: dict[type, list[str]]) -> Iterator[str]:
 
     texts, hints = comments(), hints_of(cls)
     for field in dataclasses.fields(cls):
-        owner = next(c.__name__ for c in cls.__mro__ if texts.get((c.__name__, field.name)))
-        meaning = re.sub(r'(?<!`)(\{[^}]*\}|"[^"]*")', r"`\1`", texts[owner, field.name])
+        inherited = (texts.get((owner.__name__, field.name)) for owner in cls.__mro__)
+        comment = next(filter(None, inherited), "")
+        meaning = re.sub(r'(?<!`)(\{[^}]*\}|"[^"]*")', r"`\1`", comment)
         inner = next(filter(dataclasses.is_dataclass, options(hints[field.name])), None)
         kind, default = type_name(hints[field.name]), f"`{field.default!r}`"
         if inner is not None:
