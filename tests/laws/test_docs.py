@@ -53,11 +53,9 @@ def test_the_configuration_page_is_what_the_settings_say():
 
 
 def test_every_setting_is_on_the_configuration_page_with_a_meaning():
-    rows = re.findall(
-        r"^\| `(\w+)` \| .* \| .* \| (.+) \|$", PAGES["configuration.md"], re.MULTILINE
-    )
-    assert {name for name, _ in rows} == {field.name for _, field in fields()}
-    assert all(meaning.strip() for _, meaning in rows)
+    rows = re.findall(r"^\| `(\w+)` \|.*\|(.*)\|$", PAGES["configuration.md"], re.MULTILINE)
+    assert {name for name, _ in rows} >= {field.name for _, field in fields()}
+    assert [name for name, meaning in rows if not meaning.strip()] == []
 
 
 def fields():
