@@ -279,6 +279,26 @@ def test_the_front_page_is_short():
     assert len((ROOT / "README.md").read_bytes()) <= 9000
 
 
+@pytest.mark.parametrize("package", ["core", "rollout", "algorithms", "models"])
+def test_every_pure_module_is_on_its_page_of_the_api(package):
+    inner = {"core.renamed", "core.cpu"}  # nothing in them is for users
+    folder = ROOT / "ppo_jax" / package
+    modules = {f"{package}.{path.stem}" for path in folder.glob("*.py")} - {f"{package}.__init__"}
+    shown = set(re.findall(r"^::: ppo_jax\.([\w.]+)$", PAGES[f"api/{package}.md"], re.MULTILINE))
+    assert shown == modules - inner
+
+
+def pages_of_the_site(nav):
+    """The pages that the navigation of mkdocs.yml names."""
+    return set(re.findall(r": ([\w/-]+\.md)$", nav, re.MULTILINE))
+
+
+def test_every_page_is_in_the_navigation_of_the_site():
+    nav = pages_of_the_site((ROOT / "mkdocs.yml").read_text().partition("\nnav:")[2])
+    others = {"index.md", "repository/CONTRIBUTING.md", "repository/CHANGELOG.md"}  # from the root
+    assert nav - others == set(PAGES)
+
+
 def links():
     for path in [
         ROOT / "README.md",
