@@ -1,4 +1,4 @@
-"""Doctests of docstrings as blocks of code: without a fence Markdown takes `>>>` for a quotation."""
+"""Doctests of docstrings as blocks of code; Markdown takes a bare `>>>` for a quotation."""
 
 import re
 
