@@ -79,6 +79,7 @@ class Config:
     seed: int = 0  # of initial weights, data order and sampling
     mesh: MeshSettings = MeshSettings()  # how the devices are arranged, see `sharding`
     prepare: str = ""  # "module:function": (folder) -> None, writes the run's data files first
+
     # The stages, in the order in which they run; None leaves one out.
     sft: SFTSettings | None = None  # demonstrations
     reward: RewardSettings | None = None  # comparisons or ratings

@@ -1,6 +1,7 @@
 """What is written about settings, metrics, files, formats and commands is true, and is all."""
 
 import dataclasses
+import importlib.util
 import json
 import re
 import shlex
@@ -23,7 +24,7 @@ from ppo_jax.pipeline import run as pipeline
 from tests.config.test_run import SECTIONS
 from tests.support import chats, tiny_run
 from tests.support.command_line import ROOT, run_script
-from tests.support.documents import EVERYTHING, PAGES, section, table
+from tests.support.documents import DOCS, EVERYTHING, PAGES, section, table
 
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 
@@ -34,22 +35,27 @@ UNITS = "token text step layer block width number piece comparison pass prompt r
 UNITS += " iteration"
 
 
-def comments():
-    """{(class, field): its comment}, at the end of its line and on lines of their own below it."""
-    found, place, cls = {}, None, None
-    names = ("run.py", "stages.py", "mesh.py")
-    files = [(ROOT / "ppo_jax" / "config" / name).read_text() for name in names]
-    for line in "\n".join(files).splitlines():
-        if match := re.match(r"class (\w+)", line):
-            cls = match[1]
-        if match := re.match(r"    (\w+): [^#]*(?:#(.*))?$", line):
-            place = (cls, match[1])
-            found[place] = (match[2] or "").strip()
-        elif place and (match := re.match(r"    # (.*)", line)):
-            found[place] += " " + match[1]
-        else:
-            place = None
-    return found
+def load_script(path):
+    """A script of docs/ as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+reference = load_script(DOCS / "hooks" / "configuration.py")
+comments = reference.comments  # {(class, field): its comment}
+
+
+def test_the_configuration_page_is_what_the_settings_say():
+    written = "write it again: python docs/hooks/configuration.py"
+    assert PAGES["configuration.md"] == reference.reference(), written
+
+
+def test_every_setting_is_on_the_configuration_page_with_a_meaning():
+    rows = re.findall(r"^\| `(\w+)` \|.*\|(.*)\|$", PAGES["configuration.md"], re.MULTILINE)
+    assert {name for name, _ in rows} >= {field.name for _, field in fields()}
+    assert [name for name, meaning in rows if not meaning.strip()] == []
 
 
 def fields():
@@ -271,6 +277,26 @@ def test_the_version_is_one():
 
 def test_the_front_page_is_short():
     assert len((ROOT / "README.md").read_bytes()) <= 9000
+
+
+@pytest.mark.parametrize("package", ["core", "rollout", "algorithms", "models"])
+def test_every_pure_module_is_on_its_page_of_the_api(package):
+    inner = {"core.renamed", "core.cpu"}  # nothing in them is for users
+    folder = ROOT / "ppo_jax" / package
+    modules = {f"{package}.{path.stem}" for path in folder.glob("*.py")} - {f"{package}.__init__"}
+    shown = set(re.findall(r"^::: ppo_jax\.([\w.]+)$", PAGES[f"api/{package}.md"], re.MULTILINE))
+    assert shown == modules - inner
+
+
+def pages_of_the_site(nav):
+    """The pages that the navigation of mkdocs.yml names."""
+    return set(re.findall(r": ([\w/-]+\.md)$", nav, re.MULTILINE))
+
+
+def test_every_page_is_in_the_navigation_of_the_site():
+    nav = pages_of_the_site((ROOT / "mkdocs.yml").read_text().partition("\nnav:")[2])
+    others = {"index.md", "repository/CONTRIBUTING.md", "repository/CHANGELOG.md"}  # from the root
+    assert nav - others == set(PAGES)
 
 
 def links():

@@ -6,12 +6,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from ppo_jax.pipeline import run as pipeline
-from ppo_jax.io.base_model import prepare_base
-from ppo_jax.config.run import ModelSettings
-from ppo_jax.config.run import ScratchSettings
+from ppo_jax.config.run import ModelSettings, ScratchSettings
 from ppo_jax.data.records import write_jsonl
+from ppo_jax.io.base_model import prepare_base
 from ppo_jax.io.stage_folder import load_model
+from ppo_jax.pipeline import run as pipeline
 from tests.support import tiny_run
 from tests.support.chats import turns
 

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from ppo_jax.pipeline import run as pipeline
 from ppo_jax.data.records import write_jsonl
+from ppo_jax.pipeline import run as pipeline
 from tests.support import tiny_run
 
 # A config file that holds the tiny run with every section.

@@ -8,11 +8,11 @@ import time
 import pytest
 
 from ppo_jax.evaluation import evaluate as evaluate_module
-from ppo_jax.pipeline import run as pipeline
-from ppo_jax.training import sft as sft_loop
-from ppo_jax.training import common as training
 from ppo_jax.io.checkpoints import load_checkpoint_item
 from ppo_jax.io.run_folder import drop_lines_after
+from ppo_jax.pipeline import run as pipeline
+from ppo_jax.training import common as training
+from ppo_jax.training import sft as sft_loop
 from tests.support import tiny_run
 from tests.support.finished_run import TRAINED, assert_same_bits, finished_run, read_lines
 

@@ -7,18 +7,16 @@ import jax
 import numpy as np
 import pytest
 
-from ppo_jax.planner.hlo import cost as programs
-from ppo_jax.distributed.trees import named_leaves
-from ppo_jax.core.network import merge_params
 from ppo_jax.algorithms.ppo import init_ppo
-from ppo_jax.training.ppo_setup import make_critic
-from ppo_jax.training.ppo_setup import make_setup
-from ppo_jax.rollout.decode import response_statistics
 from ppo_jax.config.mesh import ROLLOUT_RULES
-from ppo_jax.distributed.layout import fetch
-from ppo_jax.distributed.layout import init_sharded
 from ppo_jax.config.stages import LoRASettings
+from ppo_jax.core.network import merge_params
+from ppo_jax.distributed.layout import fetch, init_sharded
+from ppo_jax.distributed.trees import named_leaves
+from ppo_jax.planner.hlo import cost as programs
+from ppo_jax.rollout.decode import response_statistics
 from ppo_jax.training.common import with_adapters
+from ppo_jax.training.ppo_setup import make_critic, make_setup
 from tests.support import tiny
 from tests.support.meshes import MESHES, WIDE, layout_of
 from tests.training.test_ppo_setup import LAYERS, model, ppo_settings

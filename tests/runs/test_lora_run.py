@@ -8,20 +8,16 @@ import jax
 import numpy as np
 import pytest
 
-from ppo_jax.pipeline import run as pipeline
-from ppo_jax.io.checkpoints import load_checkpoint_item
-from ppo_jax.io.checkpoints import load_params
-from ppo_jax.pipeline.export import export_stage
-from ppo_jax.io.huggingface import load_policy
-from ppo_jax.distributed.trees import named_leaves
-from ppo_jax.models.lora import merge_lora
-from ppo_jax.models.lora import split_lora
-from ppo_jax.io.stage_folder import load_adapters
-from ppo_jax.io.stage_folder import load_model
-from ppo_jax.models.build import policy_apply
 from ppo_jax.core.network import merge_params
-from tests.support import tiny
-from tests.support import tiny_run
+from ppo_jax.distributed.trees import named_leaves
+from ppo_jax.io.checkpoints import load_checkpoint_item, load_params
+from ppo_jax.io.huggingface import load_policy
+from ppo_jax.io.stage_folder import load_adapters, load_model
+from ppo_jax.models.build import policy_apply
+from ppo_jax.models.lora import merge_lora, split_lora
+from ppo_jax.pipeline import run as pipeline
+from ppo_jax.pipeline.export import export_stage
+from tests.support import tiny, tiny_run
 from tests.support.finished_run import TRAINED, assert_same_bits, read_lines
 
 LORA = {"rank": 4, "alpha": 8.0, "targets": ["query", "value", "up"]}

@@ -7,10 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from ppo_jax.pipeline import run as pipeline
 from ppo_jax.distributed import layout as sharding
-from ppo_jax.io.checkpoints import load_checkpoint_item
 from ppo_jax.distributed.trees import named_leaves
+from ppo_jax.io.checkpoints import load_checkpoint_item
+from ppo_jax.pipeline import run as pipeline
 from tests.support import tiny_run
 
 pytestmark = pytest.mark.slow

@@ -9,8 +9,7 @@ from unittest import mock
 import pytest
 
 from ppo_jax.pipeline import run as pipeline
-from tests.support import broken
-from tests.support import mistakes
+from tests.support import broken, mistakes
 from tests.support import mistakes_in_files as in_files
 from tests.support.command_line import ROOT, Ended, run_script
 

@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 
-from ppo_jax.pipeline import run as pipeline
 from ppo_jax.data.records import write_jsonl
+from ppo_jax.pipeline import run as pipeline
 from tests.support import tiny_run
 
 STAGES = ("sft", "reward", "ppo")

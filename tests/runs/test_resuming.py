@@ -7,15 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from ppo_jax.data import encode, readers
-from ppo_jax.pipeline import run as pipeline
-from ppo_jax.io.checkpoints import Checkpoints
-from ppo_jax.io.checkpoints import load_checkpoint_item
 from ppo_jax.config.run import from_config_dict
+from ppo_jax.data import encode, readers
+from ppo_jax.io.checkpoints import Checkpoints, load_checkpoint_item
 from ppo_jax.io.stage_folder import DESCRIPTION
+from ppo_jax.pipeline import run as pipeline
 from ppo_jax.training.resume import check_same_base
-from ppo_jax.training.stage import check_settings
-from ppo_jax.training.stage import describe
+from ppo_jax.training.stage import check_settings, describe
 from tests.support import tiny_run
 from tests.support.finished_run import TRAINED, assert_same_bits, finished_run, read_lines
 

@@ -10,14 +10,12 @@ import jax
 import numpy as np
 import pytest
 
-from ppo_jax.evaluation import evaluate
-from ppo_jax.pipeline import run as pipeline
 from ppo_jax.distributed import layout as sharding
-from ppo_jax.io.checkpoints import Checkpoints
-from ppo_jax.io.checkpoints import load_checkpoint_item
 from ppo_jax.distributed.trees import named_leaves
-from tests.support import tiny_run
-from tests.support import two_processes
+from ppo_jax.evaluation import evaluate
+from ppo_jax.io.checkpoints import Checkpoints, load_checkpoint_item
+from ppo_jax.pipeline import run as pipeline
+from tests.support import tiny_run, two_processes
 from tests.support.tiny_state import flip_a_bit, largest_file
 from tests.support.users_code import CALLS, WAITS, wait_if_asked
 

@@ -5,8 +5,14 @@ import re
 from tests.support.command_line import ROOT
 
 README = (ROOT / "README.md").read_text()
-PAGES = {path.name: path.read_text() for path in sorted((ROOT / "docs").rglob("*.md"))}
+DOCS = ROOT / "docs"
+PAGES = {str(p.relative_to(DOCS)): p.read_text() for p in sorted(DOCS.rglob("*.md"))}
 EVERYTHING = "\n".join([README, *PAGES.values()])
+
+
+def python_blocks(text):
+    """The code of a page, block by block."""
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
 
 def section(text, title):
