@@ -77,7 +77,7 @@ class Config:
 
     model: ModelSettings  # where the run starts
     seed: int = 0  # of initial weights, data order and sampling
-    mesh: MeshSettings = MeshSettings()  # how the devices are arranged, see `sharding`
+    mesh: MeshSettings = MeshSettings()  # how the devices are arranged, see docs/pods.md
     prepare: str = ""  # "module:function": (folder) -> None, writes the run's data files first
 
     # The stages, in the order in which they run; None leaves one out.

@@ -95,7 +95,7 @@ class LoRASettings:
 class SFTSettings:
     """Supervised fine-tuning on texts, or on completions of prompts."""
 
-    data: str  # rows of {"text"}, {"prompt", "completion"} or {"messages"}, see `formats`
+    data: str  # rows of {"text"}, {"prompt", "completion"} or {"messages"}, see docs/data.md
     optimizer: OptimizerSettings  # of all trained parameters
     validation_data: str = ""  # rows as of data; "" holds out validation_fraction of the data
     validation_fraction: float = 0.05  # of the data's texts
@@ -118,7 +118,7 @@ class SFTSettings:
 class RewardSettings:
     """A reward model on preferences, or on human ratings."""
 
-    data: str  # rows of preferences, see `preferences`, or of {"text", "ratings"}
+    data: str  # rows of preferences, see docs/data.md, or of {"text", "ratings"}
     optimizer: OptimizerSettings  # of all trained parameters
     format: str = "preferences"  # or "ratings"
     init_from: str = "sft"  # a stage of this workdir, "base", a stage folder or a model

@@ -182,7 +182,9 @@ def test_no_lengths_need_more_turns_than_full_ones(rows, slots, refill):
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="min_free_slots must be at most 4 .* got 5"):
         responses(max_concurrent=4, min_free_slots=5)
-    with pytest.raises(ValueError, match=r"max_concurrent must be a multiple of samples_per_prompt \(3\)"):
+    with pytest.raises(
+        ValueError, match=r"max_concurrent must be a multiple of samples_per_prompt \(3\)"
+    ):
         responses(num_prompts=5, samples_per_prompt=3, max_concurrent=4)
     plain = counted(collections.Counter())._replace(refill=None)
     with pytest.raises(ValueError, match="need a network with `refill`, this one has none"):

@@ -71,7 +71,10 @@ def test_the_advantages_and_the_networks_must_agree():
     networks, options = run.parts["networks"], run.parts["options"]
     changes = [
         ("'gae' need a value network", dict(networks=networks._replace(value=None))),
-        ("'leave_one_out' need no value network", dict(options=tiny.options(advantages="leave_one_out"))),
+        (
+            "'leave_one_out' need no value network",
+            dict(options=tiny.options(advantages="leave_one_out")),
+        ),
     ]
     for message, change in changes:
         with pytest.raises(ValueError, match=message):
