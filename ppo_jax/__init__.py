@@ -68,13 +68,13 @@ __version__ = "0.2.0"
 # Functions that touch files or devices: name -> where it is.
 SHELL = {
     "dry_run": "pipeline.run:dry_run",
-    "evaluate": "evaluation.evaluate:evaluate",
+    "evaluate": "pipeline.run:evaluate",
     "export": "pipeline.export:export_stage",
     "generate": "inference.generate:generate",
     "hf": "io.huggingface",
     "load_model": "io.stage_folder:load_model",
     "load_policy": "io.huggingface:load_policy",
-    "plan": "planner.planner:make_plan",
+    "plan": "planner.planner:plan",
     "run": "pipeline.run:run",
 }
 

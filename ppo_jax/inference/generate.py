@@ -105,11 +105,11 @@ def generate(
     model: Model,
     prompts: Sequence[str],
     *,
-    sampling: Sampling,
-    temperature: float,
-    seed: int,
-    batch_size: int,
-    max_prompt_length: int,
+    sampling: Sampling | None = None,
+    temperature: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 64,
+    max_prompt_length: int = 512,
     layout: Layout | None = None,
     before_batch: Callable[[], None] | None = None,
 ) -> tuple[list[str], list[Rollout]]:
@@ -120,7 +120,7 @@ def generate(
     Args:
         model: a policy.
         prompts: N texts.
-        sampling: length, stop tokens and filters.
+        sampling: length, stop tokens and filters; None is up to 64 tokens, to the tokenizer's EOS.
         temperature: 0 is greedy.
         seed: of the sampling.
         batch_size: prompts at a time.
@@ -136,6 +136,8 @@ def generate(
     """
     if model.kind != "policy":
         raise ValueError("model must be a policy to generate text, got a reward model")
+    if sampling is None:
+        sampling = Sampling(response_length=64, eos_ids=stop_ids(model.tokenizer))
     rows = encode_prompts(prompts, model.tokenizer, max_length=max_prompt_length)
     layout = layout or one_device()
     sample = compiled_rollout(model.config, sampling, layout)

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
 from ppo_jax.core.types import Params
@@ -27,7 +29,7 @@ INDEX = "model.safetensors.index.json"
 def load_config(
     path: str | os.PathLike,
     *,
-    dtype: str = "float32",
+    dtype: DTypeLike = "float32",
     scan_layers: bool = False,
     remat: str = "none",
     attention: str = "auto",
@@ -36,7 +38,7 @@ def load_config(
 
     Args:
         path: as in `load_policy`.
-        dtype: of the computation, "float32", "bfloat16" or "float16".
+        dtype: of the computation, "float32", "bfloat16" or "float16", or such a dtype of jax.
         scan_layers: one scanned body instead of unrolled layers.
         remat: what the backward pass computes again, "none", "dots" or "full".
         attention: "auto" by the platform, or "plain".
@@ -44,14 +46,15 @@ def load_config(
     Raises:
         ValueError: the path leads nowhere, or to a family or an option that is not supported.
     """
+    how = dict(dtype=jnp.dtype(dtype).name, scan_layers=scan_layers)
     raw = read_json(model_folder(path))
-    return read_config(raw, dtype=dtype, scan_layers=scan_layers, remat=remat, attention=attention)
+    return read_config(raw, **how, remat=remat, attention=attention)
 
 
 def load_policy(
     path: str | os.PathLike,
     *,
-    dtype: str = "float32",
+    dtype: DTypeLike = "float32",
     scan_layers: bool = False,
     remat: str = "none",
     attention: str = "auto",
@@ -62,7 +65,8 @@ def load_policy(
     Args:
         path: a folder with config.json and safetensors, a .gguf file, the id of a model on the
             Hugging Face hub, or "package:smollm2-135m-instruct".
-        dtype: of the computation. Parameters are float32 whatever the files hold.
+        dtype: of the computation, as in `load_config`. Parameters are float32 whatever the files
+            hold.
         scan_layers: layers stacked along a leading axis instead of one subtree each.
         remat: what the backward pass computes again, "none", "dots" or "full".
         attention: "auto" by the platform, or "plain".
@@ -80,9 +84,8 @@ def load_policy(
     """
     folder = model_folder(path)
     raw = read_json(folder)
-    config = read_config(
-        raw, dtype=dtype, scan_layers=scan_layers, remat=remat, attention=attention
-    )
+    how = dict(dtype=jnp.dtype(dtype).name, scan_layers=scan_layers)
+    config = read_config(raw, **how, remat=remat, attention=attention)
     with open_weights(folder) as files:
         try:
             stored = find_parameters(config, raw["model_type"], files)

@@ -69,6 +69,11 @@ def run(settings: config_dict.ConfigDict | dict, workdir: str | Path, only: Sequ
     print(closing(workdir, report), flush=True)
 
 
+def evaluate(settings: config_dict.ConfigDict | dict, workdir: str | Path):
+    """Run the evaluation of a config alone: `run` with `only=("evaluate",)`."""
+    run(settings, workdir, only=("evaluate",))
+
+
 def planned(
     settings: config_dict.ConfigDict | dict, workdir: Path, only: Sequence[str]
 ) -> tuple[Config, Config, list[str]]:

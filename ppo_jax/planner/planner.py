@@ -15,7 +15,7 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from ppo_jax.config.run import Config
+from ppo_jax.config.run import Config, from_config_dict
 from ppo_jax.distributed.layout import Layout, devices_of_run, make_mesh
 from ppo_jax.distributed.runtime import disable_compilation_cache
 from ppo_jax.io.model_spec import ModelSpec
@@ -157,6 +157,20 @@ def prepare(config: Config, target: Target) -> tuple[Models, Mesh, list[Phase]]:
     layouts = Layout(mesh, config.mesh.rules), Layout(mesh, config.mesh.rollout_rules)
     check_batch_rows(s, layouts)
     return models, mesh, phases(config, models, layouts)
+
+
+def plan(settings: Mapping[str, Any], topology: str | None = None, *, fast: bool = False) -> Plan:
+    """What one PPO iteration of a config costs on some devices; nothing is run.
+
+    Args:
+        settings: the config, a ConfigDict or nested dicts, with a ppo section.
+        topology: of TPUs, "v5e:2x2" for instance, which needs libtpu; None is the devices here.
+        fast: compile with less effort: flops are the same, bytes and peaks differ.
+
+    Raises:
+        ValueError: a setting or the topology is not usable.
+    """
+    return make_plan(from_config_dict(settings), find_target(topology), fast=fast)
 
 
 def make_plan(config: Config, target: Target, *, fast: bool = False) -> Plan:
