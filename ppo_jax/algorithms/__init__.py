@@ -4,3 +4,42 @@
 `ppo` is the update and one whole iteration. Pure: imports `core` and `rollout`; knows a `Network`
 and no Transformer. Start with `ppo`.
 """
+
+from ppo_jax.algorithms.experience import (
+    PPONetworks,
+    PPOOptions,
+    importance_weights,
+    make_experience,
+    policy_logprobs,
+    response_scores,
+    sample_responses,
+)
+from ppo_jax.algorithms.ppo import (
+    experience_loss,
+    init_ppo,
+    ppo_iteration,
+    ppo_update,
+    trained_params,
+    update_from_rollout,
+)
+from ppo_jax.algorithms.supervised import reward_step, sft_loss, sft_step, text_scores
+
+__all__ = [
+    "PPONetworks",
+    "PPOOptions",
+    "experience_loss",
+    "importance_weights",
+    "init_ppo",
+    "make_experience",
+    "policy_logprobs",
+    "ppo_iteration",
+    "ppo_update",
+    "response_scores",
+    "reward_step",
+    "sample_responses",
+    "sft_loss",
+    "sft_step",
+    "text_scores",
+    "trained_params",
+    "update_from_rollout",
+]

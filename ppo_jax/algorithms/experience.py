@@ -108,12 +108,18 @@ def sample_responses(
         sampling=options.sampling,
         temperature=hyperparameters.temperature,
         trunk=sampler.trunk,
-        trunk_params=None if sampler.trunk is None else sampler.reshard(frozen.trunk),
+        trunk_params=None if frozen.trunk is None else sampler.reshard(frozen.trunk),
     )
 
 
 def response_scores(rollout: Rollout, *, frozen: FrozenParams, networks: PPONetworks) -> jax.Array:
-    """The reward model's score of each response, [B] float32, read at its last token."""
+    """The reward model's score of each response, [B] float32, read at its last token.
+
+    Raises:
+        ValueError: there is no reward model.
+    """
+    if networks.reward is None:
+        raise ValueError("response_scores needs a reward model in networks.reward, got None")
     inputs = rollout.hidden_states if networks.reward_on_trunk else rollout.tokens
     start = rollout.prompt_mask.shape[1]
     values = networks.reward.apply(frozen.reward, inputs, rollout.mask, first_output=start)
@@ -161,7 +167,7 @@ def make_experience(
     if options.old_logprobs == "recompute":
         logprobs = policy_logprobs(rollout, state.policy_params, numbers, **parts)
         weights, told = importance_weights(logprobs, rollout.logprobs, mask, numbers)
-        rollout = rollout.replace(logprobs=jnp.where(mask, logprobs, 0.0))
+        rollout = dataclasses.replace(rollout, logprobs=jnp.where(mask, logprobs, 0.0))
     rewards, metrics = response_rewards(rollout, scores, ref_logprobs, state, numbers, options)
     critic = dict(value_inputs=None, values=None, returns=None)
     if needs_critic:
@@ -202,7 +208,7 @@ def critic_advantages(
     value_inputs = rollout.hidden_states if networks.value_on_trunk else rollout.tokens
     values = response_outputs(
         networks.value,
-        merge_params(frozen.value, state.value_params),
+        merge_params(frozen.value, state.value_params or {}),
         value_inputs,
         rollout.mask,
         response_length=mask.shape[1],

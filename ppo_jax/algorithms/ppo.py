@@ -3,6 +3,7 @@
 Dimension key: B responses, T response tokens.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -191,8 +192,8 @@ def ppo_update(
     carry = (trained_params(state.policy_params, state.value_params), state.opt_state)
     rows = orders.reshape(options.num_epochs * options.num_minibatches, -1)
     (params, opt_state), metrics = jax.lax.scan(step, carry, rows)
-    state = state.replace(
-        policy_params=params["policy"], value_params=params.get("value"), opt_state=opt_state
+    state = dataclasses.replace(
+        state, policy_params=params["policy"], value_params=params.get("value"), opt_state=opt_state
     )
     rates = {f"{name}/learning_rate": jnp.full(len(rows), x) for name, x in rates.items()}
     return state, metrics | rates
@@ -248,8 +249,8 @@ def update_from_rollout(
             horizon=hyperparameters.kl_horizon,
             batch_size=batch_size,
         )
-    state = state.replace(
-        step=state.step + 1, episodes=state.episodes + batch_size, kl_coef=kl_coef
+    state = dataclasses.replace(
+        state, step=state.step + 1, episodes=state.episodes + batch_size, kl_coef=kl_coef
     )
     return state, metrics | {"reward/episodes": state.episodes}
 

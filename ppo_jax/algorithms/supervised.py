@@ -3,6 +3,7 @@
 Dimension key: N texts, M pairs, B responses, P prompt tokens, T response tokens, L positions.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -133,7 +134,9 @@ def apply_update(
         optimizer, gradients, state.opt_state, state.params, rate
     )
     metrics = metrics | {f"{group}/learning_rate": rate, f"{group}/grad_norm": norm}
-    return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+    return dataclasses.replace(
+        state, step=state.step + 1, params=params, opt_state=opt_state
+    ), metrics
 
 
 def split(batch: Any, pieces: int) -> Any:

@@ -4,3 +4,77 @@ Log-probs, KL estimates, rewards, advantages, losses, the optimizer, and `Networ
 critic as plain functions. Pure: imports jax, flax, optax, chex and nothing of this library.
 Start with `losses` and `advantages`.
 """
+
+from ppo_jax.core.advantages import gae, leave_one_out, whiten
+from ppo_jax.core.distributions import (
+    chunked_token_statistics,
+    entropy,
+    token_logprobs,
+    token_statistics,
+)
+from ppo_jax.core.kl import ESTIMATORS, adaptive_kl_coef, kl_estimate
+from ppo_jax.core.losses import (
+    clipped_policy_loss,
+    clipped_value_loss,
+    explained_variance,
+    next_token_loss,
+    ppo_loss,
+    preference_loss,
+)
+from ppo_jax.core.masking import last_token_index, masked_mean, response_mask, zero_padding
+from ppo_jax.core.network import Network, merge_params
+from ppo_jax.core.optimizer import SCHEDULES, apply_gradients, init_optimizer, schedule
+from ppo_jax.core.rewards import missing_eos_scores, token_rewards
+from ppo_jax.core.types import (
+    Experience,
+    FrozenParams,
+    Hyperparameters,
+    Optimizer,
+    PPOState,
+    PreferenceBatch,
+    Prompts,
+    Rollout,
+    TextBatch,
+    TrainState,
+)
+
+__all__ = [
+    "ESTIMATORS",
+    "Experience",
+    "FrozenParams",
+    "Hyperparameters",
+    "Network",
+    "Optimizer",
+    "PPOState",
+    "PreferenceBatch",
+    "Prompts",
+    "Rollout",
+    "SCHEDULES",
+    "TextBatch",
+    "TrainState",
+    "adaptive_kl_coef",
+    "apply_gradients",
+    "chunked_token_statistics",
+    "clipped_policy_loss",
+    "clipped_value_loss",
+    "entropy",
+    "explained_variance",
+    "gae",
+    "init_optimizer",
+    "kl_estimate",
+    "last_token_index",
+    "leave_one_out",
+    "masked_mean",
+    "merge_params",
+    "missing_eos_scores",
+    "next_token_loss",
+    "ppo_loss",
+    "preference_loss",
+    "response_mask",
+    "schedule",
+    "token_logprobs",
+    "token_rewards",
+    "token_statistics",
+    "whiten",
+    "zero_padding",
+]

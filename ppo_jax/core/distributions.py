@@ -131,6 +131,7 @@ def _finite(x: jax.Array) -> jax.Array:
 
 
 def positive_temperature(temperature: Number) -> jax.Array:
+    """What logits are divided by: the temperature, and 1 where it is 0, which is greedy."""
     return jnp.where(temperature == 0, 1.0, temperature)
 
 
@@ -169,7 +170,7 @@ def chunked_token_statistics(
     wide = weights.astype(jnp.float32)
 
     def cut(x):
-        """[B, T, ...] to [count, B, size, ...]"""
+        """[B, T, ...] to [count, B, size, ...]."""
         x = jnp.pad(x, [(0, 0), (0, count * size - length)] + [(0, 0)] * (x.ndim - 2))
         return x.reshape(batch_size, count, size, *x.shape[2:]).swapaxes(0, 1)
 

@@ -70,12 +70,13 @@ def clipped_policy_loss(
         return masked_mean(x, mask, normalizer=normalizer)
 
     loss = mean(jnp.maximum(unclipped, clipped))
+    (ratio_or_0,) = zero_padding(mask, ratio)
     metrics = {
         "policy/loss": loss,
         "policy/clip_fraction": mean((clipped > unclipped).astype(jnp.float32)),
         "policy/approx_kl": 0.5 * mean(jnp.square(log_ratio)),
         "policy/ratio_mean": mean(ratio),
-        "policy/ratio_max": jnp.max(*zero_padding(mask, ratio), initial=0.0),
+        "policy/ratio_max": jnp.max(ratio_or_0, initial=0.0),
     }
     return loss, jax.lax.stop_gradient(metrics)
 
@@ -178,6 +179,9 @@ def ppo_loss(
     Returns:
         (loss, metrics): ppo/loss, policy/entropy, and the metrics of both losses.
 
+    Raises:
+        ValueError: there are values, but not what their loss needs.
+
     Reference: Schulman et al. 2017, https://arxiv.org/abs/1707.06347, eq. 9.
 
     >>> one, mask = jnp.ones((1, 1)), jnp.array([[True]])
@@ -197,6 +201,8 @@ def ppo_loss(
     mean_entropy = masked_mean(entropies, mask, normalizer=normalizer)
     value_loss, value_metrics = 0.0, {}
     if values is not None:
+        if old_values is None or returns is None:
+            raise ValueError("values need old_values and returns, got None")
         clip = {"value_clip_range": value_clip_range, "normalizer": normalizer}
         value_loss, value_metrics = clipped_value_loss(values, old_values, returns, mask, **clip)
     loss = policy_loss + vf_coef * value_loss - entropy_coef * mean_entropy

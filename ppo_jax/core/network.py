@@ -69,7 +69,8 @@ def merge_params(*trees: Params, stacked: bool = False) -> Params:
             if isinstance(old, dict) and isinstance(value, dict):
                 merged[name] = merge_params(old, value, stacked=stacked or name == "stack")
             elif stacked and old is not None:
-                merged[name] = jnp.concatenate([old, value])
+                both: list[Any] = [old, value]
+                merged[name] = jnp.concatenate(both)
             else:
                 merged[name] = value
     return merged

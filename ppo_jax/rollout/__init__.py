@@ -4,3 +4,15 @@
 `rollout` picks between the two loops, `packing` lets responses share rows in the update. Pure:
 imports `core` alone, knows a `Network` and no Transformer. Start with `decode`.
 """
+
+from ppo_jax.rollout.decode import response_outputs, response_statistics
+from ppo_jax.rollout.rollout import rollout
+from ppo_jax.rollout.sampling import Sampling, sample
+
+__all__ = [
+    "Sampling",
+    "response_outputs",
+    "response_statistics",
+    "rollout",
+    "sample",
+]

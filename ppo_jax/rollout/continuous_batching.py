@@ -7,6 +7,7 @@ Dimension key: N responses, S slots, P prompt tokens, T response tokens, D model
 admitted together.
 """
 
+import dataclasses
 import math
 
 import jax
@@ -66,7 +67,7 @@ def decode_with_refills(
             return decode_step(policy, slots, sampling, temperature)
 
         with jax.named_scope(scope):
-            return s.replace(slots=jax.lax.while_loop(more, step, s.slots))
+            return dataclasses.replace(s, slots=jax.lax.while_loop(more, step, s.slots))
 
     def refill(s: RefillState) -> RefillState:
         return run(admit(policy, retire(s), prompts, keys, sampling, group), LATER)
@@ -132,7 +133,9 @@ def retire(state: RefillState) -> RefillState:
         stopped=write(finished.stopped, s.stopped),
         hidden_states=states,
     )
-    return state.replace(finished=finished, row=jnp.where(s.active, state.row, num_rows))
+    return dataclasses.replace(
+        state, finished=finished, row=jnp.where(s.active, state.row, num_rows)
+    )
 
 
 def admit(
@@ -154,7 +157,8 @@ def admit(
     enters = ~s.active & (rank < group) & (row < num_rows)
     source = jnp.where(enters, rank // samples, -1)
     row = jnp.where(enters, row, num_rows)
-    slots = s.replace(
+    slots = dataclasses.replace(
+        s,
         first_step=jnp.where(enters, s.step, s.first_step),
         keys=jnp.where(enters, keys.at[row].get(mode="clip"), s.keys),
         logits=jnp.where(enters[:, None], logits[source], s.logits),
@@ -166,7 +170,8 @@ def admit(
     prompt_states = state.prompt_states
     if prompt_states is not None:
         prompt_states = prompt_states.at[numbers].set(fresh_states, mode="drop")
-    return state.replace(
+    return dataclasses.replace(
+        state,
         slots=slots,
         row=jnp.where(enters, row, state.row),
         waiting=state.waiting + enters.sum(),

@@ -6,6 +6,7 @@ Dimension key: N responses, S of them decoded at a time, B sequences, P prompt t
 tokens, L = P + T, D model, V vocabulary.
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -135,7 +136,8 @@ def decode_step(
         new = jnp.where(s.active.reshape(-1, *(1,) * (array.ndim - 1)), new, old)
         return jax.lax.dynamic_update_slice_in_dim(array, new, column, axis=1)
 
-    return s.replace(
+    return dataclasses.replace(
+        s,
         step=s.step + 1,
         logits=logits,
         active=s.active & ~stopped & (t + 1 < length),

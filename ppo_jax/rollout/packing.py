@@ -105,7 +105,8 @@ def first_fit(
     order = jnp.argsort(lengths, stable=True, descending=True)
     rooms = tuple(jnp.full(len(lengths), size, jnp.int32) for size in (width, most, 0))
     _, found = jax.lax.scan(put, rooms, order)
-    return tuple(jnp.zeros_like(x).at[order].set(x) for x in found)
+    row, position, token, number = (jnp.zeros_like(x).at[order].set(x) for x in found)
+    return row, position, token, number
 
 
 def packed_experience(experience: Experience, rows: PackedRows) -> Experience:

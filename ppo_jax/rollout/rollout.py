@@ -71,7 +71,7 @@ def rollout(
         return jnp.repeat(x, sampling.samples_per_prompt, axis=0, total_repeat_length=num_rows)
 
     states = None
-    if trunk is not None:
+    if prompt_states is not None and responses.hidden_states is not None:
         states = jnp.concatenate([of_rows(prompt_states), responses.hidden_states], axis=1)
     return Rollout(
         prompt_tokens=of_rows(prompts.tokens),

@@ -1,6 +1,7 @@
 """Each package imports only from those below it, and the pure ones only what computes."""
 
 import ast
+import importlib
 import inspect
 import pathlib
 import subprocess
@@ -162,16 +163,19 @@ def test_every_public_name_is_documented(name):
     assert text and text.strip() and not text.startswith(f"{name}(")
 
 
-def test_what_is_imported_into_the_package_is_public():
+@pytest.mark.parametrize("package", ["", *PURE])
+def test_what_is_imported_into_a_package_is_public(package):
     """No name slips out: what __init__ imports is in __all__, and the other way round."""
-    tree = ast.parse((ROOT / "__init__.py").read_text())
+    module = importlib.import_module(f"ppo_jax.{package}".rstrip("."))
+    tree = ast.parse((ROOT / package / "__init__.py").read_text())
     imported = {
         alias.asname or alias.name
         for node in tree.body
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }
-    assert imported == set(ppo_jax.__all__)
+    assert imported == set(module.__all__)
+    assert list(module.__all__) == sorted(module.__all__)
 
 
 @pytest.mark.parametrize("name", modules())
