@@ -3,7 +3,7 @@
 import contextlib
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,12 +41,13 @@ def atomic_folder(folder: str | os.PathLike, *, shared: bool = False) -> Iterato
     prefix = f"{PARTIAL}{folder.name}-"
     for left in () if shared else folder.parent.glob(f"{prefix}*"):
         shutil.rmtree(left)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=prefix) as partial:
-        new = Path(partial) / folder.name
-        new.mkdir()
+    new = folder.parent / f"{prefix}{uuid.uuid4().hex[:12]}"
+    new.mkdir()
+    try:
         yield new
-        try:
-            os.rename(new, folder)
-        except OSError:
-            if not (shared and folder.is_dir()):
-                raise
+        os.rename(new, folder)
+    except OSError:
+        if not (shared and folder.is_dir()):
+            raise
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
