@@ -165,7 +165,7 @@ def test_grouped_queries_are_attention_with_repeated_keys():
 def test_outputs_begin_at_start():
     network, params = make("llama")
     tokens, mask = tiny.tokens_and_mask(7, 2, 8)
-    apply = tiny.jit(network.apply, static_argnames="start")
+    apply = tiny.jit(network.apply, static_argnames="first_output")
     np.testing.assert_allclose(
         apply(params, tokens, mask, first_output=5), apply(params, tokens, mask)[:, 5:], atol=1e-5
     )
