@@ -16,7 +16,8 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from ppo_jax.config.run import Config, from_config_dict
-from ppo_jax.distributed.layout import Layout, devices_of_run, make_mesh
+from ppo_jax.distributed import layout
+from ppo_jax.distributed.layout import Layout, make_mesh
 from ppo_jax.distributed.runtime import disable_compilation_cache
 from ppo_jax.io.model_spec import ModelSpec
 from ppo_jax.pipeline.preflight import check_batch_rows, check_part, check_policy
@@ -120,7 +121,7 @@ def find_target(topology: str | None) -> Target:
         ValueError: there is no such topology, or no figures of its chip.
     """
     if not topology or not has_libtpu():
-        devices = devices_of_run()
+        devices = layout.devices_of_run()
         kind = devices[0].device_kind
         try:
             chip = find_chip(kind)
