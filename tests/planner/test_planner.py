@@ -180,7 +180,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("flag", MISTAKES)
-def test_a_mistake_is_told_in_one_line(config_file, monkeypatch, flag):
+def test_a_mistake_is_told_in_one_line(config_file, monkeypatch, all_devices, flag):
     if "topology" in flag:
         monkeypatch.setattr(planner, "has_libtpu", lambda: True)
     ended = run_script("plan", config_file, flag)
