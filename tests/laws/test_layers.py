@@ -27,7 +27,7 @@ PACKAGES = {
 PURE = list(PACKAGES)[:4]
 PACKAGES["inference"] = list(PACKAGES)
 PACKAGES["training"] = list(PACKAGES)
-PACKAGES["evaluation"] = [name for name in PACKAGES if name != "training"]
+PACKAGES["evaluation"] = list(PACKAGES)
 PACKAGES["pipeline"] = list(PACKAGES)
 PACKAGES["planner"] = list(PACKAGES)
 PACKAGES["cli"] = list(PACKAGES)
