@@ -233,7 +233,7 @@ def prompt_width(length: int) -> int:
     return LEAST_WIDTH << ((length - 1) // LEAST_WIDTH).bit_length()
 
 
-def text_pieces(tokenizer: Any, tokens: Iterable[int]) -> Iterator[str]:
+def decode_stream(tokenizer: Any, tokens: Iterable[int]) -> Iterator[str]:
     """The text of tokens, piece by piece; a character is given once all of its bytes are there."""
     ids, shown, text = [], 0, ""
     for token in tokens:

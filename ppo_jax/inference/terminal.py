@@ -11,7 +11,7 @@ import jax
 from ppo_jax.data.chat import Chat, Message
 from ppo_jax.data.encode import token_rows
 from ppo_jax.data.records import load_prompts, write_jsonl
-from ppo_jax.inference.generate import generate, stream, text_pieces
+from ppo_jax.inference.generate import decode_stream, generate, stream
 from ppo_jax.inference.score import score_texts
 from ppo_jax.io.stage_folder import Model
 from ppo_jax.rollout.sampling import Sampling
@@ -47,7 +47,7 @@ def chat(
     model = dataclasses.replace(model, params=jax.device_put(model.params))
     room = prompt_room(model, sampling)
     use_template = use_template and bool(model.tokenizer.chat_template)
-    show(f"{opening(use_template)}\n")
+    show(f"{opening_line(use_template)}\n")
     turns: list[Message] = []
     for number, line in enumerate(lines):
         if line.strip() == NEW:
@@ -56,24 +56,24 @@ def chat(
             continue
         said = [*turns, {"role": "user", "content": line}]
         try:
-            turns, ids = fitting(said, model, room, use_template=use_template)
+            turns, ids = newest_turns(said, model, room, use_template=use_template)
         except ValueError as error:
             show(f"({error})\n")
             continue
         key = jax.random.fold_in(jax.random.key(seed), number)
         tokens = stream(model, ids, key, sampling=sampling, temperature=temperature)
-        answer = shown(text_pieces(model.tokenizer, tokens), show)
+        answer = show_answer(decode_stream(model.tokenizer, tokens), show)
         turns.append({"role": "assistant", "content": answer})
 
 
-def opening(use_template: bool) -> str:
+def opening_line(use_template: bool) -> str:
     leave = "Ctrl-D leaves"
     if use_template:
         return f"A conversation; {NEW} begins another, Ctrl-C ends an answer, {leave}."
     return f"Without a chat template: each line is continued. Ctrl-C ends an answer, {leave}."
 
 
-def shown(pieces: Iterator[str], show: Callable[[str], Any]) -> str:
+def show_answer(pieces: Iterator[str], show: Callable[[str], Any]) -> str:
     """Show pieces as they come, up to Ctrl-C; all of what was shown."""
     answer = ""
     try:
@@ -86,7 +86,7 @@ def shown(pieces: Iterator[str], show: Callable[[str], Any]) -> str:
     return answer
 
 
-def fitting(
+def newest_turns(
     turns: list[Message], model: Model, room: int, *, use_template: bool
 ) -> tuple[list[Message], list[int]]:
     """The newest turns that there is room for, and their tokens up to where the model speaks.

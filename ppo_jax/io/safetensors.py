@@ -223,10 +223,10 @@ def read_parameters(stored: Params, shardings: Callable[[Params], Any] | None) -
     if shardings is None:
         return jax.tree.map(StoredParameter.read, stored)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, np.float32), stored)
-    return jax.tree.map(read_in_pieces, stored, shardings(shapes))
+    return jax.tree.map(read_sharded, stored, shardings(shapes))
 
 
-def read_in_pieces(leaf: StoredParameter, sharding: NamedSharding) -> jax.Array:
+def read_sharded(leaf: StoredParameter, sharding: NamedSharding) -> jax.Array:
     """A parameter in its pieces, each read once, whichever of the devices hold it.
 
     One piece is on its devices before the next is read: `jax.make_array_from_callback` would hold

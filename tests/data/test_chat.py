@@ -18,7 +18,7 @@ def learned(texts):
 
 
 def encoded(tokenizer, *conversations):
-    records = [Demonstration(Chat(tokenizer).parts(x, AT)) for x in conversations]
+    records = [Demonstration(Chat(tokenizer).segments(x, AT)) for x in conversations]
     return batches.encode_demonstrations(records, tokenizer, max_length=64)
 
 
@@ -49,7 +49,7 @@ def test_a_prompt_and_what_is_learned_are_what_a_rollout_sees_and_writes():
 
 def test_what_follows_the_last_turn_of_the_assistant_is_left_out():
     longer, shorter = turns("Hi", "Yes", "Ho"), turns("Hi", "Yes")
-    assert Chat(TOKENIZER).parts(longer, AT) == Chat(TOKENIZER).parts(shorter, AT)
+    assert Chat(TOKENIZER).segments(longer, AT) == Chat(TOKENIZER).segments(shorter, AT)
 
 
 def test_a_template_without_a_generation_prompt_has_the_space_before_a_turn_learned():
@@ -88,10 +88,12 @@ def test_a_bos_that_the_template_writes_is_not_put_before_it_again():
     backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 3)])
     assert tokenizer("Hi")["input_ids"] == ids("<s>,Hi")
     conversation, text = token_rows(
-        [Chat(tokenizer).parts(turns("Hi", "Yes"), AT), [("Hi", True)]], tokenizer, append_eos=True
+        [Chat(tokenizer).segments(turns("Hi", "Yes"), AT), [("Hi", True)]],
+        tokenizer,
+        append_eos=True,
     )
     assert conversation.ids[:2] == ids("<s>,[INST]")
-    assert text.ids == ids("<s>,Hi,</s>") and text.learned == [False, True, True]
+    assert text.ids == ids("<s>,Hi,</s>") and text.in_loss == [False, True, True]
 
 
 @pytest.mark.parametrize(
@@ -108,7 +110,7 @@ def test_a_bos_that_the_template_writes_is_not_put_before_it_again():
 )
 def test_a_conversation_that_cannot_be_learned_from_is_refused(template, conversation, message):
     with pytest.raises(ValueError, match=rf"^chats\.jsonl:3: .*{message}"):
-        Chat(make_tokenizer(template)).parts(conversation, AT)
+        Chat(make_tokenizer(template)).segments(conversation, AT)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +145,7 @@ def test_files_of_messages(tmp_path):
         "",
         "blank",
     )
-    assert data.load_texts(path)[0].parts == (("Hi", False), ("Yes", True))
+    assert data.load_texts(path)[0].segments == (("Hi", False), ("Yes", True))
     # The assistant's last turn is no part of a prompt.
     write_jsonl(path, [{"messages": turns("Hi", "Yes")}, {"prompt": turns("Hi")}, {"prompt": "Hi"}])
     opened = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"

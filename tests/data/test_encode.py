@@ -95,7 +95,7 @@ def test_lengths_are_multiples_of_eight_up_to_the_limit():
 def test_long_texts_are_dropped_and_counted():
     texts = batches.encode_texts(["x", "x" * 8, "y"], PLAIN, max_length=8)
     assert rows_of(texts) == [[*ids("x"), EOS], [*ids("y"), EOS]]
-    assert (texts.left_out, texts.records.tolist()) == ({"too long (over 8 tokens)": 1}, [0, 2])
+    assert (texts.dropped, texts.records.tolist()) == ({"too long (over 8 tokens)": 1}, [0, 2])
     with pytest.raises(ValueError, match=r"none of the 2 .*2 too long \(over 8 tokens\).*has 9"):
         batches.encode_texts(["x" * 8, "x" * 9], PLAIN, max_length=8)
 
@@ -128,7 +128,7 @@ def test_what_is_left_out_is_counted_under_its_reason():
     ]
     texts = batches.encode_demonstrations(records, PLAIN, max_length=12)
     assert texts.records.tolist() == [0, 3]
-    assert texts.left_out == {"blank": 2, "repeated": 2, "too long (over 12 tokens)": 1}
+    assert texts.dropped == {"blank": 2, "repeated": 2, "too long (over 12 tokens)": 1}
     with pytest.raises(ValueError, match="none of the 3 records can be used: 2 blank, 1 too long"):
         batches.encode_demonstrations([records[i] for i in (1, 5, 4)], PLAIN, max_length=12)
 
@@ -136,7 +136,7 @@ def test_what_is_left_out_is_counted_under_its_reason():
 def test_two_opinions_of_one_text_are_two_records():
     records = [RatedText("good", (1.0,)), RatedText("good", (2.0,)), RatedText("good", (1.0,))]
     texts = batches.encode_demonstrations(records, PLAIN, max_length=12)
-    assert texts.records.tolist() == [0, 1] and texts.left_out == {"repeated": 1}
+    assert texts.records.tolist() == [0, 1] and texts.dropped == {"repeated": 1}
 
 
 def test_texts_to_score_are_all_kept():
@@ -162,7 +162,7 @@ def test_preferences_fill_two_rows_each_and_are_dropped_whole():
     ]
     assert groups.rows.tolist() == [[0, 1], [2, 3]] and groups.rows.dtype == np.int32
     assert groups.row_pairs.tolist() == [[0, 1], [3, 2]] and groups.row_pairs.dtype == np.int32
-    assert texts.left_out == {"too long (over 12 tokens)": 2}
+    assert texts.dropped == {"too long (over 12 tokens)": 2}
     assert texts.records.tolist() == [0, 0, 3, 3]
 
 
@@ -187,7 +187,7 @@ def test_prompts_of_a_file_that_are_of_no_use_are_left_out_and_counted(tmp_path)
     write_jsonl(path, [{"prompt": x} for x in ("the", "", "x" * 9, "film", "the")])
     data = prompt_data(path, PLAIN, max_length=8)
     assert data.texts == ["the", "film"] and rows_of(data.prompts) == [ids("the"), ids("film")]
-    assert data.left_out == {"blank": 1, "repeated": 1, "too long (over 8 tokens)": 1}
+    assert data.dropped == {"blank": 1, "repeated": 1, "too long (over 8 tokens)": 1}
     assert prompt_data(path, WITH_BOS, max_length=8).texts == ["the", "", "film"]
     write_jsonl(path, [{"prompt": "x" * 9}])
     too_long = r"ppo\.prompts: .*1 too long .* has 9; see ppo\.max_prompt_length$"

@@ -153,7 +153,7 @@ def test_the_rows_of_a_ranking_stand_together_and_why_others_do_not():
         ids(words) + end for words in ("Hi,Yes", "Hi,No", "Hi,Yes", "Hi,Ho", "Hi,No")
     ] + [ids("Ho,No") + end, ids("Ho,Yes") + end]
     assert texts.records.tolist() == [0, 0, 1, 1, 1, 6, 6]
-    assert dict(texts.left_out) == {
+    assert dict(texts.dropped) == {
         "repeated": 1,
         "tied": 1,
         "blank": 1,

@@ -94,7 +94,7 @@ def test_a_bad_row_is_named_with_its_place(here, hold, place):
 def test_a_table_may_have_other_columns(here, hold):
     rows = [{"id": 7, "prompt": "p", "messages": turns("Hi"), "source": None}] * 2
     path = hold(here, rows)
-    assert formats.unread_columns(path, data.PROMPT_FORMS) == ["id", "prompt", "source"]
+    assert formats.unread_columns(path, data.PROMPT_SCHEMAS) == ["id", "prompt", "source"]
     assert data.load_prompts(path, TOKENIZER)[0].startswith("<|im_start|>user\nHi")
     columns = r"must include \['text'\] or .* got \['id', 'prompt', 'messages', 'source'\]"
     with pytest.raises(ValueError, match=columns):
@@ -103,7 +103,7 @@ def test_a_table_may_have_other_columns(here, hold):
 
 def test_json_lines_have_no_column_that_is_not_read(tmp_path):
     write_jsonl(tmp_path / "rows.jsonl", TEXTS)
-    assert formats.unread_columns(tmp_path / "rows.jsonl", data.DEMONSTRATION_FORMS) == []
+    assert formats.unread_columns(tmp_path / "rows.jsonl", data.DEMONSTRATION_SCHEMAS) == []
 
 
 def test_damaged_and_empty_files_are_named(tmp_path):

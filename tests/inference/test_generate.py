@@ -10,9 +10,15 @@ import pytest
 
 from ppo_jax.data.records import read_jsonl, write_jsonl
 from ppo_jax.inference import terminal as chat_terminal
-from ppo_jax.inference.generate import compiled_stream, find_sampling, generate, stream, text_pieces
+from ppo_jax.inference.generate import (
+    compiled_stream,
+    decode_stream,
+    find_sampling,
+    generate,
+    stream,
+)
 from ppo_jax.inference.score import score_texts
-from ppo_jax.inference.terminal import chat, fitting, respond_to_file
+from ppo_jax.inference.terminal import chat, newest_turns, respond_to_file
 from ppo_jax.rollout.sampling import Sampling
 from tests.support.command_line import run_script
 from tests.support.tiny_stage import TEMPLATE, byte_tokenizer, random_model, write_stage
@@ -104,15 +110,15 @@ def test_a_prompt_may_fill_the_positions_of_the_model():
 def test_text_comes_piece_by_piece_and_characters_whole():
     tokenizer = byte_tokenizer()
     for text in ("a film of few words", "Grüße aus 東京 \U0001f3ac!", "", "x\ufffd"):
-        pieces = list(text_pieces(tokenizer, tokenizer(text)["input_ids"]))
+        pieces = list(decode_stream(tokenizer, tokenizer(text)["input_ids"]))
         assert "".join(pieces) == text
         assert all("\ufffd" not in piece for piece in pieces) or "\ufffd" in text
     given = []
-    pieces = text_pieces(tokenizer, (given.append(i) or i for i in tokenizer("few")["input_ids"]))
+    pieces = decode_stream(tokenizer, (given.append(i) or i for i in tokenizer("few")["input_ids"]))
     next(pieces)
     assert len(given) == 1  # it waits for no more tokens than it needs
     torn = tokenizer("東")["input_ids"][:-1]
-    assert "".join(text_pieces(tokenizer, torn)) == tokenizer.decode(torn)
+    assert "".join(decode_stream(tokenizer, torn)) == tokenizer.decode(torn)
 
 
 # --- the chat -------------------------------------------------------------------------------------
@@ -155,9 +161,9 @@ def test_the_oldest_turns_make_room_and_a_line_without_room_is_told(scripted):
 def test_the_newest_turns_are_those_that_fit():
     model = random_model(template=TEMPLATE)
     turns = [{"role": role, "content": "x" * 5} for role in ("user", "assistant") * 2 + ("user",)]
-    whole, ids = fitting(turns, model, 1000, use_template=True)
+    whole, ids = newest_turns(turns, model, 1000, use_template=True)
     assert whole == turns and len(ids) == 5 * 8 + 2
-    assert fitting(turns, model, 41, use_template=True) == (turns[2:], ids[16:])
+    assert newest_turns(turns, model, 41, use_template=True) == (turns[2:], ids[16:])
 
 
 def test_without_a_template_each_line_is_continued(scripted):

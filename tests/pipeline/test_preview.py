@@ -53,7 +53,7 @@ reward: the score of a response, ⟦marked⟧, is read at its last token
 
 
 def chats():
-    several = Demonstration(Chat(TOKENIZER).parts(turns("Hi", "Yes", "Ho", "No"), "a:1"))
+    several = Demonstration(Chat(TOKENIZER).segments(turns("Hi", "Yes", "Ho", "No"), "a:1"))
     completion = Demonstration((("Ho", False), ("Hi", True)))
     others = [Demonstration(((word, True),)) for word in ("Hi Ho", "Ho Hi")]
     records = [several, completion, *others]
@@ -70,7 +70,7 @@ def test_packed_texts_are_shown_one_by_one():
     assert len(packed.mask) == 1
 
     def rows(texts):
-        return sorted((row.ids, row.learned) for row in preview.text_rows(texts))
+        return sorted((row.ids, row.in_loss) for row in preview.text_rows(texts))
 
     assert rows(packed) == rows(single) and len(rows(packed)) == 4
 
@@ -166,7 +166,7 @@ def test_every_file_that_is_read_has_its_line():
     rankings = [RankedResponses("Hi", ("Yes", "No", "Ho"), (1.0, 2.0, 0.0))]
     texts, groups = batches.encode_preferences(rankings, TOKENIZER, max_length=8)
     part = RewardData(texts=texts, groups=groups)
-    prompts = types.SimpleNamespace(texts=["a"] * 3, left_out={"repeated": 1})
+    prompts = types.SimpleNamespace(texts=["a"] * 3, dropped={"repeated": 1})
     config = settings(
         **{"reward.reference_data": "neutral.jsonl", "evaluate.ratings": "ratings.jsonl"}
     )
