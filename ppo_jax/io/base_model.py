@@ -18,7 +18,7 @@ from ppo_jax.data.records import load_texts
 from ppo_jax.io import huggingface as hf
 from ppo_jax.io import tokenizers as vocabulary
 from ppo_jax.io.hub import model_folder
-from ppo_jax.io.trim_vocabulary import trim_params, trim_vocabulary
+from ppo_jax.io.tokenizers import trim_params, trim_vocabulary
 from ppo_jax.models.build import policy_network
 from ppo_jax.models.config import ModelConfig
 
