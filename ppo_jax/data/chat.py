@@ -1,7 +1,7 @@
 """Conversations as text, by the chat template of a tokenizer.
 
-A message is {"role": "system" | "user" | "assistant", "content": text}. `place` is where it stands,
-"file:line", for the messages of errors.
+A message is {"role": "system" | "user" | "assistant", "content": text}. A `place`,
+"file:line", is for errors.
 """
 
 import functools
@@ -32,7 +32,7 @@ class Chat:
 
     @functools.cached_property
     def special_tokens(self) -> list[str]:
-        """All tokens that stand for no text."""
+        """Tokens that are control codes, not text."""
         added = self.tokenizer.added_tokens_decoder.values()
         return [token.content for token in added if token.special]
 
@@ -50,8 +50,8 @@ class Chat:
         Whatever follows the assistant's last turn is dropped, since it adds no loss.
 
         Raises:
-            ValueError: no turn of the assistant's, no template, or one that writes the beginning
-                of a conversation otherwise than the beginning of the whole.
+            ValueError: no turn of the assistant's, no template, or one that renders the beginning
+                of a conversation differently when it continues.
         """
         turns = assistant_turns(messages, place)
         if not turns:

@@ -63,7 +63,7 @@ def encode_demonstrations(
     """Tokens of the segments of each record, with the loss on those that are in it and on EOS.
 
     Segments are tokenised apart, as in a rollout, where the response starts on a token of its own;
-    see `token_rows`. The first token of a row is never in the loss: nothing stands before it.
+    see `token_rows`. The first token of a row is never in the loss: nothing precedes it.
     Records that are rejected, repeated or too long are dropped.
 
     Raises:
@@ -115,7 +115,7 @@ def encode_preferences(
     A ranking with a response that is too long is dropped whole.
 
     Returns:
-        (texts, groups): the rows of a ranking stand together, in the order of its responses.
+        (texts, groups): the rows of a ranking are adjacent, in the order of its responses.
 
     Raises:
         ValueError: no record, none that is left, or no EOS to append.
@@ -179,7 +179,9 @@ def batch_indices(seed: int, step: int, *, num_examples: int, batch_size: int) -
     >>> sorted(np.concatenate(two_epochs[:2]).tolist())
     [0, 1, 2, 3]
     """
-    _check_positive(num_examples=num_examples, batch_size=batch_size)
+    for name, size in (("num_examples", num_examples), ("batch_size", batch_size)):
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
     start = step * batch_size
     stop = start + batch_size
     first, last = start // num_examples, (stop - 1) // num_examples
@@ -254,17 +256,11 @@ def _padded_texts(rows, records, max_length, dropped) -> TokenizedTexts:
     return TokenizedTexts(tokens, mask, loss_mask, np.array(records, dtype=np.int64), dropped)
 
 
-def _check_positive(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}")
-
-
 class TokenRow(NamedTuple):
     """The tokens of one text."""
 
     ids: list[int]
-    in_loss: list[bool]  # of each token
+    in_loss: list[bool]  # whether each token is
 
 
 def token_rows(

@@ -21,7 +21,7 @@ def pack(texts: TokenizedTexts, *, max_length: int) -> TokenizedTexts:
 
     Returns:
         R rows with `segment_ids`: 1, 2, ... on the texts of a row, 0 in padding. `records` has an
-        entry for each text, in the order in which they stand.
+        entry for each text, in their order in the rows.
 
     Raises:
         ValueError: a text is longer than a row.
@@ -85,6 +85,6 @@ def best_fit(lengths: np.ndarray, max_length: int) -> list[list[int]]:
 
 
 def describe_packing(packed: TokenizedTexts) -> str:
-    """How many texts share how many rows, and how full these are."""
+    """Number of texts and rows, and the share of positions that hold tokens."""
     texts, rows, share = len(packed.records), len(packed.mask), packed.mask.mean()
     return f"{texts:,} texts in {rows:,} rows, {texts / rows:.1f} a row, {share:.0%} full"

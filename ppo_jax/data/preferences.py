@@ -1,4 +1,7 @@
-"""Preferences: responses to one prompt, of which some are better than others."""
+"""Preferences: responses to one prompt, of which some are better than others.
+
+A malformed row raises ValueError, "place: what is wrong".
+"""
 
 import os
 from collections.abc import Sequence
@@ -19,7 +22,7 @@ HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # start of a turn in transcri
 
 @dataclass(frozen=True)
 class RankedResponses:
-    """Two responses or more to one prompt, and how good each of them is."""
+    """Two responses or more to one prompt, with scores."""
 
     prompt: str
     responses: tuple[str, ...]
@@ -56,9 +59,6 @@ def load_preferences(
       "\\n\\nHuman: ... \\n\\nAssistant: ...".
 
     The tokenizer's chat template renders messages; without one they are refused.
-
-    Raises:
-        ValueError: "place: what is wrong".
     """
     chat = Chat(tokenizer)
     return [parse_ranking(row, chat, place) for place, row in read_rows(path, PREFERENCE_SCHEMAS)]
@@ -117,7 +117,7 @@ def split_conversations(
     """(prompt, responses) where at least one of them is a list of messages.
 
     A response begins with the assistant's message, or it is the whole conversation and begins with
-    the prompt. A text stands for one message, the user's in a prompt and else the assistant's.
+    the prompt. A text is one message, the user's in a prompt and else the assistant's.
     """
     texts = [as_messages(side, key, "assistant", place) for key, side in sides.items()]
     if "prompt" in row:

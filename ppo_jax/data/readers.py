@@ -38,7 +38,7 @@ def read_rows(path: str | os.PathLike, schemas: Schemas) -> Iterator[tuple[str, 
         schemas: the keys that a row may have.
 
     Raises:
-        ValueError: "place: what is wrong", or what the path lacks as a whole.
+        ValueError: "place: what is wrong", or "path: what is wrong with all of it".
     """
     if is_table(path):
         yield from table_rows(path, schemas)
@@ -174,7 +174,7 @@ def parse_object(line: bytes, place: str) -> Row:
 def unique_keys(items: list[tuple[str, Any]]) -> Row:
     row = dict(items)
     if len(row) < len(items):
-        raise ValueError(f"a key stands twice in {[key for key, _ in items]}")
+        raise ValueError(f"a key is repeated in {[key for key, _ in items]}")
     return row
 
 

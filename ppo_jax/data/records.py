@@ -1,6 +1,7 @@
 """Records of text: read row by row, checked, and split by text.
 
-`readers` gives the rows, `encode` makes arrays of the records.
+`readers` gives the rows, `encode` makes arrays of the records. A malformed row raises ValueError,
+"place: what is wrong".
 """
 
 import hashlib
@@ -15,7 +16,7 @@ from typing import Any, TypeVar
 from ppo_jax.config.stages import RewardSettings, SFTSettings
 from ppo_jax.data.atomic import atomic_write
 from ppo_jax.data.chat import Chat, Segment, assistant_turns, has_blank_turn, read_messages
-from ppo_jax.data.readers import Row, json_lines, read_number, read_rows, read_string
+from ppo_jax.data.readers import Row, read_number, read_rows, read_string
 
 Record = TypeVar("Record")
 
@@ -71,9 +72,6 @@ def load_texts(path: str | os.PathLike, tokenizer: Any | None = None) -> list[De
 
     Of messages the assistant's turns are in the loss, each with the token that ends it. The
     tokenizer's chat template renders them; None takes their contents as they are.
-
-    Raises:
-        ValueError: "place: what is wrong".
     """
     chat = Chat(tokenizer) if tokenizer is not None else None
     rows = read_rows(path, DEMONSTRATION_SCHEMAS)
@@ -84,9 +82,6 @@ def load_ratings(path: str | os.PathLike) -> list[RatedText]:
     """Reads rated texts: {"text", "ratings": [x, ...]} or {"text", "rating": x}.
 
     Ratings are finite numbers on any scale; higher is better.
-
-    Raises:
-        ValueError: "place: what is wrong".
     """
     return [parse_rated_text(row, place) for place, row in read_rows(path, RATING_SCHEMAS)]
 
@@ -97,23 +92,9 @@ def load_prompts(path: str | os.PathLike, tokenizer: Any | None = None) -> list[
     Of messages a last turn of the assistant's is dropped: the policy writes its own. The
     tokenizer's chat template renders messages; without one they are refused. A prompt may be "",
     which has a token where the tokenizer adds a BOS.
-
-    Raises:
-        ValueError: "place: what is wrong".
     """
     chat = Chat(tokenizer)
     return [parse_prompt(row, chat, place) for place, row in read_rows(path, PROMPT_SCHEMAS)]
-
-
-def read_jsonl(path: str | os.PathLike) -> list[Row]:
-    """Reads a UTF-8 file of JSON objects, one a line, gzipped where it ends with .gz.
-
-    Blank lines are skipped.
-
-    Raises:
-        ValueError: no such file, no object in it, or "file:line: what is wrong".
-    """
-    return [row for _, row in json_lines(path)]
 
 
 def write_jsonl(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -157,7 +138,7 @@ def split_by_text(
     splits = {name: [] for name in fractions}
     seen = set()
     for record in records:
-        text = _normalized(key(record))
+        text = " ".join(key(record).casefold().split())
         if duplicates == "drop" and text in seen:
             continue
         seen.add(text)
@@ -171,10 +152,6 @@ def _check_split(fractions: Mapping[str, float], duplicates: str) -> None:
         raise ValueError(f"fractions must not be negative and sum to 1, got {dict(fractions)}")
     if duplicates not in ("drop", "keep"):
         raise ValueError(f"duplicates must be 'drop' or 'keep', got {duplicates!r}")
-
-
-def _normalized(text: str) -> str:
-    return " ".join(text.casefold().split())
 
 
 def _split_of(text: str, fractions: Mapping[str, float], seed: int) -> str:

@@ -26,12 +26,9 @@ PADDING = "<|pad|>"
 
 
 def load_tokenizer(path: str | os.PathLike) -> "PreTrainedTokenizerFast":
-    """The tokenizer in a model's folder.
+    """The tokenizer of a model, whose path is as in `ppo_jax.hf.load_policy`.
 
-    Where it has no padding token none is invented: in ppo_jax masks say what padding is.
-
-    Args:
-        path: as in `ppo_jax.hf.load_policy`; the folder holds a tokenizer.json.
+    Where it has no padding token none is added: in ppo_jax masks say what padding is.
 
     Raises:
         ValueError: there is no tokenizer.json, or it has no end-of-sequence token.
@@ -52,7 +49,7 @@ def load_tokenizer(path: str | os.PathLike) -> "PreTrainedTokenizerFast":
 
 
 def declared_eos(folder: Path, tokenizer: "PreTrainedTokenizerFast") -> str:
-    """The end-of-sequence token of the model's config.json: GPT-2 has it there alone."""
+    """The end-of-sequence token of the model's config.json: GPT-2 has it only there."""
     path = folder / "config.json"
     eos = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
     eos = eos[0] if isinstance(eos, list) and eos else eos
@@ -73,14 +70,11 @@ def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", folder: str | os.PathLi
 def with_padding(
     tokenizer: "PreTrainedTokenizerFast", ends: Collection[int]
 ) -> "PreTrainedTokenizerFast":
-    """A tokenizer whose padding token ends no text; one is added to a copy where it is needed.
+    """A tokenizer whose padding token is not in `ends`, the ids with which a text may end.
 
-    For code that tells padding by its id and not by a mask, as the sequence classification of
-    transformers does: it reads the last token that is not the padding token.
-
-    Args:
-        tokenizer: whose padding token may be absent, or its EOS.
-        ends: ids with which a text may end.
+    One is added to a copy where it is needed: for code that recognises padding by its id and not by
+    a mask, as the sequence classification of transformers, which reads the last token that is not
+    the padding token.
     """
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in ends:
         return tokenizer
@@ -92,10 +86,8 @@ def with_padding(
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerFast":
     """A byte-level BPE tokenizer for a model from scratch; EOS is <|endoftext|>, id 0.
 
-    Args:
-        texts: what to learn the merges from.
-        vocab_size: at most so many tokens; fewer when the texts hold no more pairs that repeat.
-            `len(tokenizer)` is the size for the model.
+    It has at most `vocab_size` tokens, fewer when the texts have no more pairs that repeat:
+    `len(tokenizer)` is the size for the model.
 
     Raises:
         ValueError: `vocab_size` has no room for the 256 bytes and EOS, or there is no text.
@@ -126,22 +118,17 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokeniz
 def trim_vocabulary(
     tokenizer: "PreTrainedTokenizerFast", texts: Iterable[str]
 ) -> tuple["PreTrainedTokenizerFast", np.ndarray]:
-    """Keep the tokens that some texts use, and those without which no other text can be written.
+    """Keep the tokens that some texts use, and those that encode any other text.
 
-    Kept are the tokens of the encoded texts, every token on the way from bytes to these, all
-    bytes, and all special and added tokens. The texts are encoded as before, with new ids in the
-    old order; whatever other text the full tokenizer can write the small one can too, in more
-    tokens.
-
-    Args:
-        tokenizer: byte-level BPE, or BPE that falls back to bytes.
-        texts: all texts whose encoding is to stay.
+    Kept are the tokens of the encoded texts, every token that they are merged from, all bytes, and
+    all special and added tokens. The texts are encoded as before, with new ids in the old order;
+    whatever other text the full tokenizer can encode the small one can too, in more tokens.
 
     Returns:
         (the small tokenizer, kept ids [V_small] int, ascending: the old id of each new one).
 
     Raises:
-        ValueError: the tokenizer is of another kind.
+        ValueError: the tokenizer is neither byte-level BPE nor BPE that falls back to bytes.
     """
     from tokenizers import Tokenizer
 
@@ -164,12 +151,12 @@ def trim_vocabulary(
     model["vocab"] = {token: new_id[i] for token, i in vocab.items() if i in new_id}
     for token in spec["added_tokens"]:
         token["id"] = new_id[token["id"]]
-    renumber(spec["post_processor"], new_id)
+    renumber_special_tokens(spec["post_processor"], new_id)
     return with_backend(tokenizer, Tokenizer.from_str(json.dumps(spec))), kept
 
 
 def check_bpe(spec: dict[str, Any]) -> None:
-    """Refuse a tokenizer whose texts cannot always be written in bytes."""
+    """Refuse a tokenizer that cannot encode every text in bytes."""
     model = spec["model"]
     if model["type"] != "BPE":
         raise ValueError(f"only a BPE vocabulary can be trimmed, this one is {model['type']}")
@@ -182,7 +169,7 @@ def check_bpe(spec: dict[str, Any]) -> None:
 
 
 def byte_tokens(model: dict[str, Any]) -> set[str]:
-    """What stands for single bytes in the vocabulary."""
+    """The tokens of single bytes."""
     from tokenizers import pre_tokenizers
 
     if model["byte_fallback"]:
@@ -201,18 +188,18 @@ def close_over_merges(words: set[str], merges: list[list[str]]) -> list[list[str
         parents.setdefault("".join(pair), []).append(pair)
     new = list(words)
     while new:
-        parts = {part for pair in parents.get(new.pop(), []) for part in pair}
-        new.extend(parts - words)
-        words |= parts
+        parents_of_word = {token for pair in parents.get(new.pop(), []) for token in pair}
+        new.extend(parents_of_word - words)
+        words |= parents_of_word
     return [pair for pair in merges if {*pair, "".join(pair)} <= words]
 
 
-def renumber(processor: dict[str, Any] | None, new_id: dict[int, int]) -> None:
-    """Change, in place, the ids that a post-processor puts around texts."""
+def renumber_special_tokens(processor: dict[str, Any] | None, new_id: dict[int, int]) -> None:
+    """Change, in place, the ids that a post-processor adds around texts."""
     if processor is None:
         return
     for part in processor.get("processors", []):
-        renumber(part, new_id)
+        renumber_special_tokens(part, new_id)
     if processor["type"] == "TemplateProcessing":
         for token in processor["special_tokens"].values():
             token["ids"] = [new_id[i] for i in token["ids"]]
@@ -223,7 +210,7 @@ def renumber(processor: dict[str, Any] | None, new_id: dict[int, int]) -> None:
 
 
 def with_backend(tokenizer: "PreTrainedTokenizerFast", backend: Any) -> "PreTrainedTokenizerFast":
-    """A tokenizer with another vocabulary and the special tokens and chat template of this one."""
+    """The same tokenizer (special tokens, chat template) with another vocabulary."""
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast(
@@ -236,17 +223,10 @@ def with_backend(tokenizer: "PreTrainedTokenizerFast", backend: Any) -> "PreTrai
 
 
 def trim_params(params: Params, kept_ids: np.ndarray) -> Params:
-    """The parameters of a model for a vocabulary trimmed by `trim_vocabulary`.
+    """The parameters of any network for a vocabulary trimmed by `trim_vocabulary`.
 
-    The caller sets `vocab_size=len(kept_ids)` in the model's config.
-
-    Args:
-        params: of a policy, value or reward network.
-        kept_ids: [V_small] int, the old id of each new one.
-
-    Returns:
-        The tree with those rows of the token table and those columns of a head of logits; all
-        other leaves are shared with `params`.
+    They have the rows `kept_ids` of the token table and those columns of a head of logits; all
+    other leaves are shared with `params`. The caller sets `vocab_size=len(kept_ids)` in the config.
 
     Raises:
         ValueError: an id is outside the token table.

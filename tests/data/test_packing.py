@@ -44,15 +44,15 @@ def whole_batch(texts):
 
 def read_back(packed):
     """{record: (its tokens, its loss mask)} out of the rows."""
-    found, records = {}, iter(packed.records.tolist())
+    tokens_of, records = {}, iter(packed.records.tolist())
     for tokens, loss_mask, segment_ids in zip(
         packed.tokens, packed.loss_mask, packed.segment_ids, strict=True
     ):
         for number in range(1, segment_ids.max() + 1):
             own = segment_ids == number
-            found[next(records)] = (tokens[own].tolist(), loss_mask[own].tolist())
+            tokens_of[next(records)] = (tokens[own].tolist(), loss_mask[own].tolist())
     assert next(records, None) is None
-    return found
+    return tokens_of
 
 
 # --- the rows -------------------------------------------------------------------------------------
