@@ -28,30 +28,23 @@ LAYER_TENSORS = {
     "ffn_up.weight": "mlp.up_proj.weight",
     "ffn_down.weight": "mlp.down_proj.weight",
 }
-# The supported metadata of a Llama; any other llama.* key is refused.
-LLAMA_KEYS = {
+# The metadata llama.* of a file; any other key is refused.
+REQUIRED = (
     "block_count",
     "context_length",
     "embedding_length",
     "feed_forward_length",
     "attention.head_count",
+    "attention.layer_norm_rms_epsilon",
+)
+OPTIONAL = (
     "attention.head_count_kv",
     "attention.key_length",
     "attention.value_length",
-    "attention.layer_norm_rms_epsilon",
     "rope.freq_base",
     "rope.dimension_count",
     "vocab_size",
-}
-REQUIRED = [
-    "llama.block_count",
-    "llama.context_length",
-    "llama.embedding_length",
-    "llama.feed_forward_length",
-    "llama.attention.head_count",
-    "llama.attention.layer_norm_rms_epsilon",
-    "tokenizer.ggml.tokens",
-]
+)
 CONTROL, USER_DEFINED = 3, 4  # token types of GGUF
 
 
@@ -91,9 +84,9 @@ def read_metadata(metadata: dict[str, Any], *, tied: bool) -> dict[str, Any]:
     if architecture != "llama":
         raise ValueError(f"GGUF architecture {architecture!r} is not supported; only 'llama' is")
     llama = {k.removeprefix("llama."): v for k, v in metadata.items() if k.startswith("llama.")}
-    if unknown := sorted(llama.keys() - LLAMA_KEYS):
+    if unknown := sorted(llama.keys() - {*REQUIRED, *OPTIONAL}):
         raise ValueError(f"GGUF option llama.{unknown[0]}={llama[unknown[0]]!r} is not supported")
-    refuse_missing(metadata, REQUIRED)
+    refuse_missing(metadata, [*(f"llama.{key}" for key in REQUIRED), "tokenizer.ggml.tokens"])
     num_heads = llama["attention.head_count"]
     head_dim = llama.get("attention.key_length", llama["embedding_length"] // num_heads)
     for key in ("attention.value_length", "rope.dimension_count"):
