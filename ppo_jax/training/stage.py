@@ -5,13 +5,13 @@ import dataclasses
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ppo_jax.config.flags import hint_of, section_of
-from ppo_jax.config.parsing import filled_in, with_new_names
-from ppo_jax.config.run import MAY_CHANGE, Config, ModelSettings
+from ppo_jax.config.parsing import changeable_fields, filled_in, with_new_names
+from ppo_jax.config.run import Config, ModelSettings
 from ppo_jax.distributed.layout import Layout, abstract, init_sharded
 from ppo_jax.distributed.processes import STOPS, preempted, stop_handlers
 from ppo_jax.io.checkpoints import Checkpoints
@@ -230,11 +230,10 @@ def check_settings(folder: Path, description: dict):
     old = describe_stage(folder)
     stage = description["stage"]
     both = (with_younger_fields(stage, x["settings"]) for x in (old, description))
-    may_change = set(MAY_CHANGE)
-    if stage == "ppo":
-        may_change.add("packing")  # of responses: the same gradient; in SFT it orders the data
+    may_change = changeable_fields(section_of(hint_of(stage)))
+    may_change |= changeable_fields(ModelSettings, "model.")
     if description["settings"].get("kl_control") == "adaptive":
-        may_change.remove("kl_coef")  # where the control began; its state has moved on
+        may_change.discard("kl_coef")  # where the control began; its state has moved on
     if fixed := fixed_differences(*both, may_change):
         raise ValueError(
             f"{folder} was begun with other settings: {'; '.join(fixed)}. "
@@ -242,10 +241,9 @@ def check_settings(folder: Path, description: dict):
         )
 
 
-def fixed_differences(old: dict, new: dict, may_change: Set[str] = MAY_CHANGE) -> list[str]:
-    """`config_differences` without those in settings that a resumed run may change."""
-    differences = config_differences(old, new)
-    return [d for d in differences if d.split(":")[0].split(".")[-1] not in may_change]
+def fixed_differences(old: dict, new: dict, may_change: set[str]) -> list[str]:
+    """`config_differences` without those of fields that a resumed run may change."""
+    return [d for d in config_differences(old, new) if d.split(":")[0] not in may_change]
 
 
 def with_younger_fields(stage: str, settings: dict) -> dict:
