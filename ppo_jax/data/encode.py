@@ -54,13 +54,9 @@ class ComparisonGroups:
 
 
 def encode_demonstrations(
-    records: Sequence[Demonstration | RatedText],
-    tokenizer: Any,
-    *,
-    max_length: int,
-    append_eos: bool = True,
+    records: Sequence[Demonstration | RatedText], tokenizer: Any, *, max_length: int
 ) -> TokenizedTexts:
-    """Tokens of the segments of each record, with the loss on those that are in it and on EOS.
+    """Tokens of the segments of each record and EOS, with the loss on those in it and on EOS.
 
     Segments are tokenised apart, as in a rollout, where the response starts on a token of its own;
     see `token_rows`. The first token of a row is never in the loss: nothing precedes it.
@@ -69,22 +65,20 @@ def encode_demonstrations(
     Raises:
         ValueError: no record, none that is left, or no EOS to append.
     """
-    rows = token_rows([record.segments for record in records], tokenizer, append_eos=append_eos)
+    rows = token_rows([record.segments for record in records], tokenizer, append_eos=True)
     kept, dropped = filter_records(
         records, [r.reject_reason for r in records], [len(row.ids) for row in rows], max_length
     )
     return _padded_texts([rows[i] for i in kept], kept, max_length, dropped)
 
 
-def encode_texts(
-    texts: Sequence[str], tokenizer: Any, *, max_length: int, append_eos: bool = True
-) -> TokenizedTexts:
-    """Tokens of whole texts, whatever they are: only what is too long is dropped.
+def encode_texts(texts: Sequence[str], tokenizer: Any, *, max_length: int) -> TokenizedTexts:
+    """Tokens of whole texts and EOS, whatever they are: only what is too long is dropped.
 
     Raises:
         ValueError: no text, none that fits, or no EOS to append.
     """
-    rows = token_rows([((text, True),) for text in texts], tokenizer, append_eos=append_eos)
+    rows = token_rows([((text, True),) for text in texts], tokenizer, append_eos=True)
     kept = [i for i, row in enumerate(rows) if len(row.ids) <= max_length]
     dropped = collections.Counter({_too_long(max_length): len(rows) - len(kept)})
     _check_kept(kept, [len(row.ids) for row in rows], max_length, dropped)
