@@ -31,7 +31,7 @@ CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 
 # --- settings -------------------------------------------------------------------------------------
 
-UNITS = "token text step layer block width number piece comparison pass prompt response rollout"
+UNITS = "token text step layer block width number part comparison pass prompt response rollout"
 UNITS += " iteration"
 
 
