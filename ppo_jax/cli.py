@@ -97,7 +97,9 @@ def run(main: Callable[[], None]):
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
     try:
-        rest = flags.FLAGS(checked_flags(argv))
+        argv = checked_flags(argv)
+        sys.argv[:] = argv  # where ml_collections looks for the values of a config
+        rest = flags.FLAGS(argv)
     except Exception as error:  # flags and config files are the user's
         stop(f"{explain(error)} (--help lists the flags)", USER_MISTAKE)
     if len(rest) > 1:

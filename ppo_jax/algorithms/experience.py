@@ -10,8 +10,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ppo_jax.core.advantages import gae, leave_one_out, whiten
-from ppo_jax.core.kl import kl_estimate
+from ppo_jax.core.advantages import (
+    CRITIC_FREE,
+    WITH_CRITIC,
+    gae,
+    leave_one_out,
+    needs_critic,
+    whiten,
+)
+from ppo_jax.core.kl import ESTIMATORS, kl_estimate
 from ppo_jax.core.losses import explained_variance
 from ppo_jax.core.masking import last_token_index, masked_mean
 from ppo_jax.core.network import Network, merge_params
@@ -56,8 +63,9 @@ class PPONetworks(NamedTuple):
 
 
 CHOICES = {
-    "advantages": ("gae", "leave_one_out"),
+    "advantages": (*WITH_CRITIC, *CRITIC_FREE),
     "kl_control": ("adaptive", "fixed"),
+    "kl_estimator": tuple(ESTIMATORS),
     "missing_eos": ("keep", "penalty", "replace"),
     "old_logprobs": ("recompute", "rollout"),
 }
@@ -153,12 +161,10 @@ def make_experience(
         (experience, metrics).
 
     Raises:
-        ValueError: the advantages need a critic and there is none, or the other way round.
+        ValueError: the advantages need a critic and networks or state have none, or the other way
+            round.
     """
-    needs_critic = options.advantages == "gae"
-    if needs_critic != (networks.value is not None):
-        rule = "a value network" if needs_critic else "no value network"
-        raise ValueError(f"advantages={options.advantages!r} need {rule} in networks.value")
+    check_critic(options.advantages, networks, state)
     mask, numbers = rollout.response_mask, hyperparameters
     policy_inputs = rollout.tokens if networks.trunk is None else rollout.hidden_states
     parts = dict(policy_inputs=policy_inputs, frozen=frozen, networks=networks)
@@ -170,7 +176,7 @@ def make_experience(
         rollout = dataclasses.replace(rollout, logprobs=jnp.where(mask, logprobs, 0.0))
     rewards, metrics = response_rewards(rollout, scores, ref_logprobs, state, numbers, options)
     critic = dict(value_inputs=None, values=None, returns=None)
-    if needs_critic:
+    if networks.value is not None:
         advantages, critic, told_by_critic = critic_advantages(
             rollout, rewards, state, numbers, frozen=frozen, networks=networks
         )
@@ -188,6 +194,16 @@ def make_experience(
         **critic,
     )
     return experience, metrics | told
+
+
+def check_critic(advantages: str, networks: PPONetworks, state: PPOState) -> None:
+    """Networks and state have a critic where the advantages need one, and nowhere else."""
+    needed = needs_critic(advantages)
+    rule = "need a critic" if needed else "need no critic"
+    if needed != (networks.value is not None):
+        raise ValueError(f"advantages={advantages!r} {rule}: see networks.value")
+    if needed != (state.value_params is not None):
+        raise ValueError(f"advantages={advantages!r} {rule}: see state.value_params")
 
 
 def critic_advantages(

@@ -21,6 +21,7 @@ from ppo_jax.algorithms.experience import make_experience, response_scores, samp
 from ppo_jax.algorithms.ppo import init_ppo, ppo_update
 from ppo_jax.config.run import STAGES, Config, ModelSettings
 from ppo_jax.config.stages import LoRASettings, PPOSettings
+from ppo_jax.core.advantages import needs_critic
 from ppo_jax.core.types import FrozenParams, Hyperparameters, Params, PPOState, Prompts
 from ppo_jax.distributed.layout import Layout, abstract
 from ppo_jax.io import huggingface as hf
@@ -75,7 +76,7 @@ def read_models(config: Config) -> Models:
         if s.reward_model == "reward" and config.reward and config.reward.num_layers:
             reward = dataclasses.replace(reward, num_layers=config.reward.num_layers)
     critic = None
-    if s.advantages == "gae":
+    if needs_critic(s.advantages):
         critic = policy if reward is None or s.critic_init_from == "policy" else reward
     return Models(policy=policy, critic=critic, reward=reward)
 

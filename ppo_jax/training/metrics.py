@@ -110,9 +110,9 @@ class MetricsWriter:
         values = {name: _scalar(name, x) for name, x in jax.device_get(dict(metrics)).items()}
         values |= self._times(step, values)
         if self._progress is not None:
-            row = {"stage": self.stage, "step": step, **with_former_names(values)}
-            append_rows(self._path, [row])
-            for name, value in values.items():
+            both = with_former_names(values)
+            append_rows(self._path, [{"stage": self.stage, "step": step, **both}])
+            for name, value in both.items():
                 if math.isfinite(value):
                     self._tensorboard.add_scalar(name, value, step)
             self._progress.update(step, values)
