@@ -54,4 +54,6 @@ def score_rows(model: Model, rows: TokenizedTexts) -> np.ndarray:
     """A reward model's scores of tokenised texts, [N] float32."""
     layout = model.layout or one_device()
     score, inputs = compiled_scores(model.config, layout), make_inputs(rows, None, None, cache_gb=0)
-    return all_scores(score, layout.put(model.params), rows, inputs, layout, SCORED_AT_A_TIME)
+    return all_scores(
+        score, layout.shard_params(model.params), rows, inputs, layout, SCORED_AT_A_TIME
+    )

@@ -11,7 +11,7 @@ import pytest
 
 from ppo_jax.algorithms import ppo
 from ppo_jax.config.mesh import ROLLOUT_RULES, AxisRules, MeshSettings, RolloutRules
-from ppo_jax.distributed.layout import Layout, init_sharded, mesh_shape, own_rows
+from ppo_jax.distributed.layout import Layout, init_sharded, local_rows, mesh_shape
 from ppo_jax.distributed.trees import named_leaves
 from ppo_jax.models.axes import parameter_axes
 from ppo_jax.models.build import policy_network, value_network
@@ -48,7 +48,7 @@ def test_nothing_large_is_copied_to_every_device(shape, scan_layers):
     cache = jax.jit(lambda: policy.init_cache(16, 512))()
     assert max(leaf.nbytes for leaf in jax.tree.leaves(cache)) > MIB
     assert not large_copies(cache)
-    whole = jax.device_put(state.policy_params, layout.whole)
+    whole = jax.device_put(state.policy_params, layout.replicated)
     assert large_copies(whole)  # the walk sees what is copied
 
 
@@ -88,11 +88,11 @@ REFUSED = {
     r"mesh.rollout_rules.mlp must be different axes": lambda: MeshSettings(
         rollout_rules=RolloutRules(mlp=("model", "model"))
     ),
-    r"output/kernel: the rules cut it twice over the mesh axis fsdp": lambda: shardings(
+    r"output/kernel: the rules shard it twice over the mesh axis fsdp": lambda: shardings(
         (2, 2, 2), AxisRules(heads=("fsdp",))
     ),
-    r"layers/0/attention/key/kernel: its kv_heads axis of 2 cannot be cut into the 8 equal pieces "
-    r"of mesh.model; choose mesh.model from \[1, 2\], or keep it whole with": lambda: shardings(
+    r"layers/0/attention/key/kernel: its kv_heads axis of 2 cannot be split into 8 equal shards "
+    r"over mesh.model; choose mesh.model from \[1, 2\], or replicate it with": lambda: shardings(
         (1, 1, 8), AxisRules(), num_kv_heads=2
     ),
 }
@@ -139,6 +139,6 @@ def test_rows_are_cut_filled_up_and_found_again():
     assert rows.tolist() == [5, 6, 7, 5] and len(layout.pad_batch(rows, multiple=3)) == 12
     placed = layout.shard_batch(np.arange(12.0).reshape(4, 3))
     assert {shard.data.shape for shard in placed.addressable_shards} == {(1, 3)}
-    numbers, found = own_rows(placed)
+    numbers, found = local_rows(placed)
     assert numbers.tolist() == [0, 1, 2, 3]
     np.testing.assert_array_equal(found, placed)

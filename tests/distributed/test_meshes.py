@@ -68,7 +68,7 @@ class Run:
         self.state = init_sharded(self.layout, ppo.init_ppo, *args)
 
     def params(self, network, seed):
-        return self.layout.put(jax.tree.map(np.asarray, tiny.random_params(network, seed)))
+        return self.layout.shard_params(jax.tree.map(np.asarray, tiny.random_params(network, seed)))
 
     def split(self, params):
         return split_params(self.config, params, 1 if self.start else "all", self.start)
@@ -82,7 +82,7 @@ class Run:
         return jax.jit(functools.partial(function, **parts), **out)
 
     def iterations(self, count):
-        lies = jax.tree.map(lambda leaf: leaf.sharding, self.state), self.layout.whole
+        lies = jax.tree.map(lambda leaf: leaf.sharding, self.state), self.layout.replicated
         step = self.compile(ppo.ppo_iteration, donate_argnums=0, out_shardings=lies)
         metrics = []
         for i in range(count):
@@ -164,7 +164,7 @@ def test_an_update_of_packed_rows_is_that_of_one_device(shape):
         run.options = tiny.options(
             num_epochs=1, num_minibatches=1, num_micro_batches=4, packing=True
         )
-        lies = jax.tree.map(lambda leaf: leaf.sharding, run.state), run.layout.whole
+        lies = jax.tree.map(lambda leaf: leaf.sharding, run.state), run.layout.replicated
         step = run.compile(ppo.ppo_update, out_shardings=lies)
         args = run.state, run.layout.shard_batch(ragged_experience()), run.numbers
         return jax.device_get(step(*args, run.layout.key(0, 0), frozen=run.frozen))
@@ -199,7 +199,7 @@ def fixed_experience():
 
 
 def compiled_iteration(run):
-    lies = jax.tree.map(lambda leaf: leaf.sharding, run.state), run.layout.whole
+    lies = jax.tree.map(lambda leaf: leaf.sharding, run.state), run.layout.replicated
     step = run.compile(ppo.ppo_iteration, donate_argnums=0, out_shardings=lies)
     args = (run.state, run.numbers, run.prompts(0), run.layout.key(0, 0))
     return step.lower(*args, frozen=run.frozen).compile()
