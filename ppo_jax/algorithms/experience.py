@@ -250,8 +250,8 @@ def importance_weights(
     mask: jax.Array,
     hyperparameters: Hyperparameters,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Truncated importance weights of the tokens: decoding one token at a time rounds differently,
-    so that they were sampled from a slightly different policy.
+    """Truncated importance weights: decoding one token at a time rounds differently, so the tokens
+    come from a slightly different policy.
 
     w = clip(exp(logprobs - sampled_logprobs), tis_clip_low, tis_clip_high)
 
@@ -286,7 +286,7 @@ def response_rewards(
     hyperparameters: Hyperparameters,
     options: PPOOptions,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The reward of each token: the score at the last one, minus the KL penalty at each.
+    """The reward of each token: the score [B] at the last one, minus the KL penalty at each.
 
     Returns:
         (rewards [B, T] float32, 0 where masked; metrics of scores, KL and responses).

@@ -168,7 +168,7 @@ class Transformer(nn.Module):
             attention_fn = make_attention(c, self.constrain, mask_BS, segments_BS)
         else:
             allowed_BSC, cache = cache_mask(mask_BS, cache)
-            # A token attends to itself and to all real ones before it: their count is its position.
+            # A token attends to itself and all real ones before it: their count gives its position.
             positions = jnp.maximum(allowed_BSC.sum(axis=2, dtype=jnp.int32) - 1, 0)
             filled = jnp.minimum(cache.index + mask_BS.shape[1], cache.mask.shape[1])
             attention_fn = AttentionFn((allowed_BSC, filled), attend_cached)

@@ -83,7 +83,7 @@ def init_decode(
 ) -> tuple[DecodeState, jax.Array | None]:
     """(state after prefill, the trunk's hidden states of the prompts [S / samples, P, D] or None).
 
-    Each of the S / samples_per_prompt prompts is computed once, and its cache copied.
+    Each of the S / samples_per_prompt prompts is computed once, and its cache copied; `keys` [S].
     """
     (count, prompt_length), num_rows = prompts.tokens.shape, len(keys)
     samples, capacity = sampling.samples_per_prompt, prompt_length + sampling.response_length

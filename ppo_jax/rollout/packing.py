@@ -31,7 +31,8 @@ def pack_rows(mask: jax.Array, response_mask: jax.Array) -> tuple[PackedRows, ja
     """Pack responses with their prompts: (rows, [] int32 the number of rows in use).
 
     A row has at most W positions and T response tokens. The last token of a response predicts
-    nothing and needs no position. `mask` [B, L] is that of prompts and responses.
+    nothing and needs no position. `mask` [B, L] covers prompts and responses, `response_mask` is
+    [B, T].
     """
     chex.assert_rank([mask, response_mask], 2)
     chex.assert_type([mask, response_mask], bool)

@@ -213,7 +213,7 @@ def counted():
 
 
 @pytest.mark.parametrize("num_micro_batches", [1, 3, 6, 12])
-def test_as_many_pieces_are_computed_as_there_are_rows_for(num_micro_batches):
+def test_as_many_micro_batches_are_computed_as_there_are_rows_for(num_micro_batches):
     networks, calls = counted()
     _, params = networks_of("llama")
     e, calls[:] = make_experience("llama"), []
