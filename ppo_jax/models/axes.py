@@ -98,12 +98,10 @@ def parameter_axes(path: Sequence[str]) -> Axes | None:
     module, name = inside[-2:]
     if module == "embed" and name in TABLES:
         return TABLES[name]
-    if module in KERNELS and name in ("kernel", "bias"):
+    if module in KERNELS and name in ("kernel", "bias", *LORA):
         before, after = KERNELS[module]
-        return stacked + (before + after if name == "kernel" else after)
-    if module in KERNELS and name in LORA:
-        before, after = KERNELS[module]
-        return stacked + ((*before, None) if name == "lora_a" else (None, *after))
+        adapters: dict[str, Axes] = {"lora_a": (*before, None), "lora_b": (None, *after)}
+        return stacked + {"kernel": before + after, "bias": after, **adapters}[name]
     if module.endswith("norm") and name in ("scale", "bias"):
         return stacked + ((None,) if module in HEAD_NORMS else ("embed",))
     return None

@@ -38,10 +38,12 @@ def make_network(config, start, end, head, constrain, head_std=0.0) -> Network:
         return free.init(key, inputs, mask, None, None, 0)["params"]
 
     @renamed(**OLD_NAMES)
-    def apply(params, inputs, mask, *, first_output=0, segment_ids=None, output_positions=None):
+    def apply(
+        params, inputs, mask, *, first_output=0, segment_ids=None, output_positions=None, read=None
+    ):
         check_inputs(config, module.start, inputs, mask, segment_ids, output_positions)
         outputs = first_output if output_positions is None else output_positions
-        return module.apply({"params": params}, inputs, mask, segment_ids, None, outputs)[0]
+        return module.apply({"params": params}, inputs, mask, segment_ids, None, outputs, read)[0]
 
     def init_cache(batch_size, length):
         shape = (batch_size, config.num_kv_heads, length, config.head_dim)
@@ -103,29 +105,15 @@ def policy_network(
     network = make_network(config, start_layer, config.num_layers, "logits", constrain)
     if not logits_chunk:
         return network
-    module = Transformer(config, start_layer, config.num_layers, "logits", constrain=constrain)
 
     @renamed(**OLD_NAMES)
-    def token_statistics(
-        params,
-        inputs,
-        mask,
-        tokens,
-        temperature,
-        *,
-        first_output=0,
-        segment_ids=None,
-        output_positions=None,
-    ):
-        check_inputs(config, start_layer, inputs, mask, segment_ids, output_positions)
-        outputs = first_output if output_positions is None else output_positions
+    def token_statistics(params, inputs, mask, tokens, temperature, **where):
+        numbers = dict(temperature=temperature, chunk=logits_chunk)
 
         def read(*head):
-            return chunked_token_statistics(
-                *head, tokens, temperature=temperature, chunk=logits_chunk
-            )
+            return chunked_token_statistics(*head, tokens, **numbers)
 
-        return module.apply({"params": params}, inputs, mask, segment_ids, None, outputs, read)[0]
+        return network.apply(params, inputs, mask, read=read, **where)
 
     return network._replace(token_statistics=token_statistics)
 

@@ -8,6 +8,7 @@ Reference: Hu et al. 2021, https://arxiv.org/abs/2106.09685, section 4.1.
 Dimension key: I inputs and O outputs of a kernel, one axis or two each; r rank.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -105,16 +106,13 @@ def merge_lora(config: ModelConfig, params: Params) -> Params:
             }
         base, pair = split_lora(tree)
         a, b = (jnp.asarray(pair[name], jnp.float32) for name in LORA)
-        change = (jax.vmap(low_rank) if stacked else low_rank)(a, b)
+        # At the highest precision, whatever that of other products.
+        product = functools.partial(jnp.tensordot, axes=1, precision="highest")
+        change = (jax.vmap(product) if stacked else product)(a, b)
         kernel = base["kernel"].astype(jnp.float32)
         return {**base, "kernel": kernel + lora_scale(config.lora_alpha, a.shape[-1]) * change}
 
     return merged(params, False)
-
-
-def low_rank(a: jax.Array, b: jax.Array) -> jax.Array:
-    """A B, [I, O], at the highest precision whatever that of other products."""
-    return jnp.tensordot(a, b, axes=1, precision="highest")
 
 
 def lora_scale(alpha: float, rank: int) -> float:
