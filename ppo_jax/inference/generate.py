@@ -92,7 +92,7 @@ def compiled_rollout(config: ModelConfig, sampling: Sampling, layout: Layout):
         params = layout.decoding_params(params, config.dtype)
         return rollout(network, params, *args, sampling=sampling, **kwargs)
 
-    return jax.jit(sample, out_shardings=layout.rows)
+    return jax.jit(sample, out_shardings=layout.batch_sharding)
 
 
 def check_context(config: ModelConfig, prompt_length: int, response_length: int):
@@ -152,10 +152,10 @@ def generate(
     layout = layout or one_device()
     sample = compiled_rollout(model.config, sampling, layout)
     # On a mesh the program itself casts and reshards them for the rollout.
-    params = model.params if model.layout else layout.put(model.params)
+    params = model.params if model.layout else layout.shard_params(model.params)
     key, temperature = layout.replicate((jax.random.key(seed), np.float32(temperature)))
     responses, rollouts = [], []
-    pieces = layout.pieces("batch")
+    pieces = layout.num_shards("batch")
     batch_size = -(-batch_size // pieces) * pieces
     for begin in range(0, len(prompts), batch_size):
         if before_batch is not None:

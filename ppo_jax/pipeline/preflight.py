@@ -341,7 +341,7 @@ def check_batch_rows(settings: PPOSettings, layouts: Sequence[Layout]):
     """
     s = settings
     piece = s.num_minibatches * s.num_micro_batches
-    rows = math.lcm(*(layout.pieces("batch") for layout in layouts))
+    rows = math.lcm(*(layout.num_shards("batch") for layout in layouts))
     if s.rollout_batch_size % (piece * rows):
         raise ValueError(
             f"ppo.rollout_batch_size must be a multiple of num_minibatches x num_micro_batches "

@@ -78,7 +78,7 @@ def mesh_rows(layout: Layout, shape: ModelSpec) -> Rows:
         return rows
     sizes = " x ".join(f"{axis} {size}" for axis, size in layout.mesh.shape.items())
     share = 1 / share_of_a_device(layout, shape)
-    what = f"1/{layout.pieces('batch')} of the rows, 1/{share:.1f} of the parameters"
+    what = f"1/{layout.num_shards('batch')} of the rows, 1/{share:.1f} of the parameters"
     return [*rows, ("mesh", sizes), ("a device has", what)]
 
 

@@ -157,7 +157,7 @@ def phases(config: Config, models: Models, layouts: tuple[Layout, Layout]) -> li
     args = Arguments(config, models, layouts)
     options = make_recipe(s, make_sampling(s))
     parts = dict(networks=args.networks, options=options)
-    rows, whole = layout.rows, layout.whole
+    rows, whole = layout.batch_sharding, layout.replicated
     state_lies = jax.tree.map(lambda leaf: leaf.sharding, args.state)
 
     def program(function, *inputs, **out):
@@ -259,19 +259,21 @@ class Arguments:
 
     def as_rows(self, given: Any) -> Any:
         """What a program gives of each response, as an argument of the next."""
-        return jax.tree.map(lambda x: x.update(sharding=self.layout.rows), given)
+        return jax.tree.map(lambda x: x.update(sharding=self.layout.batch_sharding), given)
 
     def rows(self, shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
         """[N, *shape]"""
-        return jax.ShapeDtypeStruct((self.batch, *shape), dtype, sharding=self.layout.rows)
+        return jax.ShapeDtypeStruct(
+            (self.batch, *shape), dtype, sharding=self.layout.batch_sharding
+        )
 
     def prompts_of(self, shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
         """[N / samples_per_prompt, *shape]"""
         count = self.batch // self.samples
-        return jax.ShapeDtypeStruct((count, *shape), dtype, sharding=self.layout.rows)
+        return jax.ShapeDtypeStruct((count, *shape), dtype, sharding=self.layout.batch_sharding)
 
     def whole(self, dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((), dtype, sharding=self.layout.whole)
+        return jax.ShapeDtypeStruct((), dtype, sharding=self.layout.replicated)
 
 
 def abstract_models(

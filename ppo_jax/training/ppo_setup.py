@@ -249,7 +249,11 @@ def make_setup(
         hyperparameters=layout.replicate(make_hyperparameters(settings)),
         frozen=freeze(frozen, layout, frozen_dtype),
     )
-    return setup, layout.put(trained), None if critic is None else layout.put(value_trained)
+    return (
+        setup,
+        layout.shard_params(trained),
+        None if critic is None else layout.shard_params(value_trained),
+    )
 
 
 def begin_models(
