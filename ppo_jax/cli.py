@@ -12,7 +12,7 @@ from absl import app, flags
 from ml_collections import config_dict, config_flags
 
 from ppo_jax.config.flags import checked_flags, explain
-from ppo_jax.config.run import STAGES
+from ppo_jax.config.run import STAGE_NAMES
 from ppo_jax.distributed import processes
 from ppo_jax.distributed.runtime import enable_compilation_cache, retain_freed_memory
 from ppo_jax.io.hub import cache_dir
@@ -23,7 +23,7 @@ USER_MISTAKE, INTERRUPTED = 2, 130  # exit codes
 OURS = pathlib.Path(__file__).parent
 
 
-def run_stages(only: Sequence[str] = STAGES):
+def run_stages(only: Sequence[str] = STAGE_NAMES):
     """A script that runs stages of a config: its flags, its run.
 
     Args:

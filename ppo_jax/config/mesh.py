@@ -9,7 +9,7 @@ MESH_AXES = ("data", "fsdp", "model")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AxisRules:
-    """The mesh axes that each logical axis is cut over; () leaves it whole."""
+    """The mesh axes that each logical axis is sharded over; () replicates it."""
 
     batch: tuple[str, ...] = ("data", "fsdp")  # rows of batches, activations and KV caches
     vocab: tuple[str, ...] = ("model",)  # of the token table, the head and the logits
@@ -36,8 +36,8 @@ class MeshSettings:
     """How the devices are arranged. The product of the three sizes is the number of devices."""
 
     data: int = -1  # number of copies of the model, with rows of their own; -1 is what is left
-    fsdp: int = 1  # number of pieces of every parameter and optimizer state, and of the rows, too
-    model: int = 1  # number of pieces of heads, MLPs and vocabulary: tensor parallelism
+    fsdp: int = 1  # number of shards of every parameter, optimizer state and batch
+    model: int = 1  # number of shards of heads, MLPs and vocabulary: tensor parallelism
     rules: AxisRules = RULES  # of parameters, optimizer states, experience and updates
     rollout_rules: RolloutRules = ROLLOUT_RULES  # of the policy and its KV cache while it samples
 

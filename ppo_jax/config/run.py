@@ -92,7 +92,7 @@ class Config:
 
 
 # The stages that a config may have, in the order in which they run.
-STAGES = tuple(field.name for field in dataclasses.fields(Config) if field.default is None)
+STAGE_NAMES = tuple(field.name for field in dataclasses.fields(Config) if field.default is None)
 
 
 def with_defaults(values: dict) -> config_dict.ConfigDict:

@@ -29,6 +29,7 @@ from ppo_jax.io.run_folder import read_results, write_results
 from ppo_jax.io.stage_folder import Model, describe_stage, load_source, resolve, source_steps
 from ppo_jax.models.build import policy_network
 from ppo_jax.rollout.decode import response_outputs
+from ppo_jax.training.stage import Stage
 
 NUM_SAMPLES = 12  # prompts side by side in the report
 
@@ -286,3 +287,13 @@ def last_validation(path: Path) -> dict[str, float]:
         if row["stage"] == "reward":
             metrics |= {k: v for k, v in row.items() if "/validation_" in k}
     return metrics
+
+
+EVALUATE = Stage(
+    name="evaluate",
+    title="Evaluation",
+    label="evaluation",
+    data_fields=("prompts", "ratings"),
+    read=read_evaluation,
+    train=evaluate,
+)

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from ppo_jax.config.run import STAGES, Config, ModelSettings, ScratchSettings
+from ppo_jax.config.run import STAGE_NAMES, Config, ModelSettings, ScratchSettings
 from ppo_jax.io import huggingface as hf
 from ppo_jax.io import tokenizers as vocabulary
 from ppo_jax.io.base_model import llama_config
@@ -131,7 +131,7 @@ def initial_models(
 
     def spec(field: str, name: str) -> ModelSpec:
         path = resolve(name, workdir, base)
-        if name in STAGES and not has_begun(Path(path)):  # a stage of this run
+        if name in STAGE_NAMES and not has_begun(Path(path)):  # a stage of this run
             return trained[name]
         try:
             return read_shape(path, config.model)

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ppo_jax.config.run import STAGES, ModelSettings
+from ppo_jax.config.run import STAGE_NAMES, ModelSettings
 from ppo_jax.core.network import merge_params
 from ppo_jax.core.types import Params
 from ppo_jax.data.atomic import atomic_write
@@ -114,7 +114,7 @@ def resolve(name: str, workdir: Path, base: str) -> str:
     """
     if name == "base":
         return base
-    return str(workdir / name) if name in STAGES else name
+    return str(workdir / name) if name in STAGE_NAMES else name
 
 
 def describe_stage(folder: Path) -> dict | None:
@@ -237,7 +237,7 @@ def stage_folder(workdir: str | os.PathLike, stage: str) -> Path:
     workdir = Path(workdir)
     if not workdir.is_dir():
         raise ValueError(f"there is no run {workdir}")
-    stages = [name for name in STAGES if describe_stage(workdir / name) is not None]
+    stages = [name for name in STAGE_NAMES if describe_stage(workdir / name) is not None]
     if stage not in stages:
         has = f"it has {', '.join(stages)}" if stages else "it has none"
         raise ValueError(f"{workdir} has no stage {stage}; {has}")

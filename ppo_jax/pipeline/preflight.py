@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from ppo_jax.config.parsing import load_function
-from ppo_jax.config.run import STAGES, Config
+from ppo_jax.config.run import STAGE_NAMES, Config
 from ppo_jax.config.stages import LoRASettings, PPOSettings, RewardSettings
 from ppo_jax.core.advantages import needs_critic
 from ppo_jax.data.comparisons import RewardData
@@ -19,14 +19,23 @@ from ppo_jax.data.preferences import PREFERENCE_SCHEMAS
 from ppo_jax.data.readers import check_packages, is_hub, is_table, read_rows
 from ppo_jax.data.records import PROMPT_SCHEMAS, load_ratings, load_texts
 from ppo_jax.distributed.layout import Layout, make_layouts
+from ppo_jax.evaluation.evaluate import EVALUATE
 from ppo_jax.inference.generate import stop_ids
 from ppo_jax.io.model_spec import ModelSpec, needs_base, parameters, scratch_shape
 from ppo_jax.io.stage_folder import check_pin, describe_stage, missing_steps, source_steps
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.lora import check_targets
-from ppo_jax.pipeline.stages import chosen
 from ppo_jax.rollout.sampling import Sampling
 from ppo_jax.training.reward_functions import load_reward_function
+from ppo_jax.training.stage import Stage
+from ppo_jax.training.stages import TRAINING_STAGES
+
+STAGES = (*TRAINING_STAGES, EVALUATE)  # in the order in which they run
+
+
+def chosen(names: Sequence[str]) -> list[Stage]:
+    """The stages of these names, in their order."""
+    return [stage for stage in STAGES if stage.name in names]
 
 
 def check_named(config: Config, workdir: Path, stages: Sequence[str]):
@@ -54,7 +63,7 @@ def check_run(
 
     Args:
         config: of the run.
-        starts: what the stages start from, see `plan.initial_models`.
+        starts: what the stages start from, see `model_spec.initial_models`.
         stages: those that will run.
 
     Returns:
@@ -131,9 +140,9 @@ def check_sources(config: Config, workdir: Path, stages: Sequence[str]):
             section, name = field.split(".")
             value = getattr(getattr(config, section), name)
             pin = source_steps(workdir / section).get(name)
-            if pin is not None and value not in STAGES:
+            if pin is not None and value not in STAGE_NAMES:
                 check_pin(Path(value), pin)
-            elif value in STAGES:
+            elif value in STAGE_NAMES:
                 check_stage_name(field, value, workdir, stages[: stages.index(stage)])
             elif value and not (value == "base" and name == "init_from"):
                 check_path(field, value)
@@ -160,7 +169,7 @@ def check_path(field: str, value: str):
         if missing := missing_steps(folder):
             raise ValueError(f"{field}={value!r} is not complete: {missing}")
         return
-    if stages := [stage for stage in STAGES if describe_stage(folder / stage) is not None]:
+    if stages := [stage for stage in STAGE_NAMES if describe_stage(folder / stage) is not None]:
         raise ValueError(f"{field} must be a stage, got the run {value!r}; it has {stages}")
     if field == "ppo.reward_model":
         if not folder.exists():
@@ -311,11 +320,11 @@ def check_depth(field: str, count: str | int, depth: int):
 
 
 def check_mesh(config: Config, starts: Mapping[str, ModelSpec], stages: Sequence[str]):
-    """Every parameter and every batch of responses falls into equal pieces.
+    """The mesh can shard every parameter and every batch of responses.
 
     Args:
         config: of the run.
-        starts: what the stages start from, see `plan.initial_models`.
+        starts: what the stages start from, see `model_spec.initial_models`.
         stages: those that will run.
 
     Raises:
@@ -330,7 +339,7 @@ def check_mesh(config: Config, starts: Mapping[str, ModelSpec], stages: Sequence
 
 
 def check_batch_rows(settings: PPOSettings, layouts: Sequence[Layout]):
-    """Every batch of responses falls into equal pieces.
+    """The mesh can shard every batch of responses.
 
     Args:
         settings: the ppo section.
@@ -340,12 +349,12 @@ def check_batch_rows(settings: PPOSettings, layouts: Sequence[Layout]):
         ValueError: with the field, and what it must be a multiple of.
     """
     s = settings
-    piece = s.num_minibatches * s.num_micro_batches
-    rows = math.lcm(*(layout.num_shards("batch") for layout in layouts))
-    if s.rollout_batch_size % (piece * rows):
+    parts = s.num_minibatches * s.num_micro_batches
+    shards = math.lcm(*(layout.num_shards("batch") for layout in layouts))
+    if s.rollout_batch_size % (parts * shards):
         raise ValueError(
             f"ppo.rollout_batch_size must be a multiple of num_minibatches x num_micro_batches "
-            f"x the {rows} pieces that the mesh cuts a batch into ({piece * rows}), got "
+            f"x the {shards} shards of a batch ({parts * shards}), got "
             f"{s.rollout_batch_size}"
         )
     sampling = Sampling(
@@ -364,10 +373,9 @@ def check_batch_rows(settings: PPOSettings, layouts: Sequence[Layout]):
             sampling.group(slots) // s.samples_per_prompt
         )
     for field, value in fields.items():
-        if value % rows:
+        if value % shards:
             raise ValueError(
-                f"{field} must be a multiple of the {rows} pieces that the mesh cuts a batch "
-                f"into, got {value}"
+                f"{field} must be a multiple of the {shards} shards of a batch, got {value}"
             )
 
 

@@ -41,8 +41,8 @@ def previews(data: Mapping[str, Any], starts: Mapping[str, ModelSpec], mark: Mar
     """Examples of each stage.
 
     Args:
-        data: what was read, see `checks.check_data`.
-        starts: what the stages start from, see `plan.initial_models`.
+        data: what was read, see `preflight.check_data`.
+        starts: what the stages start from, see `model_spec.initial_models`.
         mark: `brackets` or `colours`.
     """
     shown = []
@@ -168,7 +168,7 @@ def data_lines(config: Config, data: Mapping[str, Any]) -> list[str]:
 
     Args:
         config: of the run.
-        data: what was read, see `checks.check_data`.
+        data: what was read, see `preflight.check_data`.
     """
     lines = []
     if "sft" in data:

@@ -14,7 +14,7 @@ from absl import logging
 from ml_collections import config_dict
 
 from ppo_jax.config.parsing import load_function
-from ppo_jax.config.run import STAGES, Config, from_config_dict
+from ppo_jax.config.run import STAGE_NAMES, Config, from_config_dict
 from ppo_jax.data.atomic import PARTIAL, atomic_folder
 from ppo_jax.distributed.layout import make_mesh
 from ppo_jax.distributed.processes import barrier, on_primary, stop_if_asked
@@ -31,15 +31,16 @@ from ppo_jax.io.run_folder import (
     write_results,
 )
 from ppo_jax.io.stage_folder import missing_steps
-from ppo_jax.pipeline.preflight import check_mesh, check_named, check_run
+from ppo_jax.pipeline.preflight import check_mesh, check_named, check_run, chosen
 from ppo_jax.pipeline.preview import brackets, colours, data_lines, previews
-from ppo_jax.pipeline.stages import chosen
 from ppo_jax.pipeline.summary import summary
 from ppo_jax.training.resume import check_same_base, check_same_data, drop_outdated_base
 from ppo_jax.training.stage import check_settings, describe
 
 
-def run(settings: config_dict.ConfigDict | dict, workdir: str | Path, only: Sequence[str] = STAGES):
+def run(
+    settings: config_dict.ConfigDict | dict, workdir: str | Path, only: Sequence[str] = STAGE_NAMES
+):
     """Run the stages of a config in one workdir; skip what is complete, resume what is not.
 
     Args:
@@ -84,7 +85,9 @@ def planned(
     """
     given = from_config_dict(settings)
     config = fill_in_workdir(given, workdir)
-    stages = [stage for stage in STAGES if stage in only and getattr(config, stage) is not None]
+    stages = [
+        stage for stage in STAGE_NAMES if stage in only and getattr(config, stage) is not None
+    ]
     if not stages:
         raise ValueError(f"the config has none of the sections {list(only)}")
     make_mesh(config.mesh)  # refused before anything is made
@@ -95,7 +98,7 @@ def planned(
 
 
 def dry_run(
-    settings: config_dict.ConfigDict | dict, workdir: str | Path, only: Sequence[str] = STAGES
+    settings: config_dict.ConfigDict | dict, workdir: str | Path, only: Sequence[str] = STAGE_NAMES
 ):
     """Print what `run` would begin with and the first examples of each stage; train nothing.
 
@@ -257,7 +260,7 @@ def make_data(config: Config, workdir: Path):
 def evaluation_subject(config: Config, workdir: Path) -> dict:
     """What a verdict is about: its settings, and the newest step of every stage."""
     settings = without_workdir(dataclasses.asdict(config.evaluate), workdir)
-    folders = [workdir / stage / "checkpoints" for stage in STAGES]
+    folders = [workdir / stage / "checkpoints" for stage in STAGE_NAMES]
     steps = {x.parent.name: Checkpoints(x).latest_step() for x in folders if x.is_dir()}
     return {"settings": settings, "steps": steps}
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from ppo_jax.config.run import STAGES, Config
+from ppo_jax.config.run import STAGE_NAMES, Config
 from ppo_jax.config.stages import LoRASettings, PPOSettings
 from ppo_jax.core.advantages import needs_critic
 from ppo_jax.core.network import merge_params
@@ -30,9 +30,9 @@ def summary(
 
     Args:
         config: of the run.
-        starts: what the stages start from, see `plan.initial_models`.
+        starts: what the stages start from, see `model_spec.initial_models`.
         stages: those that will run.
-        data: what they read, see `checks.check_data`.
+        data: what they read, see `preflight.check_data`.
     """
     steps = stage_steps(config, data)
     rows = mesh_rows(make_layouts(config.mesh)[0], next(iter(starts.values())))
@@ -66,7 +66,7 @@ def warm_up_lines(config: Config, steps: Mapping[str, int]) -> list[str]:
     return [
         f"{stage}: warmup_steps={warm_up[stage]}, but the stage has {steps[stage]} "
         f"{'iterations' if stage == 'ppo' else 'steps'}: the learning rate never reaches its height"
-        for stage in STAGES
+        for stage in STAGE_NAMES
         if stage in steps and warm_up[stage] >= steps[stage]
     ]
 
@@ -118,21 +118,24 @@ def reward_rows(config: Config, start: ModelSpec, steps: int) -> Rows:
 def ppo_rows(s: PPOSettings, model: ModelConfig) -> Rows:
     steps = s.num_epochs * s.num_minibatches
     minibatch = s.rollout_batch_size // s.num_minibatches
-    piece = minibatch // s.num_micro_batches
+    micro_batch = minibatch // s.num_micro_batches
     length = s.max_prompt_length + s.response_length
     episodes = s.rollout_batch_size * s.num_iterations
     heads = 2 * model.num_kv_heads * model.head_dim * model.num_layers
     slots, size = s.max_concurrent or s.rollout_batch_size, 4 if model.dtype == "float32" else 2
     cache = slots * length * heads * size
     unit = "packed rows " if s.packing else ""
-    logits = piece * s.response_length * model.vocab_size * 4
+    logits = micro_batch * s.response_length * model.vocab_size * 4
     return [
         ("ppo iteration", f"{s.rollout_batch_size} episodes, at most {length} tokens each"),
-        ("ppo update", f"{steps} optimizer steps of {minibatch} episodes, {piece} {unit}at a time"),
+        (
+            "ppo update",
+            f"{steps} optimizer steps of {minibatch} episodes, {micro_batch} {unit}at a time",
+        ),
         ("ppo in all", f"{episodes} episodes, {steps * s.num_iterations} optimizer steps"),
         ("ppo tokens a step", f"{minibatch * s.response_length} response tokens at most"),
         ("KV cache", f"{size_of(cache)}, {slots} responses at a time"),
-        ("logits of a piece", size_of(logits)),
+        ("logits at a time", size_of(logits)),
     ]
 
 

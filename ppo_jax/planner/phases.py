@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from ppo_jax.algorithms.experience import make_experience, response_scores, sample_responses
 from ppo_jax.algorithms.ppo import init_ppo, ppo_update
-from ppo_jax.config.run import STAGES, Config, ModelSettings
+from ppo_jax.config.run import STAGE_NAMES, Config, ModelSettings
 from ppo_jax.config.stages import LoRASettings, PPOSettings
 from ppo_jax.core.advantages import needs_critic
 from ppo_jax.core.types import FrozenParams, Hyperparameters, Params, PPOState, Prompts
@@ -40,7 +40,7 @@ from ppo_jax.training.ppo_setup import (
     begin_models,
     make_hyperparameters,
     make_networks,
-    make_recipe,
+    make_options,
     network_starts,
     split_models,
 )
@@ -106,7 +106,7 @@ def ancestors(config: Config, name: str, shapes: Mapping[str, ModelConfig]) -> d
 
 def shape_at(name: str, settings: ModelSettings) -> ModelConfig | None:
     """The shape of a stage by its folder, or of a model; None where there is nothing yet."""
-    if name in ("base", *STAGES):  # of the run itself, see `models.resolve`
+    if name in ("base", *STAGE_NAMES):  # of the run itself, see `models.resolve`
         return None
     how = computation(settings)
     if description := describe_stage(Path(name)):
@@ -155,7 +155,7 @@ def phases(config: Config, models: Models, layouts: tuple[Layout, Layout]) -> li
     """
     s, layout = config.ppo, layouts[0]
     args = Arguments(config, models, layouts)
-    options = make_recipe(s, make_sampling(s))
+    options = make_options(s, make_sampling(s))
     parts = dict(networks=args.networks, options=options)
     rows, whole = layout.batch_sharding, layout.replicated
     state_lies = jax.tree.map(lambda leaf: leaf.sharding, args.state)
@@ -339,7 +339,7 @@ def analytic_flops(
             policy,
             samples_per_prompt=s.samples_per_prompt,
             slots=s.max_concurrent,
-            group=make_recipe(s, make_sampling(s)).sampling.group(s.max_concurrent),
+            group=make_options(s, make_sampling(s)).sampling.group(s.max_concurrent),
             **where,
         ),
         "scoring": positions * of_adapters

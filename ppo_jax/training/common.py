@@ -52,7 +52,7 @@ def with_adapters(
         lora: rank, weight and places of the adapters.
         seed: of their numbers.
         layout: where they are put.
-        make: what makes them; `sharding.abstract` gives their shapes alone.
+        make: what makes them; `layout.abstract` gives their shapes alone.
     """
     if trainable != "lora":
         return model

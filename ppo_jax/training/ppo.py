@@ -143,7 +143,7 @@ def make_iteration(
     """(state, chosen prompts, their tokens, key) -> (state, metrics).
 
     With a reward model an iteration is one program. With a function it is two, and the function
-    between them sees text; the numbers are those of the same pieces.
+    between them sees text; the numbers are those of one program.
     """
     parts = dict(networks=setup.networks, options=setup.options)
     hyperparameters, frozen = setup.hyperparameters, setup.frozen

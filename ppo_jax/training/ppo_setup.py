@@ -44,7 +44,7 @@ def make_hyperparameters(settings: PPOSettings) -> Hyperparameters:
     return Hyperparameters(optimizer=optimizer, **numbers)
 
 
-def make_recipe(settings: PPOSettings, sampling: Sampling) -> PPOOptions:
+def make_options(settings: PPOSettings, sampling: Sampling) -> PPOOptions:
     """The choices of the settings; what shapes the program."""
     names = {field.name for field in dataclasses.fields(PPOOptions)} - {"sampling"}
     of_rollout = ("samples_per_prompt", "max_concurrent", "min_free_slots")
@@ -245,7 +245,7 @@ def make_setup(
             layouts,
             settings.logits_chunk,
         ),
-        options=make_recipe(settings, make_sampling(vars(settings), policy.tokenizer)),
+        options=make_options(settings, make_sampling(vars(settings), policy.tokenizer)),
         hyperparameters=layout.replicate(make_hyperparameters(settings)),
         frozen=freeze(frozen, layout, frozen_dtype),
     )

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from ppo_jax.config.parsing import changeable_fields
-from ppo_jax.config.run import STAGES, Config, ModelSettings
+from ppo_jax.config.run import STAGE_NAMES, Config, ModelSettings
 from ppo_jax.io.run_folder import read_config
 from ppo_jax.io.stage_folder import describe_stage, has_begun
 from ppo_jax.training.stage import Stage, fixed_differences, training_data
@@ -100,7 +100,7 @@ def drop_outdated_base(workdir: Path, config: dict):
 def may_be_made_anew(workdir: Path) -> bool:
     """Whether the base model is a start's own work, and no stage has taken a step."""
     made_here = (read_config(workdir) or {}).get("model", {}).get("vocabulary_data")
-    return bool(made_here) and not any(has_begun(workdir / stage) for stage in STAGES)
+    return bool(made_here) and not any(has_begun(workdir / stage) for stage in STAGE_NAMES)
 
 
 def origin_differences(workdir: Path, name: str, config: dict) -> list[str]:

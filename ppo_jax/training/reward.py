@@ -82,7 +82,7 @@ def train_reward(config: Config, workdir: Path, base: str, data: RewardParts):
     inputs = read(comparisons.texts, used=np.concatenate(used) if used else None)
     unseen_inputs = read(unseen.texts)
     optimizer = layout.replicate(make_optimizer(settings.optimizer, num_steps))
-    pieces, trained = settings.num_micro_batches, layout.shard_params(parts.trained)
+    num_micro_batches, trained = settings.num_micro_batches, layout.shard_params(parts.trained)
     # What of them is used is in `frozen`, in the inputs and, soon, in the state.
     del model, parts, sources
     score = jax.jit(functools.partial(text_scores, network))
@@ -94,7 +94,9 @@ def train_reward(config: Config, workdir: Path, base: str, data: RewardParts):
     with StageRun(workdir, REWARD, num_steps=num_steps, save_every=settings.save_every) as run:
         state = run.restore(layout, init_train_state, trained, optimizer)
         del trained
-        step = compile_step(reward_step, state, layout, network=network, num_micro_batches=pieces)
+        step = compile_step(
+            reward_step, state, layout, network=network, num_micro_batches=num_micro_batches
+        )
         if run.start == 0:
             scores = scores_of(state, unseen.texts, unseen_inputs)
             run.log_start(unseen.accuracy(scores, config.seed))
@@ -134,7 +136,7 @@ def preference_batch(
 ) -> PreferenceBatch:
     rows, pairs, valid = data.batch(seed, step, settings)
     width = batch_width(data.texts, rows)
-    # Each micro-batch falls into equal pieces; no pair has what fills the batch up.
+    # Each micro-batch is sharded; no pair has what fills the batch up.
     rows = layout.pad_batch(rows, settings.num_micro_batches * layout.num_shards("batch"))
     inputs, mask = layout.shard_batch((inputs(rows, width), data.texts.mask[rows, :width]))
     pairs, valid = layout.replicate((pairs, valid))

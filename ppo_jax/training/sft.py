@@ -78,8 +78,8 @@ def train_sft(config: Config, workdir: Path, base: str, data: Texts):
     used = None if start is None else np.concatenate([rows_of(i) for i in range(num_steps)])
     inputs, unseen_inputs = read(texts, used=used), read(unseen)
     optimizer = layout.replicate(make_optimizer(settings.optimizer, num_steps))
-    pieces = settings.num_micro_batches
-    multiple = pieces * layout.num_shards("batch")  # each micro-batch falls into equal pieces
+    num_micro_batches = settings.num_micro_batches
+    multiple = num_micro_batches * layout.num_shards("batch")  # each micro-batch is sharded
     trained = layout.shard_params(parts.trained)
     del model, parts  # what of them is used is in `frozen`, in the inputs and, soon, in the state
     # Divided by 1: the sum, so that each token counts once however the batches fall.
@@ -103,7 +103,9 @@ def train_sft(config: Config, workdir: Path, base: str, data: Texts):
     with StageRun(workdir, SFT, num_steps=num_steps, save_every=settings.save_every) as run:
         state = run.restore(layout, init_train_state, trained, optimizer)
         del trained
-        step = compile_step(sft_step, state, layout, network=network, num_micro_batches=pieces)
+        step = compile_step(
+            sft_step, state, layout, network=network, num_micro_batches=num_micro_batches
+        )
         if run.start == 0:
             run.log_start(validate(state))
         for i in run.steps():

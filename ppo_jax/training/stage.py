@@ -106,7 +106,7 @@ class StageRun:
 
     def restore(self, layout: Layout, init: Callable[..., Any], *args: Any) -> Any:
         """The newest complete checkpoint's state, or `init(*args)` when there is none; in both
-        cases in the pieces of the layout, whatever the mesh was that saved it."""
+        cases sharded as the layout says, whatever the mesh was that saved it."""
         found = self.checkpoints.restore(abstract(layout, init, *args))
         if found is None:
             state = init_sharded(layout, init, *args)

@@ -9,7 +9,10 @@ import pytest
 
 from ppo_jax.config.flags import checked_flags
 from ppo_jax.config.parsing import RULES, Check, Limit, build, filled_in
+from ppo_jax.config.run import from_config_dict, with_defaults
 from ppo_jax.config.stages import PPOSettings
+from tests.support.command_line import ROOT, run_script
+from tests.support.tiny_config import whole
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -152,6 +155,23 @@ def test_a_flag_is_taken_under_its_old_name(tmp_path):
     with pytest.warns(FutureWarning, match="ppo.slots is now ppo.max_concurrent"):
         got = checked_flags(argv)
     assert got == [argv[0], argv[1], "--config.ppo.max_concurrent=4", *argv[3:]]
+
+
+def test_a_flag_of_an_old_name_reaches_its_setting(tmp_path):
+    config = f"--config={ROOT / 'configs' / 'ppo.py'}"
+    with pytest.warns(FutureWarning, match="ppo.slots is now ppo.max_concurrent"):
+        ended = run_script("train_ppo", config, "--config.ppo.slots=-1", f"--workdir={tmp_path}")
+    assert ended.code == 2 and "ppo.max_concurrent must be 0, or" in ended.err
+
+
+def test_a_config_file_may_set_an_old_name_beside_the_defaults():
+    config = with_defaults(whole())
+    config.ppo.slots = 4
+    with pytest.warns(FutureWarning, match="ppo.slots is now ppo.max_concurrent"):
+        assert from_config_dict(config).ppo.max_concurrent == 4
+    config.ppo.max_concurrent = 8
+    with pytest.raises(ValueError, match=r"ppo.slots is now ppo.max_concurrent, got both"):
+        from_config_dict(config)
 
 
 def test_every_old_name_of_the_settings_leads_to_a_setting_of_today():

@@ -1,5 +1,7 @@
 """An old keyword works for one release, and says what to write instead."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -32,6 +34,16 @@ def test_old_fields_of_a_struct_are_taken():
     with pytest.warns(FutureWarning, match="importance_high is now tis_clip_high"):
         numbers = tiny.hyperparameters(importance_high=2.0)
     assert numbers.tis_clip_high == 2.0
+
+
+def test_old_fields_are_read_and_replaced():
+    sampling = Sampling(response_length=4, eos_ids=(), max_concurrent=2)
+    assert sampling.slots == 2
+    with pytest.warns(FutureWarning, match="slots is now max_concurrent"):
+        assert dataclasses.replace(sampling, slots=4).max_concurrent == 4
+    numbers = tiny.hyperparameters()
+    with pytest.warns(FutureWarning, match="importance_high is now tis_clip_high"):
+        assert numbers.replace(importance_high=2.0).tis_clip_high == 2.0
 
 
 def test_old_keywords_of_our_networks_are_taken():

@@ -27,6 +27,13 @@ def gold_panel(workdir):
     return JudgePanel(judges={"long": length, "gold": length})
 
 
+def test_the_headline_is_gold_or_the_first():
+    assert JudgePanel(judges={"long": length, "gold": length}).headline == "gold"
+    assert JudgePanel(judges={"long": length, "short": length}).headline == "long"
+    with pytest.raises(ValueError, match="judges must be one or more"):
+        JudgePanel(judges={})
+
+
 def judged(name, texts=TEXTS):
     settings = EvaluateSettings(prompts="p", judges=f"{__name__}:{name}")
     return judge_all(settings, None, texts)

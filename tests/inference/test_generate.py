@@ -196,6 +196,16 @@ def test_a_chat_repeats_with_its_seed_and_its_turns_differ(model):
     assert conversation(model, ["", "a film"]) != conversation(model, ["a film"])  # another turn
 
 
+def test_a_response_that_the_context_cuts_is_refused_and_the_default_fits(model):
+    sampling = Sampling(response_length=model.config.max_length, eos_ids=())
+    with pytest.raises(ValueError, match="must be at most .* tokens together"):
+        generate(model, ["a film"], sampling=sampling)
+    _, (rollout,) = generate(model, ["a film"])
+    assert rollout.mask.shape[1] <= model.config.max_length
+    with pytest.raises(ValueError, match="prompts must be a list of texts, got the text 'a film'"):
+        generate(model, "a film")
+
+
 def test_no_room_and_no_policy_are_refused(model):
     with pytest.raises(ValueError, match="response_length must be below the model's 160 tokens"):
         conversation(model, [], sampling=Sampling(response_length=160, eos_ids=(0,)))

@@ -8,11 +8,13 @@ import sys
 import numpy as np
 import pytest
 
+from ppo_jax.config.run import STAGE_NAMES
 from ppo_jax.data.records import load_texts
 from ppo_jax.inference.score import score_texts
 from ppo_jax.io import huggingface as hf
 from ppo_jax.io.checkpoints import Checkpoints
 from ppo_jax.io.stage_folder import load_model
+from ppo_jax.pipeline import preflight
 from ppo_jax.pipeline import run as pipeline
 from tests.support import tiny_run
 from tests.support.documents import PAGES, python_blocks
@@ -176,6 +178,10 @@ def test_sft_on_completions_reward_on_preferences_and_ppo_on_a_function(workdir,
 
 
 # --- what is not done again -----------------------------------------------------------------------
+
+
+def test_the_stages_are_the_sections_of_the_config():
+    assert [stage.name for stage in preflight.STAGES] == list(STAGE_NAMES)
 
 
 def test_a_finished_run_says_so_and_adds_nothing(workdir, tmp_path, capsys):

@@ -188,6 +188,12 @@ def test_a_mistake_is_told_in_one_line(config_file, monkeypatch, all_devices, fl
     assert ended.err.count("\n") == 1
 
 
+def test_a_topology_without_libtpu_is_refused(monkeypatch):
+    monkeypatch.setattr(planner, "has_libtpu", lambda: False)
+    with pytest.raises(ValueError, match="topology must be None without libtpu .* got 'v5e:2x2'"):
+        planner.plan(dataclasses.asdict(settings()), "v5e:2x2")
+
+
 def test_a_model_that_is_not_at_hand_is_refused_and_not_fetched():
     elsewhere = dict(scratch=None, path="someone/something", vocabulary_data="")
     with pytest.raises(ValueError, match=r"model.path must be a folder .* 'Qwen/Qwen3-0.6B'"):

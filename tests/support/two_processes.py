@@ -164,14 +164,14 @@ def stop_at_the_next_place(processes, asked, folder, told="nothing is lost"):
 def main(what, workdir, coordinator, num_processes, process_id, *only):
     from ppo_jax import cli
     from ppo_jax.config.parsing import load_function
-    from ppo_jax.config.run import STAGES
+    from ppo_jax.config.run import STAGE_NAMES
     from ppo_jax.distributed import processes
     from ppo_jax.pipeline import run as pipeline
 
     def run():
         processes.initialize(coordinator, int(num_processes), int(process_id))
         if what.startswith("{"):
-            pipeline.run(json.loads(what), workdir, only or STAGES)
+            pipeline.run(json.loads(what), workdir, only or STAGE_NAMES)
         else:
             load_function(what, "what")(pathlib.Path(workdir))
 
