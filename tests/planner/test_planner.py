@@ -44,7 +44,7 @@ def test_state_and_frozen_parameters_are_among_the_arguments_of_every_phase(plan
     count = sum(x.size for x in jax.tree.leaves(parameters_of("policy", plan.models.policy)))
     least = 4 * count * (2 * 3 + 2) / 4  # cut in four, by fsdp and model, but for the norms
     for cost in plan.costs:
-        assert least < cost.account.memory.arguments < 1.3 * least
+        assert least < cost.program_cost.memory.arguments < 1.3 * least
 
 
 def test_the_figures_are_json_with_the_promised_keys(plan):
@@ -82,7 +82,7 @@ def test_scores_of_a_function_are_an_argument():
 
 def test_packed_rows_are_planned_for_as_if_they_saved_nothing():
     programs = planner.prepare(settings(ppo=dict(packing=True)), TARGET)[2]
-    assert {phase.name: phase.trips for phase in programs} == {
+    assert {phase.name: phase.max_trip_counts for phase in programs} == {
         "rollout": 8,
         "scoring": None,
         "update": 2,
@@ -94,13 +94,13 @@ def test_slots_are_planned_for_as_if_every_response_were_of_full_length(samples)
     """32 responses in 16 slots, entering by 8: first 8 tokens, then two groups and 8 more."""
     by_slots = settings(ppo=dict(max_concurrent=16, min_free_slots=8, samples_per_prompt=samples))
     rollout = planner.prepare(by_slots, TARGET)[2][0]
-    assert rollout.trips == {"first_decoding": 8, "refills": 2, "later_decoding": 4.0}
-    cost = planner.cost_of(rollout, TARGET, {})
-    assert cost.account.flops * 8 == pytest.approx(rollout.flops, rel=0.01)
+    assert rollout.max_trip_counts == {"first_decoding": 8, "refills": 2, "later_decoding": 4.0}
+    cost = planner.compile_phase(rollout, TARGET, {})
+    assert cost.program_cost.flops * 8 == pytest.approx(rollout.flops, rel=0.01)
     at_once = planner.prepare(settings(ppo=dict(samples_per_prompt=samples)), TARGET)[2][0]
     assert rollout.flops == pytest.approx(at_once.flops, rel=0.1)  # the same tokens and prompts
-    whole = planner.cost_of(at_once, TARGET, {}).account.memory
-    assert cost.account.memory.temporaries < 0.9 * whole.temporaries  # half of the KV cache
+    whole = planner.compile_phase(at_once, TARGET, {}).program_cost.memory
+    assert cost.program_cost.memory.temporaries < 0.9 * whole.temporaries  # half of the KV cache
 
 
 # --- alternatives ---------------------------------------------------------------------------------
@@ -124,8 +124,8 @@ def test_the_best_alternative_comes_first(plan, monkeypatch):
     def made(config, target, prepared, *, fast):
         assert fast
         slow, large = config.model.remat != "none", config.model.remat == "dots"
-        lies = Roofline(compute=1.0 + slow, hbm=0.0, ici=0.0)
-        costs = tuple(dataclasses.replace(cost, lies=lies) for cost in plan.costs)
+        roofline = Roofline(compute=1.0 + slow, hbm=0.0, ici=0.0)
+        costs = tuple(dataclasses.replace(cost, roofline=roofline) for cost in plan.costs)
         of = on_a_chip_of(plan, 2e5) if large else plan
         return dataclasses.replace(of, config=config, costs=costs, fast=fast)
 

@@ -49,23 +49,23 @@ def refused(message):
     def lower():
         raise jax.errors.JaxRuntimeError(message)
 
-    return phases.Phase(name="update", lower=lower, trips=None, flops=1, model_flops=1)
+    return phases.Phase(name="update", lower=lower, max_trip_counts=None, flops=1, model_flops=1)
 
 
 def test_what_the_compiler_refuses_does_not_fit(plan):
-    cost = planner.cost_of(refused(REFUSED), TARGET, {})
+    cost = planner.compile_phase(refused(REFUSED), TARGET, {})
     other = dataclasses.replace(plan, costs=(*plan.costs[:2], cost))
     assert not other.fits and other.spare is None and other.seconds is None
     found = plan_report.figures(other)["phases"]["update"]
     assert not found["fits"] and "36.00G" in found["refusal"]
     assert "refuses update: TPU: memory required (36.00G)" in plan_report.table(other)[-1]
     with pytest.raises(jax.errors.JaxRuntimeError):
-        planner.cost_of(refused("INTERNAL: a bug"), TARGET, {})
+        planner.compile_phase(refused("INTERNAL: a bug"), TARGET, {})
 
 
 def test_without_published_figures_there_are_no_seconds(plan):
     target = dataclasses.replace(TARGET, chip=None)
-    costs = tuple(dataclasses.replace(cost, lies=None) for cost in plan.costs)
+    costs = tuple(dataclasses.replace(cost, roofline=None) for cost in plan.costs)
     unknown = dataclasses.replace(plan, target=target, costs=costs)
     assert unknown.fits and unknown.seconds is None  # into the memory of this machine
     text = "\n".join(plan_report.table(unknown))
@@ -96,7 +96,7 @@ def test_the_first_thing_to_change(plan, change):
     for cost in plan.costs:
         memory = sizes | {"arguments": 90 if where == "arguments" else 10}
         memory["temporaries"] = 200 if cost.phase.name == where else 20
-        costs.append(dataclasses.replace(cost, account=ProgramCost(memory=Memory(**memory))))
+        costs.append(dataclasses.replace(cost, program_cost=ProgramCost(memory=Memory(**memory))))
     mesh = {axis: getattr(config.mesh, axis) for axis in ("data", "fsdp", "model")}
     changed = dataclasses.replace(
         on_a_chip_of(plan, 100), config=config, costs=tuple(costs), mesh=mesh
