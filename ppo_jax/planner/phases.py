@@ -254,10 +254,8 @@ class AbstractArguments:
         params = [m and m.params for m in abstract_models]
         self.frozen = abstract(self.layout, frozen, params)
         self.state = abstract(self.layout, state, params, numbers)
-        prompts = s.rollout_batch_size // s.samples_per_prompt, s.max_prompt_length
-        self.prompts = Prompts(
-            tokens=self.rows(jnp.int32, *prompts), mask=self.rows(bool, *prompts)
-        )
+        shape = s.rollout_batch_size // s.samples_per_prompt, s.max_prompt_length
+        self.prompts = Prompts(tokens=self.rows(jnp.int32, *shape), mask=self.rows(bool, *shape))
 
     def shard_rows(self, outputs: Any) -> Any:
         """What a program returns of each response, as an argument of the next."""
@@ -289,9 +287,8 @@ def planned_sharing(config: Config, models: Models, policy: Model, other: Model)
 
 
 def without_remat(models: Models) -> Models:
-    return Models(
-        **{k: v and dataclasses.replace(v, remat="none") for k, v in vars(models).items()}
-    )
+    plain = {k: v and dataclasses.replace(v, remat="none") for k, v in vars(models).items()}
+    return Models(**plain)
 
 
 def analytic_flops(

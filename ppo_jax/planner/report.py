@@ -1,6 +1,6 @@
 """A plan as a table and as JSON, and the first setting to change where it does not fit."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -227,58 +227,41 @@ def first_change(plan: Plan) -> str:
     """
     programs = [cost.program_cost for cost in plan.costs if cost.program_cost]
     arguments = max((p.memory.arguments for p in programs), default=0)
-    changes: list[Callable[[Plan], str | None]] = [wider_model, fewer_responses]
     if arguments > plan.target.memory / 2:
-        changes = [shard_state, smaller_frozen]
+        names = ("fsdp", "frozen_dtype")
     elif plan.worst.phase.name == "update":
-        changes = [more_micro_batches, more_remat, *changes]
-    return next(filter(None, (change(plan) for change in changes)), "more devices")
+        names = ("micro_batches", "remat", "model", "responses")
+    else:
+        names = ("model", "responses")
+    changes = possible_changes(plan)
+    return next((changes[name] for name in names if name in changes), "more devices")
 
 
-def shard_state(plan: Plan) -> str | None:
-    data, fsdp = plan.mesh["data"], plan.mesh["fsdp"]
-    if data == 1:
-        return None
-    return f"mesh.data=1 and mesh.fsdp={data * fsdp}: shards the state that data replicates"
-
-
-def smaller_frozen(plan: Plan) -> str | None:
-    if plan.config.model.frozen_dtype == "bfloat16":
-        return None
-    return "model.frozen_dtype=bfloat16: halves frozen parameters, as reference and reward model"
-
-
-def wider_model(plan: Plan) -> str | None:
-    model, fsdp, heads = plan.mesh["model"], plan.mesh["fsdp"], plan.models.policy.num_kv_heads
-    if fsdp % 2 or heads % (2 * model) or plan.models.policy.vocab_size % (2 * model):
-        return None
-    return (
-        f"mesh.model={2 * model} and mesh.fsdp={fsdp // 2}: halves the policy's copy in the "
-        "rollout, the KV cache and the logits of a row"
-    )
-
-
-def fewer_responses(plan: Plan) -> str | None:
-    if not has_even_rows(plan):
-        return None
-    half = plan.config.ppo.rollout_batch_size // 2
-    return f"ppo.rollout_batch_size={half}: half of the rows a device"
-
-
-def more_micro_batches(plan: Plan) -> str | None:
-    if not has_even_rows(plan):
-        return None
-    twice = 2 * plan.config.ppo.num_micro_batches
-    return f"ppo.num_micro_batches={twice}: half of the activations at a time"
-
-
-def has_even_rows(plan: Plan) -> bool:
-    """Whether the rows of a micro-batch on a device can be halved."""
-    s, num_shards = plan.config.ppo, plan.mesh["data"] * plan.mesh["fsdp"]
-    return s.rollout_batch_size % (2 * num_shards * s.num_minibatches * s.num_micro_batches) == 0
-
-
-def more_remat(plan: Plan) -> str | None:
-    if plan.config.model.remat == "full":
-        return None
-    return "model.remat=full: only each layer's input is kept for the backward pass"
+def possible_changes(plan: Plan) -> dict[str, str]:
+    """The settings that can save memory, with what they save."""
+    ppo, policy, model = plan.config.ppo, plan.models.policy, plan.config.model
+    data, fsdp, tensor = (plan.mesh[axis] for axis in ("data", "fsdp", "model"))
+    changes = {}
+    if data > 1:
+        changes["fsdp"] = (
+            f"mesh.data=1 and mesh.fsdp={data * fsdp}: shards the state that data replicates"
+        )
+    if model.frozen_dtype != "bfloat16":
+        changes["frozen_dtype"] = (
+            "model.frozen_dtype=bfloat16: halves frozen parameters, as reference and reward model"
+        )
+    if model.remat != "full":
+        changes["remat"] = "model.remat=full: only each layer's input is kept for the backward pass"
+    if not (fsdp % 2 or policy.num_kv_heads % (2 * tensor) or policy.vocab_size % (2 * tensor)):
+        changes["model"] = (
+            f"mesh.model={2 * tensor} and mesh.fsdp={fsdp // 2}: halves the policy's copy in the "
+            "rollout, the KV cache and the logits of a row"
+        )
+    if not ppo.rollout_batch_size % (2 * data * fsdp * ppo.num_minibatches * ppo.num_micro_batches):
+        changes["micro_batches"] = (
+            f"ppo.num_micro_batches={2 * ppo.num_micro_batches}: half of the activations at a time"
+        )
+        changes["responses"] = (
+            f"ppo.rollout_batch_size={ppo.rollout_batch_size // 2}: half of the rows a device"
+        )
+    return changes

@@ -212,17 +212,13 @@ def traffic(module: Module, computation: Computation, instruction: Instruction) 
         return fusion_traffic(module, computation, instruction)
     inputs = computation.inputs(instruction)
     results = own_results(instruction, sum(len(x.outputs) for x in inputs))
+    others = sum(hbm_bytes(x.outputs) for x in inputs[1:])
     if opcode in SLICES:
-        read = partial_bytes(inputs[0].outputs[0], results[0].size)
-        return read + sum(hbm_bytes(x.outputs) for x in inputs[1:]) + hbm_bytes(results)
+        return partial_bytes(inputs[0].outputs[0], results[0].size) + others + hbm_bytes(results)
     if opcode in IN_PLACE:
-        update = inputs[IN_PLACE[opcode]].outputs[0]
-        read = sum(hbm_bytes(x.outputs) for x in inputs[1:])
-        return read + partial_bytes(results[0], update.size)
-    read = sum(
-        hbm_bytes(computation.instructions[name].outputs) for name in set(instruction.operands)
-    )
-    return read + hbm_bytes(results)
+        return others + partial_bytes(results[0], inputs[IN_PLACE[opcode]].outputs[0].size)
+    distinct = {x.name: x.outputs for x in inputs}
+    return sum(map(hbm_bytes, distinct.values())) + hbm_bytes(results)
 
 
 def own_results(instruction: Instruction, num_inputs: int) -> tuple[Array, ...]:
@@ -244,10 +240,11 @@ def fusion_traffic(module: Module, computation: Computation, fusion: Instruction
         results = [i for i in body if i.opcode in SENT_FRACTION]
         written = sum(partial_bytes(fusion.outputs[1], i.outputs[0].size) for i in results)
         return sum(hbm_bytes(x.outputs) for x in operands) + written
-    read = 0.0
-    for operand, parameter in zip(operands, body.parameters, strict=True):
-        array = operand.outputs[0]
-        read += partial_bytes(array, min(elements_read(module, body, parameter), array.size))
+    arrays = [operand.outputs[0] for operand in operands]
+    read = sum(
+        partial_bytes(array, min(elements_read(module, body, parameter), array.size))
+        for parameter, array in zip(body.parameters, arrays, strict=True)
+    )
     elements = body.inputs(body.root) if body.root.opcode == "tuple" else [body.root]
     if len(elements) != len(fusion.outputs):
         return read + hbm_bytes(fusion.outputs)
