@@ -1,4 +1,4 @@
-"""Where the time of a compiled program goes: its operations, by a trace of one call."""
+"""Profile of a compiled program: the time of its operations, from a trace of one call."""
 
 import collections
 import re
@@ -11,30 +11,25 @@ import jax
 
 from ppo_jax.planner.hlo.text import Instruction, parse_module
 
-AROUND = ("while", "conditional", "call")  # what they spend is their bodies'
-MOST = 12  # lines
+CONTROL_FLOW = ("while", "conditional", "call")  # their time is that of their bodies
+NUM_LINES = 12
 
 
-class Spent(NamedTuple):
-    """What an operation took in one call of a program."""
+class OperationTime(NamedTuple):
+    """The time of an operation in one call of a program."""
 
     seconds: float
     count: int
     instruction: Instruction
 
     @property
-    def is_product(self) -> bool:
-        """Of matrices, alone or with what is fused to it."""
+    def is_matmul(self) -> bool:
+        """A matrix product, alone or with what is fused to it."""
         return "dot_general" in self.instruction.op_name.rpartition("/")[2]
 
 
-def profile(program: jax.stages.Compiled, call: Callable) -> list[Spent]:
-    """The operations of one call, the costliest first.
-
-    Args:
-        program: what is called.
-        call: calls it; the result is waited for.
-    """
+def profile(program: jax.stages.Compiled, call: Callable) -> list[OperationTime]:
+    """The operations of one `call` of a program."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             jax.block_until_ready(call())
@@ -44,24 +39,26 @@ def profile(program: jax.stages.Compiled, call: Callable) -> list[Spent]:
     for event in (e for plane in data.planes for line in plane.lines for e in line.events):
         seconds[event.name] += event.duration_ns / 1e9
         counts[event.name] += 1
-    computations = parse_module(program.as_text()).computations.values()
-    found = (i for computation in computations for i in computation if i.name in counts)
-    spent = [Spent(seconds[i.name], counts[i.name], i) for i in found if i.opcode not in AROUND]
-    return sorted(spent, key=lambda s: -s.seconds)
+    return [
+        OperationTime(seconds[i.name], counts[i.name], i)
+        for computation in parse_module(program.as_text()).computations.values()
+        for i in computation
+        if i.name in counts and i.opcode not in CONTROL_FLOW
+    ]
 
 
 def print_profile(program: jax.stages.Compiled, call: Callable):
-    """The costliest kinds of operation; those of all layers are one."""
+    """The operations that take the most time, the same one of all layers as one."""
     seconds, counts, products = collections.Counter(), collections.Counter(), 0.0
-    for spent in profile(program, call):
-        of = spent.instruction
-        shape = " ".join(f"{x.dtype}{list(x.dims)}" for x in of.outputs[:1])
-        where = re.sub(r"/\d+/", "/*/", "/".join(of.op_name.split("/")[-5:]))
-        seconds[shape, where] += spent.seconds
-        counts[shape, where] += spent.count
-        products += spent.seconds * spent.is_product
+    for operation in profile(program, call):
+        instruction = operation.instruction
+        shape = " ".join(f"{x.dtype}{list(x.dims)}" for x in instruction.outputs[:1])
+        op_name = re.sub(r"/\d+/", "/*/", "/".join(instruction.op_name.split("/")[-5:]))
+        seconds[shape, op_name] += operation.seconds
+        counts[shape, op_name] += operation.count
+        products += operation.seconds * operation.is_matmul
     total = seconds.total()
     name = program.as_text().partition("\n")[0].split()[1].rstrip(",")
     print(f"\n{name}: {total:.3g} s in operations, {products / total:.2f} in products of matrices")
-    for kind, spent in seconds.most_common(MOST):
-        print(f"{1e3 * spent:9.1f} ms {counts[kind]:6d} x  {kind[0]:22} {kind[1]}")
+    for key, time in seconds.most_common(NUM_LINES):
+        print(f"{1e3 * time:9.1f} ms {counts[key]:6d} x  {key[0]:22} {key[1]}")
