@@ -170,7 +170,7 @@ def phases(config: Config, models: Models, layouts: tuple[Layout, Layout]) -> li
     def trace(function, *inputs, **out):
         bound = functools.partial(function, **parts)
         function = jax.jit(bound, keep_unused=True, **out)
-        return function.trace(args.state, args.numbers, *inputs, frozen=args.frozen)
+        return function.trace(args.state, args.hyperparameters, *inputs, frozen=args.frozen)
 
     rollout = trace(sample_responses, args.prompts, args.key, out_shardings=rows)
     scores = () if models.reward else (args.rows(jnp.float32, s.rollout_batch_size),)
@@ -231,8 +231,8 @@ class AbstractArguments:
 
     def __init__(self, config: Config, models: Models, layouts: tuple[Layout, Layout]):
         s, self.layout = config.ppo, layouts[0]
-        numbers = make_hyperparameters(s)
-        self.numbers = jax.tree.map(lambda x: self.whole(x.dtype), numbers)
+        hyperparameters = make_hyperparameters(s)
+        self.hyperparameters = jax.tree.map(lambda x: self.whole(x.dtype), hyperparameters)
         self.key = self.whole(jax.random.key(0).dtype)
         abstract_models = begin_abstract_models(config, models, self.layout)
         shared = functools.partial(planned_sharing, config, models)
@@ -248,12 +248,12 @@ class AbstractArguments:
         def frozen(params: Sequence[Params]) -> FrozenParams:
             return jax.tree.map(lambda x: x.astype(config.model.frozen_dtype), split(params)[0])
 
-        def state(params: Sequence[Params], numbers: Hyperparameters) -> PPOState:
-            return init_ppo(*split(params)[1:], numbers)
+        def state(params: Sequence[Params], hyperparameters: Hyperparameters) -> PPOState:
+            return init_ppo(*split(params)[1:], hyperparameters)
 
         params = [m and m.params for m in abstract_models]
         self.frozen = abstract(self.layout, frozen, params)
-        self.state = abstract(self.layout, state, params, numbers)
+        self.state = abstract(self.layout, state, params, hyperparameters)
         shape = s.rollout_batch_size // s.samples_per_prompt, s.max_prompt_length
         self.prompts = Prompts(tokens=self.rows(jnp.int32, *shape), mask=self.rows(bool, *shape))
 

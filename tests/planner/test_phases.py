@@ -73,8 +73,8 @@ def begun(config, models, layouts):
         )
         params = {**reward.params, "layers": layers, "embed": policy.params["embed"]}
         reward = dataclasses.replace(reward, params=layout.put(params))
-    found = begin_models(config.ppo, policy, reward, config.seed, layout)
-    setup, *start = make_setup(config.ppo, *found, layouts, config.model.frozen_dtype)
+    initial = begin_models(config.ppo, policy, reward, config.seed, layout)
+    setup, *start = make_setup(config.ppo, *initial, layouts, config.model.frozen_dtype)
     return setup, init_sharded(layout, init_ppo, *start, setup.hyperparameters)
 
 
@@ -95,7 +95,7 @@ def test_the_planned_state_is_the_state_of_a_run(run):
     planned = phases.AbstractArguments(config, models, layouts)
     assert described(planned.state) == described(state)
     assert described(planned.frozen) == described(setup.frozen)
-    assert described(planned.numbers) == described(setup.hyperparameters)
+    assert described(planned.hyperparameters) == described(setup.hyperparameters)
     for field in ("value_on_trunk", "reward_on_trunk"):
         assert getattr(planned.networks, field) == getattr(setup.networks, field), field
     assert (planned.networks.trunk is None) == (setup.networks.trunk is None)
@@ -154,12 +154,12 @@ def test_adapters_need_less_memory_than_all_parameters():
     for less, more in zip(lora.costs, whole.costs, strict=True):
         mine, theirs = less.program_cost.memory, more.program_cost.memory
         assert mine.arguments < 0.7 * theirs.arguments and mine.peak < 0.9 * theirs.peak
-    found = plan_report.figures(lora)
-    for name, figures in found["phases"].items():
+    values = plan_report.figures(lora)
+    for name, figures in values["phases"].items():
         # The narrow products are computed by all devices that share the heads.
         assert figures["analytic_flops_ratio"] == pytest.approx(1, abs=0.15), name
     assert (
-        found["fits"] and lora.costs[2].phase.model_flops < 0.9 * whole.costs[2].phase.model_flops
+        values["fits"] and lora.costs[2].phase.model_flops < 0.9 * whole.costs[2].phase.model_flops
     )
 
 

@@ -30,13 +30,13 @@ def plan():
 
 
 def test_nothing_is_computed_twice_across_the_mesh(plan):
-    found = plan_report.figures(plan)["phases"]
-    assert tuple(found) == PHASES
-    for name, figures in found.items():
+    values = plan_report.figures(plan)["phases"]
+    assert tuple(values) == PHASES
+    for name, figures in values.items():
         assert figures["analytic_flops_ratio"] == pytest.approx(1, abs=0.15), name
         assert figures["collectives"]["all-reduce"]["bytes"] > 0, name
     updates = 2 * 2 * 2  # each with several gathers
-    assert found["update"]["collectives"]["all-gather"]["count"] >= updates
+    assert values["update"]["collectives"]["all-gather"]["count"] >= updates
 
 
 def test_state_and_frozen_parameters_are_among_the_arguments_of_every_phase(plan):
@@ -48,26 +48,26 @@ def test_state_and_frozen_parameters_are_among_the_arguments_of_every_phase(plan
 
 
 def test_the_figures_are_json_with_the_promised_keys(plan):
-    found = json.loads(json.dumps(plan_report.figures(plan)))
-    assert found["fits"] is True and found["change_first"] is None
+    values = json.loads(json.dumps(plan_report.figures(plan)))
+    assert values["fits"] is True and values["change_first"] is None
     promised = {"peak_bytes_per_chip", "flops_per_chip", "analytic_flops_ratio", "collectives"}
-    for figures in found["phases"].values():
+    for figures in values["phases"].values():
         assert promised <= set(figures)
         assert figures["bound"] in ("compute", "hbm", "ici")
         assert figures["seconds"] == max(figures["roofline_seconds"].values())
-    whole = found["iteration"]
-    assert whole["seconds"] == sum(x["seconds"] for x in found["phases"].values())
+    whole = values["iteration"]
+    assert whole["seconds"] == sum(x["seconds"] for x in values["phases"].values())
     tokens = 32 * 8 / whole["seconds"] / 8
     assert whole["tokens_per_second_per_chip"] == pytest.approx(tokens)
-    assert found["spare_bytes_per_chip"] == CHIP.usable_bytes - whole["peak_bytes_per_chip"]
+    assert values["spare_bytes_per_chip"] == CHIP.usable_bytes - whole["peak_bytes_per_chip"]
 
 
 def test_utilisation_leaves_out_what_is_computed_again(plan):
     update = plan.costs[2]
     assert 0.75 < update.phase.model_flops / update.phase.flops < 0.85  # 3 of 4, but for the head
-    found = plan_report.phase_figures(plan, update)
+    values = plan_report.phase_figures(plan, update)
     of_device = update.phase.model_flops / 8 / CHIP.flops
-    assert found["model_flops_utilisation"] == pytest.approx(of_device / found["seconds"])
+    assert values["model_flops_utilisation"] == pytest.approx(of_device / values["seconds"])
 
 
 def test_scores_of_a_function_are_an_argument():
@@ -160,8 +160,8 @@ def test_the_exit_code_is_the_verdict(plan, config_file, tmp_path, monkeypatch, 
     ended = run_script("plan", config_file, "--topology=v5e:2x2", f"--json={path}")
     assert (ended.code, ended.err) == (code, "")
     assert ended.out.startswith("there is no libtpu (pip install 'ppo_jax[plan]')")
-    found = json.loads(path.read_text())
-    assert found["fits"] is (code == 0) and set(found["phases"]) == set(PHASES)
+    values = json.loads(path.read_text())
+    assert values["fits"] is (code == 0) and set(values["phases"]) == set(PHASES)
 
 
 MISTAKES = {
@@ -180,7 +180,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("flag", MISTAKES)
-def test_a_mistake_is_told_in_one_line(config_file, monkeypatch, all_devices, flag):
+def test_a_mistake_is_reported_in_one_line(config_file, monkeypatch, all_devices, flag):
     if "topology" in flag:
         monkeypatch.setattr(planner, "has_libtpu", lambda: True)
     ended = run_script("plan", config_file, flag)

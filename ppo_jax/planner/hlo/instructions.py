@@ -14,7 +14,7 @@ MATMUL_CALLS = ("__onednn$matmul", "__cublas$gemm", "__cublas$lt$matmul")
 CUDNN_PRODUCTS = {"__cudnn$fmhaSoftmax": 2, "__cudnn$fmhaSoftmaxBackward": 5}
 SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}  # the backward kernels recompute the scores
 # Bytes that a chip sends over bytes of its input, in a group of n chips.
-SENT_FRACTION = {
+SENT_RATIO = {
     "all-reduce": lambda n: 2 * (n - 1) / n,
     "all-gather": lambda n: n - 1,
     "reduce-scatter": lambda n: (n - 1) / n,
@@ -134,13 +134,13 @@ def collective(
     slice.
     """
     kind = instruction.opcode.removesuffix("-start")
-    if kind not in SENT_FRACTION or is_later_stage(computation):
+    if kind not in SENT_RATIO or is_later_stage(computation):
         return None
     if kind == "all-reduce" and computation.name.startswith("all-reduce-scatter"):
         kind = "reduce-scatter"
     size = sum(array.bytes for x in computation.inputs(instruction) for array in x.outputs)
     group = group_size(instruction, module.num_devices)
-    return kind, SENT_FRACTION[kind](group) * size if group > 1 else 0.0
+    return kind, SENT_RATIO[kind](group) * size if group > 1 else 0.0
 
 
 def is_later_stage(computation: Computation) -> bool:
@@ -237,7 +237,7 @@ def fusion_traffic(module: Module, computation: Computation, fusion: Instruction
     if any(i.target.startswith("AsyncCollective") for i in body):
         if is_later_stage(body):
             return 0.0
-        results = [i for i in body if i.opcode in SENT_FRACTION]
+        results = [i for i in body if i.opcode in SENT_RATIO]
         written = sum(partial_bytes(fusion.outputs[1], i.outputs[0].size) for i in results)
         return sum(hbm_bytes(x.outputs) for x in operands) + written
     arrays = [operand.outputs[0] for operand in operands]
@@ -276,7 +276,7 @@ def elements_read(module: Module, body: Computation, value: Instruction) -> floa
         elif not (
             (user.opcode in IN_PLACE and first)
             or (user.opcode == "tuple" and user is body.root)
-            or (user.opcode in SENT_FRACTION and is_later_stage(body))
+            or (user.opcode in SENT_RATIO and is_later_stage(body))
         ):
             return size
     return total
@@ -287,7 +287,7 @@ def elements_written(module: Module, body: Computation, value: Instruction) -> f
     source = skip_reshapes(body, value)
     if source.opcode == "parameter" and value is not body.root:
         return 0
-    if source.opcode in SENT_FRACTION and is_later_stage(body):
+    if source.opcode in SENT_RATIO and is_later_stage(body):
         return 0
     if source.opcode == "fusion" and len(source.outputs) == 1:
         inside = module.called(source, "calls")
