@@ -32,10 +32,10 @@ def main():
     texts = random_texts(256)
     packed = pack(texts, max_length=MAX_LENGTH)
     per_row = len(texts.mask) / len(packed.mask)
-    single_time, packed_time = epoch_time(texts, 32), epoch_time(packed, round(32 / per_row))
+    single, together = epoch_time(texts, 32), epoch_time(packed, round(32 / per_row))
     print(f"packed: {fullness(packed)}")
-    print(f"CPU time an epoch: {packed_time:.2f} s packed, {single_time:.2f} s with one text a row")
-    print(f"ratio: {packed_time / single_time:.2f}")
+    print(f"CPU time an epoch: {together:.2f} s packed, {single:.2f} s with one text a row")
+    print(f"ratio: {together / single:.2f}")
 
 
 def random_texts(count: int) -> TokenizedTexts:

@@ -73,8 +73,8 @@ def begun(config, models, layouts):
         )
         params = {**reward.params, "layers": layers, "embed": policy.params["embed"]}
         reward = dataclasses.replace(reward, params=layout.put(params))
-    initial = begin_models(config.ppo, policy, reward, config.seed, layout)
-    setup, *start = make_setup(config.ppo, *initial, layouts, config.model.frozen_dtype)
+    found = begin_models(config.ppo, policy, reward, config.seed, layout)
+    setup, *start = make_setup(config.ppo, *found, layouts, config.model.frozen_dtype)
     return setup, init_sharded(layout, init_ppo, *start, setup.hyperparameters)
 
 
