@@ -7,8 +7,8 @@ r"""PPO on random models: an iteration, its rollout or its update, in seconds of
 The set-up of InstructGPT: policy, critic, reference and reward model, four of one size with weights
 of their own; float32; responses of full length. The last line of the output is one JSON object.
 With --lengths=geometric:MEAN, continuous batching of --num-prompts in --batch slots is compared
-with static batches of --batch prompts, and an update of packed rows with one of a row for each
-response, in --num-micro-batches or, packed, in as many of them as it takes.
+with static batches of --batch prompts, and an update of packed rows, which needs fewer
+micro-batches, with one of a row for each response.
 """
 
 import dataclasses
@@ -52,7 +52,7 @@ def update():
 
 
 def packed_update():
-    """Packed rows beside a row for each response, of very different lengths."""
+    """Packed rows compared with a row for each response, of very different lengths."""
     stops = stop_tokens()
     if FLAGS.num_micro_batches == 1:
         raise ValueError("--num-micro-batches must be > 1: packing saves whole ones, got 1")

@@ -234,7 +234,7 @@ def draw_line(axes: Axes, plans: list[dict], values: list, style: str, color: st
 
 
 def label_chips(axes: Axes, groups: Groups, **legend: Any):
-    """Chips from left to right, each time twice as many."""
+    """The axis of chips, and the legend."""
     axes.set_xscale("log", base=2)
     axes.set_xticks(sorted({plan["devices"] for _, (_, plans) in groups for plan in plans}))
     axes.xaxis.set_major_formatter(ScalarFormatter())

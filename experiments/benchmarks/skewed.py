@@ -1,4 +1,4 @@
-"""A rollout of responses of very different lengths: continuous batching beside static batches."""
+"""Continuous batching compared with static batches, on responses of very different lengths."""
 
 import dataclasses
 import functools
@@ -33,7 +33,7 @@ def stop_tokens() -> tuple[int, ...]:
 
 
 def skewed_rollout():
-    """Slots that are refilled beside batches that wait for their longest response."""
+    """Slots that are refilled, and batches that wait for their longest response."""
     if FLAGS.num_prompts % FLAGS.batch:
         raise ValueError(
             f"--num-prompts must be a multiple of --batch ({FLAGS.batch}), got {FLAGS.num_prompts}"

@@ -119,10 +119,10 @@ def training_flops(
     """Forward and backward: 3 x forward + what is computed again - what has no gradient.
 
     Each product y = x w costs two of the same size in the backward pass, dx = dy w' and
-    dw = x' dy; beside adapters kernels have no dw. Frozen layers below all that is trained have
-    neither, but in a stack (`scan_layers`) that holds trained ones as well: XLA computes their
-    gradients, too, and more than is counted here. The lowest layer of adapters needs a little less.
-    The TPU kernel of attention needs 7 for its 2, as it keeps no scores.
+    dw = x' dy; kernels with adapters have no dw. Frozen layers below all trained ones have neither.
+    In a stack (`scan_layers`) with trained ones XLA computes their gradients, too, which is more
+    than is counted here. The lowest layer of adapters needs a little less. The TPU kernel of
+    attention needs 7 products for its 2, as it keeps no scores.
     """
     c, adapters = config, trained.adapter_flops
     attended = attended_in_row(c, positions, platform)
@@ -195,7 +195,7 @@ def scoring_flops(
         policy: the policy and its reference.
         value: the critic; None without one.
         reward: the reward model; None where scores come from outside.
-        policy_passes: 2 where the log-probs of the policy are computed beside the reference's.
+        policy_passes: 2 where the policy's log-probs are computed as well as the reference's.
         trunks: how many lowest layers of each of the three the rollout has computed.
     """
     length, outputs = prompt_length + response_length, padded_outputs(response_length, logits_chunk)

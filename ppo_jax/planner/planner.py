@@ -102,7 +102,7 @@ class Plan:
         return sum(cost.roofline.seconds for cost in self.costs)
 
     @property
-    def worst(self) -> PhaseCost:
+    def peak_phase(self) -> PhaseCost:
         """The phase that needs the most memory."""
         refused = [cost for cost in self.costs if cost.program_cost is None]
         return refused[0] if refused else max(self.costs, key=lambda c: c.program_cost.memory.peak)

@@ -187,13 +187,13 @@ def align_columns(rows: Sequence[Sequence[str]]) -> list[str]:
 
 def verdict(plan: Plan) -> str:
     """Fits or not, by how much, and what to change first if not."""
-    memory, worst = plan.target.memory / GIB, plan.worst
+    memory, peak = plan.target.memory / GIB, plan.peak_phase
     if plan.fits:
-        return f"fits: {plan.spare / GIB:.2f} of {memory:.2f} GiB are left ({worst.phase.name})"
+        return f"fits: {plan.spare / GIB:.2f} of {memory:.2f} GiB are left ({peak.phase.name})"
     if plan.spare is None:
-        why = f"the compiler refuses {worst.phase.name}: {worst.refusal}"
+        why = f"the compiler refuses {peak.phase.name}: {peak.refusal}"
     else:
-        why = f"{worst.phase.name} needs {-plan.spare / GIB:.2f} GiB more than {memory:.2f}"
+        why = f"{peak.phase.name} needs {-plan.spare / GIB:.2f} GiB more than {memory:.2f}"
     return f"does not fit: {why}\nfirst change: {first_change(plan)}"
 
 
@@ -229,7 +229,7 @@ def first_change(plan: Plan) -> str:
     arguments = max((p.memory.arguments for p in programs), default=0)
     if arguments > plan.target.memory / 2:
         names = ("fsdp", "frozen_dtype")
-    elif plan.worst.phase.name == "update":
+    elif plan.peak_phase.phase.name == "update":
         names = ("micro_batches", "remat", "model", "responses")
     else:
         names = ("model", "responses")
