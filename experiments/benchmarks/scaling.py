@@ -180,8 +180,6 @@ def findings(plans: Sequence[dict]) -> list[str]:
 
 STYLES = ("-", "--", ":", "-.")  # by the number of rows
 COLORS = ("ppo", "sft", "reward")  # by phase
-
-
 Groups = Sequence[tuple[str, tuple[int, list[dict]]]]  # (style, (rows per chip, plans))
 
 
