@@ -15,7 +15,7 @@ from ppo_jax.algorithms.supervised import sft_step
 from ppo_jax.config.stages import OptimizerSettings
 from ppo_jax.data.encode import TokenizedTexts, batch_indices
 from ppo_jax.data.hidden_states import make_inputs
-from ppo_jax.data.packing import fullness, pack
+from ppo_jax.data.packing import describe_packing, pack
 from ppo_jax.distributed.layout import init_sharded, one_device
 from ppo_jax.models.build import policy_network
 from ppo_jax.models.config import ModelConfig
@@ -33,7 +33,7 @@ def main():
     packed = pack(texts, max_length=MAX_LENGTH)
     per_row = len(texts.mask) / len(packed.mask)
     single, together = epoch_time(texts, 32), epoch_time(packed, round(32 / per_row))
-    print(f"packed: {fullness(packed)}")
+    print(f"packed: {describe_packing(packed)}")
     print(f"CPU time an epoch: {together:.2f} s packed, {single:.2f} s with one text a row")
     print(f"ratio: {together / single:.2f}")
 

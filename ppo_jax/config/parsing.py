@@ -80,6 +80,21 @@ def hints_of(cls: type) -> dict[str, Any]:
     return {name: hint for name, hint in hints.items() if typing.get_origin(hint) is not ClassVar}
 
 
+def changeable(default: Any = dataclasses.MISSING) -> Any:
+    """A field that a resumed run may change: neither the shapes of the state nor the order of the
+    data depend on it."""
+    return dataclasses.field(default=default, metadata={"changeable": True})
+
+
+def changeable_fields(cls: type, prefix: str = "") -> set[str]:
+    """Dotted names of the `changeable` fields of a section, those of its own sections included."""
+    names = {f"{prefix}{x.name}" for x in dataclasses.fields(cls) if "changeable" in x.metadata}
+    for name, hint in hints_of(cls).items():
+        for section in filter(dataclasses.is_dataclass, options(hint)):
+            names |= changeable_fields(section, f"{prefix}{name}.")
+    return names
+
+
 def with_new_names(
     cls: type, values: Mapping[str, Any], section: str = "", *, warn: bool = True
 ) -> dict[str, Any]:

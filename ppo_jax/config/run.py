@@ -9,16 +9,13 @@ import dataclasses
 from ml_collections import config_dict
 
 from ppo_jax.config.mesh import MeshSettings
-from ppo_jax.config.parsing import Check, build, filled_in
+from ppo_jax.config.parsing import Check, build, changeable, filled_in
 from ppo_jax.config.stages import (
     EvaluateSettings,
-    OptimizerSettings,
     PPOSettings,
     RewardSettings,
     SFTSettings,
 )
-
-STAGES = ("sft", "reward", "ppo", "evaluate")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,11 +46,11 @@ class ModelSettings:
     frozen_dtype: str = "float32"  # of parameters that are not trained, the reference's and the
     # reward model's among them; "bfloat16" halves their memory
     scan_layers: bool = False  # True compiles faster; False runs faster on CPUs
-    remat: str = "none"  # what the backward pass computes again to save memory: "none" is fastest,
-    # "dots" keeps the products with parameters, "full" only each layer's input: for the longest
-    # rows and largest models
-    attention: str = "auto"  # over whole rows: "auto" is the platform's fused kernel where it has
-    # one (TPU, GPU), "plain" is the same sum by plain products everywhere
+    remat: str = changeable("none")  # what the backward pass computes again to save memory: "none"
+    # is fastest, "dots" keeps the products with parameters, "full" only each layer's input: for
+    # the longest rows and largest models
+    attention: str = changeable("auto")  # over whole rows: "auto" is the platform's fused kernel
+    # where it has one (TPU, GPU), "plain" is the same sum by plain products everywhere
     vocabulary_data: str = ""  # rows of texts: keep only the tokens that they use; "" keeps all
 
     def __post_init__(self):
@@ -94,6 +91,10 @@ class Config:
             raise ValueError("evaluate.ratings must be '' without a reward model to measure")
 
 
+# The stages that a config may have, in the order in which they run.
+STAGES = tuple(field.name for field in dataclasses.fields(Config) if field.default is None)
+
+
 def with_defaults(values: dict) -> config_dict.ConfigDict:
     """A ConfigDict with every field of the sections that `values` has, so that each can be set on
     the command line. What a config file returns; nothing is checked yet."""
@@ -110,16 +111,3 @@ def from_config_dict(config: config_dict.ConfigDict | dict) -> Config:
     if isinstance(config, config_dict.ConfigDict):
         config = config.to_dict()
     return build(Config, config)
-
-
-# Settings that a resumed run may change: neither the state's shapes nor the data order depend on
-# them.
-MAY_CHANGE = frozenset(
-    [field.name for field in dataclasses.fields(OptimizerSettings)]
-    + ["value_learning_rate", "num_iterations", "temperature", "missing_eos_score", "kl_coef"]
-    + ["target_kl", "kl_horizon", "gamma", "gae_lambda", "clip_range", "clip_range_high"]
-    + ["value_clip_range", "vf_coef", "entropy_coef", "sample_every", "num_samples"]
-    + ["save_every", "eval_every", "num_micro_batches", "hidden_cache_gb", "remat"]
-    + ["reward_timeout_s", "old_logprobs", "tis_clip_low", "tis_clip_high"]
-    + ["attention"]
-)

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from typing import ClassVar
 
-from ppo_jax.config.parsing import Check, Limit
+from ppo_jax.config.parsing import Check, Limit, changeable
 from ppo_jax.core.kl import ESTIMATORS
 from ppo_jax.core.optimizer import SCHEDULES
 from ppo_jax.models.lora import TARGETS
@@ -70,15 +70,15 @@ def check_training(check: Check):
 class OptimizerSettings:
     """Adam. A step is an optimizer step in SFT and reward training, an iteration in PPO."""
 
-    learning_rate: float  # the highest of the schedule
-    schedule: str = "cosine"  # or "linear", "constant"
-    warmup_steps: int = 0  # steps from a tenth of the learning rate to all of it
-    final_fraction: float = 0.0  # of the learning rate, at the last step
-    max_grad_norm: Limit = 1.0  # over all trained parameters; inf is off
-    weight_decay: float = 0.0  # decoupled, per step and times the learning rate
-    b1: float = 0.9  # decay a step of the mean gradient
-    b2: float = 0.999  # decay a step of the mean squared gradient
-    eps: float = 1e-8  # added to the root of the mean squared gradient
+    learning_rate: float = changeable()  # the highest of the schedule
+    schedule: str = changeable("cosine")  # or "linear", "constant"
+    warmup_steps: int = changeable(0)  # steps from a tenth of the learning rate to all of it
+    final_fraction: float = changeable(0.0)  # of the learning rate, at the last step
+    max_grad_norm: Limit = changeable(1.0)  # over all trained parameters; inf is off
+    weight_decay: float = changeable(0.0)  # decoupled, per step and times the learning rate
+    b1: float = changeable(0.9)  # decay a step of the mean gradient
+    b2: float = changeable(0.999)  # decay a step of the mean squared gradient
+    eps: float = changeable(1e-8)  # added to the root of the mean squared gradient
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,12 +103,12 @@ class SFTSettings:
     lora: LoRASettings = LoRASettings()  # of the adapters
     num_epochs: float = 1.0  # passes over the data
     batch_size: int = 32  # texts a step; rows of texts with packing
-    num_micro_batches: int = 1  # pieces of a batch in memory one after the other
+    num_micro_batches: int = changeable(1)  # parts of a batch, in memory one after the other
     packing: bool = False  # several texts a row, up to max_length; no text sees another
     max_length: int = 512  # tokens; longer texts are left out and counted
-    hidden_cache_gb: Limit = 4.0  # frozen layers' states kept up to this; not by several processes
-    eval_every: int = 50  # steps between validations
-    save_every: int = 100  # steps between checkpoints
+    hidden_cache_gb: Limit = changeable(4.0)  # for frozen layers' states; not by several processes
+    eval_every: int = changeable(50)  # steps between validations
+    save_every: int = changeable(100)  # steps between checkpoints
 
     def __post_init__(self):
         check_training(Check(self, "sft"))
@@ -131,11 +131,11 @@ class RewardSettings:
     num_epochs: float = 1.0  # passes over the data; more than one soon overfits
     batch_size: int = 64  # texts a step; a multiple of the most responses to a prompt, of pairs 2
     pairs_per_batch: int = 256  # ratings only: comparisons drawn among the texts of a batch
-    num_micro_batches: int = 1  # pieces of a batch in memory one after the other
+    num_micro_batches: int = changeable(1)  # parts of a batch, in memory one after the other
     max_length: int = 512  # tokens; longer texts are left out and counted
-    hidden_cache_gb: Limit = 4.0  # frozen layers' states kept up to this; not by several processes
-    eval_every: int = 50  # steps between validations
-    save_every: int = 100  # steps between checkpoints
+    hidden_cache_gb: Limit = changeable(4.0)  # for frozen layers' states; not by several processes
+    eval_every: int = changeable(50)  # steps between validations
+    save_every: int = changeable(100)  # steps between checkpoints
 
     def __post_init__(self):
         check = Check(self, "reward")
@@ -158,26 +158,31 @@ class PPOSettings:
         "importance_high": "tis_clip_high",
     }
 
+    # Data, models, and what of them is trained
+
     prompts: str  # rows of {"prompt"} or {"messages"}
     optimizer: OptimizerSettings  # of the policy; max_grad_norm is over policy and critic
-    value_learning_rate: float = 1e-5  # of the critic, if there is one, on the same schedule
+    value_learning_rate: float = changeable(1e-5)  # of the critic, on the same schedule
     init_from: str = "sft"  # the policy: a stage of this workdir, "base", a stage folder or a model
     reward_model: str = "reward"  # a stage of this workdir or a stage folder; "" with a function
     reward_function: str = ""  # "module:function": (prompts, responses) -> one number a response
-    reward_timeout_s: Limit = math.inf  # that a call of reward_function may take, else the run ends
+    reward_timeout_s: Limit = changeable(math.inf)  # that a call of reward_function may take, else
+    # the run ends
     critic_init_from: str = ""  # "reward_model", or "policy": its body and a head of zeros; "" is
     # the reward model, or the policy where a function gives the scores
     trainable: str | int = "all"  # "all", a number of top layers such as "4", "head" or "lora"
     value_trainable: str | int = "all"  # the same for the layers of the critic
     lora: LoRASettings = LoRASettings()  # of the adapters of policy and critic
 
-    num_iterations: int = 100  # each is a rollout and the updates on it
+    # An iteration: a rollout and the updates on it
+
+    num_iterations: int = changeable(100)  # each is a rollout and the updates on it
     rollout_batch_size: int = 64  # responses an iteration
     num_epochs: int = 4  # passes over a rollout
     num_minibatches: int = 1  # optimizer steps a pass
-    num_micro_batches: int = 1  # pieces of a minibatch in memory one after the other
-    packing: bool = False  # responses share rows in the updates: the same gradient. Of the
-    # num_micro_batches pieces those without rows are saved, so that many small ones save the most
+    num_micro_batches: int = changeable(1)  # parts of a minibatch, in memory one after another
+    packing: bool = changeable(False)  # responses share rows in the updates: the same gradient.
+    # Empty micro-batches are skipped, so that many small ones save the most
     logits_chunk: int = 0  # response positions whose logits are held at a time; 0 is all. For a
     # large vocabulary that does not fit: the backward pass computes them again
     samples_per_prompt: int = 1  # responses of an iteration to each of its prompts
@@ -185,88 +190,76 @@ class PPOSettings:
     # differ much, and a KV cache of so many rows: when a response ends, the next prompt enters
     min_free_slots: int = 0  # free rows that prompts wait for, to enter together; 0 is a quarter
 
+    # Prompts, responses and how they are sampled
+
     max_prompt_length: int = 64  # tokens; longer prompts are left out and counted
     prompt_buckets: int = 1  # widths in tokens that prompts are padded to: the longest one's, its
     # half, its quarter, ...; more than 1 puts prompts of like length into a batch
     response_length: int = 64  # tokens at most
     stop_tokens: tuple[str, ...] = ()  # tokens that end a response besides the tokenizer's EOS
-    temperature: float = 1.0  # divides the logits, in sampling and in training
+    temperature: float = changeable(1.0)  # divides the logits, in sampling and in training
     top_k: int = 0  # the likeliest tokens; 0 is off
     top_p: float = 1.0  # 1 is off
     min_p: float = 0.0  # 0 is off
     missing_eos: str = "keep"  # the score of a response that was cut off: or "penalty", "replace"
-    missing_eos_score: float = 1.0  # what is subtracted from it, or put in its place
+    missing_eos_score: float = changeable(1.0)  # what is subtracted from it, or put in its place
 
-    old_logprobs: str = "rollout"  # what ratio and KL start from: the log-probs of the sampling, or
-    # "recompute", one pass more, as the update computes them: in bfloat16 they differ
-    tis_clip_low: float = 1.0  # with "recompute": the least weight of a token, which is the ratio
-    # of the two probabilities, times its advantage
-    tis_clip_high: float = 1.0  # the greatest; 1 and 1 is off, 0 and 2 is usual
+    # Log-probabilities that the ratio starts from
+
+    old_logprobs: str = changeable("rollout")  # what ratio and KL start from: the log-probs of the
+    # sampling, or "recompute", one pass more, as the update computes them: in bfloat16 they differ
+    tis_clip_low: float = changeable(1.0)  # with "recompute": the least weight of a token, which is
+    # the ratio of the two probabilities, times its advantage
+    tis_clip_high: float = changeable(1.0)  # the greatest; 1 and 1 is off, 0 and 2 is usual
+
+    # Rewards, advantages and losses
 
     advantages: str = "gae"  # by the critic's values; or "leave_one_out": against the other samples
     # of a prompt, without a critic
-    kl_coef: float = 0.05  # reward per nat
+    kl_coef: float = changeable(0.05)  # reward per nat
     kl_estimator: str = "k1"  # or "k2", "k3"
     kl_control: str = "fixed"  # or "adaptive"
-    target_kl: float = 6.0  # nats per response, adaptive only
-    kl_horizon: float = 10_000.0  # episodes, adaptive only
-    gamma: float = 1.0  # discount a token
-    gae_lambda: float = 0.95  # 0 is one-step differences, 1 the whole return
-    clip_range: float = 0.2  # of the probability ratio, around 1
-    clip_range_high: float = 0.0  # of the probability ratio, above 1; 0 is the same as clip_range
-    value_clip_range: float = 0.2  # of the critic's change, in units of reward
-    vf_coef: float = 0.1  # weight of the value loss; Adam divides it out but for max_grad_norm
-    entropy_coef: float = 0.0  # weight of the entropy, per nat
+    target_kl: float = changeable(6.0)  # nats per response, adaptive only
+    kl_horizon: float = changeable(10_000.0)  # episodes, adaptive only
+    gamma: float = changeable(1.0)  # discount a token
+    gae_lambda: float = changeable(0.95)  # 0 is one-step differences, 1 the whole return
+    clip_range: float = changeable(0.2)  # of the probability ratio, around 1
+    clip_range_high: float = changeable(0.0)  # of the ratio above 1; 0 is the same as clip_range
+    value_clip_range: float = changeable(0.2)  # of the critic's change, in units of reward
+    vf_coef: float = changeable(0.1)  # weight of the value loss; Adam divides it out but for
+    # max_grad_norm
+    entropy_coef: float = changeable(0.0)  # weight of the entropy, per nat
 
-    sample_every: int = 10  # iterations between samples of the same prompts
-    num_samples: int = 8  # prompts in samples.jsonl
-    save_every: int = 20  # iterations between checkpoints
+    # Output
+
+    sample_every: int = changeable(10)  # iterations between samples of the same prompts
+    num_samples: int = changeable(8)  # prompts in samples.jsonl
+    save_every: int = changeable(20)  # iterations between checkpoints
 
     def __post_init__(self):
         check = Check(self, "ppo")
         check_optimizer(Check(self.optimizer, "ppo.optimizer"))
         check.that(bool(self.prompts), "prompts", "the path of a data set")
-        check.each("> 0", "num_iterations", "rollout_batch_size", "num_epochs", "num_minibatches")
-        check.each("> 0", "num_micro_batches", "max_prompt_length", "response_length")
-        check.each("> 0", "temperature", "target_kl", "kl_horizon", "value_clip_range")
-        check.each("> 0", "sample_every", "save_every", "reward_timeout_s")
-        check.each(">= 0", "kl_coef", "vf_coef", "entropy_coef", "value_learning_rate")
-        check.each("> 0", "samples_per_prompt", "prompt_buckets")
-        most = self.max_prompt_length.bit_length()
-        check.that(
-            self.prompt_buckets <= most, "prompt_buckets", f"<= {most}, halves of max_prompt_length"
-        )
-        check.each(">= 0", "top_k", "num_samples", "logits_chunk")
-        check.each("in [0, 1]", "gamma", "gae_lambda", "min_p")
-        check.each("in (0, 1]", "top_p")
-        check.each("in (0, 1)", "clip_range")
-        high, rule = self.clip_range_high, f"0 or at least clip_range ({self.clip_range})"
-        check.that(high == 0 or high >= self.clip_range, "clip_range_high", rule)
-        check.choice("missing_eos", "keep", "penalty", "replace")
-        check.choice("kl_estimator", *ESTIMATORS)
-        check.choice("kl_control", "fixed", "adaptive")
-        check.choice("old_logprobs", "rollout", "recompute")
-        low, high = self.tis_clip_low, self.tis_clip_high
-        check.that(0 <= low <= 1, "tis_clip_low", "in [0, 1]")
-        check.that(high >= 1, "tis_clip_high", ">= 1")
-        recomputed, rule = self.old_logprobs == "recompute", '1 unless old_logprobs is "recompute"'
-        check.that(recomputed or low == 1, "tis_clip_low", rule)
-        check.that(recomputed or high == 1, "tis_clip_high", rule)
-        check.choice("critic_init_from", "", "reward_model", "policy")
-        check.choice("advantages", "gae", "leave_one_out")
-        if self.advantages == "leave_one_out":
-            rule = "at least 2 with advantages='leave_one_out'"
-            check.that(self.samples_per_prompt >= 2, "samples_per_prompt", rule)
-            rule = "'' with advantages='leave_one_out', which has no critic"
-            check.that(not self.critic_init_from, "critic_init_from", rule)
+        check.each("> 0", "num_iterations", "sample_every", "save_every")
+        check.each(">= 0", "num_samples")
         check_trainable(check, "trainable", "value_trainable")
         check_lora(check, "trainable", "value_trainable")
-        pieces = self.num_minibatches * self.num_micro_batches
-        check.multiple("rollout_batch_size", pieces, "num_minibatches x num_micro_batches")
-        possible = self.num_micro_batches > 1 or not self.packing
-        check.that(possible, "packing", "False unless num_micro_batches > 1: it saves whole pieces")
-        samples = self.samples_per_prompt
+        self._check_batches(check)
+        self._check_sampling(check)
+        self._check_old_logprobs(check)
+        self._check_objective(check)
+        self._check_scores(check)
+
+    def _check_batches(self, check: Check):
+        check.each("> 0", "rollout_batch_size", "num_epochs", "num_minibatches")
+        check.each("> 0", "num_micro_batches", "samples_per_prompt")
+        check.each(">= 0", "logits_chunk")
+        parts, samples = self.num_minibatches * self.num_micro_batches, self.samples_per_prompt
+        check.multiple("rollout_batch_size", parts, "num_minibatches x num_micro_batches")
         check.multiple("rollout_batch_size", samples, "samples_per_prompt")
+        possible = self.num_micro_batches > 1 or not self.packing
+        rule = "False unless num_micro_batches > 1: it saves whole micro-batches"
+        check.that(possible, "packing", rule)
         for field, most, of in (
             ("max_concurrent", self.rollout_batch_size, "rollout_batch_size"),
             ("min_free_slots", self.max_concurrent, "max_concurrent"),
@@ -275,13 +268,54 @@ class PPOSettings:
             rule = f"0, or a multiple of samples_per_prompt ({samples}) up to {of} ({most})"
             holds = 0 <= value <= most and value % samples == 0
             check.that(holds, field, rule if most else f"0 without {of}")
+
+    def _check_sampling(self, check: Check):
+        check.each("> 0", "max_prompt_length", "response_length", "prompt_buckets", "temperature")
+        most = self.max_prompt_length.bit_length()
+        rule = f"<= {most}, halves of max_prompt_length"
+        check.that(self.prompt_buckets <= most, "prompt_buckets", rule)
+        check.each(">= 0", "top_k")
+        check.each("in (0, 1]", "top_p")
+        check.each("in [0, 1]", "min_p")
+        check.choice("missing_eos", "keep", "penalty", "replace")
+
+    def _check_old_logprobs(self, check: Check):
+        check.choice("old_logprobs", "rollout", "recompute")
+        low, high = self.tis_clip_low, self.tis_clip_high
+        check.that(0 <= low <= 1, "tis_clip_low", "in [0, 1]")
+        check.that(high >= 1, "tis_clip_high", ">= 1")
+        recomputed, rule = self.old_logprobs == "recompute", '1 unless old_logprobs is "recompute"'
+        check.that(recomputed or low == 1, "tis_clip_low", rule)
+        check.that(recomputed or high == 1, "tis_clip_high", rule)
+
+    def _check_objective(self, check: Check):
+        check.each("> 0", "target_kl", "kl_horizon", "value_clip_range")
+        check.each(">= 0", "kl_coef", "vf_coef", "entropy_coef", "value_learning_rate")
+        check.each("in [0, 1]", "gamma", "gae_lambda")
+        check.each("in (0, 1)", "clip_range")
+        high, rule = self.clip_range_high, f"0 or at least clip_range ({self.clip_range})"
+        check.that(high == 0 or high >= self.clip_range, "clip_range_high", rule)
+        check.choice("kl_estimator", *ESTIMATORS)
+        check.choice("kl_control", "fixed", "adaptive")
+        check.choice("advantages", "gae", "leave_one_out")
+        if self.advantages == "leave_one_out":
+            rule = "at least 2 with advantages='leave_one_out'"
+            check.that(self.samples_per_prompt >= 2, "samples_per_prompt", rule)
+
+    def _check_scores(self, check: Check):
+        """Scores come from a model or a function, and the critic from what there is."""
+        check.each("> 0", "reward_timeout_s")
         if bool(self.reward_model) == bool(self.reward_function):
             raise ValueError(
                 "ppo needs either a reward_model or a reward_function, got "
                 f"reward_model={self.reward_model!r} and reward_function={self.reward_function!r}"
             )
+        check.choice("critic_init_from", "", "reward_model", "policy")
         possible = bool(self.reward_model) or self.critic_init_from != "reward_model"
         check.that(possible, "critic_init_from", "'policy' or '' with a reward_function")
+        if self.advantages == "leave_one_out":
+            rule = "'' with advantages='leave_one_out', which has no critic"
+            check.that(not self.critic_init_from, "critic_init_from", rule)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,15 +7,13 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-PARTIAL = ".partial-"  # how the names begin of what is not yet whole
+PARTIAL = ".partial-"  # prefix of names that are not complete yet
 
 
 def atomic_write(path: str | os.PathLike, content: str | bytes) -> None:
     """Write a file, or replace it; a reader, or a crash, finds the old content or the new one.
 
-    Args:
-        path: of the file; its folder is there.
-        content: a text is written as UTF-8.
+    Its folder must exist. Text is written as UTF-8.
     """
     path = Path(path)
     # In the same folder, since a rename is atomic only within one file system.
@@ -32,15 +30,15 @@ def atomic_folder(folder: str | os.PathLike, *, shared: bool = False) -> Iterato
     """A new folder to fill, which becomes `folder` at the end of the context; nothing on an error.
 
     Args:
-        folder: which is absent, or empty.
-        shared: other processes may write the same folder at the same time: the first to finish
-            wins. Otherwise what a killed process has left is removed.
+        folder: absent, or empty.
+        shared: other processes may write the same folder at the same time, and the first to finish
+            wins. Otherwise the leftovers of a killed process are removed.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     prefix = f"{PARTIAL}{folder.name}-"
-    for left in () if shared else folder.parent.glob(f"{prefix}*"):
-        shutil.rmtree(left)
+    for leftover in () if shared else folder.parent.glob(f"{prefix}*"):
+        shutil.rmtree(leftover)
     new = folder.parent / f"{prefix}{uuid.uuid4().hex[:12]}"
     new.mkdir()
     try:

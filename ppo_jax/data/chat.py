@@ -1,6 +1,7 @@
-"""Conversations as text, by the chat template that a tokenizer brings along.
+"""Conversations as text, by the chat template of a tokenizer.
 
-A message is {"role": "system" | "user" | "assistant", "content": text}.
+A message is {"role": "system" | "user" | "assistant", "content": text}. A `place`,
+"file:line", is for errors.
 """
 
 import functools
@@ -8,12 +9,12 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from ppo_jax.data.readers import shown, string
+from ppo_jax.data.readers import read_string, short_repr
 
 ROLES = ("system", "user", "assistant")
 
 Message = dict[str, str]
-Segment = tuple[str, bool]  # text, and whether it is learned
+Segment = tuple[str, bool]  # text, and whether it is in the loss
 
 
 class Chat:
@@ -31,81 +32,68 @@ class Chat:
 
     @functools.cached_property
     def special_tokens(self) -> list[str]:
-        """All tokens that stand for no text."""
+        """Tokens that are control codes, not text."""
         added = self.tokenizer.added_tokens_decoder.values()
         return [token.content for token in added if token.special]
 
     def prompt(self, messages: Sequence[Message], place: str) -> str:
         """The conversation up to where the assistant's next message begins.
 
-        Args:
-            messages: the last of them not the assistant's.
-            place: where they stand.
-
         Raises:
-            ValueError: there is no template, or it refuses them.
+            ValueError: there is no template, or it refuses the messages.
         """
         return self.render(messages, place, generation_prompt=True)
 
-    def parts(self, messages: Sequence[Message], place: str) -> tuple[Segment, ...]:
-        """The conversation in parts, those learned that the assistant has to write.
+    def segments(self, messages: Sequence[Message], place: str) -> tuple[Segment, ...]:
+        """The conversation in segments; those that the assistant has to write are in the loss.
 
-        Whatever follows the assistant's last turn is left out: nothing is learned from it.
-
-        Args:
-            messages: one of them the assistant's, and another before it.
-            place: where they stand.
+        Whatever follows the assistant's last turn is dropped, since it adds no loss.
 
         Raises:
-            ValueError: no turn of the assistant's, no template, or one that writes the beginning
-                of a conversation otherwise than the beginning of the whole.
+            ValueError: no turn of the assistant's, no template, or one that renders the beginning
+                of a conversation differently when it continues.
         """
         turns = assistant_turns(messages, place)
         if not turns:
             raise ValueError(f"{place}: messages must have a turn of the assistant's to learn")
         messages = messages[: turns[-1] + 1]
         whole, done = self.render(messages, place), 0
-        parts: list[Segment] = []
+        segments: list[Segment] = []
         for turn in turns:
             prompt = self.prompt(messages[:turn], place)
-            turn_text = self.following(prompt, self.render(messages[: turn + 1], place), place)
-            self.following(prompt + turn_text, whole, place)
+            turn_text = self.text_after(prompt, self.render(messages[: turn + 1], place), place)
+            self.text_after(prompt + turn_text, whole, place)
             end = len(prompt) + self.end_of_turn(turn_text, messages[turn]["content"])
-            parts += [(whole[done : len(prompt)], False), (whole[len(prompt) : end], True)]
+            segments += [(whole[done : len(prompt)], False), (whole[len(prompt) : end], True)]
             done = end
-        return tuple(parts)
+        return tuple(segments)
 
     def response(
         self, prompt: Sequence[Message], messages: Sequence[Message], place: str
     ) -> tuple[str, str]:
-        """Prompt and response as texts.
+        """(prompt, response) as texts; the response's first and last messages are the assistant's.
 
-        Args:
-            prompt: as for `prompt`.
-            messages: of the response; the first and the last are the assistant's.
-            place: where they stand.
+        Raises:
+            ValueError: as `segments`.
         """
         assistant_turns([*prompt, *messages], place)
         before = self.prompt(prompt, place)
-        text = self.following(before, self.render([*prompt, *messages], place), place)
+        text = self.text_after(before, self.render([*prompt, *messages], place), place)
         return before, text[: self.end_of_turn(text, messages[-1]["content"])]
 
-    def following(self, beginning: str, whole: str, place: str) -> str:
-        """What follows the beginning in the whole."""
+    def text_after(self, beginning: str, whole: str, place: str) -> str:
         if not whole.startswith(beginning):
             raise ValueError(
                 f"{place}: the chat template writes the beginning of this conversation otherwise "
-                f"when it goes on, {shown(beginning[-40:])} is not in it, so that the turns cannot "
-                "be told apart; give it as texts, prompt and completion"
+                f"when it goes on, {short_repr(beginning[-40:])} is not in it, so that the turns "
+                "cannot be told apart; give it as texts, prompt and completion"
             )
         return whole[len(beginning) :]
 
     def end_of_turn(self, text: str, content: str) -> int:
-        """Where a turn ends: behind the last special token after its content, or all of it.
+        """End of a rendered turn: behind the last special token after its content, or all of it.
 
-        Args:
-            text: what the template makes of the turn, without the generation prompt.
-            content: of the message.
+        `text` is the turn without the generation prompt.
         """
         content = content.strip()
         start = text.rfind(content) + len(content) if content in text else 0
@@ -133,31 +121,28 @@ class Chat:
 
 
 def read_messages(value: Any, key: str, place: str) -> tuple[Message, ...]:
-    """The messages under a key, checked.
+    """The messages under a key of a row, checked.
 
-    Args:
-        value: a list of {"role", "content"}; other keys of a message must be None, as the empty
-            fields of a table are.
-        key: where it stands in its row.
-        place: of the row.
+    Keys other than role and content must be None, as the empty fields of a table are.
 
     Raises:
         ValueError: which message is wrong, and why.
     """
     if not isinstance(value, list) or not value:
-        raise ValueError(f"{place}: {key} must be a list of messages, got {shown(value)}")
+        raise ValueError(f"{place}: {key} must be a list of messages, got {short_repr(value)}")
     return tuple(read_message(message, f"{key}[{i}]", place) for i, message in enumerate(value))
 
 
 def read_message(value: Any, key: str, place: str) -> Message:
-    given = {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else {}
-    if given.keys() != {"role", "content"}:
-        raise ValueError(f"{place}: {key} must have role and content, got {shown(value)}")
-    if given["role"] not in ROLES:
+    fields = {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else {}
+    if fields.keys() != {"role", "content"}:
+        raise ValueError(f"{place}: {key} must have role and content, got {short_repr(value)}")
+    role = fields["role"]
+    if role not in ROLES:
         raise ValueError(
-            f"{place}: the role of {key} must be one of {list(ROLES)}, got {shown(given['role'])}"
+            f"{place}: the role of {key} must be one of {list(ROLES)}, got {short_repr(role)}"
         )
-    return {"role": given["role"], "content": string(given, "content", f"{place}: {key}")}
+    return {"role": role, "content": read_string(fields, "content", f"{place}: {key}")}
 
 
 def assistant_turns(messages: Sequence[Message], place: str) -> list[int]:

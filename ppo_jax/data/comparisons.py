@@ -1,4 +1,4 @@
-"""What a reward model learns from: tokenised texts, and which of two is preferred."""
+"""Training data of a reward model: tokenised texts, and which of two is preferred."""
 
 import dataclasses
 import functools
@@ -21,25 +21,21 @@ from ppo_jax.data.readers import naming_data
 from ppo_jax.data.records import RatedText, data_files, load_ratings, read_split
 
 VALIDATION_PAIRS = 20_000  # of unseen texts, ordered by their mean ratings
-CONTEXT = "the model's context"  # what limits the texts that are only scored
-GAPS = {
-    "": 0.0,
-    "_margin1": 1.0,
-    "_margin2": 2.0,
-}  # least difference of mean ratings
+CONTEXT = "the model's context"  # the limit of texts that are only scored
+MARGINS = {"": 0.0, "_margin1": 1.0, "_margin2": 2.0}  # least difference of mean ratings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RewardData:
-    """Texts, and which of them is preferred: by fixed pairs, or by ratings to draw pairs from."""
+    """Texts with fixed pairs of them (`groups`), or with ratings to draw pairs from (`ratings`)."""
 
     texts: TokenizedTexts
     groups: ComparisonGroups | None = None  # of responses to one prompt
-    ratings: list[tuple[float, ...]] | None = None  # a row each
+    ratings: list[tuple[float, ...]] | None = None  # of each row
 
     @property
     def num_rows(self) -> int:
-        """Rows that one pass takes; a ranking takes as many as the largest has responses."""
+        """Rows of one epoch; a ranking counts as many as the largest has responses."""
         return len(self.ratings) if self.groups is None else self.groups.rows.size
 
     def batch(self, seed: int, step: int, settings: RewardSettings):
@@ -64,13 +60,13 @@ class RewardData:
     def accuracy(self, scores: np.ndarray, seed: int) -> dict[str, float]:
         """Share of unseen pairs in the right order, and how many they are.
 
-        With ratings the order is that of their means, and pairs are drawn for each gap.
+        With ratings the order is that of their means, and pairs are drawn for each margin.
         """
-        found = {}
+        metrics = {}
         for suffix, pairs in self.unseen_pairs(seed).items():
-            found["reward_model/validation_accuracy" + suffix] = pair_accuracy(scores, pairs)
-            found["reward_model/validation_pairs" + suffix] = len(pairs)
-        return found
+            metrics["reward_model/validation_accuracy" + suffix] = pair_accuracy(scores, pairs)
+            metrics["reward_model/validation_pairs" + suffix] = len(pairs)
+        return metrics
 
     def unseen_pairs(self, seed: int) -> dict[str, np.ndarray]:
         """{"": all pairs, "_margin1": pairs that differ by 1 or more ...}, rows (better, worse)."""
@@ -79,43 +75,43 @@ class RewardData:
         means = np.array([np.mean(r) for r in self.ratings])
         reach = means.max() - means.min()
         return {
-            suffix: held_out_pairs(means, seed, num_pairs=VALIDATION_PAIRS, min_gap=gap)
-            for suffix, gap in GAPS.items()
-            if reach > 0 and reach >= gap
+            suffix: held_out_pairs(means, seed, num_pairs=VALIDATION_PAIRS, min_gap=margin)
+            for suffix, margin in MARGINS.items()
+            if reach > 0 and reach >= margin
         }
 
 
 def reward_data(
     settings: RewardSettings, seed: int, tokenizer: Any, context: int
 ) -> tuple[RewardData, RewardData]:
-    """Tokenised training and validation data.
+    """Tokenised (training, validation) data.
 
-    `max_length` limits the training texts alone; the validation texts may be as long as the
-    model's context, so that the accuracy is that of all texts.
+    `max_length` limits the training texts alone; validation texts may be as long as the model's
+    context, so that the accuracy is that of all texts.
     """
     if settings.format == "ratings":
-        encode, key = rated, lambda record: record.text
+        encode, key = encode_rated, lambda record: record.text
         split = read_split(settings, seed, load_ratings, key)
     else:
-        encode, key = ranked, lambda record: record.prompt or record.responses[0]
+        encode, key = encode_ranked, lambda record: record.prompt or record.responses[0]
         read = functools.partial(load_preferences, tokenizer=tokenizer)
         split = read_split(settings, seed, read, key)
-    limits, parts = ((settings.max_length, "reward.max_length"), (context, CONTEXT)), []
-    for (field, path), part, (length, limit) in zip(
+    limits, encoded = ((settings.max_length, "reward.max_length"), (context, CONTEXT)), []
+    for (field, path), records, (length, limit) in zip(
         data_files(settings), split, limits, strict=True
     ):
         with naming_data(f"reward.{field}", path, limit):
-            parts.append(encode(part, tokenizer, length))
-    return tuple(parts)
+            encoded.append(encode(records, tokenizer, length))
+    return tuple(encoded)
 
 
-def ranked(records: Sequence[RankedResponses], tokenizer: Any, max_length: int) -> RewardData:
-    """Responses and which of them are better, tokenised."""
+def encode_ranked(
+    records: Sequence[RankedResponses], tokenizer: Any, max_length: int
+) -> RewardData:
     texts, groups = encode_preferences(records, tokenizer, max_length=max_length)
     return RewardData(texts=texts, groups=groups)
 
 
-def rated(records: Sequence[RatedText], tokenizer: Any, max_length: int) -> RewardData:
-    """Rated texts, tokenised."""
+def encode_rated(records: Sequence[RatedText], tokenizer: Any, max_length: int) -> RewardData:
     texts = encode_demonstrations(records, tokenizer, max_length=max_length)
     return RewardData(texts=texts, ratings=[records[i].ratings for i in texts.records])

@@ -2,7 +2,8 @@
 
 Dimensions: N rows, L tokens of a text, P tokens of a prompt, R rankings of up to K responses.
 
-The token id in padding is 0 and carries no meaning; the masks do.
+The token id in padding is 0 and carries no meaning; the masks do. Every `tokenizer` is a Hugging
+Face tokenizer, every `max_length` a number of tokens.
 """
 
 import collections
@@ -16,8 +17,10 @@ import numpy as np
 from ppo_jax.core.types import Prompts
 from ppo_jax.data.chat import Segment
 from ppo_jax.data.preferences import RankedResponses
-from ppo_jax.data.readers import NothingUsable
+from ppo_jax.data.readers import NoRecordsLeft
 from ppo_jax.data.records import Demonstration, RatedText
+
+MULTIPLE = 8  # tokens: lengths are rounded up to it, which bounds the number of compiled shapes
 
 
 @dataclass(frozen=True)
@@ -27,8 +30,8 @@ class TokenizedTexts:
     tokens: np.ndarray  # [N, L] int32, 0 where mask is False
     mask: np.ndarray  # [N, L] bool, True on the text up to and including EOS
     loss_mask: np.ndarray  # [N, L] bool, True on the tokens to predict
-    records: np.ndarray  # [N] int64, which of the given records the row is made from
-    left_out: Mapping[str, int] = field(default_factory=dict)  # why: how many of the records
+    records: np.ndarray  # [N] int64, the record that the row is made from
+    dropped: Mapping[str, int] = field(default_factory=dict)  # reason -> number of records
     segment_ids: np.ndarray | None = None  # [N, L] int32 in packed rows, see `packing`
 
 
@@ -36,7 +39,7 @@ class TokenizedTexts:
 class ComparisonGroups:
     """Which rows of `TokenizedTexts` respond to one prompt, and which of them are better.
 
-    A ranking of fewer than K responses is filled up with its first, which is in no further pair.
+    A ranking of fewer than K responses is padded with its first, which is in no further pair.
     """
 
     rows: np.ndarray  # [R, K] int32, of the texts
@@ -51,52 +54,35 @@ class ComparisonGroups:
 
 
 def encode_demonstrations(
-    records: Sequence[Demonstration | RatedText],
-    tokenizer: Any,
-    *,
-    max_length: int,
-    append_eos: bool = True,
+    records: Sequence[Demonstration | RatedText], tokenizer: Any, *, max_length: int
 ) -> TokenizedTexts:
-    """Tokens of the parts of each record, with the loss on those learned and on EOS.
+    """Tokens of the segments of each record and EOS, with the loss on those in it and on EOS.
 
-    Parts are tokenised apart, as in a rollout, where the response starts on a token of its own; see
-    `token_rows`. The first token of a row is never in the loss: nothing stands before it.
-
-    Args:
-        records: N or more; the useless, the repeated and the too long are left out.
-        tokenizer: a Hugging Face tokenizer.
-        max_length: tokens.
-        append_eos: end each row with EOS, unless its text ends with it already.
+    Segments are tokenised apart, as in a rollout, where the response starts on a token of its own;
+    see `token_rows`. The first token of a row is never in the loss: nothing precedes it.
+    Records that are rejected, repeated or too long are dropped.
 
     Raises:
         ValueError: no record, none that is left, or no EOS to append.
     """
-    rows = token_rows([record.parts for record in records], tokenizer, append_eos=append_eos)
-    kept, left_out = filter_records(
+    rows = token_rows([record.segments for record in records], tokenizer, append_eos=True)
+    kept, dropped = filter_records(
         records, [r.reject_reason for r in records], [len(row.ids) for row in rows], max_length
     )
-    return _padded_texts([rows[i] for i in kept], kept, max_length, left_out)
+    return _padded_texts([rows[i] for i in kept], kept, max_length, dropped)
 
 
-def encode_texts(
-    texts: Sequence[str], tokenizer: Any, *, max_length: int, append_eos: bool = True
-) -> TokenizedTexts:
-    """Tokens of whole texts, whatever they are: only what is too long is left out.
-
-    Args:
-        texts: N or more.
-        tokenizer: a Hugging Face tokenizer.
-        max_length: tokens.
-        append_eos: end each row with EOS, unless its text ends with it already.
+def encode_texts(texts: Sequence[str], tokenizer: Any, *, max_length: int) -> TokenizedTexts:
+    """Tokens of whole texts and EOS, whatever they are: only what is too long is dropped.
 
     Raises:
         ValueError: no text, none that fits, or no EOS to append.
     """
-    rows = token_rows([((text, True),) for text in texts], tokenizer, append_eos=append_eos)
+    rows = token_rows([((text, True),) for text in texts], tokenizer, append_eos=True)
     kept = [i for i, row in enumerate(rows) if len(row.ids) <= max_length]
-    left_out = collections.Counter({_too_long(max_length): len(rows) - len(kept)})
-    _check_kept(kept, [len(row.ids) for row in rows], max_length, left_out)
-    return _padded_texts([rows[i] for i in kept], kept, max_length, +left_out)
+    dropped = collections.Counter({_too_long(max_length): len(rows) - len(kept)})
+    _check_kept(kept, [len(row.ids) for row in rows], max_length, dropped)
+    return _padded_texts([rows[i] for i in kept], kept, max_length, +dropped)
 
 
 def encode_all(texts: Sequence[str], tokenizer: Any, *, max_length: int) -> TokenizedTexts:
@@ -106,7 +92,7 @@ def encode_all(texts: Sequence[str], tokenizer: Any, *, max_length: int) -> Toke
         ValueError: no text, or one that is too long.
     """
     rows = encode_texts(texts, tokenizer, max_length=max_length)
-    if rows.left_out:
+    if rows.dropped:
         first = min(set(range(len(texts))) - set(rows.records.tolist()))
         raise ValueError(
             f"texts must have at most {max_length} tokens, got {len(texts) - len(rows.records)} "
@@ -118,48 +104,42 @@ def encode_all(texts: Sequence[str], tokenizer: Any, *, max_length: int) -> Toke
 def encode_preferences(
     rankings: Sequence[RankedResponses], tokenizer: Any, *, max_length: int
 ) -> tuple[TokenizedTexts, ComparisonGroups]:
-    """Tokens of each prompt with each of its responses, and the pairs among them.
+    """Tokens of each prompt with each of its responses and EOS, and the pairs among them.
 
-    Args:
-        rankings: R or more records.
-        tokenizer: a Hugging Face tokenizer with an EOS, which ends every row.
-        max_length: tokens; a ranking with a longer response is left out whole.
+    A ranking with a response that is too long is dropped whole.
 
     Returns:
-        (texts, groups): the rows of a ranking stand together, in the order of its responses.
+        (texts, groups): the rows of a ranking are adjacent, in the order of its responses.
 
     Raises:
         ValueError: no record, none that is left, or no EOS to append.
     """
     responses = [(i, text) for i, ranking in enumerate(rankings) for text in ranking.responses]
-    parts = [((rankings[i].prompt, False), (text, True)) for i, text in responses]
-    rows = token_rows(parts, tokenizer, append_eos=True)
+    segments = [((rankings[i].prompt, False), (text, True)) for i, text in responses]
+    rows = token_rows(segments, tokenizer, append_eos=True)
     longest = [0] * len(rankings)
     for (i, _), row in zip(responses, rows, strict=True):
         longest[i] = max(longest[i], len(row.ids))
-    kept, left_out = filter_records(
+    kept, dropped = filter_records(
         rankings, [r.reject_reason for r in rankings], longest, max_length
     )
-    used = set(kept)
-    chosen = [(i, row) for (i, _), row in zip(responses, rows, strict=True) if i in used]
-    texts = _padded_texts([r for _, r in chosen], [i for i, _ in chosen], max_length, left_out)
+    kept_set = set(kept)
+    chosen = [(i, row) for (i, _), row in zip(responses, rows, strict=True) if i in kept_set]
+    texts = _padded_texts([r for _, r in chosen], [i for i, _ in chosen], max_length, dropped)
     return texts, _groups([rankings[i] for i in kept])
 
 
 def encode_prompts(prompts: Sequence[str], tokenizer: Any, *, max_length: int) -> Prompts:
     """Tokens of prompts, padded on the left, so that all responses start at the same position.
 
-    Args:
-        prompts: N texts.
-        tokenizer: a Hugging Face tokenizer; its BOS, where it adds one, leads each prompt.
-        max_length: tokens. A longer prompt is refused, since cutting it would change the task.
+    The tokenizer's BOS, where it adds one, leads each prompt. A prompt that is too long is refused,
+    since truncating it would change the task.
 
     Raises:
         ValueError: no prompt, one that is too long, or one without a token.
     """
-    rows = [
-        row.ids for row in token_rows([((p, False),) for p in prompts], tokenizer, append_eos=False)
-    ]
+    token_lists = token_rows([((p, False),) for p in prompts], tokenizer, append_eos=False)
+    rows = [row.ids for row in token_lists]
     for index, row in enumerate(rows):
         if not 1 <= len(row) <= max_length:
             raise ValueError(
@@ -171,38 +151,31 @@ def encode_prompts(prompts: Sequence[str], tokenizer: Any, *, max_length: int) -
 
 def pad_prompts(rows: Sequence[Sequence[int]], max_length: int) -> Prompts:
     """Rows of tokens, each at most max_length long, padded on the left with 0."""
-    tokens, mask = padded(rows, max_length)
+    tokens, mask = pad_right(rows, max_length)
     # Roll each row's padding from its right end to its left.
     columns = np.arange(tokens.shape[1]) - (~mask).sum(axis=1, keepdims=True)
     return Prompts(tokens=np.take_along_axis(tokens, columns, axis=1), mask=columns >= 0)
 
 
 def take_prompts(prompts: Prompts, rows: np.ndarray, width: int | None = None) -> Prompts:
-    """Some of the prompts; of their positions the last `width`, which must hold them, or all."""
+    """Some of the prompts, in their last `width` positions (None is all), which must hold them."""
     begin = 0 if width is None else max(0, prompts.mask.shape[1] - width)
     return jax.tree.map(lambda x: x[rows, begin:], prompts)
 
 
 def batch_indices(seed: int, step: int, *, num_examples: int, batch_size: int) -> np.ndarray:
-    """The examples of one step: shuffled afresh each epoch, each example once an epoch.
+    """The examples of a step, [batch_size] int64: each example once an epoch, reshuffled each time.
 
-    The steps read one endless row of permutations, so a batch may span two epochs (or more, where
-    it is larger than the data), and no example is left out at the end of an epoch.
-
-    Args:
-        seed: of the run.
-        step: from 0.
-        num_examples: how many there are.
-        batch_size: how many to take, global.
-
-    Returns:
-        [batch_size] int64.
+    Steps, counted from 0, read one endless row of permutations, so a batch may span two epochs (or
+    more, where it is larger than the data), and no example is dropped at the end of an epoch.
 
     >>> two_epochs = [batch_indices(0, step, num_examples=4, batch_size=2) for step in range(4)]
     >>> sorted(np.concatenate(two_epochs[:2]).tolist())
     [0, 1, 2, 3]
     """
-    _check_positive(num_examples=num_examples, batch_size=batch_size)
+    for name, size in (("num_examples", num_examples), ("batch_size", batch_size)):
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
     start = step * batch_size
     stop = start + batch_size
     first, last = start // num_examples, (stop - 1) // num_examples
@@ -213,56 +186,49 @@ def batch_indices(seed: int, step: int, *, num_examples: int, batch_size: int) -
     return np.concatenate(epochs)[start - first * num_examples : stop - first * num_examples]
 
 
+def filter_records(
+    records: Sequence[Any], reject_reasons: Sequence[str], lengths: Sequence[int], max_length: int
+) -> tuple[list[int], Mapping[str, int]]:
+    """(indices of the records that are kept, {reason: number of records dropped for it}).
+
+    Dropped are records with a reject reason ("" is none), equal to an earlier one, or of a length
+    in tokens above the maximum.
+
+    Raises:
+        NoRecordsLeft: none is kept.
+    """
+    kept, seen, dropped = [], set(), collections.Counter()
+    for i, (record, reason, length) in enumerate(
+        zip(records, reject_reasons, lengths, strict=True)
+    ):
+        reason = reason or ("repeated" if record in seen else "")
+        reason = reason or (_too_long(max_length) if length > max_length else "")
+        seen.add(record)
+        if reason:
+            dropped[reason] += 1
+        else:
+            kept.append(i)
+    _check_kept(kept, lengths, max_length, dropped)
+    return kept, dropped
+
+
 def _too_long(max_length: int) -> str:
     return f"too long (over {max_length:,} tokens)"
 
 
-def filter_records(
-    records: Sequence[Any], reject_reasons: Sequence[str], lengths: Sequence[int], max_length: int
-) -> tuple[list[int], Mapping[str, int]]:
-    """Which records are left, and how many are left out for which reason.
-
-    Args:
-        records: N, of which a second one like the first is left out.
-        reject_reasons: why nothing can be learned from a record, or "".
-        lengths: tokens of each.
-        max_length: tokens.
-
-    Returns:
-        (their numbers, {reason: how many}).
-
-    Raises:
-        NothingUsable: none is left.
-    """
-    kept, seen = [], set()
-    left_out = collections.Counter()
-    for i, (record, reject_reason, length) in enumerate(
-        zip(records, reject_reasons, lengths, strict=True)
-    ):
-        reason = reject_reason or ("repeated" if record in seen else "")
-        reason = reason or (_too_long(max_length) if length > max_length else "")
-        seen.add(record)
-        if reason:
-            left_out[reason] += 1
-        else:
-            kept.append(i)
-    _check_kept(kept, lengths, max_length, left_out)
-    return kept, left_out
-
-
-def _check_kept(kept, lengths, max_length, left_out: Mapping[str, int]) -> None:
+def _check_kept(kept, lengths, max_length, dropped: Mapping[str, int]) -> None:
     if kept:
         return
-    why = ", ".join(f"{n:,} {why}" for why, n in left_out.items())
-    too_long = bool(left_out.get(_too_long(max_length)))
+    why = ", ".join(f"{n:,} {why}" for why, n in dropped.items())
+    too_long = bool(dropped.get(_too_long(max_length)))
     if too_long:
         shortest = min(length for length in lengths if length > max_length)
         why += f", the shortest of which has {shortest:,}"
-    raise NothingUsable(f"none of the {len(lengths)} records can be used: {why}", too_long)
+    raise NoRecordsLeft(f"none of the {len(lengths)} records can be used: {why}", too_long)
 
 
 def _groups(rankings: Sequence[RankedResponses]) -> ComparisonGroups:
-    """The groups of rankings whose responses stand in rows one after the other."""
+    """The groups of rankings whose responses are consecutive rows."""
     sizes = np.array([len(ranking.responses) for ranking in rankings])
     most = int(sizes.max())
     firsts = np.cumsum(sizes) - sizes
@@ -276,40 +242,28 @@ def _groups(rankings: Sequence[RankedResponses]) -> ComparisonGroups:
     return ComparisonGroups(rows=rows.astype(np.int32), pairs=pairs, valid=valid)
 
 
-def _padded_texts(rows, records, max_length, left_out) -> TokenizedTexts:
-    tokens, mask = padded([row.ids for row in rows], max_length)
+def _padded_texts(rows, records, max_length, dropped) -> TokenizedTexts:
+    tokens, mask = pad_right([row.ids for row in rows], max_length)
     loss_mask = np.zeros(mask.shape, bool)
-    loss_mask[mask] = np.concatenate([row.learned for row in rows])
+    loss_mask[mask] = np.concatenate([row.in_loss for row in rows])
     loss_mask[:, 0] = False
-    return TokenizedTexts(tokens, mask, loss_mask, np.array(records, dtype=np.int64), left_out)
-
-
-def _check_positive(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}")
-
-
-MULTIPLE = 8  # tokens: lengths are rounded up to it, which bounds the number of compiled shapes
+    return TokenizedTexts(tokens, mask, loss_mask, np.array(records, dtype=np.int64), dropped)
 
 
 class TokenRow(NamedTuple):
     """The tokens of one text."""
 
     ids: list[int]
-    learned: list[bool]  # of each token
+    in_loss: list[bool]  # whether each token is
 
 
 def token_rows(
     texts: Sequence[Sequence[Segment]], tokenizer: Any, *, append_eos: bool
 ) -> list[TokenRow]:
-    """The tokens of texts in parts (text, learned), each part tokenised for itself.
+    """The tokens of texts in segments, each segment tokenised for itself.
 
-    Args:
-        texts: one or more.
-        tokenizer: a Hugging Face tokenizer. Its BOS, where it adds one, stands before the first
-            part, unless that begins with it.
-        append_eos: end each row with EOS, which is learned, unless it ends with it already.
+    The tokenizer's BOS, where it adds one, leads each row, and with `append_eos` EOS, which is in
+    the loss, ends it; a row that has them already does not get them twice.
 
     Raises:
         ValueError: no text, or no EOS to append.
@@ -320,17 +274,17 @@ def token_rows(
     if append_eos and eos is None:
         raise ValueError("the tokenizer must have an EOS token to append, its eos_token_id is None")
     leading = leading_tokens(tokenizer)
-    pieces = iter(token_ids([text for parts in texts for text, _ in parts], tokenizer))
+    tokenised = iter(token_ids([text for segments in texts for text, _ in segments], tokenizer))
     rows = []
-    for parts in texts:
-        ids, learned = [], []
-        for _, is_learned in parts:
-            piece = next(pieces)
-            ids += piece
-            learned += [is_learned] * len(piece)
+    for segments in texts:
+        ids, in_loss = [], []
+        for _, counts in segments:
+            segment_ids = next(tokenised)
+            ids += segment_ids
+            in_loss += [counts] * len(segment_ids)
         before = [] if ids[: len(leading)] == leading else leading
         after = [eos] if append_eos and ids[-1:] != [eos] else []
-        flags = [False] * len(before) + learned + [True] * len(after)
+        flags = [False] * len(before) + in_loss + [True] * len(after)
         rows.append(TokenRow(before + ids + after, flags))
     return rows
 
@@ -341,13 +295,13 @@ def token_ids(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
 
 
 def leading_tokens(tokenizer: Any) -> list[int]:
-    """What the tokenizer puts before a text, without the EOS that some put after it."""
+    """What the tokenizer adds before a text, without the EOS that some add after it."""
     special = list(tokenizer("")["input_ids"])
     ends = special[-1:] == [tokenizer.eos_token_id] and special != [tokenizer.bos_token_id]
     return special[:-1] if ends else special
 
 
-def padded(rows: Sequence[Sequence[int]], max_length: int) -> tuple[np.ndarray, np.ndarray]:
+def pad_right(rows: Sequence[Sequence[int]], max_length: int) -> tuple[np.ndarray, np.ndarray]:
     """(tokens [N, L] int32, mask [N, L] bool), padded on the right with 0.
 
     L is the longest row, rounded up to `MULTIPLE`, or max_length where that is less.
@@ -361,6 +315,6 @@ def padded(rows: Sequence[Sequence[int]], max_length: int) -> tuple[np.ndarray, 
 
 
 def row_batches(mask: np.ndarray, batch_size: int) -> list[np.ndarray]:
-    """All rows once, those of like length together: a batch is as wide as its longest."""
+    """All rows once, sorted by length, since a batch is as wide as its longest row."""
     order = np.argsort(mask.sum(axis=1), kind="stable")
     return [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]

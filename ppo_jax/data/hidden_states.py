@@ -1,4 +1,4 @@
-"""What a network reads of a data set: tokens, or the hidden states of a frozen trunk.
+"""Inputs of a network from a data set: tokens, or the hidden states of a frozen trunk.
 
 The states of each text are computed once and kept without padding; a batch pads them again.
 A row of packed texts (see `packing`) counts as a text here.
@@ -34,12 +34,12 @@ def make_inputs(
     """A function (rows [N], width L) -> inputs of these texts: [N, L] or [N, L, D].
 
     Args:
-        texts: the data set.
-        trunk: the frozen layers, or None when tokens are what the network reads.
-        trunk_params: their parameters, on the devices.
-        layout: how the trunk's batches lie; they have rows for every piece of it.
-        cache_gb: the states of all texts are kept when they fit into this much memory; otherwise,
+        texts: N of them.
+        trunk: the frozen layers, or None where the network reads tokens.
+        trunk_params: on the devices.
+        cache_gb: the states of all texts are kept where they fit into this much memory; otherwise,
             and with several processes, the trunk runs for each batch.
+        layout: of the trunk's batches, whose rows it divides.
         used: the rows that will be asked for; None is all.
     """
     if trunk is None:
@@ -71,18 +71,14 @@ def make_inputs(
 def text_states(
     texts: TokenizedTexts, used: Rows, compute: Inputs, layout: Layout | None = None
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """(row, the trunk's states [its length, D]) of each used text, those of like length together.
+    """(row, the trunk's states [its length, D]) of each used text, sorted by length.
 
-    Args:
-        texts: the data set.
-        used: rows.
-        compute: (rows [N], width L) -> states [N, L, D].
-        layout: of a batch; None is the first device.
+    `compute` is (rows [N], width L) -> states [N, L, D]; without a layout it is the first device's.
     """
     lengths, layout = texts.mask.sum(axis=1), layout or one_device()
     order = used[np.argsort(lengths[used], kind="stable")]
     for begin in range(0, len(order), TRUNK_BATCH):
-        # The last batch is filled up with its own first row, so that no new shape is compiled.
+        # The last batch is padded with its own first row, so that no new shape is compiled.
         rows = order[begin : begin + TRUNK_BATCH]
         padded = layout.pad_batch(rows, TRUNK_BATCH)
         hidden = np.asarray(compute(padded, batch_width(texts, rows)))

@@ -1,7 +1,7 @@
 """Several texts a row, so that little of a batch is padding. All of it is numpy.
 
 A packed row is a row of `TokenizedTexts`: its texts follow one another, then padding.
-`segment_ids` says which is which, and the network keeps them apart (see `networks.Network`).
+`segment_ids` says which is which, and the network keeps them apart (see `core.network.Network`).
 Dimensions: N texts, R rows, L tokens.
 """
 
@@ -19,13 +19,9 @@ def pack(texts: TokenizedTexts, *, max_length: int) -> TokenizedTexts:
     What a row holds depends on the lengths of the texts alone. The first token of each text stays
     out of the loss, so that no text is predicted from the one before it.
 
-    Args:
-        texts: N, one a row.
-        max_length: tokens of a row, at least those of the longest text.
-
     Returns:
         R rows with `segment_ids`: 1, 2, ... on the texts of a row, 0 in padding. `records` has an
-        entry for each text, in the order in which they stand.
+        entry for each text, in their order in the rows.
 
     Raises:
         ValueError: a text is longer than a row.
@@ -38,33 +34,28 @@ def pack(texts: TokenizedTexts, *, max_length: int) -> TokenizedTexts:
     totals = np.array([lengths[row].sum() for row in rows])
     mask = np.arange(totals.max()) < totals[:, None]
 
-    def laid_out(of_tokens: np.ndarray) -> np.ndarray:
+    def to_rows(values: np.ndarray) -> np.ndarray:
         """[number of tokens], text after text, as [R, L]."""
-        out = np.zeros(mask.shape, of_tokens.dtype)
-        out[mask] = of_tokens
+        out = np.zeros(mask.shape, values.dtype)
+        out[mask] = values
         return out
 
     real = texts.mask[order]
     numbers = np.concatenate([np.arange(1, len(row) + 1, dtype=np.int32) for row in rows])
     return dataclasses.replace(
         texts,
-        tokens=laid_out(texts.tokens[order][real]),
+        tokens=to_rows(texts.tokens[order][real]),
         mask=mask,
-        loss_mask=laid_out(texts.loss_mask[order][real]),
+        loss_mask=to_rows(texts.loss_mask[order][real]),
         records=texts.records[order],
-        segment_ids=laid_out(np.repeat(numbers, lengths[order])),
+        segment_ids=to_rows(np.repeat(numbers, lengths[order])),
     )
 
 
 def best_fit(lengths: np.ndarray, max_length: int) -> list[list[int]]:
     """Which texts go into which row: the longest first, each into the fullest row that has room.
 
-    Args:
-        lengths: [N] int, tokens, none above max_length.
-        max_length: of a row.
-
-    Returns:
-        R rows of indices into `lengths`.
+    `lengths` are [N] int, none above `max_length`; the result is R rows of indices into them.
 
     Reference: Johnson 1974, https://doi.org/10.1137/0203025: at most 11/9 of the fewest rows, and
     a few more.
@@ -93,7 +84,7 @@ def best_fit(lengths: np.ndarray, max_length: int) -> list[list[int]]:
     return rows
 
 
-def fullness(packed: TokenizedTexts) -> str:
-    """How many texts share how many rows, and how full these are."""
+def describe_packing(packed: TokenizedTexts) -> str:
+    """Number of texts and rows, and the share of positions that hold tokens."""
     texts, rows, share = len(packed.records), len(packed.mask), packed.mask.mean()
     return f"{texts:,} texts in {rows:,} rows, {texts / rows:.1f} a row, {share:.0%} full"

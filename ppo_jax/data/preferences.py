@@ -1,4 +1,7 @@
-"""Preferences: responses to one prompt, of which some are better than others."""
+"""Preferences: responses to one prompt, of which some are better than others.
+
+A malformed row raises ValueError, "place: what is wrong".
+"""
 
 import os
 from collections.abc import Sequence
@@ -6,20 +9,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from ppo_jax.data.chat import Chat, Message, has_blank_turn, read_messages
-from ppo_jax.data.readers import Row, finite, read_rows, shown, string
+from ppo_jax.data.readers import Row, read_number, read_rows, read_string, short_repr
 
-PREFERENCE_FORMS = (
+PREFERENCE_SCHEMAS = (
     ("chosen", "rejected"),
     ("prompt", "chosen", "rejected"),
     ("prompt", "responses"),
     ("prompt", "responses", "scores"),
 )
-HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # how turns begin in transcripts, as hh-rlhf's
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # start of a turn in transcripts, as hh-rlhf's
 
 
 @dataclass(frozen=True)
 class RankedResponses:
-    """Two responses or more to one prompt, and how good each of them is."""
+    """Two responses or more to one prompt, with scores."""
 
     prompt: str
     responses: tuple[str, ...]
@@ -38,7 +41,7 @@ class RankedResponses:
 
     @property
     def reject_reason(self) -> str:
-        """Why nothing can be learned from it, or ""."""
+        """Why it cannot be trained on, or ""."""
         if not all(response.strip() for response in self.responses):
             return "blank"
         return "" if self.pairs else "tied"
@@ -55,23 +58,18 @@ def load_preferences(
       of the assistant's is the prompt. They are messages, or transcripts of the form
       "\\n\\nHuman: ... \\n\\nAssistant: ...".
 
-    Args:
-        path: as for `formats.read_rows`.
-        tokenizer: its chat template makes texts of messages; without it they are refused.
-
-    Raises:
-        ValueError: "place: what is wrong".
+    The tokenizer's chat template renders messages; without one they are refused.
     """
     chat = Chat(tokenizer)
-    return [ranking(row, chat, place) for place, row in read_rows(path, PREFERENCE_FORMS)]
+    return [parse_ranking(row, chat, place) for place, row in read_rows(path, PREFERENCE_SCHEMAS)]
 
 
-def ranking(row: Row, chat: Chat, place: str) -> RankedResponses:
-    sides, scores = given_responses(row, place)
+def parse_ranking(row: Row, chat: Chat, place: str) -> RankedResponses:
+    sides, scores = read_responses(row, place)
     if all(isinstance(x, str) for x in [row.get("prompt", ""), *sides.values()]):
-        sides = {key: string(sides, key, place) for key in sides}
+        sides = {key: read_string(sides, key, place) for key in sides}
         if "prompt" in row:
-            prompt, responses = string(row, "prompt", place), tuple(sides.values())
+            prompt, responses = read_string(row, "prompt", place), tuple(sides.values())
         else:
             prompt, responses = split_transcripts(tuple(sides.values()), place)
     else:
@@ -79,51 +77,51 @@ def ranking(row: Row, chat: Chat, place: str) -> RankedResponses:
     return RankedResponses(prompt, responses, scores)
 
 
-def given_responses(row: Row, place: str) -> tuple[dict[str, Any], tuple[float, ...]]:
-    """The responses of a row by their keys, not yet checked; and their scores."""
+def read_responses(row: Row, place: str) -> tuple[dict[str, Any], tuple[float, ...]]:
+    """(responses of a row by their keys, not yet checked; their scores)."""
     if "chosen" in row:
         return {key: row[key] for key in ("chosen", "rejected")}, (1.0, 0.0)
     responses = row["responses"]
     if not isinstance(responses, list) or len(responses) < 2:
         raise ValueError(
-            f"{place}: responses must be a list of two or more, got {shown(responses)}"
+            f"{place}: responses must be a list of two or more, got {short_repr(responses)}"
         )
     ranks = list(range(len(responses), 0, -1))
     scores = row.get("scores", ranks)
     if not isinstance(scores, list) or len(scores) != len(responses):
         raise ValueError(
             f"{place}: scores must be a list of {len(responses)} numbers, one for each of the "
-            f"responses, got {shown(scores)}"
+            f"responses, got {short_repr(scores)}"
         )
     sides = {f"responses[{i}]": response for i, response in enumerate(responses)}
-    return sides, tuple(finite(score, "a score", place) for score in scores)
+    return sides, tuple(read_number(score, "a score", place) for score in scores)
 
 
 def split_transcripts(texts: Sequence[str], place: str) -> tuple[str, tuple[str, ...]]:
     """(prompt, responses): the prompt ends with the last ASSISTANT that all have in common."""
-    pieces = [text.split(ASSISTANT) for text in texts]
-    shared = common_length([x[:-1] for x in pieces])
+    turns = [text.split(ASSISTANT) for text in texts]
+    shared = common_length([x[:-1] for x in turns])
     if not shared or not texts[0].startswith(HUMAN):
         raise ValueError(
             f"{place}: without a prompt, chosen and rejected must be lists of messages, or "
             f"transcripts that begin with {HUMAN!r} and go on alike up to an {ASSISTANT!r}, got "
-            f"{' and '.join(map(shown, texts))}"
+            f"{' and '.join(map(short_repr, texts))}"
         )
-    prompt = "".join(piece + ASSISTANT for piece in pieces[0][:shared])
+    prompt = "".join(turn + ASSISTANT for turn in turns[0][:shared])
     return prompt, tuple(text[len(prompt) :] for text in texts)
 
 
 def split_conversations(
     row: Row, sides: dict[str, Any], chat: Chat, place: str
 ) -> tuple[str, tuple[str, ...]]:
-    """(prompt, responses) where at least one of them is given as messages.
+    """(prompt, responses) where at least one of them is a list of messages.
 
     A response begins with the assistant's message, or it is the whole conversation and begins with
-    the prompt. A text stands for one message, the user's in a prompt and else the assistant's.
+    the prompt. A text is one message, the user's in a prompt and else the assistant's.
     """
-    texts = [messages_of(side, key, "assistant", place) for key, side in sides.items()]
+    texts = [as_messages(side, key, "assistant", place) for key, side in sides.items()]
     if "prompt" in row:
-        prompt = messages_of(row["prompt"], "prompt", "user", place)
+        prompt = as_messages(row["prompt"], "prompt", "user", place)
         texts = [x[len(prompt) :] if x[: len(prompt)] == prompt else x for x in texts]
     else:
         prompt = common_messages(texts)
@@ -134,7 +132,7 @@ def split_conversations(
             raise ValueError(
                 f"{place}: {key} must go on from the prompt with a turn of the assistant's and end "
                 "with one (leave prompt out where both are whole conversations), got "
-                f"{shown(sides[key])}"
+                f"{short_repr(sides[key])}"
             )
     split = [chat.response(prompt, messages, place) for messages in texts]
     responses = (
@@ -144,19 +142,19 @@ def split_conversations(
     return split[0][0], tuple(responses)
 
 
-def messages_of(value: Any, key: str, role: str, place: str) -> tuple[Message, ...]:
-    """Messages as they are given, or one of a role that a text stands for."""
+def as_messages(value: Any, key: str, role: str, place: str) -> tuple[Message, ...]:
+    """A list of messages; a text is one message of the role."""
     if isinstance(value, str):
-        return ({"role": role, "content": string({key: value}, key, place)},)
+        return ({"role": role, "content": read_string({key: value}, key, place)},)
     if not isinstance(value, list):
         raise ValueError(
-            f"{place}: {key} must be a string or a list of messages, got {shown(value)}"
+            f"{place}: {key} must be a string or a list of messages, got {short_repr(value)}"
         )
     return read_messages(value, key, place)
 
 
 def common_messages(conversations: Sequence[tuple[Message, ...]]) -> tuple[Message, ...]:
-    """What all begin with, up to a turn of the assistant's in each of them."""
+    """The longest common beginning that a turn of the assistant's follows in each of them."""
     for end in range(common_length(conversations), -1, -1):
         if all(x[end : end + 1] and x[end]["role"] == "assistant" for x in conversations):
             return conversations[0][:end]
@@ -164,7 +162,7 @@ def common_messages(conversations: Sequence[tuple[Message, ...]]) -> tuple[Messa
 
 
 def common_length(sequences: Sequence[Sequence]) -> int:
-    """How many items at their beginning all sequences have in common."""
+    """Length of the longest common beginning of all sequences."""
     count = 0
     for items in zip(*sequences, strict=False):
         if any(item != items[0] for item in items):

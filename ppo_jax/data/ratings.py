@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-# A stream of random numbers for each use, so that one seed does not tie them to each other.
-TRAINING, HELD_OUT = 1, 2
+TRAINING, HELD_OUT = 1, 2  # random streams: one seed must not correlate the two uses
 
 
 def rating_pairs(
@@ -18,13 +17,8 @@ def rating_pairs(
 
     Each pair joins two different texts, all texts are in equally many pairs (up to two more for
     some, where it does not divide), and no two texts meet again before all have met. A rating is
-    drawn for each text of a pair, so that the pairs disagree as raters do.
-
-    Args:
-        ratings: the ratings of each of N texts, N at least 2.
-        seed: of the run.
-        step: from 0; other steps draw other pairs and ratings.
-        num_pairs: how many to draw.
+    drawn for each text of a pair, so that the pairs disagree as raters do. Each step draws other
+    pairs and ratings.
 
     Returns:
         (pairs, valid): [num_pairs, 2] int32 rows of (winner, loser); [num_pairs] bool, False where
@@ -54,16 +48,13 @@ def rating_pairs(
 def held_out_pairs(
     means: Sequence[float] | np.ndarray, seed: int, *, num_pairs: int, min_gap: float
 ) -> np.ndarray:
-    """Pairs for evaluation, ordered as the mean ratings order them: a uniform draw of all that fit.
+    """Pairs for evaluation, ordered by mean rating: a uniform draw from all that fit.
 
-    Args:
-        means: [N] mean rating of each text.
-        seed: of the draw.
-        num_pairs: how many at most; all that fit, where they are fewer.
-        min_gap: the least difference of the means (to 1e-9); equal means are no pair.
+    The means [N] of a pair differ by at least `min_gap` (to 1e-9); equal means are no pair.
 
     Returns:
-        [at most num_pairs, 2] int32 rows of (higher, lower), no pair twice.
+        [at most num_pairs, 2] int32 rows of (higher, lower), no pair twice; all that fit, where
+        they are fewer.
 
     Raises:
         ValueError: no two means differ by `min_gap`.
@@ -91,9 +82,7 @@ def held_out_pairs(
 def pair_accuracy(scores: np.ndarray, pairs: np.ndarray) -> float:
     """Share of pairs whose first text has the higher score; an equal score counts one half.
 
-    Args:
-        scores: [N] float, finite.
-        pairs: [M, 2] int, rows of (winner, loser).
+    Scores are [N] float; pairs [M, 2] int, rows of (winner, loser).
 
     Raises:
         ValueError: no pair, or a score that is not finite.

@@ -1,6 +1,6 @@
-"""Rows of data, whatever holds them: JSON lines, gzipped or not, Parquet, a data set of a hub.
+"""Rows of data from JSON lines, gzipped or not, from Parquet, or from a data set of a hub.
 
-A row is a dictionary, and has a place by which every mistake in it is told: "texts.jsonl:3",
+A row is a dictionary with a place, which every error about it names: "texts.jsonl:3",
 "texts.parquet: row 3", "hub:owner/name:train: row 3". Lines and rows are counted from 1.
 """
 
@@ -17,58 +17,48 @@ HUB = "hub:"  # "hub:owner/name" or "hub:owner/name:split", through the `dataset
 INSTALL = "pip install 'ppo_jax[data]'"
 
 Row = dict[str, Any]
-Forms = Sequence[tuple[str, ...]]  # the sets of keys that a row may have, the plainest first
+Schemas = Sequence[tuple[str, ...]]  # the sets of keys that a row may have, the simplest first
 
 
 class Table(NamedTuple):
     """Rows that all have the same columns."""
 
     columns: list[str]
-    rows: Callable[[Sequence[str]], Iterable[Row]]  # the rows, with these columns alone
+    rows: Callable[[Sequence[str]], Iterable[Row]]  # the rows, with only these columns
 
 
-def read_rows(path: str | os.PathLike, forms: Forms) -> Iterator[tuple[str, Row]]:
-    """Yields (place, row), each row with the keys of one of the forms.
+def read_rows(path: str | os.PathLike, schemas: Schemas) -> Iterator[tuple[str, Row]]:
+    """Yields (place, row), each row with the keys of one of the schemas.
 
-    A JSON line has exactly these keys. A table may have other columns: it is read in the last of
-    the forms whose columns it has, see `unread_columns`.
+    A JSON line has exactly these keys. A table may have other columns: it is read by the last of
+    the schemas whose columns it has, see `unread_columns`.
 
     Args:
         path: a .parquet file, "hub:owner/name[:split]", or else JSON lines, with .gz gzipped.
-        forms: the sets of keys that a row may have, the plainest first.
+        schemas: the keys that a row may have.
 
     Raises:
-        ValueError: "place: what is wrong", or what the path lacks as a whole.
+        ValueError: "place: what is wrong", or "path: what is wrong with all of it".
     """
     if is_table(path):
-        yield from table_rows(path, forms)
+        yield from table_rows(path, schemas)
         return
     for place, row in json_lines(path):
-        if not any(row.keys() == set(form) for form in forms):
-            raise ValueError(f"{place}: the keys must be {listed(forms)}, got {list(row)}")
+        if not any(row.keys() == set(schema) for schema in schemas):
+            raise ValueError(f"{place}: the keys must be {list_schemas(schemas)}, got {list(row)}")
         yield place, row
 
 
-def unread_columns(path: str | os.PathLike, forms: Forms) -> list[str]:
-    """The columns of a table that its form does not have; of JSON lines there are none.
-
-    Args:
-        path: as for `read_rows`.
-        forms: those that it is read with.
-    """
+def unread_columns(path: str | os.PathLike, schemas: Schemas) -> list[str]:
+    """The columns of a table that `read_rows` ignores; of JSON lines there are none."""
     if not is_table(path):
         return []
     columns = open_table(path).columns
-    return [name for name in columns if name not in form_of(path, columns, forms)]
+    return [name for name in columns if name not in schema_of(path, columns, schemas)]
 
 
-class NothingUsable(ValueError):
-    """No record of a data set is left.
-
-    Args:
-        message: why.
-        too_long: whether some of them are too long, and a higher limit would help.
-    """
+class NoRecordsLeft(ValueError):
+    """All records of a data set were dropped; `too_long`: some of them for their length."""
 
     def __init__(self, message: str, too_long: bool):
         super().__init__(message)
@@ -77,23 +67,19 @@ class NothingUsable(ValueError):
 
 @contextlib.contextmanager
 def naming_data(field: str, path: str | os.PathLike, limit: str) -> Iterator[None]:
-    """Errors about a data set as a whole begin with its field and file.
+    """Errors about a data set as a whole begin with its config field and file.
 
-    Args:
-        field: of the config, "sft.data" for instance.
-        path: what the field holds.
-        limit: what sets the most tokens; named where records are too long.
+    `limit` names what sets the maximum of tokens, for records that are too long.
     """
     try:
         yield
     except ValueError as error:
-        too_long = isinstance(error, NothingUsable) and error.too_long
+        too_long = isinstance(error, NoRecordsLeft) and error.too_long
         see = f"; see {limit}" if too_long else ""
         raise ValueError(f"{field}: {path}: {error}{see}") from error
 
 
 def is_hub(path: str | os.PathLike) -> bool:
-    """Whether a path is the name of a data set on a hub."""
     return str(path).startswith(HUB)
 
 
@@ -102,7 +88,7 @@ def is_table(path: str | os.PathLike) -> bool:
 
 
 def check_packages(path: str | os.PathLike):
-    """Refuse what needs a package that is not there, or a hub's name that is none.
+    """Refuse a path that needs a package that is missing, or a malformed name of a hub.
 
     Raises:
         ValueError: with the command that installs the package.
@@ -114,47 +100,36 @@ def check_packages(path: str | os.PathLike):
         import_parquet(path)
 
 
-def string(row: Row, key: str, place: str) -> str:
-    """The text under a key.
-
-    Raises:
-        ValueError: it is no text, or none that can be encoded.
-    """
+def read_string(row: Row, key: str, place: str) -> str:
+    """The text under a key; ValueError where it is none, or cannot be encoded."""
     value = row[key]
     if not isinstance(value, str):
-        raise ValueError(f"{place}: {key} must be a string, got {shown(value)}")
+        raise ValueError(f"{place}: {key} must be a string, got {short_repr(value)}")
     # JSON can spell half a surrogate pair, which no tokenizer can encode.
     if any("\ud800" <= character <= "\udfff" for character in value):
-        raise ValueError(f"{place}: {key} must be valid Unicode, got {shown(value)}")
+        raise ValueError(f"{place}: {key} must be valid Unicode, got {short_repr(value)}")
     return value
 
 
-def finite(value: Any, what: str, place: str) -> float:
-    """A finite number, as a float.
-
-    Args:
-        value: what the row holds.
-        what: its name in the message.
-        place: of the row.
-
-    Raises:
-        ValueError: it is none.
-    """
+def read_number(value: Any, what: str, place: str) -> float:
+    """A finite number of a row, as a float; ValueError, with `what` it is, where it is none."""
     # In JSON true is no number, though Python takes it for 1. The limit is for float32.
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not abs(value) <= 1e30:
-        raise ValueError(f"{place}: {what} must be a finite number up to 1e30, got {shown(value)}")
+        raise ValueError(
+            f"{place}: {what} must be a finite number up to 1e30, got {short_repr(value)}"
+        )
     return float(value)
 
 
-def shown(value: Any) -> str:
-    """A value in a message: all of it, or how it begins."""
+def short_repr(value: Any) -> str:
+    """A value in a message, truncated to 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:80]}..."
 
 
-def listed(forms: Forms) -> str:
-    return " or ".join(str(list(form)) for form in forms)
+def list_schemas(schemas: Schemas) -> str:
+    return " or ".join(str(list(schema)) for schema in schemas)
 
 
 # --- JSON lines -----------------------------------------------------------------------------------
@@ -169,58 +144,60 @@ def json_lines(path: str | os.PathLike) -> Iterator[tuple[str, Row]]:
     if not Path(path).is_file():
         raise ValueError(f"{path}: there is no such file")
     number, empty = 0, True
-    opened = gzip.open(path) if Path(path).suffix == ".gz" else open(path, "rb")
+    file = gzip.open(path) if Path(path).suffix == ".gz" else open(path, "rb")
     try:
         # As bytes, because some characters inside a JSON string end a line of text for Python.
-        with opened as lines:
+        with file as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     empty = False
-                    yield f"{path}:{number}", json_object(line, f"{path}:{number}")
+                    yield f"{path}:{number}", parse_object(line, f"{path}:{number}")
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path}:{number + 1}: the gzip file is damaged: {error}") from error
     if empty:
         raise ValueError(f"{path}: the file is empty, at least one line is needed")
 
 
-def json_object(line: bytes, place: str) -> Row:
+def parse_object(line: bytes, place: str) -> Row:
     try:
-        row = json.loads(line.decode("utf-8-sig").rstrip("\r\n"), object_pairs_hook=without_repeats)
+        row = json.loads(line.decode("utf-8-sig").rstrip("\r\n"), object_pairs_hook=unique_keys)
     except json.JSONDecodeError as error:  # which would name a line of this line
         why = f"{error.msg} at column {error.colno}"
         raise ValueError(f"{place}: not a JSON object on one line: {why}") from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{place}: not a JSON object on one line: {error}") from error
     if not isinstance(row, dict):
-        raise ValueError(f"{place}: a line must be a JSON object {{...}}, got {shown(row)}")
+        raise ValueError(f"{place}: a line must be a JSON object {{...}}, got {short_repr(row)}")
     return row
 
 
-def without_repeats(items: list[tuple[str, Any]]) -> Row:
+def unique_keys(items: list[tuple[str, Any]]) -> Row:
     row = dict(items)
     if len(row) < len(items):
-        raise ValueError(f"a key stands twice in {[key for key, _ in items]}")
+        raise ValueError(f"a key is repeated in {[key for key, _ in items]}")
     return row
 
 
 # --- tables ---------------------------------------------------------------------------------------
 
 
-def table_rows(path: str | os.PathLike, forms: Forms) -> Iterator[tuple[str, Row]]:
+def table_rows(path: str | os.PathLike, schemas: Schemas) -> Iterator[tuple[str, Row]]:
     table = open_table(path)
     number = 0
-    for number, row in enumerate(table.rows(form_of(path, table.columns, forms)), start=1):
+    for number, row in enumerate(table.rows(schema_of(path, table.columns, schemas)), start=1):
         yield f"{path}: row {number}", row
     if not number:
         raise ValueError(f"{path}: the table is empty, at least one row is needed")
 
 
-def form_of(path: str | os.PathLike, columns: Sequence[str], forms: Forms) -> tuple[str, ...]:
-    """The last, the richest, of the forms whose columns a table has."""
-    for form in reversed(forms):
-        if set(form) <= set(columns):
-            return form
-    raise ValueError(f"{path}: the columns must include {listed(forms)}, got {list(columns)}")
+def schema_of(path: str | os.PathLike, columns: Sequence[str], schemas: Schemas) -> tuple[str, ...]:
+    """The last, and so the richest, of the schemas whose columns a table has."""
+    for schema in reversed(schemas):
+        if set(schema) <= set(columns):
+            return schema
+    raise ValueError(
+        f"{path}: the columns must include {list_schemas(schemas)}, got {list(columns)}"
+    )
 
 
 def open_table(path: str | os.PathLike) -> Table:
@@ -248,13 +225,12 @@ def open_parquet(path: str | os.PathLike) -> Table:
 
 
 def open_hub(path: str | os.PathLike) -> Table:
-    """One split of a data set, which `datasets` fetches once and keeps in its cache."""
+    """One split of a data set, which `datasets` downloads once into its cache."""
     name, split = hub_name(path)
     datasets = import_datasets(path)
     try:
         data = datasets.load_dataset(name, split=split)
-    # Whatever fails in there: the name, the split, the network, the format of the files.
-    except Exception as error:
+    except Exception as error:  # the name, the split, the network, the format of the files
         raise ValueError(f"{path}: datasets could not load it: {error}") from error
     return Table(data.column_names, lambda columns: data.select_columns(list(columns)))
 

@@ -1,6 +1,7 @@
 """Records of text: read row by row, checked, and split by text.
 
-`formats` says what a row may come from, `batches` makes arrays of the records.
+`readers` gives the rows, `encode` makes arrays of the records. A malformed row raises ValueError,
+"place: what is wrong".
 """
 
 import hashlib
@@ -15,122 +16,91 @@ from typing import Any, TypeVar
 from ppo_jax.config.stages import RewardSettings, SFTSettings
 from ppo_jax.data.atomic import atomic_write
 from ppo_jax.data.chat import Chat, Segment, assistant_turns, has_blank_turn, read_messages
-from ppo_jax.data.readers import Row, finite, json_lines, read_rows, string
+from ppo_jax.data.readers import Row, read_number, read_rows, read_string
 
 Record = TypeVar("Record")
 
-DEMONSTRATION_FORMS = (("text",), ("prompt", "completion"), ("messages",))
-RATING_FORMS = (("text", "rating"), ("text", "ratings"))
-PROMPT_FORMS = (("prompt",), ("messages",))
+DEMONSTRATION_SCHEMAS = (("text",), ("prompt", "completion"), ("messages",))
+RATING_SCHEMAS = (("text", "rating"), ("text", "ratings"))
+PROMPT_SCHEMAS = (("prompt",), ("messages",))
 
 
 @dataclass(frozen=True)
 class Demonstration:
-    """A text to imitate, in parts (text, learned): the loss is on those that are learned.
+    """A text to imitate, in segments (text, whether it is in the loss).
 
-    A plain text is one part, prompt and completion are two, a conversation has two for each turn of
-    the assistant's. Parts are tokenised apart, as prompt and response are in a rollout.
+    A plain text is one segment, prompt and completion are two, a conversation has two for each turn
+    of the assistant's. Segments are tokenised apart, as prompt and response are in a rollout.
     """
 
-    parts: tuple[Segment, ...]
+    segments: tuple[Segment, ...]
 
     @property
     def text(self) -> str:
-        """All of it."""
-        return "".join(text for text, _ in self.parts)
+        return "".join(text for text, _ in self.segments)
 
     @property
     def reject_reason(self) -> str:
-        """Why nothing can be learned from it, or ""."""
-        return "" if any(learned and text.strip() for text, learned in self.parts) else "blank"
+        """Why it cannot be trained on, or ""."""
+        return "" if any(in_loss and text.strip() for text, in_loss in self.segments) else "blank"
 
 
 @dataclass(frozen=True)
 class RatedText:
-    """A text and its single human ratings, at least one, a number for each rater."""
+    """A text and its human ratings, one of each rater, at least one."""
 
     text: str
     ratings: tuple[float, ...]
 
     @property
     def mean(self) -> float:
-        """The mean rating."""
         return sum(self.ratings) / len(self.ratings)
 
     @property
-    def parts(self) -> tuple[Segment, ...]:
-        """As a `Demonstration` has them."""
+    def segments(self) -> tuple[Segment, ...]:
+        """As those of a `Demonstration`."""
         return ((self.text, True),)
 
     @property
     def reject_reason(self) -> str:
-        """Why nothing can be learned from it, or ""."""
+        """Why it cannot be trained on, or ""."""
         return "" if self.text.strip() else "blank"
 
 
 def load_texts(path: str | os.PathLike, tokenizer: Any | None = None) -> list[Demonstration]:
     """Reads demonstrations: {"text"}, {"prompt", "completion"} or {"messages"}.
 
-    Of messages the assistant's turns are learned, each with the token that ends it.
-
-    Args:
-        path: as for `formats.read_rows`.
-        tokenizer: its chat template makes texts of messages; None takes their contents as they are.
-
-    Raises:
-        ValueError: "place: what is wrong".
+    Of messages the assistant's turns are in the loss, each with the token that ends it. The
+    tokenizer's chat template renders them; None takes their contents as they are.
     """
     chat = Chat(tokenizer) if tokenizer is not None else None
-    return [demonstration(row, chat, at) for at, row in read_rows(path, DEMONSTRATION_FORMS)]
+    rows = read_rows(path, DEMONSTRATION_SCHEMAS)
+    return [parse_demonstration(row, chat, place) for place, row in rows]
 
 
 def load_ratings(path: str | os.PathLike) -> list[RatedText]:
     """Reads rated texts: {"text", "ratings": [x, ...]} or {"text", "rating": x}.
 
-    Args:
-        path: as for `formats.read_rows`. Ratings are finite numbers on any scale; higher is better.
-
-    Raises:
-        ValueError: "place: what is wrong".
+    Ratings are finite numbers on any scale; higher is better.
     """
-    return [rated_text(row, place) for place, row in read_rows(path, RATING_FORMS)]
+    return [parse_rated_text(row, place) for place, row in read_rows(path, RATING_SCHEMAS)]
 
 
 def load_prompts(path: str | os.PathLike, tokenizer: Any | None = None) -> list[str]:
     """Reads prompts: {"prompt"}, a text or messages, or {"messages"}.
 
-    Of messages a last turn of the assistant's is left out: the policy writes its own.
-
-    Args:
-        path: as for `formats.read_rows`. A prompt may be "": whether that is one, the tokenizer
-            decides.
-        tokenizer: its chat template makes texts of messages; without it they are refused.
-
-    Raises:
-        ValueError: "place: what is wrong".
+    Of messages a last turn of the assistant's is dropped: the policy writes its own. The
+    tokenizer's chat template renders messages; without one they are refused. A prompt may be "",
+    which has a token where the tokenizer adds a BOS.
     """
     chat = Chat(tokenizer)
-    return [prompt_text(row, chat, place) for place, row in read_rows(path, PROMPT_FORMS)]
-
-
-def read_jsonl(path: str | os.PathLike) -> list[Row]:
-    """Reads a file of JSON objects, one a line; blank lines are passed over.
-
-    Args:
-        path: a UTF-8 file, gzipped where its name ends with .gz.
-
-    Raises:
-        ValueError: no such file, no object in it, or "file:line: what is wrong".
-    """
-    return [row for _, row in json_lines(path)]
+    return [parse_prompt(row, chat, place) for place, row in read_rows(path, PROMPT_SCHEMAS)]
 
 
 def write_jsonl(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> None:
     """Writes one JSON object a line, atomically: the file appears whole or not at all.
 
-    Args:
-        path: where to; missing folders are made, an existing file is replaced.
-        rows: what `json` can write; NaN and infinities are not JSON.
+    Missing folders are made, and an existing file is replaced.
 
     Raises:
         ValueError: a row holds a number that is not finite.
@@ -156,7 +126,7 @@ def split_by_text(
 
     Args:
         records: in any order, which the splits keep.
-        fractions: the share of each split, by name; they sum to 1.
+        fractions: name of a split -> its share; they sum to 1.
         seed: another seed gives another split.
         key: the text of a record. Preferences over one prompt are kept together by their prompt.
         duplicates: "drop" keeps the first record of each text; "keep" all of them, in one split.
@@ -168,7 +138,7 @@ def split_by_text(
     splits = {name: [] for name in fractions}
     seen = set()
     for record in records:
-        text = _normalized(key(record))
+        text = " ".join(key(record).casefold().split())
         if duplicates == "drop" and text in seen:
             continue
         seen.add(text)
@@ -184,10 +154,6 @@ def _check_split(fractions: Mapping[str, float], duplicates: str) -> None:
         raise ValueError(f"duplicates must be 'drop' or 'keep', got {duplicates!r}")
 
 
-def _normalized(text: str) -> str:
-    return " ".join(text.casefold().split())
-
-
 def _split_of(text: str, fractions: Mapping[str, float], seed: int) -> str:
     digest = hashlib.sha256(f"{seed}\n{text}".encode()).digest()
     place = int.from_bytes(digest[:8], "big") / 2**64
@@ -200,33 +166,33 @@ def _split_of(text: str, fractions: Mapping[str, float], seed: int) -> str:
     return names[-1]  # The shares may sum to a little less than 1.
 
 
-def demonstration(row: Row, chat: Chat | None, place: str) -> Demonstration:
+def parse_demonstration(row: Row, chat: Chat | None, place: str) -> Demonstration:
     if "text" in row:
-        return Demonstration(((string(row, "text", place), True),))
+        return Demonstration(((read_string(row, "text", place), True),))
     if "messages" not in row:
-        prompt, completion = (string(row, key, place) for key in ("prompt", "completion"))
+        prompt, completion = (read_string(row, key, place) for key in ("prompt", "completion"))
         return Demonstration(((prompt, False), (completion, True)))
     messages = read_messages(row["messages"], "messages", place)
     if chat is None:
         return Demonstration(tuple((m["content"], m["role"] == "assistant") for m in messages))
-    return Demonstration(() if has_blank_turn(messages) else chat.parts(messages, place))
+    return Demonstration(() if has_blank_turn(messages) else chat.segments(messages, place))
 
 
-def prompt_text(row: Row, chat: Chat, place: str) -> str:
+def parse_prompt(row: Row, chat: Chat, place: str) -> str:
     key = "prompt" if "prompt" in row else "messages"
     if key == "prompt" and not isinstance(row[key], list):
-        return string(row, key, place)
+        return read_string(row, key, place)
     messages = read_messages(row[key], key, place)
     assistant_turns(messages, place)
     return chat.prompt(messages[:-1] if messages[-1]["role"] == "assistant" else messages, place)
 
 
-def rated_text(row: Row, place: str) -> RatedText:
+def parse_rated_text(row: Row, place: str) -> RatedText:
     ratings = row["ratings"] if "ratings" in row else [row["rating"]]
     if not isinstance(ratings, list) or not ratings:
         raise ValueError(f"{place}: ratings must be a list of numbers, not empty, got {ratings!r}")
-    text = string(row, "text", place)
-    return RatedText(text, tuple(finite(x, "a rating", place) for x in ratings))
+    text = read_string(row, "text", place)
+    return RatedText(text, tuple(read_number(x, "a rating", place) for x in ratings))
 
 
 TextSettings = SFTSettings | RewardSettings
@@ -235,13 +201,10 @@ TextSettings = SFTSettings | RewardSettings
 def read_split(
     settings: TextSettings, seed: int, read: Callable[[str], Sequence], key: Callable
 ) -> tuple[Sequence, Sequence]:
-    """Training and validation records, disjoint by text.
+    """(training, validation) records, disjoint by text.
 
-    Args:
-        settings: of the stage; names the files, or the share to hold out.
-        seed: of the split.
-        read: path -> records.
-        key: record -> the text that decides where it falls.
+    The settings name two files, or one and the share to hold out, for which `key` gives the text
+    of a record.
 
     Raises:
         ValueError: a file is not readable, or one of the two would be empty.
@@ -251,15 +214,15 @@ def read_split(
     fraction = settings.validation_fraction
     shares = {"train": 1 - fraction, "validation": fraction}
     records = read(settings.data)
-    parts = split_by_text(records, shares, seed=seed, key=key, duplicates="keep")
-    for name, chosen in parts.items():
-        if not chosen:
+    splits = split_by_text(records, shares, seed=seed, key=key, duplicates="keep")
+    for name, split in splits.items():
+        if not split:
             raise ValueError(
                 f"{settings.data}: its {len(records)} records leave none for {name} with "
                 f"validation_fraction={fraction}; change the fraction, or name a file as "
                 "validation_data"
             )
-    return parts["train"], parts["validation"]
+    return splits["train"], splits["validation"]
 
 
 def data_files(settings: TextSettings) -> tuple[tuple[str, str], tuple[str, str]]:

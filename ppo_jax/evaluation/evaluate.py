@@ -14,7 +14,7 @@ from ppo_jax.config.run import Config
 from ppo_jax.config.stages import EvaluateSettings
 from ppo_jax.core.distributions import token_logprobs
 from ppo_jax.core.types import Rollout
-from ppo_jax.data.comparisons import CONTEXT, rated
+from ppo_jax.data.comparisons import CONTEXT, encode_rated
 from ppo_jax.data.prompts import PromptData, prompt_data
 from ppo_jax.data.readers import naming_data
 from ppo_jax.data.records import RatedText, load_ratings
@@ -265,7 +265,7 @@ def reward_accuracies(
         return {}
     if ratings is not None:
         with naming_data("evaluate.ratings", config.evaluate.ratings, CONTEXT):
-            data = rated(ratings, reward.tokenizer, reward.config.max_length)
+            data = encode_rated(ratings, reward.tokenizer, reward.config.max_length)
         accuracies = data.accuracy(score_rows(reward, data.texts), config.seed)
     else:
         accuracies = last_validation(workdir / "metrics.jsonl")

@@ -1,4 +1,4 @@
-"""Text in, text out: responses of a whole policy to prompts, at once or token by token."""
+"""Text generation: responses of a policy to prompts, in batches or as a stream of tokens."""
 
 import functools
 import json
@@ -27,7 +27,7 @@ LEAST_WIDTH = 64  # positions of a streamed prompt; each further width is twice 
 
 
 def stop_ids(tokenizer: Any, stop_tokens: Sequence[str] = ()) -> tuple[int, ...]:
-    """Ids that end a response: the tokenizer's EOS and the given tokens.
+    """Ids that end a response: the tokenizer's EOS and the stop tokens.
 
     Raises:
         ValueError: one of them is not a token of the tokenizer.
@@ -44,32 +44,26 @@ def stop_ids(tokenizer: Any, stop_tokens: Sequence[str] = ()) -> tuple[int, ...]
 
 
 def make_sampling(settings: Mapping[str, Any], tokenizer: Any) -> Sampling:
-    """What shapes the responses of a rollout, out of the fields of the ppo section."""
-    shape = {name: settings[name] for name in ("response_length", "top_k", "top_p", "min_p")}
-    return Sampling(eos_ids=stop_ids(tokenizer, settings["stop_tokens"]), **shape)
+    """The `Sampling` of a rollout from the fields of the ppo section."""
+    filters = {name: settings[name] for name in ("response_length", "top_k", "top_p", "min_p")}
+    return Sampling(eos_ids=stop_ids(tokenizer, settings["stop_tokens"]), **filters)
 
 
 def find_sampling(path: str, tokenizer: Any, **asked: Any) -> dict[str, Any]:
     """How to sample a model: {"sampling", "temperature"}, as `generate` takes them.
 
-    What is not asked for is that of the PPO stage in the same run, where the model is a stage's,
-    and else the default of the ppo section. Stop tokens of a generation_config.json count, too.
-
-    Args:
-        path: as in `models.load_model`.
-        tokenizer: the model's.
-        **asked: temperature, response_length, top_k, top_p, min_p; None is not asked for.
+    Of temperature, response_length, top_k, top_p and min_p, those that are None or absent are taken
+    from the PPO stage of the same run, where the model is a stage's, and else from the defaults of
+    the ppo section. Stop tokens of a generation_config.json count, too.
     """
     asked = {name: value for name, value in asked.items() if value is not None}
     settings = filled_in(PPOSettings, declared_sampling(path, tokenizer) | asked)
-    return {
-        "sampling": make_sampling(settings, tokenizer),
-        "temperature": settings["temperature"],
-    }
+    sampling = make_sampling(settings, tokenizer)
+    return {"sampling": sampling, "temperature": settings["temperature"]}
 
 
 def declared_sampling(path: str, tokenizer: Any) -> dict[str, Any]:
-    """What the files beside a model say of its sampling, under the names of the ppo section."""
+    """Sampling settings in the files beside a model, under the names of the ppo section."""
     stage = describe_stage(Path(path))
     if stage is not None:
         ppo = stage if stage["stage"] == "ppo" else describe_stage(Path(path).parent / "ppo")
@@ -91,7 +85,7 @@ def decode_rows(tokenizer: Any, tokens: np.ndarray, mask: np.ndarray) -> list[st
 
 @functools.lru_cache(maxsize=8)
 def compiled_rollout(config: ModelConfig, sampling: Sampling, layout: Layout):
-    """One jitted rollout for all models of a shape: base, SFT and PPO compile once."""
+    """One jitted rollout for all models of a config: base, SFT and PPO compile once."""
     network = policy_network(config, constrain=layout.constrain)
 
     def sample(params, *args, **kwargs):
@@ -129,7 +123,7 @@ def generate(
         before_batch: called before each batch; it may end the process.
 
     Returns:
-        (N responses, the rollouts of the batches; the last is filled up with prompt 0).
+        (N responses, the rollouts of the batches; the last is padded with prompt 0).
 
     Raises:
         ValueError: the model is no policy, or a prompt is too long or has no token.
@@ -141,7 +135,7 @@ def generate(
     rows = encode_prompts(prompts, model.tokenizer, max_length=max_prompt_length)
     layout = layout or one_device()
     sample = compiled_rollout(model.config, sampling, layout)
-    # On a mesh the program itself puts them where the rollout reads them, cast first.
+    # On a mesh the program itself casts and reshards them for the rollout.
     params = model.params if model.layout else layout.put(model.params)
     key, temperature = layout.replicate((jax.random.key(seed), np.float32(temperature)))
     responses, rollouts = [], []
@@ -153,29 +147,29 @@ def generate(
         numbers = np.arange(begin, begin + batch_size)
         chosen = np.where(numbers < len(prompts), numbers, 0)
         batch, numbers = layout.shard_batch((take_prompts(rows, chosen), numbers))
-        found = sample(params, batch, key, temperature=temperature, rows=numbers)
-        tokens, mask = fetch((found.response_tokens, found.response_mask))
+        sampled = sample(params, batch, key, temperature=temperature, rows=numbers)
+        tokens, mask = fetch((sampled.response_tokens, sampled.response_mask))
         responses += decode_rows(model.tokenizer, tokens, mask)
-        rollouts.append(found)
+        rollouts.append(sampled)
     return responses[: len(prompts)], rollouts
 
 
 @functools.lru_cache(maxsize=8)
 def compiled_stream(config: ModelConfig, sampling: Sampling):
-    """(begin, more): a prompt to the state before its response, and `CHUNK` tokens from there on.
+    """(prefill, decode): a prompt to the state before its response, and the next `CHUNK` tokens.
 
     The state is (t, logits [1, V], cache). Compiled once for each width of the prompt.
     """
     network = policy_network(config)
 
-    def begin(params, tokens, mask):
+    def prefill(params, tokens, mask):
         width = tokens.shape[1]
-        # The last chunk may run over the end; what it adds there is thrown away.
+        # The last chunk may exceed the response; its surplus is discarded.
         cache = network.init_cache(1, width + sampling.response_length + CHUNK)
         logits, cache = network.decode(params, tokens, mask, cache, first_output=width - 1)
         return jnp.int32(0), logits[:, 0], cache
 
-    def more(params, state, key, temperature):
+    def decode(params, state, key, temperature):
         row_keys = jax.random.fold_in(key, 0)[None]  # as the first row of a rollout
 
         def step(state, _):
@@ -187,7 +181,7 @@ def compiled_stream(config: ModelConfig, sampling: Sampling):
 
         return jax.lax.scan(step, state, length=CHUNK)
 
-    return jax.jit(begin), jax.jit(more, donate_argnums=1)
+    return jax.jit(prefill), jax.jit(decode, donate_argnums=1)
 
 
 def stream(
@@ -200,24 +194,18 @@ def stream(
 ) -> Iterator[int]:
     """The tokens of one response as they are sampled, a stop token included.
 
-    They are those of a rollout with this prompt alone.
-
-    Args:
-        model: a policy; with its parameters on the device, if several responses are wanted.
-        ids: the tokens of the prompt, at most the model's positions less the response's.
-        key: of the sampling.
-        sampling: length, stop tokens and filters.
-        temperature: 0 is greedy.
+    They are those of a rollout with this prompt alone, whose tokens `ids` and response fit into the
+    model's context. For several responses put the policy's parameters on the device first.
     """
     width = min(prompt_width(len(ids)), model.config.max_length)
     tokens = np.zeros((1, width), np.int32)
     tokens[0, width - len(ids) :] = ids
     mask = np.arange(width)[None] >= width - len(ids)
-    begin, more = compiled_stream(model.config, sampling)
+    prefill, decode = compiled_stream(model.config, sampling)
     params = jax.device_put(model.params)
-    state = begin(params, tokens, mask)
+    state = prefill(params, tokens, mask)
     for t in range(0, sampling.response_length, CHUNK):
-        state, chunk = more(params, state, key, jnp.float32(temperature))
+        state, chunk = decode(params, state, key, jnp.float32(temperature))
         for token in np.asarray(chunk)[: sampling.response_length - t].tolist():
             yield token
             if token in sampling.eos_ids:
@@ -225,7 +213,7 @@ def stream(
 
 
 def prompt_width(length: int) -> int:
-    """The least width that holds a prompt, of few, so that few are compiled.
+    """The least of few widths that holds a prompt, so that few programs are compiled.
 
     >>> [prompt_width(length) for length in (1, 64, 65, 300)]
     [64, 64, 128, 512]
@@ -233,13 +221,13 @@ def prompt_width(length: int) -> int:
     return LEAST_WIDTH << ((length - 1) // LEAST_WIDTH).bit_length()
 
 
-def text_pieces(tokenizer: Any, tokens: Iterable[int]) -> Iterator[str]:
-    """The text of tokens, piece by piece; a character is given once all of its bytes are there."""
-    ids, shown, text = [], 0, ""
+def decode_stream(tokenizer: Any, tokens: Iterable[int]) -> Iterator[str]:
+    """The text of tokens as they come; a character is yielded once all of its bytes are there."""
+    ids, done, text = [], 0, ""
     for token in tokens:
         ids.append(token)
         text = tokenizer.decode(ids, skip_special_tokens=True)
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            yield text[shown:]
-            shown = len(text)
-    yield text[shown:]
+            yield text[done:]
+            done = len(text)
+    yield text[done:]

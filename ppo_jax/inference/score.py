@@ -13,6 +13,8 @@ from ppo_jax.io.stage_folder import Model
 from ppo_jax.models.build import reward_network
 from ppo_jax.models.config import ModelConfig
 
+BATCH_SIZE = 64  # texts
+
 
 def all_scores(
     score, params, texts: TokenizedTexts, inputs: Inputs, layout: Layout, batch_size: int
@@ -24,17 +26,14 @@ def all_scores(
         batch = layout.shard_batch((inputs(filled, width), texts.mask[filled, :width]))
         scores.append(score(params, *batch))
     ordered = np.empty(len(texts.mask), np.float32)
-    for rows, found in zip(batches, fetch(scores), strict=True):
-        ordered[rows] = found[: len(rows)]
+    for rows, batch_scores in zip(batches, fetch(scores), strict=True):
+        ordered[rows] = batch_scores[: len(rows)]
     return ordered
 
 
-SCORED_AT_A_TIME = 64  # texts
-
-
 def scores_that_fit(model: Model, texts: list[str]) -> dict[int, float]:
-    """Scores of the texts that fit into a reward model's context, by their numbers: a response
-    may have more tokens when its text is tokenised again."""
+    """{index: score} of the texts that fit into a reward model's context: a response may have more
+    tokens when its text is tokenised again."""
     rows = encode_texts(texts, model.tokenizer, max_length=model.config.max_length)
     return dict(zip(rows.records.tolist(), score_rows(model, rows).tolist(), strict=True))
 
@@ -54,4 +53,4 @@ def score_rows(model: Model, rows: TokenizedTexts) -> np.ndarray:
     """A reward model's scores of tokenised texts, [N] float32."""
     layout = model.layout or one_device()
     score, inputs = compiled_scores(model.config, layout), make_inputs(rows, None, None, cache_gb=0)
-    return all_scores(score, layout.put(model.params), rows, inputs, layout, SCORED_AT_A_TIME)
+    return all_scores(score, layout.put(model.params), rows, inputs, layout, BATCH_SIZE)

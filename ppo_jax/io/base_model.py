@@ -18,7 +18,7 @@ from ppo_jax.data.records import load_texts
 from ppo_jax.io import huggingface as hf
 from ppo_jax.io import tokenizers as vocabulary
 from ppo_jax.io.hub import model_folder
-from ppo_jax.io.trim_vocabulary import trim_params, trim_vocabulary
+from ppo_jax.io.tokenizers import trim_params, trim_vocabulary
 from ppo_jax.models.build import policy_network
 from ppo_jax.models.config import ModelConfig
 
@@ -42,7 +42,7 @@ def prepare_base(settings: ModelSettings, folder: Path, seed: int):
     if settings.vocabulary_data and not folder.is_dir():
         tokenizer = None if settings.scratch else vocabulary.load_tokenizer(settings.path)
         records = load_texts(settings.vocabulary_data, tokenizer)
-        texts = [text for record in records for text, _ in record.parts]
+        texts = [text for record in records for text, _ in record.segments]
         make = trimmed_model if settings.scratch is None else scratch_model
         with atomic_folder(folder) as new:
             make(settings, new, texts, seed)

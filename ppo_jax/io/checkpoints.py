@@ -1,8 +1,8 @@
 """Checkpoints of a whole state, step by step, and of params alone. The only file that knows Orbax.
 
-A folder of checkpoints holds one folder a step, see `step_folders`. Orbax has no checksums of what
-arrays hold, so a step gets those of its files as soon as it is complete, and is compared with them
-before it is read. Of several processes, process 0 compares and chooses the step for all.
+A folder of checkpoints holds one folder a step, see `step_folders`. Orbax has no checksums of array
+contents, so a step gets those of its files as soon as it is complete, and is verified against them
+before it is read. Of several processes, process 0 verifies and chooses the step for all.
 """
 
 import contextlib
@@ -38,8 +38,9 @@ class Checkpoints:
     """The checkpoints of one run in one folder, saved asynchronously; call `close` at the end.
 
     Args:
-        directory: the folder, made at the first save; this object is its only writer.
-        keep: how many complete steps stay. An older one goes only when a newer one is complete.
+        directory: made at the first save; this object is its only writer.
+        keep: number of complete steps to keep. An older one is removed only when a newer one is
+            complete.
     """
 
     def __init__(self, directory: str | Path, *, keep: int = 2):
@@ -49,19 +50,15 @@ class Checkpoints:
         self.keep = keep
         self._broken: set[int] = set()  # steps that could not be read
         self._verified: int | None = None  # the newest step that was restored or saved
-        self._saving: tuple[int, Future] | None = None  # step, and what ends when it is on disk
+        self._saving: tuple[int, Future] | None = None  # step, done when it is on disk
         self._background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoints")
 
     def save(self, step: int, state: Any, metadata: dict[str, Any] | None = None) -> None:
-        """Start to save a state, and return as soon as its buffers may be donated.
+        """Start to save a pytree of arrays, and return as soon as its buffers may be donated.
 
         The newest step that this object restored or saved is not written twice: the state is a
-        function of the step. A step that `restore` found broken is replaced.
-
-        Args:
-            step: number of steps that made this state.
-            state: a pytree of arrays (a struct, optax states and nested dicts included).
-            metadata: what JSON can hold, given back by `restore`.
+        function of the step. A step that `restore` found broken is replaced. The metadata are what
+        JSON can hold; `restore` returns them.
 
         Raises:
             ProcessMismatch: it is called in `on_primary`, where Orbax would wait for the others.
@@ -74,7 +71,7 @@ class Checkpoints:
             return
         # The others wait here while process 0 writes checksums; inside of Orbax they would give up.
         on_primary(self._check_new, step)
-        # Named, so that a state is saved under the same paths whatever its nodes are made of.
+        # By name, so that the paths are the same whatever types the nodes have.
         tree = unflatten_dict(named_leaves(detach(state)), sep="/")
         # Orbax's transfer to the host is implicit; a caller's guard is for the caller's code.
         with jax.transfer_guard("allow"):
@@ -88,8 +85,10 @@ class Checkpoints:
 
     def _check_new(self, step: int) -> None:
         if later := [other for other in self.steps() if other >= step]:
-            have = f"step {step} cannot be saved in {self.directory}: it holds steps {later}."
-            raise ValueError(f"{have} Restore them first, or choose another workdir.")
+            raise ValueError(
+                f"step {step} cannot be saved in {self.directory}: it holds steps {later}. "
+                "Restore them first, or choose another workdir."
+            )
 
     def _finish(self, step: int, response: Any) -> None:
         response.result()
@@ -98,9 +97,9 @@ class Checkpoints:
             write_checksums(self.directory / str(step))
 
     def restore(self, example: Any) -> tuple[Any, int, dict[str, Any]] | None:
-        """Load the newest step that is whole; a half-written or damaged one is named in a warning.
+        """Load the newest intact step; an unfinished or damaged one is named in a warning.
 
-        Several processes load the step whose files process 0 has found whole, and no other.
+        Several processes load the step whose files process 0 has verified, and no other.
 
         Args:
             example: the state's structure: arrays or `jax.ShapeDtypeStruct`s. Shardings are
@@ -112,21 +111,21 @@ class Checkpoints:
 
         Raises:
             ValueError: the checkpoint's paths, shapes or dtypes are not those of the example, or
-                all complete steps are damaged, or the arrays of the step that process 0 has
-                chosen cannot be loaded by several.
+                all complete steps are damaged, or several processes cannot load the arrays of the
+                step that process 0 has chosen.
         """
 
         def load(path: Path, saved: Any, metadata: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             if lines := differences(saved, example):
-                unfit = f"checkpoint {path} does not fit this run's state:"
-                raise Mismatch("\n  ".join([unfit, *lines]))
+                message = f"checkpoint {path} does not fit this run's state:"
+                raise Mismatch("\n  ".join([message, *lines]))
             return _load_like(path, example), metadata
 
         self.wait()
-        found = _load_newest(self.directory, load)
-        if found is None:
+        newest = _load_newest(self.directory, load)
+        if newest is None:
             return None
-        self._verified, (state, metadata) = found
+        self._verified, (state, metadata) = newest
         self._broken.update(step for step in self.steps() if step > self._verified)
         return state, self._verified, metadata
 
@@ -135,16 +134,16 @@ class Checkpoints:
         return max(self.steps(), default=None)
 
     def readable_step(self) -> int | None:
-        """The newest step whose files are as they were written; None if none was ever complete.
+        """The newest intact step, for decisions (see `verify_again`); None if none was complete.
 
-        For decisions, see `verify_again`. Warns and raises as `restore` does.
+        Warns and raises as `restore` does.
         """
         return on_primary(_newest_step, self.directory, verify_again)
 
     def wait(self) -> None:
-        """Wait until the last `save` is on disk, and drop what `keep` no longer covers.
+        """Wait until the last `save` is on disk, and remove what `keep` no longer covers.
 
-        Raises: what went wrong while it was written, for instance a full disk.
+        Raises: the error of the write, for instance of a full disk.
         """
         if self._saving is None:
             return
@@ -156,12 +155,12 @@ class Checkpoints:
             self._remove_old()
 
     def close(self) -> None:
-        """Wait for the last save and end the thread that saves; nothing can be saved any more."""
+        """Wait for the last save and end the background thread; nothing can be saved any more."""
         with self._background:
             self.wait()
 
     def steps(self) -> list[int]:
-        """All steps that are complete by their names and not found broken, oldest first."""
+        """All steps that are complete by their names and not known as broken, oldest first."""
         folders = step_folders(self.directory)
         return [step for step, path in folders if path.name.isdigit() and step not in self._broken]
 
@@ -183,13 +182,13 @@ def load_checkpoint_item(
     Args:
         directory: the folder of a run's checkpoints.
         name: the field, for instance "policy_params".
-        step: which checkpoint; None is the newest that can be read (others: a warning each).
+        step: of the checkpoint; None is the newest that can be read (others: a warning each).
         shardings: from the tree that is loaded, as `jax.ShapeDtypeStruct`s, to the tree of its
             shardings, for instance `Layout.shardings`. None loads to the host.
 
     Returns:
         The field as nested dicts (tuples are dicts with keys "0", "1" ...) of numpy arrays or,
-        with shardings, of arrays of which each process has read its own pieces.
+        with shardings, of arrays of which each process has read its own shards.
 
     Raises:
         ValueError: there is no such checkpoint, it is damaged, or there is no such field in it;
@@ -199,7 +198,7 @@ def load_checkpoint_item(
     def load(path: Path, saved: Any, _: Any) -> Any:
         if name not in saved:
             raise Mismatch(f"no field {name!r} in {path}; it holds {sorted(saved)}.")
-        return _load_part(path, {name: saved[name]}, shardings)[name]
+        return _load_subtree(path, {name: saved[name]}, shardings)[name]
 
     directory = Path(directory).absolute()
     if step is not None:
@@ -207,19 +206,14 @@ def load_checkpoint_item(
         with damage_named(f"checkpoint {path}"):
             on_primary(verify_checksums, path)
             return load(path, *_read_metadata(step, path))
-    found = _load_newest(directory, load)
-    if found is None:
+    newest = _load_newest(directory, load)
+    if newest is None:
         raise ValueError(f"no complete checkpoint in {directory}.")
-    return found[1]
+    return newest[1]
 
 
 def save_params(path: str | Path, params: Any) -> None:
-    """Save params alone as a folder that is complete or absent, and replace one that is there.
-
-    Args:
-        path: the folder.
-        params: nested dicts with string keys, of jax or numpy arrays.
-    """
+    """Save nested dicts of arrays as a folder that is complete or absent, replacing an old one."""
     require_all_processes(f"{path} must be saved")
     path, tree = Path(path).absolute(), detach(params)
     with jax.transfer_guard("allow"):
@@ -239,12 +233,13 @@ def load_params(path: str | Path, shardings: Shardings | None = None) -> Any:
         raise ValueError(f"no params in {path}: the folder does not exist.")
     with damage_named(f"params in {path}"):
         on_primary(verify_checksums, path)
-        return _load_part(path, _read_metadata(None, path)[0], shardings)
+        return _load_subtree(path, _read_metadata(None, path)[0], shardings)
 
 
 def _load_newest(directory: Path, load: Callable[..., T]) -> tuple[int, T] | None:
-    """The newest step that can be read, and what `load(folder, tree of what was saved, metadata)`
-    gives for it. Several processes load the step that process 0 has verified and chosen."""
+    """(the newest step that can be read, `load(folder, tree of what was saved, metadata)`).
+
+    Several processes load the step that process 0 has verified and chosen."""
     if not is_multiprocess():
         return newest_readable(directory, lambda step, path: load(path, *_verified(step, path)))
     step = on_primary(_newest_step, directory)
@@ -257,8 +252,8 @@ def _load_newest(directory: Path, load: Callable[..., T]) -> tuple[int, T] | Non
 
 
 def _newest_step(directory: Path, verify: Verify = verify_checksums) -> int | None:
-    found = newest_readable(directory, partial(_verified, verify=verify))
-    return None if found is None else found[0]
+    newest = newest_readable(directory, partial(_verified, verify=verify))
+    return None if newest is None else newest[0]
 
 
 def _verified(step: int, path: Path, verify: Verify = verify_checksums) -> tuple[Any, dict]:
@@ -268,12 +263,12 @@ def _verified(step: int, path: Path, verify: Verify = verify_checksums) -> tuple
 
 def _read_metadata(step: int | None, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """(the tree of what was saved, with shapes and dtypes; the caller's metadata)."""
-    found = ocp.metadata(path)
-    own = found.custom_metadata
+    of_orbax = ocp.metadata(path)
+    ours = of_orbax.custom_metadata
     # Orbax logs what it could not read, and returns None in its place.
-    if not found.metadata or not own or own["step"] != step:
+    if not of_orbax.metadata or not ours or ours["step"] != step:
         raise OSError("its metadata are missing or damaged.")
-    return found.metadata, own["metadata"]
+    return of_orbax.metadata, ours["metadata"]
 
 
 def _load_like(path: Path, example: Any) -> Any:
@@ -282,16 +277,18 @@ def _load_like(path: Path, example: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(example), [loaded[name] for name in wanted])
 
 
-def _load_part(path: Path, saved: Any, shardings: Shardings | None) -> Any:
-    """Load the part of a checkpoint that `saved`, a subtree of its metadata, describes."""
+def _load_subtree(path: Path, saved: Any, shardings: Shardings | None) -> Any:
+    """Load the arrays that `saved`, a subtree of a checkpoint's metadata, describes."""
     wanted = jax.tree.map(lambda _: np.ndarray, saved)
     if shardings is not None:
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), saved)
         try:
-            where = shardings(shapes)
+            shardings_tree = shardings(shapes)
         except ValueError as error:  # of the layout, not of the checkpoint
             raise Mismatch(str(error)) from error
-        wanted = jax.tree.map(lambda leaf, to: leaf.update(sharding=to), shapes, where)
+        wanted = jax.tree.map(
+            lambda x, sharding: x.update(sharding=sharding), shapes, shardings_tree
+        )
     context = ocp.Context()
     context.pytree.loading.partial_load = True
     return _load(path, wanted, context)
@@ -303,13 +300,12 @@ def _load(path: Path, wanted: Any, context: ocp.Context) -> Any:
         return ocp.load(path, wanted)
 
 
-T = TypeVar("T")
 UNFINISHED = ".orbax-checkpoint-tmp"
 STEP_FOLDER = re.compile(rf"(\d+)({re.escape(UNFINISHED)}.*)?")
 
 
 class Mismatch(ValueError):
-    """The checkpoint is whole, but not what the caller asks for: never a reason to pass it over."""
+    """The checkpoint is intact, but not what the caller asks for: never a reason to skip it."""
 
 
 # Neither is a device without memory, or another process that has failed.
@@ -324,10 +320,10 @@ def step_folders(directory: Path) -> list[tuple[int, Path]]:
 
 
 def newest_readable(directory: Path, read: Callable[[int, Path], T]) -> tuple[int, T] | None:
-    """The newest step and what `read(step, folder)` gives for it; None if none was ever complete.
+    """(the newest step that can be read, `read(step, folder)`); None if none was ever complete.
 
     Warns of every newer step, by name. Raises ValueError when all complete steps are damaged: to
-    begin again as if there were none would lose them without a word.
+    start over as if there were none would lose them without a word.
     """
     damaged = []
     for step, path in reversed(step_folders(directory)):
@@ -337,10 +333,10 @@ def newest_readable(directory: Path, read: Callable[[int, Path], T]) -> tuple[in
         try:
             return step, read(step, path)
         except NOT_DAMAGED:
-            raise  # the checkpoint may be whole: passing it over would lose work
+            raise  # the checkpoint may be intact: skipping it would lose work
         except Exception as error:  # Orbax has no common error for damaged files
-            damaged.append(f"  {step}: {reason(error)}")
-            warnings.warn(f"passed over checkpoint {path}: {reason(error)}", stacklevel=4)
+            damaged.append(f"  {step}: {error_summary(error)}")
+            warnings.warn(f"passed over checkpoint {path}: {error_summary(error)}", stacklevel=4)
     if damaged:
         lines = [f"none of the checkpoints in {directory} can be read:", *damaged]
         lines += ["Mend one from a copy, or move the folder away to begin again."]
@@ -350,14 +346,14 @@ def newest_readable(directory: Path, read: Callable[[int, Path], T]) -> tuple[in
 
 @contextlib.contextmanager
 def damage_named(what: str, advice: str = "") -> Iterator[None]:
-    """Errors say of what they are, and what can be done; those that are no damage stay."""
+    """Errors of damage name the checkpoint, and what can be done; others pass."""
     try:
         yield
     except NOT_DAMAGED:
         raise
     except Exception as error:
-        raise ValueError(f"{what} cannot be read: {reason(error)}{advice}") from error
+        raise ValueError(f"{what} cannot be read: {error_summary(error)}{advice}") from error
 
 
-def reason(error: Exception) -> str:
+def error_summary(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}"

@@ -28,42 +28,31 @@ LAYER_TENSORS = {
     "ffn_up.weight": "mlp.up_proj.weight",
     "ffn_down.weight": "mlp.down_proj.weight",
 }
-# The numbers of a Llama that this file understands; any other llama.* key is refused.
-LLAMA_KEYS = {
+# The metadata llama.* of a file; any other key is refused.
+REQUIRED = (
     "block_count",
     "context_length",
     "embedding_length",
     "feed_forward_length",
     "attention.head_count",
+    "attention.layer_norm_rms_epsilon",
+)
+OPTIONAL = (
     "attention.head_count_kv",
     "attention.key_length",
     "attention.value_length",
-    "attention.layer_norm_rms_epsilon",
     "rope.freq_base",
     "rope.dimension_count",
     "vocab_size",
-}
-NEEDED = [
-    "llama.block_count",
-    "llama.context_length",
-    "llama.embedding_length",
-    "llama.feed_forward_length",
-    "llama.attention.head_count",
-    "llama.attention.layer_norm_rms_epsilon",
-    "tokenizer.ggml.tokens",
-]
+)
 CONTROL, USER_DEFINED = 3, 4  # token types of GGUF
 
 
 def convert_gguf(path: Path, folder: Path) -> None:
-    """Write the content of a GGUF file as a Hugging Face folder, weights in float32.
-
-    Args:
-        path: a .gguf file with a Llama architecture and a byte-level BPE tokenizer.
-        folder: is created.
+    """Write a GGUF file of a Llama with byte-level BPE as a Hugging Face folder, in float32.
 
     Raises:
-        ValueError: another architecture, tokenizer or option, or a tensor that is not understood.
+        ValueError: another architecture, tokenizer or option, or a tensor that is not supported.
     """
     import gguf  # with safetensors and transformers, needed for conversions alone
     from safetensors.numpy import save_file
@@ -91,14 +80,13 @@ def convert_gguf(path: Path, folder: Path) -> None:
 
 
 def read_metadata(metadata: dict[str, Any], *, tied: bool) -> dict[str, Any]:
-    """The config.json of a GGUF file's metadata."""
     architecture = metadata.get("general.architecture")
     if architecture != "llama":
         raise ValueError(f"GGUF architecture {architecture!r} is not supported; only 'llama' is")
     llama = {k.removeprefix("llama."): v for k, v in metadata.items() if k.startswith("llama.")}
-    if unknown := sorted(llama.keys() - LLAMA_KEYS):
+    if unknown := sorted(llama.keys() - {*REQUIRED, *OPTIONAL}):
         raise ValueError(f"GGUF option llama.{unknown[0]}={llama[unknown[0]]!r} is not supported")
-    refuse_missing(metadata, NEEDED)
+    refuse_missing(metadata, [*(f"llama.{key}" for key in REQUIRED), "tokenizer.ggml.tokens"])
     num_heads = llama["attention.head_count"]
     head_dim = llama.get("attention.key_length", llama["embedding_length"] // num_heads)
     for key in ("attention.value_length", "rope.dimension_count"):
@@ -206,6 +194,6 @@ def check_tokenizer(ggml: dict[str, Any], splitters: list[str]) -> None:
             raise ValueError(f"GGUF option tokenizer.ggml.{option}=True is not supported")
 
 
-def refuse_missing(metadata: dict[str, Any], needed: list[str]) -> None:
-    if missing := [key for key in needed if key not in metadata]:
+def refuse_missing(metadata: dict[str, Any], required: list[str]) -> None:
+    if missing := [key for key in required if key not in metadata]:
         raise ValueError(f"its metadata lack {missing}")

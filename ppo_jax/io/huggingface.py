@@ -34,21 +34,14 @@ def load_config(
     remat: str = "none",
     attention: str = "auto",
 ) -> ModelConfig:
-    """The shape of a pretrained model, without its weights.
-
-    Args:
-        path: as in `load_policy`.
-        dtype: of the computation, "float32", "bfloat16" or "float16", or such a dtype of jax.
-        scan_layers: one scanned body instead of unrolled layers.
-        remat: what the backward pass computes again, "none", "dots" or "full".
-        attention: "auto" by the platform, or "plain".
+    """The config of a pretrained model, without its weights; arguments as in `load_policy`.
 
     Raises:
         ValueError: the path leads nowhere, or to a family or an option that is not supported.
     """
-    how = dict(dtype=jnp.dtype(dtype).name, scan_layers=scan_layers)
+    options = dict(dtype=jnp.dtype(dtype).name, scan_layers=scan_layers)
     raw = read_json(model_folder(path))
-    return read_config(raw, **how, remat=remat, attention=attention)
+    return read_config(raw, **options, remat=remat, attention=attention)
 
 
 def load_policy(
@@ -65,8 +58,8 @@ def load_policy(
     Args:
         path: a folder with config.json and safetensors, a .gguf file, the id of a model on the
             Hugging Face hub, or "package:smollm2-135m-instruct".
-        dtype: of the computation, as in `load_config`. Parameters are float32 whatever the files
-            hold.
+        dtype: of the computation, "float32", "bfloat16" or "float16", or such a dtype of jax.
+            Parameters are float32 whatever the files hold.
         scan_layers: layers stacked along a leading axis instead of one subtree each.
         remat: what the backward pass computes again, "none", "dots" or "full".
         attention: "auto" by the platform, or "plain".
@@ -74,9 +67,9 @@ def load_policy(
             shardings: `Layout.shardings`. None loads to the host.
 
     Returns:
-        (config, params). Without `shardings` numpy arrays in the memory of the host, at most one
-        tensor above their own size while loading. With them arrays on the mesh: a process reads
-        what its own devices hold and nothing else, one piece of one parameter after another.
+        (config, params). Without `shardings` numpy arrays on the host; loading takes at most one
+        tensor more than their own size. With them arrays on the mesh: a process reads only what its
+        own devices hold, one shard of one parameter after another.
 
     Raises:
         ValueError: the model is not supported, or its files and its config.json do not agree, or
@@ -84,8 +77,8 @@ def load_policy(
     """
     folder = model_folder(path)
     raw = read_json(folder)
-    how = dict(dtype=jnp.dtype(dtype).name, scan_layers=scan_layers)
-    config = read_config(raw, **how, remat=remat, attention=attention)
+    options = dict(dtype=jnp.dtype(dtype).name, scan_layers=scan_layers)
+    config = read_config(raw, **options, remat=remat, attention=attention)
     with open_weights(folder) as files:
         try:
             stored = find_parameters(config, raw["model_type"], files)
@@ -114,8 +107,8 @@ def weight_files(folder: Path) -> list[str]:
         if missing:
             raise ValueError(f"{folder}: {INDEX} names {missing}, which are not there")
         return names
-    found = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
-    only = f", only {found}, and pickled weights can run code" if found else ""
+    pickled = sorted(x.name for x in folder.iterdir() if x.suffix in (".bin", ".pt", ".pth"))
+    only = f", only {pickled}, and pickled weights can run code" if pickled else ""
     raise ValueError(
         f"{folder} has no model.safetensors{only}. To convert a model that you trust, where torch "
         'is installed: python -c "from transformers import AutoModelForCausalLM as M; '
@@ -144,14 +137,8 @@ def open_weights(folder: Path) -> Iterator[Files]:
 def params_to_hf(config: ModelConfig, family: str, params: Params) -> dict[str, np.ndarray]:
     """Parameters of a policy under the names and in the layout of a Hugging Face checkpoint.
 
-    Args:
-        config: the model's shape.
-        family: the name of one of `models.families.FAMILIES`, such as "llama".
-        params: of `policy_network(config)`, any float dtype.
-
-    Returns:
-        Name -> array of the dtype of its parameter; the inverse of `load_policy`. A tied head is
-        left out, as transformers does.
+    Each array has the dtype of its parameter. This is the inverse of `load_policy`; a tied head is
+    omitted, as transformers does. The family is one of `models.families.FAMILIES`, such as "llama".
 
     Raises:
         ValueError: the family is unknown or has no place for one of the parameters.

@@ -1,4 +1,4 @@
-"""Checksums of a folder's files: written once when it is complete, compared before it is read."""
+"""Checksums of a folder's files: written when it is complete, verified before it is read."""
 
 import functools
 import json
@@ -23,27 +23,25 @@ def write_checksums(folder: Path) -> None:
 
 
 def verify_checksums(folder: Path) -> None:
-    """Name a file that is lost or is not what it was. A folder without checksums passes.
+    """Raise OSError, with its name, for a file that is missing or has changed.
 
-    Raises:
-        OSError: a file is absent, has another size, or has another content of the same size.
+    A folder without checksums passes.
     """
     if not (folder / CHECKSUMS).exists():
         return
     for name, expected in json.loads((folder / CHECKSUMS).read_text(encoding="utf-8")).items():
         path = folder / name
-        found = path.stat().st_size if path.exists() else "none"
-        if found != expected["bytes"]:
-            raise OSError(f"{name} should have {expected['bytes']} bytes, found {found}.")
+        size = path.stat().st_size if path.exists() else "none"
+        if size != expected["bytes"]:
+            raise OSError(f"{name} should have {expected['bytes']} bytes, found {size}.")
         if _crc32(path) != expected["crc32"]:
             raise OSError(f"{name} has changed since it was written: its checksum differs.")
 
 
 def verify_again(folder: Path) -> None:
-    """`verify_checksums`, which passes unread what passed before in this process: a folder all of
-    whose files have the sizes and the dates that they had.
+    """`verify_checksums`, cached by the sizes and dates of the folder's files.
 
-    For decisions alone: a disk may change a bit without changing a date, so what is to be computed
+    For decisions only: a disk may change a bit without changing a date, so what is to be computed
     with is read and compared every time.
     """
     files = [(path, path.stat()) for path in sorted(folder.rglob("*"))]
@@ -51,7 +49,7 @@ def verify_again(folder: Path) -> None:
     _verify_as_of(folder, dates)
 
 
-@functools.lru_cache(maxsize=64)  # which keeps no errors: what is damaged is told every time
+@functools.lru_cache(maxsize=64)  # which caches no errors: damage is reported every time
 def _verify_as_of(folder: Path, dates: tuple) -> None:
     del dates  # a key of the cache
     verify_checksums(folder)

@@ -1,4 +1,4 @@
-"""Metrics with a new name: for one release files have them under the old one, too.
+"""Renamed metrics: for one release files have them under the old name, too.
 
 Readers take either, so that the workdirs of 0.1 keep their reports.
 """
@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-RENAMED = (  # (pattern of today's name, name until 0.1) and the same the other way round
+RENAMED = (  # (pattern of the name, name until 0.1), and FORMER the inverse
     (r"policy/rollout_logprob_error(_max)?", r"policy/sampling_difference\1"),
     (r"ppo/packing_efficiency()", r"ppo/row_fill\1"),
     (r"(reward_model/\w+|pair_accuracy)_margin([12])", r"\1_gap\2"),
@@ -20,7 +20,7 @@ FORMER = (
 
 
 def other_name(name: str, names: tuple[tuple[str, str], ...]) -> str | None:
-    """The other name of a metric, None where it has no other.
+    """The other name of a metric, or None.
 
     >>> other_name("ppo/packing_efficiency", RENAMED), other_name("kl/ref", RENAMED)
     ('ppo/row_fill', None)
@@ -34,7 +34,7 @@ def other_name(name: str, names: tuple[tuple[str, str], ...]) -> str | None:
 
 
 def with_former_names(values: Any) -> Any:
-    """What is written: every renamed metric under both names, in lists and objects as well."""
+    """For writing: every renamed metric under both names, in nested lists and objects as well."""
     if isinstance(values, list | tuple):
         return [with_former_names(value) for value in values]
     if not isinstance(values, Mapping):
@@ -45,7 +45,7 @@ def with_former_names(values: Any) -> Any:
 
 
 def with_new_names(values: Any) -> Any:
-    """What is read: every renamed metric under its name of today alone."""
+    """For reading: every renamed metric under its new name only."""
     if isinstance(values, list | tuple):
         return [with_new_names(value) for value in values]
     if not isinstance(values, Mapping):

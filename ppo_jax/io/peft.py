@@ -27,18 +27,13 @@ def write_adapter(
 ) -> None:
     """Write adapter_config.json and adapter_model.safetensors.
 
-    Args:
-        folder: where to.
-        config: the model's shape, with its `lora_alpha`.
-        family: the name of one of `models.families.FAMILIES`.
-        adapters: `lora_a` and `lora_b` of every layer, and nothing else.
-        base: folder or hub id of the model that they go onto.
-        dtype: of the tensors.
+    `adapters` are `lora_a` and `lora_b` of every layer, and nothing else; `base` is the folder or
+    hub id of the model that they adapt; `family` is one of `models.families.FAMILIES`.
     """
     tensors = peft_tensors(config, family, adapters)
     rank = jax.tree.leaves(adapters)[0].shape[-1]  # of a lora_a, which comes before its lora_b
-    about = adapter_config(tensors, family, alpha=config.lora_alpha, rank=rank, base=base)
-    (folder / "adapter_config.json").write_text(json.dumps(about, indent=2) + "\n")
+    content = adapter_config(tensors, family, alpha=config.lora_alpha, rank=rank, base=base)
+    (folder / "adapter_config.json").write_text(json.dumps(content, indent=2) + "\n")
     cast = {name: tensor.astype(jnp.dtype(dtype)) for name, tensor in tensors.items()}
     save_tensors(cast, folder / "adapter_model.safetensors")
 
@@ -52,41 +47,41 @@ def peft_tensors(config: ModelConfig, family: str, adapters: Params) -> dict[str
         A = [A_q; A_v],  B = [[B_q, 0], [0, 0], [0, B_v]].
     """
     rows = family_of(family).tensors
-    found: dict[str, dict] = {}
+    modules: dict[str, dict] = {}
     for path, layer, leaf in leaves_by_layer(config, adapters):
         projection, _, name = path.rpartition(".")
         row = rows[f"{projection}.kernel"]
         rank = leaf.shape[-1 if name == "lora_a" else 0]
         matrix = np.asarray(leaf).reshape((-1, rank) if name == "lora_a" else (rank, -1)).T
         module = row.name.format(layer).removesuffix(".weight")
-        found.setdefault(module, {}).setdefault(row.third, {})[name] = matrix
+        modules.setdefault(module, {}).setdefault(row.third, {})[name] = matrix
     tensors = {}
-    for module, thirds in found.items():
+    for module, thirds in modules.items():
         whole = thirds.get(None)
-        a, b = (whole["lora_a"], whole["lora_b"]) if whole else joined(thirds)
+        a, b = (whole["lora_a"], whole["lora_b"]) if whole else join_thirds(thirds)
         tensors[f"{PREFIX}{module}.lora_A.weight"] = np.ascontiguousarray(a)
         tensors[f"{PREFIX}{module}.lora_B.weight"] = np.ascontiguousarray(b)
     return tensors
 
 
-def joined(thirds: Mapping[int, Mapping[str, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+def join_thirds(thirds: Mapping[int, Mapping[str, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
     """One pair for a matrix of three parts, some of which have pairs of their own."""
-    there = sorted(thirds)
-    a = np.concatenate([thirds[third]["lora_a"] for third in there])
-    size, rank = thirds[there[0]]["lora_b"].shape
-    b = np.zeros((3, size, len(there), rank), a.dtype)
-    for place, third in enumerate(there):
-        b[third, :, place] = thirds[third]["lora_b"]
+    adapted = sorted(thirds)
+    a = np.concatenate([thirds[third]["lora_a"] for third in adapted])
+    size, rank = thirds[adapted[0]]["lora_b"].shape
+    b = np.zeros((3, size, len(adapted), rank), a.dtype)
+    for i, third in enumerate(adapted):
+        b[third, :, i] = thirds[third]["lora_b"]
     return a, b.reshape(3 * size, -1)
 
 
 def adapter_config(
     tensors: Mapping[str, np.ndarray], family: str, *, alpha: float, rank: int, base: str
 ) -> dict[str, Any]:
-    """The content of adapter_config.json; what it does not name is as peft has it.
+    """The content of adapter_config.json; what it does not name has peft's default.
 
     `alpha` and `rank` are those of the training. Modules of several pairs have a higher rank, and
-    an alpha that keeps alpha / r; where only some do, these stand in the patterns.
+    an alpha that keeps alpha / r; where only some do, these are in the patterns.
     """
     ranks = {
         short_name(name.removesuffix(".lora_A.weight"), family): tensor.shape[0]

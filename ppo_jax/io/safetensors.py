@@ -1,6 +1,6 @@
-"""Parameters as they lie in safetensors files: found and checked by the headers, read in parts.
+"""Parameters stored in safetensors files: found and checked by the headers, read in slices.
 
-A part of a parameter is read alone: transposed matrices, query, key and value side by side,
+A slice of a parameter is read alone: transposed matrices, query, key and value side by side,
 flattened heads and layers that are one tensor each become ranges of rows and columns in the files.
 
 Dimension key: D model, H heads, K head size.
@@ -24,62 +24,54 @@ from ppo_jax.models.families.base import DERIVED, Family, Tensor
 DTYPES = ("F32", "F16", "BF16")  # as the headers call them
 COMPARED_ROWS = 4096  # of a head and an embedding, at a time
 
-Index = tuple[slice, ...]  # a part of an array, a slice a dimension
+Index = tuple[slice, ...]  # of an array, a slice a dimension
 Files = dict[str, Any]  # name of a tensor -> the open file that holds it
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredParameter:
-    """A parameter in open files.
+    """A parameter in open files."""
 
-    Attributes:
-        path: its name, without the number of a layer.
-        row: how each of its tensors lies in the files.
-        tensors: those that it consists of, unread: one a layer where `stacked`, else one alone.
-        shape: of the parameter, with the leading layer axis where `stacked`.
-        stacked: whether there is one.
-    """
-
-    path: str
-    row: Tensor
-    tensors: Sequence[Any]
-    shape: tuple[int, ...]
+    path: str  # its name, without the number of a layer
+    row: Tensor  # the layout of each of its tensors in the files
+    tensors: Sequence[Any]  # unread: one a layer where `stacked`, else one alone
+    shape: tuple[int, ...]  # with the leading layer axis where `stacked`
     stacked: bool
 
     def read(self, index: Index | None = None) -> np.ndarray:
-        """A part of the parameter, or all of it, as float32; a part of one tensor is held on top.
+        """A slice of the parameter, or all of it, as float32; one tensor's slice is held on top.
 
-        The numbers inside a head (K) are never cut.
+        The numbers inside a head (K) are never split.
         """
         index = index or (slice(None),) * len(self.shape)
-        ranges = [range(size)[cut] for size, cut in zip(self.shape, index, strict=True)]
-        part = np.empty([len(r) for r in ranges], np.float32)
+        ranges = [range(size)[bounds] for size, bounds in zip(self.shape, index, strict=True)]
+        array = np.empty([len(r) for r in ranges], np.float32)
         layers, *inside = ranges if self.stacked else [range(1), *ranges]
-        targets = part.reshape(len(layers), *map(len, inside))  # a view
+        targets = array.reshape(len(layers), *map(len, inside))  # a view
         for target, layer in zip(targets, layers, strict=True):
             target[...] = self.read_layer(layer, inside).reshape(target.shape)
-        return part
+        return array
 
     def read_layer(self, layer: int, ranges: Sequence[range]) -> np.ndarray:
-        """A part of one layer's parameter as a matrix [in, out] or a vector."""
-        stored = self.tensors[layer][self.cuts(ranges)]
+        """A slice of one layer's parameter as a matrix [in, out] or a vector."""
+        stored = self.tensors[layer][self.stored_index(ranges)]
         return stored.T if self.row.transposed else stored
 
-    def cuts(self, ranges: Sequence[range]) -> Index:
-        """The rows and columns of a tensor that hold a part of one layer's parameter."""
+    def stored_index(self, ranges: Sequence[range]) -> Index:
+        """The rows and columns of a tensor that hold a slice of one layer's parameter."""
         shape = self.shape[1:] if self.stacked else self.shape
         begin = (self.row.third or 0) * matrix_shape(self.path, shape)[-1]
-        cuts = []
+        index = []
         for (first, *_), (_, *inner) in zip(
-            merged(self.path, ranges), merged(self.path, shape), strict=True
+            group_dims(self.path, ranges), group_dims(self.path, shape), strict=True
         ):
             size = math.prod(inner)  # of a head, where heads are flattened
-            cuts.append(slice(first.start * size, first.stop * size))
-        cuts[-1] = slice(begin + cuts[-1].start, begin + cuts[-1].stop)
-        return tuple(cuts[::-1] if self.row.transposed else cuts)
+            index.append(slice(first.start * size, first.stop * size))
+        index[-1] = slice(begin + index[-1].start, begin + index[-1].stop)
+        return tuple(index[::-1] if self.row.transposed else index)
 
 
-def merged(path: str, dims: Sequence[Any]) -> list[Sequence[Any]]:
+def group_dims(path: str, dims: Sequence[Any]) -> list[Sequence[Any]]:
     """The dimensions of one layer's parameter, by the dimension of the matrix they merge into.
 
     Kernels are [D, (H, K)] before the heads and [(H, K), D] after them, biases [(H, K)].
@@ -87,16 +79,16 @@ def merged(path: str, dims: Sequence[Any]) -> list[Sequence[Any]]:
     if path.endswith("bias"):
         return [dims]
     border = len(dims) - 1 if path.endswith("output.kernel") else 1
-    return [part for part in (dims[:border], dims[border:]) if part]
+    return [group for group in (dims[:border], dims[border:]) if group]
 
 
 def matrix_shape(path: str, shape: Sequence[int]) -> tuple[int, ...]:
     """[in, out] of one layer's kernel, [size] of a bias: its heads are flattened."""
-    return tuple(math.prod(dims) for dims in merged(path, shape))
+    return tuple(math.prod(dims) for dims in group_dims(path, shape))
 
 
 def stored_shape(path: str, row: Tensor, shape: Sequence[int]) -> tuple[int, ...]:
-    """The shape, in the files, of the tensor that holds one layer's parameter."""
+    """The shape, in the files, of the tensor of one layer's parameter."""
     *before, last = matrix_shape(path, shape)
     expected = (*before, last if row.third is None else 3 * last)
     return expected[::-1] if row.transposed else expected
@@ -105,10 +97,7 @@ def stored_shape(path: str, row: Tensor, shape: Sequence[int]) -> tuple[int, ...
 def find_parameters(config: ModelConfig, family: str, files: Files) -> Params:
     """The parameter tree of a policy with a `StoredParameter` for every leaf.
 
-    Args:
-        config: the model's shape, and whether its layers are stacked.
-        family: the name of one of `models.families.FAMILIES`.
-        files: open, see `Files`.
+    The config says whether layers are stacked; the family is one of `models.families.FAMILIES`.
 
     Raises:
         ValueError: before any parameter is read: a tensor is missing, is too many, or has a shape
@@ -120,23 +109,23 @@ def find_parameters(config: ModelConfig, family: str, files: Files) -> Params:
     rows = {path: names.tensors[path] for path in shapes}
     head = names.tensors["head.kernel"].name
     check_names(config, rows, tensors, head)
-    found = {name: file.get_slice(key) for name, (file, key) in tensors.items()}
+    slices = {name: file.get_slice(key) for name, (file, key) in tensors.items()}
     tree: Params = {}
     for path, shape in shapes.items():
         row, in_layers = rows[path], path.startswith("layers.")
-        one = shape[1:] if in_layers else shape
-        layers = [found[row.name.format(i)] for i in range(shape[0] if in_layers else 1)]
+        layer_shape = shape[1:] if in_layers else shape
+        layers = [slices[row.name.format(i)] for i in range(shape[0] if in_layers else 1)]
         for i, tensor in enumerate(layers):
-            check_tensor(row.name.format(i), tensor, stored_shape(path, row, one))
+            check_tensor(row.name.format(i), tensor, stored_shape(path, row, layer_shape))
         if in_layers and config.scan_layers:
             stack = StoredParameter(path, row, layers, shape, stacked=True)
-            put(tree, path.replace("layers.", "layers.stack.", 1), stack)
+            set_leaf(tree, path.replace("layers.", "layers.stack.", 1), stack)
             continue
         for i, tensor in enumerate(layers):
-            leaf = StoredParameter(path, row, [tensor], one, stacked=False)
-            put(tree, path.replace("layers.", f"layers.{i}.", 1), leaf)
-    if config.tie_embeddings and head in found:
-        check_tied(head, rows["embed.tokens"].name, found)
+            leaf = StoredParameter(path, row, [tensor], layer_shape, stacked=False)
+            set_leaf(tree, path.replace("layers.", f"layers.{i}.", 1), leaf)
+    if config.tie_embeddings and head in slices:
+        check_tied(head, rows["embed.tokens"].name, slices)
     return tree
 
 
@@ -175,15 +164,15 @@ def check_names(
     }
     allowed = needed | ({head} if config.tie_embeddings else set())
     if missing := sorted(needed - tensors.keys()):
-        raise ValueError(f"the weight files lack {len(missing)} tensors: {shorten(missing)}")
+        raise ValueError(f"the weight files lack {len(missing)} tensors: {first_names(missing)}")
     if unused := sorted(tensors.keys() - allowed):
         raise ValueError(
             f"the weight files hold {len(unused)} tensors that the model of config.json does not "
-            f"have: {shorten(unused)}"
+            f"have: {first_names(unused)}"
         )
 
 
-def shorten(names: list[str]) -> str:
+def first_names(names: list[str]) -> str:
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
@@ -195,13 +184,13 @@ def check_tensor(name: str, tensor: Any, expected: tuple[int, ...]) -> None:
         raise ValueError(f"{name} has shape {shape}, but config.json asks for {expected}")
 
 
-def check_tied(head: str, embedding: str, found: dict[str, Any]) -> None:
+def check_tied(head: str, embedding: str, slices: dict[str, Any]) -> None:
     """Refuse a head that is not the embedding, of which it should be a copy."""
-    matrix, table = found[head], found[embedding]
-    same = matrix.get_shape() == table.get_shape() and all(
+    matrix, table = slices[head], slices[embedding]
+    is_copy = matrix.get_shape() == table.get_shape() and all(
         np.array_equal(matrix[rows], table[rows]) for rows in row_blocks(table.get_shape()[0])
     )
-    if not same:
+    if not is_copy:
         raise ValueError(
             "config.json ties the head to the embedding, but "
             f"{head} differs from {embedding}; should tie_word_embeddings be false?"
@@ -214,40 +203,32 @@ def row_blocks(count: int) -> Iterator[slice]:
 
 
 def read_parameters(stored: Params, shardings: Callable[[Params], Any] | None) -> Params:
-    """The parameters of `find_parameters`, on the host or in the pieces of a mesh.
-
-    Args:
-        stored: the tree.
-        shardings: as in `hf.load_policy`.
-    """
+    """The parameters of `find_parameters`, on the host or sharded, as in `hf.load_policy`."""
     if shardings is None:
         return jax.tree.map(StoredParameter.read, stored)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, np.float32), stored)
-    return jax.tree.map(read_in_pieces, stored, shardings(shapes))
+    return jax.tree.map(read_sharded, stored, shardings(shapes))
 
 
-def read_in_pieces(leaf: StoredParameter, sharding: NamedSharding) -> jax.Array:
-    """A parameter in its pieces, each read once, whichever of the devices hold it.
+def read_sharded(leaf: StoredParameter, sharding: NamedSharding) -> jax.Array:
+    """A sharded parameter; each shard is read once, however many devices hold it.
 
-    One piece is on its devices before the next is read: `jax.make_array_from_callback` would hold
+    One shard is on its devices before the next is read: `jax.make_array_from_callback` would hold
     those of all devices of this process on the host at once.
     """
     devices: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
     for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
-        bounds = tuple(cut.indices(n)[:2] for cut, n in zip(index, leaf.shape, strict=True))
+        bounds = tuple(x.indices(n)[:2] for x, n in zip(index, leaf.shape, strict=True))
         devices.setdefault(bounds, []).append(device)
-    pieces: list[jax.Array] = []
-    for bounds, on in devices.items():
-        pieces += put_on(on, leaf.read(tuple(slice(*cut) for cut in bounds)))
-    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, pieces)
+    shards: list[jax.Array] = []
+    for bounds, holders in devices.items():
+        shard = leaf.read(tuple(slice(*x) for x in bounds))
+        shards += jax.block_until_ready([jax.device_put(shard, device) for device in holders])
+        del shard  # before the next is read
+    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards)
 
 
-def put_on(devices: Sequence[jax.Device], part: np.ndarray) -> list[jax.Array]:
-    """A copy for each device, made when this returns."""
-    return jax.block_until_ready([jax.device_put(part, device) for device in devices])
-
-
-def put(tree: Params, path: str, value: Any) -> None:
+def set_leaf(tree: Params, path: str, value: Any) -> None:
     *parents, name = path.split(".")
     for parent in parents:
         tree = tree.setdefault(parent, {})

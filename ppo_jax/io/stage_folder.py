@@ -32,7 +32,6 @@ from ppo_jax.models.config import ModelConfig, RopeScaling, computation
 from ppo_jax.models.lora import merge_lora, split_lora
 from ppo_jax.models.partition import Parts, stack_layers, unstack_layers
 
-FIELD_OF_STAGE = {"sft": "params", "reward": "params", "ppo": "policy_params"}
 DESCRIPTION = {"stage", "kind", "model", "frozen", "settings", "num_steps"}  # keys of stage.json
 
 
@@ -252,6 +251,12 @@ def trained_config(description: dict) -> ModelConfig:
     return ModelConfig(**values, rope_scaling=RopeScaling(**scaling) if scaling else None)
 
 
+def trained_field(description: dict) -> str:
+    """The field of the saved state that has the model's trained parameters."""
+    before_0_2 = "policy_params" if description["stage"] == "ppo" else "params"
+    return description.get("trained_field", before_0_2)
+
+
 def stage_config(description: dict) -> ModelConfig:
     """The same as it is loaded: adapters are in the weights then."""
     return dataclasses.replace(trained_config(description), lora_alpha=0.0)
@@ -265,8 +270,8 @@ def load_stage(folder: Path, layout: Layout | None = None, step: int | None = No
     checkpoints = folder / "checkpoints"
     if not checkpoints.is_dir():
         raise ValueError(f"{folder} has no checkpoint yet: run the stage first")
-    field, shardings = FIELD_OF_STAGE[description["stage"]], shardings_of(layout)
-    trained = load_checkpoint_item(checkpoints, field, step, shardings)
+    shardings = shardings_of(layout)
+    trained = load_checkpoint_item(checkpoints, trained_field(description), step, shardings)
     frozen = load_params(folder / "frozen", shardings) if description["frozen"] else {}
     params = merge_lora(trained_config(description), merge_params(frozen, trained))
     return Model(
@@ -288,6 +293,5 @@ def load_adapters(folder: Path) -> tuple[ModelConfig, Params]:
     description = describe_stage(folder)
     if (trainable := description["settings"].get("trainable")) != "lora":
         raise ValueError(f"{folder} has no adapter: its trainable is {trainable!r}, not 'lora'")
-    field = FIELD_OF_STAGE[description["stage"]]
-    trained = load_checkpoint_item(folder / "checkpoints", field)
+    trained = load_checkpoint_item(folder / "checkpoints", trained_field(description))
     return trained_config(description), split_lora(trained)[1]

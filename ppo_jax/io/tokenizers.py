@@ -1,12 +1,21 @@
-"""Tokenizers: loading, saving, padding, and training one from scratch."""
+"""Tokenizers: loading, saving, padding, training one from scratch, and trimming a vocabulary.
+
+The head of a language model costs as much as its vocabulary is large. A run whose texts use a
+third of the tokens can drop the other two thirds, of the tokenizer and of the parameters.
+
+Dimension key: V vocabulary.
+"""
 
 import copy
 import json
 import os
 from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from ppo_jax.core.types import Params
 from ppo_jax.io.hub import model_folder
 
 if TYPE_CHECKING:  # slow to import, so each function that needs it does
@@ -17,12 +26,9 @@ PADDING = "<|pad|>"
 
 
 def load_tokenizer(path: str | os.PathLike) -> "PreTrainedTokenizerFast":
-    """The tokenizer in a model's folder.
+    """The tokenizer of a model, whose path is as in `ppo_jax.hf.load_policy`.
 
-    Where it has no padding token none is invented: in ppo_jax masks say what padding is.
-
-    Args:
-        path: as in `ppo_jax.hf.load_policy`; the folder holds a tokenizer.json.
+    Where it has no padding token none is added: in ppo_jax masks say what padding is.
 
     Raises:
         ValueError: there is no tokenizer.json, or it has no end-of-sequence token.
@@ -43,7 +49,7 @@ def load_tokenizer(path: str | os.PathLike) -> "PreTrainedTokenizerFast":
 
 
 def declared_eos(folder: Path, tokenizer: "PreTrainedTokenizerFast") -> str:
-    """The end-of-sequence token of the model's config.json: GPT-2 has it there alone."""
+    """The end-of-sequence token of the model's config.json: GPT-2 has it only there."""
     path = folder / "config.json"
     eos = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
     eos = eos[0] if isinstance(eos, list) and eos else eos
@@ -64,14 +70,11 @@ def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", folder: str | os.PathLi
 def with_padding(
     tokenizer: "PreTrainedTokenizerFast", ends: Collection[int]
 ) -> "PreTrainedTokenizerFast":
-    """A tokenizer whose padding token ends no text; one is added to a copy where it is needed.
+    """A tokenizer whose padding token is not in `ends`, the ids with which a text may end.
 
-    For code that tells padding by its id and not by a mask, as the sequence classification of
-    transformers does: it reads the last token that is not the padding token.
-
-    Args:
-        tokenizer: whose padding token may be absent, or its EOS.
-        ends: ids with which a text may end.
+    One is added to a copy where it is needed: for code that recognises padding by its id and not by
+    a mask, as the sequence classification of transformers, which reads the last token that is not
+    the padding token.
     """
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in ends:
         return tokenizer
@@ -83,10 +86,8 @@ def with_padding(
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerFast":
     """A byte-level BPE tokenizer for a model from scratch; EOS is <|endoftext|>, id 0.
 
-    Args:
-        texts: what to learn the merges from.
-        vocab_size: at most so many tokens; fewer when the texts hold no more pairs that repeat.
-            `len(tokenizer)` is the size for the model.
+    It has at most `vocab_size` tokens, fewer when the texts have no more pairs that repeat:
+    `len(tokenizer)` is the size for the model.
 
     Raises:
         ValueError: `vocab_size` has no room for the 256 bytes and EOS, or there is no text.
@@ -112,3 +113,128 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokeniz
     )
     backend.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END_OF_TEXT)
+
+
+def trim_vocabulary(
+    tokenizer: "PreTrainedTokenizerFast", texts: Iterable[str]
+) -> tuple["PreTrainedTokenizerFast", np.ndarray]:
+    """Keep the tokens that some texts use, and those that encode any other text.
+
+    Kept are the tokens of the encoded texts, every token that they are merged from, all bytes, and
+    all special and added tokens. The texts are encoded as before, with new ids in the old order;
+    whatever other text the full tokenizer can encode the small one can too, in more tokens.
+
+    Returns:
+        (the small tokenizer, kept ids [V_small] int, ascending: the old id of each new one).
+
+    Raises:
+        ValueError: the tokenizer is neither byte-level BPE nor BPE that falls back to bytes.
+    """
+    from tokenizers import Tokenizer
+
+    texts = list(texts)
+    if not texts:
+        raise ValueError("a vocabulary cannot be trimmed to no text")
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_truncation()
+    backend.no_padding()
+    spec = json.loads(backend.to_str())
+    check_bpe(spec)
+    kept_ids = {i for encoding in backend.encode_batch(texts) for i in encoding.ids}
+    kept_ids |= {token["id"] for token in spec["added_tokens"]}
+    model, vocab = spec["model"], spec["model"]["vocab"]
+    basic = byte_tokens(model) | {model["unk_token"]}
+    words = {token for token, i in vocab.items() if i in kept_ids or token in basic}
+    model["merges"] = close_over_merges(words, model["merges"])
+    kept = np.array(sorted(kept_ids | {vocab[token] for token in words}))
+    new_id = {old: new for new, old in enumerate(kept.tolist())}
+    model["vocab"] = {token: new_id[i] for token, i in vocab.items() if i in new_id}
+    for token in spec["added_tokens"]:
+        token["id"] = new_id[token["id"]]
+    renumber_special_tokens(spec["post_processor"], new_id)
+    return with_backend(tokenizer, Tokenizer.from_str(json.dumps(spec))), kept
+
+
+def check_bpe(spec: dict[str, Any]) -> None:
+    """Refuse a tokenizer that cannot encode every text in bytes."""
+    model = spec["model"]
+    if model["type"] != "BPE":
+        raise ValueError(f"only a BPE vocabulary can be trimmed, this one is {model['type']}")
+    for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(option):
+            raise ValueError(f"BPE with {option}={model[option]!r} cannot be trimmed")
+    is_byte_level = '"ByteLevel"' in json.dumps(spec["pre_tokenizer"])
+    if not (is_byte_level or model["byte_fallback"]):
+        raise ValueError("only BPE over bytes, or with byte_fallback, can be trimmed")
+
+
+def byte_tokens(model: dict[str, Any]) -> set[str]:
+    """The tokens of single bytes."""
+    from tokenizers import pre_tokenizers
+
+    if model["byte_fallback"]:
+        return {f"<0x{byte:02X}>" for byte in range(256)}
+    return set(pre_tokenizers.ByteLevel.alphabet())
+
+
+def close_over_merges(words: set[str], merges: list[list[str]]) -> list[list[str]]:
+    """Add to `words` everything they are merged from; the merges among them, in order.
+
+    Encoding a text takes at each step the first merge of the list that applies. All steps of the
+    old encoding are among the kept merges and the order is the same, so the steps are too.
+    """
+    parents: dict[str, list[list[str]]] = {}
+    for pair in merges:
+        parents.setdefault("".join(pair), []).append(pair)
+    new = list(words)
+    while new:
+        parents_of_word = {token for pair in parents.get(new.pop(), []) for token in pair}
+        new.extend(parents_of_word - words)
+        words |= parents_of_word
+    return [pair for pair in merges if {*pair, "".join(pair)} <= words]
+
+
+def renumber_special_tokens(processor: dict[str, Any] | None, new_id: dict[int, int]) -> None:
+    """Change, in place, the ids that a post-processor adds around texts."""
+    if processor is None:
+        return
+    for part in processor.get("processors", []):
+        renumber_special_tokens(part, new_id)
+    if processor["type"] == "TemplateProcessing":
+        for token in processor["special_tokens"].values():
+            token["ids"] = [new_id[i] for i in token["ids"]]
+    for name in ("sep", "cls"):
+        if name in processor:
+            token, i = processor[name]
+            processor[name] = [token, new_id[i]]
+
+
+def with_backend(tokenizer: "PreTrainedTokenizerFast", backend: Any) -> "PreTrainedTokenizerFast":
+    """The same tokenizer (special tokens, chat template) with another vocabulary."""
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        chat_template=tokenizer.chat_template,
+        model_max_length=tokenizer.model_max_length,
+        padding_side=tokenizer.padding_side,
+        **tokenizer.special_tokens_map,
+    )
+
+
+def trim_params(params: Params, kept_ids: np.ndarray) -> Params:
+    """The parameters of any network for a vocabulary trimmed by `trim_vocabulary`.
+
+    They have the rows `kept_ids` of the token table and those columns of a head of logits; all
+    other leaves are shared with `params`. The caller sets `vocab_size=len(kept_ids)` in the config.
+
+    Raises:
+        ValueError: an id is outside the token table.
+    """
+    tokens = params["embed"]["tokens"]
+    if kept_ids.min() < 0 or kept_ids.max() >= len(tokens):
+        raise ValueError(f"kept_ids must be in 0..{len(tokens) - 1}, got {kept_ids.max()}")
+    params = {**params, "embed": {**params["embed"], "tokens": tokens[kept_ids]}}
+    if "head" in params and params["head"]["kernel"].shape[-1] == len(tokens):
+        params["head"] = {**params["head"], "kernel": params["head"]["kernel"][:, kept_ids]}
+    return params

@@ -14,9 +14,9 @@ from ppo_jax.config.run import STAGES, Config
 from ppo_jax.config.stages import LoRASettings, PPOSettings, RewardSettings
 from ppo_jax.data.comparisons import RewardData
 from ppo_jax.data.encode import TokenizedTexts
-from ppo_jax.data.preferences import PREFERENCE_FORMS
+from ppo_jax.data.preferences import PREFERENCE_SCHEMAS
 from ppo_jax.data.readers import check_packages, is_hub, is_table, read_rows
-from ppo_jax.data.records import PROMPT_FORMS, load_ratings, load_texts
+from ppo_jax.data.records import PROMPT_SCHEMAS, load_ratings, load_texts
 from ppo_jax.distributed.layout import Layout, make_layouts
 from ppo_jax.inference.generate import stop_ids
 from ppo_jax.io.model_spec import ModelSpec, needs_base, parameters, scratch_shape
@@ -110,9 +110,9 @@ def check_rows(field: str, path: str, config: Config):
     if rates or name == "ratings":
         load_ratings(path)
     elif section == "reward" and name != "reference_data":
-        collections.deque(read_rows(path, PREFERENCE_FORMS), maxlen=0)
+        collections.deque(read_rows(path, PREFERENCE_SCHEMAS), maxlen=0)
     elif name == "prompts":
-        collections.deque(read_rows(path, PROMPT_FORMS), maxlen=0)
+        collections.deque(read_rows(path, PROMPT_SCHEMAS), maxlen=0)
     else:
         load_texts(path)
 

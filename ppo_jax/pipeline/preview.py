@@ -1,4 +1,4 @@
-"""The first examples of each stage as its network will read them, with what is learned marked."""
+"""The first examples of each stage as its network will read them, what is in the loss marked."""
 
 import itertools
 import os
@@ -12,11 +12,11 @@ from ppo_jax.config.run import Config
 from ppo_jax.config.stages import RewardSettings, SFTSettings
 from ppo_jax.data.comparisons import RewardData
 from ppo_jax.data.encode import TokenizedTexts, TokenRow
-from ppo_jax.data.packing import fullness
-from ppo_jax.data.preferences import PREFERENCE_FORMS
+from ppo_jax.data.packing import describe_packing
+from ppo_jax.data.preferences import PREFERENCE_SCHEMAS
 from ppo_jax.data.prompts import PromptData
-from ppo_jax.data.readers import Forms, unread_columns
-from ppo_jax.data.records import DEMONSTRATION_FORMS, PROMPT_FORMS, RATING_FORMS
+from ppo_jax.data.readers import Schemas, unread_columns
+from ppo_jax.data.records import DEMONSTRATION_SCHEMAS, PROMPT_SCHEMAS, RATING_SCHEMAS
 from ppo_jax.io.model_spec import ModelSpec
 from ppo_jax.training.stage import training_data
 
@@ -90,8 +90,8 @@ def group_examples(data: RewardData, number: int, tokenizer: Any, mark: Mark) ->
         title = f"prompt {number + 1}, response {place + 1}"
         title += f", better than {', '.join(others)}" if others else ""
         mask = data.texts.mask[row]
-        tokens, learned = data.texts.tokens[row][mask], data.texts.loss_mask[row][mask]
-        yield example(title, TokenRow(tokens.tolist(), learned.tolist()), tokenizer, mark)
+        tokens, in_loss = data.texts.tokens[row][mask], data.texts.loss_mask[row][mask]
+        yield example(title, TokenRow(tokens.tolist(), in_loss.tolist()), tokenizer, mark)
 
 
 def prompt_preview(stage: str, data: PromptData, tokenizer: Any, mark: Mark) -> str:
@@ -110,8 +110,8 @@ def text_rows(texts: TokenizedTexts) -> Iterator[TokenRow]:
         segment_ids = mask.astype(int) if texts.segment_ids is None else texts.segment_ids[row]
         for number in range(1, segment_ids.max() + 1):
             chosen = np.flatnonzero(segment_ids == number)
-            learned = texts.loss_mask[row, chosen]
-            yield TokenRow(texts.tokens[row, chosen].tolist(), learned.tolist())
+            in_loss = texts.loss_mask[row, chosen]
+            yield TokenRow(texts.tokens[row, chosen].tolist(), in_loss.tolist())
 
 
 def example(title: str, row: TokenRow, tokenizer: Any, mark: Mark, end: str = "") -> str:
@@ -121,23 +121,23 @@ def example(title: str, row: TokenRow, tokenizer: Any, mark: Mark, end: str = ""
         title: what it is.
         row: its tokens.
         tokenizer: to write them as text, special tokens included.
-        mark: of stretches that are learned.
+        mark: of stretches in the loss.
         end: what to show behind the text.
     """
     size = "1 token" if len(row.ids) == 1 else f"{len(row.ids)} tokens"
-    if any(row.learned):
-        size += f", {sum(row.learned)} marked"
+    if any(row.in_loss):
+        size += f", {sum(row.in_loss)} marked"
     lines = (marked_text(row, tokenizer, mark) + end).split("\n")
     return "\n".join([f"  {title}: {size}", *(f"    | {x}" for x in lines), f"    {ids(row)}"])
 
 
 def marked_text(row: TokenRow, tokenizer: Any, mark: Mark) -> str:
-    """The text of a row, with the stretches of learned tokens marked."""
-    tokens = zip(row.ids, row.learned, strict=True)
+    """The text of a row, with the stretches in the loss marked."""
+    tokens = zip(row.ids, row.in_loss, strict=True)
     out = ""
-    for learned, stretch in itertools.groupby(tokens, key=lambda token: token[1]):
+    for in_loss, stretch in itertools.groupby(tokens, key=lambda token: token[1]):
         text = shortened(printable(tokenizer.decode([token for token, _ in stretch])))
-        out += mark(text) if learned else text
+        out += mark(text) if in_loss else text
     return out
 
 
@@ -172,9 +172,9 @@ def data_lines(config: Config, data: Mapping[str, Any]) -> list[str]:
     """
     lines = []
     if "sft" in data:
-        lines += text_lines("sft", config.sft, data["sft"], DEMONSTRATION_FORMS)
+        lines += text_lines("sft", config.sft, data["sft"], DEMONSTRATION_SCHEMAS)
         if config.sft.packing:
-            lines.append(f"sft: packed {fullness(data['sft'][0])}")
+            lines.append(f"sft: packed {describe_packing(data['sft'][0])}")
     if "reward" in data:
         lines += reward_lines(config.reward, data["reward"][:2])
         if (references := data["reward"][2]) is not None:
@@ -185,7 +185,7 @@ def data_lines(config: Config, data: Mapping[str, Any]) -> list[str]:
             lines.append(prompts_line(stage, getattr(config, stage).prompts, prompts))
     if "evaluate" in data and data["evaluate"][1] is not None:
         path, count = config.evaluate.ratings, len(data["evaluate"][1])
-        lines.append(data_line("evaluate.ratings", path, count, {}, RATING_FORMS))
+        lines.append(data_line("evaluate.ratings", path, count, {}, RATING_SCHEMAS))
     return lines
 
 
@@ -193,25 +193,25 @@ def text_lines(
     stage: str,
     settings: SFTSettings | RewardSettings,
     parts: Sequence[TokenizedTexts],
-    forms: Forms,
+    schemas: Schemas,
 ) -> list[str]:
     """The training and the validation data: two files, or two parts of one."""
     used = [len(np.unique(part.records)) for part in parts]
     if settings.validation_data:
         fields = ("data", "validation_data")
         return [
-            data_line(f"{stage}.{field}", getattr(settings, field), count, part.left_out, forms)
+            data_line(f"{stage}.{field}", getattr(settings, field), count, part.dropped, schemas)
             for field, count, part in zip(fields, used, parts, strict=True)
         ]
-    left_out = sum((Counter(part.left_out) for part in parts), Counter())
-    line = data_line(f"{stage}.data", settings.data, sum(used), left_out, forms)
+    dropped = sum((Counter(part.dropped) for part in parts), Counter())
+    line = data_line(f"{stage}.data", settings.data, sum(used), dropped, schemas)
     return [f"{line}, {used[0]:,} to train and {used[1]:,} to validate"]
 
 
 def reward_lines(settings: RewardSettings, parts: Sequence[RewardData]) -> list[str]:
     if settings.format == "ratings":
-        return text_lines("reward", settings, [part.texts for part in parts], RATING_FORMS)
-    lines = text_lines("reward", settings, [part.texts for part in parts], PREFERENCE_FORMS)
+        return text_lines("reward", settings, [part.texts for part in parts], RATING_SCHEMAS)
+    lines = text_lines("reward", settings, [part.texts for part in parts], PREFERENCE_SCHEMAS)
     groups = parts[0].groups
     if groups.rows.shape[1] > 2:
         lines.append(
@@ -223,15 +223,15 @@ def reward_lines(settings: RewardSettings, parts: Sequence[RewardData]) -> list[
 
 def texts_line(field: str, settings: RewardSettings, texts: TokenizedTexts) -> str:
     count = len(np.unique(texts.records))
-    return data_line(field, settings.reference_data, count, texts.left_out, DEMONSTRATION_FORMS)
+    return data_line(field, settings.reference_data, count, texts.dropped, DEMONSTRATION_SCHEMAS)
 
 
 def prompts_line(stage: str, path: str, data: PromptData) -> str:
-    return data_line(f"{stage}.prompts", path, len(data.texts), data.left_out, PROMPT_FORMS)
+    return data_line(f"{stage}.prompts", path, len(data.texts), data.dropped, PROMPT_SCHEMAS)
 
 
 def data_line(
-    field: str, path: str | os.PathLike, used: int, left_out: Mapping[str, int], forms: Forms
+    field: str, path: str | os.PathLike, used: int, dropped: Mapping[str, int], schemas: Schemas
 ) -> str:
     """What became of the records of one data set.
 
@@ -242,11 +242,11 @@ def data_line(
         field: of the config.
         path: of the data set.
         used: records.
-        left_out: {why: how many records}.
-        forms: those that it was read with.
+        dropped: {why: how many records}.
+        schemas: those that it was read with.
     """
-    read = used + sum(left_out.values())
-    reasons = [f", {count:,} {why}" for why, count in Counter(left_out).most_common()]
-    unread = unread_columns(path, forms)
+    read = used + sum(dropped.values())
+    reasons = [f", {count:,} {why}" for why, count in Counter(dropped).most_common()]
+    unread = unread_columns(path, schemas)
     columns = f"; columns not read: {', '.join(unread)}" if unread else ""
     return f"{field}: {path}: {read:,} read{''.join(reasons)}{columns}; {used:,} used"

@@ -1,15 +1,18 @@
 """The stages of a run, in the order in which they run."""
 
 from ppo_jax.evaluation.evaluate import evaluate, read_evaluation
-from ppo_jax.training.ppo import PPO
-from ppo_jax.training.reward import REWARD
-from ppo_jax.training.sft import SFT
 from ppo_jax.training.stage import Stage
+from ppo_jax.training.stages import TRAINING_STAGES
 
 EVALUATE = Stage(
-    name="evaluate", data_fields=("prompts", "ratings"), read=read_evaluation, train=evaluate
+    name="evaluate",
+    title="Evaluation",
+    label="evaluation",
+    data_fields=("prompts", "ratings"),
+    read=read_evaluation,
+    train=evaluate,
 )
-STAGES = (SFT, REWARD, PPO, EVALUATE)
+STAGES = (*TRAINING_STAGES, EVALUATE)
 
 
 def chosen(names) -> list[Stage]:

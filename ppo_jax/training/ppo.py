@@ -52,7 +52,7 @@ def train_ppo(config: Config, workdir: Path, base: str, data: PromptData):
     samples_each = settings.samples_per_prompt
     buckets = make_buckets(settings, rows, config.seed)
     open_stage(
-        "ppo",
+        PPO,
         config,
         workdir,
         policy,
@@ -226,14 +226,23 @@ def make_sampler(
 
 PPO = Stage(
     name="ppo",
+    title="PPO",
+    label="PPO",
+    makes="A language model aligned by PPO with a KL penalty",
     data_fields=("prompts",),
     source_fields=("init_from", "reward_model"),
+    trained_field="policy_params",
     step_unit="iteration",
+    extendable=True,
     progress={
         "reward/score_mean": "score",
         "kl/ref": "kl",
         "policy/clip_fraction": "clip",
         "response/length": "length",
+    },
+    outcome={
+        "reward/score_mean": "mean score {:.2f} → {:.2f}",
+        "kl/ref": "KL per response {:.1f} → {:.1f} nats",
     },
     read=read_ppo,
     train=train_ppo,

@@ -10,7 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from ppo_jax.config.run import STAGES, Config
+from ppo_jax.config.parsing import changeable_fields
+from ppo_jax.config.run import STAGES, Config, ModelSettings
 from ppo_jax.io.run_folder import read_config
 from ppo_jax.io.stage_folder import describe_stage, has_begun
 from ppo_jax.training.stage import Stage, fixed_differences, training_data
@@ -108,4 +109,4 @@ def origin_differences(workdir: Path, name: str, config: dict) -> list[str]:
     if old is None or not (workdir / name).is_dir():  # a start that failed before it made it
         return []
     old, new = ({field: c[field] for field in MADE_FROM[name]} for c in (old, config))
-    return fixed_differences(old, new)
+    return fixed_differences(old, new, changeable_fields(ModelSettings, "model."))

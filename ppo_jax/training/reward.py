@@ -66,7 +66,7 @@ def train_reward(config: Config, workdir: Path, base: str, data: RewardParts):
     model = with_adapters(model, settings.trainable, settings.lora, config.seed, layout)
     sources = {"init_from": model}
     start, parts = open_stage(
-        "reward",
+        REWARD,
         config,
         workdir,
         model,
@@ -159,6 +159,9 @@ def shift_scores(state: TrainState, shift: float) -> TrainState:
 
 REWARD = Stage(
     name="reward",
+    title="Reward model",
+    label="reward model",
+    makes="A reward model: one score for a text, higher is better",
     data_fields=("data", "validation_data", "reference_data"),
     source_fields=("init_from",),
     progress={
@@ -166,6 +169,7 @@ REWARD = Stage(
         "reward_model/accuracy": "accuracy",
         "reward_model/validation_accuracy": "validation",
     },
+    outcome={"reward_model/validation_accuracy": "validation accuracy {:.1%} → {:.1%}"},
     read=read_reward,
     train=train_reward,
 )

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ppo_jax.config.parsing import load_function
-from ppo_jax.data.readers import shown
+from ppo_jax.data.readers import short_repr
 
 FIELD = "ppo.reward_function"
 EXPECTED = "(prompts: list[str], responses: list[str]) -> one number a response"
@@ -124,10 +124,10 @@ def reject_reason(given: Any, count: int) -> str:
         with np.errstate(over="ignore"):
             scores = np.asarray(given, np.float32)
     except (TypeError, ValueError):
-        return shown(given)
+        return short_repr(given)
     if texts or scores.ndim != 1:
-        return shown(given)
+        return short_repr(given)
     if len(scores) != count:
-        return f"{len(scores)}: {shown(given)}"
+        return f"{len(scores)}: {short_repr(given)}"
     bad = np.flatnonzero(~np.isfinite(scores))
     return f"{given[bad[0]]} for response {bad[0]}" if bad.size else ""

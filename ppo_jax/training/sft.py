@@ -67,7 +67,7 @@ def train_sft(config: Config, workdir: Path, base: str, data: Texts):
     num_steps = count_steps(settings, len(texts.tokens))
     model = with_adapters(model, settings.trainable, settings.lora, config.seed, layout)
     start, parts = open_stage(
-        "sft", config, workdir, model, num_steps=num_steps, data=fingerprint(texts), sources={}
+        SFT, config, workdir, model, num_steps=num_steps, data=fingerprint(texts), sources={}
     )
     network = policy_network(model.config, start_layer=start, constrain=layout.constrain)
     trunk_params, frozen = freeze((parts.trunk, parts.frozen), layout, config.model.frozen_dtype)
@@ -134,8 +134,12 @@ def as_text_batch(
 
 SFT = Stage(
     name="sft",
+    title="Supervised fine-tuning",
+    label="SFT",
+    makes="A language model after supervised fine-tuning",
     data_fields=("data", "validation_data"),
     progress={"sft/loss": "loss", "sft/validation_loss": "validation"},
+    outcome={"sft/validation_perplexity": "validation perplexity {:.4g} → {:.4g}"},
     read=read_sft,
     train=train_sft,
 )

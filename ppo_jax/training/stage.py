@@ -5,13 +5,13 @@ import dataclasses
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ppo_jax.config.flags import hint_of, section_of
-from ppo_jax.config.parsing import filled_in, with_new_names
-from ppo_jax.config.run import MAY_CHANGE, Config, ModelSettings
+from ppo_jax.config.parsing import changeable_fields, filled_in, with_new_names
+from ppo_jax.config.run import Config, ModelSettings
 from ppo_jax.distributed.layout import Layout, abstract, init_sharded
 from ppo_jax.distributed.processes import STOPS, preempted, stop_handlers
 from ppo_jax.io.checkpoints import Checkpoints
@@ -23,13 +23,20 @@ from ppo_jax.training.metrics import MetricsWriter
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One stage of a run. Its name is that of its section of the config and of its folder."""
+    """One stage of a run: all that the rest of the library has to know of it."""
 
-    name: str
+    name: str  # "sft": of its section of the config and of its folder
+    title: str  # "Supervised fine-tuning", a heading
+    label: str  # "SFT", in a sentence
+    makes: str = ""  # what its model is, for the model card
     data_fields: tuple[str, ...]  # settings that name data sets; the first is what it trains on
     source_fields: tuple[str, ...] = ()  # settings that may name another stage to start from
-    step_unit: str = "step"  # what one of its steps is called
-    progress: Mapping[str, str] = dataclasses.field(default_factory=dict)  # metric: label
+    trained_field: str = "params"  # of its state: the trained parameters of its model
+    step_unit: str = "optimizer step"
+    extendable: bool = False  # its number of steps is a setting, which may be raised later
+    # On the terminal, {metric: label}; in the report, {metric: its first and last value in words}.
+    progress: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    outcome: Mapping[str, str] = dataclasses.field(default_factory=dict)
     read: Callable[[Config, Any], Any]  # (config, its initial ModelSpec) -> data, tokenised
     train: Callable[[Config, Path, str, Any], None]  # (config, workdir, base model's path, data)
 
@@ -173,7 +180,7 @@ def describe(stage: str, config: Config, workdir: Path) -> dict:
 
 
 def open_stage(
-    stage: str,
+    stage: Stage,
     config: Config,
     workdir: Path,
     model: Model,
@@ -187,7 +194,7 @@ def open_stage(
     A stage without a checkpoint is begun anew.
 
     Args:
-        stage: its name.
+        stage: which one.
         config: of the run.
         workdir: the run's folder.
         model: what the stage starts from.
@@ -202,17 +209,17 @@ def open_stage(
     Raises:
         ValueError: a setting differs that the state or the data order depends on; it lists them.
     """
-    trainable = getattr(config, stage).trainable
+    trainable = getattr(config, stage.name).trainable
     start = start_layer(model.config, trainable)
     parts = split_params(model.config, model.params, trainable, start)
-    folder, description = workdir / stage, describe(stage, config, workdir)
+    folder, description = workdir / stage.name, describe(stage.name, config, workdir)
     check_settings(folder, description)
-    description |= {"num_steps": num_steps, "data": data}
+    description |= {"trained_field": stage.trained_field, "num_steps": num_steps, "data": data}
     old = describe_stage(folder) if has_begun(folder) else None
-    if old and stage != "ppo" and old["num_steps"] != num_steps:
+    if old and not stage.extendable and old["num_steps"] != num_steps:
         raise ValueError(
-            f"{folder} was begun with data for {old['num_steps']} steps, {stage}.data now gives "
-            f"{num_steps}: put the data back, or choose another workdir"
+            f"{folder} was begun with data for {old['num_steps']} steps, {stage.name}.data now "
+            f"gives {num_steps}: put the data back, or choose another workdir"
         )
     if old is None:
         steps = {field: source.step for field, source in sources.items() if source is not None}
@@ -230,11 +237,10 @@ def check_settings(folder: Path, description: dict):
     old = describe_stage(folder)
     stage = description["stage"]
     both = (with_younger_fields(stage, x["settings"]) for x in (old, description))
-    may_change = set(MAY_CHANGE)
-    if stage == "ppo":
-        may_change.add("packing")  # of responses: the same gradient; in SFT it orders the data
+    may_change = changeable_fields(section_of(hint_of(stage)))
+    may_change |= changeable_fields(ModelSettings, "model.")
     if description["settings"].get("kl_control") == "adaptive":
-        may_change.remove("kl_coef")  # where the control began; its state has moved on
+        may_change.discard("kl_coef")  # where the control began; its state has moved on
     if fixed := fixed_differences(*both, may_change):
         raise ValueError(
             f"{folder} was begun with other settings: {'; '.join(fixed)}. "
@@ -242,10 +248,9 @@ def check_settings(folder: Path, description: dict):
         )
 
 
-def fixed_differences(old: dict, new: dict, may_change: Set[str] = MAY_CHANGE) -> list[str]:
-    """`config_differences` without those in settings that a resumed run may change."""
-    differences = config_differences(old, new)
-    return [d for d in differences if d.split(":")[0].split(".")[-1] not in may_change]
+def fixed_differences(old: dict, new: dict, may_change: set[str]) -> list[str]:
+    """`config_differences` without those of fields that a resumed run may change."""
+    return [d for d in config_differences(old, new) if d.split(":")[0] not in may_change]
 
 
 def with_younger_fields(stage: str, settings: dict) -> dict:

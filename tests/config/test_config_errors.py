@@ -59,7 +59,11 @@ BAD = [
     ("ppo.samples_per_prompt", 3, "multiple of samples_per_prompt (3)"),
     ("ppo.samples_per_prompt", 0, "> 0"),
     ("ppo.logits_chunk", -1, ">= 0"),
-    ("ppo.packing", True, "False unless num_micro_batches > 1: it saves whole pieces, got True"),
+    (
+        "ppo.packing",
+        True,
+        "False unless num_micro_batches > 1: it saves whole micro-batches, got True",
+    ),
     (
         "ppo.max_concurrent",
         -1,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ppo_jax.data import encode as batches
+from ppo_jax.data import encode
 from ppo_jax.data import records as data
 from ppo_jax.data.chat import Chat, read_messages
 from ppo_jax.data.encode import token_rows
@@ -10,16 +10,16 @@ from ppo_jax.data.records import Demonstration, write_jsonl
 from tests.support import chats
 from tests.support.chats import TOKENIZER, ids, make_tokenizer, turns
 
-AT = "chats.jsonl:3"
+PLACE = "chats.jsonl:3"
 
 
-def learned(texts):
+def in_loss(texts):
     return [row[mask].tolist() for row, mask in zip(texts.tokens, texts.loss_mask, strict=True)]
 
 
 def encoded(tokenizer, *conversations):
-    records = [Demonstration(Chat(tokenizer).parts(x, AT)) for x in conversations]
-    return batches.encode_demonstrations(records, tokenizer, max_length=64)
+    records = [Demonstration(Chat(tokenizer).segments(x, PLACE)) for x in conversations]
+    return encode.encode_demonstrations(records, tokenizer, max_length=64)
 
 
 def test_the_assistant_s_turns_are_learned_each_with_its_end():
@@ -29,7 +29,7 @@ def test_the_assistant_s_turns_are_learned_each_with_its_end():
         "<|im_start|>,assistant,/,Yes, ,No,<|im_end|>,/,<|im_start|>,user,/,Ho,<|im_end|>,/,"
         "<|im_start|>,assistant,/,No,<|im_end|>"
     )
-    assert learned(texts) == [ids("Yes, ,No,<|im_end|>,No,<|im_end|>")]
+    assert in_loss(texts) == [ids("Yes, ,No,<|im_end|>,No,<|im_end|>")]
 
 
 def test_the_tokens_are_those_of_the_template_but_for_its_last_line_break():
@@ -42,14 +42,14 @@ def test_the_tokens_are_those_of_the_template_but_for_its_last_line_break():
 def test_a_prompt_and_what_is_learned_are_what_a_rollout_sees_and_writes():
     conversation = turns("Hi", "Yes", "Ho", "No")
     texts = encoded(TOKENIZER, conversation)
-    prompt = Chat(TOKENIZER).prompt(conversation[:-1], AT)
+    prompt = Chat(TOKENIZER).prompt(conversation[:-1], PLACE)
     (row,) = token_rows([[(prompt, False)]], TOKENIZER, append_eos=False)
     assert texts.tokens[0][texts.mask[0]].tolist() == row.ids + ids("No,<|im_end|>")
 
 
-def test_what_follows_the_last_turn_of_the_assistant_is_left_out():
+def test_what_follows_the_last_turn_of_the_assistant_is_dropped():
     longer, shorter = turns("Hi", "Yes", "Ho"), turns("Hi", "Yes")
-    assert Chat(TOKENIZER).parts(longer, AT) == Chat(TOKENIZER).parts(shorter, AT)
+    assert Chat(TOKENIZER).segments(longer, PLACE) == Chat(TOKENIZER).segments(shorter, PLACE)
 
 
 def test_a_template_without_a_generation_prompt_has_the_space_before_a_turn_learned():
@@ -57,27 +57,27 @@ def test_a_template_without_a_generation_prompt_has_the_space_before_a_turn_lear
     assert texts.tokens[0][texts.mask[0]].tolist() == ids(
         "<s>,[INST], ,Hi, ,[/INST], ,Yes, ,</s>,<s>,[INST], ,Ho, ,[/INST], ,No, ,</s>"
     )
-    assert learned(texts) == [ids(" ,Yes, ,</s>, ,No, ,</s>")]
+    assert in_loss(texts) == [ids(" ,Yes, ,</s>, ,No, ,</s>")]
 
 
 def test_a_template_that_ends_no_turn_gets_eos_at_the_end():
     plain = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
     texts = encoded(make_tokenizer(plain), turns("Hi", "Yes"))
     assert texts.tokens[0][texts.mask[0]].tolist() == ids("Hi,/,Yes,/,<|im_end|>")
-    assert learned(texts) == [ids("Yes,/,<|im_end|>")]
+    assert in_loss(texts) == [ids("Yes,/,<|im_end|>")]
 
 
 def test_another_end_of_turn_than_eos_is_learned_before_it():
     texts = encoded(make_tokenizer(eos_token="<|endoftext|>"), turns("Hi", "Yes"))
-    assert learned(texts) == [ids("Yes,<|im_end|>,<|endoftext|>")]
+    assert in_loss(texts) == [ids("Yes,<|im_end|>,<|endoftext|>")]
 
 
 def test_a_special_token_that_a_message_contains_ends_nothing():
     texts = encoded(TOKENIZER, turns("Hi", "Yes <s> No"))
-    assert learned(texts) == [ids("Yes, ,<s>, ,No,<|im_end|>")]
+    assert in_loss(texts) == [ids("Yes, ,<s>, ,No,<|im_end|>")]
     plain = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
     texts = encoded(make_tokenizer(plain), turns("Hi", "Yes <s> No"))
-    assert learned(texts) == [ids("Yes, ,<s>, ,No,/,<|im_end|>")]
+    assert in_loss(texts) == [ids("Yes, ,<s>, ,No,/,<|im_end|>")]
 
 
 def test_a_bos_that_the_template_writes_is_not_put_before_it_again():
@@ -88,10 +88,12 @@ def test_a_bos_that_the_template_writes_is_not_put_before_it_again():
     backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 3)])
     assert tokenizer("Hi")["input_ids"] == ids("<s>,Hi")
     conversation, text = token_rows(
-        [Chat(tokenizer).parts(turns("Hi", "Yes"), AT), [("Hi", True)]], tokenizer, append_eos=True
+        [Chat(tokenizer).segments(turns("Hi", "Yes"), PLACE), [("Hi", True)]],
+        tokenizer,
+        append_eos=True,
     )
     assert conversation.ids[:2] == ids("<s>,[INST]")
-    assert text.ids == ids("<s>,Hi,</s>") and text.learned == [False, True, True]
+    assert text.ids == ids("<s>,Hi,</s>") and text.in_loss == [False, True, True]
 
 
 @pytest.mark.parametrize(
@@ -108,7 +110,7 @@ def test_a_bos_that_the_template_writes_is_not_put_before_it_again():
 )
 def test_a_conversation_that_cannot_be_learned_from_is_refused(template, conversation, message):
     with pytest.raises(ValueError, match=rf"^chats\.jsonl:3: .*{message}"):
-        Chat(make_tokenizer(template)).parts(conversation, AT)
+        Chat(make_tokenizer(template)).segments(conversation, PLACE)
 
 
 @pytest.mark.parametrize(
@@ -127,12 +129,12 @@ def test_a_conversation_that_cannot_be_learned_from_is_refused(template, convers
 )
 def test_bad_messages_are_named(value, message):
     with pytest.raises(ValueError, match=rf"^chats\.jsonl:3: .*{message}"):
-        read_messages(value, "messages", AT)
+        read_messages(value, "messages", PLACE)
 
 
 def test_the_empty_fields_of_a_table_are_no_keys():
     row = {"role": "user", "content": "Hi", "tool_calls": None}
-    assert read_messages([row], "messages", AT) == ({"role": "user", "content": "Hi"},)
+    assert read_messages([row], "messages", PLACE) == ({"role": "user", "content": "Hi"},)
 
 
 def test_files_of_messages(tmp_path):
@@ -143,7 +145,7 @@ def test_files_of_messages(tmp_path):
         "",
         "blank",
     )
-    assert data.load_texts(path)[0].parts == (("Hi", False), ("Yes", True))
+    assert data.load_texts(path)[0].segments == (("Hi", False), ("Yes", True))
     # The assistant's last turn is no part of a prompt.
     write_jsonl(path, [{"messages": turns("Hi", "Yes")}, {"prompt": turns("Hi")}, {"prompt": "Hi"}])
     opened = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"

@@ -14,7 +14,7 @@ from ppo_jax.algorithms.supervised import sft_loss, sft_step
 from ppo_jax.config.run import from_config_dict
 from ppo_jax.data.encode import TokenizedTexts, batch_indices
 from ppo_jax.data.hidden_states import make_inputs
-from ppo_jax.data.packing import best_fit, fullness, pack
+from ppo_jax.data.packing import best_fit, describe_packing, pack
 from ppo_jax.io.checkpoints import load_checkpoint_item
 from ppo_jax.io.stage_folder import load_model
 from ppo_jax.models.build import policy_network
@@ -44,15 +44,15 @@ def whole_batch(texts):
 
 def read_back(packed):
     """{record: (its tokens, its loss mask)} out of the rows."""
-    found, records = {}, iter(packed.records.tolist())
+    tokens_of, records = {}, iter(packed.records.tolist())
     for tokens, loss_mask, segment_ids in zip(
         packed.tokens, packed.loss_mask, packed.segment_ids, strict=True
     ):
         for number in range(1, segment_ids.max() + 1):
             own = segment_ids == number
-            found[next(records)] = (tokens[own].tolist(), loss_mask[own].tolist())
+            tokens_of[next(records)] = (tokens[own].tolist(), loss_mask[own].tolist())
     assert next(records, None) is None
-    return found
+    return tokens_of
 
 
 # --- the rows -------------------------------------------------------------------------------------
@@ -92,7 +92,7 @@ def test_rows_are_nearly_full_and_the_same_each_time():
         np.testing.assert_array_equal(getattr(packed, name), getattr(again, name))
     rows, share = len(packed.tokens), f"{packed.mask.mean():.0%}"
     said = f"3,000 texts in {rows} rows, {3000 / rows:.1f} a row, {share} full"
-    assert fullness(packed) == said
+    assert describe_packing(packed) == said
 
 
 def test_a_text_goes_into_the_fullest_row_that_has_room():

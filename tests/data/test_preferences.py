@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ppo_jax.config.stages import OptimizerSettings, RewardSettings
-from ppo_jax.data import encode as batches
+from ppo_jax.data import encode
 from ppo_jax.data.comparisons import RewardData, reward_data
 from ppo_jax.data.preferences import RankedResponses, load_preferences
 from ppo_jax.data.records import write_jsonl
@@ -146,14 +146,14 @@ def rankings():
 
 
 def test_the_rows_of_a_ranking_stand_together_and_why_others_do_not():
-    texts, groups = batches.encode_preferences(rankings(), TOKENIZER, max_length=8)
+    texts, groups = encode.encode_preferences(rankings(), TOKENIZER, max_length=8)
     rows = [row[mask].tolist() for row, mask in zip(texts.tokens, texts.mask, strict=True)]
     end = ids("<|im_end|>")
     assert rows == [
         ids(words) + end for words in ("Hi,Yes", "Hi,No", "Hi,Yes", "Hi,Ho", "Hi,No")
     ] + [ids("Ho,No") + end, ids("Ho,Yes") + end]
     assert texts.records.tolist() == [0, 0, 1, 1, 1, 6, 6]
-    assert dict(texts.left_out) == {
+    assert dict(texts.dropped) == {
         "repeated": 1,
         "tied": 1,
         "blank": 1,
@@ -175,7 +175,7 @@ def settings(**changes):
 
 
 def test_a_batch_holds_whole_rankings_with_all_their_pairs():
-    texts, groups = batches.encode_preferences(rankings(), TOKENIZER, max_length=8)
+    texts, groups = encode.encode_preferences(rankings(), TOKENIZER, max_length=8)
     data = RewardData(texts=texts, groups=groups)
     assert data.num_rows == 9
     seen = []
@@ -188,12 +188,12 @@ def test_a_batch_holds_whole_rankings_with_all_their_pairs():
 
 
 def test_accuracy_counts_every_pair_of_every_ranking():
-    texts, groups = batches.encode_preferences(rankings(), TOKENIZER, max_length=8)
+    texts, groups = encode.encode_preferences(rankings(), TOKENIZER, max_length=8)
     # Pairs of rows (0, 1), (3, 2), (3, 4), (6, 5): right, wrong, right, tied.
     scores = np.array([1.0, 0.0, 5.0, 4.0, 3.0, 2.0, 2.0])
-    found = RewardData(texts=texts, groups=groups).accuracy(scores, 0)
+    metrics = RewardData(texts=texts, groups=groups).accuracy(scores, 0)
     name = "reward_model/validation_"
-    assert found == {f"{name}accuracy": 2.5 / 4, f"{name}pairs": 4}
+    assert metrics == {f"{name}accuracy": 2.5 / 4, f"{name}pairs": 4}
 
 
 def test_a_split_leaves_the_rankings_of_a_prompt_together(tmp_path):
@@ -227,33 +227,35 @@ def test_the_file_that_leaves_nothing_to_use_is_named(tmp_path):
     write_jsonl(tmp_path / "tied.jsonl", [tied])
     files = {"data": str(tmp_path / "good.jsonl"), "validation_data": str(tmp_path / "tied.jsonl")}
     named = RewardSettings(**{**vars(settings()), **files})
-    told = r"^reward\.validation_data: .*tied\.jsonl: none of the 1 records can be used: 1 tied$"
-    with pytest.raises(ValueError, match=told):
+    message = r"^reward\.validation_data: .*tied\.jsonl: none of the 1 records can be used: 1 tied$"
+    with pytest.raises(ValueError, match=message):
         reward_data(named, 0, TOKENIZER, 32)
 
 
 @pytest.mark.parametrize(
-    ("changes", "context", "told"),
+    ("changes", "context", "message"),
     [
         ({"max_length": 2}, 32, r"^reward\.data: .*1 too long \(over 2 tokens\), .*reward.max_len"),
         ({}, 2, r"^reward\.data, held out: .*1 too long .* has 3; see the model's context$"),
     ],
 )
-def test_the_limit_that_leaves_nothing_to_use_is_named(tmp_path, changes, context, told):
+def test_the_limit_that_leaves_nothing_to_use_is_named(tmp_path, changes, context, message):
     path = tmp_path / "good.jsonl"
     write_jsonl(path, [{"prompt": x, "chosen": "Yes", "rejected": "No"} for x in ("Hi", "Ho")])
     changed = {**vars(settings()), **changes, "data": str(path), "validation_fraction": 0.4}
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         reward_data(RewardSettings(**changed), 2, TOKENIZER, context)
 
 
 @pytest.mark.parametrize("batch_size", [3, 9])
 def test_a_batch_holds_whole_rankings_whether_its_size_is_even_or_odd(batch_size):
-    texts, groups = batches.encode_preferences(rankings(), TOKENIZER, max_length=8)
+    texts, groups = encode.encode_preferences(rankings(), TOKENIZER, max_length=8)
     data, chosen = RewardData(texts=texts, groups=groups), settings(batch_size=batch_size)
     check_rankings(chosen, data)
     rows, pairs, valid = data.batch(0, 0, chosen)
     assert rows.shape == (batch_size,) and len(pairs) == len(valid) == batch_size
-    told = r"reward\.batch_size must be a multiple of 3, the most responses to a prompt of x, got 8"
-    with pytest.raises(ValueError, match=told):
+    message = (
+        "reward.batch_size must be a multiple of 3, the most responses to a prompt of x, got 8"
+    )
+    with pytest.raises(ValueError, match=message):
         check_rankings(settings(batch_size=8), data)

@@ -80,8 +80,8 @@ def test_prompts_are_never_cut():
     """The arrays are as wide as the longest prompt, which may be less than is allowed."""
     prompts = tiny.prompts(length=6)
     for width in (6, 7, 9, 12, 64, None):
-        taken = take_prompts(prompts, np.array([3, 0]), width)
-        assert (taken.tokens == prompts.tokens[np.array([3, 0])]).all()
+        chosen = take_prompts(prompts, np.array([3, 0]), width)
+        assert (chosen.tokens == prompts.tokens[np.array([3, 0])]).all()
     assert take_prompts(prompts, np.array([3]), 2).tokens.shape == (1, 2)
 
 
@@ -89,5 +89,5 @@ def test_the_batches_of_a_window_are_sorted_together(monkeypatch):
     monkeypatch.setattr(prompt_buckets, "WINDOW", 2)
     lengths = np.array([8, 1, 1, 8])
     buckets = PromptBuckets(lengths=lengths, max_length=8, count=2, batch_size=2, seed=0)
-    found = sorted((sorted(rows.tolist()), width) for rows, width in map(buckets.batch, (0, 1)))
-    assert found == [([0, 3], 8), ([1, 2], 4)]
+    batches = sorted((sorted(rows.tolist()), width) for rows, width in map(buckets.batch, (0, 1)))
+    assert batches == [([0, 3], 8), ([1, 2], 4)]

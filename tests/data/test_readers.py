@@ -7,7 +7,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from ppo_jax.data import readers as formats
+from ppo_jax.data import readers
 from ppo_jax.data import records as data
 from ppo_jax.data.preferences import load_preferences
 from ppo_jax.data.records import write_jsonl
@@ -94,16 +94,16 @@ def test_a_bad_row_is_named_with_its_place(here, hold, place):
 def test_a_table_may_have_other_columns(here, hold):
     rows = [{"id": 7, "prompt": "p", "messages": turns("Hi"), "source": None}] * 2
     path = hold(here, rows)
-    assert formats.unread_columns(path, data.PROMPT_FORMS) == ["id", "prompt", "source"]
+    assert readers.unread_columns(path, data.PROMPT_SCHEMAS) == ["id", "prompt", "source"]
     assert data.load_prompts(path, TOKENIZER)[0].startswith("<|im_start|>user\nHi")
     columns = r"must include \['text'\] or .* got \['id', 'prompt', 'messages', 'source'\]"
     with pytest.raises(ValueError, match=columns):
-        list(formats.read_rows(path, [("text",), ("prompt", "completion")]))
+        list(readers.read_rows(path, [("text",), ("prompt", "completion")]))
 
 
 def test_json_lines_have_no_column_that_is_not_read(tmp_path):
     write_jsonl(tmp_path / "rows.jsonl", TEXTS)
-    assert formats.unread_columns(tmp_path / "rows.jsonl", data.DEMONSTRATION_FORMS) == []
+    assert readers.unread_columns(tmp_path / "rows.jsonl", data.DEMONSTRATION_SCHEMAS) == []
 
 
 def test_damaged_and_empty_files_are_named(tmp_path):
@@ -129,12 +129,12 @@ def test_damaged_and_empty_files_are_named(tmp_path):
 @pytest.mark.parametrize("name", ["hub:", "hub:name", "hub:owner/", "hub:a/b/c", "hub:/name:train"])
 def test_a_name_that_is_none_of_a_hub_is_refused(name):
     with pytest.raises(ValueError, match="must be hub:owner/name or hub:owner/name:split, got"):
-        formats.check_packages(name)
+        readers.check_packages(name)
 
 
 def test_a_name_has_a_split():
-    assert formats.hub_name("hub:owner/name") == ("owner/name", "train")
-    assert formats.hub_name("hub:owner/name:test[:10%]") == ("owner/name", "test[:10%]")
+    assert readers.hub_name("hub:owner/name") == ("owner/name", "train")
+    assert readers.hub_name("hub:owner/name:test[:10%]") == ("owner/name", "test[:10%]")
 
 
 def test_a_split_is_read_and_one_that_is_not_there_is_named(here):
@@ -158,6 +158,6 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(
     monkeypatch, path, module, package
 ):
     monkeypatch.setitem(sys.modules, module, None)
-    for read in (formats.check_packages, data.load_prompts):
+    for read in (readers.check_packages, data.load_prompts):
         with pytest.raises(ValueError, match=rf"{package}: pip install 'ppo_jax\[data\]'"):
             read(path)

@@ -8,6 +8,7 @@ import pytest
 from ppo_jax.data import records as data
 from ppo_jax.data.preferences import RankedResponses, load_preferences
 from ppo_jax.data.records import Demonstration, RatedText
+from tests.support.run_files import read_jsonl
 
 
 def written(tmp_path, *lines):
@@ -45,7 +46,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     data.write_jsonl(path, [{"a": 1}])
     with pytest.raises(ValueError):
         data.write_jsonl(path, [{"a": 2}, {"a": float("nan")}])
-    assert data.read_jsonl(path) == [{"a": 1}]
+    assert read_jsonl(path) == [{"a": 1}]
 
 
 def test_a_byte_order_mark_and_windows_line_ends_are_read(tmp_path):
@@ -75,7 +76,7 @@ GOOD = {
         (data.load_texts, '{"text": "half', "not a JSON object"),
         (data.load_texts, "[" * 100_000, "not a JSON object"),
         (data.load_texts, '["text"]', "must be a JSON object"),
-        (data.load_texts, '{"text": "a", "text": "b"}', "a key stands twice"),
+        (data.load_texts, '{"text": "a", "text": "b"}', "a key is repeated"),
         (
             data.load_texts,
             "{}",

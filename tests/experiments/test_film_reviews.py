@@ -11,11 +11,11 @@ from film_reviews.data import PARTS as SHARES
 from film_reviews.data import PROMPT_WORDS
 
 from ppo_jax.data.encode import encode_texts
-from ppo_jax.data.records import read_jsonl
 from ppo_jax.io.stage_folder import Model
 from ppo_jax.models.build import policy_network, trunk_network
 from ppo_jax.models.partition import split_params
 from tests.support import tiny
+from tests.support.run_files import read_jsonl
 
 PARTS = ("train", "judge", "test", "validation")
 

@@ -8,13 +8,20 @@ import jax
 import numpy as np
 import pytest
 
-from ppo_jax.data.records import read_jsonl, write_jsonl
-from ppo_jax.inference import terminal as chat_terminal
-from ppo_jax.inference.generate import compiled_stream, find_sampling, generate, stream, text_pieces
+from ppo_jax.data.records import write_jsonl
+from ppo_jax.inference import terminal
+from ppo_jax.inference.generate import (
+    compiled_stream,
+    decode_stream,
+    find_sampling,
+    generate,
+    stream,
+)
 from ppo_jax.inference.score import score_texts
-from ppo_jax.inference.terminal import chat, fitting, respond_to_file
+from ppo_jax.inference.terminal import chat, newest_turns, respond_to_file
 from ppo_jax.rollout.sampling import Sampling
 from tests.support.command_line import run_script
+from tests.support.run_files import read_jsonl
 from tests.support.tiny_stage import TEMPLATE, byte_tokenizer, random_model, write_stage
 
 SHORT = Sampling(response_length=10, eos_ids=(0,))
@@ -49,12 +56,12 @@ def test_a_folder_is_sampled_with_the_defaults_and_its_stop_tokens(tmp_path, mod
     plain = Sampling(response_length=64, eos_ids=(0,))
     default = {"sampling": plain, "temperature": 1.0}
     assert find_sampling(str(tmp_path), model.tokenizer) == default
-    for ids, found in ((9, (0, 9)), ([8, 0], (0, 8)), (None, (0,))):
+    for ids, eos_ids in ((9, (0, 9)), ([8, 0], (0, 8)), (None, (0,))):
         (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
-        assert find_sampling(str(tmp_path), model.tokenizer)["sampling"].eos_ids == found
+        assert find_sampling(str(tmp_path), model.tokenizer)["sampling"].eos_ids == eos_ids
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [0, 99999]}')
-    told = r"generation_config\.json: eos_token_id must be ids of the tokenizer.*\[0, 99999\]"
-    with pytest.raises(ValueError, match=told):
+    message = r"generation_config\.json: eos_token_id must be ids of the tokenizer.*\[0, 99999\]"
+    with pytest.raises(ValueError, match=message):
         find_sampling(str(tmp_path), model.tokenizer)
     write_stage(tmp_path, "sft", model)
     assert find_sampling(str(tmp_path / "sft"), model.tokenizer) == default
@@ -82,13 +89,13 @@ def test_a_stream_has_the_tokens_of_a_rollout(model, temperature):
 
 
 def test_turns_of_like_length_compile_once(model):
-    begin, more = compiled_stream(model.config, SHORT)
-    begin.clear_cache(), more.clear_cache()
+    prefill, decode = compiled_stream(model.config, SHORT)
+    prefill.clear_cache(), decode.clear_cache()
     for length in (1, 10, 64):
         list(stream(model, [5] * length, jax.random.key(0), sampling=SHORT, temperature=length))
-    assert begin._cache_size() == more._cache_size() == 1
+    assert prefill._cache_size() == decode._cache_size() == 1
     list(stream(model, [5] * 65, jax.random.key(0), sampling=SHORT, temperature=1.0))
-    assert begin._cache_size() == more._cache_size() == 2
+    assert prefill._cache_size() == decode._cache_size() == 2
 
 
 def test_a_prompt_may_fill_the_positions_of_the_model():
@@ -104,15 +111,15 @@ def test_a_prompt_may_fill_the_positions_of_the_model():
 def test_text_comes_piece_by_piece_and_characters_whole():
     tokenizer = byte_tokenizer()
     for text in ("a film of few words", "Grüße aus 東京 \U0001f3ac!", "", "x\ufffd"):
-        pieces = list(text_pieces(tokenizer, tokenizer(text)["input_ids"]))
-        assert "".join(pieces) == text
-        assert all("\ufffd" not in piece for piece in pieces) or "\ufffd" in text
-    given = []
-    pieces = text_pieces(tokenizer, (given.append(i) or i for i in tokenizer("few")["input_ids"]))
-    next(pieces)
-    assert len(given) == 1  # it waits for no more tokens than it needs
+        chunks = list(decode_stream(tokenizer, tokenizer(text)["input_ids"]))
+        assert "".join(chunks) == text
+        assert all("\ufffd" not in chunk for chunk in chunks) or "\ufffd" in text
+    read = []
+    chunks = decode_stream(tokenizer, (read.append(i) or i for i in tokenizer("few")["input_ids"]))
+    next(chunks)
+    assert len(read) == 1  # it waits for no more tokens than it needs
     torn = tokenizer("東")["input_ids"][:-1]
-    assert "".join(text_pieces(tokenizer, torn)) == tokenizer.decode(torn)
+    assert "".join(decode_stream(tokenizer, torn)) == tokenizer.decode(torn)
 
 
 # --- the chat -------------------------------------------------------------------------------------
@@ -120,9 +127,9 @@ def test_text_comes_piece_by_piece_and_characters_whole():
 
 def conversation(model, lines, **changes):
     """What a chat shows, in one string."""
-    shown = []
-    chat(model, lines, shown.append, **{**HOW, **changes})
-    return "".join(shown)
+    chunks = []
+    chat(model, lines, chunks.append, **{**HOW, **changes})
+    return "".join(chunks)
 
 
 @pytest.fixture
@@ -134,7 +141,7 @@ def scripted(monkeypatch):
         prompts.append(model.tokenizer.decode(ids))
         yield from model.tokenizer("ok")["input_ids"]
 
-    monkeypatch.setattr(chat_terminal, "stream", answer)
+    monkeypatch.setattr(terminal, "stream", answer)
     return model, prompts
 
 
@@ -155,9 +162,9 @@ def test_the_oldest_turns_make_room_and_a_line_without_room_is_told(scripted):
 def test_the_newest_turns_are_those_that_fit():
     model = random_model(template=TEMPLATE)
     turns = [{"role": role, "content": "x" * 5} for role in ("user", "assistant") * 2 + ("user",)]
-    whole, ids = fitting(turns, model, 1000, use_template=True)
+    whole, ids = newest_turns(turns, model, 1000, use_template=True)
     assert whole == turns and len(ids) == 5 * 8 + 2
-    assert fitting(turns, model, 41, use_template=True) == (turns[2:], ids[16:])
+    assert newest_turns(turns, model, 41, use_template=True) == (turns[2:], ids[16:])
 
 
 def test_without_a_template_each_line_is_continued(scripted):
@@ -177,7 +184,7 @@ def test_ctrl_c_ends_an_answer_and_keeps_what_was_said(scripted, monkeypatch):
         yield from model.tokenizer("o")["input_ids"]
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(chat_terminal, "stream", interrupted)
+    monkeypatch.setattr(terminal, "stream", interrupted)
     said = conversation(model, ["hi", "so"])
     assert prompts == ["u:hi;a:", "u:hi;a:o;u:so;a:"] and said.endswith("o\no\n")
 

@@ -120,8 +120,8 @@ def test_a_wrong_shape_is_found_before_any_weight_is_read(saved, tmp_path, monke
 
     monkeypatch.setattr(hf, "read_parameters", None)
     folder = edit_weights(saved("llama")[1], tmp_path, cut)
-    told = rf"{folder}: model\.norm\.weight has shape \(3,\), but config\.json asks for \(32,\)"
-    with pytest.raises(ValueError, match=told):
+    message = rf"{folder}: model\.norm\.weight has shape \(3,\), but config\.json asks for \(32,\)"
+    with pytest.raises(ValueError, match=message):
         hf.load_policy(folder)
 
 

@@ -11,8 +11,8 @@ import pytest
 import transformers
 from film_reviews.data import film_ratings
 
-from ppo_jax.io import gguf as gguf_file
-from ppo_jax.io import hub as sources
+from ppo_jax.io import gguf as gguf_reader
+from ppo_jax.io import hub
 from ppo_jax.io import huggingface as hf
 from ppo_jax.io.tokenizers import load_tokenizer, train_tokenizer
 from ppo_jax.models.build import policy_apply
@@ -40,17 +40,17 @@ def index(tmp_path, monkeypatch):
 
 
 def fetch(sha256):
-    return sources.fetch_package("tiny-texts", "1.0", WHEEL, sha256)
+    return hub.fetch_package("tiny-texts", "1.0", WHEEL, sha256)
 
 
 def test_a_package_is_fetched_once_and_then_cached(index):
     content = (index / WHEEL).read_bytes()
     digest = hashlib.sha256(content).hexdigest()
     path = fetch(digest)
-    assert path == sources.cache_dir() / WHEEL and path.read_bytes() == content
+    assert path == hub.cache_dir() / WHEEL and path.read_bytes() == content
     (index / WHEEL).unlink()
     assert fetch(digest) == path
-    assert [p.name for p in sources.cache_dir().iterdir()] == [WHEEL]  # nothing half-written
+    assert [p.name for p in hub.cache_dir().iterdir()] == [WHEEL]  # nothing half-written
 
 
 def test_without_a_network_the_error_says_what_to_run_and_where_to_put_the_file(index):
@@ -59,14 +59,14 @@ def test_without_a_network_the_error_says_what_to_run_and_where_to_put_the_file(
         fetch("0" * 64)
     message = str(error.value)
     assert "pip download tiny-texts==1.0 --no-deps" in message
-    assert WHEEL in message and str(sources.cache_dir()) in message
+    assert WHEEL in message and str(hub.cache_dir()) in message
 
 
 def test_a_file_with_another_hash_is_refused_by_pip_and_in_the_cache(index):
     with pytest.raises(ConnectionError):
         fetch("0" * 64)
-    assert list(sources.cache_dir().iterdir()) == []
-    (sources.cache_dir() / WHEEL).write_bytes(b"put here by hand")
+    assert list(hub.cache_dir().iterdir()) == []
+    (hub.cache_dir() / WHEEL).write_bytes(b"put here by hand")
     with pytest.raises(ValueError, match="SHA-256"):
         fetch("0" * 64)
 
@@ -77,7 +77,7 @@ def test_a_folder_is_made_once_and_never_left_half_made(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        sources.make_once(tmp_path / "model", fail)
+        hub.make_once(tmp_path / "model", fail)
     assert list(tmp_path.iterdir()) == []
     calls = []
 
@@ -85,21 +85,21 @@ def test_a_folder_is_made_once_and_never_left_half_made(tmp_path):
         calls.append(partial)
 
     for _ in range(2):
-        assert sources.make_once(tmp_path / "model", write) == tmp_path / "model"
+        assert hub.make_once(tmp_path / "model", write) == tmp_path / "model"
     assert len(calls) == 1 and [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
 def test_a_path_that_leads_nowhere_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ValueError, match="no folder or .gguf file"):
-        sources.model_folder(tmp_path / "missing")
+        hub.model_folder(tmp_path / "missing")
     with pytest.raises(ValueError, match="neither a local folder nor .* hub"):
-        sources.model_folder("nobody-at-all/no-such-model")
+        hub.model_folder("nobody-at-all/no-such-model")
     with pytest.raises(ValueError, match=r"package:nothing.*smollm2-135m-instruct"):
-        sources.model_folder("package:nothing")
+        hub.model_folder("package:nothing")
     (tmp_path / "model.bin").write_bytes(b"")
     with pytest.raises(ValueError, match="neither a folder nor a .gguf file"):
-        sources.model_folder(tmp_path / "model.bin")
+        hub.model_folder(tmp_path / "model.bin")
 
 
 def test_of_a_hub_repository_only_weights_config_and_tokenizer_are_fetched(tmp_path, monkeypatch):
@@ -113,7 +113,7 @@ def test_of_a_hub_repository_only_weights_config_and_tokenizer_are_fetched(tmp_p
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    assert sources.model_folder("somebody/some-model") == tmp_path
+    assert hub.model_folder("somebody/some-model") == tmp_path
     assert fetched == wanted
 
 
@@ -172,8 +172,8 @@ def write_gguf(path, model, tokenizer, *, quantise=None, **extra):
 
 
 def gguf_tensors(model):
-    names = {name: key for key, name in gguf_file.TENSORS.items()}
-    parts = {name: key for key, name in gguf_file.LAYER_TENSORS.items()}
+    names = {name: key for key, name in gguf_reader.TENSORS.items()}
+    parts = {name: key for key, name in gguf_reader.LAYER_TENSORS.items()}
     for name, parameter in model.state_dict().items():
         array = parameter.numpy()
         if name.startswith("model.layers."):
@@ -216,7 +216,7 @@ def test_a_gguf_file_gives_the_same_logits_and_tokens(tiny_llama, tmp_path, monk
         theirs = tiny_llama(torch.tensor(tokens.astype(np.int64))).logits.numpy()
     ours = policy_apply(config, params, tokens, np.ones(tokens.shape, bool))
     assert np.abs(np.asarray(ours) - theirs).max() <= 1e-4
-    assert len(list(sources.cache_dir().iterdir())) == 1  # the tokenizer came from the same folder
+    assert len(list(hub.cache_dir().iterdir())) == 1  # the tokenizer came from the same folder
 
 
 def test_quantised_weights_are_near_the_originals(tiny_llama, tmp_path, monkeypatch):
@@ -242,10 +242,10 @@ def test_a_gguf_option_or_file_that_is_not_understood_is_refused(tiny_llama, tmp
     with pytest.raises(ValueError, match=r"text\.gguf is not a readable GGUF file"):
         hf.load_policy(tmp_path / "text.gguf")
     with pytest.raises(ValueError, match="architecture 'mamba'"):
-        gguf_file.read_metadata({"general.architecture": "mamba"}, tied=True)
+        gguf_reader.read_metadata({"general.architecture": "mamba"}, tied=True)
     with pytest.raises(ValueError, match=r"blk\.0\.ffn_gate_inp\.weight"):
-        gguf_file.hf_name("blk.0.ffn_gate_inp.weight")
+        gguf_reader.hf_name("blk.0.ffn_gate_inp.weight")
     with pytest.raises(ValueError, match="'llama' with pre-tokenizer 'default'"):
-        gguf_file.build_tokenizer(
+        gguf_reader.build_tokenizer(
             {"tokenizer.ggml.model": "llama", "tokenizer.ggml.pre": "default"}
         )

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from ppo_jax.io import integrity as checksums
+from ppo_jax.io import integrity
 from ppo_jax.io.checkpoints import Checkpoints, load_checkpoint_item, load_params, save_params
 from tests.support.tiny_state import (
     assert_identical,
@@ -38,8 +38,8 @@ def test_a_flipped_bit_in_an_array_is_found_and_the_older_step_is_restored(tmp_p
 
 def count_reads(monkeypatch):
     """A list that gets each file whose checksum is computed."""
-    read, crc32 = [], checksums._crc32
-    monkeypatch.setattr(checksums, "_crc32", lambda path: read.append(path) or crc32(path))
+    read, crc32 = [], integrity._crc32
+    monkeypatch.setattr(integrity, "_crc32", lambda path: read.append(path) or crc32(path))
     return read
 
 

@@ -94,10 +94,10 @@ def on_base(folder, base):
 def test_peft_gives_the_logits_of_the_trained_policy(saved, workdir, name):
     model, base = policy(saved, name), saved(name)[1]
     out = exported(workdir, "ppo", model, adapter_of=str(base), **LORA)
-    found, expected = on_base(out, base), ours(model)
-    assert np.abs(theirs(found) - expected).max() <= 2e-4 < 1.0 < np.abs(expected).max()
+    loaded, expected = on_base(out, base), ours(model)
+    assert np.abs(theirs(loaded) - expected).max() <= 2e-4 < 1.0 < np.abs(expected).max()
     assert np.abs(theirs(saved(name)[0]) - expected).max() > 0.1
-    assert np.abs(theirs(found.merge_and_unload()) - expected).max() <= 2e-4
+    assert np.abs(theirs(loaded.merge_and_unload()) - expected).max() <= 2e-4
 
 
 SOME = {
@@ -127,16 +127,16 @@ def test_the_folder_names_its_base_model(saved, workdir):
         "gate_proj",
         "down_proj",
     }
-    found = peft.AutoPeftModelForCausalLM.from_pretrained(out)
-    assert np.abs(theirs(found) - ours(model)).max() < 0.1 * np.abs(ours(model)).max()
+    loaded = peft.AutoPeftModelForCausalLM.from_pretrained(out)
+    assert np.abs(theirs(loaded) - ours(model)).max() < 0.1 * np.abs(ours(model)).max()
 
 
 @pytest.mark.parametrize("name", TINY_MODELS)
 def test_a_whole_export_has_the_adapters_in_its_weights(saved, workdir, name):
     model = policy(saved, name)
     out = exported(workdir, "ppo", model, **LORA)
-    found = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
-    assert np.abs(theirs(found) - ours(model)).max() <= 2e-4
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
+    assert np.abs(theirs(loaded) - ours(model)).max() <= 2e-4
     config, params = hf.load_policy(out)
     stage = load_model(workdir / "ppo")
     assert config == stage.config == dataclasses.replace(model.config, lora_alpha=0.0)

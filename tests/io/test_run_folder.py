@@ -46,8 +46,8 @@ def test_rows_are_appended_as_whole_lines_of_valid_json(tmp_path):
     row = {"stage": "ppo", "step": 1, "prompt": "a\nb", "response": "é\u2028"}
     append_rows(path, [{**row, "score": np.float32(0.5)}, {**row, "score": float("nan")}])
     append_rows(path, [{**row, "score": jnp.float32(2)}])
-    found = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
-    assert found == [{**row, "score": score} for score in (0.5, None, 2.0)]
+    rows_read = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
+    assert rows_read == [{**row, "score": score} for score in (0.5, None, 2.0)]
 
 
 def test_config_json_tells_what_was_run_and_on_what(tmp_path):

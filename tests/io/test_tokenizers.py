@@ -1,15 +1,31 @@
-"""Tokenizers of models and from scratch: any text is written, ended and padded."""
+"""Tokenizers of models, from scratch and trimmed: any text is written, ended and padded.
+
+A trimmed vocabulary gives the same texts, the same tokens, the same logits.
+"""
 
 import json
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from film_reviews.data import film_ratings
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from ppo_jax.io.tokenizers import load_tokenizer, train_tokenizer, with_padding
+from ppo_jax.io.tokenizers import (
+    load_tokenizer,
+    save_tokenizer,
+    train_tokenizer,
+    trim_params,
+    trim_vocabulary,
+    with_padding,
+)
+from ppo_jax.models.build import policy_apply, policy_network, reward_network
+from ppo_jax.models.config import ModelConfig
 
 FOREIGN = ["Grüße aus 東京 \U0001f3ac\u2028zero\x00width\u200b", "  \n\t", "x" * 50, "0123 4.5e-6"]
+KEY = jax.random.key(0)
 
 
 @pytest.fixture(scope="module")
@@ -74,3 +90,113 @@ def test_a_tokenizer_without_eos_is_refused_unless_the_model_names_one(full, tmp
 def test_a_folder_without_tokenizer_json_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"no tokenizer\.json"):
         load_tokenizer(tmp_path)
+
+
+def test_a_trimmed_tokenizer_encodes_its_texts_as_the_full_one(full, films):
+    texts = films[:300]
+    small, kept = trim_vocabulary(full, texts)
+    assert len(small) == len(kept) < 0.8 * len(full)
+    assert np.all(np.diff(kept) > 0)  # the old order
+    for old, new in zip(encode(full, texts), encode(small, texts), strict=True):
+        assert kept[new].tolist() == old
+
+
+def test_a_trimmed_tokenizer_still_writes_any_other_text(full, films):
+    small, _ = trim_vocabulary(full, films[:300])
+    others = films[300:600] + FOREIGN
+    for text, ids in zip(others, encode(small, others), strict=True):
+        assert small.decode(ids) == text
+
+
+def test_a_trimmed_tokenizer_keeps_special_tokens_and_chat_template(full, films):
+    small, kept = trim_vocabulary(full, films[:10])
+    assert small.eos_token == full.eos_token and kept[small.eos_token_id] == full.eos_token_id
+    assert encode(small, ["<|turn|>"]) == [[len(small) - 1]] and kept[-1] == len(full) - 1
+    messages = [{"role": "user", "content": "Hi"}]
+    assert small.apply_chat_template(messages, tokenize=False) == "<|turn|>Hi"
+
+
+def test_trimming_renumbers_tokens_that_the_tokenizer_adds_itself(full, films):
+    backend = Tokenizer.from_str(full.backend_tokenizer.to_str())
+    backend.post_processor = processors.Sequence(
+        [
+            processors.ByteLevel(trim_offsets=False),
+            processors.TemplateProcessing(
+                single="$0 <|turn|>", special_tokens=[("<|turn|>", 4000)]
+            ),
+        ]
+    )
+    closing = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|turn|>")
+    small, kept = trim_vocabulary(closing, films[:10])
+    (ids,) = encode(small, films[:1])
+    assert ids[-1] == small.eos_token_id
+    assert kept[ids].tolist() == encode(closing, films[:1])[0]
+
+
+def test_a_trimmed_tokenizer_survives_saving(full, films, tmp_path):
+    small, _ = trim_vocabulary(full, films[:300])
+    save_tokenizer(small, tmp_path)
+    again = load_tokenizer(tmp_path)
+    assert again.get_vocab() == small.get_vocab() and again.eos_token_id == small.eos_token_id
+    assert again.chat_template == small.chat_template and again.pad_token is None
+    assert encode(again, films[:20] + FOREIGN) == encode(small, films[:20] + FOREIGN)
+
+
+def test_only_bpe_over_bytes_is_trimmed():
+    word_level = Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?"))
+    word_level.pre_tokenizer = pre_tokenizers.Whitespace()
+    with pytest.raises(ValueError, match="WordLevel"):
+        trim_vocabulary(PreTrainedTokenizerFast(tokenizer_object=word_level), ["a"])
+    characters = Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")]))
+    with pytest.raises(ValueError, match="over bytes"):
+        trim_vocabulary(PreTrainedTokenizerFast(tokenizer_object=characters), ["ab"])
+
+
+def test_trimmed_parameters_give_the_kept_logits():
+    for tied in (True, False):
+        config = model_config(vocab_size=40, tie_embeddings=tied)
+        params = policy_network(config).init(KEY)
+        kept = np.array([0, 3, 4, 17, 39])
+        small = trim_params(params, kept)
+        tokens, mask = jnp.array([[1, 4, 2, 3]]), jnp.ones((1, 4), bool)
+        expected = policy_apply(config, params, jnp.asarray(kept)[tokens], mask)[:, :, kept]
+        actual = policy_apply(model_config(vocab_size=5, tie_embeddings=tied), small, tokens, mask)
+        np.testing.assert_allclose(actual, expected, atol=1e-6)
+
+
+def test_a_scalar_head_is_not_trimmed():
+    params = reward_network(model_config(vocab_size=40)).init(KEY)
+    small = trim_params(params, np.array([2, 5]))
+    assert small["embed"]["tokens"].shape == (2, 16)
+    assert small["head"]["kernel"] is params["head"]["kernel"]
+
+
+def test_kept_ids_beyond_the_token_table_are_refused():
+    params = policy_network(model_config(vocab_size=40)).init(KEY)
+    with pytest.raises(ValueError, match=r"0\.\.39, got 40"):
+        trim_params(params, np.array([0, 40]))
+
+
+@pytest.mark.slow
+def test_the_film_sentences_use_less_than_half_of_smollm2s_vocabulary(films):
+    tokenizer = load_tokenizer("package:smollm2-135m-instruct")
+    assert tokenizer.eos_token == "<|im_end|>" and len(tokenizer) == 49_152
+    small, kept = trim_vocabulary(tokenizer, films)
+    assert len(kept) < 49_152 / 2
+    for old, new in zip(encode(tokenizer, films), encode(small, films), strict=True):
+        assert kept[new].tolist() == old
+
+
+def model_config(**changes):
+    return ModelConfig(
+        **{
+            "num_layers": 1,
+            "embed_dim": 16,
+            "num_heads": 2,
+            "num_kv_heads": 1,
+            "head_dim": 8,
+            "mlp_dim": 24,
+            "max_length": 16,
+            **changes,
+        }
+    )

@@ -31,7 +31,7 @@ CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 
 # --- settings -------------------------------------------------------------------------------------
 
-UNITS = "token text step layer block width number piece comparison pass prompt response rollout"
+UNITS = "token text step layer block width number part comparison pass prompt response rollout"
 UNITS += " iteration"
 
 
@@ -179,11 +179,11 @@ VALUES |= {"ratings": [1, 2.5], "rating": 3}
 TALKS = {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}
 
 
-def formats():
-    """(for what, its keys) of each form of a row in the table of docs/data.md."""
+def documented_schemas():
+    """(for what, its keys) of each schema in the table of docs/data.md."""
     rows = table(section(PAGES["data.md"], "## Data"))
-    forms = [(row[0], form) for row in rows for form in re.findall(r"`(\{.*?\})`", row[1])]
-    return [(what, tuple(re.findall(r'"(\w+)":', form))) for what, form in forms]
+    found = [(row[0], keys) for row in rows for keys in re.findall(r"`(\{.*?\})`", row[1])]
+    return [(what, tuple(re.findall(r'"(\w+)":', keys))) for what, keys in found]
 
 
 def example_of(keys):
@@ -193,8 +193,8 @@ def example_of(keys):
     return {key: VALUES.get(key, f"some {key}") for key in keys}
 
 
-@pytest.mark.parametrize(("what", "keys"), formats(), ids=str)
-def test_every_form_of_a_row_in_the_docs_is_read(tmp_path, what, keys):
+@pytest.mark.parametrize(("what", "keys"), documented_schemas(), ids=str)
+def test_every_schema_in_the_docs_is_read(tmp_path, what, keys):
     path = tmp_path / "rows.jsonl"
     write_jsonl(path, [example_of(keys)])
     read = []
@@ -206,10 +206,10 @@ def test_every_form_of_a_row_in_the_docs_is_read(tmp_path, what, keys):
     assert len(read) == 1
 
 
-def test_every_form_that_is_read_is_in_the_docs():
-    forms = (data.DEMONSTRATION_FORMS, data.RATING_FORMS, data.PROMPT_FORMS)
-    read = {keys for group in (*forms, preferences.PREFERENCE_FORMS) for keys in group}
-    assert read == {keys for _, keys in formats()}
+def test_every_schema_that_is_read_is_in_the_docs():
+    schemas = (data.DEMONSTRATION_SCHEMAS, data.RATING_SCHEMAS, data.PROMPT_SCHEMAS)
+    read = {keys for group in (*schemas, preferences.PREFERENCE_SCHEMAS) for keys in group}
+    assert read == {keys for _, keys in documented_schemas()}
 
 
 # --- commands -------------------------------------------------------------------------------------

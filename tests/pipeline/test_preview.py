@@ -4,8 +4,7 @@ import re
 import types
 
 from ppo_jax.config.run import from_config_dict
-from ppo_jax.data import encode as batches
-from ppo_jax.data import packing
+from ppo_jax.data import encode, packing
 from ppo_jax.data.chat import Chat
 from ppo_jax.data.comparisons import RewardData
 from ppo_jax.data.encode import TokenRow
@@ -53,11 +52,11 @@ reward: the score of a response, ⟦marked⟧, is read at its last token
 
 
 def chats():
-    several = Demonstration(Chat(TOKENIZER).parts(turns("Hi", "Yes", "Ho", "No"), "a:1"))
+    several = Demonstration(Chat(TOKENIZER).segments(turns("Hi", "Yes", "Ho", "No"), "a:1"))
     completion = Demonstration((("Ho", False), ("Hi", True)))
     others = [Demonstration(((word, True),)) for word in ("Hi Ho", "Ho Hi")]
     records = [several, completion, *others]
-    return batches.encode_demonstrations(records, TOKENIZER, max_length=64)
+    return encode.encode_demonstrations(records, TOKENIZER, max_length=64)
 
 
 def test_the_learned_tokens_of_texts_are_marked():
@@ -70,7 +69,7 @@ def test_packed_texts_are_shown_one_by_one():
     assert len(packed.mask) == 1
 
     def rows(texts):
-        return sorted((row.ids, row.learned) for row in preview.text_rows(texts))
+        return sorted((row.ids, row.in_loss) for row in preview.text_rows(texts))
 
     assert rows(packed) == rows(single) and len(rows(packed)) == 4
 
@@ -81,13 +80,13 @@ def test_all_responses_of_a_ranking_are_shown_in_their_order():
         RankedResponses("Ho", ("Yes", "No"), (1.0, 0.0)),
         RankedResponses("Yes", ("Yes", "No"), (1.0, 0.0)),
     ]
-    texts, groups = batches.encode_preferences(rankings, TOKENIZER, max_length=8)
+    texts, groups = encode.encode_preferences(rankings, TOKENIZER, max_length=8)
     data = RewardData(texts=texts, groups=groups)
     assert preview.reward_preview(data, TOKENIZER, preview.brackets) == RANKED
 
 
 def test_rated_texts_are_shown_with_their_ratings():
-    texts = batches.encode_texts(["Hi", "Ho", "No"], TOKENIZER, max_length=8)
+    texts = encode.encode_texts(["Hi", "Ho", "No"], TOKENIZER, max_length=8)
     data = RewardData(texts=texts, ratings=[(1.0, -0.5), (2.0,), (3.0,)])
     shown = preview.reward_preview(data, TOKENIZER, preview.brackets).split("\n")
     assert shown[1:4] == ["  rated 1, -0.5: 2 tokens", "    | Hi<|im_end|>", "    ids 10 2"]
@@ -135,7 +134,7 @@ def test_what_would_move_the_cursor_is_spelt_out():
 def encoded(num_records, num_long, tokenizer=TOKENIZER):
     records = [Demonstration(((" ".join(["Hi"] * n), True),)) for n in range(1, num_records + 1)]
     long = [Demonstration((("Ho " * (200 + n), True),)) for n in range(num_long)]
-    return batches.encode_demonstrations(records + long, tokenizer, max_length=100)
+    return encode.encode_demonstrations(records + long, tokenizer, max_length=100)
 
 
 def settings(**fields):
@@ -164,9 +163,9 @@ def test_packed_texts_are_counted_as_texts():
 
 def test_every_file_that_is_read_has_its_line():
     rankings = [RankedResponses("Hi", ("Yes", "No", "Ho"), (1.0, 2.0, 0.0))]
-    texts, groups = batches.encode_preferences(rankings, TOKENIZER, max_length=8)
+    texts, groups = encode.encode_preferences(rankings, TOKENIZER, max_length=8)
     part = RewardData(texts=texts, groups=groups)
-    prompts = types.SimpleNamespace(texts=["a"] * 3, left_out={"repeated": 1})
+    prompts = types.SimpleNamespace(texts=["a"] * 3, dropped={"repeated": 1})
     config = settings(
         **{"reward.reference_data": "neutral.jsonl", "evaluate.ratings": "ratings.jsonl"}
     )

@@ -55,7 +55,7 @@ def test_a_run_killed_and_stopped_in_every_stage_is_the_uninterrupted_run(workdi
     assert code == -signal.SIGKILL
     code, output = interrupt(settings, folder, "sft", signal.SIGINT)
     assert code == 130 and "sft: stopped by SIGINT, step 5 is saved" in output
-    assert "sft: stopping when the step at hand is finished and saved" in output
+    assert "sft: stopping when the optimizer step at hand is finished and saved" in output
     assert output.index("\nsft 5/6  ") < output.index("sft: stopped by SIGINT")
     assert "Traceback" not in output
     code, output = interrupt(settings, folder, "reward", signal.SIGKILL)

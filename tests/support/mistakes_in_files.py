@@ -8,7 +8,7 @@ train_sft --config.sft.data={lines} # lines {"text": "a"}\n{"text": "b"\n
 train_sft --config.sft.data={lines} # lines {"text": "a"}\n\n["text"]\n
     {lines}:3: a line must be a JSON object {...}, got ['text']
 train_sft --config.sft.data={lines} # lines {"text": "a", "text": "b"}
-    {lines}:1: not a JSON object on one line: a key stands twice in ['text', 'text']
+    {lines}:1: not a JSON object on one line: a key is repeated in ['text', 'text']
 train_sft --config.sft.data={lines} # lines {"body": "a"}
     {lines}:1: the keys must be ['text'] or ['prompt', 'completion']..., got ['body']
 train_sft --config.sft.data={lines} # lines {"text": 7}

@@ -1,6 +1,11 @@
-"""The files that a run leaves, written by hand."""
+"""The files that a run leaves, written by hand and read."""
 
 import json
+
+
+def read_jsonl(path):
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
 
 
 def write_run(folder, *, metrics=(), samples=(), results=None, config=None, steps=None):

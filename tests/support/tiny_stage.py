@@ -7,10 +7,11 @@ from transformers import PreTrainedTokenizerFast
 
 from ppo_jax.io import tokenizers as vocabulary
 from ppo_jax.io.checkpoints import Checkpoints
-from ppo_jax.io.stage_folder import FIELD_OF_STAGE, Model, begin_stage
+from ppo_jax.io.stage_folder import Model, begin_stage
 from ppo_jax.models.build import policy_network, reward_network
 from ppo_jax.models.partition import split_params
 from ppo_jax.pipeline.export import export_stage
+from ppo_jax.training.stages import find_stage
 from tests.support import tiny
 
 TEMPLATE = (
@@ -45,11 +46,12 @@ def random_model(kind="policy", template=None, **changes):
 def write_stage(workdir, stage, model, /, *, num_steps=1, **settings):
     """The folder of a stage whose only checkpoint, after its first step, is the given model."""
     settings = {"seed": 0, "model": {"path": "someone/some-model"}} | settings
-    about = {"stage": stage, "num_steps": num_steps, "settings": settings}
+    field = find_stage(stage).trained_field
+    about = {"stage": stage, "trained_field": field, "num_steps": num_steps, "settings": settings}
     parts = split_params(model.config, model.params, settings.get("trainable", "all"), None)
     begin_stage(workdir / stage, model, parts, about)
     checkpoints = Checkpoints(workdir / stage / "checkpoints")
-    checkpoints.save(1, {FIELD_OF_STAGE[stage]: parts.trained})
+    checkpoints.save(1, {field: parts.trained})
     checkpoints.close()
     return workdir / stage
 

@@ -1,5 +1,5 @@
 """The report of a run: one HTML page, its charts, and the model card.
 
 `report` assembles the page, `charts` says which charts, `plots` draws them, `summary` reads the run
-and gives its verdict. Imports `inference` and below. Start with `report`.
+and gives its verdict. Imports `training` and below. Start with `report`.
 """

@@ -4,18 +4,13 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-STAGES = {
-    "sft": "Supervised fine-tuning",
-    "reward": "Reward model",
-    "ppo": "PPO",
-}
-STEP_NAMES = {"sft": "optimizer step", "reward": "optimizer step", "ppo": "iteration"}
-NAMES = {"base": "base", "sft": "SFT", "reward": "reward model", "ppo": "PPO"}
+from ppo_jax.training.stages import find_stage
 
 
 def display_name(name: str) -> str:
-    """A stage or policy for a reader."""
-    return NAMES.get(name, name)
+    """A stage, or the policy that it trains, for a reader."""
+    stage = find_stage(name)
+    return stage.label if stage else name
 
 
 def compared(results: Mapping[str, Any]) -> tuple[str, str]:
@@ -48,7 +43,8 @@ class Group(NamedTuple):
     charts: tuple[Chart, ...]
 
 
-# A chart of which a run logged no metric is left out.
+# The first chart of a stage is also that of its model card. A chart of which a run logged no metric
+# is left out.
 CHARTS: dict[str, tuple[Group, ...]] = {
     "sft": (
         Group(
@@ -74,12 +70,6 @@ CHARTS: dict[str, tuple[Group, ...]] = {
             "",
             (
                 Chart(
-                    "Loss",
-                    "nats per pair",
-                    "-log sigmoid(chosen - rejected); a coin toss gives 0.69.",
-                    {"reward_model/loss": "training"},
-                ),
-                Chart(
                     "Accuracy",
                     "share of pairs",
                     "How often the preferred text of a pair has the higher score.",
@@ -87,6 +77,12 @@ CHARTS: dict[str, tuple[Group, ...]] = {
                         "reward_model/accuracy": "training",
                         "reward_model/validation_accuracy": "validation",
                     },
+                ),
+                Chart(
+                    "Loss",
+                    "nats per pair",
+                    "-log sigmoid(chosen - rejected); a coin toss gives 0.69.",
+                    {"reward_model/loss": "training"},
                 ),
             ),
         ),

@@ -10,18 +10,13 @@ from ppo_jax.evaluation.report.charts import CHARTS, compared, display_name
 from ppo_jax.evaluation.report.summary import Run, headlines, read_run, verdict
 from ppo_jax.io.hub import HUB_ID
 from ppo_jax.io.stage_folder import describe_stage
+from ppo_jax.training.stages import TRAINING_STAGES, find_stage
 
 PICTURE = "training.png"
-WHAT = {
-    "sft": "A language model after supervised fine-tuning",
-    "reward": "A reward model: one score for a text, higher is better",
-    "ppo": "A language model aligned by PPO with a KL penalty",
-}
 TASKS = {"policy": "text-generation", "reward": "text-classification"}
-BEFORE = {"sft": ["sft"], "reward": ["sft", "reward"], "ppo": ["sft", "reward", "ppo"]}
-DATA = ("data", "validation_data", "reference_data", "prompts", "reward_function")
+_FIELDS = [field for stage in TRAINING_STAGES for field in stage.data_fields]
+DATA = (*dict.fromkeys(_FIELDS), "reward_function")  # settings that name data, each once
 OF_BASE = ("path", "scratch", "vocabulary_data")
-FIGURE = {"sft": "Loss", "reward": "Accuracy"}
 
 # AutoTokenizer rebuilds what it takes for a tokenizer of Qwen2; this class reads tokenizer.json.
 USE_POLICY = """\
@@ -81,10 +76,11 @@ def write_card(
     if drawn:
         plots.save_png(drawn, folder / PICTURE, columns=min(len(drawn), 2))
     about = describe_stage(workdir / stage)
-    before = {name: describe_stage(workdir / name) for name in BEFORE[stage]}
+    names = [stage.name for stage in TRAINING_STAGES]
+    before = {name: describe_stage(workdir / name) for name in names[: names.index(stage) + 1]}
     stages = {name: entry["settings"] for name, entry in before.items() if entry}
     command = f"--workdir={public(str(workdir))} --stage={stage} --out={out} --dtype={dtype}"
-    what, use = WHAT[stage], USE_REWARD if about["kind"] == "reward" else USE_POLICY
+    what, use = find_stage(stage).makes, USE_REWARD if about["kind"] == "reward" else USE_POLICY
     if adapter_of:
         command += f" --adapter_of={public(adapter_of)}"
         what = f"{what}: the LoRA adapter alone, for `{public(adapter_of)}`"
@@ -126,7 +122,7 @@ def pictures(run: Run, stage: str) -> dict[str, plots.Draw | None]:
             "Score against KL": plots.trajectory(run.rows("ppo")),
             f"{candidate} against {reference}, by judge": plots.win_rates(run.results),
         }
-    chart = next(c for c in CHARTS[stage][0].charts if c.title == FIGURE[stage])
+    chart = CHARTS[stage][0].charts[0]
     drawn = {chart.title: plots.curves(run.rows(stage), stage, chart)}
     if stage == "reward":
         drawn["Accuracy by gap in rating"] = plots.margins(run.results)
@@ -191,7 +187,8 @@ def made_by(record: Mapping[str, Any], command: str) -> str:
 
 def used(settings: Mapping[str, Any]) -> Mapping[str, Any]:
     """The settings without those of a base model that the stage did not begin with."""
-    if settings.get("init_from", "base") in ("base", *BEFORE):  # or a stage of the run did
+    origin = settings.get("init_from", "base")
+    if origin == "base" or find_stage(origin):  # which began with it
         return settings
     model = {name: x for name, x in settings["model"].items() if name not in OF_BASE}
     return {**settings, "model": model}

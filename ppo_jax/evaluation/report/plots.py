@@ -16,7 +16,9 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ppo_jax.evaluation.report.charts import STEP_NAMES, Chart, compared, series
+from ppo_jax.evaluation.report.charts import Chart, compared, series
+from ppo_jax.training.ppo import PPO
+from ppo_jax.training.stages import find_stage
 
 COLORS = {
     "base": "#8b929c",
@@ -99,7 +101,7 @@ def curves(rows: Sequence[dict], stage: str, chart: Chart) -> Draw | None:
             color = COLORS["base" if muted else stage]
             _draw_line(axes, steps, values, color, label, noisy=not chart.exact)
             _draw_band(axes, rows, (name, chart.band), color)
-        axes.set(xlabel=STEP_NAMES[stage], ylabel=chart.unit)
+        axes.set(xlabel=find_stage(stage).step_unit, ylabel=chart.unit)
         axes.margins(x=0.02)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, steps=[1, 2, 5, 10]))
         if len(known) > 1:
@@ -130,8 +132,8 @@ def trajectory(rows: Sequence[dict]) -> Draw | None:
         axes.set(xlabel="KL from the SFT policy (nats per response)", ylabel="mean score")
         axes.margins(x=0.05, y=0.25)  # room for a label above and below the points
         up = 1 if ends[1, 1] >= ends[0, 1] else -1
-        _label_point(axes, f"{STEP_NAMES['ppo']} {steps[0]}", ends[0], -up)
-        _label_point(axes, f"{STEP_NAMES['ppo']} {steps[-1]}", ends[1], up)
+        _label_point(axes, f"{PPO.step_unit} {steps[0]}", ends[0], -up)
+        _label_point(axes, f"{PPO.step_unit} {steps[-1]}", ends[1], up)
 
     return draw
 

@@ -14,8 +14,6 @@ from markupsafe import Markup
 from ppo_jax.evaluation.report import plots
 from ppo_jax.evaluation.report.charts import (
     CHARTS,
-    STAGES,
-    STEP_NAMES,
     Group,
     compared,
     display_name,
@@ -28,6 +26,7 @@ from ppo_jax.evaluation.report.summary import (
     unfinished,
     verdict,
 )
+from ppo_jax.training.stages import TRAINING_STAGES, find_stage
 
 SHOWN_SAMPLES = 6  # the others are folded
 SHOWN_VERSIONS = 6  # of the response to one prompt during training
@@ -75,7 +74,7 @@ def write_report(workdir: str | Path) -> Path:
         shown_samples=SHOWN_SAMPLES,
         timeline=_timeline(run),
         stages=_stages(run),
-        curves=[(title, _groups(run, stage)) for stage, title in STAGES.items()],
+        curves=[(stage.title, _groups(run, stage.name)) for stage in TRAINING_STAGES],
         changes=_changes(run),
         environment=_flat(environment) if "config" in run.config else [],
         configuration=_flat(config),
@@ -211,7 +210,8 @@ def _timeline(run: Run) -> list[tuple[str, str, float, bool]]:
 def _stages(run: Run) -> list[tuple[str, str, str]]:
     """(name, time, outcome) of each stage."""
     times = _times(run)
-    untimed = [stage for stage in STAGES if stage not in times and run.rows(stage)]
+    names = [stage.name for stage in TRAINING_STAGES]
+    untimed = [name for name in names if name not in times and run.rows(name)]
     return [
         (
             display_name(stage),
@@ -222,21 +222,15 @@ def _stages(run: Run) -> list[tuple[str, str, str]]:
     ]
 
 
-def _outcome(run: Run, stage: str) -> str:
+def _outcome(run: Run, name: str) -> str:
     """Steps done, and the first and last value of what the stage is about."""
-    names = {
-        "sft": {"sft/validation_perplexity": "validation perplexity {:.4g} → {:.4g}"},
-        "reward": {"reward_model/validation_accuracy": "validation accuracy {:.1%} → {:.1%}"},
-        "ppo": {
-            "reward/score_mean": "mean score {:.2f} → {:.2f}",
-            "kl/ref": "KL per response {:.1f} → {:.1f} nats",
-        },
-    }.get(stage, {})
-    rows = run.rows(stage)
-    ends = [(form, run.ends(stage, name)) for name, form in names.items()]
+    if (stage := find_stage(name)) is None:
+        return ""
+    rows = run.rows(name)
+    ends = [(form, run.ends(name, metric)) for metric, form in stage.outcome.items()]
     # + 0.0: the KL begins at 0 but for rounding, which is no reason for a sign.
     parts = [form.format(*(round(v, 3) + 0.0 for v in values)) for form, values in ends if values]
-    steps = [f"{STEP_NAMES[stage]} {rows[-1]['step']}"] if rows and stage in STEP_NAMES else []
+    steps = [f"{stage.step_unit} {rows[-1]['step']}"] if rows else []
     return "; ".join(steps + parts)
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
-from ppo_jax.evaluation.report.charts import STAGES, compared, display_name, series
+from ppo_jax.evaluation.report.charts import compared, display_name, series
 from ppo_jax.evaluation.statistics import share_interval
 from ppo_jax.io.metric_names import with_new_names
+from ppo_jax.training.stages import TRAINING_STAGES
 
 FILES = ("config.json", "metrics.jsonl", "samples.jsonl", "results.json")
 
@@ -56,7 +57,8 @@ def read_run(workdir: str | Path) -> Run:
         raise ValueError(f"{workdir} is not a run's workdir: it holds none of {', '.join(FILES)}.")
     newest = max(path.stat().st_mtime for path in paths if path.is_file())
     date = datetime.datetime.fromtimestamp(newest, datetime.UTC).strftime("%d %B %Y, %H:%M UTC")
-    stages = {stage: _read(Path(workdir) / stage / "stage.json") for stage in STAGES}
+    names = [stage.name for stage in TRAINING_STAGES]
+    stages = {name: _read(Path(workdir) / name / "stage.json") for name in names}
     num_steps = {name: stage["num_steps"] for name, stage in stages.items() if stage}
     return Run(
         Path(workdir).resolve().name,
@@ -69,7 +71,7 @@ def read_run(workdir: str | Path) -> Run:
 def unfinished(run: Run) -> str:
     """What the stages of the config have yet to do, as far as the files tell; "" is nothing."""
     wanted, todo = run.config.get("config", run.config), []
-    for stage in STAGES:
+    for stage in [stage.name for stage in TRAINING_STAGES]:
         step = max((row["step"] for row in run.rows(stage)), default=0)
         if step < run.num_steps.get(stage, 0):
             todo.append(f"{stage} is at step {step} of {run.num_steps[stage]}")
