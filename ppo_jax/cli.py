@@ -57,7 +57,7 @@ def run_stages(only: Sequence[str] = STAGES):
         if multihost.value and dry_run.value:
             raise ValueError("--dry_run is for one process: leave --multihost out")
         if multihost.value:
-            processes.join(*addresses)
+            processes.initialize(*addresses)
         if not isinstance(config.value, config_dict.ConfigDict):
             name = config_flags.get_config_filename(flags.FLAGS["config"])
             kind = type(config.value).__name__
@@ -97,7 +97,9 @@ def run(main: Callable[[], None]):
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
     try:
-        rest = flags.FLAGS(checked_flags(argv))
+        argv = checked_flags(argv)
+        sys.argv[:] = argv  # where ml_collections looks for the values of a config
+        rest = flags.FLAGS(argv)
     except Exception as error:  # flags and config files are the user's
         stop(f"{explain(error)} (--help lists the flags)", USER_MISTAKE)
     if len(rest) > 1:
@@ -135,7 +137,7 @@ def users_frames(trace: types.TracebackType | None) -> types.TracebackType | Non
 
 def bug(error: Exception):
     """An error with its traceback; of several processes, this one must not wait for the others."""
-    if processes.joined():
+    if processes.is_initialized():
         traceback.print_exception(error)
         stop(f"ended by {type(error).__name__}", 1)
     raise error
@@ -154,8 +156,8 @@ def one_line(error: BaseException) -> str:
 
 
 def stop(message: str, code: int):
-    who = f"process {jax.process_index()}: " if processes.joined() else ""
+    who = f"process {jax.process_index()}: " if processes.is_initialized() else ""
     print(f"{pathlib.Path(sys.argv[0]).name}: {who}{message}", file=sys.stderr, flush=True)
-    if processes.joined():
+    if processes.is_initialized():
         os._exit(code)  # a proper end would wait for the other processes
     sys.exit(code)

@@ -103,7 +103,7 @@ def make_trunk(model: Model):
     trunk = trunk_network(model.config, end_layer=JUDGE_LAYER)
     top = model.config.num_layers - JUDGE_LAYER
     parts = split_params(model.config, model.params, top, JUDGE_LAYER)
-    run, params = jax.jit(trunk.apply), one_device().put(parts.trunk)
+    run, params = jax.jit(trunk.apply), one_device().shard_params(parts.trunk)
     return lambda tokens, mask: run(params, tokens, mask)
 
 

@@ -17,7 +17,7 @@ if [ "${SETUP:-}" = 1 ]; then  # once: SETUP=1 bash experiments/launch/tpu_pod.s
   tar czf /tmp/ppo_jax.tgz --exclude=.git --exclude=runs .
   gcloud compute tpus tpu-vm scp /tmp/ppo_jax.tgz "$TPU": --zone="$ZONE" --worker=all
   on_all "mkdir -p ppo_jax && tar xzf ppo_jax.tgz -C ppo_jax && python3 -m venv venv &&
-          venv/bin/pip install 'jax[tpu]' -e ppo_jax"
+          venv/bin/pip install 'jax[tpu]' -e 'ppo_jax[quickstart]'"
   exit
 fi
 

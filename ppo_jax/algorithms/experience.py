@@ -10,8 +10,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ppo_jax.core.advantages import gae, leave_one_out, whiten
-from ppo_jax.core.kl import kl_estimate
+from ppo_jax.core.advantages import (
+    CRITIC_FREE,
+    WITH_CRITIC,
+    gae,
+    leave_one_out,
+    needs_critic,
+    whiten,
+)
+from ppo_jax.core.kl import ESTIMATORS, kl_estimate
 from ppo_jax.core.losses import explained_variance
 from ppo_jax.core.masking import last_token_index, masked_mean
 from ppo_jax.core.network import Network, merge_params
@@ -32,7 +39,7 @@ from ppo_jax.rollout.sampling import Sampling
 
 
 class Sampler(NamedTuple):
-    """The policy as the rollout runs it, where devices share the work in another way there."""
+    """The policy as the rollout runs it, where it is sharded differently there."""
 
     policy: Network
     trunk: Network | None
@@ -42,8 +49,8 @@ class Sampler(NamedTuple):
 class PPONetworks(NamedTuple):
     """The networks of one run.
 
-    A network "on the trunk" reads the hidden states that the trunk gave during the rollout; any
-    other reads tokens. The policy is on the trunk whenever there is one.
+    A network "on the trunk" reads the trunk's hidden states from the rollout; any other reads
+    tokens. The policy is on the trunk whenever there is one.
     """
 
     policy: Network
@@ -56,8 +63,9 @@ class PPONetworks(NamedTuple):
 
 
 CHOICES = {
-    "advantages": ("gae", "leave_one_out"),
+    "advantages": (*WITH_CRITIC, *CRITIC_FREE),
     "kl_control": ("adaptive", "fixed"),
+    "kl_estimator": tuple(ESTIMATORS),
     "missing_eos": ("keep", "penalty", "replace"),
     "old_logprobs": ("recompute", "rollout"),
 }
@@ -70,8 +78,8 @@ class PPOOptions:
     sampling: Sampling
     num_epochs: int  # passes over a rollout
     num_minibatches: int  # optimizer steps a pass
-    num_micro_batches: int = 1  # pieces of a minibatch held in memory one after the other
-    packing: bool = False  # responses share rows in the update; pieces without responses are saved
+    num_micro_batches: int = 1  # of a minibatch, in memory one after the other
+    packing: bool = False  # responses share rows in the update; empty micro-batches are skipped
     advantages: str = "gae"  # of the critic's values, or "leave_one_out": of the other responses
     kl_estimator: str = "k1"  # of the penalty in the rewards
     kl_control: str = "fixed"  # or "adaptive"
@@ -144,37 +152,35 @@ def make_experience(
         rollout: B responses.
         scores: [B] float, one a response.
         state: holds the critic, if there is one, and the coefficient of adaptive KL control.
-        hyperparameters: the numbers.
+        hyperparameters: the numbers of rewards and advantages.
         frozen: holds the reference.
-        networks: the networks.
-        options: the choices.
+        networks: policy and critic are called.
+        options: what shapes the program.
 
     Returns:
         (experience, metrics).
 
     Raises:
-        ValueError: the advantages need a critic and there is none, or the other way round.
+        ValueError: the advantages need a critic and networks or state have none, or the other way
+            round.
     """
-    needs_critic = options.advantages == "gae"
-    if needs_critic != (networks.value is not None):
-        rule = "a value network" if needs_critic else "no value network"
-        raise ValueError(f"advantages={options.advantages!r} need {rule} in networks.value")
+    check_critic(options.advantages, networks, state)
     mask, numbers = rollout.response_mask, hyperparameters
     policy_inputs = rollout.tokens if networks.trunk is None else rollout.hidden_states
     parts = dict(policy_inputs=policy_inputs, frozen=frozen, networks=networks)
     ref_logprobs = policy_logprobs(rollout, frozen.ref_policy, numbers, **parts)
-    weights, told = jnp.float32(1.0), {}
+    weights, weight_metrics = jnp.float32(1.0), {}
     if options.old_logprobs == "recompute":
         logprobs = policy_logprobs(rollout, state.policy_params, numbers, **parts)
-        weights, told = importance_weights(logprobs, rollout.logprobs, mask, numbers)
+        weights, weight_metrics = importance_weights(logprobs, rollout.logprobs, mask, numbers)
         rollout = dataclasses.replace(rollout, logprobs=jnp.where(mask, logprobs, 0.0))
     rewards, metrics = response_rewards(rollout, scores, ref_logprobs, state, numbers, options)
     critic = dict(value_inputs=None, values=None, returns=None)
-    if needs_critic:
-        advantages, critic, told_by_critic = critic_advantages(
+    if networks.value is not None:
+        advantages, critic, critic_metrics = critic_advantages(
             rollout, rewards, state, numbers, frozen=frozen, networks=networks
         )
-        metrics |= told_by_critic
+        metrics |= critic_metrics
     else:
         group_size = options.sampling.samples_per_prompt
         advantages = leave_one_out(rewards, mask, group_size=group_size)
@@ -187,7 +193,17 @@ def make_experience(
         advantages=advantages * weights,
         **critic,
     )
-    return experience, metrics | told
+    return experience, metrics | weight_metrics
+
+
+def check_critic(advantages: str, networks: PPONetworks, state: PPOState) -> None:
+    """Networks and state have a critic where the advantages need one, and nowhere else."""
+    needed = needs_critic(advantages)
+    rule = "need a critic" if needed else "need no critic"
+    if needed != (networks.value is not None):
+        raise ValueError(f"advantages={advantages!r} {rule}: see networks.value")
+    if needed != (state.value_params is not None):
+        raise ValueError(f"advantages={advantages!r} {rule}: see state.value_params")
 
 
 def critic_advantages(
@@ -199,10 +215,10 @@ def critic_advantages(
     frozen: FrozenParams,
     networks: PPONetworks,
 ) -> tuple[jax.Array, dict[str, jax.Array], dict[str, jax.Array]]:
-    """Generalised advantages by the critic's values, whitened over the whole batch.
+    """Generalised advantages from the critic's values, whitened over the whole batch.
 
     Returns:
-        (advantages [B, T] float32, what the critic's loss needs of `Experience`, metrics).
+        (advantages [B, T] float32, the critic's fields of `Experience`, metrics).
     """
     mask, numbers = rollout.response_mask, hyperparameters
     value_inputs = rollout.hidden_states if networks.value_on_trunk else rollout.tokens
@@ -217,9 +233,9 @@ def critic_advantages(
     advantages, returns = gae(
         rewards, values, mask, gamma=numbers.gamma, gae_lambda=numbers.gae_lambda
     )
-    of_critic = dict(value_inputs=value_inputs, values=values, returns=returns)
+    critic = dict(value_inputs=value_inputs, values=values, returns=returns)
     metrics = {"value/explained_variance": explained_variance(values, returns, mask)}
-    return whiten(advantages, mask), of_critic, metrics
+    return whiten(advantages, mask), critic, metrics
 
 
 def policy_logprobs(
@@ -250,16 +266,16 @@ def importance_weights(
     mask: jax.Array,
     hyperparameters: Hyperparameters,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Weights of the tokens that undo, within limits, that they were sampled by a policy whose
-    numbers are slightly others: one token at a time, with rounding of its own.
+    """Truncated importance weights: decoding one token at a time rounds differently, so the tokens
+    come from a slightly different policy.
 
     w = clip(exp(logprobs - sampled_logprobs), tis_clip_low, tis_clip_high)
 
-    The surrogate loss is linear in the advantages, so that times w is what they need.
+    The surrogate loss is linear in the advantages, so it is enough to multiply them by w.
 
     Args:
         logprobs: [B, T] float, as the update computes them.
-        sampled_logprobs: [B, T] float, of the sampling.
+        sampled_logprobs: [B, T] float, as the rollout computed them.
         mask: [B, T] bool.
         hyperparameters: holds the limits; 1 and 1 is no weight.
 
@@ -286,15 +302,7 @@ def response_rewards(
     hyperparameters: Hyperparameters,
     options: PPOOptions,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The reward of each token: the score at the last, less the KL penalty at every one.
-
-    Args:
-        rollout: B responses.
-        scores: [B] float, one a response.
-        ref_logprobs: [B, T] float, of the tokens under the reference.
-        state: holds the coefficient of adaptive KL control.
-        hyperparameters: the numbers.
-        options: the choices.
+    """The reward of each token: the score [B] at the last one, minus the KL penalty at each.
 
     Returns:
         (rewards [B, T] float32, 0 where masked; metrics of scores, KL and responses).
@@ -325,7 +333,7 @@ def response_rewards(
 
 
 def adjust_scores(scores, has_eos, hyperparameters: Hyperparameters, options: PPOOptions):
-    """The rule for responses that were cut off, as the options choose it."""
+    """`options.missing_eos` applied to responses without a stop token."""
     number = hyperparameters.missing_eos_score
     match options.missing_eos:
         case "keep":

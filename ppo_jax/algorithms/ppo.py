@@ -38,9 +38,11 @@ from ppo_jax.rollout.packing import pack_rows, packed_experience
 def init_ppo(
     policy_params: Params, value_params: Params | None, hyperparameters: Hyperparameters
 ) -> PPOState:
-    """The state before the first iteration. The parameters are copied: the state is donated by
-    the loops, and shares no buffer with the reference or the reward model. `value_params` is None
-    without a critic."""
+    """The state before the first iteration; `value_params` is None without a critic.
+
+    The parameters are copied: the loops donate the state, so it shares no buffer with the reference
+    or the reward model.
+    """
     trained = jax.tree.map(jnp.copy, trained_params(policy_params, value_params))
     return PPOState(
         step=jnp.int32(0),
@@ -53,7 +55,7 @@ def init_ppo(
 
 
 def trained_params(policy_params: Params, value_params: Params | None) -> dict[str, Params]:
-    """What the optimizer moves: {"policy": ...}, and "value" where there is a critic."""
+    """What the optimizer updates: {"policy": ...}, and "value" where there is a critic."""
     if value_params is None:
         return {"policy": policy_params}
     return {"policy": policy_params, "value": value_params}
@@ -68,15 +70,15 @@ def experience_loss(
     networks: PPONetworks,
     normalizer: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The PPO loss of a piece of experience.
+    """The PPO loss of some experience.
 
     Args:
         params: the trained leaves, see `trained_params`.
         experience: B responses, or rows of responses.
-        hyperparameters: the numbers; a temperature of 0 counts as 1.
-        frozen: the leaves that are not trained.
-        networks: the networks.
-        normalizer: [] float, the response tokens to divide by; by default those of this piece.
+        hyperparameters: clip ranges and coefficients; a temperature of 0 counts as 1.
+        frozen: the untrained leaves of policy and critic.
+        networks: policy and critic are called.
+        normalizer: [] float, the token count to divide by; by default this experience's own.
 
     Returns:
         (loss, metrics).
@@ -131,22 +133,22 @@ def ppo_update(
     networks: PPONetworks,
     options: PPOOptions,
 ) -> tuple[PPOState, dict[str, jax.Array]]:
-    """num_epochs x num_minibatches optimizer steps on one experience, shuffled anew each epoch.
+    """num_epochs x num_minibatches optimizer steps on one experience, reshuffled each epoch.
 
     Args:
-        state: what is trained; its step and episode count are not moved here.
+        state: parameters and optimizer state are updated, step and episode counts are not.
         experience: B responses; num_minibatches x num_micro_batches divides B.
-        hyperparameters: the numbers.
-        key: consumed; orders the shuffles.
-        frozen: the leaves that are not trained.
-        networks: the networks.
-        options: the choices.
+        hyperparameters: the numbers of optimizer and loss.
+        key: consumed; seeds the shuffles.
+        frozen: the untrained leaves of policy and critic.
+        networks: policy and critic are called.
+        options: epochs, minibatches, micro-batches and packing are read.
 
     Returns:
         (state, metrics of each optimizer step [num_epochs * num_minibatches], in their order).
 
     Raises:
-        ValueError: packing, with a network that does not take packed rows.
+        ValueError: packing, with a network that does not support it.
     """
     trained = {"policy": networks.policy, "value": networks.value}
     packs = {k: network.supports_packing for k, network in trained.items() if network is not None}
@@ -172,10 +174,10 @@ def ppo_update(
         minibatch = jax.tree.map(lambda x: x[rows], experience)
         normalizer = minibatch.response_mask.sum().astype(jnp.float32)
 
-        def loss(params, piece):
+        def loss(params, micro_batch):
             return experience_loss(
                 params,
-                piece,
+                micro_batch,
                 hyperparameters,
                 frozen=frozen,
                 networks=networks,
@@ -205,21 +207,21 @@ def accumulate_packed(
     minibatch: Experience,
     num_micro_batches: int,
 ) -> tuple[Params, dict[str, jax.Array]]:
-    """`accumulate` with the responses in as few rows as they fit in, and those rows in pieces.
+    """`accumulate` with the responses packed into as few rows as possible.
 
-    The pieces have as many rows as without packing. Where no more rows are in use, it ends.
+    Micro-batches have as many rows as without packing; those without a packed row are skipped.
     """
-    rows, used = pack_rows(minibatch.mask, minibatch.response_mask)
+    rows, num_rows = pack_rows(minibatch.mask, minibatch.response_mask)
     size = rows.mask.shape[0] // num_micro_batches
-    pieces = (used + size - 1) // size
+    count = (num_rows + size - 1) // size
 
-    def piece(i):
-        of_piece = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i * size, size), rows)
-        return packed_experience(minibatch, of_piece)
+    def micro_batch(i):
+        some = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i * size, size), rows)
+        return packed_experience(minibatch, some)
 
-    gradients, metrics = accumulate_while(loss, params, piece, pieces)
-    real, trained = (rows.segment_ids > 0).sum(), pieces * size * rows.segment_ids.shape[1]
-    return gradients, metrics | {"ppo/packing_efficiency": real / trained}
+    gradients, metrics = accumulate_while(loss, params, micro_batch, count)
+    real, total = (rows.segment_ids > 0).sum(), count * size * rows.segment_ids.shape[1]
+    return gradients, metrics | {"ppo/packing_efficiency": real / total}
 
 
 @renamed(recipe="options")
@@ -269,13 +271,13 @@ def ppo_iteration(
     """One whole iteration with a learned reward model: a single program.
 
     Args:
-        state: what is trained.
+        state: policy, critic and optimizer, updated in the result.
         hyperparameters: every number.
         prompts: B prompts.
         key: consumed; `jax.random.fold_in(root_key, state.step)` makes a resumed run the same run.
         frozen: reference, reward model, trunk.
-        networks: the networks; `networks.reward` is not None.
-        options: the choices.
+        networks: `networks.reward` is not None.
+        options: what shapes the program.
 
     Returns:
         (state, metrics).

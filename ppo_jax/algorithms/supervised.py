@@ -1,4 +1,4 @@
-"""Training steps: `(state, batch, numbers) -> (state, metrics)`, pure, to be jitted by the loops.
+"""Supervised training steps: `(state, batch, optimizer) -> (state, metrics)`, pure, not jitted.
 
 Dimension key: N texts, M pairs, B responses, P prompt tokens, T response tokens, L positions.
 """
@@ -24,8 +24,8 @@ def sft_loss(
     """Negative log-likelihood of the tokens in `loss_mask`, nats a token.
 
     Args:
-        network: gives logits; it must take `segment_ids` where the batch has them.
-        params: all of its parameters.
+        network: returns logits; it must take `segment_ids` where the batch has them.
+        params: all of the network's.
         batch: N texts, or N rows of texts.
         normalizer: [] float, the token count to divide by; by default this batch's own.
 
@@ -53,18 +53,18 @@ def sft_step(
         state: trained leaves and their optimizer state.
         batch: N rows, a multiple of `num_micro_batches`.
         optimizer: its numbers.
-        network: gives logits; starts where `batch.inputs` end.
+        network: returns logits; reads `batch.inputs`.
         frozen: the leaves of `network` that are not trained.
-        num_micro_batches: pieces of the batch that are held in memory one after the other; the
-            gradient is the same for any number.
+        num_micro_batches: the batch is held in memory in so many parts, one after the other; the
+            gradient does not depend on it.
 
     Returns:
         (state, metrics).
     """
     normalizer = batch.loss_mask[:, 1:].sum().astype(jnp.float32)
 
-    def loss(params, piece):
-        return sft_loss(network, merge_params(frozen, params), piece, normalizer=normalizer)
+    def loss(params, micro_batch):
+        return sft_loss(network, merge_params(frozen, params), micro_batch, normalizer=normalizer)
 
     gradients, metrics = accumulate(loss, state.params, batch, num_micro_batches)
     return apply_update(state, gradients, metrics, optimizer, "sft")
@@ -76,24 +76,25 @@ def text_scores(
     """Scores of whole texts, read at their last token.
 
     Args:
-        network: gives one scalar a position.
-        params: all of its parameters.
+        network: returns one scalar a position.
+        params: all of the network's.
         inputs: [N, L] int32 tokens, or [N, L, D] hidden states.
         mask: [N, L] bool.
-        num_micro_batches: pieces computed one after the other and, for the gradient, again.
+        num_micro_batches: computed one after the other and, for the gradient, recomputed.
 
     Returns:
         [N] float32.
     """
 
-    def last_value(piece):
-        values = network.apply(params, *piece)
-        return jnp.take_along_axis(values, last_token_index(piece[1])[:, None], axis=1)[:, 0]
+    def last_value(micro_batch):
+        inputs, mask = micro_batch
+        values = network.apply(params, inputs, mask)
+        return jnp.take_along_axis(values, last_token_index(mask)[:, None], axis=1)[:, 0]
 
     if num_micro_batches == 1:
         return last_value((inputs, mask))
-    pieces = split((inputs, mask), num_micro_batches)
-    return jax.lax.map(jax.checkpoint(last_value), pieces).T.reshape(-1)
+    micro_batches = split_batch((inputs, mask), num_micro_batches)
+    return jax.lax.map(jax.checkpoint(last_value), micro_batches).T.reshape(-1)
 
 
 def reward_step(
@@ -139,12 +140,12 @@ def apply_update(
     ), metrics
 
 
-def split(batch: Any, pieces: int) -> Any:
-    """Every leaf [N, ...] as [pieces, N / pieces, ...]; piece i has the rows i, i + pieces, ...
+def split_batch(batch: Any, count: int) -> Any:
+    """Every leaf [N, ...] as [count, N / count, ...]; micro-batch i has the rows i, i + count, ...
 
-    So each device, which holds neighbouring rows, has its share of every piece.
+    So each device, which holds neighbouring rows, has its share of every micro-batch.
     """
-    return jax.tree.map(lambda x: x.reshape(-1, pieces, *x.shape[1:]).swapaxes(0, 1), batch)
+    return jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
 
 
 def accumulate(
@@ -153,9 +154,9 @@ def accumulate(
     """Gradient and metrics of a loss summed over micro-batches.
 
     Args:
-        loss: (params, piece) -> (loss, metrics), both divided by the count of the *whole* batch,
-            so that the pieces add up. Metrics named `*_max` are maxima instead.
-        params: what to differentiate.
+        loss: (params, micro_batch) -> (loss, metrics), both divided by the count of the *whole*
+            batch, so that they add up. Metrics named `*_max` are maxima instead.
+        params: differentiated.
         batch: a tree of [N, ...].
         num_micro_batches: divides N.
 
@@ -165,37 +166,32 @@ def accumulate(
     gradient = jax.grad(loss, has_aux=True)
     if num_micro_batches == 1:
         return gradient(params, batch)
-    pieces = split(batch, num_micro_batches)
-    first = gradient(params, jax.tree.map(lambda x: x[0], pieces))
-    rest = jax.tree.map(lambda x: x[1:], pieces)
+    micro_batches = split_batch(batch, num_micro_batches)
+    first = gradient(params, jax.tree.map(lambda x: x[0], micro_batches))
+    rest = jax.tree.map(lambda x: x[1:], micro_batches)
     return jax.lax.scan(lambda sums, x: (add(sums, gradient(params, x)), None), first, rest)[0]
 
 
 def accumulate_while(
     loss: Callable[..., tuple[jax.Array, dict]],
     params: Params,
-    piece: Callable[[jax.Array], Any],
+    micro_batch: Callable[[jax.Array], Any],
     count: jax.Array,
 ) -> tuple[Params, dict[str, jax.Array]]:
-    """`accumulate` over the pieces 0, 1, .. count - 1, a count that only the program knows.
+    """`accumulate` over micro_batch(0), .. micro_batch(count - 1), with a traced count.
 
-    Args:
-        loss: see `accumulate`; a maximum is at least 0.
-        params: what to differentiate.
-        piece: number -> piece.
-        count: [] int32.
-
-    Returns:
-        (gradients, metrics).
+    Maxima of the metrics are at least 0.
     """
     gradient = jax.grad(loss, has_aux=True)
-    shapes = jax.eval_shape(lambda: gradient(params, piece(jnp.int32(0))))
+    shapes = jax.eval_shape(lambda: gradient(params, micro_batch(jnp.int32(0))))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    return jax.lax.fori_loop(0, count, lambda i, sums: add(sums, gradient(params, piece(i))), zeros)
+    return jax.lax.fori_loop(
+        0, count, lambda i, sums: add(sums, gradient(params, micro_batch(i))), zeros
+    )
 
 
-def add(sums: tuple[Params, dict], found: tuple[Params, dict]) -> tuple[Params, dict]:
-    """(gradients, metrics) of two parts, see `accumulate`."""
-    gradients, metrics = jax.tree.map(jnp.add, sums, found)
-    maxima = {k: jnp.maximum(v, sums[1][k]) for k, v in found[1].items() if k.endswith("_max")}
+def add(sums: tuple[Params, dict], new: tuple[Params, dict]) -> tuple[Params, dict]:
+    """(gradients, metrics) of two micro-batches together, see `accumulate`."""
+    gradients, metrics = jax.tree.map(jnp.add, sums, new)
+    maxima = {k: jnp.maximum(v, sums[1][k]) for k, v in new[1].items() if k.endswith("_max")}
     return gradients, metrics | maxima

@@ -7,6 +7,7 @@ which has what all commands share. Nothing imports from here.
 
 import difflib
 import importlib
+import importlib.metadata
 import sys
 
 # command -> (what it does, its module)
@@ -27,6 +28,9 @@ def main():
     if not arguments or arguments[0] in ("-h", "-help", "--help", "--helpshort", "--helpfull"):
         print(usage())
         return
+    if arguments[0] == "--version":
+        print(f"ppo_jax {importlib.metadata.version('ppo_jax')}")
+        return
     name = sys.argv.pop(1)
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
@@ -37,7 +41,10 @@ def main():
     about, module_name = COMMANDS[name]
     module = importlib.import_module(f"ppo_jax.commands.{module_name}")
     # --help prints it above the flags.
-    sys.modules["__main__"].__doc__ = f"{about}\n\nppo-jax {name} --FLAG=VALUE ..."
+    text = f"{about}\n\nppo-jax {name} --FLAG=VALUE ..."
+    if module_name in ("stages", "plan"):
+        text += "\n\nEvery setting of the config is a flag: --config.SECTION.FIELD=VALUE"
+    sys.modules["__main__"].__doc__ = text
     module.main(*([name] if module_name == "stages" else []))
 
 

@@ -43,6 +43,7 @@ def main():
         config, topology = from_config_dict(flag.config.value), flag.topology.value
         if topology and not planner.has_libtpu():
             print("there is no libtpu (pip install 'ppo_jax[plan]'): a plan for the local devices")
+            topology = None
         elif not topology:
             print("no --topology: a plan for the local devices")
         target = planner.find_target(topology)

@@ -100,20 +100,22 @@ def with_new_names(
 ) -> dict[str, Any]:
     """The values of a section with each field under its name of today.
 
-    A class may have `FORMERLY`, {old name: new name}: the old one is taken for one release.
+    A class may have `FORMERLY`, {old name: new name}: the old one is taken for one release. The
+    new one may be there too as long as it has its default, see `filled_in`.
 
     Raises:
         ValueError: a field is given under both names.
     """
-    formerly = getattr(cls, "FORMERLY", {})
-    old_names = [name for name in values if name in formerly]
-    for old in old_names:
+    formerly, values = getattr(cls, "FORMERLY", {}), dict(values)
+    defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+    for old in formerly.keys() & values.keys():
         new = formerly[old]
-        if new in values:
+        if values.get(new, defaults[new]) != defaults[new]:
             raise ValueError(f"{section}{old} is now {section}{new}, got both")
         if warn:
             warn_renamed(f"{section}{old}", f"{section}{new}")
-    return {formerly.get(name, name): value for name, value in values.items()}
+        values[new] = values.pop(old)
+    return values
 
 
 def warn_renamed(old: str, new: str):
@@ -121,27 +123,28 @@ def warn_renamed(old: str, new: str):
     warnings.warn(message, FutureWarning, stacklevel=2)
 
 
-def filled_in(cls: type, values: dict) -> dict:
+def filled_in(cls: type, values: dict, section: str = "") -> dict:
     """The values with the defaults of the fields that are not among them, section by section.
 
     Meant for a dictionary that keeps the type of each of its values from then on: an int stands
     as a float where the field is one, and as text where the field is a word or a number, so that
     a later value may be 0.5 after 1, or "all" after 4. Nothing is checked.
     """
-    hints, values = hints_of(cls), with_new_names(cls, values)
+    hints, values = hints_of(cls), with_new_names(cls, values, section)
     fields = {f.name: f.default for f in dataclasses.fields(cls)}
     defaults = {k: v for k, v in fields.items() if v is not dataclasses.MISSING}
     sections = {k: v for k, v in defaults.items() if dataclasses.is_dataclass(v)}
     defaults |= {k: dataclasses.asdict(v) for k, v in sections.items()}
-    return {k: widened(hints.get(k), v) for k, v in (defaults | values).items()}
+    filled = defaults | values
+    return {k: widened(hints.get(k), v, f"{section}{k}.") for k, v in filled.items()}
 
 
-def widened(hint: Any, value: Any) -> Any:
+def widened(hint: Any, value: Any, section: str) -> Any:
     """One value of `filled_in`."""
     allowed = options(hint)
     if isinstance(value, dict):
-        section = next((o for o in allowed if dataclasses.is_dataclass(o)), None)
-        return filled_in(section, value) if section else value
+        cls = next((o for o in allowed if dataclasses.is_dataclass(o)), None)
+        return filled_in(cls, value, section) if cls else value
     if type(value) is int and (float in allowed or Limit in allowed):
         return float(value)
     return str(value) if type(value) is int and str in allowed else value
@@ -205,6 +208,8 @@ def convert(hint: Any, value: Any, field: str) -> Any:
                 if not finite:
                     raise ValueError(f"{field} must be a finite number, got {value!r}")
                 return float(value)
+            if option == Limit and value == "inf":  # as config.json has it
+                return math.inf
         elif type(value) is option:
             return value
     words = " or ".join(WORDS[option] for option in allowed)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from ppo_jax.config.parsing import Check, Limit, changeable
+from ppo_jax.core.advantages import CRITIC_FREE, WITH_CRITIC, needs_critic
 from ppo_jax.core.kl import ESTIMATORS
 from ppo_jax.core.optimizer import SCHEDULES
 from ppo_jax.models.lora import TARGETS
@@ -243,7 +244,8 @@ class PPOSettings:
         check.each("> 0", "num_iterations", "sample_every", "save_every")
         check.each(">= 0", "num_samples")
         check_trainable(check, "trainable", "value_trainable")
-        check_lora(check, "trainable", "value_trainable")
+        with_critic = needs_critic(self.advantages)
+        check_lora(check, *(["trainable", "value_trainable"] if with_critic else ["trainable"]))
         self._check_batches(check)
         self._check_sampling(check)
         self._check_old_logprobs(check)
@@ -297,10 +299,12 @@ class PPOSettings:
         check.that(high == 0 or high >= self.clip_range, "clip_range_high", rule)
         check.choice("kl_estimator", *ESTIMATORS)
         check.choice("kl_control", "fixed", "adaptive")
-        check.choice("advantages", "gae", "leave_one_out")
+        check.choice("advantages", *WITH_CRITIC, *CRITIC_FREE)
         if self.advantages == "leave_one_out":
             rule = "at least 2 with advantages='leave_one_out'"
             check.that(self.samples_per_prompt >= 2, "samples_per_prompt", rule)
+            rule = "1 with advantages='leave_one_out', which compares whole responses"
+            check.that(self.gamma == 1, "gamma", rule)
 
     def _check_scores(self, check: Check):
         """Scores come from a model or a function, and the critic from what there is."""
@@ -313,8 +317,8 @@ class PPOSettings:
         check.choice("critic_init_from", "", "reward_model", "policy")
         possible = bool(self.reward_model) or self.critic_init_from != "reward_model"
         check.that(possible, "critic_init_from", "'policy' or '' with a reward_function")
-        if self.advantages == "leave_one_out":
-            rule = "'' with advantages='leave_one_out', which has no critic"
+        if not needs_critic(self.advantages):
+            rule = f"'' with advantages={self.advantages!r}, which has no critic"
             check.that(not self.critic_init_from, "critic_init_from", rule)
 
 
@@ -323,7 +327,7 @@ class EvaluateSettings:
     """Base, SFT and PPO on unseen prompts, before judges that had no part in the training."""
 
     prompts: str  # rows of {"prompt"} or {"messages"}
-    judges: str = ""  # "module:function": (workdir) -> evaluate.JudgePanel; "" is no judge
+    judges: str = ""  # "module:function": (workdir) -> JudgePanel, see "How to add a judge"
     ratings: str = ""  # rows of {"text", "ratings"}: pairs for the reward model; "" is the last
     # validation's accuracy
     num_prompts: int = 256  # the first prompts of the file

@@ -8,6 +8,17 @@ from ppo_jax.core.masking import masked_mean, zero_padding
 
 Number = jax.Array | float
 
+WITH_CRITIC, CRITIC_FREE = ("gae",), ("leave_one_out",)  # the estimators, as settings name them
+
+
+def needs_critic(advantages: str) -> bool:
+    """Whether an estimator reads the values of a critic.
+
+    >>> needs_critic("gae"), needs_critic("leave_one_out")
+    (True, False)
+    """
+    return advantages in WITH_CRITIC
+
 
 def gae(
     rewards: jax.Array,

@@ -1,6 +1,6 @@
 """Operations that XLA compiles badly for a CPU, in a form that it compiles well.
 
-Each is called in place of a plain expression, which its docstring gives.
+The docstring of each names the plain expression that it replaces.
 """
 
 import functools
@@ -13,17 +13,10 @@ from ppo_jax.core.distributions import Number
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def matmul(x: jax.Array, kernel: jax.Array, dtype: str | None = None) -> jax.Array:
-    """x @ kernel; the gradient of the kernel is that of autodiff, but in another order of axes.
+    """x @ kernel, [..., I] x [I, O] -> [..., O]; `dtype` is that of the result.
 
-    On other platforms it is autodiff's own. Reverse mode only: `jax.jvp` is refused.
-
-    Args:
-        x: [..., I] float.
-        kernel: [I, O] float.
-        dtype: of the result; None is that of the arguments.
-
-    Returns:
-        [..., O].
+    On a CPU the gradient of the kernel is computed in another order of axes than autodiff's.
+    Reverse mode only: `jax.jvp` is refused.
     """
     return _matmul(x, kernel, dtype)
 
@@ -50,9 +43,9 @@ def _matmul_backward(dtype, saved, g):
 def _kernel_gradient(x, g, dtype):
     """x' g over all positions.
 
-    XLA copies the left operand of such a product on a CPU into another order, number by number,
-    and both operands if the sum is over more than one axis. So: one axis, and the narrower array on
-    the left. The barrier keeps XLA from swapping the operands back.
+    On a CPU XLA transposes the left operand of such a product, number by number, and both operands
+    if the sum is over more than one axis. So: one axis, and the narrower array on the left. The
+    barrier keeps XLA from swapping the operands back.
     """
     x_NI, g_NO = (a.reshape(-1, a.shape[-1]) for a in (x, g))
     swapped = x_NI.shape[1] > g_NO.shape[1]
@@ -66,13 +59,9 @@ matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 def argmax(x: jax.Array) -> jax.Array:
-    """`jnp.argmax(x, axis=-1)` as two reductions of one value each, which XLA vectorises.
+    """`jnp.argmax(x, axis=-1)`, int32, as two reductions of one value each, which XLA vectorises.
 
-    Args:
-        x: [..., V].
-
-    Returns:
-        [...] int32, the first of equal ones; 0 for a row with NaN.
+    The first of equal values; 0 for a row with NaN.
     """
     below = x < jnp.max(x, axis=-1, keepdims=True)
     ids = jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
@@ -80,16 +69,10 @@ def argmax(x: jax.Array) -> jax.Array:
 
 
 def nucleus(logits: jax.Array, top_p: Number) -> jax.Array:
-    """The tokens of top-p sampling without a sort: the plain form sorts, then sums from the top.
+    """[..., V] bool, the tokens of top-p sampling; the plain form sorts, then sums from the top.
 
-    A bisection finds the largest threshold whose tokens reach top_p together, in 32 sums.
-
-    Args:
-        logits: [..., V] float32, in any order.
-        top_p: [] or a number.
-
-    Returns:
-        [..., V] bool.
+    A bisection finds the largest threshold whose tokens reach top_p together, in 32 sums; `logits`
+    are float32.
     """
     bits = jax.lax.bitcast_convert_type(logits, jnp.int32)
     order = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers in the order of the floats
@@ -110,7 +93,7 @@ def nucleus(logits: jax.Array, top_p: Number) -> jax.Array:
     interval = tuple(jnp.full(shape, end, jnp.int32) for end in (ends.min, ends.max))
     threshold, _ = jax.lax.fori_loop(0, 32, halve, interval)
     above, equal = order > threshold, order == threshold
-    # Of equal ones the first are in, as many as it takes.
+    # Of the tokens at the threshold, as many as needed, the lower ids first.
     first = jnp.cumsum(equal, axis=-1) - 1
     inside = above | (equal & (mass(above) + first * probs < bound))
     return inside | (top_p >= 1)

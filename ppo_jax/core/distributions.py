@@ -131,12 +131,12 @@ def _finite(x: jax.Array) -> jax.Array:
 
 
 def positive_temperature(temperature: Number) -> jax.Array:
-    """What logits are divided by: the temperature, and 1 where it is 0, which is greedy."""
+    """The divisor of logits: the temperature, or 1 where it is 0, which is greedy."""
     return jnp.where(temperature == 0, 1.0, temperature)
 
 
 def is_number(x: Number, number: float) -> bool:
-    """Whether x is this number already while tracing, so that no code is needed for it."""
+    """Whether x is this Python number, known while tracing, so that no code is needed for it."""
     return isinstance(x, int | float) and x == number
 
 
@@ -149,13 +149,13 @@ def chunked_token_statistics(
     temperature: Number = 1.0,
     chunk: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """`token_statistics` of logits that exist for some positions at a time.
+    """`token_statistics` of logits that are computed for a chunk of positions at a time.
 
-    The backward pass computes the logits of a chunk again.
+    The backward pass recomputes the logits of each chunk.
 
     Args:
         logits: (weights, [B, C, D] hidden states) -> [B, C, V] float.
-        weights: all that `logits` depends on besides the hidden states.
+        weights: what `logits` depends on besides the hidden states.
         hidden: [B, T, D] float.
         tokens: [B, T] int.
         temperature: see `token_statistics`.
@@ -169,18 +169,19 @@ def chunked_token_statistics(
     # In float32, so that the gradients of the chunks are added in float32.
     wide = weights.astype(jnp.float32)
 
-    def cut(x):
+    def split(x):
         """[B, T, ...] to [count, B, size, ...]."""
         x = jnp.pad(x, [(0, 0), (0, count * size - length)] + [(0, 0)] * (x.ndim - 2))
         return x.reshape(batch_size, count, size, *x.shape[2:]).swapaxes(0, 1)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def piece(wide, hidden, tokens):
-        found = logits(wide.astype(weights.dtype), hidden)
-        return token_statistics(found, tokens, temperature=temperature)
+    def statistics(wide, hidden, tokens):
+        z = logits(wide.astype(weights.dtype), hidden)
+        return token_statistics(z, tokens, temperature=temperature)
 
-    _, found = jax.lax.scan(lambda _, x: (None, piece(wide, *x)), None, (cut(hidden), cut(tokens)))
-    logprobs, entropies = (x.swapaxes(0, 1).reshape(batch_size, -1)[:, :length] for x in found)
+    chunks = split(hidden), split(tokens)
+    _, outputs = jax.lax.scan(lambda _, x: (None, statistics(wide, *x)), None, chunks)
+    logprobs, entropies = (x.swapaxes(0, 1).reshape(batch_size, -1)[:, :length] for x in outputs)
     return logprobs, entropies
 
 

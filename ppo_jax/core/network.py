@@ -60,8 +60,8 @@ class Network(NamedTuple):
 def merge_params(*trees: Params, stacked: bool = False) -> Params:
     """The union of nested dictionaries, lower layers first.
 
-    A leaf in several trees comes from the last; layers stacked for `scan_layers` are put one
-    upon the other. `stacked` says that the trees are the inside of such a stack."""
+    A leaf in several trees comes from the last; layers stacked for `scan_layers` are concatenated.
+    `stacked` says that the trees are inside such a stack."""
     merged: Params = {}
     for tree in trees:
         for name, value in tree.items():

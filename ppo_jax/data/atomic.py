@@ -37,7 +37,7 @@ def atomic_folder(folder: str | os.PathLike, *, shared: bool = False) -> Iterato
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     prefix = f"{PARTIAL}{folder.name}-"
-    for leftover in () if shared else folder.parent.glob(f"{prefix}*"):
+    for leftover in () if shared else folder.parent.glob(prefix + "[0-9a-f]" * 12):
         shutil.rmtree(leftover)
     new = folder.parent / f"{prefix}{uuid.uuid4().hex[:12]}"
     new.mkdir()

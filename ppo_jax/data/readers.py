@@ -96,7 +96,7 @@ def check_packages(path: str | os.PathLike):
     if is_hub(path):
         hub_name(path)
         import_datasets(path)
-    elif is_table(path):
+    elif Path(path).suffix == ".parquet":
         import_parquet(path)
 
 

@@ -1,7 +1,7 @@
-"""Where arrays lie on many devices: one mesh, and one table from logical axes to its axes.
+"""Sharding: one mesh, and one table from logical to mesh axes.
 
 The only file that spells a mesh axis. A program is the same on one device and on many; a `Layout`
-says how the arrays that it is given, and those inside it, are cut.
+says how its inputs, and the arrays inside it, are sharded.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ppo_jax.config.mesh import MESH_AXES, RULES, AxisRules, MeshSettings
 from ppo_jax.distributed.processes import require_all_processes
-from ppo_jax.distributed.trees import named_leaves
+from ppo_jax.distributed.trees import map_named
 from ppo_jax.models.axes import Axes, ShardingConstraint, parameter_axes
 
 
@@ -32,195 +32,188 @@ def mesh_shape(settings: MeshSettings, num_devices: int) -> tuple[int, ...]:
         ValueError: they do not multiply to the number of devices.
     """
     sizes = (settings.data, settings.fsdp, settings.model)  # as in MESH_AXES
-    given = math.prod(size for size in sizes if size != -1)
-    filled = [num_devices // given if size == -1 else size for size in sizes]
-    if math.prod(filled) != num_devices:
-        shape = ", ".join(f"{a}={s}" for a, s in zip(MESH_AXES, sizes, strict=True))
-        needs = f"a multiple of {given}" if -1 in sizes else str(given)
-        raise ValueError(f"mesh ({shape}) needs {needs} devices, have {num_devices}")
-    return tuple(filled)
+    known = math.prod(size for size in sizes if size != -1)
+    shape = tuple(num_devices // known if size == -1 else size for size in sizes)
+    if math.prod(shape) != num_devices:
+        given = ", ".join(f"{a}={s}" for a, s in zip(MESH_AXES, sizes, strict=True))
+        needs = f"a multiple of {known}" if -1 in sizes else str(known)
+        raise ValueError(f"mesh ({given}) needs {needs} devices, have {num_devices}")
+    return shape
 
 
 def make_mesh(settings: MeshSettings, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of a run.
-
-    Args:
-        settings: the sizes.
-        devices: by default all devices of all processes.
+    """The mesh of a run, by default over all devices of all processes.
 
     Raises:
         ValueError: the sizes do not fit the number of devices.
     """
     devices = devices_of_run() if devices is None else devices
     shape = mesh_shape(settings, len(devices))
-    # Linen needs the Auto type; Explicit is the default of today's jax.
+    # Linen needs Auto axes; the default of jax is Explicit.
     types = (AxisType.Auto,) * len(MESH_AXES)
-    # An axis of the torus may be cut in two: a mesh of 16 x 4 fits on 8 x 8 chips.
+    # An axis of the torus may be split: a mesh of 16 x 4 fits on 8 x 8 chips.
     grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return Mesh(grid, MESH_AXES, axis_types=types)
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A mesh and the rules by which arrays are cut over it."""
+    """A mesh, and the rules by which arrays are sharded over it."""
 
     mesh: Mesh
     rules: AxisRules = RULES
 
-    def cuts(self, axis: str | None) -> tuple[str, ...]:
-        """The mesh axes, longer than 1, that a logical axis is cut over."""
-        over = () if axis is None else getattr(self.rules, axis)
-        return tuple(name for name in over if self.mesh.shape[name] > 1)
+    def mesh_axes(self, axis: str | None) -> tuple[str, ...]:
+        """The mesh axes, longer than 1, that a logical axis is sharded over."""
+        names = () if axis is None else getattr(self.rules, axis)
+        return tuple(name for name in names if self.mesh.shape[name] > 1)
 
-    def pieces(self, axis: str | None) -> int:
-        """Into how many pieces a logical axis is cut."""
-        return math.prod(self.mesh.shape[name] for name in self.cuts(axis))
+    def num_shards(self, axis: str | None) -> int:
+        """The number of shards of a logical axis."""
+        return math.prod(self.mesh.shape[name] for name in self.mesh_axes(axis))
 
     def sharding(self, axes: Axes, shape: Sequence[int], name: str = "an array") -> NamedSharding:
-        """Where an array lies.
+        """The sharding of an array; a dimension of 1 is replicated whatever the rules say.
 
         Args:
             axes: its logical axes.
-            shape: its shape. A dimension of 1 is whole whatever the rules say.
-            name: what the errors call it.
+            shape: its shape.
+            name: what errors call it.
 
         Raises:
-            ValueError: a mesh axis would cut it twice, or does not divide the dimension it cuts.
+            ValueError: two dimensions share a mesh axis, or the mesh axes do not divide one.
         """
-        entries: list[tuple[str, ...]] = []
+        spec: list[tuple[str, ...]] = []
         for axis, size in zip(axes, shape, strict=True):
-            over = () if size == 1 else self.cuts(axis)
-            if twice := sorted({x for entry in entries for x in entry} & set(over)):
-                raise ValueError(f"{name}: the rules cut it twice over the mesh axis {twice[0]}")
-            pieces = math.prod(self.mesh.shape[x] for x in over)
-            if size % pieces:
-                raise ValueError(f"{name}: {self.no_cut(axis, size, over)}")
-            entries.append(over)
-        return NamedSharding(self.mesh, PartitionSpec(*(entry or None for entry in entries)))
+            names = () if size == 1 else self.mesh_axes(axis)
+            if twice := sorted({x for entry in spec for x in entry} & set(names)):
+                raise ValueError(f"{name}: the rules shard it twice over the mesh axis {twice[0]}")
+            if names and size % self.num_shards(axis):
+                raise ValueError(f"{name}: {self._indivisible(axis, size)}")
+            spec.append(names)
+        return NamedSharding(self.mesh, PartitionSpec(*(entry or None for entry in spec)))
 
-    def no_cut(self, axis: str, size: int, over: Sequence[str]) -> str:
-        """What to say of a dimension that the mesh axes `over` do not divide, and what would."""
-        both = math.gcd(size, self.mesh.size)  # the number of devices has to be divided as well
+    def _indivisible(self, axis: str, size: int) -> str:
+        """The message about a dimension that its mesh axes do not divide, with sizes that would."""
+        both = math.gcd(size, self.mesh.size)  # it must divide the number of devices as well
         works = [n for n in range(1, both + 1) if both % n == 0]
-        axes = " x ".join(f"mesh.{x}" for x in over)
+        names = " x ".join(f"mesh.{x}" for x in self.mesh_axes(axis))
         return (
-            f"its {axis} axis of {size:,} cannot be cut into the {self.pieces(axis)} equal "
-            f"pieces of {axes}; choose {axes} from {works}, or keep it whole with "
+            f"its {axis} axis of {size:,} cannot be split into {self.num_shards(axis)} equal "
+            f"shards over {names}; choose {names} from {works}, or replicate it with "
             f"mesh.rules.{axis}=() and mesh.rollout_rules.{axis}=()"
         )
 
     @property
     def constrain(self) -> ShardingConstraint:
-        """What a network knows of this layout."""
+        """The sharding constraint of networks on this layout."""
         return ShardingConstraint(self.sharding)
 
     def shardings(self, tree: Any) -> Any:
-        """The sharding of every leaf of a tree of parameters, or of a state that holds some.
+        """The sharding of every leaf of parameters, or of a state that holds some.
 
-        Args:
-            tree: of arrays or `jax.ShapeDtypeStruct`s. What is no parameter of a Transformer is
-                copied to every device: counters, coefficients.
+        What is no parameter of a Transformer is replicated: counters, coefficients. The tree is of
+        arrays or `jax.ShapeDtypeStruct`s.
 
         Raises:
             ValueError: as `sharding` does, with the leaf's name.
         """
 
-        def one(name: str, leaf: Any) -> NamedSharding:
+        def sharding(name: str, leaf: Any) -> NamedSharding:
             axes = parameter_axes(name.split("/"))
             return self.sharding(axes or (None,) * len(leaf.shape), leaf.shape, name)
 
-        shardings = [one(name, leaf) for name, leaf in named_leaves(tree).items()]
-        return jax.tree.unflatten(jax.tree.structure(tree), shardings)
+        return map_named(sharding, tree)
 
-    def put(self, tree: Any) -> Any:
-        """Parameters, or a state that holds some, in their pieces; numpy ones are equal on all."""
-        return jax.tree.map(place, tree, self.shardings(tree))
-
-    @property
-    def rows(self) -> NamedSharding:
-        """The sharding of a batch: its first axis is cut."""
-        return NamedSharding(self.mesh, PartitionSpec(self.cuts("batch") or None))
+    def shard_params(self, tree: Any) -> Any:
+        """Parameters, or a state that holds some, sharded; numpy arrays are equal on all
+        processes."""
+        return jax.tree.map(device_put, tree, self.shardings(tree))
 
     @property
-    def whole(self) -> NamedSharding:
-        """The sharding of what every device has a copy of."""
+    def batch_sharding(self) -> NamedSharding:
+        """The sharding of a batch: over its first axis."""
+        return NamedSharding(self.mesh, PartitionSpec(self.mesh_axes("batch") or None))
+
+    @property
+    def replicated(self) -> NamedSharding:
+        """The sharding of arrays that every device has a copy of."""
         return NamedSharding(self.mesh, PartitionSpec())
 
     def shard_batch(self, batch: Any) -> Any:
-        """A batch [N, ...] a leaf, in its pieces; N is a multiple of `pieces("batch")`."""
-        return jax.tree.map(lambda x: place(x, self.rows), batch)
+        """A batch, [N, ...] a leaf, sharded; N is a multiple of `num_shards("batch")`."""
+        return jax.tree.map(lambda x: device_put(x, self.batch_sharding), batch)
 
     def replicate(self, tree: Any) -> Any:
-        """Arrays and numbers that every device has a copy of."""
-        return jax.tree.map(lambda x: place(x, self.whole), tree)
+        """Arrays and numbers, copied to every device."""
+        return jax.tree.map(lambda x: device_put(x, self.replicated), tree)
 
     def key(self, seed: int, step: int) -> jax.Array:
         """The random key of a step: a resumed run has the same."""
         return self.replicate(jax.random.fold_in(jax.random.key(seed), step))
 
     def pad_batch(self, rows: np.ndarray, multiple: int = 1) -> np.ndarray:
-        """The rows, and their first again until a number and the mesh's pieces divide them."""
-        lacking = -len(rows) % math.lcm(multiple, self.pieces("batch"))
-        return np.concatenate([rows, np.repeat(rows[:1], lacking)])
+        """The rows, padded with their first to a multiple of `multiple` and of the shards."""
+        padding = -len(rows) % math.lcm(multiple, self.num_shards("batch"))
+        return np.concatenate([rows, np.repeat(rows[:1], padding)])
 
     def decoding_params(self, params: Any, dtype: str) -> Any:
-        """Parameters as the rollout reads them, inside a program: cut by these rules, and what is
-        cast at every use is cast once. Norms are computed in float32 and stay as they are; so does
-        what is no parameter of a Transformer, of which nobody here knows how it is used."""
+        """Parameters as the rollout reads them, inside a program: sharded by these rules, and cast
+        once instead of at every use. Norms, which are computed in float32, keep their dtype; so
+        does what is no parameter of a Transformer, whose use is unknown here."""
 
-        def one(name: str, leaf: jax.Array) -> jax.Array:
+        def decoding(name: str, leaf: jax.Array) -> jax.Array:
             path = name.split("/")
             axes = parameter_axes(path)
-            stays = axes is None or path[-2].endswith("norm")
-            lie = self.sharding(axes or (None,) * leaf.ndim, leaf.shape, name)
-            return jax.lax.with_sharding_constraint(leaf if stays else leaf.astype(dtype), lie)
+            keeps = axes is None or path[-2].endswith("norm")
+            sharding = self.sharding(axes or (None,) * leaf.ndim, leaf.shape, name)
+            return jax.lax.with_sharding_constraint(leaf if keeps else leaf.astype(dtype), sharding)
 
-        leaves = [one(name, leaf) for name, leaf in named_leaves(params).items()]
-        return jax.tree.unflatten(jax.tree.structure(params), leaves)
+        return map_named(decoding, params)
 
 
 def fetch(tree: Any) -> Any:
-    """Arrays as numpy, whole, on every process: for what is small. A leaf that lies on several
-    processes is fetched by all of them together, any other by this one alone."""
+    """Full arrays as numpy on every process: for small ones. A leaf that spans several processes
+    is gathered by all of them together, any other is read by this process alone."""
 
-    def whole(leaf: Any) -> Any:
+    def gather(leaf: Any) -> Any:
         if getattr(leaf, "is_fully_addressable", True):  # so are numpy and numbers
             return leaf
         require_all_processes("an array of several processes must be fetched")
         return multihost_utils.process_allgather(leaf, tiled=True)
 
-    return jax.device_get(jax.tree.map(whole, tree))
+    return jax.device_get(jax.tree.map(gather, tree))
 
 
-def own_rows(x: jax.Array) -> tuple[np.ndarray, np.ndarray]:
-    """(numbers [n] of this process's rows, those rows [n, ...]).
+def local_rows(x: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+    """(the indices [n] of this process's rows, those rows [n, ...]).
 
-    Each row is one process's alone, the one that holds its first copy, so that what is done with
-    rows is done once; a process may have none.
+    A row belongs to one process, which holds its first replica, so that it is processed once; a
+    process may have none.
     """
-    found = {s.index[0].start or 0: s.data for s in x.addressable_shards if s.replica_id == 0}
-    blocks = [(begin, np.asarray(found[begin])) for begin in sorted(found)]
-    numbers = [np.arange(begin, begin + len(block)) for begin, block in blocks]
-    nothing = np.zeros((0, *x.shape[1:]), x.dtype)
-    rows = np.concatenate([np.zeros(0, int), *numbers])
-    return rows, np.concatenate([nothing, *(block for _, block in blocks)])
+    shards = {s.index[0].start or 0: s.data for s in x.addressable_shards if s.replica_id == 0}
+    blocks = [(begin, np.asarray(shards[begin])) for begin in sorted(shards)]
+    indices = [np.arange(begin, begin + len(block)) for begin, block in blocks]
+    empty = np.zeros((0, *x.shape[1:]), x.dtype)
+    rows = np.concatenate([np.zeros(0, int), *indices])
+    return rows, np.concatenate([empty, *(block for _, block in blocks)])
 
 
 def gather_rows(rows: np.ndarray, values: np.ndarray, count: int) -> np.ndarray:
-    """The values [count] of all rows on every process, from those that each has for its own."""
-    whole = np.full(count, np.nan, np.float32)
-    whole[rows] = values
+    """The values [count] of all rows on every process, from each process's `local_rows`."""
+    gathered = np.full(count, np.nan, np.float32)
+    gathered[rows] = values
     if jax.process_count() == 1:
-        return whole
-    return np.nanmax(multihost_utils.process_allgather(whole), axis=0)
+        return gathered
+    return np.nanmax(multihost_utils.process_allgather(gathered), axis=0)
 
 
-def place(x: Any, sharding: NamedSharding) -> jax.Array:
-    """One array in its pieces: a process makes those of its own devices alone."""
+def device_put(x: Any, sharding: NamedSharding) -> jax.Array:
+    """`jax.device_put` for several processes: each makes the shards of its own devices."""
     if isinstance(x, jax.Array) and (x.is_fully_addressable <= sharding.is_fully_addressable):
         return jax.device_put(x, sharding)
     if isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
-        return jax.random.wrap_key_data(place(jax.random.key_data(x), sharding))
+        return jax.random.wrap_key_data(device_put(jax.random.key_data(x), sharding))
     x = np.asarray(x)
     return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
@@ -237,12 +230,12 @@ def make_layouts(settings: MeshSettings) -> tuple[Layout, Layout]:
 
 
 def abstract(layout: Layout, init: Callable[..., Any], *args: Any) -> Any:
-    """The shapes, dtypes and shardings of what `init_sharded` would make."""
+    """The shapes, dtypes and shardings of the result of `init_sharded`."""
     shapes = jax.eval_shape(init, *args)
-    return jax.tree.map(lambda x, lie: x.update(sharding=lie), shapes, layout.shardings(shapes))
+    return jax.tree.map(lambda x, s: x.update(sharding=s), shapes, layout.shardings(shapes))
 
 
 def init_sharded(layout: Layout, init: Callable[..., Any], *args: Any) -> Any:
-    """What `init(*args)` gives, made in its pieces: no device ever holds a whole array."""
-    lies = layout.shardings(jax.eval_shape(init, *args))
-    return jax.jit(init, out_shardings=lies)(*args)
+    """`init(*args)`, made sharded: no device ever holds a full array."""
+    shardings = layout.shardings(jax.eval_shape(init, *args))
+    return jax.jit(init, out_shardings=shardings)(*args)

@@ -1,7 +1,7 @@
-"""Several processes as one program: who writes, who waits, and how all end together.
+"""Multi-process runs: primary-only work, barriers, coordinated shutdown.
 
-The run's folder is one that all processes see. In a run of one process `on_primary` just calls,
-nothing waits, and nobody is asked to stop here.
+All processes see the folder of the run. In a run of one process `on_primary` is a plain call,
+barriers do nothing, and signals are handled elsewhere.
 """
 
 import contextlib
@@ -20,33 +20,30 @@ from jax._src import distributed
 from jax.experimental import multihost_utils
 
 T = TypeVar("T")
-HEARTBEAT_S = 20  # without a sign of life from a process for so long, the others end
+HEARTBEAT_S = 20  # the others end when a process gives no sign of life for so long
 # Processes wait for each other without a limit, which a collective has: one that dies ends all.
 NO_LIMIT_MS = 365 * 24 * 3600 * 1000
-POLL_S = 1  # how soon Ctrl-C is heard by a process that waits
-FAREWELL_MS = 10_000  # the time to hear of a failure before the process that failed is gone
+POLL_S = 1  # how soon a waiting process reacts to Ctrl-C
+FAREWELL_MS = 10_000  # the time to learn of a failure before the failed process is gone
 STOPS = {signal.SIGTERM: 143, signal.SIGINT: 130}  # signal: exit code of a run that was saved
-CALLS = itertools.count(1)  # the same on all processes, without gaps: jax waits for the next one
-TURNS = itertools.count(1)  # of `on_primary`, the same on all processes
-ALONE = threading.Event()  # set on process 0 while the others wait in `on_primary`
+# Counters are equal on all processes, without gaps: jax waits for the next number.
+_preemption_checks = itertools.count(1)
+_primary_sections = itertools.count(1)
+_in_primary_section = threading.Event()  # set on process 0 while the others wait in `on_primary`
 
 
 class ProcessMismatch(ValueError):
-    """The processes do not do the same: nothing is wrong with what they read or write."""
+    """The processes disagree on what to do; nothing is wrong with what they read or write."""
 
 
-def join(coordinator: str | None, num_processes: int | None, process_id: int | None):
-    """Begin to be one of several processes; before anything else of jax.
+def initialize(coordinator: str | None, num_processes: int | None, process_id: int | None):
+    """Join a multi-process run, before anything else of jax.
 
-    On TPU pods, and under SLURM and Open MPI, jax finds all three arguments by itself.
-
-    Args:
-        coordinator: HOST:PORT of process 0.
-        num_processes: of the run.
-        process_id: this one's number.
+    `coordinator` is HOST:PORT of process 0. On TPU pods, and under SLURM and Open MPI, jax finds
+    all three arguments by itself.
 
     Raises:
-        ValueError: some are given, others neither given nor found.
+        ValueError: an argument is neither given nor found.
     """
     try:
         jax.distributed.initialize(
@@ -57,78 +54,68 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
             "--multihost finds TPU pods, SLURM and Open MPI by itself; elsewhere it needs "
             f"--coordinator=HOST:PORT --num_processes=N --process_id=I ({error})"
         ) from error
-    if not is_first():
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # process 0 tells for all
+    if not is_primary():
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # process 0 prints for all
 
 
-def joined() -> bool:
-    """Whether `join` has made this one of several processes."""
+def is_initialized() -> bool:
+    """Whether this process has joined a multi-process run."""
     return jax.distributed.is_initialized()
 
 
-def is_first() -> bool:
-    """Whether this process is the one that writes files and tells what happens."""
+def is_primary() -> bool:
+    """Whether this is process 0, which writes files and prints."""
     return jax.process_index() == 0
 
 
 def is_multiprocess() -> bool:
-    """Whether others take part in what this process does now: not in `on_primary`."""
-    return jax.process_count() > 1 and not ALONE.is_set()
+    """Whether other processes take part in the current work: not inside `on_primary`."""
+    return jax.process_count() > 1 and not _in_primary_section.is_set()
 
 
-def wait_for_all(where: str):
-    """No process goes on before all are here.
-
-    Args:
-        where: a name that no other call has.
-    """
+def barrier(name: str):
+    """Wait until all processes are here; no other barrier has this name."""
     if is_multiprocess():
-        _wait(distributed.global_state.client.wait_at_barrier, f"ppo_jax/{where}")
+        _wait(distributed.global_state.client.wait_at_barrier, f"ppo_jax/{name}")
 
 
 def require_all_processes(what: str):
-    """Refuse in `on_primary` what all processes must do: process 0 would wait for ever.
+    """Refuse inside `on_primary` what all processes must do: process 0 would wait for ever.
 
-    Args:
-        what: the beginning of the message, for instance "FOLDER must be saved".
+    The message begins with `what`, for instance "FOLDER must be saved".
 
     Raises:
-        ProcessMismatch: the others wait until this process has ended what it does for all.
+        ProcessMismatch: the others are waiting for the end of `on_primary`.
     """
-    if ALONE.is_set():
+    if _in_primary_section.is_set():
         raise ProcessMismatch(
             f"{what} by all processes, not by process 0 alone, as judges and `prepare` are "
             "called; the function that evaluate.judges names is called by all"
         )
 
 
-def on_primary(do: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-    """What `do(...)` gives on process 0, which alone calls it, on all processes.
+def on_primary(fn: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """Run `fn` on process 0 and broadcast its result, a value that can be pickled.
 
-    It begins when all are here, so that nobody reads a file any more that it changes, and the
-    others go on when it has ended. Inside of it nothing can be done by all together.
-
-    Args:
-        do: what it gives must be a value that pickle knows.
-        *args: its arguments.
-        **kwargs: the same, by name.
+    It starts when all processes are here, so that nobody still reads a file that it changes, and
+    the others go on when it has ended. Inside it nothing can be done by all processes together.
 
     Raises:
-        SystemExit: on all processes, if it ends process 0 so.
-        ProcessMismatch: on the others, if anything else is raised on process 0, be it Ctrl-C, or if
-            process 0 has called another function.
+        SystemExit: on all processes, if `fn` raises it.
+        ProcessMismatch: on the others, if process 0 raises anything else, be it Ctrl-C, or has
+            called another function.
     """
     if not is_multiprocess():
-        return do(*args, **kwargs)
-    turn = f"turn {next(TURNS)}"
-    name = getattr(do, "__qualname__", type(do).__qualname__)
-    if is_first():
-        return _tell(turn, name, lambda: do(*args, **kwargs))
-    wait_for_all(turn)
+        return fn(*args, **kwargs)
+    section = f"section {next(_primary_sections)}"
+    name = getattr(fn, "__qualname__", type(fn).__qualname__)
+    if is_primary():
+        return _run_and_broadcast(section, name, lambda: fn(*args, **kwargs))
+    barrier(section)
     get = distributed.global_state.client.blocking_key_value_get_bytes
-    called, given, error = pickle.loads(_wait(get, f"ppo_jax/{turn}"))
+    called, result, error = pickle.loads(_wait(get, f"ppo_jax/{section}"))
     if error is not None:
-        _part(turn)
+        _failure_barrier(section)
     if called != name:
         me = f"process {jax.process_index()}"
         raise ProcessMismatch(
@@ -137,32 +124,32 @@ def on_primary(do: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         )
     if error is not None:
         raise error
-    return given
+    return result
 
 
-def _tell(turn: str, name: str, do: Callable[[], T]) -> T:
-    """Do it when all are here, and tell the others what came of it, whatever that is."""
+def _run_and_broadcast(section: str, name: str, fn: Callable[[], T]) -> T:
+    """Run `fn` when all are here, and broadcast its result or its failure."""
     client = distributed.global_state.client
     try:
-        wait_for_all(turn)
-        ALONE.set()
-        given = do()
-        told = pickle.dumps((name, given, None))
+        barrier(section)
+        _in_primary_section.set()
+        result = fn()
+        message = pickle.dumps((name, result, None))
     except BaseException as error:  # a user's code may call sys.exit, or be interrupted
-        failed: BaseException = ProcessMismatch("process 0 has failed, and says why")
+        failure: BaseException = ProcessMismatch("process 0 has failed, and says why")
         if isinstance(error, SystemExit):  # all leave properly, with the same exit code
-            failed = SystemExit(error.code if isinstance(error.code, int | str | None) else 1)
-        client.key_value_set_bytes(f"ppo_jax/{turn}", pickle.dumps((name, None, failed)))
-        _part(turn)
+            failure = SystemExit(error.code if isinstance(error.code, int | str | None) else 1)
+        client.key_value_set_bytes(f"ppo_jax/{section}", pickle.dumps((name, None, failure)))
+        _failure_barrier(section)
         raise
     finally:
-        ALONE.clear()
-    client.key_value_set_bytes(f"ppo_jax/{turn}", told)
-    return given
+        _in_primary_section.clear()
+    client.key_value_set_bytes(f"ppo_jax/{section}", message)
+    return result
 
 
 def _wait(call: Callable[[str, int], T], name: str) -> T:
-    """`call(name, no limit)` in a thread: inside of it Ctrl-C would not be heard."""
+    """`call(name, no limit)` in a thread: the call itself would block Ctrl-C."""
     done: Future = Future()
 
     def wait():
@@ -177,49 +164,42 @@ def _wait(call: Callable[[str, int], T], name: str) -> T:
             return done.result(timeout=POLL_S)
 
 
-def _part(turn: str):
-    """All know of a failure before process 0 goes, and the connection to it with it."""
+def _failure_barrier(section: str):
+    """All learn of a failure before process 0, and the connection to it, is gone."""
     with contextlib.suppress(jax.errors.JaxRuntimeError):
-        distributed.global_state.client.wait_at_barrier(f"ppo_jax/{turn} failed", FAREWELL_MS)
+        distributed.global_state.client.wait_at_barrier(f"ppo_jax/{section} failed", FAREWELL_MS)
 
 
 def preempted() -> bool:
-    """Whether some process was asked to stop, and this is the call that all stop after.
+    """Whether some process was asked to stop, and all stop after this call.
 
-    To be asked once a step by every process: the calls are counted, over all stages, and all
-    processes stop after the same call.
+    Every process calls it once a step: calls are counted, over all stages, and all processes stop
+    after the same one.
     """
-    return is_multiprocess() and multihost_utils.reached_preemption_sync_point(next(CALLS))
+    reached = multihost_utils.reached_preemption_sync_point
+    return is_multiprocess() and reached(next(_preemption_checks))
 
 
-def stop_if_asked(told: str = "nothing is lost; the same command goes on"):
-    """End here if some process was asked to stop: where nothing has to be saved.
+def stop_if_asked(message: str = "nothing is lost; the same command goes on"):
+    """Exit if some process was asked to stop: for places where nothing has to be saved.
 
-    It is asked after the data and after the base model are made, before each stage, and before
-    each batch of responses of an evaluation; the steps of training ask `preempted`. What lies
-    between two such places (a user's `prepare`, the reading of data and models, a compilation) is
-    not broken off: a SIGTERM that comes meanwhile waits for the next. Judges that were asked are
-    not asked in vain: from there on an evaluation comes to its end.
-
-    Args:
-        told: what is left, and what the same command will do.
+    Called after the data and after the base model are made, before each stage, and before each
+    batch of responses of an evaluation; the steps of training call `preempted`. Between two such
+    places (a user's `prepare`, loading, compilation) nothing is interrupted: a SIGTERM waits for
+    the next. Judges that were asked are not asked in vain: from there on an evaluation comes to its
+    end. `message` says what is left, and what the same command will do.
 
     Raises:
         SystemExit: with code 143, on all processes at the same call.
     """
     if preempted():
-        print(f"stopped by SIGTERM, {told}", flush=True)
+        print(f"stopped by SIGTERM, {message}", flush=True)
         sys.exit(STOPS[signal.SIGTERM])
 
 
-def ask_all_to_stop(number: int, frame: Any):
-    """A handler of Ctrl-C among several processes: what SIGTERM does, which jax tells to all."""
-    del number, frame
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
 def stop_handlers(stop_soon: Callable[[int, Any], None]) -> dict[signal.Signals, Callable]:
-    """What a stage does on Ctrl-C and SIGTERM; among several processes SIGTERM is jax's."""
+    """A stage's signal handlers. In a multi-process run jax handles SIGTERM, which it forwards to
+    all, and Ctrl-C becomes one."""
     if is_multiprocess():
-        return {signal.SIGINT: ask_all_to_stop}
+        return {signal.SIGINT: lambda number, frame: os.kill(os.getpid(), signal.SIGTERM)}
     return {signal.SIGINT: stop_soon, signal.SIGTERM: stop_soon}

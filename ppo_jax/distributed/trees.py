@@ -1,5 +1,6 @@
 """The leaves of a state by name: copied to be saved, described to be loaded, compared."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,11 +12,16 @@ def named_leaves(tree: Any) -> dict[str, Any]:
     return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
+def map_named(function: Callable[[str, Any], Any], tree: Any) -> Any:
+    """The tree of function(name, leaf)."""
+    return jax.tree_util.tree_map_with_path(lambda path, x: function(_name(path), x), tree)
+
+
 def detach(tree: Any) -> Any:
-    """The same tree, whose buffers may be donated or written to while this one is being saved.
+    """A tree to save while the buffers of this one are donated or written to.
 
     On CPU the host's view of an array is the array itself, so it is copied. Elsewhere the array is
-    as it was: who saves it copies it to the host first, and a copy on the device would cost memory.
+    returned: saving copies it to the host first, and a copy on the device would cost memory.
 
     Raises:
         ValueError: a leaf is not an array.
@@ -24,14 +30,14 @@ def detach(tree: Any) -> Any:
 
 
 def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-    """What a leaf is to be loaded as; one without a sharding goes to the first device."""
+    """The shape, dtype and sharding to load a leaf with; by default on the first device."""
     sharding = getattr(leaf, "sharding", None)
     sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def differences(saved: Any, expected: Any) -> list[str]:
-    """A line for every leaf whose path, shape or dtype is not the same in both trees."""
+    """A line for every leaf whose path, shape or dtype differs between the trees."""
     saved, expected = (
         {
             name: f"{tuple(leaf.shape)} {np.dtype(leaf.dtype)}"

@@ -41,14 +41,20 @@ class JudgePanel:
     notes: Mapping[str, str] = dataclasses.field(default_factory=dict)
     rated: tuple[Sequence[str], np.ndarray] | None = None  # texts and mean ratings, unseen by all
     reference: Mapping[str, float] = dataclasses.field(default_factory=dict)  # marks for accuracy
-    headline: str = "gold"  # the judge whose win rate is the result of the run
+    headline: str = ""  # the judge whose win rate is the result of the run; "" is "gold", or the
+    # first judge where none has this name
 
     def __post_init__(self):
-        if self.headline != "gold" and self.headline not in self.judges:
+        if not self.judges:
+            raise ValueError("judges must be one or more, got none")
+        names = list(self.judges)
+        if self.headline and self.headline not in names:
             raise ValueError(
-                f"headline must be one of the panel's judges {list(self.judges)}, got "
-                f"{self.headline!r}"
+                f"headline must be one of the panel's judges {names}, got {self.headline!r}"
             )
+        if not self.headline:
+            headline = "gold" if "gold" in names else names[0]
+            object.__setattr__(self, "headline", headline)
 
 
 # The prompts, and the rated texts that measure the reward model.

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ppo_jax.config.parsing import filled_in
+from ppo_jax.config.parsing import filled_in, with_new_names
 from ppo_jax.config.stages import PPOSettings
 from ppo_jax.core.types import Rollout
 from ppo_jax.data.encode import encode_prompts, take_prompts
@@ -67,7 +67,7 @@ def declared_sampling(path: str, tokenizer: Any) -> dict[str, Any]:
     stage = describe_stage(Path(path))
     if stage is not None:
         ppo = stage if stage["stage"] == "ppo" else describe_stage(Path(path).parent / "ppo")
-        return ppo["settings"] if ppo else {}
+        return with_new_names(PPOSettings, ppo["settings"], warn=False) if ppo else {}
     file = model_folder(path) / "generation_config.json"
     ids = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
     ids = [i for i in (ids if isinstance(ids, list) else [ids]) if i is not None]
@@ -92,7 +92,16 @@ def compiled_rollout(config: ModelConfig, sampling: Sampling, layout: Layout):
         params = layout.decoding_params(params, config.dtype)
         return rollout(network, params, *args, sampling=sampling, **kwargs)
 
-    return jax.jit(sample, out_shardings=layout.rows)
+    return jax.jit(sample, out_shardings=layout.batch_sharding)
+
+
+def check_context(config: ModelConfig, prompt_length: int, response_length: int):
+    """A model can read a prompt and the whole response to it, both in tokens."""
+    if prompt_length + response_length > config.max_length:
+        raise ValueError(
+            f"the longest prompt and response_length must be at most {config.max_length} tokens "
+            f"together (the model's context), got {prompt_length} + {response_length}"
+        )
 
 
 def generate(
@@ -114,7 +123,8 @@ def generate(
     Args:
         model: a policy.
         prompts: N texts.
-        sampling: length, stop tokens and filters; None is up to 64 tokens, to the tokenizer's EOS.
+        sampling: length, stop tokens and filters; None is up to 64 tokens, as far as the model's
+            context goes, to the tokenizer's EOS.
         temperature: 0 is greedy.
         seed: of the sampling.
         batch_size: prompts at a time.
@@ -126,20 +136,26 @@ def generate(
         (N responses, the rollouts of the batches; the last is padded with prompt 0).
 
     Raises:
-        ValueError: the model is no policy, or a prompt is too long or has no token.
+        ValueError: the model is no policy, a prompt is too long or has no token, or the model
+            cannot read a prompt and a response to its end.
     """
     if model.kind != "policy":
         raise ValueError("model must be a policy to generate text, got a reward model")
-    if sampling is None:
-        sampling = Sampling(response_length=64, eos_ids=stop_ids(model.tokenizer))
+    if isinstance(prompts, str):
+        raise ValueError(f"prompts must be a list of texts, got the text {prompts[:40]!r}")
     rows = encode_prompts(prompts, model.tokenizer, max_length=max_prompt_length)
+    longest = int(rows.mask.sum(axis=1).max())
+    if sampling is None:
+        length = max(1, min(64, model.config.max_length - longest))
+        sampling = Sampling(response_length=length, eos_ids=stop_ids(model.tokenizer))
+    check_context(model.config, longest, sampling.response_length)
     layout = layout or one_device()
     sample = compiled_rollout(model.config, sampling, layout)
     # On a mesh the program itself casts and reshards them for the rollout.
-    params = model.params if model.layout else layout.put(model.params)
+    params = model.params if model.layout else layout.shard_params(model.params)
     key, temperature = layout.replicate((jax.random.key(seed), np.float32(temperature)))
     responses, rollouts = [], []
-    pieces = layout.pieces("batch")
+    pieces = layout.num_shards("batch")
     batch_size = -(-batch_size // pieces) * pieces
     for begin in range(0, len(prompts), batch_size):
         if before_batch is not None:

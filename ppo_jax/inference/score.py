@@ -53,4 +53,4 @@ def score_rows(model: Model, rows: TokenizedTexts) -> np.ndarray:
     """A reward model's scores of tokenised texts, [N] float32."""
     layout = model.layout or one_device()
     score, inputs = compiled_scores(model.config, layout), make_inputs(rows, None, None, cache_gb=0)
-    return all_scores(score, layout.put(model.params), rows, inputs, layout, BATCH_SIZE)
+    return all_scores(score, layout.shard_params(model.params), rows, inputs, layout, BATCH_SIZE)

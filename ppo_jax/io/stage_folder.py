@@ -86,7 +86,7 @@ def device_put(params: Params, layout: Layout | None) -> Params:
     """Parameters that were merged or stacked: numpy on the host, or sharded as the layout says."""
     if layout is None:
         return jax.tree.map(np.asarray, params)
-    return layout.put(params)
+    return layout.shard_params(params)
 
 
 def compute_as(model: Model, settings: ModelSettings) -> Model:

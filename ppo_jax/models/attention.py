@@ -1,7 +1,7 @@
-"""Attention as functions of arrays: who sees whom, where a token stands, what it takes from others.
+"""Attention masks, positions, the KV cache and dot-product attention.
 
 Dimension key: B sequences, L positions, S new positions, C cache slots, H heads, G key/value heads,
-R = H / G queries per key, K head size; F prompts of P positions that enter a cache.
+R = H / G queries per key, K head size; F prompts of P positions that are admitted to a cache.
 """
 
 import math
@@ -14,33 +14,38 @@ from flax import struct
 
 from ppo_jax.models.config import ModelConfig
 
-BLOCK, MOST_BLOCKS = 128, 4  # slots; of a cache. Each block more is a branch more to compile
+CACHE_BLOCK = 128  # slots
+MAX_CACHE_BLOCKS = 4  # each is one more branch to compile
 
 
 class KVCache(struct.PyTreeNode):
     """Keys and values of the positions seen so far: a ring of C slots for each sequence.
 
     `layers` is one (keys, values) pair of [B, G, C, K] a layer, or one pair with a leading layer
-    axis when layers are scanned. A CPU reads this order of axes as it lies; with C before G it
-    copies the whole cache for every token. `mask` is False on slots that hold nothing, or padding.
+    axis when layers are scanned. A CPU reads this order of axes in place; with C before G it copies
+    the whole cache for every token. `mask` is False on slots that are empty or hold padding.
     """
 
     layers: Any
     mask: jax.Array  # [B, C] bool
-    index: jax.Array  # [] int32, positions seen: the next one takes slot `index` mod C
+    index: jax.Array  # [] int32, positions seen; the next is written to slot `index` mod C
 
 
-class Sight(struct.PyTreeNode):
-    """Who sees whom, in the form that is wanted by what computes attention."""
+class AttentionFn(struct.PyTreeNode):
+    """One implementation of attention, with its mask in the form that it takes."""
 
-    arrays: Any
-    mix: Callable[..., jax.Array] = struct.field(pytree_node=False)  # (q, k, v, arrays) -> mixed
+    mask: Any
+    fn: Callable[..., jax.Array] = struct.field(pytree_node=False)  # (q, k, v, mask) -> output
+
+    def __call__(self, q_BSHK, k_BGCK, v_BGCK) -> jax.Array:
+        """[B, S, H, K]."""
+        return self.fn(q_BSHK, k_BGCK, v_BGCK, self.mask)
 
 
 def text_positions(mask_BL, segments_BL) -> jax.Array:
-    """[B, L] int32: how many real positions of its text stand before each; any number in padding.
+    """[B, L] int32: the number of real positions of its text before each; arbitrary in padding.
 
-    A text is what lies between two changes of `segments`, which is None where a row is one text.
+    A new text begins wherever `segments` changes; None means one text per row.
     """
     seen_BL = jnp.cumsum(mask_BL, axis=1, dtype=jnp.int32)
     if segments_BL is None:
@@ -55,9 +60,9 @@ def text_positions(mask_BL, segments_BL) -> jax.Array:
     return jnp.maximum(seen_BL - 1 - before_BL, 0)
 
 
-def visible(mask_BL, segments_BL) -> jax.Array:
-    """[B, L, L] bool: each position may attend to itself and to what stands before it, if it is
-    real and, where there are segments, of the same one."""
+def causal_mask(mask_BL, segments_BL) -> jax.Array:
+    """[B, L, L] bool: each position attends to itself and to earlier real positions, with
+    `segments` only to those of its own segment."""
     length = mask_BL.shape[1]
     causal = jnp.tril(jnp.ones((length, length), bool))
     allowed_BLL = causal[None] & mask_BL[:, None]
@@ -67,67 +72,60 @@ def visible(mask_BL, segments_BL) -> jax.Array:
 
 
 def cache_mask(mask_BS, cache: KVCache):
-    """([B, S, C] bool, which slots each new position may attend to; the cache with its mask)."""
+    """([B, S, C] bool, the slots that each new position attends to; the cache with its mask)."""
     length, capacity = mask_BS.shape[1], cache.mask.shape[1]
     begin = cache.index % capacity
     mask_BC = jax.lax.dynamic_update_slice_in_dim(cache.mask, mask_BS, begin, axis=1)
-    # The new positions take slots 0, 1, ... from `begin` on; all others came before.
+    # New positions fill the slots from `begin` on; all other slots are older.
     order_C = (jnp.arange(capacity) - begin) % capacity
     causal_SC = (order_C[None] <= jnp.arange(length)[:, None]) | (order_C[None] >= length)
     return causal_SC[None] & mask_BC[:, None], cache.replace(mask=mask_BC)
 
 
 def update_cache(cache, new_BGSK, slot, layer):
-    """Keys and values of S new positions in their slots, which do not pass the ring's end.
+    """Write (keys, values) of S new positions from `slot` on; they do not wrap around the ring.
 
-    Args:
-        cache: (keys, values), of one layer [B, G, C, K], or of all [N, B, G, C, K].
-        new_BGSK: (keys, values).
-        slot: [] int32, of the first.
-        layer: None, or [] int32, the one of N.
-
-    Returns:
-        (the cache, (keys, values) of the layer [B, G, C, K]).
+    `cache` is (keys, values) of one layer, [B, G, C, K], or of all N, [N, B, G, C, K]; then `layer`
+    is its index, else None. Returns (the cache, (keys, values) of the layer [B, G, C, K]).
     """
     start = (0, 0, slot, 0) if layer is None else (layer, 0, 0, slot, 0)
 
-    def put(old, new):
+    def write(old, new):
         new = new.astype(old.dtype).reshape((1,) * (old.ndim - 4) + new.shape)
         return jax.lax.dynamic_update_slice(old, new, start)
 
-    cache = tuple(put(old, new) for old, new in zip(cache, new_BGSK, strict=True))
+    cache = tuple(write(old, new) for old, new in zip(cache, new_BGSK, strict=True))
     if layer is None:
         return cache, cache
     return cache, tuple(jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in cache)
 
 
 def refill_cache(cache: KVCache, fresh: KVCache, source_B: jax.Array) -> KVCache:
-    """Sequences of a cache begin anew with a prompt, as if it had just been seen.
+    """Restart sequences of a cache with freshly prefilled prompts.
 
     Args:
         cache: of B sequences.
         fresh: of F prompts of P positions, P slots each, P <= C.
-        source_B: [B] int32, which prompt each sequence begins with; -1 leaves it as it is.
+        source_B: [B] int32, the prompt that each sequence restarts with; -1 leaves it as it is.
 
     Returns:
-        The cache. The prompts lie in the P slots before the next one, all among those that count
-        as filled.
+        The cache. The prompts take the P slots before the next one; all of them count as filled.
     """
     length, capacity = fresh.mask.shape[1], cache.mask.shape[1]
     index = jnp.maximum(cache.index, length)
     position_C = (jnp.arange(capacity) - index) % capacity - (capacity - length)
-    prompt_C, position_C = position_C >= 0, jnp.maximum(position_C, 0)
-    anew_B, source_B = source_B >= 0, jnp.maximum(source_B, 0)
+    is_prompt_C, position_C = position_C >= 0, jnp.maximum(position_C, 0)
+    restarts_B, source_B = source_B >= 0, jnp.maximum(source_B, 0)
 
-    def moved(old_BGCK, new_FGPK):
+    def refill(old_BGCK, new_FGPK):
         new_BGCK = new_FGPK[source_B][:, :, position_C]
-        where_BC = anew_B[:, None] & prompt_C[None]
+        where_BC = restarts_B[:, None] & is_prompt_C[None]
         return jnp.where(where_BC[:, None, :, None], new_BGCK.astype(old_BGCK.dtype), old_BGCK)
 
     stacked = jax.tree.leaves(cache.layers)[0].ndim == 5
-    layers = jax.tree.map(jax.vmap(moved) if stacked else moved, cache.layers, fresh.layers)
-    mask_BC = fresh.mask[source_B][:, position_C] & prompt_C[None]
-    mask_BC = jnp.where(anew_B[:, None], mask_BC, cache.mask)
+    layers = jax.tree.map(jax.vmap(refill) if stacked else refill, cache.layers, fresh.layers)
+    mask_BC = fresh.mask[source_B][:, position_C] & is_prompt_C[None]
+    mask_BC = jnp.where(restarts_B[:, None], mask_BC, cache.mask)
     return cache.replace(layers=layers, mask=mask_BC, index=index)
 
 
@@ -139,8 +137,8 @@ def rotary_frequencies(config: ModelConfig) -> list[float]:
     s = config.rope_scaling
 
     def scaled(frequency):
-        turns = s.original_max_length * frequency / (2 * math.pi)  # within the original context
-        ramp = (turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
+        rotations = s.original_max_length * frequency / (2 * math.pi)
+        ramp = (rotations - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
         keep = min(max(ramp, 0.0), 1.0)
         return keep * frequency + (1 - keep) * frequency / s.factor
 
@@ -164,34 +162,32 @@ def attend(q_BSHK, k_BGCK, v_BGCK, allowed_BSC) -> jax.Array:
     scores_BGRSC = jnp.einsum(
         "BSGRK,BGCK->BGRSC", q_BSGRK, k_BGCK, preferred_element_type=jnp.float32
     )
-    # A finite floor: a padded query that may attend to nothing gives an average, not NaN.
+    # A finite floor: a padded query without any key gives an average, not NaN.
     floor = jnp.finfo(jnp.float32).min
     scores_BGRSC = jnp.where(allowed_BSC[:, None, None], scores_BGRSC / math.sqrt(K), floor)
     probs_BGRSC = jax.nn.softmax(scores_BGRSC, axis=-1).astype(v_BGCK.dtype)
     return jnp.einsum("BGRSC,BGCK->BSGRK", probs_BGRSC, v_BGCK).reshape(B, S, H, K)
 
 
-def attend_cached(q_BSHK, k_BGCK, v_BGCK, seen) -> jax.Array:
-    """`attend` over a cache.
+def attend_cached(q_BSHK, k_BGCK, v_BGCK, mask) -> jax.Array:
+    """`attend` over a cache; `mask` is (allowed [B, S, C], the number of filled slots, the first).
 
-    `seen` is (who may attend to which slot, how many slots hold something: the first ones).
-    Accelerators read the blocks that hold something: decoding is as fast as memory is read, and
-    there a slice is part of the product. A CPU copies a slice first and reads all sooner.
+    Accelerators read only blocks with filled slots: decoding is bound by memory bandwidth, and
+    there a slice is fused into the product. A CPU copies a slice first and is faster reading all.
     """
-    args = q_BSHK, k_BGCK, v_BGCK, *seen
+    args = q_BSHK, k_BGCK, v_BGCK, *mask
     return jax.lax.platform_dependent(
         *args, cpu=lambda *args: attend(*args[:-1]), default=attend_blocks
     )
 
 
 def attend_blocks(q_BSHK, k_BGCK, v_BGCK, allowed_BSC, filled) -> jax.Array:
-    """`attend` over as many whole blocks of slots as hold the first `filled`."""
+    """`attend` over the fewest whole blocks of slots that hold the first `filled`."""
     capacity = k_BGCK.shape[2]
-    block = BLOCK * -(-capacity // (BLOCK * MOST_BLOCKS))
+    block = CACHE_BLOCK * -(-capacity // (CACHE_BLOCK * MAX_CACHE_BLOCKS))
 
     def upto(end):
         return lambda q, k, v, allowed: attend(q, k[:, :, :end], v[:, :, :end], allowed[:, :, :end])
 
     branches = [upto(min(end, capacity)) for end in range(block, capacity + block, block)]
-    chosen = (filled - 1) // block
-    return jax.lax.switch(chosen, branches, q_BSHK, k_BGCK, v_BGCK, allowed_BSC)
+    return jax.lax.switch((filled - 1) // block, branches, q_BSHK, k_BGCK, v_BGCK, allowed_BSC)

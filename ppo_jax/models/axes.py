@@ -1,7 +1,6 @@
 """Logical axes: what each dimension of a parameter, a cache or an activation stands for.
 
-A table of rules (see `sharding`) says over which axes of a mesh a logical axis is cut. The names
-are all that the networks know of it.
+A table of rules (see `layout`) maps logical axes to mesh axes; networks know logical axes only.
 """
 
 import dataclasses
@@ -9,10 +8,9 @@ from collections.abc import Callable, Sequence
 
 import jax
 
-Axes = tuple[str | None, ...]  # a name for each dimension; None is never cut
+Axes = tuple[str | None, ...]  # one name per dimension; None is never sharded
 
-# Kernels and tables by the name of the module that holds them. The axes behind the input's are
-# those of the output, and of the bias.
+# Kernels and tables by the name of their module: (axes of the input, axes of output and bias).
 KERNELS: dict[str, tuple[Axes, Axes]] = {
     "query": (("embed",), ("heads", None)),
     "key": (("embed",), ("kv_heads", None)),
@@ -24,20 +22,19 @@ KERNELS: dict[str, tuple[Axes, Axes]] = {
     "head": (("embed",), ("vocab",)),
 }
 TABLES: dict[str, Axes] = {"tokens": ("vocab", "embed"), "positions": (None, "embed")}
-HEAD_NORMS = ("query_norm", "key_norm")  # over a head's numbers; the others over embed
-LORA = ("lora_a", "lora_b")  # of an adapter, beside the kernel: inputs to rank, rank to outputs
+HEAD_NORMS = ("query_norm", "key_norm")  # over the head size; other norms over embed
+LORA = ("lora_a", "lora_b")  # adapters beside a kernel: [inputs, rank], [rank, outputs]
 TOP = ("embed", "layers", "final_norm", "head")  # the parts of a network
 
-HIDDEN: Axes = ("batch", None, None)  # of hidden states [B, L, D]
-CACHE: Axes = ("batch", "kv_heads", None, None)  # of cached keys and values [B, G, C, K]
+HIDDEN: Axes = ("batch", None, None)  # hidden states [B, L, D]
+CACHE: Axes = ("batch", "kv_heads", None, None)  # cached keys and values [B, G, C, K]
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardingConstraint:
-    """What a program knows of the mesh that its arrays lie on.
+    """Pins the sharding of an array inside a program, by its logical axes.
 
-    Called with an array and its logical axes it pins how the array lies. A program that knows of no
-    mesh has `unconstrained`, which pins nothing.
+    Without a mesh it is `unconstrained`, which pins nothing.
     """
 
     sharding: Callable[[Axes, Sequence[int]], jax.sharding.NamedSharding] | None = None
@@ -49,25 +46,19 @@ class ShardingConstraint:
 
     @property
     def platform(self) -> str | None:
-        """Of the mesh's devices, which may be described ones: "cpu", "gpu", "tpu"."""
+        """The platform of the mesh, real or only described: "cpu", "gpu", "tpu"."""
         return self.sharding and next(iter(self.sharding((), ()).device_set)).platform
 
-    def piece(self, axes: Axes, shape: Sequence[int]) -> tuple[int, ...]:
-        """The shape of what one device of the mesh has of an array."""
+    def shard_shape(self, axes: Axes, shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape of one device's shard of an array."""
         return self.sharding(axes, shape).shard_shape(tuple(shape))
 
-    def by_device(self, function: Callable, axes: Sequence[Axes], *arrays: jax.Array) -> jax.Array:
-        """function(*arrays), by each device of the mesh for its pieces alone.
-
-        Args:
-            function: what it gives lies as its first argument does.
-            axes: of each array.
-            arrays: its arguments.
-        """
-        lies = [self.sharding(a, x.shape) for a, x in zip(axes, arrays, strict=True)]
-        specs = tuple(lie.spec for lie in lies)
+    def shard_map(self, function: Callable, axes: Sequence[Axes], *arrays: jax.Array) -> jax.Array:
+        """function(*arrays) on each device's shards; its result is sharded as the first array."""
+        shardings = [self.sharding(a, x.shape) for a, x in zip(axes, arrays, strict=True)]
+        mesh, specs = shardings[0].mesh, tuple(sharding.spec for sharding in shardings)
         mapped = jax.shard_map(
-            function, mesh=lies[0].mesh, in_specs=specs, out_specs=specs[0], check_vma=False
+            function, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False
         )
         return mapped(*arrays)
 
@@ -76,10 +67,10 @@ unconstrained = ShardingConstraint()
 
 
 def gathered(axes: Axes) -> Axes:
-    """A parameter's axes where it is used: whole along `embed`, along which it is only stored.
+    """A parameter's axes where it is used: gathered along `embed`, which shards its storage only.
 
-    The gather is of the numbers in the dtype of the computation, and XLA cannot choose to gather
-    the larger activations in its place.
+    The parameters are gathered in the computation dtype, and XLA cannot choose to gather the larger
+    activations instead.
     """
     return tuple(None if axis == "embed" else axis for axis in axes)
 
@@ -87,12 +78,8 @@ def gathered(axes: Axes) -> Axes:
 def parameter_axes(path: Sequence[str]) -> Axes | None:
     """The logical axes of a leaf by its path, in a network's parameters or whatever mirrors them.
 
-    Args:
-        path: names from the root to the leaf; what stands above the network (a field of a state,
-            an optimizer's moment) does not count.
-
-    Returns:
-        One entry a dimension, or None where the leaf is no parameter of a Transformer.
+    Names above the network (a field of a state, an optimizer's moment) do not count. None is the
+    answer for a leaf that is no parameter of a Transformer.
 
     >>> parameter_axes(("opt_state", "mu", "policy", "layers", "3", "attention", "key", "kernel"))
     ('embed', 'kv_heads', None)
@@ -111,12 +98,10 @@ def parameter_axes(path: Sequence[str]) -> Axes | None:
     module, name = inside[-2:]
     if module == "embed" and name in TABLES:
         return TABLES[name]
-    if module in KERNELS and name in ("kernel", "bias"):
+    if module in KERNELS and name in ("kernel", "bias", *LORA):
         before, after = KERNELS[module]
-        return stacked + (before + after if name == "kernel" else after)
-    if module in KERNELS and name in LORA:
-        before, after = KERNELS[module]
-        return stacked + ((*before, None) if name == "lora_a" else (None, *after))
+        adapters: dict[str, Axes] = {"lora_a": (*before, None), "lora_b": (None, *after)}
+        return stacked + {"kernel": before + after, "bias": after, **adapters}[name]
     if module.endswith("norm") and name in ("scale", "bias"):
         return stacked + ((None,) if module in HEAD_NORMS else ("embed",))
     return None

@@ -1,10 +1,8 @@
-"""Networks as plain functions.
+"""Transformers as `Network`s: plain functions.
 
-A network is the functions of `Network`. Ours are Transformers; a network of your own (NNX, Equinox,
-plain JAX) takes part in everything by giving the first four.
-
-`constrain` of the functions here pins how arrays lie on a mesh by their logical axes (see `axes`
-and `sharding.Layout`); by default it does nothing.
+A network of your own (NNX, Equinox, plain JAX) takes part in everything by the first four.
+`constrain` pins the sharding of activations by logical axes (see `axes` and `layout.Layout`); by
+default it does nothing.
 
 Dimension key: B sequences, L positions, D model, V vocabulary.
 """
@@ -35,16 +33,17 @@ def make_network(config, start, end, head, constrain, head_std=0.0) -> Network:
         mask = jnp.ones((1, 1), bool)
         shape = (1, 1) if start is None else (1, 1, config.embed_dim)
         inputs = jnp.zeros(shape, jnp.int32 if start is None else config.dtype)
-        # One row cannot be cut: where parameters lie is for whoever calls to say.
-        return module.clone(constrain=unconstrained).init(key, inputs, mask, None, None, 0)[
-            "params"
-        ]
+        # One row cannot be sharded; the caller shards the parameters.
+        free = module.clone(constrain=unconstrained)
+        return free.init(key, inputs, mask, None, None, 0)["params"]
 
     @renamed(**OLD_NAMES)
-    def apply(params, inputs, mask, *, first_output=0, segment_ids=None, output_positions=None):
+    def apply(
+        params, inputs, mask, *, first_output=0, segment_ids=None, output_positions=None, read=None
+    ):
         check_inputs(config, module.start, inputs, mask, segment_ids, output_positions)
         outputs = first_output if output_positions is None else output_positions
-        return module.apply({"params": params}, inputs, mask, segment_ids, None, outputs)[0]
+        return module.apply({"params": params}, inputs, mask, segment_ids, None, outputs, read)[0]
 
     def init_cache(batch_size, length):
         shape = (batch_size, config.num_kv_heads, length, config.head_dim)
@@ -101,34 +100,20 @@ def policy_network(
     """Tokens (or hidden states after `start_layer` layers) to logits, float32.
 
     With a `logits_chunk` its `token_statistics` hold the logits of so many positions at a time, and
-    compute them again in the backward pass.
+    recompute them in the backward pass.
     """
     network = make_network(config, start_layer, config.num_layers, "logits", constrain)
     if not logits_chunk:
         return network
-    module = Transformer(config, start_layer, config.num_layers, "logits", constrain=constrain)
 
     @renamed(**OLD_NAMES)
-    def token_statistics(
-        params,
-        inputs,
-        mask,
-        tokens,
-        temperature,
-        *,
-        first_output=0,
-        segment_ids=None,
-        output_positions=None,
-    ):
-        check_inputs(config, start_layer, inputs, mask, segment_ids, output_positions)
-        outputs = first_output if output_positions is None else output_positions
+    def token_statistics(params, inputs, mask, tokens, temperature, **where):
+        numbers = dict(temperature=temperature, chunk=logits_chunk)
 
         def read(*head):
-            return chunked_token_statistics(
-                *head, tokens, temperature=temperature, chunk=logits_chunk
-            )
+            return chunked_token_statistics(*head, tokens, **numbers)
 
-        return module.apply({"params": params}, inputs, mask, segment_ids, None, outputs, read)[0]
+        return network.apply(params, inputs, mask, read=read, **where)
 
     return network._replace(token_statistics=token_statistics)
 
@@ -171,9 +156,9 @@ def policy_apply(
 
     Args:
         config: the model's shape.
-        params: as `ppo_jax.hf.load_policy` or `policy_network(config).init` give them.
+        params: from `ppo_jax.hf.load_policy` or `policy_network(config).init`.
         tokens: [B, L] int32.
-        mask: [B, L] bool, True on real tokens. Padding may stand on either side; positions are
+        mask: [B, L] bool, True on real tokens. Padding may be on either side; positions are
             counted from the mask.
 
     Returns:

@@ -38,10 +38,10 @@ class ModelConfig:
     qk_norm: bool = False
     tie_embeddings: bool = True
     scan_layers: bool = False  # True compiles faster; False runs faster on CPUs
-    dtype: str = "float32"  # of the computation; parameters are always float32
-    remat: str = "none"  # what the backward pass computes again: or "dots", "full"
-    lora_alpha: float = 0.0  # times 1 / rank the weight of adapters, see `lora`; 0 is without any
-    attention: str = "auto"  # by the platform, see `attention_kernels`; or "plain" on all of them
+    dtype: str = "float32"  # of activations; parameters are always float32
+    remat: str = "none"  # what the backward pass recomputes: or "dots", "full"
+    lora_alpha: float = 0.0  # adapters are scaled by lora_alpha / rank, see `lora`; 0 without any
+    attention: str = "auto"  # the platform's, see `kernels`; or "plain" everywhere
 
     def __post_init__(self):
         choices = {
@@ -73,9 +73,9 @@ class ModelConfig:
 
 
 def computation(settings: Any) -> dict[str, Any]:
-    """How a model is computed, by field: of a `ModelConfig`, or of whatever has these fields.
+    """The fields of a `ModelConfig` (or of whatever has them) that say how a model is computed.
 
-    Everything else in a `ModelConfig` is what the model is.
+    All other fields say what the model is.
     """
     fields = ("dtype", "scan_layers", "remat", "attention")
     return {name: getattr(settings, name) for name in fields}

@@ -1,4 +1,4 @@
-"""The Modules of a Transformer that hold parameters: norms, projections, tables, the head.
+"""Modules with parameters: norms, projections, embeddings, the head.
 
 Dimension key: B sequences, L positions, S new positions, D model, V vocabulary.
 """
@@ -44,9 +44,9 @@ class Norm(nn.Module):
 
 
 class Projection(nn.Module):
-    """A linear map from the last `num_in` axes to `shape`; one plain matrix product inside.
+    """A linear map from the last `num_in` axes to `shape`, as one matrix product.
 
-    Where its parameters have an adapter (see `lora`), that is added.
+    An adapter among its parameters is added (see `lora`).
     """
 
     shape: tuple[int, ...]
@@ -108,7 +108,7 @@ class Embedding(nn.Module):
 
 
 class Head(nn.Module):
-    """The matrix of the logits where it is not the token table."""
+    """The output matrix of a model whose embeddings are not tied."""
 
     config: ModelConfig
     constrain: ShardingConstraint = unconstrained

@@ -1,13 +1,14 @@
-"""Low-rank adapters: the weights stay as they are, and what is trained stands beside them.
+"""Low-rank adapters (LoRA): the weights are frozen, small matrices beside them are trained.
 
-With adapters a projection x W computes x W + alpha / r (x A) B. The network without these leaves is
-the model that the training began with, so one copy of the weights serves for both.
+With adapters a projection x W computes x W + alpha / r (x A) B. Without these leaves the network is
+the initial model, so one copy of the weights serves both.
 
 Reference: Hu et al. 2021, https://arxiv.org/abs/2106.09685, section 4.1.
 
 Dimension key: I inputs and O outputs of a kernel, one axis or two each; r rank.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -18,7 +19,7 @@ from ppo_jax.core.types import Params
 from ppo_jax.models.axes import KERNELS, LORA
 from ppo_jax.models.config import ModelConfig
 
-# The part of a layer that holds each projection; the order sets the random keys.
+# The module that holds each projection; the order sets the random keys.
 PARTS = dict.fromkeys(("query", "key", "value", "output"), "attention")
 PARTS |= dict.fromkeys(("up", "gate", "down"), "mlp")
 TARGETS = tuple(PARTS)
@@ -28,12 +29,12 @@ def check_targets(config: ModelConfig, targets: Sequence[str], field: str = "tar
     """Refuse targets that are no projections of the model.
 
     Raises:
-        ValueError: with `field`, the first of them, and those that there are.
+        ValueError: it names `field`, the first such target, and the projections.
     """
-    there = [name for name in TARGETS if name != "gate" or config.mlp == "gated_silu"]
+    known = [name for name in TARGETS if name != "gate" or config.mlp == "gated_silu"]
     for target in targets:
-        if target not in there:
-            raise ValueError(f"{field} must be among {there} for this model, got {target!r}")
+        if target not in known:
+            raise ValueError(f"{field} must be among {known} for this model, got {target!r}")
 
 
 def init_lora(
@@ -41,18 +42,18 @@ def init_lora(
 ) -> Params:
     """New adapters beside the kernels of the targets in every layer.
 
-    A is uniform in ±1 / sqrt(I), as peft draws it, and B is 0: the model computes what it did.
+    A is uniform in ±1 / sqrt(I), as in peft, and B is 0: the model's outputs do not change.
 
     Args:
         key: consumed. The numbers do not depend on the other targets or on `scan_layers`.
         config: the network's shape.
-        params: all of its parameters; their shapes alone are read.
-        targets: names out of `TARGETS`.
+        params: all of the network's; only their shapes are read.
+        targets: names from `TARGETS`.
         rank: r.
 
     Returns:
-        `lora_a` [I, r] and `lora_b` [r, O], float32, at the places of the kernels, with the layer
-        as leading axis where layers are stacked; `partition.merge_params` puts them into `params`.
+        `lora_a` [I, r] and `lora_b` [r, O], float32, at the paths of the kernels, with a leading
+        layer axis where layers are stacked; `core.merge_params` joins them with `params`.
 
     Raises:
         ValueError: the model lacks a target.
@@ -62,7 +63,7 @@ def init_lora(
     first = layers["stack" if config.scan_layers else "0"]
 
     def of_layer(number: int | jax.Array) -> Params:
-        layer_key, found = jax.random.fold_in(key, number), {}
+        layer_key, adapters = jax.random.fold_in(key, number), {}
         for name in targets:
             shape = first[PARTS[name]][name]["kernel"].shape[config.scan_layers :]
             num_in = len(KERNELS[name][0])
@@ -70,8 +71,8 @@ def init_lora(
             own_key = jax.random.fold_in(layer_key, TARGETS.index(name))
             a = jax.random.uniform(own_key, (*shape[:num_in], rank), minval=-bound, maxval=bound)
             b = jnp.zeros((rank, *shape[num_in:]))
-            found.setdefault(PARTS[name], {})[name] = {"lora_a": a, "lora_b": b}
-        return found
+            adapters.setdefault(PARTS[name], {})[name] = {"lora_a": a, "lora_b": b}
+        return adapters
 
     if config.scan_layers:
         return {"layers": {"stack": jax.vmap(of_layer)(jnp.arange(config.num_layers))}}
@@ -84,8 +85,8 @@ def split_lora(params: Params) -> tuple[Params, Params]:
     adapters: Params = {}
     for name, value in params.items():
         if isinstance(value, dict):
-            base[name], found = split_lora(value)
-            adapters |= {name: found} if found else {}
+            base[name], inner = split_lora(value)
+            adapters |= {name: inner} if inner else {}
         else:
             (adapters if name in LORA else base)[name] = value
     return base, adapters
@@ -94,7 +95,7 @@ def split_lora(params: Params) -> tuple[Params, Params]:
 def merge_lora(config: ModelConfig, params: Params) -> Params:
     """The same model without adapters: kernels W + alpha / r A B, float32.
 
-    Leaves without an adapter are those that were given.
+    Leaves without an adapter are returned as they are.
     """
 
     def merged(tree: Params, stacked: bool) -> Params:
@@ -105,16 +106,13 @@ def merge_lora(config: ModelConfig, params: Params) -> Params:
             }
         base, pair = split_lora(tree)
         a, b = (jnp.asarray(pair[name], jnp.float32) for name in LORA)
-        change = (jax.vmap(low_rank) if stacked else low_rank)(a, b)
+        # At the highest precision, whatever that of other products.
+        product = functools.partial(jnp.tensordot, axes=1, precision="highest")
+        change = (jax.vmap(product) if stacked else product)(a, b)
         kernel = base["kernel"].astype(jnp.float32)
         return {**base, "kernel": kernel + lora_scale(config.lora_alpha, a.shape[-1]) * change}
 
     return merged(params, False)
-
-
-def low_rank(a: jax.Array, b: jax.Array) -> jax.Array:
-    """A B, [I, O], once and therefore exactly, whatever the precision of other products."""
-    return jnp.tensordot(a, b, axes=1, precision="highest")
 
 
 def lora_scale(alpha: float, rank: int) -> float:

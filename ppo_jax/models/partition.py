@@ -1,8 +1,7 @@
 """Which parameters are trained: all, the top N layers, the head alone, or low-rank adapters.
 
-With frozen lower layers a network falls into a trunk, which is computed once, and an upper
-network, which starts from the trunk's hidden states. Both are plain networks; this file splits
-and joins their parameters.
+Frozen lower layers become a trunk, which is computed once; the upper network starts from its hidden
+states. Both are plain networks; this file splits and joins their parameters.
 """
 
 import dataclasses
@@ -17,11 +16,10 @@ from ppo_jax.models.lora import split_lora
 
 
 class Parts(NamedTuple):
-    """The parameters of one network, by what becomes of them.
+    """The parameters of one network in three parts; `merge_params(*parts)` joins them again.
 
-    `merge_params(*parts)` is the whole network again. `trunk` are the layers below the one that
-    the upper network starts from, with the embeddings; `frozen` is what the upper network reads
-    and does not train; `trained` is trained.
+    `trunk` has the layers below the upper network, with the embeddings; `frozen` is what the upper
+    network reads and does not train.
     """
 
     trunk: Params
@@ -30,8 +28,8 @@ class Parts(NamedTuple):
 
 
 def start_layer(config: ModelConfig, trainable: str | int) -> int | None:
-    """The number of frozen layers below the trained part; None when every layer is trained, or has
-    an adapter that is.
+    """The number of frozen layers below the trained ones; None when all layers or adapters in all
+    of them are trained.
 
     Raises:
         ValueError: `trainable` is neither "all", "head", "lora", nor in 1 .. num_layers.
@@ -55,21 +53,20 @@ def split_params(
 
     Args:
         config: the network's shape.
-        params: all of its parameters.
-        trainable: "all", "head", "lora" (the adapters that are in `params`, and the head of a value
-            or reward network), or the number of top layers to train.
-        start: the layer that the upper network starts from; None is one that reads tokens, and
-            then there is no trunk.
+        params: all of the network's.
+        trainable: "all", "head", "lora" (the adapters in `params`, and the head of a value or
+            reward network), or the number of top layers to train.
+        start: the layer that the upper network starts from; None reads tokens, without a trunk.
 
     Raises:
-        ValueError: trained layers would lie in the trunk, the head alone is to be trained but is
-            the token table, or there are no adapters to train.
+        ValueError: trained layers would be in the trunk, the head alone is trained but is the
+            token table, or there are no adapters to train.
     """
     first = start_layer(config, trainable)
     if first is None and start is None:
         return split_adapters(params) if trainable == "lora" else Parts({}, {}, params)
     if first is None or first < (start or 0):
-        raise ValueError(f"trainable={trainable!r} does not lie above layer {start}")
+        raise ValueError(f"trainable={trainable!r} is not above layer {start}")
     tied = "head" not in params
     if trainable == "head" and tied:
         raise ValueError(
@@ -100,16 +97,16 @@ def split_adapters(params: Params) -> Parts:
     frozen, trained = split_lora(params)
     if not trained:
         raise ValueError("trainable='lora' needs adapters in the parameters, see `init_lora`")
-    if "bias" in params.get("head", {}):  # one number a position; logits have no bias
+    if "bias" in params.get("head", {}):  # a scalar head; logits have no bias
         trained["head"] = frozen.pop("head")
     return Parts({}, frozen, trained)
 
 
 def keep_layers(config: ModelConfig, params: Params, count: int) -> tuple[ModelConfig, Params]:
-    """The network without the layers above its lowest `count`.
+    """The network cut down to its lowest `count` layers.
 
-    The middle layers of a language model often judge a text better than the top ones, which turn
-    to predicting the next token: a reward model of the lower layers can be cheaper and better.
+    The middle layers of a language model often judge a text better than the top ones, which
+    specialise in the next token: a reward model of the lower layers can be cheaper and better.
 
     Raises:
         ValueError: the network has fewer layers.
@@ -128,13 +125,13 @@ def layer_range(config: ModelConfig, layers: Params, begin: int, end: int) -> Pa
 
 
 def stack_layers(params: Params) -> Params:
-    """Parameters of unrolled layers, for a model with `scan_layers`."""
+    """Parameters of unrolled layers, stacked for a model with `scan_layers`."""
     layers = [params["layers"][str(i)] for i in range(len(params["layers"]))]
     return {**params, "layers": {"stack": jax.tree.map(lambda *x: jnp.stack(x), *layers)}}
 
 
 def unstack_layers(params: Params) -> Params:
-    """Parameters of scanned layers, for a model without `scan_layers`."""
+    """Parameters of scanned layers, unrolled for a model without `scan_layers`."""
     stack = params["layers"]["stack"]
     count = len(jax.tree.leaves(stack)[0])
     layers = {str(i): jax.tree.map(lambda x, i=i: x[i], stack) for i in range(count)}

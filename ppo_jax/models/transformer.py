@@ -1,7 +1,7 @@
-"""A decoder-only Transformer in Flax Linen. Nothing but `networks` sees these Modules.
+"""A decoder-only Transformer in Flax Linen. Only `build` uses these Modules.
 
-Every Module has `constrain`, which pins how an array lies on a mesh by its logical axes (`axes`);
-without a mesh it does nothing.
+`constrain` of a Module pins the sharding of activations by logical axes (`axes`); without a mesh it
+does nothing.
 
 Dimension key: B sequences, L positions, S new positions, C cache slots, D model, H heads,
 G key/value heads, R = H / G queries per key, K head size, F feed-forward, V vocabulary.
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from ppo_jax.core import cpu
 from ppo_jax.models.attention import (
-    Sight,
+    AttentionFn,
     attend_cached,
     cache_mask,
     rotate,
@@ -26,10 +26,10 @@ from ppo_jax.models.attention import (
 )
 from ppo_jax.models.axes import HIDDEN, ShardingConstraint, unconstrained
 from ppo_jax.models.config import ModelConfig
-from ppo_jax.models.kernels import choose_sight
+from ppo_jax.models.kernels import make_attention
 from ppo_jax.models.layers import Embedding, Head, Norm, Projection
 
-# What the backward pass finds in memory: the products with parameters, or only a layer's input.
+# What is saved for the backward pass: products with parameters, or only a layer's input.
 REMAT = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
 
 
@@ -40,7 +40,7 @@ class Attention(nn.Module):
     constrain: ShardingConstraint = unconstrained
 
     @nn.compact
-    def __call__(self, x_BSD, positions_BS, sight, cache, layer, next_slot):
+    def __call__(self, x_BSD, positions_BS, attention_fn, cache, layer, next_slot):
         c = self.config
         project = functools.partial(Projection, constrain=self.constrain, lora_alpha=c.lora_alpha)
         q = project((c.num_heads, c.head_dim), c.qkv_bias, name="query")(x_BSD)
@@ -54,7 +54,6 @@ class Attention(nn.Module):
         k, v = (x.swapaxes(1, 2) for x in (k, v))
         if cache is not None:
             cache, (k, v) = update_cache(cache, (k, v), next_slot, layer)
-        mixed = sight.mix(q, k, v, sight.arrays)
         output = project(
             (c.embed_dim,),
             c.attention_output_bias,
@@ -62,7 +61,7 @@ class Attention(nn.Module):
             std=0.02 / math.sqrt(2 * c.num_layers),
             name="output",
         )
-        return output(mixed), cache
+        return output(attention_fn(q, k, v)), cache
 
 
 class MLP(nn.Module):
@@ -86,24 +85,24 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm layer. The order of arguments and results is what `nn.scan` wants.
+    """One pre-norm layer. The order of arguments and results is that of `nn.scan`.
 
-    `cache` is the layer's own, or that of all layers where they are scanned: then `layer` says
-    which it is, and every layer writes into the one array. Handed out and gathered layer by layer,
-    it would be copied whole for each token.
+    `cache` is the layer's own, or that of all layers when they are scanned: then `layer` is its
+    index, and every layer writes into the one array. Scanned over as an input and an output, it
+    would be copied whole for each token.
     """
 
     config: ModelConfig
     constrain: ShardingConstraint = unconstrained
 
     @nn.compact
-    def __call__(self, carry, layer, positions_BS, sight, next_slot):
+    def __call__(self, carry, layer, positions_BS, attention_fn, next_slot):
         c, constrain, (x_BSD, cache) = self.config, self.constrain, carry
         normed = Norm(c, name="attention_norm")(x_BSD)
-        mixed, cache = Attention(c, constrain, name="attention")(
-            normed, positions_BS, sight, cache, layer, next_slot
+        output, cache = Attention(c, constrain, name="attention")(
+            normed, positions_BS, attention_fn, cache, layer, next_slot
         )
-        x_BSD = x_BSD + mixed
+        x_BSD = x_BSD + output
         x_BSD = x_BSD + MLP(c, constrain, name="mlp")(Norm(c, name="mlp_norm")(x_BSD))
         return (constrain(x_BSD, HIDDEN), cache), None
 
@@ -117,14 +116,14 @@ class Layers(nn.Module):
     constrain: ShardingConstraint = unconstrained
 
     @nn.compact
-    def __call__(self, x_BSD, caches, *where):
+    def __call__(self, x_BSD, caches, *args):
         if self.start == self.end:
             return x_BSD, caches
         block = Block
         if self.config.remat != "none":
-            # Under a scan nothing can be merged across the border anyway.
-            apart = not self.config.scan_layers
-            block = nn.remat(Block, prevent_cse=apart, policy=REMAT[self.config.remat])
+            # Under a scan there is no common subexpression to prevent.
+            prevent_cse = not self.config.scan_layers
+            block = nn.remat(Block, prevent_cse=prevent_cse, policy=REMAT[self.config.remat])
         count = self.end - self.start
         if self.config.scan_layers:
             stack = nn.scan(
@@ -135,23 +134,23 @@ class Layers(nn.Module):
                 length=count,
             )
             layers = stack(self.config, self.constrain, name="stack")
-            return layers((x_BSD, caches), jnp.arange(count), *where)[0]
+            return layers((x_BSD, caches), jnp.arange(count), *args)[0]
         updated = []
         for i, cache in enumerate(caches or [None] * count, start=self.start):
             layer = block(self.config, self.constrain, name=str(i))
-            (x_BSD, cache), _ = layer((x_BSD, cache), None, *where)
+            (x_BSD, cache), _ = layer((x_BSD, cache), None, *args)
             updated.append(cache)
         return x_BSD, (None if caches is None else tuple(updated))
 
 
 class Transformer(nn.Module):
-    """Layers `start` to `end` with what belongs below and above them.
+    """Layers `start` to `end`, with the embedding below and the head above them.
 
-    `start=None` begins with tokens, a number with the hidden states after that many layers.
-    `head` is "logits", "scalar" or "none" (hidden states, no final norm); `outputs` is the position
-    from which on there are outputs, or the positions [B, T] that have them. With "logits", `read`
-    may take (the map (weights, hidden states) -> logits, weights, hidden states) and give what is
-    wanted of the logits.
+    `start=None` reads tokens, a number the hidden states after that many layers. `head` is
+    "logits", "scalar" or "none" (hidden states, no final norm); `outputs` is the first position
+    with an output, or the positions [B, T] that have one. With "logits", `read` may take (the
+    function (weights, hidden states) -> logits, weights, hidden states) and return less than all
+    logits.
     """
 
     config: ModelConfig
@@ -166,15 +165,15 @@ class Transformer(nn.Module):
         c = self.config
         if cache is None:
             positions = text_positions(mask_BS, segments_BS)
-            sight = choose_sight(c, self.constrain, mask_BS, segments_BS)
+            attention_fn = make_attention(c, self.constrain, mask_BS, segments_BS)
         else:
             allowed_BSC, cache = cache_mask(mask_BS, cache)
-            # A token sees itself and all real ones before it: counting them places it.
+            # A token attends to itself and all real ones before it: their count gives its position.
             positions = jnp.maximum(allowed_BSC.sum(axis=2, dtype=jnp.int32) - 1, 0)
             filled = jnp.minimum(cache.index + mask_BS.shape[1], cache.mask.shape[1])
-            sight = Sight((allowed_BSC, filled), attend_cached)
+            attention_fn = AttentionFn((allowed_BSC, filled), attend_cached)
         needs_table = self.start is None or (self.head == "logits" and c.tie_embeddings)
-        # Only the token table is needed above a trunk, so positions are not asked for there.
+        # Above a trunk only the token table is needed.
         table_config = c if self.start is None else dataclasses.replace(c, positions="rotary")
         embed = Embedding(table_config, self.constrain, name="embed") if needs_table else None
         if self.start is None:
@@ -185,7 +184,7 @@ class Transformer(nn.Module):
         layers = Layers(c, self.start or 0, self.end, self.constrain, name="layers")
         next_slot = None if cache is None else cache.index % cache.mask.shape[1]
         caches = None if cache is None else cache.layers
-        x, caches = layers(x, caches, positions, sight, next_slot)
+        x, caches = layers(x, caches, positions, attention_fn, next_slot)
         if cache is not None:
             cache = cache.replace(layers=caches, index=cache.index + mask_BS.shape[1])
         if isinstance(outputs, int):
@@ -206,10 +205,7 @@ class Transformer(nn.Module):
 
         def logits(weights, x_BSD):
             # Arrays alone, no Module: it may run in a scan.
-            if tied:
-                z = cpu.matmul(x_BSD, weights.T, "float32")
-            else:
-                z = cpu.matmul(x_BSD, weights)
+            z = cpu.matmul(x_BSD, weights.T, "float32") if tied else cpu.matmul(x_BSD, weights)
             return constrain(z, ("batch", None, "vocab"))
 
         return read(logits, weights, x_BSD)

@@ -12,6 +12,7 @@ import jax
 from ppo_jax.config.parsing import load_function
 from ppo_jax.config.run import STAGES, Config
 from ppo_jax.config.stages import LoRASettings, PPOSettings, RewardSettings
+from ppo_jax.core.advantages import needs_critic
 from ppo_jax.data.comparisons import RewardData
 from ppo_jax.data.encode import TokenizedTexts
 from ppo_jax.data.preferences import PREFERENCE_SCHEMAS
@@ -287,7 +288,7 @@ def check_ppo(settings: PPOSettings, policy: ModelSpec, score: ModelSpec | None)
             f"{len(score.tokenizer)} tokens where the policy has {len(policy.tokenizer)}, or other "
             "ids. Use a reward_function, which gets text."
         )
-    if settings.advantages == "gae":
+    if needs_critic(settings.advantages):
         critic = policy if score is None or settings.critic_init_from == "policy" else score
         check_part("ppo.value_trainable", settings.value_trainable, settings.lora, critic.config)
 
@@ -340,7 +341,7 @@ def check_batch_rows(settings: PPOSettings, layouts: Sequence[Layout]):
     """
     s = settings
     piece = s.num_minibatches * s.num_micro_batches
-    rows = math.lcm(*(layout.pieces("batch") for layout in layouts))
+    rows = math.lcm(*(layout.num_shards("batch") for layout in layouts))
     if s.rollout_batch_size % (piece * rows):
         raise ValueError(
             f"ppo.rollout_batch_size must be a multiple of num_minibatches x num_micro_batches "

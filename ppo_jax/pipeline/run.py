@@ -17,7 +17,7 @@ from ppo_jax.config.parsing import load_function
 from ppo_jax.config.run import STAGES, Config, from_config_dict
 from ppo_jax.data.atomic import PARTIAL, atomic_folder
 from ppo_jax.distributed.layout import make_mesh
-from ppo_jax.distributed.processes import on_primary, stop_if_asked, wait_for_all
+from ppo_jax.distributed.processes import barrier, on_primary, stop_if_asked
 from ppo_jax.evaluation.report.report import write_report
 from ppo_jax.evaluation.report.summary import headlines, read_run, verdict
 from ppo_jax.io.base_model import base_path, prepare_base
@@ -221,7 +221,7 @@ def run_stage(stage: str, config: Config, workdir: Path, base: str, data: Any):
         chosen([stage])[0].train(config, workdir, base, data)
     finally:
         add_time(workdir, stage, began)
-    wait_for_all(f"the end of {stage}")
+    barrier(f"the end of {stage}")
     if stage == "evaluate":
         subject = evaluation_subject(config, workdir)
         write_results(workdir, read_results(workdir) | {"evaluated": subject})

@@ -10,6 +10,7 @@ import jax
 
 from ppo_jax.config.run import STAGES, Config
 from ppo_jax.config.stages import LoRASettings, PPOSettings
+from ppo_jax.core.advantages import needs_critic
 from ppo_jax.core.network import merge_params
 from ppo_jax.distributed.layout import Layout, make_layouts
 from ppo_jax.io.model_spec import ModelSpec, parameters
@@ -77,7 +78,7 @@ def mesh_rows(layout: Layout, shape: ModelSpec) -> Rows:
         return rows
     sizes = " x ".join(f"{axis} {size}" for axis, size in layout.mesh.shape.items())
     share = 1 / share_of_a_device(layout, shape)
-    what = f"1/{layout.pieces('batch')} of the rows, 1/{share:.1f} of the parameters"
+    what = f"1/{layout.num_shards('batch')} of the rows, 1/{share:.1f} of the parameters"
     return [*rows, ("mesh", sizes), ("a device has", what)]
 
 
@@ -147,7 +148,7 @@ def memory_rows(s: PPOSettings, policy: ModelSpec, score: ModelSpec | None) -> R
     }
     scorer = 0 if score is None else count(parameters(score))
     critic_trained = 0
-    if s.advantages == "gae":
+    if needs_critic(s.advantages):
         critic = policy if score is None or s.critic_init_from == "policy" else score
         value = parameters(dataclasses.replace(critic, kind="reward"))
         value = shapes_with_adapters(value, critic.config, s.value_trainable, s.lora)
@@ -157,6 +158,12 @@ def memory_rows(s: PPOSettings, policy: ModelSpec, score: ModelSpec | None) -> R
         shared = partial or s.value_trainable == "lora"
         memory["critic"] = critic_trained if shared else count(value)
         scorer = min(scorer, critic_trained) if partial else scorer
+    else:
+        unread = "value_trainable, value_learning_rate, vf_coef, value_clip_range and gae_lambda"
+        trains += [("without a critic", f"{unread} are not read")]
+        if score is not None and s.trainable not in ("all", "lora"):
+            top = count_trained(score.config, parameters(score), s.trainable)
+            scorer = min(scorer, top)
     if score is not None:
         memory["reward model"] = scorer
     memory["optimizer"] = 2 * (policy_trained + critic_trained)

@@ -1,6 +1,6 @@
 """Memory and cost of a PPO iteration on a given topology, from compilation alone.
 
 `planner` compiles for a topology, `phases` are the programs, `chips` the published figures, `flops`
-the analytic count, `hlo` reads compiled programs. Imports every other package.
+the analytic count, `hlo` reads compiled programs. Imports every package but `commands`.
 Start with `planner`.
 """

@@ -24,6 +24,7 @@ from ppo_jax.algorithms.experience import (
 from ppo_jax.algorithms.ppo import init_ppo, ppo_update
 from ppo_jax.config.run import STAGES, Config, ModelSettings
 from ppo_jax.config.stages import LoRASettings, PPOSettings
+from ppo_jax.core.advantages import needs_critic
 from ppo_jax.core.types import FrozenParams, Hyperparameters, Params, PPOState, Prompts
 from ppo_jax.distributed.layout import Layout, abstract
 from ppo_jax.io import huggingface as hf
@@ -83,7 +84,7 @@ def read_models(config: Config) -> Models:
         if s.reward_model == "reward" and config.reward and config.reward.num_layers:
             reward = dataclasses.replace(reward, num_layers=config.reward.num_layers)
     critic = None
-    if s.advantages == "gae":
+    if needs_critic(s.advantages):
         critic = policy if reward is None or s.critic_init_from == "policy" else reward
     return Models(policy=policy, critic=critic, reward=reward)
 
@@ -164,7 +165,7 @@ def phases(config: Config, models: Models, layouts: tuple[Layout, Layout]) -> li
     args = AbstractArguments(config, models, layouts)
     options = make_options(s)
     parts = dict(networks=args.networks, options=options)
-    rows, whole = layout.rows, layout.whole
+    batch_sharding, replicated = layout.batch_sharding, layout.replicated
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, args.state)
 
     def trace(function, *inputs, **out):
@@ -172,13 +173,13 @@ def phases(config: Config, models: Models, layouts: tuple[Layout, Layout]) -> li
         function = jax.jit(bound, keep_unused=True, **out)
         return function.trace(args.state, args.hyperparameters, *inputs, frozen=args.frozen)
 
-    rollout = trace(sample_responses, args.prompts, args.key, out_shardings=rows)
+    rollout = trace(sample_responses, args.prompts, args.key, out_shardings=batch_sharding)
     scores = () if models.reward else (args.rows(jnp.float32, s.rollout_batch_size),)
     responses = args.shard_rows(rollout.out_info)
-    scoring = trace(score, responses, *scores, out_shardings=(rows, whole))
+    scoring = trace(score, responses, *scores, out_shardings=(batch_sharding, replicated))
     experience = args.shard_rows(scoring.out_info[0])
     updates = trace(
-        update, experience, args.key, donate_argnums=0, out_shardings=(state_shardings, whole)
+        update, experience, args.key, donate_argnums=0, out_shardings=(state_shardings, replicated)
     )
     flops = analytic_flops(s, models, args.starts, layout.constrain.platform)
     unchunked = dataclasses.replace(s, logits_chunk=0)
@@ -232,8 +233,8 @@ class AbstractArguments:
     def __init__(self, config: Config, models: Models, layouts: tuple[Layout, Layout]):
         s, self.layout = config.ppo, layouts[0]
         hyperparameters = make_hyperparameters(s)
-        self.hyperparameters = jax.tree.map(lambda x: self.whole(x.dtype), hyperparameters)
-        self.key = self.whole(jax.random.key(0).dtype)
+        self.hyperparameters = jax.tree.map(lambda x: self.replicated(x.dtype), hyperparameters)
+        self.key = self.replicated(jax.random.key(0).dtype)
         abstract_models = begin_abstract_models(config, models, self.layout)
         shared = functools.partial(planned_sharing, config, models)
         self.starts = network_starts(s, *abstract_models, shared)
@@ -259,13 +260,13 @@ class AbstractArguments:
 
     def shard_rows(self, outputs: Any) -> Any:
         """What a program returns of each response, as an argument of the next."""
-        return jax.tree.map(lambda x: x.update(sharding=self.layout.rows), outputs)
+        return jax.tree.map(lambda x: x.update(sharding=self.layout.batch_sharding), outputs)
 
     def rows(self, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=self.layout.rows)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=self.layout.batch_sharding)
 
-    def whole(self, dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((), dtype, sharding=self.layout.whole)
+    def replicated(self, dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((), dtype, sharding=self.layout.replicated)
 
 
 def begin_abstract_models(

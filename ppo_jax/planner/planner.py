@@ -114,12 +114,16 @@ def has_libtpu() -> bool:
 
 
 def find_target(topology: str | None) -> Target:
-    """The devices of a topology, such as "v5e:2x2"; without one, or without libtpu, the local ones.
+    """The devices of a topology, such as "v5e:2x2"; without one the local ones.
 
     Raises:
-        ValueError: there is no such topology, or no figures of its chip.
+        ValueError: there is no such topology, no figures of its chip, or no libtpu.
     """
-    if not topology or not has_libtpu():
+    if topology and not has_libtpu():
+        raise ValueError(
+            f"topology must be None without libtpu (pip install 'ppo_jax[plan]'), got {topology!r}"
+        )
+    if not topology:
         devices = layout.devices_of_run()
         kind = devices[0].device_kind
         try:
@@ -162,13 +166,16 @@ def prepare(config: Config, target: Target) -> tuple[Models, Mesh, list[Phase]]:
 def plan(settings: Mapping[str, Any], topology: str | None = None, *, fast: bool = False) -> Plan:
     """What one PPO iteration of a config costs on some devices; nothing is run.
 
+    With a topology this process can only compile from then on: jax sees no other devices than CPUs,
+    and no compiled program is kept. A notebook had better call `ppo-jax plan`.
+
     Args:
         settings: the config, a ConfigDict or nested dicts, with a ppo section.
         topology: of TPUs, "v5e:2x2" for instance, which needs libtpu; None is the devices here.
         fast: compile with less effort: flops are the same, bytes and peaks differ.
 
     Raises:
-        ValueError: a setting or the topology is not usable.
+        ValueError: a setting or the topology is not usable, or there is no libtpu.
     """
     return make_plan(from_config_dict(settings), find_target(topology), fast=fast)
 

@@ -24,7 +24,7 @@ FIRST, REFILLS, LATER = "first_decoding", "refills", "later_decoding"
 
 @struct.dataclass(kw_only=True)
 class Finished:
-    """The responses that have left their slots, at their rows."""
+    """The responses that were retired from their slots, at their rows."""
 
     tokens: jax.Array  # [N, T] int32
     logprobs: jax.Array  # [N, T] float32
@@ -180,21 +180,16 @@ def admit(
 
 
 def max_trip_counts(num_rows: int, num_slots: int, group: int, length: int) -> dict[str, float]:
-    """Trip counts of the loops in the worst case; that of `LATER` is per trip of `REFILLS`.
+    """Trip counts of the loops in the worst case: N rows in S < N slots, groups of G, length T.
 
-    That is where every response has its full length. When a group of G has been admitted, so have,
-    T steps later, as many more groups as fit into the slots: each that ends makes room for one that
-    waits. So R = ceil((N - S) / G) groups take at most T (1 + ceil(R / floor(S / G))) steps, those
-    of the first rows included; where G divides S that is T ceil(N / S), and is reached.
+    That of `LATER` is per trip of `REFILLS`. In the worst case every response has its full length.
+    Within T steps of the admission of a group, as many groups as fit into the slots are admitted:
+    each that ends makes room for one that waits. So R = ceil((N - S) / G) groups take at most
+    T (1 + ceil(R / floor(S / G))) steps, those of the first rows included; where G divides S that
+    is T ceil(N / S), and is reached.
 
     >>> max_trip_counts(12, 4, 2, 10)
     {'first_decoding': 10, 'refills': 4, 'later_decoding': 5.0}
-
-    Args:
-        num_rows: N.
-        num_slots: S, less than N.
-        group: G.
-        length: T.
     """
     refills = math.ceil((num_rows - num_slots) / group)
     later = length * math.ceil(refills / (num_slots // group))

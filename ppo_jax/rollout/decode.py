@@ -81,16 +81,9 @@ class DecodeState:
 def init_decode(
     policy: Policy, prompts: Prompts, keys: jax.Array, sampling: Sampling
 ) -> tuple[DecodeState, jax.Array | None]:
-    """The state after prefill.
+    """(state after prefill, the trunk's hidden states of the prompts [S / samples, P, D] or None).
 
-    Args:
-        policy: with its parameters.
-        prompts: S / samples_per_prompt prompts; each is computed once, and its cache copied.
-        keys: [S].
-        sampling: the length and the number of samples are read.
-
-    Returns:
-        (state, the trunk's hidden states of the prompts [S / samples, P, D] or None).
+    Each of the S / samples_per_prompt prompts is computed once, and its cache copied; `keys` [S].
     """
     (count, prompt_length), num_rows = prompts.tokens.shape, len(keys)
     samples, capacity = sampling.samples_per_prompt, prompt_length + sampling.response_length

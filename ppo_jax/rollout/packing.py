@@ -1,10 +1,10 @@
-"""Responses that share rows while they are trained on, so that little of a row is padding.
+"""Packing: responses share rows in the update, so that little of a row is padding.
 
-The lengths are known only inside the program, so the rows are found there, and hold as many
-positions and response tokens as unpacked ones at most: their number is what differs.
+The lengths are known only inside the program, so it packs there: rows have the shape of unpacked
+ones, and fewer of them are used.
 
-Dimension key: B responses and as many rows, R rows of a piece, P prompt tokens, T response tokens,
-L = P + T, W = L - 1 positions of a row, D model.
+Dimension key: B responses and as many rows, R rows of a micro-batch, P prompt tokens, T response
+tokens, L = P + T, W = L - 1 positions of a row, D model.
 """
 
 import chex
@@ -18,7 +18,7 @@ from ppo_jax.core.types import Experience
 
 @struct.dataclass(kw_only=True)
 class PackedRows:
-    """What stands where. The rows in use come first; the others are all padding."""
+    """The contents of rows. The rows in use come first; the others are all padding."""
 
     positions: jax.Array  # [B, W] int32, indices into [B x L], the positions of all responses
     segment_ids: jax.Array  # [B, W] int32, which response of its row: 1, 2, .. or 0 in padding
@@ -28,102 +28,91 @@ class PackedRows:
 
 
 def pack_rows(mask: jax.Array, response_mask: jax.Array) -> tuple[PackedRows, jax.Array]:
-    """Responses with their prompts as rows of at most W positions and T response tokens.
+    """Pack responses with their prompts: (rows, [] int32 the number of rows in use).
 
-    The last token of a response predicts nothing and takes no position.
-
-    Args:
-        mask: [B, L] bool, prompts and responses.
-        response_mask: [B, T] bool.
-
-    Returns:
-        (rows, [] int32 how many are in use).
+    A row has at most W positions and T response tokens. The last token of a response predicts
+    nothing and needs no position. `mask` [B, L] covers prompts and responses, `response_mask` is
+    [B, T].
     """
     chex.assert_rank([mask, response_mask], 2)
     chex.assert_type([mask, response_mask], bool)
-    (batch_size, length), most = mask.shape, response_mask.shape[1]
+    (batch_size, length), max_tokens = mask.shape, response_mask.shape[1]
     width = length - 1
     predicts = mask[:, :-1] & (jnp.arange(width)[None] < last_token_index(mask)[:, None])
     lengths, counts = (x.sum(axis=1, dtype=jnp.int32) for x in (predicts, response_mask))
-    row, begin, token_begin, number = first_fit(lengths, counts, width=width, most=most)
+    row, begin, token_begin, number = first_fit(lengths, counts, width=width, max_tokens=max_tokens)
 
-    def places(x, row, begin, size):
-        """Where the True ones of [B, ...] go in [B x size], one after the other; else nowhere."""
-        place = row[:, None] * size + begin[:, None] + jnp.cumsum(x, axis=1, dtype=jnp.int32) - 1
-        return jnp.where(x, place, batch_size * size)
+    def targets(x, begin, size):
+        """Indices into [B x size] of the True ones of x, one after the other; else past the end."""
+        index = row[:, None] * size + begin[:, None] + jnp.cumsum(x, axis=1, dtype=jnp.int32) - 1
+        return jnp.where(x, index, batch_size * size)
 
-    def laid_out(place, values, size):
+    def scatter(index, values, size):
         empty = jnp.zeros(batch_size * size, values.dtype)
-        return empty.at[place].set(values, mode="drop").reshape(batch_size, size)
+        return empty.at[index].set(values, mode="drop").reshape(batch_size, size)
 
-    place = places(predicts, row, begin, width)
-    token_place = places(response_mask, row, token_begin, most)
-    position = jnp.arange(batch_size * length, dtype=jnp.int32).reshape(batch_size, length)[:, :-1]
-    token = jnp.arange(batch_size * most, dtype=jnp.int32).reshape(batch_size, most)
+    def source(size):
+        return jnp.arange(batch_size * size, dtype=jnp.int32).reshape(batch_size, size)
+
+    index = targets(predicts, begin, width)
+    token_index = targets(response_mask, token_begin, max_tokens)
     rows = PackedRows(
-        positions=laid_out(place, position, width),
-        segment_ids=laid_out(place, jnp.broadcast_to(number[:, None], place.shape), width),
-        tokens=laid_out(token_place, token, most),
-        mask=laid_out(token_place, response_mask, most),
-        output_positions=laid_out(token_place, place[:, -most:] % width, most),
+        positions=scatter(index, source(length)[:, :-1], width),
+        segment_ids=scatter(index, jnp.broadcast_to(number[:, None], index.shape), width),
+        tokens=scatter(token_index, source(max_tokens), max_tokens),
+        mask=scatter(token_index, response_mask, max_tokens),
+        output_positions=scatter(token_index, index[:, -max_tokens:] % width, max_tokens),
     )
     return rows, row.max() + 1
 
 
 def first_fit(
-    lengths: jax.Array, counts: jax.Array, *, width: int, most: int
+    lengths: jax.Array, counts: jax.Array, *, width: int, max_tokens: int
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Which response goes into which row: the longest first, each into the first with room for it.
+    """Assign responses to rows: the longest first, each to the first row with room for it.
 
     Args:
         lengths: [B] int32, positions, none above `width`.
-        counts: [B] int32, response tokens, none above `most`.
+        counts: [B] int32, response tokens, none above `max_tokens`.
         width: positions of a row.
-        most: response tokens of a row.
+        max_tokens: response tokens of a row.
 
     Returns:
-        (row, position in it where the response begins, response tokens before it, number in its
-        row from 1 on), each [B] int32.
+        (row, its first position there, response tokens before it, its number there from 1 on), each
+        [B] int32.
 
     Reference: Johnson 1974, https://doi.org/10.1137/0203025, first fit decreasing.
 
     >>> row, begin, *_ = first_fit(
-    ...     jnp.array([2, 7, 5, 3, 8]), jnp.array([1, 1, 1, 1, 1]), width=10, most=2
+    ...     jnp.array([2, 7, 5, 3, 8]), jnp.array([1, 1, 1, 1, 1]), width=10, max_tokens=2
     ... )
     >>> row.tolist(), begin.tolist()
     ([0, 1, 2, 1, 0], [8, 0, 0, 7, 0])
     """
 
-    def put(rooms, response):
+    def assign(rooms, response):
         length, count = lengths[response], counts[response]
         room, token_room, inside = rooms
         row = jnp.argmax((room >= length) & (token_room >= count)).astype(jnp.int32)
-        found = row, width - room[row], most - token_room[row], inside[row] + 1
+        slot = row, width - room[row], max_tokens - token_room[row], inside[row] + 1
         rooms = room.at[row].add(-length), token_room.at[row].add(-count), inside.at[row].add(1)
-        return rooms, found
+        return rooms, slot
 
     order = jnp.argsort(lengths, stable=True, descending=True)
-    rooms = tuple(jnp.full(len(lengths), size, jnp.int32) for size in (width, most, 0))
-    _, found = jax.lax.scan(put, rooms, order)
-    row, position, token, number = (jnp.zeros_like(x).at[order].set(x) for x in found)
+    rooms = tuple(jnp.full(len(lengths), size, jnp.int32) for size in (width, max_tokens, 0))
+    _, slots = jax.lax.scan(assign, rooms, order)
+    row, position, token, number = (jnp.zeros_like(x).at[order].set(x) for x in slots)
     return row, position, token, number
 
 
 def packed_experience(experience: Experience, rows: PackedRows) -> Experience:
-    """The experience of some rows.
+    """The experience of B responses in R packed rows, with `segment_ids` and `output_positions`.
 
-    Args:
-        experience: B responses.
-        rows: R of their rows.
-
-    Returns:
-        R rows, with `segment_ids` and `output_positions`.
+    What needs a critic stays None without one.
     """
 
     def of_tokens(x):
-        if x is None:  # without a critic
-            return None
-        return jnp.where(rows.mask, x.reshape(-1)[rows.tokens], 0)
+        return None if x is None else jnp.where(rows.mask, x.reshape(-1)[rows.tokens], 0)
 
     def of_positions(x):
         return None if x is None else x.reshape(-1, *x.shape[2:])[rows.positions]

@@ -37,7 +37,7 @@ def rollout(
     ended: few rows waste little work, many make better use of the hardware at each step.
 
     Args:
-        policy: the network that gives logits; above `trunk` when there is one.
+        policy: returns logits; above `trunk` when there is one.
         params: the policy's parameters.
         prompts: N / samples_per_prompt prompts, padded on the left. Responses to the same prompt
             follow each other.

@@ -80,7 +80,7 @@ def _in_nucleus(sorted_logits: jax.Array, top_p: Number) -> jax.Array:
     """True where the tokens before it, in descending order, have less than top_p together."""
     probs = jax.nn.softmax(sorted_logits, axis=-1)
     before = jnp.cumsum(probs, axis=-1) - probs
-    # Nothing stands before the first token, which a bound above 0 keeps. Rounding may lift the
+    # A bound above 0 keeps the first token, before which there is nothing. Rounding may lift the
     # sum to 1 before its end, while a top_p of 1 is off by definition.
     above_zero = jnp.maximum(top_p, jnp.finfo(jnp.float32).tiny)
     return before < jnp.where(top_p >= 1, jnp.inf, above_zero)
@@ -89,7 +89,7 @@ def _in_nucleus(sorted_logits: jax.Array, top_p: Number) -> jax.Array:
 @renamed(slots="max_concurrent", refill="min_free_slots")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """What shapes the sampling program; the temperature is a number, passed apart."""
+    """What shapes the sampling program; the temperature is traced, and passed separately."""
 
     response_length: int  # T, the most tokens a response may have
     eos_ids: tuple[int, ...]  # a response ends with any of these; () samples T tokens

@@ -17,7 +17,7 @@ from ppo_jax.core.optimizer import init_optimizer
 from ppo_jax.core.types import Optimizer, Params, TrainState
 from ppo_jax.data.hidden_states import make_inputs
 from ppo_jax.data.records import TextSettings
-from ppo_jax.distributed.layout import Layout, init_sharded, place
+from ppo_jax.distributed.layout import Layout, device_put, init_sharded
 from ppo_jax.io.stage_folder import Model
 from ppo_jax.models.build import trunk_network
 from ppo_jax.models.config import ModelConfig
@@ -86,7 +86,7 @@ def freeze(params: Any, layout: Layout, dtype: str) -> Any:
     def one(leaf: Any, lie: NamedSharding) -> jax.Array:
         key = (id(leaf), lie)  # the tree keeps every leaf alive: no id is used twice
         if key not in frozen:
-            frozen[key] = place(leaf, lie).astype(dtype)
+            frozen[key] = device_put(leaf, lie).astype(dtype)
         return frozen[key]
 
     return jax.tree.map(one, params, layout.shardings(params))
@@ -102,7 +102,7 @@ def compile_step(step: Callable, state: Any, layout: Layout, **parts: Any) -> Ca
         layout: every device has a copy of the metrics.
         **parts: networks and choices, which shape the program.
     """
-    lies = (jax.tree.map(lambda leaf: leaf.sharding, state), layout.whole)
+    lies = (jax.tree.map(lambda leaf: leaf.sharding, state), layout.replicated)
     compiled = jax.jit(functools.partial(step, **parts), donate_argnums=0, out_shardings=lies)
 
     def call(*args: Any, **kwargs: Any):

@@ -13,7 +13,7 @@ import numpy as np
 import tensorboardX
 from tqdm import tqdm
 
-from ppo_jax.distributed.runtime import LEAST_SECONDS, compile_seconds
+from ppo_jax.distributed.runtime import MIN_COMPILE_SECONDS, compile_seconds
 from ppo_jax.io.metric_names import with_former_names
 from ppo_jax.io.run_folder import append_rows, drop_lines_after
 
@@ -110,9 +110,9 @@ class MetricsWriter:
         values = {name: _scalar(name, x) for name, x in jax.device_get(dict(metrics)).items()}
         values |= self._times(step, values)
         if self._progress is not None:
-            row = {"stage": self.stage, "step": step, **with_former_names(values)}
-            append_rows(self._path, [row])
-            for name, value in values.items():
+            both = with_former_names(values)
+            append_rows(self._path, [{"stage": self.stage, "step": step, **both}])
+            for name, value in both.items():
                 if math.isfinite(value):
                     self._tensorboard.add_scalar(name, value, step)
             self._progress.update(step, values)
@@ -125,7 +125,7 @@ class MetricsWriter:
         if step == 0:  # figures from before the first step
             return {}
         times = {"time/step_s": seconds}
-        if spent > (0 if self._first else LEAST_SECONDS):
+        if spent > (0 if self._first else MIN_COMPILE_SECONDS):
             times["time/compile_s"] = spent
         self._first = False
         if self._tokens is not None:

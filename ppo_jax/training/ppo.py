@@ -15,7 +15,7 @@ from ppo_jax.config.stages import PPOSettings
 from ppo_jax.core.types import PPOState, Prompts, Rollout
 from ppo_jax.data.encode import take_prompts
 from ppo_jax.data.prompts import PromptBuckets, PromptData, prompt_data
-from ppo_jax.distributed.layout import Layout, fetch, gather_rows, make_layouts, own_rows
+from ppo_jax.distributed.layout import Layout, fetch, gather_rows, local_rows, make_layouts
 from ppo_jax.inference.generate import decode_rows
 from ppo_jax.io.model_spec import ModelSpec
 from ppo_jax.io.run_folder import append_rows
@@ -152,7 +152,9 @@ def make_iteration(
         return lambda state, chosen, prompts, key: whole(
             state, hyperparameters, prompts, key, frozen=frozen
         )
-    sample = jax.jit(functools.partial(sample_responses, **parts), out_shardings=layout.rows)
+    sample = jax.jit(
+        functools.partial(sample_responses, **parts), out_shardings=layout.batch_sharding
+    )
     update = compile_step(update_from_rollout, state, layout, **parts)
 
     def iterate(state: PPOState, chosen: np.ndarray, prompts: Prompts, key: jax.Array):
@@ -169,8 +171,8 @@ def call_function(
     function: RewardFunction, prompts: list[str], rollout: Rollout, tokenizer: Any
 ) -> np.ndarray:
     """The function's scores of responses, [B] float32; every process asks for its own rows."""
-    rows, tokens = own_rows(rollout.response_tokens)
-    responses = decode_rows(tokenizer, tokens, own_rows(rollout.response_mask)[1])
+    rows, tokens = local_rows(rollout.response_tokens)
+    responses = decode_rows(tokenizer, tokens, local_rows(rollout.response_mask)[1])
     try:
         scores = function([prompts[row] for row in rows], responses) if len(rows) else []
     except FunctionFailed as error:
@@ -197,7 +199,7 @@ def make_sampler(
     options = dataclasses.replace(setup.options, sampling=once)
     sample = jax.jit(
         functools.partial(sample_responses, networks=setup.networks, options=options),
-        out_shardings=layout.rows,
+        out_shardings=layout.batch_sharding,
     )
     score = jax.jit(functools.partial(response_scores, networks=setup.networks))
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from ppo_jax.algorithms.experience import PPONetworks, PPOOptions, Sampler
 from ppo_jax.config.stages import PPOSettings
+from ppo_jax.core.advantages import needs_critic
 from ppo_jax.core.network import merge_params
 from ppo_jax.core.types import FrozenParams, Hyperparameters, Params
 from ppo_jax.distributed.layout import Layout, init_sharded
@@ -248,7 +249,11 @@ def make_setup(
         hyperparameters=layout.replicate(make_hyperparameters(settings)),
         frozen=freeze(frozen, layout, frozen_dtype),
     )
-    return setup, layout.put(trained), None if critic is None else layout.put(value_trained)
+    return (
+        setup,
+        layout.shard_params(trained),
+        None if critic is None else layout.shard_params(value_trained),
+    )
 
 
 def begin_models(
@@ -275,7 +280,7 @@ def begin_models(
         with_adapters, lora=settings.lora, seed=seed, layout=layout, make=make
     )
     critic = None
-    if settings.advantages == "gae":
+    if needs_critic(settings.advantages):
         critic = adapt(make_critic(settings, policy, reward), settings.value_trainable)
     return adapt(policy, settings.trainable), reward, critic
 

@@ -82,7 +82,7 @@ def train_reward(config: Config, workdir: Path, base: str, data: RewardParts):
     inputs = read(comparisons.texts, used=np.concatenate(used) if used else None)
     unseen_inputs = read(unseen.texts)
     optimizer = layout.replicate(make_optimizer(settings.optimizer, num_steps))
-    pieces, trained = settings.num_micro_batches, layout.put(parts.trained)
+    pieces, trained = settings.num_micro_batches, layout.shard_params(parts.trained)
     # What of them is used is in `frozen`, in the inputs and, soon, in the state.
     del model, parts, sources
     score = jax.jit(functools.partial(text_scores, network))
@@ -135,7 +135,7 @@ def preference_batch(
     rows, pairs, valid = data.batch(seed, step, settings)
     width = batch_width(data.texts, rows)
     # Each micro-batch falls into equal pieces; no pair has what fills the batch up.
-    rows = layout.pad_batch(rows, settings.num_micro_batches * layout.pieces("batch"))
+    rows = layout.pad_batch(rows, settings.num_micro_batches * layout.num_shards("batch"))
     inputs, mask = layout.shard_batch((inputs(rows, width), data.texts.mask[rows, :width]))
     pairs, valid = layout.replicate((pairs, valid))
     return PreferenceBatch(inputs=inputs, mask=mask, pairs=pairs, valid=valid)

@@ -79,8 +79,8 @@ def train_sft(config: Config, workdir: Path, base: str, data: Texts):
     inputs, unseen_inputs = read(texts, used=used), read(unseen)
     optimizer = layout.replicate(make_optimizer(settings.optimizer, num_steps))
     pieces = settings.num_micro_batches
-    multiple = pieces * layout.pieces("batch")  # each micro-batch falls into equal pieces
-    trained = layout.put(parts.trained)
+    multiple = pieces * layout.num_shards("batch")  # each micro-batch falls into equal pieces
+    trained = layout.shard_params(parts.trained)
     del model, parts  # what of them is used is in `frozen`, in the inputs and, soon, in the state
     # Divided by 1: the sum, so that each token counts once however the batches fall.
     loss = jax.jit(functools.partial(sft_loss, network, normalizer=1.0))

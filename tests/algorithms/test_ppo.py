@@ -160,8 +160,8 @@ def test_micro_batches_do_not_change_the_update(num_micro_batches):
     options = dict(num_epochs=1, num_minibatches=1)
     # Adam's first step is the sign of the gradient, which rounding may flip: compare gradients.
     whole, metrics = tiny.Run("trunk", tiny.options(**options)).update(e)
-    pieces = tiny.options(**options, num_micro_batches=num_micro_batches)
-    got, micro_metrics = tiny.Run("trunk", pieces).update(e)
+    options = tiny.options(**options, num_micro_batches=num_micro_batches)
+    got, micro_metrics = tiny.Run("trunk", options).update(e)
     mean = functools.partial(optax.tree_utils.tree_get, key="mu")
     tiny.leaves_close(mean(got.opt_state), mean(whole.opt_state), atol=1e-7, rtol=1e-4)
     tiny.leaves_close(got.policy_params, whole.policy_params, atol=1e-4)

@@ -198,8 +198,8 @@ def test_texts_are_scored_at_their_last_token():
     values = np.asarray(tiny.jit(REWARD.apply)(params, batch.inputs, batch.mask))
     lengths = np.asarray(batch.mask.sum(axis=1))
     expected = values[np.arange(4), lengths - 1]
-    for pieces in (1, 2, 4):
-        got = score(REWARD, params, batch.inputs, batch.mask, num_micro_batches=pieces)
+    for count in (1, 2, 4):
+        got = score(REWARD, params, batch.inputs, batch.mask, num_micro_batches=count)
         np.testing.assert_allclose(got, expected, atol=1e-5)
     other = jnp.where(batch.mask, batch.inputs, 9)
     np.testing.assert_allclose(score(REWARD, params, other, batch.mask), expected, atol=1e-5)

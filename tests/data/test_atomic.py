@@ -43,6 +43,14 @@ def test_what_a_killed_process_has_left_is_removed(tmp_path):
     assert [x.name for x in tmp_path.iterdir()] == ["model"]
 
 
+def test_a_folder_whose_name_goes_on_is_left_alone(tmp_path):
+    with atomic_folder(tmp_path / "model-bf16") as other:
+        with atomic_folder(tmp_path / "model"):
+            pass
+        (other / "file").write_text("1")
+    assert {x.name for x in tmp_path.iterdir()} == {"model", "model-bf16"}
+
+
 def test_of_two_that_share_a_folder_the_first_wins(tmp_path):
     with atomic_folder(tmp_path / "model", shared=True) as slow:
         (slow / "who").write_text("slow")

@@ -1,4 +1,4 @@
-"""Where arrays lie on a mesh: which axis each dimension has, and what is refused."""
+"""Sharding: the mesh axes of each dimension, and what is refused."""
 
 import contextlib
 import functools
@@ -11,7 +11,7 @@ import pytest
 
 from ppo_jax.algorithms import ppo
 from ppo_jax.config.mesh import ROLLOUT_RULES, AxisRules, MeshSettings, RolloutRules
-from ppo_jax.distributed.layout import Layout, init_sharded, mesh_shape, own_rows
+from ppo_jax.distributed.layout import Layout, init_sharded, local_rows, mesh_shape
 from ppo_jax.distributed.trees import named_leaves
 from ppo_jax.models.axes import parameter_axes
 from ppo_jax.models.build import policy_network, value_network
@@ -23,7 +23,7 @@ MIB = 2**20
 
 
 def large_copies(tree):
-    """Leaves of more than 1 MiB a device that are whole on every device of a mesh."""
+    """Leaves of more than 1 MiB a device that are replicated over a mesh."""
     leaves = named_leaves(tree).items()
     return [n for n, leaf in leaves if leaf.sharding.is_fully_replicated and leaf.nbytes > MIB]
 
@@ -48,8 +48,8 @@ def test_nothing_large_is_copied_to_every_device(shape, scan_layers):
     cache = jax.jit(lambda: policy.init_cache(16, 512))()
     assert max(leaf.nbytes for leaf in jax.tree.leaves(cache)) > MIB
     assert not large_copies(cache)
-    whole = jax.device_put(state.policy_params, layout.whole)
-    assert large_copies(whole)  # the walk sees what is copied
+    replicated = jax.device_put(state.policy_params, layout.replicated)
+    assert large_copies(replicated)  # the walk sees what is copied
 
 
 @pytest.mark.parametrize("shape", sorted(tiny.SHAPES))
@@ -62,7 +62,7 @@ def test_every_parameter_has_its_logical_axes(shape, make):
         assert axes is not None and len(axes) == leaf.ndim and set(axes) <= known, name
 
 
-def test_the_sizes_of_a_mesh_fill_up_to_the_number_of_devices():
+def test_the_sizes_of_a_mesh_multiply_to_the_number_of_devices():
     assert mesh_shape(MeshSettings(), 8) == (8, 1, 1)
     assert mesh_shape(MeshSettings(data=2, fsdp=-1, model=2), 8) == (2, 2, 2)
     assert mesh_shape(MeshSettings(data=1, model=-1), 8) == (1, 1, 8)
@@ -88,11 +88,11 @@ REFUSED = {
     r"mesh.rollout_rules.mlp must be different axes": lambda: MeshSettings(
         rollout_rules=RolloutRules(mlp=("model", "model"))
     ),
-    r"output/kernel: the rules cut it twice over the mesh axis fsdp": lambda: shardings(
+    r"output/kernel: the rules shard it twice over the mesh axis fsdp": lambda: shardings(
         (2, 2, 2), AxisRules(heads=("fsdp",))
     ),
-    r"layers/0/attention/key/kernel: its kv_heads axis of 2 cannot be cut into the 8 equal pieces "
-    r"of mesh.model; choose mesh.model from \[1, 2\], or keep it whole with": lambda: shardings(
+    r"layers/0/attention/key/kernel: its kv_heads axis of 2 cannot be split into 8 equal shards "
+    r"over mesh.model; choose mesh.model from \[1, 2\], or replicate it with": lambda: shardings(
         (1, 1, 8), AxisRules(), num_kv_heads=2
     ),
 }
@@ -105,19 +105,19 @@ def test_a_mesh_that_does_not_fit_is_refused_by_name(message):
 
 
 @pytest.mark.parametrize("vocab_size", [151_669, 6, 12])
-def test_a_vocabulary_that_cannot_be_cut_is_told_with_the_sizes_that_can(vocab_size):
-    def cut(pieces):
-        return shardings((8 // pieces, 1, pieces), AxisRules(), vocab_size=vocab_size)
+def test_an_indivisible_vocabulary_is_refused_with_the_sizes_that_divide_it(vocab_size):
+    def shard(count):
+        return shardings((8 // count, 1, count), AxisRules(), vocab_size=vocab_size)
 
-    told = rf"^embed/tokens: its vocab axis of {vocab_size:,} .* mesh.model from (\[.*?\]), or"
+    message = rf"^embed/tokens: its vocab axis of {vocab_size:,} .* mesh.model from (\[.*?\]), or"
     works = []
-    for pieces in (1, 2, 4, 8):
+    for count in (1, 2, 4, 8):
         with contextlib.suppress(ValueError):
-            cut(pieces)
-            works.append(pieces)
-    with pytest.raises(ValueError, match=told) as refused:
-        cut(8)
-    assert re.search(told, str(refused.value))[1] == str(works)
+            shard(count)
+            works.append(count)
+    with pytest.raises(ValueError, match=message) as refused:
+        shard(8)
+    assert re.search(message, str(refused.value))[1] == str(works)
 
 
 def test_the_rollout_reads_kernels_in_its_dtype_and_leaves_the_rest_as_it_is():
@@ -133,12 +133,12 @@ def test_the_rollout_reads_kernels_in_its_dtype_and_leaves_the_rest_as_it_is():
     assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(found))
 
 
-def test_rows_are_cut_filled_up_and_found_again():
+def test_rows_are_padded_sharded_and_read_back():
     layout = Layout(mesh_of((2, 2, 2)))
     rows = layout.pad_batch(np.array([5, 6, 7]))
     assert rows.tolist() == [5, 6, 7, 5] and len(layout.pad_batch(rows, multiple=3)) == 12
-    placed = layout.shard_batch(np.arange(12.0).reshape(4, 3))
-    assert {shard.data.shape for shard in placed.addressable_shards} == {(1, 3)}
-    numbers, found = own_rows(placed)
-    assert numbers.tolist() == [0, 1, 2, 3]
-    np.testing.assert_array_equal(found, placed)
+    batch = layout.shard_batch(np.arange(12.0).reshape(4, 3))
+    assert {shard.data.shape for shard in batch.addressable_shards} == {(1, 3)}
+    indices, values = local_rows(batch)
+    assert indices.tolist() == [0, 1, 2, 3]
+    np.testing.assert_array_equal(values, batch)

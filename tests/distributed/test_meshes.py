@@ -68,7 +68,7 @@ class Run:
         self.state = init_sharded(self.layout, ppo.init_ppo, *args)
 
     def params(self, network, seed):
-        return self.layout.put(jax.tree.map(np.asarray, tiny.random_params(network, seed)))
+        return self.layout.shard_params(jax.tree.map(np.asarray, tiny.random_params(network, seed)))
 
     def split(self, params):
         return split_params(self.config, params, 1 if self.start else "all", self.start)
@@ -82,8 +82,8 @@ class Run:
         return jax.jit(functools.partial(function, **parts), **out)
 
     def iterations(self, count):
-        lies = jax.tree.map(lambda leaf: leaf.sharding, self.state), self.layout.whole
-        step = self.compile(ppo.ppo_iteration, donate_argnums=0, out_shardings=lies)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state), self.layout.replicated
+        step = self.compile(ppo.ppo_iteration, donate_argnums=0, out_shardings=shardings)
         metrics = []
         for i in range(count):
             args = (self.numbers, self.prompts(i), self.layout.key(0, i))
@@ -164,8 +164,8 @@ def test_an_update_of_packed_rows_is_that_of_one_device(shape):
         run.options = tiny.options(
             num_epochs=1, num_minibatches=1, num_micro_batches=4, packing=True
         )
-        lies = jax.tree.map(lambda leaf: leaf.sharding, run.state), run.layout.whole
-        step = run.compile(ppo.ppo_update, out_shardings=lies)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, run.state), run.layout.replicated
+        step = run.compile(ppo.ppo_update, out_shardings=shardings)
         args = run.state, run.layout.shard_batch(ragged_experience()), run.numbers
         return jax.device_get(step(*args, run.layout.key(0, 0), frozen=run.frozen))
 
@@ -174,10 +174,9 @@ def test_an_update_of_packed_rows_is_that_of_one_device(shape):
     tiny.leaves_close(moment(mine.opt_state), moment(one.opt_state), rtol=1e-4, atol=1e-7)
     tiny.leaves_close(metrics, one_metrics, rtol=1e-4, atol=1e-6)
     real = ragged_experience().mask.sum() - BATCH  # without the last tokens
-    pieces = real / (
-        one_metrics["ppo/packing_efficiency"] * 8 * 12
-    )  # of eight rows of 12 positions
-    np.testing.assert_allclose(pieces, 2, rtol=1e-5)  # of four
+    positions = 8 * 12  # of a micro-batch: eight rows of 12
+    micro_batches = real / (one_metrics["ppo/packing_efficiency"] * positions)
+    np.testing.assert_allclose(micro_batches, 2, rtol=1e-5)  # of four
 
 
 def ragged_experience():
@@ -199,8 +198,8 @@ def fixed_experience():
 
 
 def compiled_iteration(run):
-    lies = jax.tree.map(lambda leaf: leaf.sharding, run.state), run.layout.whole
-    step = run.compile(ppo.ppo_iteration, donate_argnums=0, out_shardings=lies)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, run.state), run.layout.replicated
+    step = run.compile(ppo.ppo_iteration, donate_argnums=0, out_shardings=shardings)
     args = (run.state, run.numbers, run.prompts(0), run.layout.key(0, 0))
     return step.lower(*args, frozen=run.frozen).compile()
 
@@ -232,7 +231,7 @@ def test_no_parameter_is_gathered_inside_the_decode_loop(kind, capfd):
     wide = WIDE | dict(embed_dim=128, mlp_dim=256)
     config = tiny.model_config(**wide, scan_layers=kind == "scanned")
     run = Run((2, 2, 2), kind, config)
-    smallest = 64 * 64 // 2  # of a parameter's pieces; what is sampled from is [8, 64]
+    smallest = 64 * 64 // 2  # of a parameter's shards; what is sampled from is [8, 64]
     assert not gathers_in_the_decode_loop(compiled_iteration(run).as_text(), smallest)
     assert "nvoluntary full rematerialization" not in capfd.readouterr().err
     # The same with the rules of the updates gathers: the test can see it.

@@ -87,7 +87,7 @@ def a_damaged_step(folder):
         on_primary(lambda: flip_a_bit(largest_file(folder / "steps" / str(step))))
 
     def rows(tree):
-        return {"w": layout.rows}
+        return {"w": layout.batch_sharding}
 
     def first_number(array):
         return float(fetch(array)[0, 0])

@@ -15,7 +15,7 @@ from tests.support.command_line import ROOT
 PROGRAM = """
 import jax, jax.numpy as jnp, json, pathlib, sys
 from ppo_jax.distributed import runtime as compilation
-compilation.LEAST_SECONDS = 0.0
+compilation.MIN_COMPILE_SECONDS = 0.0
 compilation.enable_compilation_cache(pathlib.Path(sys.argv[1]))
 jax.jit(lambda x: jnp.linalg.svd(x @ x.T)[0])(jnp.ones((64, 64))).block_until_ready()
 print(json.dumps(compilation.compile_seconds()))

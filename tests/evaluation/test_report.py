@@ -168,7 +168,7 @@ def test_a_run_of_sft_alone_has_the_parts_that_it_has(tmp_path):
 def test_a_chart_without_its_metric_is_left_out(tmp_path):
     rows = [{"stage": "ppo", "step": i, "kl/ref": 0.1 * i} for i in range(3)]
     page, _ = read_report(write_run(tmp_path / "run", metrics=rows))
-    assert "KL from the SFT policy" in page.headings
+    assert "KL from the reference policy" in page.headings
     assert "Entropy" not in page.headings and "Score against KL" not in page.headings
 
 

@@ -239,7 +239,7 @@ def test_every_command_parses(command, monkeypatch):
         patch = mock.patch.multiple(pipeline, run=start, dry_run=start)
     else:
         patch = mock.patch.object(cli, "call", given.append)
-    with patch, mock.patch.object(processes, "join"):
+    with patch, mock.patch.object(processes, "initialize"):
         ended = run_script(script, *flags)
     assert (ended.code, ended.err) == (0, "") and len(given) == 1
 

@@ -31,7 +31,7 @@ def arrays(capacity, filled, new=1):
 @pytest.mark.parametrize("new", [1, 3])
 @pytest.mark.parametrize("capacity", [4, 8, 9, 16, 31, 33])
 def test_blocks_that_hold_something_are_enough(monkeypatch, capacity, new):
-    monkeypatch.setattr(attention, "BLOCK", 2)
+    monkeypatch.setattr(attention, "CACHE_BLOCK", 2)
     blocks = tiny.jit(lambda *args: attend_blocks(*args))  # traced with these blocks
     for filled in range(new, capacity + 1):
         args = arrays(capacity, filled, new)
@@ -40,7 +40,7 @@ def test_blocks_that_hold_something_are_enough(monkeypatch, capacity, new):
 
 def test_no_more_is_read_than_blocks_that_hold_something(monkeypatch):
     """What lies behind them may be anything: it has no part in the sums."""
-    monkeypatch.setattr(attention, "BLOCK", 4)
+    monkeypatch.setattr(attention, "CACHE_BLOCK", 4)
     q, k, v, allowed = arrays(16, 5)
     expected = attend(q, k, v, allowed)
     bad = v.at[:, :, 8:].set(jnp.nan)
@@ -64,7 +64,7 @@ def test_a_rollout_by_blocks_samples_the_same_responses(monkeypatch, shape, of_r
         return jax.jit(run)(params, tiny.prompts(), tiny.RUN_KEY)
 
     expected = sample()
-    monkeypatch.setattr(attention, "BLOCK", 2)
+    monkeypatch.setattr(attention, "CACHE_BLOCK", 2)
     monkeypatch.setattr(transformer, "attend_cached", lambda q, k, v, x: attend_blocks(q, k, v, *x))
     got = sample()
     assert (got.response_tokens == expected.response_tokens).all()

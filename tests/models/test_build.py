@@ -35,8 +35,8 @@ def test_prefill_and_decode_equal_the_full_forward(shape):
         cache = network.init_cache(3, 12)  # longer than needed: free slots are not seen
         outputs = []
         for begin, end in [(0, 6), (6, 7), (7, 8), (8, 10)]:
-            piece = slice(begin, end)
-            logits, cache = network.decode(params, tokens[:, piece], mask[:, piece], cache)
+            chunk = slice(begin, end)
+            logits, cache = network.decode(params, tokens[:, chunk], mask[:, chunk], cache)
             outputs.append(logits)
         return jnp.concatenate(outputs, axis=1), cache.index
 

@@ -12,12 +12,12 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
 from ppo_jax.models import axes
 from ppo_jax.models import kernels as attention_kernels
-from ppo_jax.models.attention import attend, text_positions, visible
+from ppo_jax.models.attention import attend, causal_mask, text_positions
 from ppo_jax.models.build import policy_network
 from tests.support import tiny
 from tests.support.meshes import WIDE, layout_of
 
-B, L, H, K = 4, 200, 4, 16  # two blocks of 128, the second filled up
+B, L, H, K = 4, 200, 4, 16  # two blocks of 128, the second padded
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def interpreted(monkeypatch):
     """The TPU kernel runs on a CPU, in blocks of 128."""
     make = functools.partial(splash.make_splash_mha_single_device, interpret=True)
     monkeypatch.setattr(splash, "make_splash_mha_single_device", make)
-    monkeypatch.setattr(attention_kernels, "MOST", 128)
+    monkeypatch.setattr(attention_kernels, "MAX_BLOCK", 128)
 
 
 @pytest.fixture
@@ -60,11 +60,11 @@ def inputs(kv_heads, length=L, **changes):
     ]
 
 
-def outputs_and_gradients(mix, arrays, mask):
+def outputs_and_gradients(attention, arrays, mask):
     """Outputs at real positions, and gradients of a sum over them; all finite."""
 
     def loss(*arrays):
-        out = mix(*arrays)
+        out = attention(*arrays)
         weights = jax.random.normal(jax.random.key(1), out.shape)
         return (out * jnp.where(mask[:, :, None, None], weights, 0)).sum(), out
 
@@ -73,11 +73,11 @@ def outputs_and_gradients(mix, arrays, mask):
     return [np.where(mask[:, :, None, None], out, 0), *gradients]
 
 
-def assert_as_plain(mix, arrays, mask, segments=None):
+def assert_as_plain(attention, arrays, mask, segments=None):
     def plain(q, k, v):
-        return attend(q, k, v, visible(mask, segments))
+        return attend(q, k, v, causal_mask(mask, segments))
 
-    found, expected = (outputs_and_gradients(f, arrays, mask) for f in (mix, plain))
+    found, expected = (outputs_and_gradients(f, arrays, mask) for f in (attention, plain))
     for x, y in zip(found, expected, strict=True):
         np.testing.assert_allclose(x, y, atol=1e-5)
 
@@ -91,42 +91,42 @@ def test_the_tpu_kernel_is_plain_attention(interpreted, kv_heads, packed):
     texts = segments if packed else mask.astype(jnp.int32)
     constrain = layout_of((1, 1, 1)).constrain
 
-    def mix(q, k, v):
+    def attention(q, k, v):
         return attention_kernels.splash_attention(q, k, v, texts, constrain=constrain)
 
-    assert_as_plain(mix, inputs(kv_heads), mask, segments if packed else None)
+    assert_as_plain(attention, inputs(kv_heads), mask, segments if packed else None)
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 2), (2, 1, 4)])
 def test_each_device_has_the_keys_of_its_queries(interpreted, shape):
-    """Two key heads for four pieces of the query heads: a mesh may cut more than there are."""
+    """Two key heads for four shards of the query heads: a mesh may have more."""
     mask, _ = rows()
     constrain = layout_of(shape).constrain
 
-    def mix(q, k, v):
+    def attention(q, k, v):
         return attention_kernels.splash_attention(
             q, k, v, mask.astype(jnp.int32), constrain=constrain
         )
 
-    assert_as_plain(mix, inputs(2), mask)
+    assert_as_plain(attention, inputs(2), mask)
 
 
 def test_a_population_under_vmap_has_the_kernel_too(interpreted):
     """As sweeps of hyper-parameters do: queries and keys differ, rows are the same."""
     mask, _ = rows()
     constrain = layout_of((1, 1, 1)).constrain
-    mix = functools.partial(attention_kernels.splash_attention, constrain=constrain)
+    attention = functools.partial(attention_kernels.splash_attention, constrain=constrain)
     several = [jnp.stack([x, x[::-1] + 1]) for x in inputs(2)]
-    found = tiny.jit(jax.vmap(mix, in_axes=(0, 0, 0, None)))(*several, mask.astype(jnp.int32))
+    found = tiny.jit(jax.vmap(attention, in_axes=(0, 0, 0, None)))(*several, mask.astype(jnp.int32))
     for i in range(2):
-        expected = attend(*(x[i] for x in several), visible(mask, None))
+        expected = attend(*(x[i] for x in several), causal_mask(mask, None))
         real = np.asarray(mask)
         np.testing.assert_allclose(found[i][real], expected[real], atol=1e-5)
 
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_network_is_the_same_with_the_kernel(interpreted, on, packed):
-    """Scanned layers, computed again in the backward pass, on a mesh that cuts all there is."""
+    """Scanned layers, computed again in the backward pass, on a mesh that shards every axis."""
     mask, segments = rows()
     tokens = jax.random.randint(jax.random.key(0), mask.shape, 0, 64)
     packing = dict(segment_ids=segments) if packed else {}
@@ -189,7 +189,7 @@ def test_blocks_cover_a_row_with_little_to_spare():
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 1, 4)])
-def test_rows_are_moved_to_the_front_for_cudnn_and_back(monkeypatch, shape, kv_heads):
+def test_rows_are_left_aligned_for_cudnn_and_back(monkeypatch, shape, kv_heads):
     """In the place of cuDNN an attention that leaves NaN behind the end of each row."""
     mask, _ = rows()
 
@@ -199,9 +199,10 @@ def test_rows_are_moved_to_the_front_for_cudnn_and_back(monkeypatch, shape, kv_h
         return jnp.where(real[:, :, None, None], out, jnp.nan)
 
     monkeypatch.setattr(attention_kernels, "_cudnn", by_lengths)
-    mix = functools.partial(attention_kernels.cudnn_attention, constrain=layout_of(shape).constrain)
-    moves = attention_kernels.left_align(mask)
-    assert_as_plain(lambda q, k, v: mix(q, k, v, moves), inputs(kv_heads), mask)
+    constrain = layout_of(shape).constrain
+    attention = functools.partial(attention_kernels.cudnn_attention, constrain=constrain)
+    alignment = attention_kernels.left_align(mask)
+    assert_as_plain(lambda q, k, v: attention(q, k, v, alignment), inputs(kv_heads), mask)
 
 
 def test_a_population_under_vmap_calls_cudnn_too(on):
@@ -211,8 +212,8 @@ def test_a_population_under_vmap_calls_cudnn_too(on):
     constrain = layout_of((1, 1, 1)).constrain
 
     def loss(q, k, v):
-        moves = attention_kernels.left_align(mask)
-        return attention_kernels.cudnn_attention(q, k, v, moves, constrain=constrain).sum()
+        alignment = attention_kernels.left_align(mask)
+        return attention_kernels.cudnn_attention(q, k, v, alignment, constrain=constrain).sum()
 
     q, k, v = inputs(2, dtype=jnp.bfloat16)
     several = jax.vmap(jax.grad(loss, argnums=(0, 1, 2)), in_axes=(0, None, 0))
@@ -222,8 +223,8 @@ def test_a_population_under_vmap_calls_cudnn_too(on):
 
 
 def test_a_row_of_nothing_but_padding_is_finite():
-    lengths, order, place = attention_kernels.left_align(jnp.zeros((1, 3), bool))
-    assert (lengths.tolist(), order.tolist(), place.tolist()) == ([1], [[0, 1, 2]], [[0, 1, 2]])
+    lengths, order, inverse = attention_kernels.left_align(jnp.zeros((1, 3), bool))
+    assert (lengths.tolist(), order.tolist(), inverse.tolist()) == ([1], [[0, 1, 2]], [[0, 1, 2]])
 
 
 @pytest.mark.parametrize("gradient", [False, True])
@@ -285,7 +286,7 @@ def test_a_mesh_knows_its_platform_and_no_mesh_knows_none():
 def test_a_position_counts_what_it_sees(packed):
     mask, segments = rows()
     segments = segments if packed else None
-    seen = visible(mask, segments).sum(axis=2) - 1
+    seen = causal_mask(mask, segments).sum(axis=2) - 1
     found = text_positions(mask, segments)
     np.testing.assert_array_equal(np.asarray(found)[mask], np.asarray(seen)[mask])
     assert found.min() >= 0 and found.max() < L

@@ -181,7 +181,7 @@ def test_a_head_of_logits_is_not_trained_with_adapters_and_one_of_scores_is():
 
 def test_what_cannot_be_split_is_refused():
     config, params = adapted()
-    with pytest.raises(ValueError, match="'lora' does not lie above layer 1"):
+    with pytest.raises(ValueError, match="'lora' is not above layer 1"):
         split_params(config, params, "lora", 1)
     with pytest.raises(ValueError, match="trainable='lora' needs adapters in the parameters"):
         split_params(config, split_lora(params)[0], "lora", None)

@@ -104,7 +104,7 @@ def test_a_trained_layer_below_the_start_is_refused():
     config = tiny.model_config(num_layers=3)
     params = tiny.random_params(policy_network(config))
     for trainable, start in [("all", 0), (3, 1), (2, 2)]:
-        with pytest.raises(ValueError, match=f"{trainable!r} does not lie above layer {start}"):
+        with pytest.raises(ValueError, match=f"{trainable!r} is not above layer {start}"):
             split_params(config, params, trainable, start)
 
 

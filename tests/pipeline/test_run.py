@@ -15,6 +15,7 @@ from ppo_jax.io.checkpoints import Checkpoints
 from ppo_jax.io.stage_folder import load_model
 from ppo_jax.pipeline import run as pipeline
 from tests.support import tiny_run
+from tests.support.documents import PAGES, python_blocks
 
 STAGES = ("sft", "reward", "ppo")
 
@@ -204,6 +205,18 @@ def test_more_iterations_go_on_from_the_last_one_and_are_judged_anew(workdir, tm
     assert "evaluate: 6 responses of ppo" in printed
     assert [row["step"] for row in rows_of(moved, "ppo")] == [1, 2, 3, 4, 5, 6, 7]
     assert rows_of(moved, "ppo")[:6] == rows_of(workdir, "ppo")
+
+
+def test_the_page_from_python_runs_as_it_stands(workdir, tmp_path, monkeypatch, capsys):
+    shutil.copytree(workdir, tmp_path / "runs" / "first")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for code in python_blocks(PAGES["from-python.md"]):
+        exec(compile(code, "docs/from-python.md", "exec"), names)
+    printed = capsys.readouterr().out
+    assert "sft: complete" not in printed and "policy 2 " in printed
+    assert "(1, 3, " in printed and "bfloat16" in printed
+    assert "['rollout', 'scoring', 'update'] True" in printed
 
 
 def test_a_single_stage_can_be_run_alone(workdir, tmp_path):

@@ -222,7 +222,7 @@ def sft_gradient(config, mesh_sizes, sequences=8, length=17):
     network = policy_network(config, constrain=layout.constrain)
     shapes = jax.eval_shape(network.init, jax.random.key(0))
     placed = layout.shardings(shapes)
-    rows = jax.NamedSharding(layout.mesh, P(layout.cuts("batch") or None, None))
+    rows = jax.NamedSharding(layout.mesh, P(layout.mesh_axes("batch") or None, None))
     tokens = shape(sequences, length, dtype=jnp.int32, sharding=rows)
     mask = shape(sequences, length, dtype=bool, sharding=rows)
     batch = steps.TextBatch(inputs=tokens, tokens=tokens, mask=mask, loss_mask=mask)

@@ -60,7 +60,7 @@ def begun(config, models, layouts):
 
     def model(kind, shape, seed):
         network = (policy_network if kind == "policy" else reward_network)(shape)
-        params = layout.put(jax.tree.map(np.asarray, tiny.random_params(network, seed)))
+        params = layout.shard_params(jax.tree.map(np.asarray, tiny.random_params(network, seed)))
         return Model(kind=kind, config=shape, params=params, tokenizer=TOKENIZER)
 
     policy = model("policy", models.policy, 0)
@@ -72,7 +72,7 @@ def begun(config, models, layouts):
             *(reward.params["layers"], policy.params["layers"], tops),
         )
         params = {**reward.params, "layers": layers, "embed": policy.params["embed"]}
-        reward = dataclasses.replace(reward, params=layout.put(params))
+        reward = dataclasses.replace(reward, params=layout.shard_params(params))
     found = begin_models(config.ppo, policy, reward, config.seed, layout)
     setup, *start = make_setup(config.ppo, *found, layouts, config.model.frozen_dtype)
     return setup, init_sharded(layout, init_ppo, *start, setup.hyperparameters)

@@ -96,7 +96,7 @@ def test_slots_on_a_mesh_give_the_responses_of_one_device(shape):
         layout = layout_of(shape, ROLLOUT_RULES)
         policy = policy_network(config, constrain=layout.constrain)
         prompts = layout.shard_batch(jax.tree.map(np.asarray, tiny.prompts(batch_size=32)))
-        args = layout.put(params), prompts, layout.replicate(KEY)
+        args = layout.shard_params(params), prompts, layout.replicate(KEY)
         sampling = tiny.sampling(**slots)
         program = jax.jit(lambda *args: rollout(policy, *args, sampling=sampling))
         program = program.lower(*args).compile()

@@ -53,7 +53,7 @@ def test_the_rows_are_those_of_first_fit_decreasing(seed):
     width, most = 20, 12
     counts = rng.integers(1, most + 1, size=30)
     lengths = np.minimum(counts + rng.integers(0, 9, size=30), width)
-    got = tiny.jit(functools.partial(first_fit, width=width, most=most))(lengths, counts)
+    got = tiny.jit(functools.partial(first_fit, width=width, max_tokens=most))(lengths, counts)
     row, begin, token_begin, number = map(np.asarray, got)
     expected = first_fit_decreasing(list(zip(lengths, counts, strict=True)), (width, most))
     assert len(expected) < 30
@@ -213,15 +213,15 @@ def counted():
 
 
 @pytest.mark.parametrize("num_micro_batches", [1, 3, 6, 12])
-def test_as_many_pieces_are_computed_as_there_are_rows_for(num_micro_batches):
+def test_as_many_micro_batches_are_computed_as_there_are_rows_for(num_micro_batches):
     networks, calls = counted()
     _, params = networks_of("llama")
     e, calls[:] = make_experience("llama"), []
 
-    def loss(params, piece):
+    def loss(params, micro_batch):
         numbers = tiny.hyperparameters()
         return ppo.experience_loss(
-            params, piece, numbers, frozen=FrozenParams(ref_policy={}), networks=networks
+            params, micro_batch, numbers, frozen=FrozenParams(ref_policy={}), networks=networks
         )
 
     args = loss, params, e, num_micro_batches

@@ -48,7 +48,8 @@ def test_the_table_at_the_start_has_no_critic(workdir, tmp_path, capsys):
     values = tiny_run.on_base(workdir, ppo=FREE | FROM_BASE)
     pipeline.dry_run(values, tmp_path)
     table = capsys.readouterr().out
-    assert "memory, policy" in table and "critic" not in table
+    assert "memory, policy" in table and "memory, critic" not in table
+    assert "without a critic" in table and "vf_coef" in table
 
 
 def test_a_run_resumes_as_if_it_had_not_stopped(workdir, tmp_path):
@@ -70,10 +71,17 @@ def test_the_advantages_and_the_networks_must_agree():
     args = rollout, jnp.zeros(len(rollout.tokens)), run.state, run.numbers
     networks, options = run.parts["networks"], run.parts["options"]
     changes = [
-        ("'gae' need a value network", dict(networks=networks._replace(value=None))),
+        ("'gae' need a critic: see net", dict(networks=networks._replace(value=None))),
         (
-            "'leave_one_out' need no value network",
+            "'leave_one_out' need no critic: see networks",
             dict(options=tiny.options(advantages="leave_one_out")),
+        ),
+        (
+            "'leave_one_out' need no critic: see state",
+            dict(
+                options=tiny.options(advantages="leave_one_out"),
+                networks=networks._replace(value=None),
+            ),
         ),
     ]
     for message, change in changes:

@@ -39,7 +39,7 @@ class Run:
 
         def on_mesh(kind, seed):
             found = model(kind, seed, **dict(shape))
-            return dataclasses.replace(found, params=self.layout.put(found.params))
+            return dataclasses.replace(found, params=self.layout.shard_params(found.params))
 
         self.policy = on_mesh("policy", 0)
         reward = on_mesh("reward", 1) if with_reward else None

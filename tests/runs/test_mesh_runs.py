@@ -90,7 +90,7 @@ def test_a_mesh_that_does_not_fit_is_refused_before_anything_is_made(tmp_path, a
     with pytest.raises(ValueError, match=r"needs 6 devices, have 8"):
         pipeline.run(settings({"data": 3, "fsdp": 2}), tmp_path)
     assert not list(tmp_path.iterdir())
-    with pytest.raises(ValueError, match=r"key/kernel: its kv_heads axis of 2 cannot be cut"):
+    with pytest.raises(ValueError, match=r"key/kernel: its kv_heads axis of 2 cannot be split"):
         pipeline.run(settings({"data": 1, "model": 8, **WHOLE}), tmp_path)
     with pytest.raises(
         ValueError, match=r"ppo.rollout_batch_size must be a multiple of .*16\), got 24"

@@ -7,7 +7,7 @@ from ppo_jax.config.mesh import RULES, MeshSettings
 from ppo_jax.distributed.layout import Layout, make_mesh
 
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8)]
-# Sizes of a model that each of them cuts into equal pieces.
+# Sizes of a model that each of them divides.
 WIDE = dict(vocab_size=64, num_heads=8, num_kv_heads=8, embed_dim=64, mlp_dim=64)
 
 

@@ -169,7 +169,7 @@ def main(what, workdir, coordinator, num_processes, process_id, *only):
     from ppo_jax.pipeline import run as pipeline
 
     def run():
-        processes.join(coordinator, int(num_processes), int(process_id))
+        processes.initialize(coordinator, int(num_processes), int(process_id))
         if what.startswith("{"):
             pipeline.run(json.loads(what), workdir, only or STAGES)
         else:

@@ -100,7 +100,7 @@ CHARTS: dict[str, tuple[Group, ...]] = {
                     "reward/score_std",
                 ),
                 Chart(
-                    "KL from the SFT policy",
+                    "KL from the reference policy",
                     "nats per response",
                     "Summed log-ratio of policy and reference over a response, in the mean.",
                     {"kl/ref": "KL"},

@@ -94,7 +94,7 @@ def write_card(
         ABOUT_SCORES if about["kind"] == "reward" else "",
         results(run, stage),
         options(stages, stage),
-        made_by(run.config, f"python experiments/export_hf.py {command}"),
+        made_by(run.config, f"ppo-jax export {command}"),
     ]
     (folder / "README.md").write_text("\n".join(filter(None, parts)), encoding="utf-8")
 

@@ -129,7 +129,7 @@ def trajectory(rows: Sequence[dict]) -> Draw | None:
         axes.scatter(*points.T, c=np.arange(len(points)), cmap=shades, s=20, lw=0, alpha=0.9)
         ends = points[[0, -1]]
         axes.scatter(*ends.T, facecolors="none", edgecolors=_ink(), s=34, lw=0.9)
-        axes.set(xlabel="KL from the SFT policy (nats per response)", ylabel="mean score")
+        axes.set(xlabel="KL from the reference policy (nats per response)", ylabel="mean score")
         axes.margins(x=0.05, y=0.25)  # room for a label above and below the points
         up = 1 if ends[1, 1] >= ends[0, 1] else -1
         _label_point(axes, f"{PPO.step_unit} {steps[0]}", ends[0], -up)

@@ -1,7 +1,7 @@
-"""Model families: what each calls its options and tensors in a checkpoint.
+"""Model families: the names of options and tensors in their checkpoints.
 
-A family that needs no new arithmetic is one `Family` value in a file of its own, and its name in
-`FAMILIES`. Imports `models` and `core`. `presets` has published shapes for plans.
+A family without new arithmetic is one `Family` value in a file of its own, listed in `FAMILIES`.
+Imports `models` and `core`. `presets` has published shapes for plans.
 """
 
 from typing import Any
@@ -28,11 +28,7 @@ def family_of(model_type: Any) -> Family:
 
 
 def read_config(raw: Json, **options: Any) -> ModelConfig:
-    """The content of a config.json as a `ModelConfig`.
-
-    Args:
-        raw: the content.
-        options: how to compute with it, see `models.config.computation`.
+    """The content of a config.json as a `ModelConfig`; for `options` see `config.computation`.
 
     Raises:
         ValueError: the family or one of its options is not supported, or a key is missing.
@@ -43,13 +39,12 @@ def read_config(raw: Json, **options: Any) -> ModelConfig:
 
 
 def write_config(config: ModelConfig) -> Json:
-    """The inverse of `read_config`: the config.json of a model, without the ids of its tokens.
+    """The inverse of `read_config`: the config.json of a model, without token ids.
 
-    The family is the first whose checkpoints can hold such a model; the options of `computation`
-    are not in it.
+    The family is the first that can hold the model; the options of `computation` are not written.
 
     Raises:
-        ValueError: no family has such a model.
+        ValueError: no family can hold it.
     """
     for family in FAMILIES:
         raw = {"model_type": family.name, **family.write(config)}

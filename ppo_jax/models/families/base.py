@@ -1,6 +1,6 @@
-"""A model family as a value: how its checkpoints name options and tensors, and what they mean.
+"""A model family as a value: the names and meanings of options and tensors in its checkpoints.
 
-An option that would change the outputs and that our Transformer does not have is refused by name.
+An option that would change the outputs and that our Transformer lacks is refused by name.
 """
 
 import dataclasses
@@ -18,54 +18,43 @@ class Tensor(NamedTuple):
 
     name: str  # {} stands for the layer
     transposed: bool = False  # stored as [out, in]
-    third: int | None = None  # of a tensor that holds query, key and value side by side
+    third: int | None = None  # 0, 1, 2: query, key, value in a fused tensor
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
-    """All that tells the checkpoints of one family from those of another.
+    """The checkpoint format of one model family."""
 
-    Attributes:
-        name: `model_type` of its config.json.
-        hf_class: the beginning of its class names in transformers, such as "Qwen3".
-        tensors: path of a parameter, without its layer -> its tensor.
-        prefix: of the tensors; files saved from the model without its head leave it out.
-        read: config.json -> the fields of a `ModelConfig`.
-        write: the inverse, without `model_type`.
-        required: options that change the outputs -> the one value that we compute.
-        understood: options that match `SUSPICIOUS` and that `read` deals with, or that have no
-            effect.
-    """
-
-    name: str
-    hf_class: str
-    tensors: Mapping[str, Tensor]
-    prefix: str
-    read: Callable[[Json], Json]
-    write: Callable[[ModelConfig], Json]
-    required: Mapping[str, Any]
+    name: str  # `model_type` of its config.json
+    hf_class: str  # the beginning of its class names in transformers, such as "Qwen3"
+    tensors: Mapping[str, Tensor]  # path of a parameter, without its layer -> its tensor
+    prefix: str  # of tensor names; files saved from the model without its head leave it out
+    read: Callable[[Json], Json]  # config.json -> the fields of a `ModelConfig`
+    write: Callable[[ModelConfig], Json]  # the inverse, without `model_type`
+    required: Mapping[str, Any]  # options that change the outputs -> the one value we compute
+    # Options that match `SUSPICIOUS` and that `read` handles, or that have no effect.
     understood: frozenset[str] = frozenset()
 
     @property
     def linear_is_transposed(self) -> bool:
-        """Whether its modules hold their matrices as [out, in], as torch's Linear does."""
+        """Whether its matrices are stored as [out, in], as in torch's Linear."""
         return self.tensors["layers.mlp.up.kernel"].transposed
 
 
-def linear(path: str, name: str, **layout: Any) -> dict[str, Tensor]:
-    """Rows of a linear map; whether it has a bias is for the `ModelConfig` to say."""
-    bias_layout = {key: value for key, value in layout.items() if key != "transposed"}
+def linear(
+    path: str, name: str, *, transposed: bool = False, third: int | None = None
+) -> dict[str, Tensor]:
+    """Kernel and bias of a linear map; the `ModelConfig` says whether it has a bias."""
     return {
-        f"{path}.kernel": Tensor(f"{name}.weight", **layout),
-        f"{path}.bias": Tensor(f"{name}.bias", **bias_layout),
+        f"{path}.kernel": Tensor(f"{name}.weight", transposed, third),
+        f"{path}.bias": Tensor(f"{name}.bias", third=third),
     }
 
 
-# Causal masks and rotary frequencies that old files hold; both follow from the config.
+# Causal masks and rotary frequencies in old files; both follow from the config.
 DERIVED = re.compile(r"h\.\d+\.attn\.(masked_)?bias|.*rotary_emb\.inv_freq")
 
-# A family's own code reads only the keys above, but forks of it add some: anything that sounds
-# like arithmetic and is switched on is refused rather than passed over.
+# Forks of a family add options: one that sounds like arithmetic and is on is refused, not ignored.
 SUSPICIOUS = re.compile(
     r"expert|moe|sliding|window|softcap|multiplier|scal(e|ing)|rotary|rope|alibi|lora"
     r"|cross_attention|encoder_decoder|bidirectional|layer_types|quantization"
@@ -97,15 +86,18 @@ def need(raw: Json, key: str) -> Any:
 
 
 def split_heads(raw: Json, width_key: str, heads_key: str) -> int:
-    """Width by head, where the config does not give it."""
+    """The head size of a config that has none."""
     width, heads = need(raw, width_key), need(raw, heads_key)
     if width % heads:
         raise ValueError(f"{width_key} ({width}) must be a multiple of {heads_key} ({heads})")
     return width // heads
 
 
+FACTORS = ("factor", "low_freq_factor", "high_freq_factor")
+
+
 def read_rope(raw: Json) -> tuple[float, RopeScaling | None]:
-    """Base and scaling of the rotary positions, from either generation of transformers."""
+    """Base and scaling of rotary positions, in the form of older or newer transformers."""
     rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
     theta = float(rope.pop("rope_theta", None) or raw.get("rope_theta") or 10_000.0)
     old_kind = rope.pop("type", "default")
@@ -116,22 +108,17 @@ def read_rope(raw: Json) -> tuple[float, RopeScaling | None]:
         raise ValueError(f"rope_type {kind!r} is not supported; choose from ['default', 'llama3']")
     scaling = None
     if kind == "llama3":
-        scaling = RopeScaling(
-            factor=float(need(rope, "factor")),
-            low_freq_factor=float(need(rope, "low_freq_factor")),
-            high_freq_factor=float(need(rope, "high_freq_factor")),
-            original_max_length=need(rope, "original_max_position_embeddings"),
-        )
-        for key in ("factor", "low_freq_factor", "high_freq_factor"):
-            del rope[key]
-        del rope["original_max_position_embeddings"]
+        factors = {key: float(need(rope, key)) for key in FACTORS}
+        length = need(rope, "original_max_position_embeddings")
+        scaling = RopeScaling(**factors, original_max_length=length)
+        rope = rope.keys() - {*FACTORS, "original_max_position_embeddings"}
     if rope:
         raise ValueError(f"{sorted(rope)} are not understood in the settings of rope type {kind!r}")
     return theta, scaling
 
 
 def write_rope(theta: float, scaling: RopeScaling | None) -> Json:
-    """The older form, which all generations of transformers read."""
+    """The older form, which all versions of transformers read."""
     if scaling is None:
         return {"rope_theta": theta}
     numbers = dataclasses.asdict(scaling)

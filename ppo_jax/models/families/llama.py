@@ -33,7 +33,7 @@ TENSORS = {
 
 
 def read_shape(raw: Json) -> Json:
-    """What the three have in common, without biases."""
+    """What the three families share, without biases."""
     heads = need(raw, "num_attention_heads")
     rope_theta, rope_scaling = read_rope(raw)
     return {
@@ -74,13 +74,13 @@ def read_qwen2(raw: Json) -> Json:
 
 
 def read_qwen3(raw: Json) -> Json:
-    # The default of its head size does not follow from the width.
+    # Its default head size does not follow from the width.
     raw = raw | {"head_dim": raw.get("head_dim") or 128}
     return read_shape(raw) | read_attention_bias(raw) | {"qk_norm": True}
 
 
 def write_shape(config: ModelConfig) -> Json:
-    """What the three have in common; Qwen2 has no further options."""
+    """What the three families share; Qwen2 has no other options."""
     return {
         "vocab_size": config.vocab_size,
         "num_hidden_layers": config.num_layers,
@@ -125,7 +125,7 @@ QWEN2 = Family(
     read=read_qwen2,
     write=write_shape,
     required={"hidden_act": "silu", "use_sliding_window": False},
-    # Without use_sliding_window the last two are not read.
+    # Without use_sliding_window the last two have no effect.
     understood=ROPE | {"layer_types", "sliding_window", "max_window_layers"},
 )
 QWEN3 = dataclasses.replace(

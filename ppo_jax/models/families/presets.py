@@ -1,6 +1,6 @@
 """The shapes of some public models, so that a plan needs none of their files.
 
-What stands here is what their config.json says, under its own names.
+The values and names are those of their config.json.
 """
 
 from typing import Any
@@ -70,11 +70,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def published_config(name: str, **choices: Any) -> ModelConfig:
-    """The shape of a model of the table by its hub id.
-
-    Args:
-        name: `model.path`.
-        **choices: how it is computed, see `shapes.computation`.
+    """The shape of a model in the table, by its hub id; for `choices` see `config.computation`.
 
     >>> published_config("Qwen/Qwen3-0.6B", dtype="bfloat16").num_kv_heads
     8
