@@ -10,8 +10,8 @@ made the meshes:
 - `data` is 1: with copies, gradients are reduced whole over them.
 - `model` is as small as the rollout allows: each device reads its part of the policy, 1 / model of
   it, for every token.
-- A piece of the embedding, embed / fsdp, is 128 numbers or more, the lanes of a TPU: of smaller
-  ones XLA reduces whole gradients on every device, and cuts them afterwards.
+- A shard of the embedding, embed / fsdp, is at least 128 wide, the lanes of a TPU: for narrower
+  ones XLA reduces whole gradients on every device, and slices them afterwards.
 """
 
 from ml_collections import config_dict

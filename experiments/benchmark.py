@@ -1,11 +1,11 @@
-"""What an option saves, and what things cost: one measurement a subcommand.
+"""Benchmarks, one per subcommand.
 
     python experiments/benchmark.py packing
 
 iteration, rollout, update: PPO on random models, in seconds of CPU time.
 packing: an epoch of SFT with `sft.packing` and without, as a ratio of CPU times. Two minutes.
 cpu_tricks: what the forms of `ppo_jax.core.cpu` save, as ratios of CPU times. Three minutes.
-scaling: what a PPO iteration costs a chip as chips are added; compiled, not run.
+scaling: cost per chip of a PPO iteration on more and more chips; compiled, not run.
 
 --help after a subcommand lists its options.
 """
@@ -34,11 +34,11 @@ def main():
         print(__doc__)
         return
     if name not in SUBCOMMANDS:
-        told = f"got {name!r}" if name else "got none"
-        cli.stop(f"needs a subcommand, one of {list(SUBCOMMANDS)}, {told}", cli.USER_MISTAKE)
+        got = repr(name) if name else "none"
+        cli.stop(f"needs a subcommand, one of {list(SUBCOMMANDS)}, got {got}", cli.USER_MISTAKE)
     module, function = SUBCOMMANDS[name]
     module = importlib.import_module(f"benchmarks.{module}")
-    for part in filter(None, (module, sys.modules.get("benchmarks.work"))):
+    for part in filter(None, (module, sys.modules.get("benchmarks.workload"))):
         flags.adopt_module_key_flags(part)  # for --help
     sys.modules["__main__"].__doc__ = module.__doc__
     logging.set_verbosity(logging.WARNING)

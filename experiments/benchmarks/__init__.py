@@ -1,1 +1,1 @@
-"""What `benchmark.py` measures, a module a kind."""
+"""The subcommands of `benchmark.py`."""

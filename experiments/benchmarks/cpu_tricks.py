@@ -7,7 +7,6 @@ that saves less than a tenth is not worth its lines. The last line of the output
 """
 
 import dataclasses
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -17,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.ppo import time_rollout, time_score
-from benchmarks.work import FLAGS, Work, arguments, rounded
+from benchmarks.workload import FLAGS, Workload, arguments, print_json
 from ppo_jax.algorithms.experience import sample_responses
 from ppo_jax.algorithms.ppo import ppo_update
 from ppo_jax.core import cpu
@@ -42,24 +41,23 @@ def plain_nucleus(logits, top_p):
 
 
 def main():
-    work = Work()
+    work = Workload()
     _, responses = time_rollout(work, repeats=0)
     _, experience = time_score(work, responses, repeats=0)
-    numbers, key = work.numbers, work.key
-    sampled = (sample_responses, work.state, numbers, work.prompts, key)
+    numbers, key = work.hyperparameters, work.key
+    update = (ppo_update, experience, numbers, key)
+    rollout = (sample_responses, numbers, work.prompts, key)
     ratios = {
-        "matmul": ratio(
-            work, "matmul", plain_matmul, ppo_update, work.state, experience, numbers, key
-        ),
-        "argmax": ratio(work, "argmax", plain_argmax, *sampled),
+        "matmul": ratio(work, "matmul", plain_matmul, *update),
+        "argmax": ratio(work, "argmax", plain_argmax, *rollout),
     }
     sampling = dataclasses.replace(work.options.sampling, top_p=0.9)
     work.options = dataclasses.replace(work.options, sampling=sampling)
-    ratios["nucleus"] = ratio(work, "nucleus", plain_nucleus, *sampled)
-    print(json.dumps({"benchmark": "cpu_tricks", "arguments": arguments(), **rounded(ratios)}))
+    ratios["nucleus"] = ratio(work, "nucleus", plain_nucleus, *rollout)
+    print_json({"benchmark": "cpu_tricks", "arguments": arguments(), **ratios})
 
 
-def ratio(work: Work, name: str, plain: Callable, program: Callable, *args) -> float:
+def ratio(work: Workload, name: str, plain: Callable, program: Callable, *args) -> float:
     """CPU seconds of a program with the form of `cpu`, over those with the plain expression."""
     ours, _ = work.compile(program, *args)
     jax.clear_caches()  # else the plain one is traced from what was traced before
@@ -68,10 +66,10 @@ def ratio(work: Work, name: str, plain: Callable, program: Callable, *args) -> f
     seconds = {ours: [], theirs: []}
     for repeat in range(1 + FLAGS.repeats):
         for compiled, times in seconds.items():
-            began = time.process_time()
-            jax.block_until_ready(compiled(*args))
+            start = time.process_time()
+            jax.block_until_ready(compiled(work.state, *args, frozen=work.frozen))
             if repeat:
-                times.append(time.process_time() - began)
+                times.append(time.process_time() - start)
     fast, slow = map(statistics.median, seconds.values())
     print(f"{name}: {fast:.3f} s, plain {slow:.3f} s in {program.__name__}", flush=True)
     return fast / slow

@@ -1,4 +1,4 @@
-"""An epoch of SFT with `sft.packing` and without, with as many learned tokens a step.
+"""An epoch of SFT with `sft.packing` and without, with as many learned tokens per step.
 
     python experiments/benchmark.py packing
 
@@ -39,7 +39,7 @@ def main():
 
 
 def random_texts(count: int) -> TokenizedTexts:
-    """Log-normal lengths, as those of paragraphs: half of the texts have more than 40 tokens."""
+    """Log-normal lengths, as those of paragraphs, with a median of 40 tokens."""
     rng = np.random.default_rng(0)
     lengths = rng.lognormal(math.log(40), 0.7, size=count).astype(int).clip(4, MAX_LENGTH)
     mask = np.arange(MAX_LENGTH) < lengths[:, None]
@@ -48,7 +48,7 @@ def random_texts(count: int) -> TokenizedTexts:
 
 
 def epoch_time(texts: TokenizedTexts, batch_size: int) -> float:
-    """Process seconds, over all threads, for a pass over the data; nothing compiles meanwhile."""
+    """CPU seconds, over all threads, of a pass over the data, without compilation."""
     network, num_rows = policy_network(MODEL), len(texts.mask)
     layout = one_device()
     params = init_sharded(layout, network.init, jax.random.key(0))
@@ -57,12 +57,12 @@ def epoch_time(texts: TokenizedTexts, batch_size: int) -> float:
     step = compile_step(sft_step, state, layout, network=network)
     inputs = make_inputs(texts, None, None, cache_gb=0.0)
     num_steps, times = math.ceil(num_rows / batch_size), []
-    for _ in range(1 + REPEATS):  # all of the same batches, so that the first compiles for the rest
-        began = time.process_time()
+    for _ in range(1 + REPEATS):  # the first compiles
+        start = time.process_time()
         for i in range(num_steps):
             rows = batch_indices(0, i, num_examples=num_rows, batch_size=batch_size)
             batch = layout.shard_batch(as_text_batch(texts, inputs, rows))
             state, _ = step(state, batch, optimizer, frozen={})
         jax.block_until_ready(state)
-        times.append(time.process_time() - began)
-    return min(times[1:]) * num_rows / (num_steps * batch_size)  # the last batch begins anew
+        times.append(time.process_time() - start)
+    return min(times[1:]) * num_rows / (num_steps * batch_size)  # the last batch wraps around

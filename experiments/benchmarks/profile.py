@@ -1,67 +1,47 @@
-"""Where the time of a compiled program goes: its operations, by a trace of one call."""
+"""Profile of a compiled program: the time of its operations, from a trace of one call."""
 
 import collections
 import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 
-from ppo_jax.planner.hlo.text import Instruction, parse_module
+from ppo_jax.planner.hlo.text import parse_module
 
-AROUND = ("while", "conditional", "call")  # what they spend is their bodies'
-MOST = 12  # lines
-
-
-class Spent(NamedTuple):
-    """What an operation took in one call of a program."""
-
-    seconds: float
-    count: int
-    instruction: Instruction
-
-    @property
-    def is_product(self) -> bool:
-        """Of matrices, alone or with what is fused to it."""
-        return "dot_general" in self.instruction.op_name.rpartition("/")[2]
+CONTROL_FLOW = ("while", "conditional", "call")  # their time is that of their bodies
+NUM_LINES = 12
 
 
-def profile(program: jax.stages.Compiled, call: Callable) -> list[Spent]:
-    """The operations of one call, the costliest first.
-
-    Args:
-        program: what is called.
-        call: calls it; the result is waited for.
-    """
+def trace_events(call: Callable) -> dict[str, list[float]]:
+    """{operation: seconds of each of its events} in one call."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             jax.block_until_ready(call())
         (file,) = Path(folder).rglob("*.xplane.pb")
         data = jax.profiler.ProfileData.from_file(str(file))
-    seconds, counts = collections.Counter(), collections.Counter()
+    events = collections.defaultdict(list)
     for event in (e for plane in data.planes for line in plane.lines for e in line.events):
-        seconds[event.name] += event.duration_ns / 1e9
-        counts[event.name] += 1
-    computations = parse_module(program.as_text()).computations.values()
-    found = (i for computation in computations for i in computation if i.name in counts)
-    spent = [Spent(seconds[i.name], counts[i.name], i) for i in found if i.opcode not in AROUND]
-    return sorted(spent, key=lambda s: -s.seconds)
+        events[event.name].append(event.duration_ns / 1e9)
+    return events
 
 
 def print_profile(program: jax.stages.Compiled, call: Callable):
-    """The costliest kinds of operation; those of all layers are one."""
-    seconds, counts, products = collections.Counter(), collections.Counter(), 0.0
-    for spent in profile(program, call):
-        of = spent.instruction
-        shape = " ".join(f"{x.dtype}{list(x.dims)}" for x in of.outputs[:1])
-        where = re.sub(r"/\d+/", "/*/", "/".join(of.op_name.split("/")[-5:]))
-        seconds[shape, where] += spent.seconds
-        counts[shape, where] += spent.count
-        products += spent.seconds * spent.is_product
-    total = seconds.total()
-    name = program.as_text().partition("\n")[0].split()[1].rstrip(",")
+    """The operations of a call that take the most time, the same one of all layers as one."""
+    events, text = trace_events(call), program.as_text()
+    seconds, products = collections.defaultdict(list), 0.0
+    for i in (i for computation in parse_module(text).computations.values() for i in computation):
+        if i.opcode in CONTROL_FLOW or i.name not in events:
+            continue
+        shape = " ".join(f"{x.dtype}{list(x.dims)}" for x in i.outputs[:1])
+        op_name = re.sub(r"/\d+/", "/*/", "/".join(i.op_name.split("/")[-5:]))
+        seconds[shape, op_name] += events[i.name]
+        if "dot_general" in i.op_name.rpartition("/")[2]:  # alone or fused
+            products += sum(events[i.name])
+    total = sum(map(sum, seconds.values()))
+    name = text.partition("\n")[0].split()[1].rstrip(",")
     print(f"\n{name}: {total:.3g} s in operations, {products / total:.2f} in products of matrices")
-    for kind, spent in seconds.most_common(MOST):
-        print(f"{1e3 * spent:9.1f} ms {counts[kind]:6d} x  {kind[0]:22} {kind[1]}")
+    longest = sorted(seconds.items(), key=lambda item: -sum(item[1]))[:NUM_LINES]
+    for (shape, op_name), times in longest:
+        print(f"{1e3 * sum(times):9.1f} ms {len(times):6d} x  {shape:22} {op_name}")

@@ -1,16 +1,22 @@
-"""A rollout of responses of very different lengths: slots beside static batches."""
+"""Continuous batching compared with static batches, on responses of very different lengths."""
 
 import dataclasses
 import functools
-import json
-import statistics
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.work import FLAGS, Work, arguments, random_prompts, rates, rounded, time_calls
+from benchmarks.workload import (
+    FLAGS,
+    Workload,
+    arguments,
+    print_json,
+    random_prompts,
+    rates,
+    time_calls,
+)
 from ppo_jax.rollout.rollout import rollout
 
 
@@ -27,51 +33,52 @@ def stop_tokens() -> tuple[int, ...]:
 
 
 def skewed_rollout():
-    """Slots that are filled anew beside batches that wait for their longest response."""
+    """Slots that are refilled, and batches that wait for their longest response."""
     if FLAGS.num_prompts % FLAGS.batch:
         raise ValueError(
             f"--num-prompts must be a multiple of --batch ({FLAGS.batch}), got {FLAGS.num_prompts}"
         )
-    stops, work = stop_tokens(), Work()
+    stops, work = stop_tokens(), Workload()
     sampling = dataclasses.replace(work.options.sampling, eos_ids=stops)
     prompts, rows = random_prompts(FLAGS.num_prompts), jnp.arange(FLAGS.num_prompts)
 
     def respond(params, prompts, rows, sampling):
-        parts = dict(sampling=sampling, temperature=work.numbers.temperature, rows=rows)
-        return rollout(work.networks.policy, params, prompts, work.key, **parts)
+        options = dict(sampling=sampling, temperature=work.hyperparameters.temperature, rows=rows)
+        return rollout(work.networks.policy, params, prompts, work.key, **options)
 
-    def time_of(sampling, batch_size):
-        """(seconds for all prompts, the lengths of their responses)"""
-        pieces = FLAGS.num_prompts // batch_size
+    def time_rollouts(sampling, batch_size):
+        """(timing of all prompts, lengths of their responses)"""
+        num_batches = FLAGS.num_prompts // batch_size
         leaves, structure = jax.tree.flatten((prompts, rows))
-        split = zip(*(jnp.split(leaf, pieces) for leaf in leaves), strict=True)
-        batches = [structure.unflatten(piece) for piece in split]
-        params, began = work.state.policy_params, time.perf_counter()
+        split = zip(*(jnp.split(leaf, num_batches) for leaf in leaves), strict=True)
+        batches = [structure.unflatten(batch) for batch in split]
+        params, start = work.state.policy_params, time.perf_counter()
         function = jax.jit(functools.partial(respond, sampling=sampling))
         compiled = function.lower(params, *batches[0]).compile()
-        compiled_in = time.perf_counter() - began
-        timed, found = time_calls(
-            compiled, lambda: [compiled(params, *batch) for batch in batches], compiled_in, None
+        compile_seconds = time.perf_counter() - start
+        timing, responses = time_calls(
+            compiled, lambda: [compiled(params, *batch) for batch in batches], compile_seconds
         )
-        return timed, np.concatenate([np.asarray(x.response_mask).sum(axis=1) for x in found])
+        return timing, np.concatenate([x.response_mask.sum(axis=1) for x in responses])
 
-    static, lengths = time_of(sampling, FLAGS.batch)
+    static, lengths = time_rollouts(sampling, FLAGS.batch)
     slots = dataclasses.replace(sampling, max_concurrent=FLAGS.batch, min_free_slots=FLAGS.refill)
-    timed, same = time_of(slots, FLAGS.num_prompts)
-    assert (lengths == same).all(), "slots change no response"
-    useful = float(lengths.sum())
-    ratio = statistics.median(static.cpu) / statistics.median(timed.cpu)
-    steps = lengths.reshape(-1, FLAGS.batch).max(axis=1).sum()
-    told = {
-        "benchmark": "rollout",
-        "arguments": arguments() | {k: getattr(FLAGS, k) for k in ("lengths", "num_prompts")},
-        "useful_tokens": useful,
-        "mean_length": useful / FLAGS.num_prompts,
-        "decode_steps_of_static_batches": int(steps),
-        **static.figures("static_"),
-        **timed.figures(),
-        **rates("useful_tokens", useful, timed),
-        "times_the_useful_tokens_of_static_batches": ratio,
-        "compile_seconds": timed.compile,
-    }
-    print(json.dumps(rounded(told)))
+    continuous, same_lengths = time_rollouts(slots, FLAGS.num_prompts)
+    assert (lengths == same_lengths).all(), "slots change no response"
+    useful_tokens = float(lengths.sum())
+    static_steps = lengths.reshape(-1, FLAGS.batch).max(axis=1).sum()
+    speedup = static.cpu_seconds / continuous.cpu_seconds
+    print_json(
+        {
+            "benchmark": "rollout",
+            "arguments": arguments("lengths", "num_prompts"),
+            "useful_tokens": useful_tokens,
+            "mean_length": useful_tokens / FLAGS.num_prompts,
+            "decode_steps_of_static_batches": int(static_steps),
+            **static.figures("static_"),
+            **continuous.figures(),
+            **rates("useful_tokens", useful_tokens, continuous),
+            "times_the_useful_tokens_of_static_batches": speedup,
+            "compile_seconds": continuous.compile_seconds,
+        }
+    )

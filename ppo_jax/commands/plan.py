@@ -15,7 +15,7 @@ from ppo_jax.planner import report as plan_report
 
 def define_flags() -> SimpleNamespace:
     """The flags of the command, by name."""
-    found = SimpleNamespace(
+    by_name = SimpleNamespace(
         config=cli.config_flag(),
         topology=flags.DEFINE_string("topology", None, "v5e:2x2, v5p:4x4x4, v6e:8x8 ..."),
         compare=flags.DEFINE_string(
@@ -26,13 +26,13 @@ def define_flags() -> SimpleNamespace:
         fast=flags.DEFINE_boolean(
             "fast",
             False,
-            "Compile with less effort, as --compare does: seconds by HBM are too many.",
+            "Compile with less effort, as --compare does: too many bytes are read.",
         ),
         json=flags.DEFINE_string("json", None, "A file for all figures."),
     )
     flags.mark_flag_as_required("config")
-    cli.show_in_help(*vars(found).values())
-    return found
+    cli.show_in_help(*vars(by_name).values())
+    return by_name
 
 
 def main():

@@ -1,9 +1,9 @@
-"""The matrix products of our Transformer, counted from its shape: what a program should cost.
+"""Analytic flops of our Transformer: what a program should cost by the shape of its models.
 
-Floating-point operations, 2 for a multiplication and its addition. Elementwise operations, norms,
-softmax and the optimizer are left out: together they are of lower order.
+2 for a multiplication and its addition. Elementwise operations, norms, softmax and the optimizer
+are left out: together they are of lower order.
 
-Dimension key: N sequences, S positions, C attended slots, O positions with an output, D model,
+Dimension key: N sequences, S positions, C attended positions, O positions with an output, D model,
 H heads, G key/value heads, K head size, F feed-forward, V vocabulary, P prompt tokens, T response
 tokens.
 """
@@ -28,9 +28,9 @@ def projection_flops(config: ModelConfig) -> int:
 
 
 def attention_flops(config: ModelConfig, attended: float) -> float:
-    """Scores and their mix of values in one layer, for one position: 4 H K C.
+    """Scores and their products with values in one layer, for one position: 4 H K C.
 
-    Over all C slots: masked ones are computed, too.
+    Masked positions are computed, too.
     """
     return 4 * config.num_heads * config.head_dim * attended
 
@@ -43,32 +43,19 @@ def adapter_flops(config: ModelConfig, targets: Sequence[str], rank: int) -> int
     return 2 * rank * sum(c.embed_dim + other.get(name, c.mlp_dim) for name in targets)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Trained:
-    """What of a network has gradients of its own; by default all of it."""
-
-    trunk: int = 0  # the lowest layers: computed elsewhere
-    frozen_layers: int = 0  # the lowest above them: forward alone
-    adapters: int = 0  # flops of a layer's adapters for one position; its kernels have none then
-    head: bool = True  # the matrix of the outputs has
-
-
-ALL = Trained()
-
-
-def attended_in_row(config: ModelConfig, length: int, platform: str | None) -> float:
-    """C of a whole row of S positions, on average: S, or for the TPU kernel, which leaves out the
-    blocks above the diagonal, N (N + b) / 2 S where it fills the row up to N in blocks of b."""
-    if kernel_of(config, platform, length) != "splash":
-        return length
-    block, count = splash_blocks(length)
-    filled = count * block
-    return filled * (filled + block) / 2 / length
-
-
 def head_flops(config: ModelConfig, head: str) -> int:
     """The output of one position: 2 D V for "logits", 2 D for a "scalar"."""
     return 2 * config.embed_dim * (config.vocab_size if head == "logits" else 1)
+
+
+def attended_in_row(config: ModelConfig, length: int, platform: str | None) -> float:
+    """C of a row of S positions, on average: S, or for the TPU kernel, which skips blocks above the
+    diagonal, N (N + b) / 2 S where it pads the row to N in blocks of b."""
+    if kernel_of(config, platform, length) != "splash":
+        return length
+    block, count = splash_blocks(length)
+    padded = count * block
+    return padded * (padded + block) / 2 / length
 
 
 def forward_flops(
@@ -83,30 +70,40 @@ def forward_flops(
 ) -> float:
     """N (S layers (projections + attention over C) + O head).
 
-    Args:
-        config: the model.
-        sequences: N.
-        positions: S, of each sequence.
-        attended: C; without a cache see `attended_in_row`.
-        outputs: O, the positions of a sequence that have logits or a value.
-        head: "logits" or "scalar".
-        num_layers: those that are computed; None is all of the model.
+    `attended` is C, without a cache `attended_in_row`; `outputs` is O; `num_layers` are those that
+    are computed, None is all of the model.
     """
     depth = config.num_layers if num_layers is None else num_layers
     layer = projection_flops(config) + attention_flops(config, attended)
     return sequences * (positions * depth * layer + outputs * head_flops(config, head))
 
 
+# --- training -------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainedParts:
+    """Which parts of a network have gradients; by default all of it."""
+
+    trunk: int = 0  # the lowest layers: computed elsewhere
+    frozen_layers: int = 0  # the lowest above them: forward only
+    adapter_flops: int = 0  # of a layer, for one position; its kernels have no gradients then
+    head: bool = True  # the matrix of the outputs has
+
+
+ALL = TrainedParts()
+
+
 def recomputed_flops(config: ModelConfig, attended: float) -> float:
     """What the backward pass computes again of a layer, for one position, by the model's `remat`.
 
-    Nothing for "none"; the attention for "dots", which keeps the products with
-    parameters; for "full" all but the layer's last product, which nobody asks for again:
-    projections - 2 F D + attention.
+    Nothing for "none"; the attention for "dots", which keeps the products with parameters; for
+    "full" all but the layer's last product, which no gradient needs: projections - 2 F D +
+    attention.
     """
     c, attention = config, attention_flops(config, attended)
-    whole = projection_flops(c) - 2 * c.mlp_dim * c.embed_dim + attention
-    return {"none": 0, "dots": attention, "full": whole}[c.remat]
+    layer = projection_flops(c) - 2 * c.mlp_dim * c.embed_dim + attention
+    return {"none": 0, "dots": attention, "full": layer}[c.remat]
 
 
 def training_flops(
@@ -117,31 +114,32 @@ def training_flops(
     outputs: int,
     head: str,
     platform: str | None = None,
-    trained: Trained = ALL,
+    trained: TrainedParts = ALL,
 ) -> float:
     """Forward and backward: 3 x forward + what is computed again - what has no gradient.
 
     Each product y = x w costs two of the same size in the backward pass, dx = dy w' and
-    dw = x' dy; beside adapters kernels have no dw. Frozen layers below all that is trained have
-    neither, but in a stack (`scan_layers`) that holds trained ones as well: XLA computes their
-    gradients, too, and more than is counted here. The lowest layer of adapters needs a little less.
-    The TPU kernel of attention needs 7 for its 2, as it keeps no scores.
+    dw = x' dy; kernels with adapters have no dw. Frozen layers below all trained ones have neither.
+    In a stack (`scan_layers`) with trained ones XLA computes their gradients, too, which is more
+    than is counted here. The lowest layer of adapters needs a little less. The TPU kernel of
+    attention needs 7 products for its 2, as it keeps no scores.
     """
-    c, of = config, trained
+    c, adapters = config, trained.adapter_flops
     attended = attended_in_row(c, positions, platform)
-    where = dict(sequences=sequences, positions=positions, attended=attended, head=head)
-    depth = c.num_layers - of.trunk - of.frozen_layers
-    layers = sequences * positions * depth  # of all positions
-    below = forward_flops(c, outputs=0, num_layers=of.frozen_layers, **where)
-    forward = forward_flops(c, outputs=outputs, num_layers=depth, **where) + layers * of.adapters
-    without = layers * projection_flops(c) if of.adapters else 0
-    # Its own gradient, or that of a body without trained layers.
-    if not of.head or depth == 0:
-        without += sequences * outputs * head_flops(c, head)
-    again = recomputed_flops(c, attended) + (of.adapters if c.remat == "full" else 0)
+    projections, attention = projection_flops(c), attention_flops(c, attended)
+    depth = c.num_layers - trained.trunk - trained.frozen_layers
+    layer = 3 * (projections + attention + adapters) + recomputed_flops(c, attended)
+    if adapters:
+        layer += (adapters if c.remat == "full" else 0) - projections
     if kernel_of(c, platform, positions) == "splash":
-        again += 1.5 * attention_flops(c, attended)
-    return below + 3 * forward - without + layers * again
+        layer += 1.5 * attention
+    layers = depth * layer + trained.frozen_layers * (projections + attention)
+    # Two products: without its own gradient, or without that of a body that has no trained layers.
+    head_products = 3 if trained.head and depth else 2
+    return sequences * (positions * layers + outputs * head_products * head_flops(c, head))
+
+
+# --- the phases of an iteration -------------------------------------------------------------------
 
 
 def rollout_flops(
@@ -154,32 +152,28 @@ def rollout_flops(
     slots: int = 0,
     group: int = 0,
 ) -> float:
-    """Prompts through the policy, then T single tokens, each over the whole cache of P + T slots.
+    """Prefill of the prompts, then T single tokens, each over the whole cache of P + T positions.
 
-    With fewer `slots` than sequences, prompts that wait enter in groups, and each step is one of
-    all slots: as many steps as `slots.max_trip_counts` has.
+    With fewer `slots` than sequences, waiting prompts are admitted in groups, and each decode step
+    is one of all slots: as many steps as `continuous_batching.max_trip_counts` has.
 
-    The worst case: the decode loop ends earlier when every row has stopped, and accelerators leave
-    out blocks of the cache that hold nothing. Several samples of a
-    prompt share its pass, which is over the prompt alone.
+    The worst case: the decode loop ends earlier when every row has stopped, and accelerators skip
+    empty blocks of the cache. Several samples of a prompt share its prefill, which is over the
+    prompt alone.
     """
-    capacity, at_once = prompt_length + response_length, slots or sequences
-    prefill = functools.partial(
-        forward_flops, policy, positions=prompt_length, outputs=1, head="logits"
-    )
+    capacity, num_rows = prompt_length + response_length, slots or sequences
+    forward = functools.partial(forward_flops, policy, outputs=1, head="logits")
+    prefill = functools.partial(forward, positions=prompt_length)
     first = prefill(
-        sequences=at_once // samples_per_prompt,
+        sequences=num_rows // samples_per_prompt,
         attended=capacity if samples_per_prompt == 1 else prompt_length,
     )
-    token = forward_flops(
-        policy, sequences=at_once, positions=1, attended=capacity, outputs=1, head="logits"
-    )
-    if at_once == sequences:
-        return first + response_length * token
-    turns = max_trip_counts(sequences, at_once, group, response_length)
+    step = forward(sequences=num_rows, positions=1, attended=capacity)
+    if num_rows == sequences:
+        return first + response_length * step
+    trips = max_trip_counts(sequences, num_rows, group, response_length)
     refill = prefill(sequences=group // samples_per_prompt, attended=prompt_length)
-    later = turns[REFILLS] * (refill + turns[LATER] * token)
-    return first + turns[FIRST] * token + later
+    return first + trips[FIRST] * step + trips[REFILLS] * (refill + trips[LATER] * step)
 
 
 def scoring_flops(
@@ -201,32 +195,26 @@ def scoring_flops(
         policy: the policy and its reference.
         value: the critic; None without one.
         reward: the reward model; None where scores come from outside.
-        sequences: N.
-        prompt_length: P.
-        response_length: T.
-        logits_chunk: see `filled_outputs`.
-        policy_passes: 2 where the log-probs of the policy are computed beside the reference's.
-        platform: see `attention_kernels.kernel_of`.
-        trunks: of policy, critic and reward model the lowest layers that the rollout computed.
+        policy_passes: 2 where the policy's log-probs are computed as well as the reference's.
+        trunks: how many lowest layers of each of the three the rollout has computed.
     """
-    length = prompt_length + response_length
-    total = 0
-    for config, positions, head, chunk, trunk in (
-        *[(policy, length - 1, "logits", logits_chunk, trunks[0])] * policy_passes,
-        (value, length - 1, "scalar", 0, trunks[1]),
-        (reward, length, "scalar", 0, trunks[2]),
-    ):
-        if config is not None:
-            total += forward_flops(
-                config,
-                sequences=sequences,
-                positions=positions,
-                attended=attended_in_row(config, positions, platform),
-                outputs=filled_outputs(response_length, chunk),
-                head=head,
-                num_layers=config.num_layers - trunk,
-            )
-    return total
+    length, outputs = prompt_length + response_length, padded_outputs(response_length, logits_chunk)
+    passes = [(policy, length - 1, outputs, "logits", trunks[0])] * policy_passes
+    passes.append((value, length - 1, response_length, "scalar", trunks[1]))
+    passes.append((reward, length, response_length, "scalar", trunks[2]))
+    return sum(
+        forward_flops(
+            config,
+            sequences=sequences,
+            positions=positions,
+            attended=attended_in_row(config, positions, platform),
+            outputs=outputs,
+            head=head,
+            num_layers=config.num_layers - trunk,
+        )
+        for config, positions, outputs, head, trunk in passes
+        if config is not None
+    )
 
 
 def update_flops(
@@ -239,26 +227,28 @@ def update_flops(
     num_epochs: int,
     logits_chunk: int = 0,
     platform: str | None = None,
-    trained: Sequence[Trained] = (ALL, ALL),
+    trained: Sequence[TrainedParts] = (ALL, ALL),
 ) -> float:
     """num_epochs x (training of the policy + training of the critic) over P + T - 1 positions.
 
     The same for any number of minibatches and micro-batches. Logits in chunks are computed once
-    more in the backward pass. `trained` is what of policy and critic has gradients.
+    more in the backward pass. `trained` is of policy and critic.
     """
     positions = prompt_length + response_length - 1
-    where = dict(sequences=sequences, positions=positions, platform=platform)
-    outputs = filled_outputs(response_length, logits_chunk)
-    again = sequences * outputs * head_flops(policy, "logits") if logits_chunk else 0
-    total = training_flops(policy, head="logits", outputs=outputs, trained=trained[0], **where)
+    training = functools.partial(
+        training_flops, sequences=sequences, positions=positions, platform=platform
+    )
+    outputs = padded_outputs(response_length, logits_chunk)
+    total = training(policy, head="logits", outputs=outputs, trained=trained[0])
     if value is not None:
-        how = dict(head="scalar", outputs=response_length, trained=trained[1])
-        total += training_flops(value, **how, **where)
-    return num_epochs * (total + again)
+        total += training(value, head="scalar", outputs=response_length, trained=trained[1])
+    if logits_chunk:
+        total += sequences * outputs * head_flops(policy, "logits")
+    return num_epochs * total
 
 
-def filled_outputs(response_length: int, logits_chunk: int) -> int:
-    """Positions that have logits: T, filled up to whole chunks."""
+def padded_outputs(response_length: int, logits_chunk: int) -> int:
+    """Positions that have logits: T, padded to whole chunks."""
     if not logits_chunk:
         return response_length
     return math.prod(chunk_shape(response_length, logits_chunk))

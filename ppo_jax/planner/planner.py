@@ -1,7 +1,6 @@
-"""Whether a PPO iteration fits on some devices, and what it takes there; nothing is run.
+"""Memory and cost of one PPO iteration on a given topology, from compilation alone.
 
-The programs of the config are compiled for the devices, which may be described ones: libtpu
-compiles for any TPU topology on any machine.
+libtpu compiles for any TPU topology on any machine.
 """
 
 import dataclasses
@@ -22,15 +21,15 @@ from ppo_jax.distributed.runtime import disable_compilation_cache
 from ppo_jax.io.model_spec import ModelSpec
 from ppo_jax.pipeline.preflight import check_batch_rows, check_part, check_policy
 from ppo_jax.planner.chips import Chip, Roofline, find_chip, roofline
-from ppo_jax.planner.hlo.cost import ProgramCost, account
+from ppo_jax.planner.hlo.cost import ProgramCost, cost_analysis
 from ppo_jax.planner.phases import Models, Phase, phases, read_models
 
-# Several times as fast. Flops are the same and collectives nearly; two to four times as much is
-# read, and memory is another.
-FAST = {"exec_time_optimization_effort": -1.0}
-# libtpu looks for the chips of its machine and says so, unless it is told which they are; and it
-# wants to be the only one, which is for those who run on chips.
-ONLY_COMPILE = {
+# Compiles several times as fast. Flops are the same and collectives nearly; two to four times as
+# many bytes are read, and peaks differ.
+FAST_OPTIONS = {"exec_time_optimization_effort": -1.0}
+# Without these libtpu looks for chips of this machine and logs that there are none; and only one
+# process may load it.
+COMPILE_ONLY_ENV = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -44,7 +43,7 @@ class Target:
 
     name: str  # of the topology, or of the local devices
     devices: Sequence[jax.Device]  # may be described ones
-    chip: Chip | None  # None: no published figures, and no roofline
+    chip: Chip | None  # None without published figures
 
     @property
     def num_chips(self) -> float:
@@ -53,7 +52,7 @@ class Target:
 
     @property
     def memory(self) -> float:
-        """Bytes that a program may have on one device."""
+        """Bytes that a program can use on one device."""
         if self.chip:
             return self.chip.usable_bytes / self.chip.devices
         stats = self.devices[0].memory_stats() or {}
@@ -62,13 +61,13 @@ class Target:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Cost:
+class PhaseCost:
     """What one phase costs one device."""
 
     phase: Phase
-    account: ProgramCost | None  # None: the compiler refused, for want of memory
-    refusal: str = ""  # what it said
-    lies: Roofline | None = None  # the least seconds; None without figures of the chip
+    program_cost: ProgramCost | None  # None: the compiler refused, out of memory
+    refusal: str = ""  # its message
+    roofline: Roofline | None = None  # None without figures of the chip
     compile_seconds: float
 
 
@@ -80,37 +79,37 @@ class Plan:
     models: Models
     target: Target
     mesh: Mapping[str, int]
-    fast: bool  # compiled with `FAST`
-    costs: tuple[Cost, ...]  # of the phases
+    fast: bool  # compiled with `FAST_OPTIONS`
+    costs: tuple[PhaseCost, ...]
 
     @property
     def spare(self) -> float | None:
-        """Bytes that are left on a device at the highest peak; None where a phase was refused."""
-        if any(cost.account is None for cost in self.costs):
+        """Free bytes of a device at the highest peak; None where a phase was refused."""
+        if any(cost.program_cost is None for cost in self.costs):
             return None
-        return self.target.memory - max(cost.account.memory.peak for cost in self.costs)
+        return self.target.memory - max(cost.program_cost.memory.peak for cost in self.costs)
 
     @property
     def fits(self) -> bool:
-        """Whether every phase does."""
+        """Whether every phase fits."""
         return self.spare is not None and self.spare >= 0
 
     @property
     def seconds(self) -> float | None:
-        """The least time of an iteration: the phases follow each other."""
-        if any(cost.lies is None for cost in self.costs):
+        """The least time of an iteration: its phases run one after the other."""
+        if any(cost.roofline is None for cost in self.costs):
             return None
-        return sum(cost.lies.seconds for cost in self.costs)
+        return sum(cost.roofline.seconds for cost in self.costs)
 
     @property
-    def worst(self) -> Cost:
+    def peak_phase(self) -> PhaseCost:
         """The phase that needs the most memory."""
-        refused = [cost for cost in self.costs if cost.account is None]
-        return refused[0] if refused else max(self.costs, key=lambda c: c.account.memory.peak)
+        refused = [cost for cost in self.costs if cost.program_cost is None]
+        return refused[0] if refused else max(self.costs, key=lambda c: c.program_cost.memory.peak)
 
 
 def has_libtpu() -> bool:
-    """Whether there is a compiler for TPUs."""
+    """Whether the TPU compiler is installed."""
     return importlib.util.find_spec("libtpu") is not None
 
 
@@ -133,26 +132,26 @@ def find_target(topology: str | None) -> Target:
             chip = None
         return Target(name=f"local {kind}", devices=devices, chip=chip)
     chip = find_chip(topology)
-    jax.config.update("jax_platforms", "cpu")  # of this process; what is described is not there
-    os.environ.update(ONLY_COMPILE)
+    jax.config.update("jax_platforms", "cpu")  # the described devices are not there
+    os.environ.update(COMPILE_ONLY_ENV)
     disable_compilation_cache()
     try:
-        described = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+        description = topologies.get_topology_desc(platform="tpu", topology_name=topology)
     except Exception as error:
-        told = str(error).partition("\n")[0]
+        message = str(error).partition("\n")[0]
         raise ValueError(
             f"--topology must be one of its chip, '{chip.name}:2x2' for instance, got "
-            f"{topology!r}: {told}"
+            f"{topology!r}: {message}"
         ) from error
-    return Target(name=topology, devices=described.devices, chip=chip)
+    return Target(name=topology, devices=description.devices, chip=chip)
 
 
 def prepare(config: Config, target: Target) -> tuple[Models, Mesh, list[Phase]]:
-    """All that is checked of a config, before anything is compiled.
+    """(models, mesh, programs) of a config, checked before anything is compiled.
 
     Raises:
         ValueError: see `read_models`; a model lacks what is to be trained; the mesh does not fit
-            the devices or cannot cut a parameter or the batch.
+            the devices or cannot shard a parameter or the batch.
     """
     models, s = read_models(config), config.ppo
     check_policy("ppo", config, ModelSpec(kind="policy", config=models.policy, tokenizer=None))
@@ -182,26 +181,17 @@ def plan(settings: Mapping[str, Any], topology: str | None = None, *, fast: bool
 
 
 def make_plan(config: Config, target: Target, *, fast: bool = False) -> Plan:
-    """Compile the phases of an iteration and account for them.
-
-    Args:
-        config: of the run; its mesh is over the target's devices.
-        target: the devices.
-        fast: compile with less effort, see `FAST`; on TPUs alone.
-
-    Raises:
-        ValueError: see `prepare`.
-    """
+    """`plan` for a config and a target; raises what `prepare` raises."""
     return compile_plan(config, target, prepare(config, target), fast=fast)
 
 
 def compile_plan(
     config: Config, target: Target, prepared: tuple[Models, Mesh, list[Phase]], *, fast: bool
 ) -> Plan:
-    """`make_plan` of what `prepare` gave."""
+    """`make_plan` of a prepared config; `fast` only has an effect on TPUs."""
     models, mesh, programs = prepared
-    options = FAST if fast and target.devices[0].platform == "tpu" else {}
-    costs = [cost_of(phase, target, options) for phase in programs]
+    options = FAST_OPTIONS if fast and target.devices[0].platform == "tpu" else {}
+    costs = [compile_phase(phase, target, options) for phase in programs]
     return Plan(
         config=config,
         models=models,
@@ -212,22 +202,25 @@ def compile_plan(
     )
 
 
-def cost_of(phase: Phase, target: Target, options: Mapping[str, Any]) -> Cost:
-    """Compile one phase."""
+def compile_phase(phase: Phase, target: Target, options: Mapping[str, Any]) -> PhaseCost:
     print(f"compiling the {phase.name} ...", flush=True)
-    began = time.monotonic()
+    start = time.monotonic()
     try:
         compiled = phase.lower().compile(compiler_options=dict(options))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         refusal = str(error).partition("\n")[0].removeprefix("RESOURCE_EXHAUSTED: ")
-        seconds = time.monotonic() - began
-        return Cost(phase=phase, account=None, refusal=refusal, compile_seconds=seconds)
-    seconds = time.monotonic() - began
-    found = account(compiled, default_trips=phase.trips)
-    lies = roofline(found, target.chip) if target.chip else None
-    return Cost(phase=phase, account=found, lies=lies, compile_seconds=seconds)
+        seconds = time.monotonic() - start
+        return PhaseCost(phase=phase, program_cost=None, refusal=refusal, compile_seconds=seconds)
+    seconds = time.monotonic() - start
+    cost = cost_analysis(compiled, max_trip_counts=phase.max_trip_counts)
+    return PhaseCost(
+        phase=phase,
+        program_cost=cost,
+        roofline=roofline(cost, target.chip) if target.chip else None,
+        compile_seconds=seconds,
+    )
 
 
 # --- alternatives ---------------------------------------------------------------------------------
@@ -240,23 +233,23 @@ def alternatives(config: Config, text: str) -> list[Config]:
     """The config with other meshes or other ways to save memory.
 
     Args:
-        config: of the run.
+        config: the run.
         text: "data=1,fsdp=16;fsdp=4,model=4,remat=dots": alternatives between semicolons. Where
             one gives an axis of the mesh, the axes that it does not give are 1.
 
     Raises:
         ValueError: it is not of this form, or a value is not allowed.
     """
-    return [changed(config, piece) for piece in text.split(";")]
+    return [override(config, settings) for settings in text.split(";")]
 
 
-def changed(config: Config, text: str) -> Config:
+def override(config: Config, text: str) -> Config:
     """One of `alternatives`."""
     values: dict[str, dict[str, Any]] = {}
     for item in text.split(","):
         name, _, value = (part.strip() for part in item.partition("="))
-        whole = value.removeprefix("-").isdecimal()
-        if name not in SECTION or not (value if name == "remat" else whole):
+        is_integer = value.removeprefix("-").isdecimal()
+        if name not in SECTION or not (value if name == "remat" else is_integer):
             raise ValueError(
                 f"--compare must be like data=1,fsdp=16;fsdp=4,model=4,remat=dots with the names "
                 f"{list(SECTION)}, got {item.strip()!r}"
@@ -275,12 +268,9 @@ def compare(configs: Sequence[Config], target: Target) -> list[Plan]:
     """Plans of several configs, the best first: what fits, then the least time or memory."""
     prepared = [prepare(config, target) for config in configs]  # refuse before compiling
     plans = [
-        compile_plan(config, target, found, fast=True)
-        for config, found in zip(configs, prepared, strict=True)
+        compile_plan(config, target, programs, fast=True)
+        for config, programs in zip(configs, prepared, strict=True)
     ]
-
-    def order(plan: Plan):
-        refused = plan.spare is None
-        return not plan.fits, refused, plan.seconds or 0.0, -(plan.spare or 0.0)
-
-    return sorted(plans, key=order)
+    return sorted(
+        plans, key=lambda p: (not p.fits, p.spare is None, p.seconds or 0.0, -(p.spare or 0.0))
+    )

@@ -1,53 +1,53 @@
-"""A plan as a table, as JSON, and as the first thing to change where it does not fit."""
+"""A plan as a table and as JSON, and the first setting to change where it does not fit."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 
 from ppo_jax.io.model_spec import parameters_of
-from ppo_jax.planner.chips import utilisation
-from ppo_jax.planner.planner import Cost, Plan
+from ppo_jax.planner.chips import Roofline, utilisation
+from ppo_jax.planner.planner import PhaseCost, Plan
 
 GIB, GB, TERA = 2**30, 1e9, 1e12
 
 
 def response_tokens(plan: Plan) -> int:
-    """Of an iteration, at worst."""
+    """Of an iteration, in the worst case."""
     return plan.config.ppo.rollout_batch_size * plan.config.ppo.response_length
 
 
 def rates(plan: Plan, seconds: float | None, model_flops: float) -> dict[str, float | None]:
-    """What can be had at most, if a phase or an iteration takes so many seconds."""
+    """Throughput and MFU of a phase or an iteration that takes so many seconds."""
     if seconds is None:
         return {"tokens_per_second_per_chip": None, "model_flops_utilisation": None}
-    of_device = model_flops / len(plan.target.devices)
+    device_flops = model_flops / len(plan.target.devices)
     return {
         "tokens_per_second_per_chip": response_tokens(plan) / seconds / plan.target.num_chips,
-        "model_flops_utilisation": utilisation(of_device, seconds, plan.target.chip),
+        "model_flops_utilisation": utilisation(device_flops, seconds, plan.target.chip),
     }
 
 
-def phase_figures(plan: Plan, cost: Cost) -> dict[str, Any]:
+def phase_figures(plan: Plan, cost: PhaseCost) -> dict[str, Any]:
     """All figures of a phase, for JSON; a "chip" here is a jax device."""
-    if cost.account is None:
+    program, roofline = cost.program_cost, cost.roofline
+    if program is None:
         return {"fits": False, "refusal": cost.refusal, "compile_seconds": cost.compile_seconds}
-    found, memory, lies = cost.account, cost.account.memory, cost.lies
-    seconds = lies and lies.seconds
+    memory, seconds = program.memory, roofline and roofline.seconds
     return {
         "fits": memory.peak <= plan.target.memory,
         "argument_bytes_per_chip": memory.arguments,
-        "output_bytes_per_chip": memory.outputs - memory.aliased,  # besides donated arguments
+        "output_bytes_per_chip": memory.outputs - memory.aliased,  # but for donated arguments
         "temporary_bytes_per_chip": memory.temporaries,
         "peak_bytes_per_chip": memory.peak,
-        "flops_per_chip": found.flops,
-        "analytic_flops_ratio": found.flops * len(plan.target.devices) / cost.phase.flops,
-        "attention_kernel_calls": found.attention_kernels,
-        "bytes_accessed_per_chip": found.bytes_accessed,
-        "collectives": {kind: sent._asdict() for kind, sent in found.collectives.items()},
-        "roofline_seconds": lies and lies._asdict(),
+        "flops_per_chip": program.flops,
+        "analytic_flops_ratio": program.flops * len(plan.target.devices) / cost.phase.flops,
+        "attention_kernel_calls": program.attention_kernels,
+        "bytes_accessed_per_chip": program.bytes_accessed,
+        "collectives": {kind: sent._asdict() for kind, sent in program.collectives.items()},
+        "roofline_seconds": roofline and roofline._asdict(),
         "seconds": seconds,
-        "bound": lies and lies.bound,
+        "bound": roofline and roofline.bound,
         **rates(plan, seconds, cost.phase.model_flops),
         "compile_seconds": cost.compile_seconds,
     }
@@ -56,7 +56,7 @@ def phase_figures(plan: Plan, cost: Cost) -> dict[str, Any]:
 def figures(plan: Plan) -> dict[str, Any]:
     """All figures of a plan, for JSON."""
     model_flops = sum(cost.phase.model_flops for cost in plan.costs)
-    accounts = [cost.account for cost in plan.costs if cost.account]
+    programs = [cost.program_cost for cost in plan.costs if cost.program_cost]
     return {
         "fits": plan.fits,
         "change_first": None if plan.fits else first_change(plan),
@@ -69,8 +69,8 @@ def figures(plan: Plan) -> dict[str, Any]:
         "spare_bytes_per_chip": plan.spare,
         "phases": {cost.phase.name: phase_figures(plan, cost) for cost in plan.costs},
         "iteration": {
-            "peak_bytes_per_chip": max((a.memory.peak for a in accounts), default=None),
-            "flops_per_chip": sum(a.flops for a in accounts),
+            "peak_bytes_per_chip": max((p.memory.peak for p in programs), default=None),
+            "flops_per_chip": sum(p.flops for p in programs),
             "seconds": plan.seconds,
             **rates(plan, plan.seconds, model_flops),
             "compile_seconds": sum(cost.compile_seconds for cost in plan.costs),
@@ -98,10 +98,10 @@ ROWS = (
 )
 
 
-def cell(value: Any, unit: float = 1) -> str:
+def format_value(value: Any, unit: float = 1) -> str:
     """A number with three digits, or all before the point.
 
-    >>> cell(12.345), cell(4.5e9, GB), cell(123456.7), cell(None)
+    >>> format_value(12.345), format_value(4.5e9, GB), format_value(123456.7), format_value(None)
     ('12.3', '4.5', '123,457', '-')
     """
     if value is None or isinstance(value, str):
@@ -112,54 +112,54 @@ def cell(value: Any, unit: float = 1) -> str:
 
 def table(plan: Plan) -> list[str]:
     """The figures of a plan as lines of text, its verdict last."""
-    found = figures(plan)
-    columns = [*found["phases"].values(), found["iteration"]]
-    rows = [("a device", *found["phases"], "iteration")]
+    values = figures(plan)
+    columns = [*values["phases"].values(), values["iteration"]]
+    rows = [("a device", *values["phases"], "iteration")]
     for label, key, unit in ROWS:
-        rows.append((label, *(cell(column.get(key), unit) for column in columns)))
+        rows.append((label, *(format_value(column.get(key), unit) for column in columns)))
         if key == "bytes_accessed_per_chip":
             rows += collective_rows(columns)
         if key == "bound":
             rows += roofline_rows(columns)
-    return [*heading(plan), "", *aligned(rows), "", verdict(plan)]
+    return [*heading(plan), "", *align_columns(rows), "", verdict(plan)]
 
 
 def collective_rows(columns: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """How often, and how much one device sends, kind by kind."""
-    kinds = sorted({kind for column in columns for kind in column.get("collectives", ())})
+    """Count and bytes sent by one device, for each kind of collective."""
+    collectives = [column.get("collectives", {}) for column in columns]
 
-    def sent(column: dict[str, Any], kind: str) -> str:
-        found = column.get("collectives", {}).get(kind)
-        return f"{found['count']:,.0f}: {cell(found['bytes'], GB)}" if found else ""
+    def text(sent: dict[str, float] | None) -> str:
+        return f"{sent['count']:,.0f}: {format_value(sent['bytes'], GB)}" if sent else ""
 
-    return [(f"{kind}, count: GB", *(sent(c, kind) for c in columns)) for kind in kinds]
+    return [
+        (f"{kind}, count: GB", *(text(kinds.get(kind)) for kinds in collectives))
+        for kind in sorted(set().union(*collectives))
+    ]
 
 
 def roofline_rows(columns: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
     """The seconds of each of the three bounds."""
-    bounds = ("compute", "hbm", "ici")
-    lines = [column.get("roofline_seconds") for column in columns]
-    if not any(lines):
+    rooflines = [column.get("roofline_seconds") for column in columns]
+    if not any(rooflines):
         return []
-    return [(f"  by {b}, s", *(cell(x[b]) if x else "" for x in lines)) for b in bounds]
+    return [
+        (f"  by {bound}, s", *(format_value(x[bound]) if x else "" for x in rooflines))
+        for bound in Roofline._fields
+    ]
 
 
 def heading(plan: Plan) -> list[str]:
-    """What is planned, and how much the figures are worth."""
-    target = plan.target
-    count = f"{len(target.devices)} device{'s' if len(target.devices) > 1 else ''}"
+    """What is planned, and how the figures were obtained."""
+    target, models = plan.target, plan.models
+    devices = f"{len(target.devices)} device{'s' if len(target.devices) > 1 else ''}"
     mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
-    sizes = {
-        name: sum(x.size for x in jax.tree.leaves(parameters_of(kind, config)))
-        for name, kind, config in (
-            ("policy", "policy", plan.models.policy),
-            ("critic", "reward", plan.models.critic),
-            ("reward model", "reward", plan.models.reward),
-        )
-        if config
-    }
+    parameters = {"policy": parameters_of("policy", models.policy)}
+    for name, config in (("critic", models.critic), ("reward model", models.reward)):
+        if config:
+            parameters[name] = parameters_of("reward", config)
+    sizes = {k: sum(x.size for x in jax.tree.leaves(v)) for k, v in parameters.items()}
     lines = [
-        f"{count} ({target.name}), {target.memory / GIB:.2f} GiB each; "
+        f"{devices} ({target.name}), {target.memory / GIB:.2f} GiB each; "
         f"mesh {mesh}; remat {plan.config.model.remat}",
         "parameters: " + ", ".join(f"{name} {n / 1e6:,.0f}M" for name, n in sizes.items()),
         "computed from the compiled programs, not run; responses of full length",
@@ -171,33 +171,29 @@ def heading(plan: Plan) -> list[str]:
             "where lengths differ, a rollout ends sooner"
         )
     if plan.fast:
-        lines.append("compiled with less effort: more is read than will be, and memory is another")
+        lines.append("compiled with less effort: too many bytes are read, and peaks differ")
     if target.chip is None:
         lines.append("no published figures of these devices: no seconds")
     return lines
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of cells as lines, the first column on the left."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+def align_columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of cells as lines; the first column is left-aligned, the others right-aligned."""
+    first, *widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
-        "  ".join(
-            x.ljust(w) if i == 0 else x.rjust(w)
-            for i, (x, w) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
+        "  ".join([row[0].ljust(first), *map(str.rjust, row[1:], widths)]).rstrip() for row in rows
     ]
 
 
 def verdict(plan: Plan) -> str:
     """Fits or not, by how much, and what to change first if not."""
-    memory, worst = plan.target.memory / GIB, plan.worst
+    memory, peak = plan.target.memory / GIB, plan.peak_phase
     if plan.fits:
-        return f"fits: {plan.spare / GIB:.2f} of {memory:.2f} GiB are left ({worst.phase.name})"
+        return f"fits: {plan.spare / GIB:.2f} of {memory:.2f} GiB are left ({peak.phase.name})"
     if plan.spare is None:
-        why = f"the compiler refuses {worst.phase.name}: {worst.refusal}"
+        why = f"the compiler refuses {peak.phase.name}: {peak.refusal}"
     else:
-        why = f"{worst.phase.name} needs {-plan.spare / GIB:.2f} GiB more than {memory:.2f}"
+        why = f"{peak.phase.name} needs {-plan.spare / GIB:.2f} GiB more than {memory:.2f}"
     return f"does not fit: {why}\nfirst change: {first_change(plan)}"
 
 
@@ -206,79 +202,66 @@ def comparison(plans: Sequence[Plan]) -> list[str]:
     rows = [("data,fsdp,model", "remat", "micro", "peak, GiB", "s at least", "bounds", "fits")]
     for plan in plans:
         peak = None if plan.spare is None else plan.target.memory - plan.spare
-        bounds = "/".join(c.lies.bound if c.lies else "-" for c in plan.costs)
+        bounds = "/".join(c.roofline.bound if c.roofline else "-" for c in plan.costs)
         rows.append(
             (
                 ",".join(str(size) for size in plan.mesh.values()),
                 plan.config.model.remat,
                 str(plan.config.ppo.num_micro_batches),
-                cell(peak, GIB),
-                cell(plan.seconds),
+                format_value(peak, GIB),
+                format_value(plan.seconds),
                 bounds,
                 "yes" if plan.fits else "no",
             )
         )
-    return aligned(rows)
+    return align_columns(rows)
 
 
 # --- what to change -------------------------------------------------------------------------------
 
 
 def first_change(plan: Plan) -> str:
-    """The change that costs least of those that help the phase that needs most.
+    """The cheapest change that helps the phase with the highest peak.
 
-    State and frozen parameters that take half of the memory come first; then what is temporary.
+    State and frozen parameters come first if they take half of the memory; then temporaries.
     """
-    arguments = max((c.account.memory.arguments for c in plan.costs if c.account), default=0)
+    programs = [cost.program_cost for cost in plan.costs if cost.program_cost]
+    arguments = max((p.memory.arguments for p in programs), default=0)
     if arguments > plan.target.memory / 2:
-        tries: tuple[Callable[[Plan], str | None], ...] = (no_copies, smaller_frozen)
+        names = ("fsdp", "frozen_dtype")
+    elif plan.peak_phase.phase.name == "update":
+        names = ("micro_batches", "remat", "model", "responses")
     else:
-        tries = {
-            "rollout": (wider_model, fewer_responses),
-            "scoring": (wider_model, fewer_responses),
-            "update": (more_pieces, more_remat, wider_model, fewer_responses),
-        }[plan.worst.phase.name]
-    return next((told for told in (one(plan) for one in tries) if told), "more devices")
+        names = ("model", "responses")
+    changes = possible_changes(plan)
+    return next((changes[name] for name in names if name in changes), "more devices")
 
 
-def no_copies(plan: Plan) -> str | None:
-    data, fsdp = plan.mesh["data"], plan.mesh["fsdp"]
-    if data == 1:
-        return None
-    return f"mesh.data=1 and mesh.fsdp={data * fsdp}: every copy of the state but one goes"
-
-
-def smaller_frozen(plan: Plan) -> str | None:
-    if plan.config.model.frozen_dtype == "bfloat16":
-        return None
-    return "model.frozen_dtype=bfloat16: halves what is not trained, as reference and reward model"
-
-
-def wider_model(plan: Plan) -> str | None:
-    model, fsdp, heads = plan.mesh["model"], plan.mesh["fsdp"], plan.models.policy.num_kv_heads
-    if fsdp % 2 or heads % (2 * model) or plan.models.policy.vocab_size % (2 * model):
-        return None
-    return (
-        f"mesh.model={2 * model} and mesh.fsdp={fsdp // 2}: halves the policy's copy in the "
-        "rollout, the KV cache and the logits of a row"
-    )
-
-
-def fewer_responses(plan: Plan) -> str | None:
-    s, rows = plan.config.ppo, plan.mesh["data"] * plan.mesh["fsdp"]
-    if s.rollout_batch_size % (2 * rows * s.num_minibatches * s.num_micro_batches):
-        return None
-    return f"ppo.rollout_batch_size={s.rollout_batch_size // 2}: half of the rows a device"
-
-
-def more_pieces(plan: Plan) -> str | None:
-    s, rows = plan.config.ppo, plan.mesh["data"] * plan.mesh["fsdp"]
-    if s.rollout_batch_size % (2 * rows * s.num_minibatches * s.num_micro_batches):
-        return None
-    return f"ppo.num_micro_batches={2 * s.num_micro_batches}: half of the activations at a time"
-
-
-def more_remat(plan: Plan) -> str | None:
-    if plan.config.model.remat == "full":
-        return None
-    return "model.remat=full: only each layer's input is kept for the backward pass"
+def possible_changes(plan: Plan) -> dict[str, str]:
+    """The settings that can save memory, with what they save."""
+    ppo, policy, model = plan.config.ppo, plan.models.policy, plan.config.model
+    data, fsdp, tensor = (plan.mesh[axis] for axis in ("data", "fsdp", "model"))
+    changes = {}
+    if data > 1:
+        changes["fsdp"] = (
+            f"mesh.data=1 and mesh.fsdp={data * fsdp}: shards the state that data replicates"
+        )
+    if model.frozen_dtype != "bfloat16":
+        changes["frozen_dtype"] = (
+            "model.frozen_dtype=bfloat16: halves frozen parameters, as reference and reward model"
+        )
+    if model.remat != "full":
+        changes["remat"] = "model.remat=full: only each layer's input is kept for the backward pass"
+    if not (fsdp % 2 or policy.num_kv_heads % (2 * tensor) or policy.vocab_size % (2 * tensor)):
+        changes["model"] = (
+            f"mesh.model={2 * tensor} and mesh.fsdp={fsdp // 2}: halves the policy's copy in the "
+            "rollout, the KV cache and the logits of a row"
+        )
+    if not ppo.rollout_batch_size % (2 * data * fsdp * ppo.num_minibatches * ppo.num_micro_batches):
+        changes["micro_batches"] = (
+            f"ppo.num_micro_batches={2 * ppo.num_micro_batches}: half of the activations at a time"
+        )
+        changes["responses"] = (
+            f"ppo.rollout_batch_size={ppo.rollout_batch_size // 2}: half of the rows a device"
+        )
+    return changes

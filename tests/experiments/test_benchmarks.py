@@ -16,11 +16,11 @@ def benchmark(*arguments):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize(("arguments", "told"), [((), "got none"), (("roll",), "got 'roll'")])
-def test_an_unknown_subcommand_is_told_the_known_ones(arguments, told):
+@pytest.mark.parametrize(("arguments", "message"), [((), "got none"), (("roll",), "got 'roll'")])
+def test_an_unknown_subcommand_lists_the_known_ones(arguments, message):
     ended = run_script("benchmark", *arguments)
     assert (ended.code, ended.out) == (2, "")
-    assert ended.err.strip().endswith(told) and "'scaling'" in ended.err
+    assert ended.err.strip().endswith(message) and "'scaling'" in ended.err
 
 
 TINY = ["--hidden=16", "--layers=1", "--heads=2", "--vocab=64", "--batch=4", "--prompt-len=4"]
@@ -36,15 +36,15 @@ def last_line(done):
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_an_iteration_tells_all_of_its_figures(family):
     scanned = ["--scan-layers"] if family == "llama" else []
-    found = last_line(benchmark("iteration", f"--family={family}", *scanned, *TINY))
+    report = last_line(benchmark("iteration", f"--family={family}", *scanned, *TINY))
     promised = (
         "cpu_seconds_per_iter wall_seconds_per_iter rollout_cpu_seconds score_cpu_seconds "
         "update_cpu_seconds rollout_tokens_per_cpu_second update_matmul_utilisation peak_rss_mb "
         "compile_seconds model_flops matmul_peak_flops utilisation"
     )
-    assert all(found[name] > 0 for name in promised.split())
-    assert found["arguments"]["family"] == family and found["arguments"]["response_len"] == 8
-    assert found["arguments"]["scan_layers"] == (family == "llama")
+    assert all(report[name] > 0 for name in promised.split())
+    assert report["arguments"]["family"] == family and report["arguments"]["response_len"] == 8
+    assert report["arguments"]["scan_layers"] == (family == "llama")
 
 
 @pytest.mark.slow
@@ -58,21 +58,21 @@ def test_a_profile_tells_the_share_of_matrix_products():
 
 @pytest.mark.slow
 def test_slots_stand_beside_static_batches():
-    found = last_line(benchmark("rollout", "--lengths=geometric:4", "--num-prompts=12", *TINY))
-    assert 12 <= found["useful_tokens"] <= 12 * 8 and found["cpu_seconds"] > 0
-    assert 3 < found["decode_steps_of_static_batches"] <= 3 * 8
-    assert found["times_the_useful_tokens_of_static_batches"] > 0
+    report = last_line(benchmark("rollout", "--lengths=geometric:4", "--num-prompts=12", *TINY))
+    assert 12 <= report["useful_tokens"] <= 12 * 8 and report["cpu_seconds"] > 0
+    assert 3 < report["decode_steps_of_static_batches"] <= 3 * 8
+    assert report["times_the_useful_tokens_of_static_batches"] > 0
 
 
 @pytest.mark.slow
 def test_packed_rows_stand_beside_single_ones():
-    found = last_line(benchmark("update", "--lengths=geometric:3", "--num-micro-batches=2", *TINY))
-    assert 4 <= found["useful_tokens"] <= 4 * 8 and found["single_cpu_seconds"] > 0
-    assert found["times_the_cpu_seconds_of_single_rows"] > 0
+    report = last_line(benchmark("update", "--lengths=geometric:3", "--num-micro-batches=2", *TINY))
+    assert 4 <= report["useful_tokens"] <= 4 * 8 and report["single_cpu_seconds"] > 0
+    assert report["times_the_cpu_seconds_of_single_rows"] > 0
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--lengths=normal:3"], "below --vocab (64), got 'normal:3'"),
         (["--lengths=geometric:64"], "below --vocab (64), got 'geometric:64'"),
@@ -82,22 +82,22 @@ def test_packed_rows_stand_beside_single_ones():
         (["--threads=4096"], "--threads must be at most"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(arguments, told):
+def test_what_cannot_be_measured_is_refused(arguments, message):
     ended = run_script("benchmark", "rollout", *TINY, *arguments)
-    assert ended.code == 2 and told in ended.err and "Traceback" not in ended.err
+    assert ended.code == 2 and message in ended.err and "Traceback" not in ended.err
 
 
 @pytest.mark.parametrize(
-    ("subcommand", "told"),
+    ("subcommand", "message"),
     [("iteration", "--lengths must be fixed"), ("update", "--num-micro-batches must be > 1")],
 )
-def test_lengths_that_cannot_be_measured_are_refused(subcommand, told):
+def test_lengths_that_cannot_be_measured_are_refused(subcommand, message):
     ended = run_script("benchmark", subcommand, *TINY, "--lengths=geometric:4")
-    assert ended.code == 2 and told in ended.err and "Traceback" not in ended.err
+    assert ended.code == 2 and message in ended.err and "Traceback" not in ended.err
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--chips=5"], "--chips must be powers of two from 4 to 256, got '5'"),
         (["--chips="], "--chips must be powers of two"),
@@ -105,9 +105,9 @@ def test_lengths_that_cannot_be_measured_are_refused(subcommand, told):
         (["--plot=none/x.png"], "--plot must be in a folder that exists, got 'none/x.png'"),
     ],
 )
-def test_what_cannot_be_compiled_is_refused_at_once(arguments, told):
+def test_what_cannot_be_compiled_is_refused_at_once(arguments, message):
     ended = run_script("benchmark", "scaling", "--config=configs/pod.py", *arguments)
-    assert ended.code == 2 and told in ended.err and "Traceback" not in ended.err
+    assert ended.code == 2 and message in ended.err and "Traceback" not in ended.err
 
 
 def test_every_subcommand_tells_its_flags():

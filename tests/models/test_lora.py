@@ -14,7 +14,7 @@ from ppo_jax.models.build import policy_network, reward_network
 from ppo_jax.models.lora import TARGETS, init_lora, merge_lora, split_lora
 from ppo_jax.models.partition import split_params, stack_layers, start_layer, unstack_layers
 from ppo_jax.pipeline.preflight import check_part
-from ppo_jax.planner.hlo import cost as programs
+from ppo_jax.planner.hlo.cost import cost_analysis
 from tests.support import tiny
 
 ALPHA, RANK = 6.0, 4
@@ -203,7 +203,7 @@ def test_no_gradient_of_a_frozen_kernel_is_computed(scan_layers, remat):
             return (apply(merge_params(frozen, trained), tokens, mask, first_output=6) ** 2).sum()
 
         compiled = tiny.jit(jax.grad(loss)).lower(parts.trained, parts.frozen).compile()
-        return programs.account(compiled).flops
+        return cost_analysis(compiled).flops
 
     assert flops("lora") < 0.72 * flops("all")
 

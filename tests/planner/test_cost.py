@@ -1,4 +1,4 @@
-"""Costs of compiled programs: loops count by their turns, collectives by what a chip sends."""
+"""Costs of compiled programs: loops count by their trips, collectives by what a chip sends."""
 
 import dataclasses
 import math
@@ -13,7 +13,7 @@ from ppo_jax.algorithms import supervised as steps
 from ppo_jax.distributed import layout as sharding
 from ppo_jax.models.build import policy_network
 from ppo_jax.planner.flops import training_flops
-from ppo_jax.planner.hlo import cost as programs
+from ppo_jax.planner.hlo.cost import ProgramCost, Sent, cost_analysis, hlo_cost
 from tests.support import tiny
 
 
@@ -21,8 +21,8 @@ def shape(*dims, dtype=jnp.float32, sharding=None):
     return jax.ShapeDtypeStruct(dims, dtype, sharding=sharding)
 
 
-def account(function, *args, **options):
-    return programs.account(jax.jit(function).lower(*args).compile(), **options)
+def cost_of(function, *args, **options):
+    return cost_analysis(jax.jit(function).lower(*args).compile(), **options)
 
 
 def row_of_devices(size=8):
@@ -31,7 +31,7 @@ def row_of_devices(size=8):
 
 
 def test_a_product_counts_twice_its_multiplications_and_its_three_matrices():
-    cost = account(lambda x, w: x @ w, shape(32, 64), shape(64, 16))
+    cost = cost_of(lambda x, w: x @ w, shape(32, 64), shape(64, 16))
     assert cost.flops == 2 * 32 * 64 * 16
     assert cost.bytes_accessed == 4 * (32 * 64 + 64 * 16 + 32 * 16)
     assert not cost.collectives
@@ -40,7 +40,7 @@ def test_a_product_counts_twice_its_multiplications_and_its_three_matrices():
 
 
 def test_batched_and_transposed_products_and_convolutions():
-    cost = account(lambda x, w: jnp.einsum("bhsk,bhck->bhsc", x, w), *[shape(2, 3, 8, 4)] * 2)
+    cost = cost_of(lambda x, w: jnp.einsum("bhsk,bhck->bhsc", x, w), *[shape(2, 3, 8, 4)] * 2)
     assert cost.flops == 2 * (2 * 3 * 8 * 8) * 4
     filters = shape(5, 5, 4, 6)
 
@@ -48,11 +48,11 @@ def test_batched_and_transposed_products_and_convolutions():
         dims = ("NHWC", "HWIO", "NHWC")
         return jax.lax.conv_general_dilated(x, w, (1, 1), "VALID", dimension_numbers=dims)
 
-    assert account(convolve, shape(2, 9, 9, 4), filters).flops == 2 * (2 * 5 * 5 * 6) * (5 * 5 * 4)
+    assert cost_of(convolve, shape(2, 9, 9, 4), filters).flops == 2 * (2 * 5 * 5 * 6) * (5 * 5 * 4)
 
 
 def test_elementwise_operations_have_bytes_but_no_flops():
-    cost = account(lambda x: jnp.tanh(x) + 1, shape(128, 128))
+    cost = cost_of(lambda x: jnp.tanh(x) + 1, shape(128, 128))
     assert cost.flops == 0
     assert cost.bytes_accessed == 4 * 2 * 128 * 128
 
@@ -63,14 +63,14 @@ def layer(x, w):
 
 def test_a_scanned_stack_costs_what_the_unrolled_one_does():
     """Per chip of eight, with a gather of each layer's weights. In bytes the loop adds only its
-    counter and copies of what it carries, a tenth or two: each turn reads its slice of the stack,
+    counter and copies of its carry, a tenth or two: each trip reads its slice of the stack,
     which the unrolled program reads as well."""
     mesh = row_of_devices(4)
 
     def pinned(x, w):
-        lies = [jax.NamedSharding(mesh, spec) for spec in (P("a", None), P())]
-        x, w = map(jax.lax.with_sharding_constraint, (x, w), lies)
-        return jax.lax.with_sharding_constraint(jnp.tanh(x @ w), lies[0]), None
+        shardings = [jax.NamedSharding(mesh, spec) for spec in (P("a", None), P())]
+        x, w = map(jax.lax.with_sharding_constraint, (x, w), shardings)
+        return jax.lax.with_sharding_constraint(jnp.tanh(x @ w), shardings[0]), None
 
     def unrolled(x, ws):
         for i in range(6):
@@ -81,23 +81,23 @@ def test_a_scanned_stack_costs_what_the_unrolled_one_does():
         shape(64, 128, sharding=jax.NamedSharding(mesh, P("a", None))),
         shape(6, 128, 128, sharding=jax.NamedSharding(mesh, P(None, "b", None))),
     ]
-    scanned = account(lambda x, ws: jax.lax.scan(pinned, x, ws)[0], *args)
-    plain = account(unrolled, *args)
+    scanned = cost_of(lambda x, ws: jax.lax.scan(pinned, x, ws)[0], *args)
+    plain = cost_of(unrolled, *args)
     assert scanned.flops == plain.flops == 6 * 2 * 32 * 128 * 128
     assert dict(scanned.collectives) == dict(plain.collectives)
     assert scanned.collectives == {"all-gather": (6, 6 * 3 * 4 * 32 * 128)}
     assert scanned.bytes_accessed == pytest.approx(plain.bytes_accessed, rel=0.2)
 
 
-def test_of_a_stack_each_turn_reads_one_layer():
-    """64 layers of 64 x 64: to count the whole stack every turn would be 64 times as much."""
-    cost = account(lambda x, ws: jax.lax.scan(layer, x, ws)[0], shape(8, 64), shape(64, 64, 64))
+def test_each_trip_reads_one_layer_of_a_stack():
+    """64 layers of 64 x 64: to count the whole stack on every trip would be 64 times as much."""
+    cost = cost_of(lambda x, ws: jax.lax.scan(layer, x, ws)[0], shape(8, 64), shape(64, 64, 64))
     weights = 4 * 64 * 64 * 64
     assert weights < cost.bytes_accessed < 4 * weights
 
 
 def test_a_cache_is_written_where_it_changes():
-    """One row of 1024 is new each turn: the cache is neither read nor written as a whole."""
+    """One row of 1024 is new in each trip: the cache is neither read nor written as a whole."""
 
     def fill(cache, rows):
         def write(i, cache):
@@ -106,19 +106,19 @@ def test_a_cache_is_written_where_it_changes():
         return jax.lax.fori_loop(0, 100, write, cache)
 
     lowered = jax.jit(fill, donate_argnums=0).lower(shape(1024, 64), shape(1, 64))
-    assert programs.account(lowered.compile()).bytes_accessed < 100 * 10 * 4 * 64
+    assert cost_analysis(lowered.compile()).bytes_accessed < 100 * 10 * 4 * 64
 
 
 def test_loops_in_loops_multiply():
     def inner(x, w):
         return jax.lax.fori_loop(0, 5, lambda i, x: x @ w, x), None
 
-    cost = account(lambda x, ws: jax.lax.scan(inner, x, ws)[0], shape(8, 16), shape(3, 16, 16))
+    cost = cost_of(lambda x, ws: jax.lax.scan(inner, x, ws)[0], shape(8, 16), shape(3, 16, 16))
     assert cost.flops == 3 * 5 * 2 * 8 * 16 * 16
 
 
 def decode(x, w):
-    """Ends after 20 turns or when nothing is left, as the decode loop does."""
+    """Ends after 20 trips or when nothing is left, as the decode loop does."""
 
     def going_on(carry):
         return (carry[0] < 20) & (carry[1] > 0).any()
@@ -126,14 +126,14 @@ def decode(x, w):
     return jax.lax.while_loop(going_on, lambda c: (c[0] + 1, layer(c[1], w)[0]), (0, x))
 
 
-def test_a_loop_that_its_data_end_takes_the_turns_that_are_given():
+def test_a_data_dependent_loop_takes_the_given_trip_count():
     args = shape(4, 32), shape(32, 32)
-    assert account(decode, *args, default_trips=20).flops == 20 * 2 * 4 * 32 * 32
-    with pytest.raises(ValueError, match=r"'jit\(decode\)/while' ends when its data say so"):
-        account(decode, *args)
+    assert cost_of(decode, *args, max_trip_counts=20).flops == 20 * 2 * 4 * 32 * 32
+    with pytest.raises(ValueError, match=r"'jit\(decode\)/while' depends on data: give"):
+        cost_of(decode, *args)
 
 
-def test_loops_that_their_data_end_are_told_apart_by_name_scopes():
+def test_data_dependent_loops_are_matched_by_name_scope():
     def twice(x, w):
         with jax.named_scope("first"):
             x = decode(x, w)[1]
@@ -146,15 +146,15 @@ def test_loops_that_their_data_end_are_told_apart_by_name_scopes():
             return decode(x, w)[1]
 
     args, product = (shape(4, 32), shape(32, 32)), 2 * 4 * 32 * 32
-    turns = {"first": 20, "outer": 3, "inner": 2.5}
-    assert account(twice, *args, default_trips=turns).flops == (20 + 3 * 2.5) * product
-    with pytest.raises(ValueError, match="'jit.twice./outer/while.* ends when its data say so"):
-        account(twice, *args, default_trips={"first": 20})
+    counts = {"first": 20, "outer": 3, "inner": 2.5}
+    assert cost_of(twice, *args, max_trip_counts=counts).flops == (20 + 3 * 2.5) * product
+    with pytest.raises(ValueError, match="'jit.twice./outer/while.* depends on data: give"):
+        cost_of(twice, *args, max_trip_counts={"first": 20})
 
 
 @pytest.mark.parametrize(("end", "step"), [(7, 1), (12, 3), (5, 1)])
-def test_turns_are_found_where_the_compiler_does_not_write_them(end, step):
-    """TPU programs have no counts: the counter, its start, its step and its end tell."""
+def test_trip_counts_are_found_where_the_compiler_does_not_write_them(end, step):
+    """TPU programs have none: they follow from the counter's start, step and end."""
 
     def f(x, w):
         def body(carry):
@@ -166,15 +166,15 @@ def test_turns_are_found_where_the_compiler_does_not_write_them(end, step):
     bare = re.sub(r", backend_config=\{.*?\}(?=\n|$)", "", text)
     assert "known_trip_count" in text and "known_trip_count" not in bare
     expected = math.ceil((end - 1) / step) * 2 * 8 * 16 * 16
-    assert programs.account_of_text(text).flops == expected
-    assert programs.account_of_text(bare).flops == expected
+    assert hlo_cost(text).flops == expected
+    assert hlo_cost(bare).flops == expected
 
 
 def test_of_branches_the_costliest_counts():
     def f(p, x, w):
         return jax.lax.cond(p, lambda: x @ w @ w, lambda: x @ w)
 
-    assert account(f, shape(dtype=bool), shape(8, 16), shape(16, 16)).flops == 2 * 2 * 8 * 16 * 16
+    assert cost_of(f, shape(dtype=bool), shape(8, 16), shape(16, 16)).flops == 2 * 2 * 8 * 16 * 16
 
 
 COLLECTIVES = {
@@ -203,23 +203,21 @@ def test_collectives_count_what_a_chip_sends(kind, n):
     mesh = row_of_devices(n)
     specs = dict(in_specs=P(("a", "b")), out_specs=P(("a", "b")))
     program = jax.shard_map(function, mesh=mesh, check_vma=False, **specs)
-    cost = account(program, shape(64, 16))
+    cost = cost_of(program, shape(64, 16))
     assert dict(cost.collectives) == {kind: (1, sent(n, 4 * 8 * 16))}
     assert cost.collective_bytes == sent(n, 4 * 8 * 16)
 
 
-def test_accounts_add_up():
-    one = programs.ProgramCost(flops=1, collectives={"all-gather": programs.Sent(1, 10.0)})
-    two = one.plus(one, 3).plus(
-        programs.ProgramCost(collectives={"all-reduce": programs.Sent(2, 5.0)})
-    )
+def test_costs_add_up():
+    one = ProgramCost(flops=1, collectives={"all-gather": Sent(1, 10.0)})
+    two = one.plus(one, 3).plus(ProgramCost(collectives={"all-reduce": Sent(2, 5.0)}))
     assert two.flops == 4
     assert two.collectives == {"all-gather": (4, 40.0), "all-reduce": (2, 5.0)}
     assert two.collective_bytes == 45
 
 
 def sft_gradient(config, mesh_sizes, sequences=8, length=17):
-    """The account of one gradient of the SFT loss on a mesh."""
+    """The cost of one gradient of the SFT loss on a mesh."""
     layout = sharding.Layout(sharding.make_mesh(sharding.MeshSettings(**mesh_sizes), jax.devices()))
     network = policy_network(config, constrain=layout.constrain)
     shapes = jax.eval_shape(network.init, jax.random.key(0))
@@ -231,7 +229,7 @@ def sft_gradient(config, mesh_sizes, sequences=8, length=17):
     gradient = jax.grad(lambda p, b: steps.sft_loss(network, p, b)[0])
     params = jax.tree.map(lambda x, s: shape(*x.shape, sharding=s), shapes, placed)
     lowered = jax.jit(gradient, out_shardings=placed).lower(params, batch)
-    return programs.account(lowered.compile())
+    return cost_analysis(lowered.compile())
 
 
 def test_eight_chips_share_the_work_of_a_gradient_scanned_or_not():

@@ -9,7 +9,7 @@ import pytest
 from ppo_jax.algorithms import experience, ppo
 from ppo_jax.models.build import policy_network, reward_network
 from ppo_jax.planner import flops
-from ppo_jax.planner.hlo import cost as programs
+from ppo_jax.planner.hlo.cost import cost_analysis
 from ppo_jax.rollout.rollout import rollout
 from tests.support import tiny
 
@@ -18,7 +18,7 @@ B, P, T = tiny.BATCH, tiny.PROMPT_LENGTH, tiny.RESPONSE_LENGTH
 
 def measured(function, *args, **options):
     compiled = tiny.jit(function).lower(*args).compile()
-    return programs.account(compiled, **options).flops
+    return cost_analysis(compiled, **options).flops
 
 
 def test_a_forward_pass_by_hand():
@@ -65,7 +65,7 @@ def test_a_rollout_is_its_prompts_and_as_many_tokens_as_it_may_have():
     sample = functools.partial(rollout, setup.networks.policy, sampling=tiny.sampling())
     args = setup.policy_params, tiny.prompts(), jax.random.key(0)
     expected = flops.rollout_flops(config, sequences=B, prompt_length=P, response_length=T)
-    assert measured(sample, *args, default_trips=T) == expected
+    assert measured(sample, *args, max_trip_counts=T) == expected
 
 
 def fresh_experience(setup):
@@ -101,7 +101,7 @@ def test_an_update_is_counted_whatever_it_is_cut_into(packing):
     where = dict(sequences=B, prompt_length=P, response_length=T, num_epochs=2)
     expected = flops.update_flops(config, config, **where)
     trips = 2 if packing else None
-    assert measured(update, *args, default_trips=trips) == pytest.approx(expected, rel=0.01)
+    assert measured(update, *args, max_trip_counts=trips) == pytest.approx(expected, rel=0.01)
 
 
 def test_logits_in_chunks_are_computed_once_more():

@@ -16,7 +16,7 @@ from ppo_jax.models.build import policy_network, reward_network
 from ppo_jax.models.lora import init_lora
 from ppo_jax.planner import flops, phases, planner
 from ppo_jax.planner import report as plan_report
-from ppo_jax.planner.hlo import cost as programs
+from ppo_jax.planner.hlo.cost import cost_analysis
 from ppo_jax.planner.phases import common_layers
 from ppo_jax.training.ppo_setup import begin_models, make_setup
 from tests.support import tiny, tiny_plan
@@ -92,10 +92,10 @@ def test_the_planned_state_is_the_state_of_a_run(run):
     mesh = make_mesh(config.mesh, TARGET.devices)
     layouts = Layout(mesh, config.mesh.rules), Layout(mesh, config.mesh.rollout_rules)
     setup, state = begun(config, models, layouts)
-    planned = phases.Arguments(config, models, layouts)
+    planned = phases.AbstractArguments(config, models, layouts)
     assert described(planned.state) == described(state)
     assert described(planned.frozen) == described(setup.frozen)
-    assert described(planned.numbers) == described(setup.hyperparameters)
+    assert described(planned.hyperparameters) == described(setup.hyperparameters)
     for field in ("value_on_trunk", "reward_on_trunk"):
         assert getattr(planned.networks, field) == getattr(setup.networks, field), field
     assert (planned.networks.trunk is None) == (setup.networks.trunk is None)
@@ -117,7 +117,7 @@ def test_where_the_networks_of_a_plan_leave_the_trunk(run):
     config = three_layers(run)
     mesh = make_mesh(config.mesh, TARGET.devices)
     layouts = Layout(mesh, config.mesh.rules), Layout(mesh, config.mesh.rollout_rules)
-    args = phases.Arguments(config, planner.read_models(config), layouts)
+    args = phases.AbstractArguments(config, planner.read_models(config), layouts)
     assert args.starts == ON_TRUNK[run]
 
 
@@ -152,14 +152,14 @@ def test_adapters_need_less_memory_than_all_parameters():
     whole, config = tiny_plan.make_plan(), settings(ppo=LORA)
     lora = planner.make_plan(config, TARGET)
     for less, more in zip(lora.costs, whole.costs, strict=True):
-        mine, theirs = less.account.memory, more.account.memory
+        mine, theirs = less.program_cost.memory, more.program_cost.memory
         assert mine.arguments < 0.7 * theirs.arguments and mine.peak < 0.9 * theirs.peak
-    found = plan_report.figures(lora)
-    for name, figures in found["phases"].items():
+    values = plan_report.figures(lora)
+    for name, figures in values["phases"].items():
         # The narrow products are computed by all devices that share the heads.
         assert figures["analytic_flops_ratio"] == pytest.approx(1, abs=0.15), name
     assert (
-        found["fits"] and lora.costs[2].phase.model_flops < 0.9 * whole.costs[2].phase.model_flops
+        values["fits"] and lora.costs[2].phase.model_flops < 0.9 * whole.costs[2].phase.model_flops
     )
 
 
@@ -175,7 +175,7 @@ def measured_training(make, config, params, frozen):
         return accumulate(loss, params, batch, 1)
 
     lowered = tiny.jit(gradient).lower(params, frozen, tiny.tokens_and_mask(0, 4, 12))
-    return programs.account(lowered.compile()).flops
+    return cost_analysis(lowered.compile()).flops
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])
@@ -188,8 +188,8 @@ def test_training_of_adapters_is_counted(make, remat):
     config = dataclasses.replace(config, lora_alpha=8.0)
     trained = dict(adapters) if make is policy_network else adapters | {"head": params["head"]}
     head = "logits" if make is policy_network else "scalar"
-    of = flops.Trained(
-        adapters=flops.adapter_flops(config, targets, rank), head=make is reward_network
+    of = flops.TrainedParts(
+        adapter_flops=flops.adapter_flops(config, targets, rank), head=make is reward_network
     )
     where = dict(sequences=4, positions=12, outputs=9, head=head)
     expected = flops.training_flops(config, trained=of, **where)
@@ -204,7 +204,7 @@ def test_training_of_the_top_layers_is_counted(count):
     tops = {str(layer): params["layers"][str(layer)] for layer in range(4 - count, 4)}
     trained = {name: params[name] for name in ("final_norm", "head")} | {"layers": tops}
     where = dict(sequences=4, positions=12, outputs=9, head="scalar")
-    of = flops.Trained(frozen_layers=4 - count)
+    of = flops.TrainedParts(frozen_layers=4 - count)
     expected = flops.training_flops(config, trained=of, **where)
     got = measured_training(reward_network, config, trained, params)
     assert got == pytest.approx(expected, rel=0.02)

@@ -30,13 +30,13 @@ def plan():
 
 
 def test_nothing_is_computed_twice_across_the_mesh(plan):
-    found = plan_report.figures(plan)["phases"]
-    assert tuple(found) == PHASES
-    for name, figures in found.items():
+    values = plan_report.figures(plan)["phases"]
+    assert tuple(values) == PHASES
+    for name, figures in values.items():
         assert figures["analytic_flops_ratio"] == pytest.approx(1, abs=0.15), name
         assert figures["collectives"]["all-reduce"]["bytes"] > 0, name
     updates = 2 * 2 * 2  # each with several gathers
-    assert found["update"]["collectives"]["all-gather"]["count"] >= updates
+    assert values["update"]["collectives"]["all-gather"]["count"] >= updates
 
 
 def test_state_and_frozen_parameters_are_among_the_arguments_of_every_phase(plan):
@@ -44,30 +44,30 @@ def test_state_and_frozen_parameters_are_among_the_arguments_of_every_phase(plan
     count = sum(x.size for x in jax.tree.leaves(parameters_of("policy", plan.models.policy)))
     least = 4 * count * (2 * 3 + 2) / 4  # cut in four, by fsdp and model, but for the norms
     for cost in plan.costs:
-        assert least < cost.account.memory.arguments < 1.3 * least
+        assert least < cost.program_cost.memory.arguments < 1.3 * least
 
 
 def test_the_figures_are_json_with_the_promised_keys(plan):
-    found = json.loads(json.dumps(plan_report.figures(plan)))
-    assert found["fits"] is True and found["change_first"] is None
+    values = json.loads(json.dumps(plan_report.figures(plan)))
+    assert values["fits"] is True and values["change_first"] is None
     promised = {"peak_bytes_per_chip", "flops_per_chip", "analytic_flops_ratio", "collectives"}
-    for figures in found["phases"].values():
+    for figures in values["phases"].values():
         assert promised <= set(figures)
         assert figures["bound"] in ("compute", "hbm", "ici")
         assert figures["seconds"] == max(figures["roofline_seconds"].values())
-    whole = found["iteration"]
-    assert whole["seconds"] == sum(x["seconds"] for x in found["phases"].values())
+    whole = values["iteration"]
+    assert whole["seconds"] == sum(x["seconds"] for x in values["phases"].values())
     tokens = 32 * 8 / whole["seconds"] / 8
     assert whole["tokens_per_second_per_chip"] == pytest.approx(tokens)
-    assert found["spare_bytes_per_chip"] == CHIP.usable_bytes - whole["peak_bytes_per_chip"]
+    assert values["spare_bytes_per_chip"] == CHIP.usable_bytes - whole["peak_bytes_per_chip"]
 
 
 def test_utilisation_leaves_out_what_is_computed_again(plan):
     update = plan.costs[2]
     assert 0.75 < update.phase.model_flops / update.phase.flops < 0.85  # 3 of 4, but for the head
-    found = plan_report.phase_figures(plan, update)
+    values = plan_report.phase_figures(plan, update)
     of_device = update.phase.model_flops / 8 / CHIP.flops
-    assert found["model_flops_utilisation"] == pytest.approx(of_device / found["seconds"])
+    assert values["model_flops_utilisation"] == pytest.approx(of_device / values["seconds"])
 
 
 def test_scores_of_a_function_are_an_argument():
@@ -82,7 +82,7 @@ def test_scores_of_a_function_are_an_argument():
 
 def test_packed_rows_are_planned_for_as_if_they_saved_nothing():
     programs = planner.prepare(settings(ppo=dict(packing=True)), TARGET)[2]
-    assert {phase.name: phase.trips for phase in programs} == {
+    assert {phase.name: phase.max_trip_counts for phase in programs} == {
         "rollout": 8,
         "scoring": None,
         "update": 2,
@@ -94,13 +94,13 @@ def test_slots_are_planned_for_as_if_every_response_were_of_full_length(samples)
     """32 responses in 16 slots, entering by 8: first 8 tokens, then two groups and 8 more."""
     by_slots = settings(ppo=dict(max_concurrent=16, min_free_slots=8, samples_per_prompt=samples))
     rollout = planner.prepare(by_slots, TARGET)[2][0]
-    assert rollout.trips == {"first_decoding": 8, "refills": 2, "later_decoding": 4.0}
-    cost = planner.cost_of(rollout, TARGET, {})
-    assert cost.account.flops * 8 == pytest.approx(rollout.flops, rel=0.01)
+    assert rollout.max_trip_counts == {"first_decoding": 8, "refills": 2, "later_decoding": 4.0}
+    cost = planner.compile_phase(rollout, TARGET, {})
+    assert cost.program_cost.flops * 8 == pytest.approx(rollout.flops, rel=0.01)
     at_once = planner.prepare(settings(ppo=dict(samples_per_prompt=samples)), TARGET)[2][0]
     assert rollout.flops == pytest.approx(at_once.flops, rel=0.1)  # the same tokens and prompts
-    whole = planner.cost_of(at_once, TARGET, {}).account.memory
-    assert cost.account.memory.temporaries < 0.9 * whole.temporaries  # half of the KV cache
+    whole = planner.compile_phase(at_once, TARGET, {}).program_cost.memory
+    assert cost.program_cost.memory.temporaries < 0.9 * whole.temporaries  # half of the KV cache
 
 
 # --- alternatives ---------------------------------------------------------------------------------
@@ -124,8 +124,8 @@ def test_the_best_alternative_comes_first(plan, monkeypatch):
     def made(config, target, prepared, *, fast):
         assert fast
         slow, large = config.model.remat != "none", config.model.remat == "dots"
-        lies = Roofline(compute=1.0 + slow, hbm=0.0, ici=0.0)
-        costs = tuple(dataclasses.replace(cost, lies=lies) for cost in plan.costs)
+        roofline = Roofline(compute=1.0 + slow, hbm=0.0, ici=0.0)
+        costs = tuple(dataclasses.replace(cost, roofline=roofline) for cost in plan.costs)
         of = on_a_chip_of(plan, 2e5) if large else plan
         return dataclasses.replace(of, config=config, costs=costs, fast=fast)
 
@@ -160,8 +160,8 @@ def test_the_exit_code_is_the_verdict(plan, config_file, tmp_path, monkeypatch, 
     ended = run_script("plan", config_file, "--topology=v5e:2x2", f"--json={path}")
     assert (ended.code, ended.err) == (code, "")
     assert ended.out.startswith("there is no libtpu (pip install 'ppo_jax[plan]')")
-    found = json.loads(path.read_text())
-    assert found["fits"] is (code == 0) and set(found["phases"]) == set(PHASES)
+    values = json.loads(path.read_text())
+    assert values["fits"] is (code == 0) and set(values["phases"]) == set(PHASES)
 
 
 MISTAKES = {
@@ -180,7 +180,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("flag", MISTAKES)
-def test_a_mistake_is_told_in_one_line(config_file, monkeypatch, all_devices, flag):
+def test_a_mistake_is_reported_in_one_line(config_file, monkeypatch, all_devices, flag):
     if "topology" in flag:
         monkeypatch.setattr(planner, "has_libtpu", lambda: True)
     ended = run_script("plan", config_file, flag)

@@ -27,10 +27,10 @@ def test_the_table_has_every_figure_and_ends_with_the_verdict(plan):
     assert lines[-1].startswith("fits: 15.7")
 
 
-def test_slots_are_told_to_be_the_worst_case(plan):
+def test_slots_are_reported_as_the_worst_case(plan):
     by_slots = dataclasses.replace(plan, config=settings(ppo=dict(max_concurrent=16)))
-    told = "\n".join(plan_report.table(by_slots))
-    assert "16 slots: as many steps as responses of full length need, the worst case" in told
+    text = "\n".join(plan_report.table(by_slots))
+    assert "16 slots: as many steps as responses of full length need, the worst case" in text
     assert "slots" not in "\n".join(plan_report.table(plan))
 
 
@@ -38,8 +38,8 @@ def test_a_chip_that_is_too_small(plan):
     small = on_a_chip_of(plan, 2e5)
     assert not small.fits and small.spare < 0
     assert plan_report.table(small)[-1].startswith("does not fit: ")
-    found = plan_report.figures(small)
-    assert not found["fits"] and found["change_first"]
+    values = plan_report.figures(small)
+    assert not values["fits"] and values["change_first"]
 
 
 REFUSED = "RESOURCE_EXHAUSTED: TPU: memory required (36.00G) exceeds available HBM (15.75G)\nmore"
@@ -49,23 +49,23 @@ def refused(message):
     def lower():
         raise jax.errors.JaxRuntimeError(message)
 
-    return phases.Phase(name="update", lower=lower, trips=None, flops=1, model_flops=1)
+    return phases.Phase(name="update", lower=lower, max_trip_counts=None, flops=1, model_flops=1)
 
 
 def test_what_the_compiler_refuses_does_not_fit(plan):
-    cost = planner.cost_of(refused(REFUSED), TARGET, {})
+    cost = planner.compile_phase(refused(REFUSED), TARGET, {})
     other = dataclasses.replace(plan, costs=(*plan.costs[:2], cost))
     assert not other.fits and other.spare is None and other.seconds is None
-    found = plan_report.figures(other)["phases"]["update"]
-    assert not found["fits"] and "36.00G" in found["refusal"]
+    values = plan_report.figures(other)["phases"]["update"]
+    assert not values["fits"] and "36.00G" in values["refusal"]
     assert "refuses update: TPU: memory required (36.00G)" in plan_report.table(other)[-1]
     with pytest.raises(jax.errors.JaxRuntimeError):
-        planner.cost_of(refused("INTERNAL: a bug"), TARGET, {})
+        planner.compile_phase(refused("INTERNAL: a bug"), TARGET, {})
 
 
 def test_without_published_figures_there_are_no_seconds(plan):
     target = dataclasses.replace(TARGET, chip=None)
-    costs = tuple(dataclasses.replace(cost, lies=None) for cost in plan.costs)
+    costs = tuple(dataclasses.replace(cost, roofline=None) for cost in plan.costs)
     unknown = dataclasses.replace(plan, target=target, costs=costs)
     assert unknown.fits and unknown.seconds is None  # into the memory of this machine
     text = "\n".join(plan_report.table(unknown))
@@ -96,7 +96,7 @@ def test_the_first_thing_to_change(plan, change):
     for cost in plan.costs:
         memory = sizes | {"arguments": 90 if where == "arguments" else 10}
         memory["temporaries"] = 200 if cost.phase.name == where else 20
-        costs.append(dataclasses.replace(cost, account=ProgramCost(memory=Memory(**memory))))
+        costs.append(dataclasses.replace(cost, program_cost=ProgramCost(memory=Memory(**memory))))
     mesh = {axis: getattr(config.mesh, axis) for axis in ("data", "fsdp", "model")}
     changed = dataclasses.replace(
         on_a_chip_of(plan, 100), config=config, costs=tuple(costs), mesh=mesh

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ppo_jax.planner.hlo.cost import account_of_text
+from ppo_jax.planner.hlo.cost import hlo_cost
 from ppo_jax.planner.hlo.instructions import group_size
 from ppo_jax.planner.hlo.text import parse_module
 
@@ -60,7 +60,7 @@ CONVOLUTIONS = {
 
 @pytest.mark.parametrize("form", CONVOLUTIONS)
 def test_products_as_convolutions(form):
-    assert account_of_text(convolution(*form)).flops == CONVOLUTIONS[form]
+    assert hlo_cost(convolution(*form)).flops == CONVOLUTIONS[form]
 
 
 def test_only_main_memory_counts():
@@ -78,7 +78,7 @@ def test_only_main_memory_counts():
             "ROOT %out = f32[64,128]{1,0:T(8,128)} copy(%sum)",
         )
     )
-    assert account_of_text(text).bytes_accessed == 4 * (64 * 128 + 16 * 128 + 64 * 128)
+    assert hlo_cost(text).bytes_accessed == 4 * (64 * 128 + 16 * 128 + 64 * 128)
 
 
 def test_fusions_read_and_write_a_slice_of_a_stack_in_place():
@@ -114,7 +114,7 @@ def test_fusions_read_and_write_a_slice_of_a_stack_in_place():
         ),
     )
     layer, position = 8 * 512 * 128, 8 * 128
-    assert account_of_text(text).bytes_accessed == BF16 * (2 * layer + 2 * position)
+    assert hlo_cost(text).bytes_accessed == BF16 * (2 * layer + 2 * position)
 
 
 def kernel(phase, block, *operands):
@@ -147,10 +147,10 @@ def test_a_kernel_of_attention_counts_the_blocks_that_it_computes(phase, product
             "ROOT %out = bf16[2,9,1024,64]{3,2,1,0:T(8,128)(2,1)} add(%other, %other)",
         )
     )
-    cost = account_of_text(text)
+    cost = hlo_cost(text)
     assert cost.flops == 2 * products * 2 * 9 * 64 * pairs
     assert cost.attention_kernels == 1
-    names = parse_module(text).entry.table
+    names = parse_module(text).entry.instructions
     assert {"other", "out"} <= set(names)  # what follows the kernel's lines is read on
 
 
@@ -164,7 +164,7 @@ def test_cudnn_counts_half_of_all_pairs(target, products):
             f'custom_call_target="__cudnn${target}"',
         )
     )
-    cost = account_of_text(text)
+    cost = hlo_cost(text)
     assert cost.flops == 2 * products * 2 * 9 * 64 * 1024**2 / 2
     assert cost.attention_kernels == 1
 
@@ -227,7 +227,7 @@ def test_a_gather_in_stages_counts_once():
             "calls=%fused_computation.3",
         ),
     )
-    cost = account_of_text(text)
+    cost = hlo_cost(text)
     piece, product = 256 * 64, 8 * 512 + 512 * 64 + 8 * 64
     assert cost.collectives == {"all-gather": (1, BF16 * piece)}
     assert cost.flops == 2 * 8 * 64 * 512
@@ -249,7 +249,7 @@ def test_a_fused_all_reduce_and_slice_is_a_reduce_scatter():
             "ROOT %out = f32[256,64] fusion(%a), kind=kCustom, calls=%all-reduce-scatter.1",
         ),
     )
-    cost = account_of_text(text)
+    cost = hlo_cost(text)
     assert cost.collectives == {"reduce-scatter": (1, 4 * 512 * 64 / 2)}
     assert cost.bytes_accessed == 4 * (512 * 64 + 256 * 64)
 
@@ -273,7 +273,7 @@ def test_asynchronous_and_tuple_forms_count_where_they_start(opcode, result, sen
         )
     )
     kind = opcode.removesuffix("-start")
-    assert account_of_text(text).collectives == {kind: (1, sent)}
+    assert hlo_cost(text).collectives == {kind: (1, sent)}
 
 
 @pytest.mark.parametrize(
@@ -293,7 +293,7 @@ def test_what_runs_asynchronously_counts_as_what_it_is(opcode, called):
             f"ROOT %d = f32[16] {opcode}-done(%s)",
         ),
     )
-    cost = account_of_text(text)
+    cost = hlo_cost(text)
     assert cost.collectives == {"reduce-scatter": (1, 3 / 4 * 256)}
     assert cost.bytes_accessed == 256 + 64
 
@@ -329,4 +329,4 @@ def test_groups_in_an_unknown_form_are_refused():
 
 def test_a_text_that_is_no_program_is_refused():
     with pytest.raises(ValueError, match="no ENTRY computation"):
-        account_of_text("module @jit_f {}")
+        hlo_cost("module @jit_f {}")

@@ -13,7 +13,7 @@ from ppo_jax.config.stages import LoRASettings
 from ppo_jax.core.network import merge_params
 from ppo_jax.distributed.layout import fetch, init_sharded
 from ppo_jax.distributed.trees import named_leaves
-from ppo_jax.planner.hlo import cost as programs
+from ppo_jax.planner.hlo.cost import cost_analysis
 from ppo_jax.rollout.decode import response_statistics
 from ppo_jax.training.common import with_adapters
 from ppo_jax.training.ppo_setup import make_critic, make_setup
@@ -162,7 +162,7 @@ def test_a_token_costs_what_it_costs_without_adapters():
         run = Run(trainable=trainable)
         args = (run.state, run.numbers, tiny.prompts(batch_size=BATCH), KEY)
         program = tiny.sample_responses.lower(*args, frozen=run.frozen, **run.parts).compile()
-        return programs.account(program, default_trips=tiny.RESPONSE_LENGTH).flops
+        return cost_analysis(program, max_trip_counts=tiny.RESPONSE_LENGTH).flops
 
     kernels = [
         leaf.size

@@ -1,4 +1,4 @@
-"""A small config to plan, with a loop of two turns wherever an iteration has one, and its plan."""
+"""A small config to plan, with a loop of two trips wherever an iteration has one, and its plan."""
 
 import dataclasses
 import functools
@@ -14,7 +14,7 @@ SCRATCH = dict(vocab_size=320, num_layers=2, embed_dim=32, num_heads=4, mlp_dim=
 
 
 def settings(**sections):
-    """A small model over all three axes of a mesh; every loop of an iteration turns twice."""
+    """A small model over all three axes of a mesh; every loop of an iteration has two trips."""
     values = {
         "model": dict(
             scratch=SCRATCH,

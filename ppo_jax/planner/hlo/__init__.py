@@ -1,5 +1,5 @@
-"""Reader of compiled programs: flops, bytes, collectives, trip counts.
+"""Cost analysis of compiled programs: flops, bytes, collectives, trip counts.
 
-`text` parses HLO, `trip_counts` counts loops, `instructions` the work of each instruction, `cost`
-adds them up. Imports nothing of this library. Start with `cost`.
+`text` parses HLO, `trip_counts` finds those of loops, `instructions` has the cost of each
+instruction, `cost` adds them up. Imports nothing of this library. Start with `cost`.
 """

@@ -1,7 +1,7 @@
-"""What a compiled program costs one chip: flops, bytes, collectives, memory.
+"""Cost of a compiled program on one chip: flops, bytes, collectives, memory.
 
-XLA's own account counts the body of a loop once. This one reads the program as XLA left it and
-multiplies by the turns of every loop around.
+`Compiled.cost_analysis()` of XLA counts the body of a loop once. This one multiplies by the trip
+counts of all loops around.
 """
 
 import dataclasses
@@ -12,14 +12,14 @@ import jax
 
 from ppo_jax.planner.hlo.instructions import attention_flops, collective, matmul_flops, traffic
 from ppo_jax.planner.hlo.text import Instruction, parse_module
-from ppo_jax.planner.hlo.trip_counts import Scope, Trips, trips
+from ppo_jax.planner.hlo.trip_counts import Scope, TripCounts, trip_count
 
 
 class Sent(NamedTuple):
     """Collectives of one kind."""
 
-    count: float  # how often
-    bytes: float  # that one chip sends, all together; see `hlo_work.collective`
+    count: float
+    bytes: float  # that one chip sends in all of them, see `instructions.collective`
 
 
 class Memory(NamedTuple):
@@ -41,12 +41,11 @@ class Memory(NamedTuple):
 class ProgramCost:
     """The cost of one run of a program on one chip."""
 
-    flops: float = 0.0  # of matrix products, convolutions and kernels of attention; elementwise
-    # operations are not counted
-    attention_kernels: float = 0.0  # how often one is called
-    bytes_accessed: float = 0.0  # read from and written to main memory, see `hlo_traffic`
+    flops: float = 0.0  # of matrix products, convolutions and attention kernels
+    attention_kernels: float = 0.0  # calls of one
+    bytes_accessed: float = 0.0  # of main memory, read and written, see `instructions.traffic`
     collectives: Mapping[str, Sent] = dataclasses.field(default_factory=dict)
-    memory: Memory | None = None  # None where an account is not of a whole program
+    memory: Memory | None = None  # None for a part of a program
 
     @property
     def collective_bytes(self) -> float:
@@ -54,7 +53,7 @@ class ProgramCost:
         return sum(sent.bytes for sent in self.collectives.values())
 
     def plus(self, other: "ProgramCost", times: float = 1) -> "ProgramCost":
-        """This and `times` another. Memory is not a thing to add: the result has none."""
+        """This and `times` another. Memory does not add up: the sum has none."""
         kinds = dict(self.collectives)
         for kind, (count, sent) in other.collectives.items():
             before = kinds.get(kind, Sent(0, 0.0))
@@ -67,16 +66,18 @@ class ProgramCost:
         )
 
 
-def account(compiled: jax.stages.Compiled, *, default_trips: Trips = None) -> ProgramCost:
+def cost_analysis(
+    compiled: jax.stages.Compiled, *, max_trip_counts: TripCounts = None
+) -> ProgramCost:
     """What one run of a compiled program costs one chip.
 
     Args:
         compiled: for any platform, also for a described one that is not there.
-        default_trips: the turns of a loop whose end depends on data, at worst: of the decode loop
+        max_trip_counts: of loops whose end depends on data, in the worst case: of the decode loop
             the response length. Of several such loops by the name scopes around them.
 
     Raises:
-        ValueError: there is such a loop and no `default_trips`.
+        ValueError: there is such a loop without a count.
     """
     stats = compiled.memory_analysis()
     memory = stats and Memory(
@@ -86,61 +87,58 @@ def account(compiled: jax.stages.Compiled, *, default_trips: Trips = None) -> Pr
         temporaries=stats.temp_size_in_bytes,
         code=stats.generated_code_size_in_bytes,
     )
-    whole = account_of_text(compiled.as_text(), default_trips=default_trips)
-    return dataclasses.replace(whole, memory=memory)
+    cost = hlo_cost(compiled.as_text(), max_trip_counts=max_trip_counts)
+    return dataclasses.replace(cost, memory=memory)
 
 
-def account_of_text(text: str, *, default_trips: Trips = None) -> ProgramCost:
-    """The account of a program given as text, `Compiled.as_text()`; without its memory."""
+def hlo_cost(text: str, *, max_trip_counts: TripCounts = None) -> ProgramCost:
+    """The cost of optimised HLO, the text of `Compiled.as_text()`; without its memory."""
     module = parse_module(text)
-    return account_of_scope(Scope(module, module.entry), default_trips)
+    return computation_cost(Scope(module, module.entry), max_trip_counts)
 
 
-def account_of_scope(scope: Scope, default_trips: Trips, fused: bool = False) -> ProgramCost:
-    """The account of a computation where it is called; inside a fusion no bytes are moved."""
+def computation_cost(scope: Scope, max_trip_counts: TripCounts, fused: bool = False) -> ProgramCost:
+    """The cost of a computation at a call site; inside a fusion no bytes are moved."""
     total = ProgramCost()
     for instruction in scope.computation:
-        inner = [
-            (
-                times,
-                account_of_scope(scope.enter(instruction, name), default_trips, fused or inside),
-            )
-            for times, name, inside in calls(scope, instruction, default_trips)
-        ]
-        if instruction.opcode == "conditional":
-            inner = [max(inner, key=lambda x: (x[1].flops, x[1].bytes_accessed))]
-        for times, cost in inner:
+        costs = []
+        for times, name, inside in calls(scope, instruction, max_trip_counts):
+            callee = scope.enter(instruction, name)
+            costs.append((times, computation_cost(callee, max_trip_counts, fused or inside)))
+        if instruction.opcode == "conditional":  # the costliest branch
+            costs = [max(costs, key=lambda x: (x[1].flops, x[1].bytes_accessed))]
+        for times, cost in costs:
             total = total.plus(cost, times)
-        total = total.plus(account_of_instruction(scope, instruction, fused))
+        total = total.plus(instruction_cost(scope, instruction, fused))
     return total
 
 
-def account_of_instruction(scope: Scope, instruction: Instruction, fused: bool) -> ProgramCost:
-    """The account of an instruction without what it calls."""
+def instruction_cost(scope: Scope, instruction: Instruction, fused: bool) -> ProgramCost:
+    """The cost of an instruction without that of the computations it calls."""
     module, computation = scope.module, scope.computation
     sent = collective(module, computation, instruction)
-    of_kernel = attention_flops(computation, instruction)
+    kernel_flops = attention_flops(computation, instruction)
     return ProgramCost(
-        flops=matmul_flops(computation, instruction) + of_kernel,
-        attention_kernels=float(of_kernel > 0),
+        flops=matmul_flops(computation, instruction) + kernel_flops,
+        attention_kernels=float(kernel_flops > 0),
         bytes_accessed=0.0 if fused else traffic(module, computation, instruction),
         collectives={sent[0]: Sent(1, sent[1])} if sent else {},
     )
 
 
 def calls(
-    scope: Scope, instruction: Instruction, default_trips: Trips
+    scope: Scope, instruction: Instruction, max_trip_counts: TripCounts
 ) -> list[tuple[float, str, bool]]:
     """(how often, which computation, is it a fusion) for each that an instruction runs.
 
-    Of the branches of a conditional the caller takes the costliest. What reductions, sorts and
-    scatters apply to single elements is elementwise, and not counted.
+    Of a conditional these are all branches. What reductions, sorts and scatters apply to single
+    elements is elementwise, and not counted.
     """
     match instruction.opcode:
         case "while":
-            turns = trips(scope, instruction, default_trips)
+            trips = trip_count(scope, instruction, max_trip_counts)
             body, condition = instruction.called("body")[0], instruction.called("condition")[0]
-            return [(turns, body, False), (turns + 1, condition, False)]
+            return [(trips, body, False), (trips + 1, condition, False)]
         case "fusion":
             return [(1, instruction.called("calls")[0], True)]
         case "call" | "call-start":

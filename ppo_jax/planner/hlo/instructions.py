@@ -1,4 +1,4 @@
-"""What one instruction of a compiled program computes, and what it sends to other chips."""
+"""Cost of one instruction: flops, bytes sent to other chips, bytes of main memory."""
 
 import functools
 import math
@@ -8,13 +8,13 @@ import numpy as np
 
 from ppo_jax.planner.hlo.text import Array, Computation, Instruction, Module
 
-# Matrix products by a library: oneDNN on CPUs, cuBLAS on GPUs.
+# Matrix products of a library: oneDNN on CPUs, cuBLAS on GPUs.
 MATMUL_CALLS = ("__onednn$matmul", "__cublas$gemm", "__cublas$lt$matmul")
-# Fused attention, by the name of the call: products of the size of the scores Q K' in each.
+# Products of the size of the scores Q K' in a call of fused attention.
 CUDNN_PRODUCTS = {"__cudnn$fmhaSoftmax": 2, "__cudnn$fmhaSoftmaxBackward": 5}
-SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}  # the backward kernels make the scores again
-# Of the bytes that a chip hands in, the share that it sends; n chips are in a group.
-SHARE_SENT = {
+SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}  # the backward kernels recompute the scores
+# Bytes that a chip sends over bytes of its input, in a group of n chips.
+SENT_RATIO = {
     "all-reduce": lambda n: 2 * (n - 1) / n,
     "all-gather": lambda n: n - 1,
     "reduce-scatter": lambda n: (n - 1) / n,
@@ -26,10 +26,10 @@ SHARE_SENT = {
 
 
 def matmul_flops(computation: Computation, instruction: Instruction) -> float:
-    """Floating-point operations of a matrix product or a convolution, 0 for all else.
+    """Flops of a matrix product or a convolution, 0 for all else.
 
-    2 M N K for a product of [M, K] and [K, N], times what is batched. Elementwise operations and
-    reductions are not counted: they are bound by memory, not by the matrix units.
+    2 B M N K for B products of [M, K] and [K, N]. Elementwise operations and reductions are not
+    counted: they are bound by memory, not by the matrix units.
     """
     inputs = computation.inputs(instruction)
     if instruction.opcode == "dot":
@@ -47,11 +47,10 @@ def matmul_flops(computation: Computation, instruction: Instruction) -> float:
 
 
 def attention_flops(computation: Computation, instruction: Instruction) -> float:
-    """Floating-point operations of a call of fused causal attention, 0 for all else.
+    """Flops of a call of fused causal attention, 0 for all else.
 
     2 H K x products x pairs of a query and a key. The TPU kernel computes whole blocks, those on
-    and below the diagonal. What the blocks of cuDNN are it does not say: of these half of all pairs
-    count.
+    and below the diagonal. The blocks of cuDNN are not documented: half of all pairs count.
     """
     if products := CUDNN_PRODUCTS.get(instruction.target):
         queries = computation.inputs(instruction)[0].outputs[0]  # [B, L, H, K]
@@ -68,11 +67,11 @@ def attention_flops(computation: Computation, instruction: Instruction) -> float
 
 
 def convolution_flops(instruction: Instruction, left: tuple, right: tuple) -> float:
-    """2 x (batch / batch groups) x out features x in features a group x hits.
+    """2 x (batch / batch groups) x output features x input features per group x hits.
 
-    TPUs write matrix products, too, as convolutions: batch axes and heads become spatial ones
-    whose padding and dilation leave one hit a row. A hit is an output position and a place in the
-    window that meet a number of the input, and neither padding nor a hole.
+    TPUs write matrix products, too, as convolutions: batch axes and heads become spatial axes
+    whose padding and dilation leave one hit a row. A hit is an output position and a window
+    position that meet an element of the input, and neither padding nor a hole.
 
     Args:
         instruction: with `dim_labels`, where b, f are batch and features of the input and the
@@ -81,55 +80,40 @@ def convolution_flops(instruction: Instruction, left: tuple, right: tuple) -> fl
         right: the kernel's shape.
     """
     labels = re.split(r"_|->", instruction.attribute("dim_labels"))
-    sizes = (left, right, instruction.outputs[0].dims)
-    of_left, of_right, of_out = (
-        dict(zip(names, dims, strict=True)) for names, dims in zip(labels, sizes, strict=True)
+    shapes = (left, right, instruction.outputs[0].dims)
+    left, right, out = (
+        dict(zip(names, dims, strict=True)) for names, dims in zip(labels, shapes, strict=True)
     )
     batch_groups = (instruction.numbers("batch_group_count") or (1,))[0]
-    hits = 1
     window = window_axes(instruction.attribute("window") or "")
-    for axis, (stride, low, input_gap, kernel_gap) in enumerate(window):
-        key = str(axis)
-        hits *= count_hits(
-            of_left[key], of_right[key], of_out[key], stride, low, input_gap, kernel_gap
-        )
-    return 2.0 * of_left["b"] / batch_groups * of_right["o"] * of_right["i"] * hits
+    hits = math.prod(
+        count_hits(left[axis], right[axis], out[axis], *sizes)
+        for axis, sizes in zip(map(str, range(len(window))), window, strict=True)
+    )
+    return 2.0 * left["b"] / batch_groups * right["o"] * right["i"] * hits
 
 
 def window_axes(text: str) -> list[tuple[int, int, int, int]]:
-    """(stride, padding before, dilation of the input, of the kernel) of each spatial axis.
+    """(stride, low padding, input dilation, kernel dilation) of each spatial axis.
 
     >>> window_axes("size=8x2 stride=7x1 pad=0_0x1_1 lhs_dilate=8x1")
     [(7, 0, 8, 1), (1, 1, 1, 1)]
     """
-    fields = dict(part.split("=") for part in text.split())
-    if not fields:
-        return []
-    count = len(fields["size"].split("x"))
-
-    def axes(name: str, default: str) -> list[int]:
-        values = fields[name].split("x") if name in fields else [default] * count
-        return [int(value.split("_")[0]) for value in values]
-
-    return list(
-        zip(
-            axes("stride", "1"),
-            axes("pad", "0_0"),
-            axes("lhs_dilate", "1"),
-            axes("rhs_dilate", "1"),
-            strict=True,
-        )
-    )
+    fields = {key: value.split("x") for key, _, value in (x.partition("=") for x in text.split())}
+    rank = len(fields.get("size", ()))
+    defaults = {"stride": "1", "pad": "0_0", "lhs_dilate": "1", "rhs_dilate": "1"}
+    values = [fields.get(key, [default] * rank) for key, default in defaults.items()]
+    return [tuple(int(x.split("_")[0]) for x in axis) for axis in zip(*values, strict=True)]
 
 
 @functools.cache
-def count_hits(num_in, size, num_out, stride, low, input_gap, kernel_gap) -> int:
-    """How many (output position, place in the window) pairs meet a number of the input."""
+def count_hits(num_in, size, num_out, stride, low, lhs_dilate, rhs_dilate) -> int:
+    """How many (output position, window position) pairs meet an element of the input."""
     starts = np.arange(num_out) * stride - low
     hits = 0
-    for place in range(size):
-        at = starts + place * kernel_gap
-        hits += np.count_nonzero((at >= 0) & (at % input_gap == 0) & (at // input_gap < num_in))
+    for i in range(size):
+        x = starts + i * rhs_dilate
+        hits += np.count_nonzero((x >= 0) & (x % lhs_dilate == 0) & (x // lhs_dilate < num_in))
     return int(hits)
 
 
@@ -138,29 +122,29 @@ def collective(
 ) -> tuple[str, float] | None:
     """(kind, bytes that a chip sends over the interconnect) of a collective; None for all else.
 
-    With n chips in a group and I bytes that each hands in, in rings:
+    With n chips in a group and an input of I bytes on each, in rings:
 
     - all-reduce sends 2 (n - 1) / n I: a reduce-scatter, then an all-gather;
-    - all-gather (n - 1) I: each piece goes round;
+    - all-gather (n - 1) I: each shard goes round;
     - reduce-scatter and all-to-all (n - 1) / n I (an all-to-all that goes the direct way);
     - collective-permute I, and nothing where every chip keeps its own.
 
-    An asynchronous one counts where it starts. TPUs fuse one with the computation that runs beside
-    it, in several stages that name it again; and write a reduce-scatter as a fusion of an
-    all-reduce and a slice.
+    An asynchronous one counts where it starts. TPUs fuse it with the computation that it overlaps,
+    in several stages that repeat it, and write a reduce-scatter as a fusion of an all-reduce and a
+    slice.
     """
     kind = instruction.opcode.removesuffix("-start")
-    if kind not in SHARE_SENT or is_later_stage(computation):
+    if kind not in SENT_RATIO or is_later_stage(computation):
         return None
     if kind == "all-reduce" and computation.name.startswith("all-reduce-scatter"):
         kind = "reduce-scatter"
     size = sum(array.bytes for x in computation.inputs(instruction) for array in x.outputs)
     group = group_size(instruction, module.num_devices)
-    return (kind, SHARE_SENT[kind](group) * size) if group > 1 else (kind, 0.0)
+    return kind, SENT_RATIO[kind](group) * size if group > 1 else 0.0
 
 
 def is_later_stage(computation: Computation) -> bool:
-    """Whether a fused computation carries on, or ends, a collective that another has started."""
+    """Whether a fused computation continues or ends a collective that another has started."""
     targets = {i.target for i in computation if i.opcode == "custom-call"}
     if "AsyncCollectiveStart" in targets:
         return False
@@ -169,11 +153,11 @@ def is_later_stage(computation: Computation) -> bool:
 
 
 def group_size(instruction: Instruction, num_devices: int) -> int:
-    """How many chips a collective joins: the largest of its groups.
+    """The number of chips in the largest group of a collective.
 
     Read from `{{0,1},{2,3}}`, from `[2,4]<=[8]` (2 groups of 4), from
-    `mesh['a'=2,'b'=4] {'b'}` (along b, 4; `'b':(1)2` is a part of 2 of it), or all where no group
-    is named.
+    `mesh['a'=2,'b'=4] {'b'}` (along b, 4; `'b':(1)2` is a part of 2 of it); all chips where no
+    group is named.
     """
     text = instruction.attributes
     if pairs := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", text):
@@ -192,55 +176,53 @@ def group_size(instruction: Instruction, num_devices: int) -> int:
     return num_devices
 
 
-# They name what is there, or call others, whose instructions count themselves.
-FREE = {
+# They only rename values, or call computations, which are counted on their own.
+NO_TRAFFIC = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "domain",
     "partition-id", "replica-id", "while", "conditional", "call", "call-start", "async-start",
     "opt-barrier", "add-dependency",
 }  # fmt: skip
-FREE_CALLS = {"AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound"}
-READS_A_PART = {"dynamic-slice", "slice", "gather"}  # of their first operand
-IN_PLACE = {"dynamic-update-slice": 1, "scatter": 2}  # which operand is written into the first
-RESHAPED = {"bitcast", "reshape", "transpose", "copy", "convert"}
+NO_TRAFFIC_CALLS = {"AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound"}
+SLICES = {"dynamic-slice", "slice", "gather"}  # of their first operand
+IN_PLACE = {"dynamic-update-slice": 1, "scatter": 2}  # the operand written into the first
+LAYOUT_CHANGES = {"bitcast", "reshape", "transpose", "copy", "convert"}
 
 
-def in_memory(arrays: tuple[Array, ...]) -> float:
-    return sum(array.bytes for array in arrays if array.space == 0)
+def hbm_bytes(arrays: tuple[Array, ...]) -> float:
+    return sum(array.bytes for array in arrays if array.memory_space == 0)
 
 
-def resized(array: Array, size: float) -> float:
+def partial_bytes(array: Array, size: float) -> float:
     """The bytes of `size` elements of an array, if it is in main memory."""
-    return in_memory((array,)) * size / array.size if array.size else 0.0
+    return hbm_bytes((array,)) * size / array.size if array.size else 0.0
 
 
 def traffic(module: Module, computation: Computation, instruction: Instruction) -> float:
-    """Bytes read and written by an instruction outside of fusions.
+    """Bytes of main memory that an instruction outside of fusions reads and writes.
 
-    Operands and results once each; of a fusion only its own, not what passes inside. Where a slice
-    is read, or written in place (a layer of a stack, a position of a cache), the slice.
+    Operands and results once each; of a fusion only its own, not its intermediate values. Where a
+    slice is read, or written in place (a layer of a stack, a position of a cache), the slice.
     """
     opcode = instruction.opcode.removesuffix("-start")
-    if instruction.opcode in FREE or instruction.opcode.endswith(("-done", "async-update")):
+    if instruction.opcode in NO_TRAFFIC or instruction.target in NO_TRAFFIC_CALLS:
         return 0.0
-    if instruction.target in FREE_CALLS:
+    if instruction.opcode.endswith(("-done", "async-update")):
         return 0.0
     if opcode == "fusion":
         return fusion_traffic(module, computation, instruction)
     inputs = computation.inputs(instruction)
     results = own_results(instruction, sum(len(x.outputs) for x in inputs))
-    if opcode in READS_A_PART:
-        part = resized(inputs[0].outputs[0], results[0].size)
-        return part + sum(in_memory(x.outputs) for x in inputs[1:]) + in_memory(results)
+    others = sum(hbm_bytes(x.outputs) for x in inputs[1:])
+    if opcode in SLICES:
+        return partial_bytes(inputs[0].outputs[0], results[0].size) + others + hbm_bytes(results)
     if opcode in IN_PLACE:
-        update = inputs[IN_PLACE[opcode]].outputs[0]
-        read = sum(in_memory(x.outputs) for x in inputs[1:])
-        return read + resized(results[0], update.size)
-    read = sum(in_memory(computation.table[name].outputs) for name in set(instruction.operands))
-    return read + in_memory(results)
+        return others + partial_bytes(results[0], inputs[IN_PLACE[opcode]].outputs[0].size)
+    distinct = {x.name: x.outputs for x in inputs}
+    return sum(map(hbm_bytes, distinct.values())) + hbm_bytes(results)
 
 
 def own_results(instruction: Instruction, num_inputs: int) -> tuple[Array, ...]:
-    """What an instruction makes: those that start something hand on their operands as well."""
+    """The results of an instruction; asynchronous starts return their operands as well."""
     if instruction.opcode == "copy-start":
         return instruction.outputs[:1]
     if instruction.opcode.endswith("-start") and instruction.opcode != "all-reduce-start":
@@ -255,35 +237,34 @@ def fusion_traffic(module: Module, computation: Computation, fusion: Instruction
     if any(i.target.startswith("AsyncCollective") for i in body):
         if is_later_stage(body):
             return 0.0
-        results = [i for i in body if i.opcode in SHARE_SENT]
-        written = sum(resized(fusion.outputs[1], i.outputs[0].size) for i in results)
-        return sum(in_memory(x.outputs) for x in operands) + written
-    read = 0.0
-    for operand, parameter in zip(operands, body.parameters, strict=True):
-        array = operand.outputs[0]
-        read += resized(array, min(elements_read(module, body, parameter), array.size))
-    elements = [body.root]
-    if body.root.opcode == "tuple":
-        elements = body.inputs(body.root)
+        results = [i for i in body if i.opcode in SENT_RATIO]
+        written = sum(partial_bytes(fusion.outputs[1], i.outputs[0].size) for i in results)
+        return sum(hbm_bytes(x.outputs) for x in operands) + written
+    arrays = [operand.outputs[0] for operand in operands]
+    read = sum(
+        partial_bytes(array, min(elements_read(module, body, parameter), array.size))
+        for parameter, array in zip(body.parameters, arrays, strict=True)
+    )
+    elements = body.inputs(body.root) if body.root.opcode == "tuple" else [body.root]
     if len(elements) != len(fusion.outputs):
-        return read + in_memory(fusion.outputs)
+        return read + hbm_bytes(fusion.outputs)
     return read + sum(
-        resized(array, min(elements_written(module, body, element), array.size))
+        partial_bytes(array, min(elements_written(module, body, element), array.size))
         for element, array in zip(elements, fusion.outputs, strict=True)
     )
 
 
 def elements_read(module: Module, body: Computation, value: Instruction) -> float:
-    """How many elements of a value its users inside a fusion ask for, at most."""
-    whole = value.outputs[0].size
+    """How many elements of a value its users inside a fusion read, at most."""
+    size = value.outputs[0].size
     if value is body.root:
-        return whole
+        return size
     total = 0
     for user in body.users[value.name]:
         first = user.operands[0] == value.name and user.operands.count(value.name) == 1
-        if user.opcode in READS_A_PART and first:
+        if user.opcode in SLICES and first:
             total += user.outputs[0].size
-        elif user.opcode in RESHAPED:
+        elif user.opcode in LAYOUT_CHANGES:
             total += elements_read(module, body, user)
         elif user.opcode == "fusion":
             inside = module.called(user, "calls")
@@ -295,31 +276,31 @@ def elements_read(module: Module, body: Computation, value: Instruction) -> floa
         elif not (
             (user.opcode in IN_PLACE and first)
             or (user.opcode == "tuple" and user is body.root)
-            or (user.opcode in SHARE_SENT and is_later_stage(body))
+            or (user.opcode in SENT_RATIO and is_later_stage(body))
         ):
-            return whole
+            return size
     return total
 
 
 def elements_written(module: Module, body: Computation, value: Instruction) -> float:
-    """How many elements of a fusion's result are new, and not handed on in place."""
-    made = unshaped(body, value)
-    if made.opcode == "parameter":
-        return 0 if value is not body.root else value.outputs[0].size
-    if made.opcode in SHARE_SENT and is_later_stage(body):
+    """How many elements of a fusion's result it writes; those kept in place do not count."""
+    source = skip_reshapes(body, value)
+    if source.opcode == "parameter" and value is not body.root:
         return 0
-    if made.opcode == "fusion" and len(made.outputs) == 1:
-        inside = module.called(made, "calls")
+    if source.opcode in SENT_RATIO and is_later_stage(body):
+        return 0
+    if source.opcode == "fusion" and len(source.outputs) == 1:
+        inside = module.called(source, "calls")
         return elements_written(module, inside, inside.root)
-    if made.opcode in IN_PLACE:
-        inputs = body.inputs(made)
-        if unshaped(body, inputs[0]).opcode == "parameter":
-            return inputs[IN_PLACE[made.opcode]].outputs[0].size
+    if source.opcode in IN_PLACE:
+        inputs = body.inputs(source)
+        if skip_reshapes(body, inputs[0]).opcode == "parameter":
+            return inputs[IN_PLACE[source.opcode]].outputs[0].size
     return value.outputs[0].size
 
 
-def unshaped(body: Computation, value: Instruction) -> Instruction:
-    """What a value is in another shape of the same bytes."""
+def skip_reshapes(body: Computation, value: Instruction) -> Instruction:
+    """What a bitcast or reshape is of."""
     while value.opcode in ("bitcast", "reshape"):
         value = body.inputs(value)[0]
     return value

@@ -1,7 +1,7 @@
-"""The text of a compiled program: computations, their instructions, the shapes of arrays.
+"""Parser of optimised HLO text: computations, instructions, array shapes.
 
-XLA prints the optimised program of one device. Operands are names, so a computation is kept as a
-table from names to instructions.
+XLA prints the program of one device. Operands are names, so a computation is a table from names to
+instructions.
 """
 
 import dataclasses
@@ -10,12 +10,12 @@ import math
 import re
 from collections.abc import Iterator
 
-BITS = {"pred": 8, "token": 0, "opaque": 0, "bf16": 16}  # the others have theirs in the name
+BITS = {"pred": 8, "token": 0, "opaque": 0, "bf16": 16}  # other dtypes have theirs in the name
 ARRAY = re.compile(r"\b([a-z][a-z0-9]*)\[([\d,<=]*)\](?:\{([^{}]*)\})?")
 HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
 LINE = re.compile(r"(ROOT )?%?([\w.\-]+) = (.*)")
 NAME = re.compile(r"%([\w.\-]+)")
-CONTINUED = re.compile(r'\n(?="|\}\})')  # metadata of a Pallas kernel has lines of its own
+CONTINUATION = re.compile(r'\n(?="|\}\})')  # the metadata of a Pallas kernel spans lines
 COMMENT = re.compile(r"/\*.*?\*/")
 
 
@@ -25,7 +25,7 @@ class Array:
 
     dtype: str
     dims: tuple[int, ...]
-    space: int = 0  # 0 is the main memory (HBM); TPUs number the faster ones near the core
+    memory_space: int = 0  # 0 is main memory (HBM); TPUs number the faster ones near the core
 
     @property
     def size(self) -> int:
@@ -40,25 +40,25 @@ class Array:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line."""
+    """One instruction: `name = type opcode(literal), attributes`."""
 
     name: str
     opcode: str
     outputs: tuple[Array, ...]  # the leaves of a tuple
     operands: tuple[str, ...]
-    literal: str  # what stands between the parentheses: operands, a constant, a number
-    attributes: str  # all that follows
+    literal: str  # between the parentheses: operands, a constant, a parameter's number
+    attributes: str
 
     @property
     def op_name(self) -> str:
-        """What jax calls it, `jit(f)/while/body/dot_general`, or its name."""
-        found = re.search(r'op_name="([^"]*)"', self.attributes)
-        return found[1] if found else self.name
+        """Its JAX name, `jit(f)/while/body/dot_general`, or else its HLO name."""
+        match = re.search(r'op_name="([^"]*)"', self.attributes)
+        return match[1] if match else self.name
 
     def attribute(self, key: str) -> str | None:
         """The text of `key={...}` without its braces, or of `key=...` up to the next comma."""
-        found = re.search(rf"\b{key}=(?:\{{([^{{}}]*)\}}|([^,{{}}\s]+))", self.attributes)
-        return found and (found[2] if found[1] is None else found[1])
+        match = re.search(rf"\b{key}=(?:\{{([^{{}}]*)\}}|([^,{{}}\s]+))", self.attributes)
+        return match and (match[2] if match[1] is None else match[1])
 
     def numbers(self, key: str) -> tuple[int, ...]:
         """The numbers of an attribute; () where it is not given."""
@@ -70,35 +70,34 @@ class Instruction:
 
     @property
     def target(self) -> str:
-        """What a custom call calls."""
+        """The target of a custom call."""
         return (self.attribute("custom_call_target") or "").strip('"')
 
 
 @dataclasses.dataclass(frozen=True)
 class Computation:
-    """A named list of instructions; the last to be computed is the root."""
+    """A named list of instructions; the root is its result."""
 
     name: str
-    table: dict[str, Instruction]
+    instructions: dict[str, Instruction]
     root: Instruction
 
     def __iter__(self) -> Iterator[Instruction]:
-        return iter(self.table.values())
+        return iter(self.instructions.values())
 
     def inputs(self, instruction: Instruction) -> list[Instruction]:
-        """The instructions that gave its operands."""
-        return [self.table[name] for name in instruction.operands]
+        """The instructions that its operands name."""
+        return [self.instructions[name] for name in instruction.operands]
 
     @functools.cached_property
     def parameters(self) -> list[Instruction]:
         """In the order of their numbers."""
-        found = [i for i in self if i.opcode == "parameter"]
-        return sorted(found, key=lambda i: int(i.literal))
+        return sorted((i for i in self if i.opcode == "parameter"), key=lambda i: int(i.literal))
 
     @functools.cached_property
     def users(self) -> dict[str, list[Instruction]]:
-        """Who has an instruction as an operand, by name."""
-        users: dict[str, list[Instruction]] = {name: [] for name in self.table}
+        """The instructions that have one as an operand, by its name."""
+        users: dict[str, list[Instruction]] = {name: [] for name in self.instructions}
         for instruction in self:
             for name in dict.fromkeys(instruction.operands):
                 users[name].append(instruction)
@@ -119,7 +118,8 @@ class Module:
 
 
 def dtype_bits(dtype: str) -> int:
-    """
+    """Bits per element.
+
     >>> [dtype_bits(dtype) for dtype in ("pred", "bf16", "f32", "s4", "f8e4m3fn", "c64")]
     [8, 16, 32, 4, 8, 64]
     """
@@ -130,36 +130,33 @@ def parse_arrays(text: str) -> tuple[Array, ...]:
     """The leaves of a printed type.
 
     >>> parse_arrays("(bf16[2,3]{1,0:T(8,128)(2,1)S(1)}, (s32[]))")
-    (Array(dtype='bf16', dims=(2, 3), space=1), Array(dtype='s32', dims=(), space=0))
+    (Array(dtype='bf16', dims=(2, 3), memory_space=1), Array(dtype='s32', dims=(), memory_space=0))
     """
-    found = []
+    arrays = []
     for dtype, dims, layout in ARRAY.findall(text):
         space = re.search(r"S\((\d+)\)", layout)
         sizes = tuple(int(x.lstrip("<=")) for x in dims.split(",") if x)
-        found.append(Array(dtype, sizes, int(space[1]) if space else 0))
-    return tuple(found)
+        arrays.append(Array(dtype, sizes, int(space[1]) if space else 0))
+    return tuple(arrays)
 
 
 def parse_instruction(line: str) -> tuple[Instruction, bool] | None:
-    """One line, and whether it is the root; None where it is no instruction."""
-    found = LINE.fullmatch(COMMENT.sub("", line).strip())
-    if not found:
+    """(instruction, whether it is the root) of a line; None where it is no instruction."""
+    match = LINE.fullmatch(COMMENT.sub("", line).strip())
+    if not match:
         return None
-    root, name, rest = found.groups()
-    end = closing(rest, 0) if rest.startswith("(") else rest.index(" ")
-    kind, rest = rest[:end], rest[end:].lstrip()
+    root, name, rest = match.groups()
+    end = parenthesis_end(rest, 0) if rest.startswith("(") else rest.index(" ")
+    outputs, rest = parse_arrays(rest[:end]), rest[end:].lstrip()
     start = rest.index("(")
-    end = closing(rest, start)
-    literal = rest[start + 1 : end - 1]
-    operands = tuple(NAME.findall(literal)) if rest[:start] != "constant" else ()
-    return (
-        Instruction(name, rest[:start], parse_arrays(kind), operands, literal, rest[end:]),
-        root is not None,
-    )
+    end = parenthesis_end(rest, start)
+    opcode, literal = rest[:start], rest[start + 1 : end - 1]
+    operands = tuple(NAME.findall(literal)) if opcode != "constant" else ()
+    return Instruction(name, opcode, outputs, operands, literal, rest[end:]), root is not None
 
 
-def closing(text: str, start: int) -> int:
-    """The place behind the parenthesis that closes the one at `start`."""
+def parenthesis_end(text: str, start: int) -> int:
+    """The index after the parenthesis that closes the one at `start`."""
     depth = 0
     for i in range(start, len(text)):
         depth += {"(": 1, ")": -1}.get(text[i], 0)
@@ -169,28 +166,27 @@ def closing(text: str, start: int) -> int:
 
 
 def parse_module(text: str) -> Module:
-    """A program from what `jax.stages.Compiled.as_text()` gives.
+    """A program from the text of `jax.stages.Compiled.as_text()`.
 
     Raises:
         ValueError: the text has no entry computation.
     """
     computations: dict[str, Computation] = {}
     entry = name = root = None
-    table: dict[str, Instruction] = {}
-    for line in CONTINUED.sub(" ", text).splitlines():
-        header = HEADER.fullmatch(line)
-        if header:
-            name, table, root = header[2], {}, None
+    instructions: dict[str, Instruction] = {}
+    for line in CONTINUATION.sub(" ", text).splitlines():
+        if header := HEADER.fullmatch(line):
+            name, instructions, root = header[2], {}, None
             entry = name if header[1] else entry
         elif line.startswith("}") and name is not None:
-            computations[name] = Computation(name, table, root)
+            computations[name] = Computation(name, instructions, root)
             name = None
         elif name is not None and (parsed := parse_instruction(line)):
             instruction, is_root = parsed
-            table[instruction.name] = instruction
+            instructions[instruction.name] = instruction
             root = instruction if is_root else root
     if entry is None:
         raise ValueError("the text has no ENTRY computation: it is no optimised HLO")
-    first = text.partition("\n")[0]
-    counts = re.findall(r"\b(?:replica_count|num_partitions)=(\d+)", first)
-    return Module(computations, computations[entry], math.prod(int(x) for x in counts))
+    first_line = text.partition("\n")[0]
+    counts = re.findall(r"\b(?:replica_count|num_partitions)=(\d+)", first_line)
+    return Module(computations, computations[entry], math.prod(map(int, counts)))
