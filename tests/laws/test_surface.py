@@ -51,4 +51,4 @@ def test_a_plan_has_the_phases_of_an_iteration():
     config = {"model": config["model"], "ppo": config["ppo"]}
     plan = ppo_jax.plan(config)
     assert [cost.phase.name for cost in plan.costs] == ["rollout", "scoring", "update"]
-    assert all(cost.account.flops > 0 for cost in plan.costs)
+    assert all(cost.program_cost.flops > 0 for cost in plan.costs)
