@@ -29,9 +29,6 @@ READ = {int: int, float: float, Limit: float}
 def checked_flags(argv: Sequence[str]) -> list[str]:
     """The arguments of a script, with the flags of a config checked and under their names of today.
 
-    Args:
-        argv: of a script, its name first.
-
     Raises:
         ValueError: no config file or one that is not there, a setting that does not exist, or a
             value that is not of its type.

@@ -68,14 +68,7 @@ def read_evaluation(config: Config, start: ModelSpec) -> EvaluationData:
 
 
 def evaluate(config: Config, workdir: Path, base: str, data: EvaluationData):
-    """Compare the policies of a run and add the verdict to results.json.
-
-    Args:
-        config: of the run; its evaluate section.
-        workdir: the run's folder; its stages are complete.
-        base: path of the base model.
-        data: see `read_evaluation`.
-    """
+    """Compare the policies of a run and add the verdict to results.json."""
     settings, (layout, of_rollout) = config.evaluate, make_layouts(config.mesh)
     pins = source_steps(workdir / "ppo")
     policies = {
@@ -138,12 +131,6 @@ def compared(
 
     The order is that of training: the last began from the one before it. A stage folder from
     elsewhere that PPO began from is "sft", any other model is "base".
-
-    Args:
-        config: of the run.
-        workdir: the run's folder.
-        base: path of the base model.
-        pin: the step of the stage that PPO began from, see `stage_folder.source_steps`.
     """
     origin = config.ppo.init_from
     path = resolve(origin, workdir, base)

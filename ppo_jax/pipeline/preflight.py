@@ -41,11 +41,6 @@ def chosen(names: Sequence[str]) -> list[Stage]:
 def check_named(config: Config, workdir: Path, stages: Sequence[str]):
     """All that the config names is there, or will be: before anything is fetched or made.
 
-    Args:
-        config: of the run.
-        workdir: the run's folder, which may hold stages already.
-        stages: those that will run, in their order.
-
     Raises:
         ValueError: a function, a file or a stage is missing.
     """
@@ -60,11 +55,6 @@ def check_run(
     config: Config, starts: Mapping[str, ModelSpec], stages: Sequence[str]
 ) -> dict[str, Any]:
     """Check the stages against the models that they start from, and the data.
-
-    Args:
-        config: of the run.
-        starts: what the stages start from, see `model_spec.initial_models`.
-        stages: those that will run.
 
     Returns:
         What the stages read, see `check_data`.
@@ -193,11 +183,6 @@ def check_data(
 ) -> dict[str, Any]:
     """Read and tokenise the data of every stage, so that a bad file stops the run at once.
 
-    Args:
-        config: of the run.
-        starts: what the stages start from.
-        stages: those that will run.
-
     Returns:
         {stage name: what its `read` returns}.
     """
@@ -232,15 +217,7 @@ def check_rankings(settings: RewardSettings, data: RewardData):
 
 
 def check_texts(stage: str, settings, parts: Sequence[TokenizedTexts], context: int, num_rows: int):
-    """Refuse texts beyond the model's context and batches beyond the data.
-
-    Args:
-        stage: its name.
-        settings: the stage's section.
-        parts: texts to train on, and to validate on.
-        context: tokens that the model can read.
-        num_rows: of one pass over the texts to train on.
-    """
+    """Refuse texts beyond the model's context and batches beyond the data."""
     what = "text" if parts[0].segment_ids is None else "packed row"
     longest = max(int(part.mask.sum(axis=1).max()) for part in parts)
     if longest > context:
@@ -322,11 +299,6 @@ def check_depth(field: str, count: str | int, depth: int):
 def check_mesh(config: Config, starts: Mapping[str, ModelSpec], stages: Sequence[str]):
     """The mesh can shard every parameter and every batch of responses.
 
-    Args:
-        config: of the run.
-        starts: what the stages start from, see `model_spec.initial_models`.
-        stages: those that will run.
-
     Raises:
         ValueError: with the parameter or the field, and the axes of the mesh.
     """
@@ -340,10 +312,6 @@ def check_mesh(config: Config, starts: Mapping[str, ModelSpec], stages: Sequence
 
 def check_batch_rows(settings: PPOSettings, layouts: Sequence[Layout]):
     """The mesh can shard every batch of responses.
-
-    Args:
-        settings: the ppo section.
-        layouts: of the updates, and of the rollout.
 
     Raises:
         ValueError: with the field, and what it must be a multiple of.

@@ -38,13 +38,7 @@ def colours(text: str) -> str:
 
 
 def previews(data: Mapping[str, Any], starts: Mapping[str, ModelSpec], mark: Mark) -> list[str]:
-    """Examples of each stage.
-
-    Args:
-        data: what was read, see `preflight.check_data`.
-        starts: what the stages start from, see `model_spec.initial_models`.
-        mark: `brackets` or `colours`.
-    """
+    """Examples of each stage."""
     shown = []
     if "sft" in data:
         shown.append(sft_preview(data["sft"][0], starts["sft"].tokenizer, mark))
@@ -164,12 +158,7 @@ def shortened(text: str) -> str:
 
 
 def data_lines(config: Config, data: Mapping[str, Any]) -> list[str]:
-    """A line for each data set of a run.
-
-    Args:
-        config: of the run.
-        data: what was read, see `preflight.check_data`.
-    """
+    """A line for each data set of a run."""
     lines = []
     if "sft" in data:
         lines += text_lines("sft", config.sft, data["sft"], DEMONSTRATION_SCHEMAS)

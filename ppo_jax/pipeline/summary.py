@@ -26,14 +26,7 @@ Rows = list[tuple[str, str]]
 def summary(
     config: Config, starts: Mapping[str, ModelSpec], stages: Sequence[str], data: Mapping[str, Any]
 ) -> str:
-    """A table of two columns.
-
-    Args:
-        config: of the run.
-        starts: what the stages start from, see `model_spec.initial_models`.
-        stages: those that will run.
-        data: what they read, see `preflight.check_data`.
-    """
+    """A table of two columns."""
     steps = stage_steps(config, data)
     rows = mesh_rows(make_layouts(config.mesh)[0], next(iter(starts.values())))
     if "sft" in stages:

@@ -33,14 +33,7 @@ def read_ppo(config: Config, start: ModelSpec) -> PromptData:
 
 
 def train_ppo(config: Config, workdir: Path, base: str, data: PromptData):
-    """Align a policy; the result is the stage folder `workdir/ppo`.
-
-    Args:
-        config: of the run; its ppo section.
-        workdir: the run's folder.
-        base: path of the base model.
-        data: the prompts, see `prompt_data`.
-    """
+    """Align a policy; the result is the stage folder `workdir/ppo`."""
     settings, layouts = config.ppo, make_layouts(config.mesh)
     layout = layouts[0]
     policy, reward, critic = find_models(config, workdir, base, layout)

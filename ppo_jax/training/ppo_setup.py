@@ -286,13 +286,7 @@ def begin_models(
 
 
 def make_critic(settings: PPOSettings, policy: Model, reward: Model | None) -> Model:
-    """Where the critic starts: the reward model, or the policy's body with a head of zeros.
-
-    Args:
-        settings: the ppo section; chooses between the two.
-        policy: where the policy starts.
-        reward: the reward model, or None with a reward function.
-    """
+    """Where the critic starts: the reward model, or the policy's body with a head of zeros."""
     if reward is not None and settings.critic_init_from != "policy":
         return reward
     width = policy.config.embed_dim

@@ -18,11 +18,7 @@ from ppo_jax.training.stage import Stage, fixed_differences, training_data
 
 
 def fingerprint(data: Any) -> dict[str, int]:
-    """The number of records and a checksum over all of them, for stage.json.
-
-    Args:
-        data: `TokenizedTexts`, `RewardData` or `PromptData`, tokenised.
-    """
+    """The number of records and a checksum over all of them, for stage.json."""
     texts = getattr(data, "texts", data)
     count = len(texts) if isinstance(texts, list) else len(np.unique(texts.records))
     return {"rows": count, "crc32": checksum(data)}
@@ -44,12 +40,6 @@ def check_same_data(
     config: Config, workdir: Path, stages: Sequence[Stage], data: Mapping[str, Any]
 ):
     """Refuse to resume a stage on other data than it began with.
-
-    Args:
-        config: of the run.
-        workdir: the run's folder.
-        stages: those that will run.
-        data: {stage name: what it has read}.
 
     Raises:
         ValueError: a file has changed; it is named.

@@ -50,12 +50,6 @@ def train_reward(config: Config, workdir: Path, base: str, data: RewardParts):
     """Train a reward model; the result is the stage folder `workdir/reward`.
 
     After the last step the head's bias is set so that the reference texts score 0 on average.
-
-    Args:
-        config: of the run; its reward section.
-        workdir: the run's folder.
-        base: path of the base model.
-        data: comparisons to train on and to validate on, and the reference texts or None.
     """
     settings, (layout, _) = config.reward, make_layouts(config.mesh)
     pin = source_steps(workdir / "reward").get("init_from")

@@ -85,10 +85,6 @@ def within(seconds: float, function: Callable, *args: Any) -> Any:
 def load_reward_function(name: str, seconds: float = math.inf) -> RewardFunction:
     """The function that "module:function" names.
 
-    Args:
-        name: as in the config.
-        seconds: that a call may take.
-
     Raises:
         ValueError: there is none, or it cannot be called with prompts and responses.
     """

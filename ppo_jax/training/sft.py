@@ -53,14 +53,7 @@ def read_sft(config: Config, start: ModelSpec) -> Texts:
 
 
 def train_sft(config: Config, workdir: Path, base: str, data: Texts):
-    """Fine-tune the base model on texts; the result is the stage folder `workdir/sft`.
-
-    Args:
-        config: of the run; its sft section.
-        workdir: the run's folder.
-        base: path of the base model.
-        data: texts to train on and to validate on, see `sft_data`.
-    """
+    """Fine-tune the base model on texts; the result is the stage folder `workdir/sft`."""
     settings, (layout, _) = config.sft, make_layouts(config.mesh)
     model = load_source("base", workdir, base, config.model, layout)
     texts, unseen = data

@@ -87,10 +87,6 @@ def write_report(workdir: str | Path) -> Path:
 def save_curves_png(workdir: str | Path, path: str | Path) -> None:
     """One compact picture of the result: loss, accuracy, score against KL, judges.
 
-    Args:
-        workdir: the folder of a run.
-        path: the PNG file to write.
-
     Raises:
         ValueError: the run has nothing to draw yet.
     """
