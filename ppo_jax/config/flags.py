@@ -70,7 +70,7 @@ def current_name(name: str) -> str:
 
 
 def check_override(name: str, text: str | None):
-    """A text is a value of the setting; None is no text, or one that stands apart."""
+    """A text is a value of the setting; None is no text, or one in the next argument."""
     hint = hint_of(name)
     if cls := section_of(hint):
         example = f"--config.{name}.{next(iter(hints_of(cls)))}=..."
@@ -113,7 +113,7 @@ def is_text_of(option: Any, text: str) -> bool:
 def explain(error: Exception) -> str:
     """What went wrong while flags and the config file were read, in one line.
 
-    A config file is Python: where it stumbles, the file and the line are told.
+    A config file is Python: the message has the file and the line of its error.
     """
     text = str(error.args[0] if error.args else error)
     if isinstance(error, SyntaxError):

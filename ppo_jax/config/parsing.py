@@ -50,7 +50,7 @@ class Check:
         self.settings, self.prefix = settings, section and f"{section}."
 
     def that(self, holds: bool, field: str, rule: str):
-        """`rule` says in words what `holds` tells of the field."""
+        """`rule` says in words what must hold for the field."""
         if not holds:
             got = getattr(self.settings, field)
             raise ValueError(f"{self.prefix}{field} must be {rule}, got {got!r}")
@@ -156,7 +156,7 @@ def build(cls: type, values: Any, section: str = "") -> Any:
     Args:
         cls: a dataclass; its `__post_init__` checks ranges.
         values: {field: value}; a section is a dictionary in its turn.
-        section: what stands before the field in messages, with its dot.
+        section: what comes before the field in messages, with its dot.
 
     Raises:
         ValueError: a key that does not exist, a value of the wrong type or a missing field, with
@@ -228,8 +228,8 @@ def load_function(name: str, field: str) -> Callable:
     try:
         function = getattr(importlib.import_module(module_name), function_name)
     except (ImportError, SyntaxError, AttributeError, ValueError) as error:
-        told = f"{field} must be 'module:function', got {name!r}: {error}{hint(name)}"
-        raise ValueError(told) from error
+        message = f"{field} must be 'module:function', got {name!r}: {error}{hint(name)}"
+        raise ValueError(message) from error
     if not callable(function):
         raise ValueError(f"{field} must name a function, got {name!r}, which is {function!r}")
     return function

@@ -70,7 +70,7 @@ class ModelSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """A run. `{workdir}` in a path stands for the run's folder."""
+    """A run. `{workdir}` in a path is the run's folder."""
 
     model: ModelSettings  # where the run starts
     seed: int = 0  # of initial weights, data order and sampling

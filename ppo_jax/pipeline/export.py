@@ -56,7 +56,7 @@ def export_stage(
     that was trained with "lora", the adapter alone, as `peft` loads it.
 
     The folder appears whole or not at all. A policy loads as `AutoModelForCausalLM`, a reward model
-    as `AutoModelForSequenceClassification`; `reward_head` tells of a constant that its scores lack.
+    as `AutoModelForSequenceClassification`; see `reward_head` for its missing constant.
 
     Args:
         workdir: the run's folder.
@@ -113,12 +113,12 @@ def check_base(path: str, source: Path) -> str:
     config = stage_config(description)
     family = write_config(config)["model_type"]
     if not os.path.isdir(path):
-        told = f"adapter_of must be a Hugging Face folder or a hub id, got {path!r}"
+        message = f"adapter_of must be a Hugging Face folder or a hub id, got {path!r}"
         if os.path.exists(path) or path.endswith(".gguf") or not HUB_ID.fullmatch(path):
-            raise ValueError(told)
+            raise ValueError(message)
         # A hub id may look like a path. Where the folder is there, the model in it was meant.
         if "/" in path and Path(path).parent.is_dir():
-            raise ValueError(f"{told}, which is not in the folder {Path(path).parent}")
+            raise ValueError(f"{message}, which is not in the folder {Path(path).parent}")
         return family
     beginning = f"adapter_of must be the model that the stage {description['stage']} began with, "
     if hf.load_config(path, **computation(config)) != config:

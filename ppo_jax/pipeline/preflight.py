@@ -104,7 +104,7 @@ def check_files(config: Config, workdir: Path, stages: Sequence[str]):
 
 
 def check_rows(field: str, path: str, config: Config):
-    """Every line is as it must be, so far as that can be told before there is a tokenizer."""
+    """Every line is as it must be, as far as can be seen without a tokenizer."""
     section, name = field.split(".")
     rates = section == "reward" and name != "reference_data" and config.reward.format == "ratings"
     if rates or name == "ratings":
@@ -348,8 +348,8 @@ def check_batch_rows(settings: PPOSettings, layouts: Sequence[Layout]):
 
 
 def share_of_a_device(layout: Layout, shape: ModelSpec) -> float:
-    """Which part of a model's parameters lies on one device."""
+    """The share of a model's parameters on one device."""
     leaves = jax.tree.leaves(parameters(shape))
-    lies = jax.tree.leaves(layout.shardings(parameters(shape)))
-    own = sum(math.prod(lie.shard_shape(x.shape)) for x, lie in zip(leaves, lies, strict=True))
+    shardings = jax.tree.leaves(layout.shardings(parameters(shape)))
+    own = sum(math.prod(s.shard_shape(x.shape)) for x, s in zip(leaves, shardings, strict=True))
     return own / sum(math.prod(x.shape) for x in leaves)

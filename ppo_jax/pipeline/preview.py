@@ -39,23 +39,23 @@ def colours(text: str) -> str:
 
 def previews(data: Mapping[str, Any], starts: Mapping[str, ModelSpec], mark: Mark) -> list[str]:
     """Examples of each stage."""
-    shown = []
+    examples = []
     if "sft" in data:
-        shown.append(sft_preview(data["sft"][0], starts["sft"].tokenizer, mark))
+        examples.append(sft_preview(data["sft"][0], starts["sft"].tokenizer, mark))
     if "reward" in data:
-        shown.append(reward_preview(data["reward"][0], starts["reward"].tokenizer, mark))
+        examples.append(reward_preview(data["reward"][0], starts["reward"].tokenizer, mark))
     for stage in ("ppo", "evaluate"):
         if stage in data:
             prompts = training_data(data[stage])
-            shown.append(prompt_preview(stage, prompts, starts["ppo"].tokenizer, mark))
-    return shown
+            examples.append(prompt_preview(stage, prompts, starts["ppo"].tokenizer, mark))
+    return examples
 
 
 def sft_preview(texts: TokenizedTexts, tokenizer: Any, mark: Mark) -> str:
     """The first texts to train on."""
     rows = itertools.islice(text_rows(texts), EXAMPLES)
-    shown = [example(f"text {i}", row, tokenizer, mark) for i, row in enumerate(rows, start=1)]
-    return "\n".join([f"sft: the loss is on what is {mark('marked')}", *shown])
+    examples = [example(f"text {i}", row, tokenizer, mark) for i, row in enumerate(rows, start=1)]
+    return "\n".join([f"sft: the loss is on what is {mark('marked')}", *examples])
 
 
 def reward_preview(data: RewardData, tokenizer: Any, mark: Mark) -> str:
@@ -64,15 +64,15 @@ def reward_preview(data: RewardData, tokenizer: Any, mark: Mark) -> str:
         head = "reward: the score is read at the last token of a text"
         rows = itertools.islice(text_rows(data.texts), EXAMPLES)
         titles = [f"rated {', '.join(f'{x:g}' for x in given)}" for given in data.ratings]
-        shown = [
+        examples = [
             example(title, TokenRow(row.ids, [False] * len(row.ids)), tokenizer, mark)
             for title, row in zip(titles, rows, strict=False)
         ]
     else:
         head = f"reward: the score of a response, {mark('marked')}, is read at its last token"
         numbers = range(min(EXAMPLES, len(data.groups.rows)))
-        shown = [x for i in numbers for x in group_examples(data, i, tokenizer, mark)]
-    return "\n".join([head, *shown])
+        examples = [x for i in numbers for x in group_examples(data, i, tokenizer, mark)]
+    return "\n".join([head, *examples])
 
 
 def group_examples(data: RewardData, number: int, tokenizer: Any, mark: Mark) -> Iterator[str]:
@@ -90,12 +90,12 @@ def group_examples(data: RewardData, number: int, tokenizer: Any, mark: Mark) ->
 
 def prompt_preview(stage: str, data: PromptData, tokenizer: Any, mark: Mark) -> str:
     """The first prompts."""
-    shown = []
+    examples = []
     for i in range(min(EXAMPLES, len(data.texts))):
         ids = data.prompts.tokens[i][data.prompts.mask[i]].tolist()
         row = TokenRow(ids, [False] * len(ids))
-        shown.append(example(f"prompt {i + 1}", row, tokenizer, mark, end=mark("...")))
-    return "\n".join([f"{stage}: the response begins at {mark('...')}", *shown])
+        examples.append(example(f"prompt {i + 1}", row, tokenizer, mark, end=mark("...")))
+    return "\n".join([f"{stage}: the response begins at {mark('...')}", *examples])
 
 
 def text_rows(texts: TokenizedTexts) -> Iterator[TokenRow]:

@@ -45,13 +45,13 @@ def run(
 
     Args:
         settings: the config, with a section for each stage that is wanted.
-        workdir: the run's folder; `{workdir}` in the config's paths stands for it.
+        workdir: the run's folder; `{workdir}` in the config's paths is this folder.
         only: run no other stages than these.
 
     Raises:
         ValueError: a setting, a data file or a model is not usable; before training begins.
     """
-    logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it writes
+    logging.set_verbosity(logging.WARNING)  # Orbax logs every file it writes
     workdir = checked_folder(workdir)
     given, config, stages = planned(settings, workdir, only)
     complete = on_primary(completeness, config, workdir)
@@ -121,8 +121,8 @@ def dry_run(
         drop_outdated_base(folder, dataclasses.asdict(given))
         _, starts, data = make_ready(config, folder, stages)
         table = [summary(config, starts, stages, data), "\n".join(data_lines(config, data))]
-        shown = [*table, *previews(data, starts, colours if in_colour else brackets)]
-    print("\n\n".join(shown).replace(str(folder), str(workdir)))
+        parts = [*table, *previews(data, starts, colours if in_colour else brackets)]
+    print("\n\n".join(parts).replace(str(folder), str(workdir)))
     print(f"\ndry run: nothing is trained, nothing is written to {workdir}", flush=True)
 
 

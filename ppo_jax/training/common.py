@@ -76,8 +76,8 @@ def freeze(params: Any, layout: Layout, dtype: str) -> Any:
     """Parameters that are not trained: on the mesh, in the dtype that is enough for them.
 
     Args:
-        params: of one network or, in any tree, of several. An array that stands in it more than
-            once does so in the result, and takes its memory once.
+        params: of one network or, in any tree, of several. An array that is in it more than
+            once is so in the result, and takes its memory once.
         layout: where they are put.
         dtype: what they are cast to.
     """
@@ -98,12 +98,12 @@ def compile_step(step: Callable, state: Any, layout: Layout, **parts: Any) -> Ca
 
     Args:
         step: (state, ...) -> (state, metrics).
-        state: what the first step is given; every step returns one that lies as it does.
+        state: what the first step is given; every step returns one with its shardings.
         layout: every device has a copy of the metrics.
         **parts: networks and choices, which shape the program.
     """
-    lies = (jax.tree.map(lambda leaf: leaf.sharding, state), layout.replicated)
-    compiled = jax.jit(functools.partial(step, **parts), donate_argnums=0, out_shardings=lies)
+    shardings = (jax.tree.map(lambda leaf: leaf.sharding, state), layout.replicated)
+    compiled = jax.jit(functools.partial(step, **parts), donate_argnums=0, out_shardings=shardings)
 
     def call(*args: Any, **kwargs: Any):
         with jax.transfer_guard("disallow"):

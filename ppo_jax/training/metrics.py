@@ -163,10 +163,10 @@ class _Progress:
             self._bar = tqdm(total=total, initial=done, desc=stage, **shape)
 
     def update(self, step: int, values: Mapping[str, float]) -> None:
-        shown = {label: values[name] for name, label in self._show.items() if name in values}
-        has_more = bool(self._shown) and self._shown < shown.keys()  # than the step before
-        self._figures |= {label: (_figure(value), step) for label, value in shown.items()}
-        self._shown, self._step = set(shown), step
+        figures = {label: values[name] for name, label in self._show.items() if name in values}
+        has_more = bool(self._shown) and self._shown < figures.keys()  # than the step before
+        self._figures |= {label: (_figure(value), step) for label, value in figures.items()}
+        self._shown, self._step = set(figures), step
         if self._bar is not None:
             self._bar.set_postfix_str(self._figures_text(), refresh=False)
             self._bar.update(step - self._bar.n)

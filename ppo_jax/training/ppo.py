@@ -59,7 +59,7 @@ def train_ppo(config: Config, workdir: Path, base: str, data: PromptData):
         print(f"ppo: {buckets}")
     setup, *start = make_setup(settings, policy, reward, critic, layouts, config.model.frozen_dtype)
     tokenizer = policy.tokenizer
-    del policy, reward, critic  # what of them is used lies in the setup
+    del policy, reward, critic  # the setup has what is used of them
     samples = make_sampler(setup, tokenizer, texts, rows, settings, function, layout)
     with StageRun(
         workdir,
@@ -86,7 +86,7 @@ def train_ppo(config: Config, workdir: Path, base: str, data: PromptData):
             if settings.prompt_buckets > 1:
                 metrics |= {"ppo/prompt_width": width}
             if (i + 1) % settings.sample_every == 0 or i + 1 == num_steps:
-                run.settle()
+                run.finish_step()
                 append_rows(workdir / "samples.jsonl", samples(state, i + 1))
             run.end_step(i + 1, state, metrics)
 
@@ -141,8 +141,8 @@ def make_iteration(
     parts = dict(networks=setup.networks, options=setup.options)
     hyperparameters, frozen = setup.hyperparameters, setup.frozen
     if function is None:
-        whole = compile_step(ppo_iteration, state, layout, **parts)
-        return lambda state, chosen, prompts, key: whole(
+        iteration = compile_step(ppo_iteration, state, layout, **parts)
+        return lambda state, chosen, prompts, key: iteration(
             state, hyperparameters, prompts, key, frozen=frozen
         )
     sample = jax.jit(
@@ -169,8 +169,8 @@ def call_function(
     try:
         scores = function([prompts[row] for row in rows], responses) if len(rows) else []
     except FunctionFailed as error:
-        told = f"{error} (rows {rows[0]} to {rows[-1]} of {len(prompts)})"
-        raise FunctionFailed(told) from error.__cause__
+        message = f"{error} (rows {rows[0]} to {rows[-1]} of {len(prompts)})"
+        raise FunctionFailed(message) from error.__cause__
     return gather_rows(rows, scores, len(prompts))
 
 
@@ -209,8 +209,8 @@ def make_sampler(
         else:
             prompts = [texts[i] for i in filled]
             scores = layout.shard_batch(call_function(function, prompts, rollout, tokenizer))
-        scores, shown = fetch((scores, (rollout.response_tokens, rollout.response_mask)))
-        responses = decode_rows(tokenizer, *shown)
+        scores, responses = fetch((scores, (rollout.response_tokens, rollout.response_mask)))
+        responses = decode_rows(tokenizer, *responses)
         return [
             {"stage": "ppo", "step": step, "prompt": p, "response": r, "score": float(s)}
             for p, r, s in zip((texts[i] for i in chosen), responses, scores, strict=False)

@@ -25,7 +25,7 @@ def fingerprint(data: Any) -> dict[str, int]:
 
 
 def checksum(value: Any, before: int = 0) -> int:
-    """CRC-32 of arrays, lists and dataclasses of them; what stands in a mapping does not count."""
+    """CRC-32 of arrays, lists and dataclasses of them; mappings do not count."""
     if dataclasses.is_dataclass(value):
         for field in dataclasses.fields(value):
             before = checksum(getattr(value, field.name), before)

@@ -36,7 +36,7 @@ from ppo_jax.training.common import (
 from ppo_jax.training.resume import fingerprint
 from ppo_jax.training.stage import Stage, StageRun, open_stage
 
-# To train on, to validate on, and to score 0 on average: None stands for the second.
+# To train on, to validate on, and to score 0 on average: None is the second.
 RewardParts = tuple[RewardData, RewardData, TokenizedTexts | None]
 
 
@@ -98,7 +98,7 @@ def train_reward(config: Config, workdir: Path, base: str, data: RewardParts):
             batch = preference_batch(comparisons, inputs, config.seed, i, settings, layout)
             state, metrics = step(state, batch, optimizer, frozen=frozen)
             if i + 1 == num_steps or (i + 1) % settings.eval_every == 0:
-                run.settle()
+                run.finish_step()
                 scores = scores_of(state, unseen.texts, unseen_inputs)
                 metrics |= unseen.accuracy(scores, config.seed)
             if i + 1 == num_steps:
@@ -138,7 +138,7 @@ def preference_batch(
 
 
 def reference_texts(settings: RewardSettings, tokenizer: Any) -> TokenizedTexts | None:
-    """The texts that shall score 0 on average; None stands for the held-out data."""
+    """The texts that shall score 0 on average; None is the held-out data."""
     if not settings.reference_data:
         return None
     records = load_texts(settings.reference_data, tokenizer)

@@ -41,8 +41,8 @@ class RewardFunction:
             limit = f"ppo.reward_timeout_s={self.seconds:g} for {len(responses)} responses"
             raise FunctionFailed(f"{FIELD} {self.name} took more than {limit}") from None
         except Exception as error:
-            told = f"{FIELD} {self.name} raised {type(error).__name__}: {error}"
-            raise FunctionFailed(told.rstrip(": ")) from error
+            message = f"{FIELD} {self.name} raised {type(error).__name__}: {error}"
+            raise FunctionFailed(message.rstrip(": ")) from error
         if wrong := reject_reason(given, len(responses)):
             raise ValueError(
                 f"{FIELD} {self.name} must return {len(responses)} finite numbers, one a response, "

@@ -105,7 +105,7 @@ def train_sft(config: Config, workdir: Path, base: str, data: Texts):
             batch = batch_of(texts, inputs, rows_of(i))
             state, metrics = step(state, batch, optimizer, frozen=frozen)
             if i + 1 == num_steps or (i + 1) % settings.eval_every == 0:
-                run.settle()
+                run.finish_step()
                 metrics |= validate(state)
             run.end_step(i + 1, state, metrics)
 

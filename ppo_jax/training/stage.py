@@ -141,7 +141,7 @@ class StageRun:
         """The numbers of steps already taken: from the restored one to num_steps - 1."""
         return iter(range(self.start, self.num_steps))
 
-    def settle(self):
+    def finish_step(self):
         """Wait for the step before and log it, so that what follows is not booked on it."""
         self.writer.flush()
 
@@ -191,7 +191,7 @@ def open_stage(
 ) -> tuple[int | None, Parts]:
     """Begin a stage, or make sure that the one begun before can go on with these settings.
 
-    A stage without a checkpoint is begun anew.
+    A stage without a checkpoint starts over.
 
     Args:
         stage: which one.

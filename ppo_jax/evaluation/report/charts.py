@@ -102,7 +102,7 @@ CHARTS: dict[str, tuple[Group, ...]] = {
                 Chart(
                     "KL from the reference policy",
                     "nats per response",
-                    "Summed log-ratio of policy and reference over a response, in the mean.",
+                    "Summed log-ratio of policy and reference over a response, on average.",
                     {"kl/ref": "KL"},
                 ),
                 Chart(

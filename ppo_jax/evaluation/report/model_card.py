@@ -32,7 +32,7 @@ USE_ADAPTER = """\
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-base = "{base}"  # the model that the adapter goes onto, where it lies
+base = "{base}"  # the model that the adapter goes onto: its folder or hub id
 path = "."  # this folder, or the place it was uploaded to
 tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), path)
@@ -54,7 +54,7 @@ print(logits[:, 0] + model.config.score_bias)
 ABOUT_SCORES = """\
 A text is prompt and response, one after the other, with the tokenizer's EOS at its end, where the
 score is read. Its score is `logits + score_bias`: the score head of transformers has no bias, so
-the constant that sets the zero of the scale stands in `config.json`.
+the constant that sets the zero of the scale is in `config.json`.
 """
 
 
@@ -195,7 +195,7 @@ def used(settings: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def rows_of(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Nested settings as rows, without what is empty or stands in the table of data."""
+    """Nested settings as rows, without empty ones and those of the table of data."""
     rows = []
     for name, value in settings.items():
         if isinstance(value, Mapping):

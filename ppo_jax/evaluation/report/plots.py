@@ -218,7 +218,7 @@ def _label_point(axes: Axes, text: str, point: np.ndarray, side: int) -> None:
 def _draw_line(
     axes: Axes, steps: np.ndarray, values: np.ndarray, color: str, label: str, *, noisy: bool
 ) -> None:
-    """A curve; a long one stands thin behind its smoothed self, the points of a short one show."""
+    """A curve; a long one is thin behind its smoothed self, a short one has its points."""
     if noisy and len(values) >= NOISY:
         axes.plot(steps, values, color=color, lw=0.8, alpha=0.45)
         axes.plot(steps, smooth(values), color=color, lw=1.8, label=label)
