@@ -168,6 +168,8 @@ def main(what, workdir, coordinator, num_processes, process_id, *only):
     from ppo_jax.distributed import processes
     from ppo_jax.pipeline import run as pipeline
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background job
+
     def run():
         processes.initialize(coordinator, int(num_processes), int(process_id))
         if what.startswith("{"):
