@@ -33,8 +33,10 @@ def rollout():
     """Responses alone."""
     if FLAGS.lengths != "fixed":
         return skewed_rollout()
-    if FLAGS.refill:
-        raise ValueError(f"--refill must be 0 with --lengths=fixed, got {FLAGS.refill}")
+    if FLAGS.min_free_slots:
+        raise ValueError(
+            f"--min-free-slots must be 0 with --lengths=fixed, got {FLAGS.min_free_slots}"
+        )
     work = Workload()
     timing, _ = time_rollout(work)
     print_report(work, timing, "rollout", **rates("rollout_tokens", response_tokens(), timing))

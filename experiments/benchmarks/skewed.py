@@ -62,7 +62,9 @@ def skewed_rollout():
         return timing, np.concatenate([x.response_mask.sum(axis=1) for x in responses])
 
     static, lengths = time_rollouts(sampling, FLAGS.batch)
-    slots = dataclasses.replace(sampling, max_concurrent=FLAGS.batch, min_free_slots=FLAGS.refill)
+    slots = dataclasses.replace(
+        sampling, max_concurrent=FLAGS.batch, min_free_slots=FLAGS.min_free_slots
+    )
     continuous, same_lengths = time_rollouts(slots, FLAGS.num_prompts)
     assert (lengths == same_lengths).all(), "slots change no response"
     useful_tokens = float(lengths.sum())

@@ -40,13 +40,14 @@ SIZES = {
     "repeats": (5, "Timed runs, after one that is not."),
 }
 flags.DEFINE_integer(
-    "refill", 0, "Free slots that prompts wait for; 0 is a quarter.", lower_bound=0
+    "min_free_slots", 0, "Free slots that prompts wait for; 0 is a quarter.", lower_bound=0
 )
 flags.DEFINE_bool("scan_layers", False, "One scanned body instead of unrolled layers.")
 flags.DEFINE_bool("profile", False, "Print the operations that take the most time.")
 flags.DEFINE_string("lengths", "fixed", "Of responses: fixed, or geometric:MEAN.")
 flags.DEFINE_integer("num_prompts", 128, "Of a rollout with geometric lengths.", lower_bound=1)
 flags.DEFINE_alias("num-prompts", "num_prompts")
+flags.DEFINE_alias("min-free-slots", "min_free_slots")
 flags.DEFINE_alias("scan-layers", "scan_layers")
 for name, (default, description) in SIZES.items():
     flags.DEFINE_integer(name, default, description, lower_bound=1)

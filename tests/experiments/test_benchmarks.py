@@ -77,7 +77,7 @@ def test_packed_rows_stand_beside_single_ones():
         (["--lengths=normal:3"], "below --vocab (64), got 'normal:3'"),
         (["--lengths=geometric:64"], "below --vocab (64), got 'geometric:64'"),
         (["--lengths=geometric:4", "--num-prompts=5"], "a multiple of --batch (4), got 5"),
-        (["--refill=2"], "--refill must be 0 with --lengths=fixed, got 2"),
+        (["--min-free-slots=2"], "--min-free-slots must be 0 with --lengths=fixed, got 2"),
         (["--batch=4", "--num-minibatches=3"], "--num-micro-batches (3), got 4"),
         (["--threads=4096"], "--threads must be at most"),
     ],
