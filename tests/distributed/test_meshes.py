@@ -112,7 +112,7 @@ def measured(shape, kind):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "kind"),
-    [*((shape, "whole") for shape in MESHES), ((2, 2, 2), "scanned"), ((2, 2, 2), "trunk")],
+    [((8, 1, 1), "whole"), ((2, 2, 2), "whole"), ((2, 2, 2), "scanned"), ((2, 2, 2), "trunk")],
 )
 def test_three_iterations_are_those_of_one_device(shape, kind):
     (rollout, metrics, state), _ = measured(shape, kind)
