@@ -197,6 +197,11 @@ def fixed_experience():
     return found
 
 
+def compiled_rollout(run):
+    args = (run.state, run.numbers, run.prompts(0), run.layout.key(0, 0))
+    return run.compile(experience.sample_responses).lower(*args, frozen=run.frozen).compile()
+
+
 def compiled_iteration(run):
     shardings = jax.tree.map(lambda leaf: leaf.sharding, run.state), run.layout.replicated
     step = run.compile(ppo.ppo_iteration, donate_argnums=0, out_shardings=shardings)
@@ -239,4 +244,4 @@ def test_no_parameter_is_gathered_inside_the_decode_loop(kind, capfd):
         policy=run.networks.policy, reshard=lambda params: params
     )
     run.networks = run.networks._replace(sampler=sampler)
-    assert gathers_in_the_decode_loop(compiled_iteration(run).as_text(), smallest)
+    assert gathers_in_the_decode_loop(compiled_rollout(run).as_text(), smallest)
