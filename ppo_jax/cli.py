@@ -70,7 +70,8 @@ def run_stages(only: Sequence[str] = STAGE_NAMES):
 
 def config_flag() -> flags.FlagHolder:
     """Define --config, a file relative to the working folder, and --config.SECTION.FIELD."""
-    return config_flags.DEFINE_config_file("config", help_string="FILE.py or FILE.py:VARIANT")
+    text = "FILE.py or FILE.py:VARIANT; its settings are flags, see docs/configuration.md"
+    return config_flags.DEFINE_config_file("config", help_string=text)
 
 
 def show_in_help(*holders: flags.FlagHolder):
@@ -100,6 +101,8 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         argv = checked_flags(argv)
         sys.argv[:] = argv  # where ml_collections looks for the values of a config
         rest = flags.FLAGS(argv)
+    except SystemExit:  # --help, for which absl has code 1
+        sys.exit(0)
     except Exception as error:  # flags and config files are the user's
         stop(f"{explain(error)} (--help lists the flags)", USER_MISTAKE)
     if len(rest) > 1:

@@ -11,6 +11,7 @@ from ppo_jax import cli
 from ppo_jax.config import from_config_dict
 from ppo_jax.planner import planner
 from ppo_jax.planner import report as plan_report
+from ppo_jax.planner.chips import find_chip
 
 
 def define_flags() -> SimpleNamespace:
@@ -41,6 +42,8 @@ def main():
 
     def plan():
         config, topology = from_config_dict(flag.config.value), flag.topology.value
+        if topology:
+            find_chip(topology)
         if topology and not planner.has_libtpu():
             print("there is no libtpu (pip install 'ppo_jax[plan]'): a plan for the local devices")
             topology = None

@@ -228,7 +228,10 @@ def load_function(name: str, field: str) -> Callable:
     try:
         function = getattr(importlib.import_module(module_name), function_name)
     except (ImportError, SyntaxError, AttributeError, ValueError) as error:
-        message = f"{field} must be 'module:function', got {name!r}: {error}{hint(name)}"
+        where = ""
+        if isinstance(error, ModuleNotFoundError) and not hint(name):
+            where = ", neither in the current folder nor in one of PYTHONPATH"
+        message = f"{field} must be 'module:function', got {name!r}: {error}{where}{hint(name)}"
         raise ValueError(message) from error
     if not callable(function):
         raise ValueError(f"{field} must name a function, got {name!r}, which is {function!r}")

@@ -219,8 +219,8 @@ def read_split(
         if not split:
             raise ValueError(
                 f"{settings.data}: its {len(records)} records leave none for {name} with "
-                f"validation_fraction={fraction}; change the fraction, or name a file as "
-                "validation_data"
+                f"validation_fraction={fraction}; records of one text or prompt stay together; "
+                "change the fraction, or name a file as validation_data"
             )
     return splits["train"], splits["validation"]
 

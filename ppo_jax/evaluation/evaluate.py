@@ -1,4 +1,4 @@
-"""Comparison of policies on unseen prompts, by judges that had no part in the training."""
+"""Comparison of policies on unseen prompts, by the judges of a panel."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ from ppo_jax.core.distributions import token_logprobs
 from ppo_jax.core.types import Rollout
 from ppo_jax.data.comparisons import CONTEXT, encode_rated
 from ppo_jax.data.prompts import PromptData, prompt_data
-from ppo_jax.data.readers import naming_data
+from ppo_jax.data.readers import naming_data, short_repr
 from ppo_jax.data.records import RatedText, load_ratings
 from ppo_jax.distributed.layout import Layout, fetch, make_layouts
 from ppo_jax.distributed.processes import on_primary, stop_if_asked
@@ -209,7 +209,11 @@ def judge_all(settings: EvaluateSettings, workdir: Path, texts: dict[str, list[s
     """
     if not settings.judges:
         return {}
-    panel: JudgePanel = load_function(settings.judges, "evaluate.judges")(workdir)
+    panel = load_function(settings.judges, "evaluate.judges")(workdir)
+    if not isinstance(panel, JudgePanel):
+        raise ValueError(
+            f"evaluate.judges {settings.judges} must return a JudgePanel, got {short_repr(panel)}"
+        )
     *_, reference, candidate = texts
     table = on_primary(
         judge_table,

@@ -4,12 +4,14 @@ A judge is a function `list[str] -> [N] float`, higher is better; its scale is i
 order of two scores of one judge is compared, so judges of different scales stand in one table.
 """
 
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from ppo_jax.data.ratings import held_out_pairs, pair_accuracy
+from ppo_jax.training.reward_functions import FunctionFailed, reject_reason
 
 Judge = Callable[[Sequence[str]], np.ndarray]
 WORD = r"\w+(?:['’]\w+)*"  # "isn't" is one word: the negation stays visible
@@ -125,9 +127,12 @@ def judge_table(
         `win_rate_<candidate>_vs_<stage>` and the same with `_interval` (95%, [low, high]).
 
     Raises:
-        ValueError: the candidate or a note's judge is unknown, or the stages differ in length.
+        ValueError: the candidate or a note's judge is unknown, the stages differ in length, or a
+            judge does not give one finite number a text.
+        FunctionFailed: a judge raised something.
     """
     _check_table(judges, responses, candidate, notes or {})
+    judges = {name: functools.partial(_ask, name, judge) for name, judge in judges.items()}
     return [
         {
             "judge": name,
@@ -140,6 +145,20 @@ def judge_table(
     ]
 
 
+def _ask(name: str, judge: Judge, texts: Sequence[str]) -> np.ndarray:
+    """What a judge says of N texts, [N] float64: it is a user's function, and may say anything."""
+    try:
+        scores = judge(texts)
+    except Exception as error:
+        message = f"the judge {name!r} raised {type(error).__name__}: {error}"
+        raise FunctionFailed(message.rstrip(": ")) from error
+    if wrong := reject_reason(scores, len(texts)):
+        raise ValueError(
+            f"the judge {name!r} must return {len(texts)} finite numbers, one a text, got {wrong}"
+        )
+    return np.asarray(scores, np.float64)
+
+
 def _accuracy(judge: Judge, texts: Sequence[str], mean_ratings: np.ndarray) -> dict:
     if np.ptp(mean_ratings) < 1:  # a scale of its own: no pair has the gap
         return {}
@@ -147,7 +166,7 @@ def _accuracy(judge: Judge, texts: Sequence[str], mean_ratings: np.ndarray) -> d
 
 
 def _comparison(judge: Judge, responses: Mapping, candidate: str, seed: int) -> dict:
-    scores = {stage: np.asarray(judge(texts), float) for stage, texts in responses.items()}
+    scores = {stage: judge(texts) for stage, texts in responses.items()}
     row = {f"mean_{stage}": float(values.mean()) for stage, values in scores.items()}
     for stage in reversed([stage for stage in scores if stage != candidate]):
         pair = scores[candidate], scores[stage]

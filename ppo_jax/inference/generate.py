@@ -143,6 +143,8 @@ def generate(
         raise ValueError("model must be a policy to generate text, got a reward model")
     if isinstance(prompts, str):
         raise ValueError(f"prompts must be a list of texts, got the text {prompts[:40]!r}")
+    if not temperature >= 0:
+        raise ValueError(f"temperature must be >= 0, got {temperature}")
     rows = encode_prompts(prompts, model.tokenizer, max_length=max_prompt_length)
     longest = int(rows.mask.sum(axis=1).max())
     if sampling is None:

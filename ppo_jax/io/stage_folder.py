@@ -68,6 +68,8 @@ def load_model(
     if (Path(path) / "stage.json").is_file():
         model = load_stage(Path(path), layout, step)
         return model if settings is None else compute_as(model, settings)
+    if stages := [x for x in STAGE_NAMES if (Path(path) / x / "stage.json").is_file()]:
+        raise ValueError(f"{path} is a run: its stages {stages} are models, {path}/{stages[-1]}")
     how = {} if settings is None else computation(settings)
     config, params = hf.load_policy(path, shardings=shardings_of(layout), **how)
     tokenizer = vocabulary.load_tokenizer(path)

@@ -17,7 +17,7 @@ from ppo_jax.config.parsing import load_function
 from ppo_jax.config.run import STAGE_NAMES, Config, from_config_dict
 from ppo_jax.data.atomic import PARTIAL, atomic_folder
 from ppo_jax.distributed.layout import make_mesh
-from ppo_jax.distributed.processes import barrier, on_primary, stop_if_asked
+from ppo_jax.distributed.processes import barrier, is_primary, on_primary, stop_if_asked
 from ppo_jax.evaluation.report.report import write_report
 from ppo_jax.evaluation.report.summary import headlines, read_run, verdict
 from ppo_jax.io.base_model import base_path, prepare_base
@@ -25,6 +25,7 @@ from ppo_jax.io.checkpoints import Checkpoints
 from ppo_jax.io.model_spec import ModelSpec, initial_models, needs_base, read_shape
 from ppo_jax.io.run_folder import (
     fill_in_workdir,
+    lock_folder,
     prepare_workdir,
     read_results,
     without_workdir,
@@ -53,21 +54,38 @@ def run(
     """
     logging.set_verbosity(logging.WARNING)  # Orbax logs every file it writes
     workdir = checked_folder(workdir)
-    given, config, stages = planned(settings, workdir, only)
-    complete = on_primary(completeness, config, workdir)
-    todo = [stage for stage in stages if not complete[stage]]
-    if todo:
-        base, data = prepare(config, given, workdir, todo)
-    for stage in stages:
-        if stage in todo:
-            run_stage(stage, config, workdir, base, data.pop(stage))
-        else:
-            print(f"{stage}: complete", flush=True)
-    report = workdir / "report.html"
-    on_primary(lambda: (todo or not report.exists()) and write_report(workdir))
+    with contextlib.ExitStack() as lock:
+        if workdir.is_dir():
+            lock.enter_context(only_run(workdir))
+        given, config, stages = planned(settings, workdir, only)
+        complete = on_primary(completeness, config, workdir)
+        todo = [stage for stage in stages if not complete[stage]]
+        if todo:
+            new = not workdir.is_dir()
+            base, data = prepare(config, given, workdir, todo)
+            if new:
+                lock.enter_context(only_run(workdir))
+        for stage in stages:
+            if stage in todo:
+                run_stage(stage, config, workdir, base, data.pop(stage))
+            else:
+                print(f"{stage}: complete", flush=True)
+        report = workdir / "report.html"
+        on_primary(lambda: (todo or not report.exists()) and write_report(workdir))
     if not todo:
         print("every stage is complete: nothing to do", flush=True)
     print(closing(workdir, report), flush=True)
+
+
+@contextlib.contextmanager
+def only_run(workdir: Path) -> Iterator[None]:
+    """No other run may use the folder meanwhile; two would mix their metrics and checkpoints."""
+    lock = on_primary(lock_folder, workdir)
+    try:
+        yield
+    finally:
+        if lock is not None and is_primary():
+            os.close(lock)
 
 
 def evaluate(settings: config_dict.ConfigDict | dict, workdir: str | Path):
@@ -83,13 +101,15 @@ def planned(
     Raises:
         ValueError: a setting is not usable, or does not fit to what the folder holds.
     """
+    only = [only] if isinstance(only, str) else only
     given = from_config_dict(settings)
     config = fill_in_workdir(given, workdir)
     stages = [
         stage for stage in STAGE_NAMES if stage in only and getattr(config, stage) is not None
     ]
     if not stages:
-        raise ValueError(f"the config has none of the sections {list(only)}")
+        has = [stage for stage in STAGE_NAMES if getattr(config, stage) is not None]
+        raise ValueError(f"the config has none of the sections {list(only)}; it has {has}")
     make_mesh(config.mesh)  # refused before anything is made
     for stage in (stage for stage in stages if stage != "evaluate"):
         check_settings(workdir / stage, describe(stage, config, workdir))
@@ -268,7 +288,10 @@ def evaluation_subject(config: Config, workdir: Path) -> dict:
 def add_time(workdir: Path, stage: str, began: float):
     """Add wall time to results.json; a stage killed at once loses its last part."""
     results = read_results(workdir)
-    seconds = results.get(f"time/{stage}_s", 0.0) + time.time() - began
+    before = (
+        0.0 if stage == "evaluate" else results.get(f"time/{stage}_s", 0.0)
+    )  # which starts over
+    seconds = before + time.time() - began
     results[f"time/{stage}_s"] = seconds
     parts = [v for k, v in results.items() if k.startswith("time/") and k != "time/total_s"]
     write_results(workdir, results | {"time/total_s": sum(parts)})

@@ -99,7 +99,7 @@ def test_the_entry_point_of_the_package_is_the_command_and_a_mistake_is_code_2(t
         return done.returncode, done.stdout, done.stderr
 
     status, out, _ = start("export", "--help")
-    assert "a finished stage as a Hugging Face folder" in out
+    assert status == 0 and "a finished stage as a Hugging Face folder" in out
     assert all(
         f"--{flag}:" in out or f"--[no]{flag}" in out for flag in ("workdir", "stage", "out")
     )

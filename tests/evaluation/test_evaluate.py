@@ -34,6 +34,15 @@ def test_the_headline_is_gold_or_the_first():
         JudgePanel(judges={})
 
 
+def no_panel(workdir):
+    return {"judges": {"long": length}}
+
+
+def test_what_is_no_panel_is_refused():
+    with pytest.raises(ValueError, match="no_panel must return a JudgePanel, got"):
+        judged("no_panel")
+
+
 def judged(name, texts=TEXTS):
     settings = EvaluateSettings(prompts="p", judges=f"{__name__}:{name}")
     return judge_all(settings, None, texts)

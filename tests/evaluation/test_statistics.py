@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from ppo_jax.evaluation import statistics as judges
+from ppo_jax.training.reward_functions import FunctionFailed
 
 
 def test_rating_accuracy_equals_the_loop_over_pairs():
@@ -92,6 +93,21 @@ def test_a_table_without_rated_texts_does_not_claim_an_accuracy():
     assert row["win_rate_ppo_vs_sft"] == 1.0
 
 
+def says(scores):
+    """The table of a judge that says the same of any two texts."""
+    return judges.judge_table(
+        {"mine": lambda texts: scores}, {"sft": ["a", "b"], "ppo": ["c", "d"]}
+    )
+
+
+def test_a_judge_that_fails_is_named():
+    def fails(texts):
+        raise KeyError("no such word")
+
+    with pytest.raises(FunctionFailed, match="the judge 'mine' raised KeyError: 'no such word'"):
+        judges.judge_table({"mine": fails}, {"sft": ["a"], "ppo": ["b"]})
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -103,6 +119,9 @@ def test_a_table_without_rated_texts_does_not_claim_an_accuracy():
         (lambda: judges.judge_table({}, {"sft": ["a"]}), "candidate 'ppo'"),
         (lambda: judges.judge_table({}, {"sft": ["a"], "ppo": []}), "one a prompt"),
         (lambda: judges.judge_table({}, {"ppo": ["a"]}, notes={"gold": "x"}), "unknown judges"),
+        (lambda: says([1.0]), "the judge 'mine' must return 2 finite numbers, one a text, got 1"),
+        (lambda: says([1.0, float("nan")]), "'mine' must return 2 finite .* nan for response 1"),
+        (lambda: says(["good", "bad"]), "'mine' must return 2 finite numbers, one a text, got"),
     ],
 )
 def test_mistakes_are_refused_by_name(call, message):

@@ -204,6 +204,8 @@ def test_a_response_that_the_context_cuts_is_refused_and_the_default_fits(model)
     assert rollout.mask.shape[1] <= model.config.max_length
     with pytest.raises(ValueError, match="prompts must be a list of texts, got the text 'a film'"):
         generate(model, "a film")
+    with pytest.raises(ValueError, match="temperature must be >= 0, got -1"):
+        generate(model, ["a film"], temperature=-1.0)
 
 
 def test_no_room_and_no_policy_are_refused(model):

@@ -1,6 +1,7 @@
 """One command from data to report: what it leaves, what it skips, what it refuses."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from ppo_jax.data.records import load_texts
 from ppo_jax.inference.score import score_texts
 from ppo_jax.io import huggingface as hf
 from ppo_jax.io.checkpoints import Checkpoints
+from ppo_jax.io.run_folder import lock_folder
 from ppo_jax.io.stage_folder import load_model
 from ppo_jax.pipeline import preflight
 from ppo_jax.pipeline import run as pipeline
@@ -211,6 +213,21 @@ def test_more_iterations_go_on_from_the_last_one_and_are_judged_anew(workdir, tm
     assert "evaluate: 6 responses of ppo" in printed
     assert [row["step"] for row in rows_of(moved, "ppo")] == [1, 2, 3, 4, 5, 6, 7]
     assert rows_of(moved, "ppo")[:6] == rows_of(workdir, "ppo")
+
+
+def test_a_second_run_in_the_same_folder_is_refused(workdir, tmp_path):
+    """One of another process: a folder that is locked by an open file of its own."""
+    held = lock_folder(workdir)
+    try:
+        with pytest.raises(ValueError, match=f"another process is running in {workdir}: wait for"):
+            pipeline.run(tiny_run.config(), workdir)
+    finally:
+        os.close(held)
+
+
+def test_a_run_is_not_taken_for_a_model(workdir):
+    with pytest.raises(ValueError, match=r"is a run: its stages \['sft', 'reward', 'ppo'\] are"):
+        load_model(workdir)
 
 
 def test_the_page_from_python_runs_as_it_stands(workdir, tmp_path, monkeypatch, capsys):

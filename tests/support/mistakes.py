@@ -126,7 +126,7 @@ train_ppo --config.ppo.max_prompt_length=1
 train_ppo --config.ppo.stop_tokens=<none>
     ppo.stop_tokens must be among the ... tokens of the tokenizer (...), got ['<none>']
 train_ppo --config.ppo.reward_model= --config.ppo.reward_function=nothing:here
-    ppo.reward_function must be 'module:function', got 'nothing:here': No module named 'nothing'
+    ppo.reward_function must be 'module:function', got 'nothing:here': No module ..., neither ...
 train_ppo --config.ppo.reward_model= --config.ppo.reward_function=tests/support/tiny_run.py:letters
     ppo.reward_function must be 'module:function', got ..., e.g. tests.support.tiny_run:letters
 train_ppo --config.ppo.reward_model= --config.ppo.reward_function=tests.support.tiny_run.letters
@@ -181,5 +181,5 @@ rlhf # config {"evaluate": {"ratings": "none.jsonl"}}
 rlhf # config {"evaluate": {"num_prompts": 7}}
     evaluate.num_prompts must be at most the 6 prompts of {data}/test_prompts.jsonl, got 7
 rlhf # config {"sft": None, "reward": None, "ppo": None, "evaluate": None}
-    the config has none of the sections ['sft', 'reward', 'ppo', 'evaluate']
+    the config has none of the sections ['sft', 'reward', 'ppo', 'evaluate']; it has []
 """

@@ -246,9 +246,11 @@ def _draw_bars(
     """Horizontal bars of shares from `start` to 1 with their figures, the first on top."""
     start = start if min(bars.values()) > start else 0.0
     rows, values = np.arange(len(bars)), np.array(list(bars.values()))
+    paper = matplotlib.rcParams["figure.facecolor"]
+    behind = dict(facecolor=paper, edgecolor="none", pad=1)  # a figure stays clear of a line
     axes.barh(rows, values - start, left=start, color=list(colors), height=0.62)
     for row, value, at in zip(rows, values, values if text_at is None else text_at, strict=True):
-        axes.text(at + 0.02 * (1 - start), row, f"{value:.3f}", va="center")
+        axes.text(at + 0.02 * (1 - start), row, f"{value:.3f}", va="center", bbox=behind)
     axes.set(yticks=rows, yticklabels=list(bars), xlim=(start, 1 + 0.17 * (1 - start)))
     axes.set_ylim(max(len(bars), 3) - 0.4, -0.6)  # the first on top; two bars are not fat
     axes.set_xticks(np.linspace(start, 1, 6))

@@ -176,7 +176,7 @@ def _kl(run: Run) -> float | None:
 
 def _at_kl(run: Run) -> str:
     kl = _kl(run)
-    return "" if kl is None else f", at {kl:.1f} nats of KL per response"
+    return "" if kl is None else f", at {round(kl, 1) + 0.0:.1f} nats of KL per response"
 
 
 def _ppo_reached(run: Run) -> str:
@@ -203,7 +203,7 @@ def _ppo_cards(run: Run) -> list[tuple[str, str, str]]:
         )
     if (kl := _kl(run)) is not None:
         policy = f"the {_reference(run)} policy" if _evaluated(run) else "the reference policy"
-        cards.append((f"{kl:.1f} nats", "KL per response", f"from {policy}"))
+        cards.append((f"{round(kl, 1) + 0.0:.1f} nats", "KL per response", f"from {policy}"))
     return cards
 
 
