@@ -1,5 +1,6 @@
 """Two processes are stopped or killed, and go on together from the same step."""
 
+import functools
 import os
 import signal
 import time
@@ -11,6 +12,7 @@ from tests.support import two_processes
 from tests.support.tiny_state import flip_a_bit, largest_file
 from tests.support.two_processes import (
     ACROSS,
+    WHOLE,
     assert_same_numbers,
     assert_stopped,
     begun,
@@ -23,12 +25,17 @@ from tests.support.users_code import CALLS
 pytestmark = pytest.mark.slow
 
 
+# Two devices a process: where and when they stop does not depend on how many there are.
+SQUARE = {"data": 2, "fsdp": 2, **WHOLE}
+start = functools.partial(two_processes.start, num_devices=4)
+
+
 @pytest.fixture(scope="module")
 def slow_run(tmp_path_factory):
     """(settings of PPO with a slow reward function, the folder of one that nobody stopped)."""
     folder = tmp_path_factory.mktemp("slow")
-    config = by_function("sleeps", num_iterations=16, save_every=4)
-    for code, output in two_processes.finish(two_processes.start(config, folder)):
+    config = by_function("sleeps", num_iterations=16, save_every=4) | {"mesh": SQUARE}
+    for code, output in two_processes.finish(start(config, folder)):
         assert code == 0, output
     return config, folder
 
@@ -39,14 +46,14 @@ def test_a_signal_to_one_saves_one_step_on_all_and_a_damaged_one_is_passed_over_
     config, whole = slow_run
     checkpoints, newest = Checkpoints(tmp_path / "ppo" / "checkpoints"), 0
     for asked, number in ((1, signal.SIGTERM), (0, signal.SIGINT)):
-        processes = two_processes.start(config, tmp_path)
+        processes = start(config, tmp_path)
         wait_until(lambda last=newest: begun(tmp_path, last + 2), processes)
         processes[asked].send_signal(number)
         assert_stopped(processes, lambda: f"step {checkpoints.latest_step()} is saved")
         newest = checkpoints.latest_step()
     flip_a_bit(largest_file(checkpoints.directory / str(newest)))
     older = checkpoints.steps()[-2]
-    ended = two_processes.finish(two_processes.start(config, tmp_path))
+    ended = two_processes.finish(start(config, tmp_path))
     assert [code for code, _ in ended] == [0, 0], ended
     assert f"ppo: resuming after step {older}" in ended[0][1]
     passed_over = f"passed over checkpoint {checkpoints.directory}/{newest}"
@@ -68,7 +75,7 @@ def test_rows_that_lie_on_both_processes_are_scored_once(slow_run, tmp_path, mon
 def test_a_killed_process_ends_the_other_within_a_minute(slow_run, tmp_path):
     config, whole = slow_run
     for killed, saved in ((0, 4), (1, 8)):
-        processes = two_processes.start(config, tmp_path)
+        processes = start(config, tmp_path)
         wait_until(lambda step=saved: begun(tmp_path, step + 1), processes)
         os.kill(processes[killed].pid, signal.SIGKILL)
         began = time.monotonic()
@@ -76,7 +83,7 @@ def test_a_killed_process_ends_the_other_within_a_minute(slow_run, tmp_path):
         assert time.monotonic() - began < 60
         code, output = ended[1 - killed]
         assert code != 0 and output.strip(), ended
-    again = two_processes.finish(two_processes.start(config, tmp_path))
+    again = two_processes.finish(start(config, tmp_path))
     assert [code for code, _ in again] == [0, 0], again
     assert "ppo: resuming after step 8" in again[0][1]
     assert_same_numbers(whole, tmp_path, ["ppo"])

@@ -40,17 +40,18 @@ def free_port():
         return found.getsockname()[1]
 
 
-def start(what, workdir, num_processes=2, only=None):
-    """The processes, NUM_DEVICES / num_processes devices each.
+def start(what, workdir, num_processes=2, only=None, num_devices=NUM_DEVICES):
+    """The processes, num_devices / num_processes devices each.
 
     Args:
         what: a config, or "module:function".
         workdir: the run's folder, or what the function is called with.
         num_processes: of the run.
         only: stages.
+        num_devices: of all together.
     """
     address = f"localhost:{free_port()}"
-    count = NUM_DEVICES // num_processes
+    count = num_devices // num_processes
     environment = os.environ | {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={count} "
         "--xla_cpu_collective_call_terminate_timeout_seconds=600",
