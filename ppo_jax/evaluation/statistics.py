@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from ppo_jax.data.ratings import held_out_pairs, pair_accuracy
-from ppo_jax.training.reward_functions import FunctionFailed, reject_reason
+from ppo_jax.training.reward_functions import failure, reject_reason
 
 Judge = Callable[[Sequence[str]], np.ndarray]
 WORD = r"\w+(?:['’]\w+)*"  # "isn't" is one word: the negation stays visible
@@ -150,8 +150,7 @@ def _ask(name: str, judge: Judge, texts: Sequence[str]) -> np.ndarray:
     try:
         scores = judge(texts)
     except Exception as error:
-        message = f"the judge {name!r} raised {type(error).__name__}: {error}"
-        raise FunctionFailed(message.rstrip(": ")) from error
+        raise failure(f"the judge {name!r}", error) from error
     if wrong := reject_reason(scores, len(texts)):
         raise ValueError(
             f"the judge {name!r} must return {len(texts)} finite numbers, one a text, got {wrong}"

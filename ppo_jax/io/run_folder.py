@@ -100,13 +100,13 @@ def prepare_workdir(workdir: str | Path, config: Mapping[str, Any]) -> None:
 
 
 def lock_folder(workdir: str | Path) -> int | None:
-    """Hold the folder for this process: a file descriptor to close, or None where there are no
-    locks. It is free again when the process ends, however it ends.
+    """Hold the folder for this process: a file descriptor to close, or None where there is no
+    folder, or no lock. It is free again when the process ends, however it ends.
 
     Raises:
         ValueError: another process holds it.
     """
-    if fcntl is None:
+    if fcntl is None or not Path(workdir).is_dir():
         return None
     folder = os.open(workdir, os.O_RDONLY)
     try:

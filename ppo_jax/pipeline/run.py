@@ -54,17 +54,15 @@ def run(
     """
     logging.set_verbosity(logging.WARNING)  # Orbax logs every file it writes
     workdir = checked_folder(workdir)
-    with contextlib.ExitStack() as lock:
-        if workdir.is_dir():
-            lock.enter_context(only_run(workdir))
+    with contextlib.ExitStack() as release:
+        held = hold_folder(workdir, release)
         given, config, stages = planned(settings, workdir, only)
         complete = on_primary(completeness, config, workdir)
         todo = [stage for stage in stages if not complete[stage]]
         if todo:
-            new = not workdir.is_dir()
             base, data = prepare(config, given, workdir, todo)
-            if new:
-                lock.enter_context(only_run(workdir))
+        if not held:
+            hold_folder(workdir, release)
         for stage in stages:
             if stage in todo:
                 run_stage(stage, config, workdir, base, data.pop(stage))
@@ -77,15 +75,16 @@ def run(
     print(closing(workdir, report), flush=True)
 
 
-@contextlib.contextmanager
-def only_run(workdir: Path) -> Iterator[None]:
-    """No other run may use the folder meanwhile; two would mix their metrics and checkpoints."""
+def hold_folder(workdir: Path, release: contextlib.ExitStack) -> bool:
+    """Keep other runs out until `release` is closed: two would mix their metrics and checkpoints.
+
+    Process 0 looks whether the folder is there, so that all processes are told the same: False
+    where it is not there yet.
+    """
     lock = on_primary(lock_folder, workdir)
-    try:
-        yield
-    finally:
-        if lock is not None and is_primary():
-            os.close(lock)
+    if lock is not None and is_primary():
+        release.callback(os.close, lock)
+    return lock is not None
 
 
 def evaluate(settings: config_dict.ConfigDict | dict, workdir: str | Path):
@@ -288,9 +287,8 @@ def evaluation_subject(config: Config, workdir: Path) -> dict:
 def add_time(workdir: Path, stage: str, began: float):
     """Add wall time to results.json; a stage killed at once loses its last part."""
     results = read_results(workdir)
-    before = (
-        0.0 if stage == "evaluate" else results.get(f"time/{stage}_s", 0.0)
-    )  # which starts over
+    starts_over = stage == "evaluate"
+    before = 0.0 if starts_over else results.get(f"time/{stage}_s", 0.0)
     seconds = before + time.time() - began
     results[f"time/{stage}_s"] = seconds
     parts = [v for k, v in results.items() if k.startswith("time/") and k != "time/total_s"]

@@ -20,6 +20,11 @@ class FunctionFailed(RuntimeError):
     """A function of the user's took too long, or raised an error: the cause of this one."""
 
 
+def failure(function: str, error: Exception) -> FunctionFailed:
+    """What to raise from an error inside of a function of the user's."""
+    return FunctionFailed(f"{function} raised {type(error).__name__}: {error}".rstrip(": "))
+
+
 @dataclasses.dataclass(frozen=True)
 class RewardFunction:
     """A function with the name that it has in the config."""
@@ -41,8 +46,7 @@ class RewardFunction:
             limit = f"ppo.reward_timeout_s={self.seconds:g} for {len(responses)} responses"
             raise FunctionFailed(f"{FIELD} {self.name} took more than {limit}") from None
         except Exception as error:
-            message = f"{FIELD} {self.name} raised {type(error).__name__}: {error}"
-            raise FunctionFailed(message.rstrip(": ")) from error
+            raise failure(f"{FIELD} {self.name}", error) from error
         if wrong := reject_reason(given, len(responses)):
             raise ValueError(
                 f"{FIELD} {self.name} must return {len(responses)} finite numbers, one a response, "

@@ -223,6 +223,7 @@ def test_a_second_run_in_the_same_folder_is_refused(workdir, tmp_path):
             pipeline.run(tiny_run.config(), workdir)
     finally:
         os.close(held)
+    assert lock_folder(workdir / "not there yet") is None
 
 
 def test_a_run_is_not_taken_for_a_model(workdir):
