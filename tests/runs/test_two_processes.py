@@ -36,7 +36,7 @@ def one(tmp_path_factory):
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """The same in two processes."""
-    folder = tmp_path_factory.mktemp("two")
+    folder = tmp_path_factory.mktemp("two") / "run"  # not there yet
     for code, output in two_processes.finish(two_processes.start(settings(), folder)):
         assert code == 0, output
     return folder
