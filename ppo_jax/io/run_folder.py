@@ -8,17 +8,11 @@ import dataclasses
 import importlib.metadata
 import json
 import math
-import os
 import platform
 import subprocess
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 import jax
 import numpy as np
@@ -77,16 +71,10 @@ def prepare_workdir(workdir: str | Path, config: Mapping[str, Any]) -> None:
     Args:
         workdir: the folder.
         config: nested dicts; infinity is written as "inf".
-
-    Raises:
-        ValueError: the folder cannot be made.
     """
     if jax.process_index() != 0:
         return
-    try:
-        Path(workdir).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"the workdir {workdir} cannot be made: {error.strerror}") from error
+    Path(workdir).mkdir(parents=True, exist_ok=True)
     kind, count = jax.devices()[0].device_kind, jax.device_count()
     record = {
         "config": _plain(config, nonfinite=str),
@@ -97,28 +85,6 @@ def prepare_workdir(workdir: str | Path, config: Mapping[str, Any]) -> None:
     }
     text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
     atomic_write(Path(workdir) / "config.json", text.encode())
-
-
-def lock_folder(workdir: str | Path) -> int | None:
-    """Hold the folder for this process: a file descriptor to close, or None where there is no
-    folder, or no lock. It is free again when the process ends, however it ends.
-
-    Raises:
-        ValueError: another process holds it.
-    """
-    if fcntl is None or not Path(workdir).is_dir():
-        return None
-    folder = os.open(workdir, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(folder)
-        raise ValueError(
-            f"another process is running in {workdir}: wait for its end, or choose another workdir"
-        ) from None
-    except OSError:  # a file system without locks
-        pass
-    return folder
 
 
 def read_config(workdir: str | Path) -> dict[str, Any] | None:

@@ -16,8 +16,9 @@ from ml_collections import config_dict
 from ppo_jax.config.parsing import load_function
 from ppo_jax.config.run import STAGE_NAMES, Config, from_config_dict
 from ppo_jax.data.atomic import PARTIAL, atomic_folder
+from ppo_jax.distributed.folder_lock import hold_folder
 from ppo_jax.distributed.layout import make_mesh
-from ppo_jax.distributed.processes import barrier, is_primary, on_primary, stop_if_asked
+from ppo_jax.distributed.processes import barrier, on_primary, stop_if_asked
 from ppo_jax.evaluation.report.report import write_report
 from ppo_jax.evaluation.report.summary import headlines, read_run, verdict
 from ppo_jax.io.base_model import base_path, prepare_base
@@ -25,7 +26,6 @@ from ppo_jax.io.checkpoints import Checkpoints
 from ppo_jax.io.model_spec import ModelSpec, initial_models, needs_base, read_shape
 from ppo_jax.io.run_folder import (
     fill_in_workdir,
-    lock_folder,
     prepare_workdir,
     read_results,
     without_workdir,
@@ -54,15 +54,13 @@ def run(
     """
     logging.set_verbosity(logging.WARNING)  # Orbax logs every file it writes
     workdir = checked_folder(workdir)
-    with contextlib.ExitStack() as release:
-        held = hold_folder(workdir, release)
+    with contextlib.ExitStack() as held:
+        on_primary(lambda: held.enter_context(hold_folder(workdir)))
         given, config, stages = planned(settings, workdir, only)
         complete = on_primary(completeness, config, workdir)
         todo = [stage for stage in stages if not complete[stage]]
         if todo:
             base, data = prepare(config, given, workdir, todo)
-        if not held:
-            hold_folder(workdir, release)
         for stage in stages:
             if stage in todo:
                 run_stage(stage, config, workdir, base, data.pop(stage))
@@ -73,18 +71,6 @@ def run(
     if not todo:
         print("every stage is complete: nothing to do", flush=True)
     print(closing(workdir, report), flush=True)
-
-
-def hold_folder(workdir: Path, release: contextlib.ExitStack) -> bool:
-    """Keep other runs out until `release` is closed: two would mix their metrics and checkpoints.
-
-    Process 0 looks whether the folder is there, so that all processes are told the same: False
-    where it is not there yet.
-    """
-    lock = on_primary(lock_folder, workdir)
-    if lock is not None and is_primary():
-        release.callback(os.close, lock)
-    return lock is not None
 
 
 def evaluate(settings: config_dict.ConfigDict | dict, workdir: str | Path):

@@ -1,7 +1,6 @@
 """Fingerprints of training data and provenance of the base model, checked on resume."""
 
 import dataclasses
-import shutil
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 
 from ppo_jax.config.parsing import changeable_fields
 from ppo_jax.config.run import STAGE_NAMES, Config, ModelSettings
+from ppo_jax.data.atomic import remove_folder
 from ppo_jax.io.run_folder import read_config
 from ppo_jax.io.stage_folder import describe_stage, has_begun
 from ppo_jax.training.stage import Stage, fixed_differences, training_data
@@ -84,7 +84,7 @@ def drop_outdated_base(workdir: Path, config: dict):
     """Remove a base model that was made from other settings; after `check_same_base`."""
     folder = workdir / "base"
     if origin_differences(workdir, "base", config):
-        folder.unlink() if folder.is_symlink() else shutil.rmtree(folder)
+        remove_folder(folder)
 
 
 def may_be_made_anew(workdir: Path) -> bool:
