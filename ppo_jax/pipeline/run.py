@@ -19,7 +19,7 @@ from ppo_jax.data.atomic import PARTIAL, atomic_folder
 from ppo_jax.distributed.folder_lock import hold_folder
 from ppo_jax.distributed.layout import make_mesh
 from ppo_jax.distributed.processes import barrier, on_primary, stop_if_asked
-from ppo_jax.evaluation.report.report import write_report
+from ppo_jax.evaluation.report.report import is_current, write_report
 from ppo_jax.evaluation.report.summary import headlines, read_run, verdict
 from ppo_jax.io.base_model import base_path, prepare_base
 from ppo_jax.io.checkpoints import Checkpoints
@@ -67,7 +67,7 @@ def run(
             else:
                 print(f"{stage}: complete", flush=True)
         report = workdir / "report.html"
-        on_primary(lambda: (todo or not report.exists()) and write_report(workdir))
+        on_primary(lambda: is_current(workdir) or write_report(workdir))
     if not todo:
         print("every stage is complete: nothing to do", flush=True)
     print(closing(workdir, report), flush=True)
@@ -217,7 +217,8 @@ def closing(workdir: Path, report: Path) -> str:
     """The figures and the verdict, as the report has them."""
     run = read_run(workdir)
     figures = [f"  {value:>10}  {what} ({how})" for value, what, how in headlines(run)]
-    return "\n".join([*figures, verdict(run), f"report: {report}"])
+    left_out = [f"left out: {line}" for line in run.left_out]
+    return "\n".join([*left_out, *figures, verdict(run), f"report: {report}"])
 
 
 def run_stage(stage: str, config: Config, workdir: Path, base: str, data: Any):
