@@ -150,9 +150,12 @@ class StageRun:
 
         Raises:
             FloatingPointError: a loss is not finite.
+            FileNotFoundError: the folder was removed.
             SystemExit: after SIGTERM (code 143) or Ctrl-C (130; among several processes it is
                 SIGTERM for all, 143), when the state is on disk.
         """
+        if not (self.folder / "stage.json").is_file():  # a save would make the folder again
+            raise FileNotFoundError(f"{self.folder} was removed while the stage was under way")
         self.writer.write(step, metrics)
         if preempted():
             self.asked_to_stop = signal.SIGTERM
