@@ -244,6 +244,13 @@ def write_results(workdir: str | Path, results: Mapping[str, Any]) -> None:
         atomic_write(Path(workdir) / "results.json", (text + "\n").encode())
 
 
+def keep_time(workdir: str | Path, part: str, seconds: float) -> None:
+    """Have the wall seconds of a part of the run in results.json, and their sum over all parts."""
+    results = read_results(workdir) | {f"time/{part}_s": seconds}
+    parts = [v for k, v in results.items() if k.startswith("time/") and k != "time/total_s"]
+    write_results(workdir, results | {"time/total_s": sum(parts)})
+
+
 def fill_in_workdir(settings: Any, workdir: Path) -> Any:
     """The same settings with `{workdir}` in every string replaced by the folder."""
     values = {}

@@ -26,6 +26,7 @@ from ppo_jax.io.checkpoints import Checkpoints
 from ppo_jax.io.model_spec import ModelSpec, initial_models, needs_base, read_shape
 from ppo_jax.io.run_folder import (
     fill_in_workdir,
+    keep_time,
     prepare_workdir,
     read_results,
     without_workdir,
@@ -159,7 +160,7 @@ def prepare(
     Returns:
         (path of the base model, "" where no stage reads it; {stage name: its data}).
     """
-    began = time.time()
+    began = time.monotonic()
     check_named(config, workdir, stages)
     on_primary(drop_outdated_base, workdir, dataclasses.asdict(given))
     if makes_something(config, workdir, stages):  # what is made says from which settings it is
@@ -168,7 +169,7 @@ def prepare(
     prepare_workdir(workdir, dataclasses.asdict(given))
     print("\n".join([summary(config, starts, stages, data), *data_lines(config, data)]), flush=True)
     if "time/prepare_s" not in read_results(workdir):
-        add_time(workdir, "prepare", began)
+        keep_time(workdir, "prepare", time.monotonic() - began)
     return base, data
 
 
@@ -224,16 +225,28 @@ def closing(workdir: Path, report: Path) -> str:
 def run_stage(stage: str, config: Config, workdir: Path, base: str, data: Any):
     """Run a stage; what an earlier evaluation said does not outlive the models that it was of."""
     stop_if_asked()
-    began, results = time.time(), read_results(workdir)
-    write_results(workdir, {k: v for k, v in results.items() if k.startswith("time/")})
-    try:
+    times = {k: v for k, v in read_results(workdir).items() if k.startswith("time/")}
+    write_results(workdir, times)
+    before = 0.0 if stage == "evaluate" else times.get(f"time/{stage}_s", 0.0)
+    with timed(workdir, stage, before):
         chosen([stage])[0].train(config, workdir, base, data)
-    finally:
-        add_time(workdir, stage, began)
     barrier(f"the end of {stage}")
     if stage == "evaluate":
         subject = evaluation_subject(config, workdir)
         write_results(workdir, read_results(workdir) | {"evaluated": subject})
+
+
+@contextlib.contextmanager
+def timed(workdir: Path, stage: str, before: float) -> Iterator[None]:
+    """Add the seconds of the context to those of earlier starts, in results.json."""
+    began = time.monotonic()
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # of a full disk the first error is told
+            keep_time(workdir, stage, before + time.monotonic() - began)
+        raise
+    keep_time(workdir, stage, before + time.monotonic() - began)
 
 
 def checked_folder(workdir: str | Path) -> Path:
@@ -269,14 +282,3 @@ def evaluation_subject(config: Config, workdir: Path) -> dict:
     folders = [workdir / stage / "checkpoints" for stage in STAGE_NAMES]
     steps = {x.parent.name: Checkpoints(x).latest_step() for x in folders if x.is_dir()}
     return {"settings": settings, "steps": steps}
-
-
-def add_time(workdir: Path, stage: str, began: float):
-    """Add wall time to results.json; a stage killed at once loses its last part."""
-    results = read_results(workdir)
-    starts_over = stage == "evaluate"
-    before = 0.0 if starts_over else results.get(f"time/{stage}_s", 0.0)
-    seconds = before + time.time() - began
-    results[f"time/{stage}_s"] = seconds
-    parts = [v for k, v in results.items() if k.startswith("time/") and k != "time/total_s"]
-    write_results(workdir, results | {"time/total_s": sum(parts)})

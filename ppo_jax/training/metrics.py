@@ -1,5 +1,6 @@
 """Metrics of a stage: lines of JSON, TensorBoard events, and the progress that a user sees."""
 
+import contextlib
 import math
 import shutil
 import sys
@@ -105,6 +106,12 @@ class MetricsWriter:
                 self._progress.close()
                 self._tensorboard.close()
 
+    def abandon(self) -> None:
+        """Close the files as they are, after an error: it is that one which is told."""
+        if self._tensorboard is not None:
+            with contextlib.suppress(OSError):
+                self._tensorboard.close()
+
     def _write(self, step: int, metrics: Mapping[str, Any]) -> None:
         values = {name: _scalar(name, x) for name, x in jax.device_get(dict(metrics)).items()}
         values |= self._times(step, values)
@@ -171,8 +178,10 @@ class _TensorBoard:
             self._events.flush()
 
     def close(self) -> None:
-        with naming_file(self._folder):
-            self._events.close()
+        events, self._events = self._events, None
+        if events is not None:
+            with naming_file(self._folder):
+                events.close()
 
     def _add(self, step: int, **content: Any) -> None:
         with naming_file(self._folder):
