@@ -8,7 +8,6 @@ import math
 
 import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 Number = jax.Array | float
@@ -42,9 +41,10 @@ def assert_numbers(
         if x is None:
             continue
         chex.assert_rank(x, 0, custom_message=f"{name} is one number; for several use jax.vmap")
-        if is_traced(x):
+        given = known(x)
+        if given is None:
             continue
-        value = float(jax.device_get(x))
+        value = float(given)
         in_range = at_least <= value <= at_most and (value > above or above == -math.inf)
         if math.isnan(value) or not in_range:
             rules = (
@@ -109,17 +109,25 @@ def assert_ids(tokens: jax.Array, mask: jax.Array, vocab_size: int) -> None:
     Raises:
         ValueError: an id is outside of the vocabulary.
     """
-    if is_traced(tokens, mask):
+    ids, real = known(tokens), known(mask)
+    if ids is None or real is None:
         return
-    wrong = mask & ((tokens < 0) | (tokens >= vocab_size))
-    if jax.device_get(jnp.any(wrong)):
-        row, position = np.argwhere(np.asarray(wrong))[0]
+    wrong = np.argwhere(real & ((ids < 0) | (ids >= vocab_size)))
+    if wrong.size:
+        row, position = wrong[0]
         raise ValueError(
-            f"token ids must be in [0, {vocab_size}), got {tokens[row, position]} in row {row} at "
+            f"token ids must be in [0, {vocab_size}), got {ids[row, position]} in row {row} at "
             f"position {position}"
         )
 
 
-def is_traced(*arrays: Number) -> bool:
-    """Whether any of them has no value yet: it is an argument of a program that is being made."""
-    return any(isinstance(x, jax.core.Tracer) for x in arrays)
+def known(x: Number) -> np.ndarray | None:
+    """The value of a number or an array; None for one that is traced, which has none yet, or of
+    which this process holds a part alone.
+
+    In numpy: inside of a program that is being made every operation of jax is traced, even that of
+    a known array.
+    """
+    if isinstance(x, jax.core.Tracer) or not getattr(x, "is_fully_addressable", True):
+        return None
+    return np.asarray(jax.device_get(x))

@@ -8,7 +8,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from ppo_jax.core.checks import Number, assert_counts, assert_numbers, is_traced
+from ppo_jax.core.checks import Number, assert_counts, assert_numbers, known
 
 MIN_TEMPERATURE = 1e-6  # smaller ones but 0 make logits infinite, and what is drawn arbitrary
 
@@ -161,8 +161,9 @@ def positive_temperature(temperature: Number) -> jax.Array:
 
 def check_temperature(temperature: Number) -> None:
     """Raise a ValueError unless it is 0 or at least 1e-6, or traced, and one number."""
-    is_zero = not is_traced(temperature) and jnp.ndim(temperature) == 0 and temperature == 0
-    assert_numbers(at_least=0 if is_zero else MIN_TEMPERATURE, temperature=temperature)
+    assert_numbers(temperature=temperature)
+    if known(temperature) != 0:
+        assert_numbers(at_least=MIN_TEMPERATURE, temperature=temperature)
 
 
 def is_number(x: Number, number: float) -> bool:

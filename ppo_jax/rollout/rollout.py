@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ppo_jax.core.checks import is_traced
+from ppo_jax.core.checks import known
 from ppo_jax.core.distributions import check_temperature
 from ppo_jax.core.network import Network
 from ppo_jax.core.types import Params, Prompts, Rollout
@@ -96,9 +96,10 @@ def check_prompts(prompts: Prompts) -> None:
     """Raise a ValueError where there is none, or one is known not to end with a token."""
     if not prompts.tokens.size:
         raise ValueError(f"there must be prompts of 1 token or more, got {prompts.tokens.shape}")
-    if is_traced(prompts.mask):
+    mask = known(prompts.mask)
+    if mask is None:
         return
-    padded = np.flatnonzero(~np.asarray(jax.device_get(prompts.mask[:, -1])))
+    padded = np.flatnonzero(~mask[:, -1])
     if padded.size:
         raise ValueError(
             f"prompts must be padded on the left, got row {padded[0]} with padding last"
