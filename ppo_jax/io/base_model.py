@@ -41,8 +41,8 @@ def prepare_base(settings: ModelSettings, folder: Path, seed: int):
     """
     if settings.vocabulary_data and not folder.is_dir():
         tokenizer = None if settings.scratch else vocabulary.load_tokenizer(settings.path)
-        records = load_texts(settings.vocabulary_data, tokenizer)
-        texts = [text for record in records for text, _ in record.segments]
+        records = load_texts(settings.vocabulary_data, tokenizer, left_out=[])
+        texts = [text for record in records for row in record.rows for text, _ in row]
         make = trimmed_model if settings.scratch is None else scratch_model
         with atomic_folder(folder) as new:
             make(settings, new, texts, seed)

@@ -18,7 +18,7 @@ def in_loss(texts):
 
 
 def encoded(tokenizer, *conversations):
-    records = [Demonstration(Chat(tokenizer).segments(x, PLACE)) for x in conversations]
+    records = [Demonstration(Chat(tokenizer).parts(x, PLACE)) for x in conversations]
     return encode.encode_demonstrations(records, tokenizer, max_length=64)
 
 
@@ -49,7 +49,7 @@ def test_a_prompt_and_what_is_learned_are_what_a_rollout_sees_and_writes():
 
 def test_what_follows_the_last_turn_of_the_assistant_is_dropped():
     longer, shorter = turns("Hi", "Yes", "Ho"), turns("Hi", "Yes")
-    assert Chat(TOKENIZER).segments(longer, PLACE) == Chat(TOKENIZER).segments(shorter, PLACE)
+    assert Chat(TOKENIZER).parts(longer, PLACE) == Chat(TOKENIZER).parts(shorter, PLACE)
 
 
 def test_a_template_without_a_generation_prompt_has_the_space_before_a_turn_learned():
@@ -88,7 +88,7 @@ def test_a_bos_that_the_template_writes_is_not_put_before_it_again():
     backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 3)])
     assert tokenizer("Hi")["input_ids"] == ids("<s>,Hi")
     conversation, text = token_rows(
-        [Chat(tokenizer).segments(turns("Hi", "Yes"), PLACE), [("Hi", True)]],
+        [Chat(tokenizer).parts(turns("Hi", "Yes"), PLACE), [("Hi", True)]],
         tokenizer,
         append_eos=True,
     )
@@ -100,17 +100,16 @@ def test_a_bos_that_the_template_writes_is_not_put_before_it_again():
     ("template", "conversation", "message"),
     [
         (None, turns("Hi", "Yes"), "need a tokenizer with a chat template.*has none.*start from"),
-        (chats.FORGETFUL, turns("Hi", "No|Yes", "Ho", "No"), "writes the beginning .* otherwise"),
         (chats.INST, turns("Hi", "Yes", system="Ho"), "refuses the messages: only users and"),
         (chats.CHATML, turns("Hi"), "must have a turn of the assistant's"),
         (chats.CHATML, turns("Hi", "Yes")[1:], "message 0 .* does not"),
         (chats.CHATML, [*turns("Hi", "Yes"), turns("Hi", "Yes")[1]], "message 2 .* does not"),
     ],
-    ids=["no template", "not a prefix", "refused", "no turn", "begins", "twice"],
+    ids=["no template", "refused", "no turn", "begins", "twice"],
 )
 def test_a_conversation_that_cannot_be_learned_from_is_refused(template, conversation, message):
     with pytest.raises(ValueError, match=rf"^chats\.jsonl:3: .*{message}"):
-        Chat(make_tokenizer(template)).segments(conversation, PLACE)
+        Chat(make_tokenizer(template)).parts(conversation, PLACE)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +121,10 @@ def test_a_conversation_that_cannot_be_learned_from_is_refused(template, convers
         ([{"role": "user"}], r"messages\[0\] must have role and content"),
         ([{"role": "user", "content": "a", "name": "b"}], "must have role and content"),
         ([{"role": "user", "content": None}], "must have role and content"),
-        ([*turns("Hi"), {"role": "tool", "content": "a"}], r"role of messages\[1\] must be one of"),
+        (
+            [*turns("Hi"), {"role": "robot", "content": "a"}],
+            r"role of messages\[1\] must be one of",
+        ),
         ([{"role": "user", "content": 7}], r"messages\[0\]: content must be a string, got 7"),
         ([{"role": "user", "content": "\ud800"}], "must be valid Unicode"),
     ],
