@@ -14,6 +14,7 @@ import re
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from ppo_jax.data.readers import read_string, short_repr
@@ -345,6 +346,20 @@ class Chat:
             message = f"{place}: the chat template {verb}: {name}{short_line(error)}"
             raise NotRendered(message) from error
 
+    def check(self, place: str):
+        """Refuse a template that renders nothing at all; one that refuses a conversation is fine.
+
+        Raises:
+            ValueError: it is no Jinja template, or takes too long.
+        """
+        from jinja2 import TemplateSyntaxError
+
+        try:
+            self.render(make_slots(("user",)), place)
+        except NotRendered as error:
+            if isinstance(error.__cause__, TemplateSyntaxError):
+                raise
+
     @functools.cached_property
     def dated(self) -> dict[str, str]:
         """The template with a fixed date, as an argument; {} where it does not ask for one."""
@@ -353,6 +368,20 @@ class Chat:
             return {}
         template = self.tokenizer.get_chat_template()
         return {"chat_template": dated(template, datetime.date.fromisoformat(date))}
+
+
+def read_template(path: str | os.PathLike) -> str:
+    """The chat template in a file, the setting `model.chat_template`.
+
+    Raises:
+        ValueError: there is no such file, or it is not text.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"model.chat_template: {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"model.chat_template: {path}: not text in UTF-8: {error}") from error
 
 
 def make_slots(roles: Sequence[str]) -> list[Message]:

@@ -29,9 +29,9 @@ from ppo_jax.data.readers import Row, read_number, read_rows, read_string
 
 Record = TypeVar("Record")
 
-DEMONSTRATION_SCHEMAS = (("text",), ("prompt", "completion"), ("conversations",), ("messages",))
+DEMONSTRATION_SCHEMAS = (("text",), ("prompt", "completion"), ("messages",))
 RATING_SCHEMAS = (("text", "rating"), ("text", "ratings"))
-PROMPT_SCHEMAS = (("prompt",), ("conversations",), ("messages",))
+PROMPT_SCHEMAS = (("prompt",), ("messages",))
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def load_texts(
     turns: str = "all",
     left_out: list[str] | None = None,
 ) -> list[Demonstration]:
-    """Reads demonstrations: {"text"}, {"prompt", "completion"}, {"messages"} or {"conversations"}.
+    """Reads demonstrations: {"text"}, {"prompt", "completion"} or {"messages"}.
 
     Of messages the assistant's turns are in the loss, each with the token that ends it; those of a
     prompt are not, and with turns="last" the last one alone is. The tokenizer's chat template
@@ -112,7 +112,7 @@ def load_ratings(path: str | os.PathLike) -> list[RatedText]:
 def load_prompts(
     path: str | os.PathLike, tokenizer: Any | None = None, left_out: list[str] | None = None
 ) -> list[str]:
-    """Reads prompts: {"prompt"}, a text or messages, {"messages"} or {"conversations"}.
+    """Reads prompts: {"prompt"}, a text or messages, or {"messages"}.
 
     Of messages a last turn of the assistant's is dropped: the policy writes its own. The
     tokenizer's chat template renders messages; without one they are refused. A prompt may be "",
@@ -195,8 +195,7 @@ def parse_demonstration(row: Row, place: str, chat: Chat | None, turns: str) -> 
     if "text" in row:
         return Demonstration(((read_string(row, "text", place), True),))
     if "completion" not in row:
-        prompt, key = (), "messages" if "messages" in row else "conversations"
-        messages = read_messages(row[key], key, place)
+        prompt, messages = (), read_messages(row["messages"], "messages", place)
     elif not isinstance(row["prompt"], list) and not isinstance(row["completion"], list):
         prompt, completion = (read_string(row, key, place) for key in ("prompt", "completion"))
         return Demonstration(((prompt, False), (completion, True)))
@@ -217,7 +216,7 @@ def parse_demonstration(row: Row, place: str, chat: Chat | None, turns: str) -> 
 
 
 def parse_prompt(row: Row, place: str, chat: Chat) -> str:
-    key = next(key for (key,) in PROMPT_SCHEMAS if key in row)
+    key = "prompt" if "prompt" in row else "messages"
     if key == "prompt" and not isinstance(row[key], list):
         return read_string(row, key, place)
     messages = read_messages(row[key], key, place)

@@ -80,7 +80,7 @@ GOOD = {
         (
             data.load_texts,
             "{}",
-            r"must be \['text'\] or \['prompt', 'completion'\] or .* or \['messages'\], got",
+            r"must be \['text'\] or \['prompt', 'completion'\] or \['messages'\], got",
         ),
         (data.load_texts, '{"text": "a", "source": 1}', r"got \['text', 'source'\]"),
         (data.load_texts, '{"text": "a", "prompt": "b"}', "the keys must be"),
@@ -105,7 +105,7 @@ GOOD = {
         (
             data.load_prompts,
             '{"text": "a"}',
-            r"must be \['prompt'\] or \['conversations'\] or \['messages'\], got \['text'\]",
+            r"must be \['prompt'\] or \['messages'\], got \['text'\]",
         ),
     ],
 )
