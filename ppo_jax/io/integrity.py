@@ -2,6 +2,7 @@
 
 import functools
 import json
+import warnings
 import zlib
 from pathlib import Path
 
@@ -25,9 +26,11 @@ def write_checksums(folder: Path) -> None:
 def verify_checksums(folder: Path) -> None:
     """Raise OSError, with its name, for a file that is missing or has changed.
 
-    A folder without checksums passes.
+    A folder without checksums passes, with a warning: of a process that was killed at its end.
     """
     if not (folder / CHECKSUMS).exists():
+        message = f"{folder} has no {CHECKSUMS}: its files are read without being verified."
+        warnings.warn(message, stacklevel=4)
         return
     for name, expected in json.loads((folder / CHECKSUMS).read_text(encoding="utf-8")).items():
         path = folder / name
