@@ -81,7 +81,7 @@ class Outline(NamedTuple):
     header: str  # of the last turn behind that, which is not for the assistant to write
     after: str  # behind the content of the last message, the assistant's
     end: int  # of the turn, in `after`
-    lost: int | None  # the first message of another role that it does not write
+    lost: tuple[int, ...]  # messages that it does not write
 
 
 class Chat:
@@ -185,20 +185,23 @@ class Chat:
         text = self.render(conversation, place)
         check_kept(conversation, text, place, self.outline(roles_of(conversation)), learned)
         content_end, end = self.ends(conversation, text, place)
-        start = self.start(opened, text, roles_of(conversation[: len(prompt) + 1]))
+        begun_roles = roles_of(conversation[: len(prompt) + 1])
+        start, begun = self.start(opened, text, begun_roles), self.outline(begun_roles)
         content = messages[-1]["content"].strip()
         if start is None:  # the prompt as it is generated, the turn as it is written
-            begun = text[:content_end].rstrip()
-            if len(messages) > 1 or not begun.endswith(content):
+            before = text[:content_end].rstrip()
+            if len(messages) > 1 or not before.endswith(content):
                 raise NotRendered(
                     f"{place}: the chat template writes the beginning of this conversation "
                     f"otherwise when it goes on, {short_repr(opened[-40:])} is not in it, so that "
                     "the turns cannot be told apart; give it as texts, prompt and completion"
                 )
             check_kept(prompt, opened, place, None, learned)
-            turn = content + text[len(begun) : end]
+            turn = content + text[len(before) : end]
             return Turn(opened + turn, len(opened), len(opened) + len(turn))
-        if not contains(text[start:content_end], content):
+        # A content may begin with what the generation prompt ends in.
+        earliest = min(start, len(opened) - (begun.excess or 0 if begun else 0))
+        if not contains(text[earliest:content_end], content):
             raise lost(conversation, len(conversation) - 1, place)
         return Turn(text, start, end)
 
@@ -214,9 +217,11 @@ class Chat:
             None where the two begin otherwise.
         """
         outline = self.outline(roles)
+        if outline and outline.excess is None:
+            return None
         if text.startswith(opened) and not (outline and outline.header):
             return len(opened)
-        if outline is None or outline.excess is None:
+        if outline is None:
             return None
         begun = opened[: len(opened) - outline.excess] + outline.header
         return len(begun) if text.startswith(begun) else None
@@ -231,7 +236,7 @@ class Chat:
         if content not in text:
             raise lost(conversation, len(conversation) - 1, place)
         content_end = text.rindex(content) + len(content)
-        return content_end, content_end + self.end_of_turn(text[content_end:], None)
+        return content_end, content_end + self.end_of_turn(text[content_end:], None, "")
 
     def outline(self, roles: tuple[str, ...]) -> Outline | None:
         """The outline of a conversation that ends with the assistant; None where there is none."""
@@ -246,17 +251,22 @@ class Chat:
         opened = self.render(slots[:-1], "", generation_prompt=True)
         before, found, after = self.render(slots, "").rpartition(slots[-1]["content"])
         if not found:
-            return None
-        missing = (i for i, x in enumerate(slots[:-1]) if x["content"] not in before + after)
-        lost = next((i for i in missing if slots[i]["role"] != "assistant"), None)
-        rest = (after, self.end_of_turn(after, self.between(slots)), lost)
+            return Outline(None, "", "", 0, (len(slots) - 1,))
+        lost = tuple(i for i, x in enumerate(slots[:-1]) if x["content"] not in before + after)
+        rest = (after, self.end_of_turn(after, self.between(slots), before), lost)
         border = common_beginning(opened, before)
         begun, opener = before[border:], opened[border:]
         if any(slot["content"] in begun for slot in slots):
             return Outline(None, "", *rest)
-        if begun.strip() and opened == self.render(slots[:-1], ""):  # no generation prompt
-            return Outline(len(opener), begun, *rest)
+        if opened == self.render(
+            slots[:-1], ""
+        ):  # no generation prompt, or one that is always there
+            always = words(os.path.commonprefix([opened[::-1], after[::-1]]))
+            if always or begun.strip():
+                return Outline(len(opener), begun, *rest)
         header = begun[: common_beginning(begun, opener, spaces=False)]
+        if header:
+            header = begun[: len(begun) - len(begun[len(header) :].lstrip())]
         if not header and begins_otherwise(words(begun), words(opener)):
             return Outline(None, "", *rest)
         return Outline(len(opener), header, *rest)
@@ -271,7 +281,7 @@ class Chat:
         between, found, _ = text.partition(more["content"])
         return between if found else None
 
-    def end_of_turn(self, after: str, between: str | None) -> int:
+    def end_of_turn(self, after: str, between: str | None, before: str) -> int:
         """End of a turn in what follows its content: behind its end-of-turn token, if it has one.
 
         That is the first special token, or EOS where only special tokens come before.
@@ -279,20 +289,28 @@ class Chat:
         Args:
             after: the rest of the text where it is the last turn.
             between: what stands before the next content where the conversation goes on: the turn's
-                end is in both. None where it is not known.
+                end is in both, unless it has two forms. None where it is not known.
+            before: the text before the content; a token in it may begin a header.
         """
         shared = after if between is None else os.path.commonprefix([after, between])
-        ends, place = [], 0
-        for match in self.special_tokens.finditer(shared):
-            if ends and match.start() > place:
+        if ends := self.end_tokens(shared):
+            eos = self.tokenizer.eos_token
+            return next((x.end() for x in ends if x.group() == eos), ends[0].end())
+        last = self.special_tokens.match(after.lstrip())
+        if last and last.group() not in before:
+            return len(after) - len(after.lstrip()) + last.end()
+        # Of a header that both have, no part is the turn's.
+        end = shared if shared == after else shared[: len(shared) - len(shared.lstrip())]
+        return len(end.rstrip() or end)
+
+    def end_tokens(self, text: str) -> list[re.Match]:
+        """The first special token of a text, and those that follow it at once."""
+        found: list[re.Match] = []
+        for match in self.special_tokens.finditer(text):
+            if found and match.start() > found[-1].end():
                 break
-            place = match.end()
-            ends.append(match)
-        if not ends:  # of a header that both have, no part is the turn's
-            end = shared if shared == after else shared[: len(shared) - len(shared.lstrip())]
-            return len(end.rstrip() or end)
-        eos = self.tokenizer.eos_token
-        return next((x.end() for x in ends if x.group() == eos), ends[0].end())
+            found.append(match)
+        return found
 
     @functools.cached_property
     def in_parts(self) -> bool:
@@ -440,6 +458,7 @@ def dated(template: str, date: datetime.date) -> str:
     """
     texts = {f"%{c}": date.strftime(f"%{c}") for c in DIRECTIVES}
     texts |= {f"%-{c}": text.lstrip("0 ") or "0" for (_, c), text in texts.items()}
+    texts["%%"] = "%"
     fill = "".join(f"|replace({json.dumps(k)},{json.dumps(v)})" for k, v in texts.items())
     return "{% macro strftime_now(format) %}{{ format" + fill + " }}{% endmacro %}\n" + template
 
@@ -483,17 +502,15 @@ def check_kept(
     outline: Outline | None,
     learned: Sequence[int] = (),
 ):
-    """Every message is in the rendered text. Of former turns of the assistant's, what it thought
-    may be missing, and all may be rewritten of those that are `learned` from another text.
+    """Every message is in the rendered text. Former turns of the assistant's may be rewritten, to
+    drop what it thought; those that are `learned` from another text may be missing.
     """
-    if outline and outline.lost is not None:
-        raise lost(messages, outline.lost, place)
+    last = len(messages) - 1
+    missing = [i for i in outline.lost if i == last or i not in learned] if outline else []
     bare = "".join(text.split())
     for i, message in enumerate(messages):
-        content = message["content"]
-        if message["role"] == "assistant" and i < len(messages) - 1:
-            content = "" if i in learned else content.rpartition("</think>")[2]
-        if "".join(content.split()) not in bare:
+        is_former = message["role"] == "assistant" and i < last
+        if i in missing or not (is_former or "".join(message["content"].split()) in bare):
             raise lost(messages, i, place)
 
 
