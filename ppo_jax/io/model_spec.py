@@ -62,7 +62,9 @@ def read_shape(path: str | os.PathLike, settings: ModelSettings) -> ModelSpec:
         return ModelSpec(
             kind=description["kind"],
             config=dataclasses.replace(stage_config(description), **how),
-            tokenizer=vocabulary.load_tokenizer(Path(path) / "tokenizer"),
+            tokenizer=vocabulary.with_chat(
+                vocabulary.load_tokenizer(Path(path) / "tokenizer"), settings
+            ),
         )
     with naming(path, "config.json"):
         folder = model_folder(path)
@@ -72,6 +74,7 @@ def read_shape(path: str | os.PathLike, settings: ModelSettings) -> ModelSpec:
     with naming(path, "the tokenizer"):
         tokenizer = vocabulary.load_tokenizer(folder)
         check_tokenizer(tokenizer, config, path)
+    tokenizer = vocabulary.with_chat(tokenizer, settings)
     return ModelSpec(kind="policy", config=config, tokenizer=tokenizer)
 
 
