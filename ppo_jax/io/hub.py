@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ppo_jax.data.atomic import atomic_folder
-from ppo_jax.io.gguf import convert_gguf
+from ppo_jax.io.gguf.convert import convert_gguf
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 CONVERSION = 1  # raise it when convert_gguf changes what it writes

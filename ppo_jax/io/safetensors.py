@@ -55,8 +55,7 @@ class StoredParameter:
         targets = array.reshape(len(layers), *map(len, inside))  # a view
         for target, layer in zip(targets, layers, strict=True):
             target[...] = self.read_layer(layer, inside).reshape(target.shape)
-            # Finite sums: no number of float32 is too large for float64, and nothing is copied.
-            if not np.isfinite(target.sum(dtype=np.float64)):
+            if not is_finite(target):
                 raise NotFinite(f"{self.names[layer]} holds NaN or infinity")
         return array
 
@@ -77,6 +76,11 @@ class StoredParameter:
             index.append(slice(first.start * size, first.stop * size))
         index[-1] = slice(begin + index[-1].start, begin + index[-1].stop)
         return tuple(index[::-1] if self.row.transposed else index)
+
+
+def is_finite(array: np.ndarray) -> bool:
+    """Whether all numbers of a float32 array are finite, without another array of its size."""
+    return bool(np.isfinite(array.sum(dtype=np.float64)))  # no sum is too large for float64
 
 
 def group_dims(path: str, dims: Sequence[Any]) -> list[Sequence[Any]]:
