@@ -27,7 +27,12 @@ from ppo_jax.distributed.processes import (
     require_all_processes,
 )
 from ppo_jax.distributed.trees import abstract, detach, differences, named_leaves
-from ppo_jax.io.integrity import verify_again, verify_checksums, write_checksums
+from ppo_jax.io.integrity import (
+    is_refused_by_system,
+    verify_again,
+    verify_checksums,
+    write_checksums,
+)
 
 T = TypeVar("T")
 Shardings = Callable[[Any], Any]
@@ -335,6 +340,8 @@ def newest_readable(directory: Path, read: Callable[[int, Path], T]) -> tuple[in
         except NOT_DAMAGED:
             raise  # the checkpoint may be intact: skipping it would lose work
         except Exception as error:  # Orbax has no common error for damaged files
+            if is_refused_by_system(error):
+                raise OSError(f"{path} cannot be read: {error_summary(error)}") from error
             damaged.append(f"  {step}: {error_summary(error)}")
             warnings.warn(f"passed over checkpoint {path}: {error_summary(error)}", stacklevel=4)
     if damaged:
@@ -352,6 +359,8 @@ def damage_named(what: str, advice: str = "") -> Iterator[None]:
     except NOT_DAMAGED:
         raise
     except Exception as error:
+        if is_refused_by_system(error):
+            raise OSError(f"{what} cannot be read: {error_summary(error)}") from error
         raise ValueError(f"{what} cannot be read: {error_summary(error)}{advice}") from error
 
 

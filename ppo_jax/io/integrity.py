@@ -4,6 +4,7 @@ What is read from elsewhere may hold anything: every error is one line that name
 """
 
 import contextlib
+import errno
 import functools
 import json
 import math
@@ -17,6 +18,7 @@ from ppo_jax.data.atomic import atomic_write
 from ppo_jax.data.readers import short_repr
 
 CHECKSUMS = "checksums.json"  # {"state/_METADATA": {"bytes": 46983, "crc32": 3298103}, ...}
+REFUSALS = (errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM)
 CHUNK = 2**20  # bytes read at a time; they stay in the processor's cache
 
 
@@ -38,7 +40,7 @@ def verify_checksums(folder: Path) -> None:
     """
     if not (folder / CHECKSUMS).exists():
         return
-    for name, expected in json.loads((folder / CHECKSUMS).read_text(encoding="utf-8")).items():
+    for name, expected in read_json(folder / CHECKSUMS).items():
         path = folder / name
         size = path.stat().st_size if path.exists() else "none"
         if size != expected["bytes"]:
@@ -114,7 +116,7 @@ def file_inside(folder: Path, name: Any, named_by: str) -> Path:
     leaves = os.path.isabs(name) or ".." in Path(name).parts
     if leaves or not path.resolve().is_relative_to(root.resolve()):
         raise ValueError(f"{named_by} leads out of {folder}: {short_repr(name)}")
-    if not path.is_file():
+    if not os.path.isfile(path):  # which is False for a name that is too long
         raise ValueError(f"{named_by} is {short_repr(name)}, but {folder} has no such file")
     return path
 
@@ -136,6 +138,13 @@ def naming_file(path: str | os.PathLike) -> Iterator[None]:
         plain = type(error) is ValueError
         message = " ".join(str(error).split()) if plain else f"cannot be read: {summary(error)}"
         raise ValueError(message if str(path) in message else f"{path}: {message}") from error
+
+
+def is_refused_by_system(error: BaseException) -> bool:
+    """Whether a file was not opened for a reason that says nothing of what it holds."""
+    reasons = [os.strerror(code) for code in REFUSALS]
+    of_library = any(reason in str(error) for reason in reasons)
+    return getattr(error, "errno", None) in REFUSALS or of_library
 
 
 def summary(error: BaseException) -> str:

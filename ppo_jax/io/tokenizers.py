@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ppo_jax.core.types import Params
+from ppo_jax.data.readers import short_repr
 from ppo_jax.io.hub import model_folder
 from ppo_jax.io.integrity import file_inside, naming_file, read_json
 
@@ -30,6 +31,7 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
+TEMPLATE = "chat_template.jinja"
 
 
 def load_tokenizer(path: str | os.PathLike) -> "PreTrainedTokenizerFast":
@@ -62,20 +64,33 @@ def read_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
         OSError: a file may not be read.
         ValueError: a file is damaged, names one outside of the folder, or two tokens have one id.
     """
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
     for name in TOKENIZER_FILES:
         content = read_json(folder / name) if (folder / name).exists() else {}
+        if type(length := content.get("model_max_length", 1)) not in (int, float):
+            got = short_repr(length)
+            raise ValueError(f"{folder / name}: model_max_length must be a number, got {got}")
         for key in ("fast_tokenizer_files", "gguf_file"):
             others = content.get(key) or []
             for other in others if isinstance(others, list) else [others]:
                 file_inside(folder, other, f"{folder / name}: {key}")
-    with naming_file(folder / "tokenizer.json"):
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-        # Added tokens may rename one of the vocabulary, which then stands there twice.
-        vocab = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
-        if len(set(vocab.values())) < len(vocab):
-            raise ValueError(f"{len(vocab)} tokens have only {len(set(vocab.values()))} ids")
+    if (folder / TEMPLATE).exists():
+        with naming_file(folder / TEMPLATE):
+            (folder / TEMPLATE).read_text(encoding="utf-8")
+    try:
+        with naming_file(folder / "tokenizer_config.json"):
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+            tokenizer.decode(tokenizer("A text")["input_ids"])  # which some files fail only then
+    except ValueError:
+        with naming_file(folder / "tokenizer.json"):
+            Tokenizer.from_file(str(folder / "tokenizer.json"))  # or it was not this one
+        raise
+    # Added tokens may rename one of the vocabulary, which then stands there twice.
+    vocab = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
+    if (num_ids := len(set(vocab.values()))) < len(vocab):
+        raise ValueError(f"{folder / 'tokenizer.json'}: {len(vocab)} tokens have {num_ids} ids")
     return tokenizer
 
 

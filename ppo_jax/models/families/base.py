@@ -173,7 +173,7 @@ def refuse_unsupported(raw: Json, family: Family) -> None:
 
 def need(raw: Json, key: str) -> Any:
     if raw.get(key) is None:
-        raise ValueError(f"config.json has no {key!r}")
+        raise ValueError(f"the option {key!r} is missing")
     return raw[key]
 
 
