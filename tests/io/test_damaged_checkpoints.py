@@ -1,5 +1,6 @@
 """What is half-written or damaged is passed over by name, however the process ended."""
 
+import errno
 import os
 import random
 import shutil
@@ -53,6 +54,20 @@ def test_what_is_no_damage_is_told_as_it_is(tmp_path, monkeypatch, error):
     monkeypatch.setattr(checkpoints_module, "_load", fail)
     with pytest.raises(error, match="^out of memory"):
         load_params(tmp_path / "params")
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.EACCES])
+def test_a_file_that_the_system_refuses_is_no_damage(tmp_path, monkeypatch, code):
+    save_all(tmp_path, [3])
+
+    def refuse(path):
+        raise OSError(code, os.strerror(code), str(path))
+
+    monkeypatch.setattr("ppo_jax.io.integrity._crc32", refuse)
+    with pytest.raises(OSError, match=os.strerror(code)):
+        load_checkpoint_item(tmp_path, "policy_params")
+    with pytest.raises(OSError, match=os.strerror(code)):
+        load_checkpoint_item(tmp_path, "policy_params", step=3)
 
 
 @pytest.mark.filterwarnings("ignore:passed over")

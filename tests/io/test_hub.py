@@ -79,6 +79,29 @@ def test_a_folder_is_made_once_and_never_left_half_made(tmp_path):
     assert len(calls) == 1 and [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.mark.parametrize("change", ["cut", "flipped", "removed"])
+def test_a_file_of_the_cache_that_has_changed_is_named(tmp_path, change):
+    def write(folder):
+        (folder / "rows.txt").write_bytes(b"a\nb\nc\n")
+
+    folder = hub.make_once(tmp_path / "texts", write)
+    assert hub.make_once(folder, write) == folder
+    path = folder / "rows.txt"
+    path.unlink()
+    if change != "removed":
+        path.write_bytes({"cut": b"a\nb\n", "flipped": b"a\nb\nd\n"}[change])
+    with pytest.raises(ValueError, match=r"texts: rows\.txt .* Delete the folder and start again"):
+        hub.make_once(folder, write)
+
+
+@pytest.mark.parametrize("name", ["../x", "..", ".", "./x", "a/..", "a/../b", "a/b/c", "~/x", "-x"])
+def test_a_path_is_no_id_of_the_hub(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hub, "hub_folder", None)
+    with pytest.raises(ValueError, match="no folder or .gguf file|has no config"):
+        hub.model_folder(name if name not in (".", "..") else name + "/x")
+
+
 def test_a_path_that_leads_nowhere_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ValueError, match="no folder or .gguf file"):
