@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ppo_jax.data.atomic import atomic_folder
 from ppo_jax.io.gguf.convert import convert_gguf
-from ppo_jax.io.integrity import verify_again, write_checksums
+from ppo_jax.io.integrity import CHECKSUMS, verify_again, write_checksums
 
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 CONVERSION = 1  # raise it when convert_gguf changes what it writes
@@ -103,13 +103,13 @@ def make_once(folder: Path, write: Callable[[Path], None]) -> Path:
         with atomic_folder(folder, shared=True) as new:
             write(new)
             write_checksums(new)
-        return folder
-    try:
-        verify_again(folder)
-    except OSError as error:
-        if error.errno is not None:
-            raise
-        raise ValueError(f"{folder}: {error} Delete the folder and start again") from error
+    elif (folder / CHECKSUMS).exists():  # older versions wrote none
+        try:
+            verify_again(folder)
+        except OSError as error:
+            if error.errno is not None:
+                raise
+            raise ValueError(f"{folder}: {error} Delete the folder and start again") from error
     return folder
 
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from ppo_jax.core.types import Params
 from ppo_jax.data.readers import short_repr
 from ppo_jax.io.hub import model_folder
-from ppo_jax.io.integrity import file_inside, naming_file, read_json
+from ppo_jax.io.integrity import file_inside, reading_file, read_json
 from ppo_jax.io.safetensors import (
     Files,
     NotFinite,
@@ -85,7 +85,7 @@ def load_policy(
     how = dict(dtype=dtype, scan_layers=scan_layers, remat=remat, attention=attention)
     config, family = read_model_config(folder, how)
     with open_weights(folder) as files:
-        with naming_file(folder):
+        with reading_file(folder):
             stored = find_parameters(config, family, files)
         try:
             return config, read_parameters(stored, shardings)
@@ -96,7 +96,7 @@ def load_policy(
 def read_model_config(folder: Path, how: dict[str, Any]) -> tuple[ModelConfig, str]:
     """(the config of a folder's config.json, its family); for `how` see `config.computation`."""
     raw = read_config_json(folder)
-    with naming_file(folder / "config.json"):
+    with reading_file(folder / "config.json"):
         return read_config(raw, **how), raw["model_type"]
 
 
@@ -173,7 +173,7 @@ def open_safetensors(path: Path) -> Any:
         ValueError: it is damaged.
     """
     path.open("rb").close()  # safetensors calls it missing whatever the reason is
-    with naming_file(path):
+    with reading_file(path):
         try:
             return safe_open(path, framework="numpy")
         except SafetensorError as error:

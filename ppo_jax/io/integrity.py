@@ -4,11 +4,11 @@ What is read from elsewhere may hold anything: every error is one line that name
 """
 
 import contextlib
-import errno
 import functools
 import json
 import math
 import os
+import warnings
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +18,6 @@ from ppo_jax.data.atomic import atomic_write
 from ppo_jax.data.readers import short_repr
 
 CHECKSUMS = "checksums.json"  # {"state/_METADATA": {"bytes": 46983, "crc32": 3298103}, ...}
-REFUSALS = (errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM)
 CHUNK = 2**20  # bytes read at a time; they stay in the processor's cache
 
 
@@ -36,9 +35,11 @@ def write_checksums(folder: Path) -> None:
 def verify_checksums(folder: Path) -> None:
     """Raise OSError, with its name, for a file that is missing or has changed.
 
-    A folder without checksums passes.
+    A folder without checksums passes, with a warning: of a process that was killed at its end.
     """
     if not (folder / CHECKSUMS).exists():
+        message = f"{folder} has no {CHECKSUMS}: its files are read without being verified."
+        warnings.warn(message, stacklevel=4)
         return
     for name, expected in read_json(folder / CHECKSUMS).items():
         path = folder / name
@@ -66,23 +67,28 @@ def _verify_as_of(folder: Path, dates: tuple) -> None:
     verify_checksums(folder)
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, *, finite: bool = True) -> dict[str, Any]:
     """The object that a JSON file holds.
+
+    Args:
+        path: of the file.
+        finite: whether NaN and infinity, which Python writes, are refused.
 
     Raises:
         OSError: the file is absent or may not be read.
-        ValueError: it is not JSON in UTF-8, is nested too deeply, holds something else than an
-            object, or a number in it is not finite.
+        ValueError: it is not JSON in UTF-8, is nested too deeply, or holds something else than an
+            object.
     """
     content = path.read_bytes()
     try:
         if not content.strip():
             raise ValueError("the file is empty")
-        value = json.loads(content.decode("utf-8-sig"), object_hook=finite_numbers)
+        hook = finite_numbers if finite else None
+        value = json.loads(content.decode("utf-8-sig"), object_hook=hook)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object {{...}}, got {short_repr(value)}")
+        raise ValueError(f"{path} must be a JSON object, got {short_repr(value)}")
     return value
 
 
@@ -122,7 +128,7 @@ def file_inside(folder: Path, name: Any, named_by: str) -> Path:
 
 
 @contextlib.contextmanager
-def naming_file(path: str | os.PathLike) -> Iterator[None]:
+def reading_file(path: str | os.PathLike) -> Iterator[None]:
     """Every error is a ValueError of one line that begins with the file or folder that is read.
 
     Libraries raise anything at files from elsewhere, and those in Rust a BaseException at a panic.
@@ -138,13 +144,6 @@ def naming_file(path: str | os.PathLike) -> Iterator[None]:
         plain = type(error) is ValueError
         message = " ".join(str(error).split()) if plain else f"cannot be read: {summary(error)}"
         raise ValueError(message if str(path) in message else f"{path}: {message}") from error
-
-
-def is_refused_by_system(error: BaseException) -> bool:
-    """Whether a file was not opened for a reason that says nothing of what it holds."""
-    reasons = [os.strerror(code) for code in REFUSALS]
-    of_library = any(reason in str(error) for reason in reasons)
-    return getattr(error, "errno", None) in REFUSALS or of_library
 
 
 def summary(error: BaseException) -> str:

@@ -14,7 +14,7 @@ from ppo_jax.io import huggingface as hf
 from ppo_jax.io import tokenizers as vocabulary
 from ppo_jax.io.base_model import llama_config
 from ppo_jax.io.hub import NotThere, model_folder
-from ppo_jax.io.integrity import naming_file
+from ppo_jax.io.integrity import reading_file
 from ppo_jax.io.safetensors import find_parameters
 from ppo_jax.io.stage_folder import (
     check_tokenizer,
@@ -79,7 +79,7 @@ def check_weights(folder: Path, config: ModelConfig):
         ValueError: one is damaged, or a tensor is missing, is too many or has another shape.
     """
     family = hf.read_config_json(folder)["model_type"]
-    with hf.open_weights(folder) as files, naming_file(folder):
+    with hf.open_weights(folder) as files, reading_file(folder):
         find_parameters(config, family, files)
 
 

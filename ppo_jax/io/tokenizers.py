@@ -18,7 +18,7 @@ import numpy as np
 from ppo_jax.core.types import Params
 from ppo_jax.data.readers import short_repr
 from ppo_jax.io.hub import model_folder
-from ppo_jax.io.integrity import file_inside, naming_file, read_json
+from ppo_jax.io.integrity import file_inside, reading_file, read_json
 
 if TYPE_CHECKING:  # slow to import, so each function that needs it does
     from transformers import PreTrainedTokenizerFast
@@ -77,14 +77,14 @@ def read_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
             for other in others if isinstance(others, list) else [others]:
                 file_inside(folder, other, f"{folder / name}: {key}")
     if (folder / TEMPLATE).exists():
-        with naming_file(folder / TEMPLATE):
+        with reading_file(folder / TEMPLATE):
             (folder / TEMPLATE).read_text(encoding="utf-8")
     try:
-        with naming_file(folder / "tokenizer_config.json"):
+        with reading_file(folder / "tokenizer_config.json"):
             tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
             tokenizer.decode(tokenizer("A text")["input_ids"])  # which some files fail only then
     except ValueError:
-        with naming_file(folder / "tokenizer.json"):
+        with reading_file(folder / "tokenizer.json"):
             Tokenizer.from_file(str(folder / "tokenizer.json"))  # or it was not this one
         raise
     # Added tokens may rename one of the vocabulary, which then stands there twice.

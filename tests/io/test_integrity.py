@@ -96,7 +96,7 @@ def test_an_object_is_read_and_anything_else_is_told_with_its_file(tmp_path):
     assert integrity.read_json(path) == {"a": [1, 2.5, "NaN"], "b": {"c": None}}
     for content, words in (
         (b"", "the file is empty"),
-        (b"[]", "must hold a JSON object {...}, got []"),
+        (b"[]", "must be a JSON object, got []"),
         (b"[" * 10**6, "recursion"),
         (b'{"a": {"b": [1, NaN]}}', "b must be finite, got [1, nan]"),
         (b'{"a": -1e999}', "a must be finite, got -inf"),
@@ -126,14 +126,14 @@ def test_an_object_is_read_and_anything_else_is_told_with_its_file(tmp_path):
 )
 def test_whatever_a_library_raises_is_one_line_that_names_the_file(error):
     with pytest.raises(ValueError, match=r"^model/a\.json: cannot be read: .*$") as told:  # noqa: SIM117
-        with integrity.naming_file("model/a.json"):
+        with integrity.reading_file("model/a.json"):
             raise error
     assert type(error).__name__ in str(told.value) and "\n" not in str(told.value)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(2), OSError(24, "too many")])
 def test_what_says_nothing_of_a_file_passes(error):
-    with pytest.raises(type(error)) as told, integrity.naming_file("a.json"):
+    with pytest.raises(type(error)) as told, integrity.reading_file("a.json"):
         raise error
     assert told.value is error
 

@@ -130,11 +130,21 @@ train_sft --config.seed=1 # a finished run
 train_sft # a run begun with other data
     {texts} has changed since {tmp}/run/sft was begun (9 -> 4... rows): put it back, or ...
 train_sft # a finished run with a torn config.json
-    {tmp}/run/config.json must be a JSON object with a config: ...
+    {tmp}/run/config.json is not JSON: ...
 train_sft # a finished run with a torn results.json
     {tmp}/run/results.json is not JSON: ...
-train_sft # a finished run with a torn metrics.jsonl
-    {tmp}/run/metrics.jsonl:1 is not JSON: ...
+train_sft # a finished run with a listed config.json
+    {tmp}/run/config.json must be a JSON object, got [1]
+train_sft # a finished run with an empty config.json
+    {tmp}/run/config.json must have the field config
+train_sft # a finished run with a listed results.json
+    {tmp}/run/results.json must be a JSON object, got [1]
+train_sft # a finished run with a wrong results.json
+    {tmp}/run/results.json: time/sft_s must be a number, got 'long'
+train_sft # a finished run with a listed sft/stage.json
+    {tmp}/run/sft/stage.json must be a JSON object, got [1]
+train_sft # a finished run with a nested sft/stage.json
+    {tmp}/run/sft/stage.json is not JSON: maximum recursion depth exceeded...
 train_sft # a finished run with a torn sft/stage.json
     {tmp}/run/sft/stage.json is not JSON: ...
 train_sft # a finished run with an empty sft/stage.json

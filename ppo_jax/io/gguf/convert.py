@@ -28,7 +28,7 @@ from ppo_jax.io.gguf.tokenizer import (
     special_id,
     stop_tokens,
 )
-from ppo_jax.io.integrity import naming_file
+from ppo_jax.io.integrity import reading_file
 from ppo_jax.io.safetensors import find_parameters, is_finite
 from ppo_jax.models.families import read_config
 from ppo_jax.models.families.base import OPTIONS, short
@@ -268,7 +268,7 @@ def convert_gguf(path: Path, folder: Path) -> None:
     """
     from safetensors.numpy import save_file
 
-    with path.open("rb") as file, naming_file(path):
+    with path.open("rb") as file, reading_file(path):
         try:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             metadata, tensors = Header(data).read()
