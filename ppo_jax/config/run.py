@@ -10,7 +10,7 @@ import datetime
 from ml_collections import config_dict
 
 from ppo_jax.config.mesh import MeshSettings
-from ppo_jax.config.parsing import Check, build, changeable, filled_in
+from ppo_jax.config.parsing import Check, Dtype, build, changeable, filled_in
 from ppo_jax.config.stages import (
     EvaluateSettings,
     PPOSettings,
@@ -43,8 +43,8 @@ class ModelSettings:
 
     path: str = ""  # a Hugging Face folder, a .gguf file, a hub id or "package:NAME"
     scratch: ScratchSettings | None = None  # instead of a path
-    dtype: str = "float32"  # of the computation; "bfloat16" on accelerators, or "float16"
-    frozen_dtype: str = "float32"  # of parameters that are not trained, the reference's and the
+    dtype: Dtype = "float32"  # of the computation; "bfloat16" on accelerators, or "float16"
+    frozen_dtype: Dtype = "float32"  # of parameters that are not trained, the reference's and the
     # reward model's among them; "bfloat16" halves their memory
     scan_layers: bool = False  # True compiles faster; False runs faster on CPUs
     remat: str = changeable("none")  # what the backward pass computes again to save memory: "none"

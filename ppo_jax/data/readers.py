@@ -8,12 +8,14 @@ import contextlib
 import gzip
 import json
 import os
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 HUB = "hub:"  # "hub:owner/name" or "hub:owner/name:split", through the `datasets` library
+REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)  # "../x" would be a local folder
 INSTALL = "pip install 'ppo_jax[data]'"
 
 Row = dict[str, Any]
@@ -227,6 +229,8 @@ def open_parquet(path: str | os.PathLike) -> Table:
     try:
         file = parquet.ParquetFile(path)
     except (ValueError, OSError) as error:
+        if getattr(error, "errno", None):  # of the system: the file may be intact
+            raise
         raise ValueError(f"{path}: not a Parquet file: {error}") from error
 
     def rows(columns: Sequence[str]) -> Iterator[Row]:
@@ -253,7 +257,7 @@ def open_hub(path: str | os.PathLike) -> Table:
 def hub_name(path: str | os.PathLike) -> tuple[str, str]:
     """(name, split) of "hub:owner/name[:split]"; the split is "train" where none is given."""
     name, _, split = str(path).removeprefix(HUB).partition(":")
-    if len(name.split("/")) != 2 or not all(name.split("/")):
+    if not REPOSITORY.fullmatch(name):
         raise ValueError(
             f"a hub's data set must be {HUB}owner/name or {HUB}owner/name:split, got {str(path)!r}"
         )

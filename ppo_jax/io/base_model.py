@@ -62,7 +62,7 @@ def trimmed_model(settings: ModelSettings, folder: Path, texts: list[str], seed:
     except ValueError as error:
         what = f"model.vocabulary_data must be '' for {settings.path}"
         raise ValueError(f"{what}: {error}") from error
-    raw = hf.read_json(model_folder(settings.path))
+    raw = hf.read_config_json(model_folder(settings.path))
     new_id = {old: new for new, old in enumerate(kept.tolist())}
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if isinstance(raw.get(name), int):
