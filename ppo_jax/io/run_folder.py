@@ -21,6 +21,7 @@ import numpy as np
 from ppo_jax.config.run import STAGE_NAMES
 from ppo_jax.data.atomic import atomic_write, naming_file
 from ppo_jax.data.readers import short_repr
+from ppo_jax.io.integrity import read_json
 from ppo_jax.io.metric_names import with_former_names, with_new_names
 
 PACKAGES = ("ppo_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "chex", "numpy")
@@ -171,12 +172,7 @@ def read_object(path: Path, kinds: Mapping[str, str] | None = None) -> dict[str,
     """
     if not path.exists():
         return None
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must be a JSON object, got {short_repr(values)}")
+    values = read_json(path, finite=False)
     if wrong := wrong_value(values, (kinds or {}).get):
         raise ValueError(f"{path}: {wrong}")
     return values

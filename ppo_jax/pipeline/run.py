@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import datetime
 import os
 import sys
 import tempfile
@@ -28,11 +29,12 @@ from ppo_jax.io.run_folder import (
     fill_in_workdir,
     keep_time,
     prepare_workdir,
+    read_config,
     read_results,
     without_workdir,
     write_results,
 )
-from ppo_jax.io.stage_folder import missing_steps
+from ppo_jax.io.stage_folder import describe_stage, missing_steps
 from ppo_jax.pipeline.preflight import check_mesh, check_named, check_run, chosen
 from ppo_jax.pipeline.preview import brackets, colours, data_lines, previews
 from ppo_jax.pipeline.summary import summary
@@ -89,7 +91,7 @@ def planned(
         ValueError: a setting is not usable, or does not fit to what the folder holds.
     """
     only = [only] if isinstance(only, str) else only
-    given = from_config_dict(settings)
+    given = with_date(from_config_dict(settings), workdir)
     config = fill_in_workdir(given, workdir)
     stages = [
         stage for stage in STAGE_NAMES if stage in only and getattr(config, stage) is not None
@@ -102,6 +104,22 @@ def planned(
         check_settings(workdir / stage, describe(stage, config, workdir))
     check_same_base(workdir, dataclasses.asdict(given))
     return given, config, stages
+
+
+def with_date(config: Config, workdir: Path) -> Config:
+    """The config with the date that chat templates write: that of the run's first start."""
+    if config.model.chat_date:
+        return config
+    date = on_primary(first_date, workdir)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, chat_date=date))
+
+
+def first_date(workdir: Path) -> str:
+    """The date that a run's folder keeps, in config.json or a stage.json; without one, today."""
+    stages = [describe_stage(workdir / stage) for stage in STAGE_NAMES]
+    configs = [read_config(workdir), *(stage["settings"] for stage in stages if stage)]
+    dates = [x.get("model", {}).get("chat_date") for x in configs if x]
+    return next(filter(None, dates), datetime.date.today().isoformat())
 
 
 def dry_run(
@@ -196,7 +214,7 @@ def make_ready(
     starts = initial_models(config, workdir, base, stages)
     check_mesh(config, starts, stages)
     data = check_run(config, starts, stages)
-    check_same_data(config, workdir, chosen(stages), data)
+    check_same_data(config, workdir, chosen(stages), data, starts)
     return base, starts, data
 
 
