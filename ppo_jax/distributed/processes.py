@@ -9,7 +9,6 @@ import itertools
 import os
 import pickle
 import signal
-import socket
 import sys
 import threading
 from collections.abc import Callable
@@ -206,7 +205,7 @@ def stop_handlers(stop_soon: Callable[[int, Any], None]) -> dict[signal.Signals,
     return {signal.SIGINT: stop_soon, signal.SIGTERM: stop_soon}
 
 
-_wakeup: list[socket.socket] = []  # both ends, kept open
+_wakeup: list[int] = []  # both ends of a pipe
 
 
 def end_on_second_signal():
@@ -219,16 +218,16 @@ def end_on_second_signal():
     """
     if _wakeup or threading.current_thread() is not threading.main_thread():
         return
-    reader, writer = socket.socketpair()
+    reader, writer = os.pipe()
     _wakeup.extend((reader, writer))
-    writer.setblocking(False)
-    signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     threading.Thread(target=_count_stops, args=(reader,), daemon=True).start()
 
 
-def _count_stops(reader: socket.socket):
+def _count_stops(reader: int):
     heard: list[int] = []
     while len(heard) < 2:
-        heard += [number for number in reader.recv(64) if number in STOPS]
+        heard += [number for number in os.read(reader, 64) if number in STOPS]
     os.write(2, b"\nended at once; the same command goes on from the last checkpoint\n")
     os._exit(STOPS[signal.Signals(heard[-1])])
