@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from ppo_jax.core.types import Params
 from ppo_jax.data.readers import short_repr
 from ppo_jax.io.hub import model_folder
-from ppo_jax.io.integrity import file_inside, reading_file, read_json
+from ppo_jax.io.integrity import file_inside, read_json, reading_file
 from ppo_jax.io.safetensors import (
     Files,
     NotFinite,

@@ -18,7 +18,7 @@ import numpy as np
 from ppo_jax.core.types import Params
 from ppo_jax.data.readers import short_repr
 from ppo_jax.io.hub import model_folder
-from ppo_jax.io.integrity import file_inside, reading_file, read_json
+from ppo_jax.io.integrity import file_inside, read_json, reading_file
 
 if TYPE_CHECKING:  # slow to import, so each function that needs it does
     from transformers import PreTrainedTokenizerFast
