@@ -5,6 +5,7 @@ global. A section that is None means that the stage is not part of the run.
 """
 
 import dataclasses
+import datetime
 
 from ml_collections import config_dict
 
@@ -51,6 +52,10 @@ class ModelSettings:
     # the longest rows and largest models
     attention: str = changeable("auto")  # over whole rows: "auto" is the platform's fused kernel
     # where it has one (TPU, GPU), "plain" is the same sum by plain products everywhere
+    chat_template: str = changeable("")  # a file with the Jinja template that makes text of
+    # messages, kept with every stage; "" is the tokenizer's own
+    chat_date: str = changeable("")  # today for templates that write the date, such as
+    # "2026-11-28"; "" is the day on which the run begins
     vocabulary_data: str = ""  # rows of texts: keep only the tokens that they use; "" keeps all
 
     def __post_init__(self):
@@ -64,8 +69,17 @@ class ModelSettings:
         check.choice("frozen_dtype", "float32", "bfloat16")
         check.choice("remat", "none", "dots", "full")
         check.choice("attention", "auto", "plain")
+        check.that(is_date(self.chat_date), "chat_date", "'' or a date, year-month-day")
         texts = "the texts to train the tokenizer of model.scratch on"
         check.that(bool(self.vocabulary_data or not self.scratch), "vocabulary_data", texts)
+
+
+def is_date(text: str) -> bool:
+    """Whether a setting is a date such as "2026-11-28", or ""."""
+    try:
+        return not text or datetime.date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

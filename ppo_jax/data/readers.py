@@ -170,7 +170,15 @@ def parse_object(line: bytes, place: str) -> Row:
         raise ValueError(f"{place}: not a JSON object on one line: {error}") from error
     if not isinstance(row, dict):
         raise ValueError(f"{place}: a line must be a JSON object {{...}}, got {short_repr(row)}")
-    return row
+    return {name: row[key] for name, key in known_names(row).items()}
+
+
+def known_names(names: Iterable[str]) -> dict[str, str]:
+    """{key for the schemas: key of a row}: what ShareGPT calls conversations are messages."""
+    known = {name: name for name in names}
+    if "conversations" in known and "messages" not in known:
+        known["messages"] = known.pop("conversations")
+    return known
 
 
 def unique_keys(items: list[tuple[str, Any]]) -> Row:
@@ -203,7 +211,14 @@ def schema_of(path: str | os.PathLike, columns: Sequence[str], schemas: Schemas)
 
 
 def open_table(path: str | os.PathLike) -> Table:
-    return open_hub(path) if is_hub(path) else open_parquet(path)
+    table = open_hub(path) if is_hub(path) else open_parquet(path)
+    known = known_names(table.columns)
+
+    def rows(names: Sequence[str]) -> Iterator[Row]:
+        for row in table.rows([known[name] for name in names]):
+            yield {name: row[known[name]] for name in names}
+
+    return Table(list(known), rows)
 
 
 def open_parquet(path: str | os.PathLike) -> Table:

@@ -62,13 +62,16 @@ def read_shape(path: str | os.PathLike, settings: ModelSettings) -> ModelSpec:
         return ModelSpec(
             kind=description["kind"],
             config=dataclasses.replace(stage_config(description), **how),
-            tokenizer=vocabulary.load_tokenizer(Path(path) / "tokenizer"),
+            tokenizer=vocabulary.with_chat(
+                vocabulary.load_tokenizer(Path(path) / "tokenizer"), settings
+            ),
         )
     folder = model_folder(path)
     config = hf.load_config(folder, **how)
     check_weights(folder, config)
     tokenizer = vocabulary.load_tokenizer(folder)
     check_tokenizer(tokenizer, config, path)
+    tokenizer = vocabulary.with_chat(tokenizer, settings)
     return ModelSpec(kind="policy", config=config, tokenizer=tokenizer)
 
 

@@ -17,7 +17,7 @@ from ppo_jax.config.parsing import build
 from ppo_jax.config.run import STAGE_NAMES, ModelSettings
 from ppo_jax.core.network import merge_params
 from ppo_jax.core.types import Params
-from ppo_jax.data.atomic import atomic_write
+from ppo_jax.data.atomic import atomic_write, naming_file
 from ppo_jax.distributed.layout import Layout
 from ppo_jax.distributed.processes import on_primary
 from ppo_jax.io import huggingface as hf
@@ -81,6 +81,8 @@ def load_model(
     config, params = hf.load_policy(path, shardings=shardings_of(layout), **how)
     tokenizer = vocabulary.load_tokenizer(path)
     check_tokenizer(tokenizer, config, path)
+    if settings is not None:
+        tokenizer = vocabulary.with_chat(tokenizer, settings)
     return Model(kind="policy", config=config, params=params, tokenizer=tokenizer, layout=layout)
 
 
@@ -99,13 +101,15 @@ def device_put(params: Params, layout: Layout | None) -> Params:
 
 
 def compute_as(model: Model, settings: ModelSettings) -> Model:
-    """The same model, computed as the settings ask for; its parameters are not moved."""
+    """The same model, computed as the settings ask for, with their chat template; its parameters
+    are not moved."""
     params = model.params
     if model.config.scan_layers != settings.scan_layers:
         change = stack_layers if settings.scan_layers else unstack_layers
         params = device_put(change(params), model.layout)
     config = dataclasses.replace(model.config, **computation(settings))
-    return dataclasses.replace(model, config=config, params=params)
+    tokenizer = vocabulary.with_chat(model.tokenizer, settings)
+    return dataclasses.replace(model, config=config, params=params, tokenizer=tokenizer)
 
 
 def check_tokenizer(tokenizer: Any, config: ModelConfig, path: Any):
@@ -154,7 +158,8 @@ def begin_stage(folder: Path, model: Model, parts: Parts, description: dict):
         parts: its parameters, split.
         description: the stage's name and settings, kept in stage.json.
     """
-    on_primary(vocabulary.save_tokenizer, model.tokenizer, folder / "tokenizer")
+    with naming_file(folder / "tokenizer"):
+        on_primary(vocabulary.save_tokenizer, model.tokenizer, folder / "tokenizer")
     frozen = merge_params(parts.trunk, parts.frozen)
     if frozen:
         save_params(folder / "frozen", frozen)

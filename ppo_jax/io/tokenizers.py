@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ppo_jax.config.run import ModelSettings
 from ppo_jax.core.types import Params
+from ppo_jax.data.chat import Chat, read_template
 from ppo_jax.data.readers import short_repr
 from ppo_jax.io.hub import model_folder
 from ppo_jax.io.integrity import file_inside, read_json, reading_file
@@ -112,6 +114,21 @@ def declared_eos(folder: Path, tokenizer: "PreTrainedTokenizerFast") -> str:
 def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", folder: str | os.PathLike) -> None:
     """Write tokenizer.json and tokenizer_config.json into `folder`."""
     tokenizer.save_pretrained(folder)
+
+
+def with_chat(
+    tokenizer: "PreTrainedTokenizerFast", settings: ModelSettings
+) -> "PreTrainedTokenizerFast":
+    """The same tokenizer, its chat template and the date that it writes as in the settings.
+
+    Raises:
+        ValueError: the file of the template is not there, or holds none.
+    """
+    if settings.chat_template:
+        tokenizer.chat_template = read_template(settings.chat_template)
+        Chat(tokenizer).check(f"model.chat_template: {settings.chat_template}")
+    tokenizer.chat_date = settings.chat_date  # read by `data.chat.Chat`; it is not saved
+    return tokenizer
 
 
 def with_padding(

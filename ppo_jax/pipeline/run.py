@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import datetime
 import os
 import sys
 import tempfile
@@ -28,15 +29,17 @@ from ppo_jax.io.run_folder import (
     fill_in_workdir,
     keep_time,
     prepare_workdir,
+    read_config,
     read_results,
     without_workdir,
     write_results,
 )
-from ppo_jax.io.stage_folder import missing_steps
+from ppo_jax.io.stage_folder import describe_stage, missing_steps
 from ppo_jax.pipeline.preflight import check_mesh, check_named, check_run, chosen
 from ppo_jax.pipeline.preview import brackets, colours, data_lines, previews
 from ppo_jax.pipeline.summary import summary
 from ppo_jax.training.resume import check_same_base, check_same_data, drop_outdated_base
+from ppo_jax.training.reward_functions import FunctionFailed, failure
 from ppo_jax.training.stage import check_settings, describe
 
 
@@ -88,7 +91,7 @@ def planned(
         ValueError: a setting is not usable, or does not fit to what the folder holds.
     """
     only = [only] if isinstance(only, str) else only
-    given = from_config_dict(settings)
+    given = with_date(from_config_dict(settings), workdir)
     config = fill_in_workdir(given, workdir)
     stages = [
         stage for stage in STAGE_NAMES if stage in only and getattr(config, stage) is not None
@@ -101,6 +104,22 @@ def planned(
         check_settings(workdir / stage, describe(stage, config, workdir))
     check_same_base(workdir, dataclasses.asdict(given))
     return given, config, stages
+
+
+def with_date(config: Config, workdir: Path) -> Config:
+    """The config with the date that chat templates write: that of the run's first start."""
+    if config.model.chat_date:
+        return config
+    date = on_primary(first_date, workdir)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, chat_date=date))
+
+
+def first_date(workdir: Path) -> str:
+    """The date that a run's folder keeps, in config.json or a stage.json; without one, today."""
+    stages = [describe_stage(workdir / stage) for stage in STAGE_NAMES]
+    configs = [read_config(workdir), *(stage["settings"] for stage in stages if stage)]
+    dates = [x.get("model", {}).get("chat_date") for x in configs if x]
+    return next(filter(None, dates), datetime.date.today().isoformat())
 
 
 def dry_run(
@@ -166,8 +185,9 @@ def prepare(
     if makes_something(config, workdir, stages):  # what is made says from which settings it is
         prepare_workdir(workdir, dataclasses.asdict(given))
     base, starts, data = make_ready(config, workdir, stages)
+    table = "\n".join([summary(config, starts, stages, data), *data_lines(config, data)])
     prepare_workdir(workdir, dataclasses.asdict(given))
-    print("\n".join([summary(config, starts, stages, data), *data_lines(config, data)]), flush=True)
+    print(table, flush=True)
     if "time/prepare_s" not in read_results(workdir):
         keep_time(workdir, "prepare", time.monotonic() - began)
     return base, data
@@ -194,7 +214,7 @@ def make_ready(
     starts = initial_models(config, workdir, base, stages)
     check_mesh(config, starts, stages)
     data = check_run(config, starts, stages)
-    check_same_data(config, workdir, chosen(stages), data)
+    check_same_data(config, workdir, chosen(stages), data, starts)
     return base, starts, data
 
 
@@ -268,12 +288,24 @@ def makes_something(config: Config, workdir: Path, stages: Sequence[str]) -> boo
 
 
 def make_data(config: Config, workdir: Path):
-    """Let the config's `prepare` function write `workdir/data`, once."""
+    """Let the config's `prepare` function write `workdir/data`, once.
+
+    Raises:
+        FunctionFailed: the function raised something, or wrote nothing.
+    """
     folder = workdir / "data"
     if not config.prepare or folder.is_dir():
         return
+    prepare, name = load_function(config.prepare, "prepare"), f"prepare {config.prepare}"
     with atomic_folder(folder) as new:
-        load_function(config.prepare, "prepare")(new)
+        try:
+            prepare(new)
+        except OSError:  # a full disk, no network: told as what they are
+            raise
+        except Exception as error:
+            raise failure(name, error) from error
+        if not any(new.iterdir()):
+            raise FunctionFailed(f"{name} wrote no file into the folder that it was given")
 
 
 def evaluation_subject(config: Config, workdir: Path) -> dict:

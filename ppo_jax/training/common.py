@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from ppo_jax.config.stages import LoRASettings, OptimizerSettings
+from ppo_jax.config.parsing import LARGEST_INT
+from ppo_jax.config.stages import LoRASettings, OptimizerSettings, SFTSettings
 from ppo_jax.core.network import merge_params
 from ppo_jax.core.optimizer import init_optimizer
 from ppo_jax.core.types import Optimizer, Params, TrainState
@@ -25,8 +26,19 @@ from ppo_jax.models.lora import init_lora
 
 
 def count_steps(settings: TextSettings, num_rows: int) -> int:
-    """Optimizer steps of num_epochs passes over `num_rows` rows, of a text or of several."""
-    return max(1, math.ceil(settings.num_epochs * num_rows / settings.batch_size))
+    """Optimizer steps of num_epochs passes over `num_rows` rows, of a text or of several.
+
+    Raises:
+        ValueError: they are more than a counter on the devices can hold.
+    """
+    steps = max(1, math.ceil(settings.num_epochs * num_rows / settings.batch_size))
+    if steps > LARGEST_INT:
+        section = "sft" if isinstance(settings, SFTSettings) else "reward"
+        raise ValueError(
+            f"{section}.num_epochs must be at most {LARGEST_INT:,} steps, "
+            f"got {settings.num_epochs:g} passes over {num_rows} rows"
+        )
+    return steps
 
 
 def make_optimizer(settings: OptimizerSettings, total_steps: int) -> Optimizer:
@@ -92,7 +104,14 @@ def freeze(params: Any, layout: Layout, dtype: str) -> Any:
     return jax.tree.map(one, params, layout.shardings(params))
 
 
-def compile_step(step: Callable, state: Any, layout: Layout, **parts: Any) -> Callable:
+def compile_step(
+    step: Callable,
+    state: Any,
+    layout: Layout,
+    *,
+    compiler_options: dict[str, Any] | None = None,
+    **parts: Any,
+) -> Callable:
     """A compiled step: its first argument, the state, is donated, and all others must be on the
     devices. A transfer that nobody asked for is an error.
 
@@ -100,10 +119,16 @@ def compile_step(step: Callable, state: Any, layout: Layout, **parts: Any) -> Ca
         step: (state, ...) -> (state, metrics).
         state: what the first step is given; every step returns one with its shardings.
         layout: every device has a copy of the metrics.
+        compiler_options: of XLA; None is none.
         **parts: networks and choices, which shape the program.
     """
     shardings = (jax.tree.map(lambda leaf: leaf.sharding, state), layout.replicated)
-    compiled = jax.jit(functools.partial(step, **parts), donate_argnums=0, out_shardings=shardings)
+    compiled = jax.jit(
+        functools.partial(step, **parts),
+        donate_argnums=0,
+        out_shardings=shardings,
+        compiler_options=compiler_options,
+    )
 
     def call(*args: Any, **kwargs: Any):
         with jax.transfer_guard("disallow"):
