@@ -100,7 +100,7 @@ def test_a_workdir_without_a_config_has_none(tmp_path):
     ("text", "told"),
     [
         (b"{", "is not JSON: Expecting property name"),
-        (b"", "is not JSON: Expecting value"),
+        (b"", "is not JSON: the file is empty"),
         (b"\xff", "is not JSON: 'utf-8' codec can't decode"),
         (b"[" * 10**5, "is not JSON: maximum recursion depth"),
         (b"[1]", r"must be a JSON object, got \[1\]"),
