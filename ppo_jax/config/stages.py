@@ -107,13 +107,16 @@ class SFTSettings:
     batch_size: int = 32  # texts a step; rows of texts with packing
     num_micro_batches: int = changeable(1)  # parts of a batch, in memory one after the other
     packing: bool = False  # several texts a row, up to max_length; no text sees another
+    turns: str = "all"  # of the assistant's to learn in a conversation, or "last"
     max_length: int = 512  # tokens; longer texts are left out and counted
     hidden_cache_gb: Limit = changeable(4.0)  # for frozen layers' states; not by several processes
     eval_every: int = changeable(50)  # steps between validations
     save_every: int = changeable(100)  # steps between checkpoints
 
     def __post_init__(self):
-        check_training(Check(self, "sft"))
+        check = Check(self, "sft")
+        check_training(check)
+        check.choice("turns", "all", "last")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,6 +138,7 @@ class RewardSettings:
     pairs_per_batch: int = 256  # ratings only: comparisons drawn among the texts of a batch
     num_micro_batches: int = changeable(1)  # parts of a batch, in memory one after the other
     max_length: int = 512  # tokens; longer texts are left out and counted
+    packing: bool = changeable(False)  # the texts of a batch share rows of max_length tokens
     hidden_cache_gb: Limit = changeable(4.0)  # for frozen layers' states; not by several processes
     eval_every: int = changeable(50)  # steps between validations
     save_every: int = changeable(100)  # steps between checkpoints

@@ -2,12 +2,42 @@
 
 import contextlib
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 PARTIAL = ".partial-"  # prefix of names that are not complete yet
+
+
+def system_error(error: BaseException, path: str | os.PathLike) -> OSError | None:
+    """The operating system's error in one of a library, which names the path; None if there is
+    none. safetensors, tokenizers and TensorStore have its number in a text.
+
+    >>> system_error(Exception("cannot write (os error 28)"), "a/b")
+    OSError(28, 'No space left on device')
+    """
+    number = getattr(error, "errno", None)
+    if number is None and (match := re.search(r"os[ _]error(?:_code=')? ?(\d+)", str(error))):
+        number = int(match[1])
+    return None if number is None else OSError(number, os.strerror(number), str(path))
+
+
+@contextlib.contextmanager
+def naming_file(path: str | os.PathLike) -> Iterator[None]:
+    """An error of the operating system names the file: one of writing, on a full disk, names none.
+
+    Raises:
+        OSError: whatever a library has made of it.
+    """
+    try:
+        yield
+    except Exception as error:
+        system = None if getattr(error, "filename", None) else system_error(error, path)
+        if system is None:
+            raise
+        raise system from error
 
 
 def atomic_write(path: str | os.PathLike, content: str | bytes) -> None:
@@ -18,11 +48,15 @@ def atomic_write(path: str | os.PathLike, content: str | bytes) -> None:
     path = Path(path)
     # In the same folder, since a rename is atomic only within one file system.
     partial = path.with_name(PARTIAL + path.name)
-    with open(partial, "wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())  # or a power cut might leave the new name with no content
-    os.replace(partial, path)
+    try:
+        with naming_file(path), open(partial, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut might leave the new name with no content
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)  # half a file would keep a full disk full
+        raise
 
 
 @contextlib.contextmanager
@@ -42,10 +76,28 @@ def atomic_folder(folder: str | os.PathLike, *, shared: bool = False) -> Iterato
     new = folder.parent / f"{prefix}{uuid.uuid4().hex[:12]}"
     new.mkdir()
     try:
-        yield new
+        with naming_file(folder):
+            yield new
+        for path in new.rglob("*"):
+            sync(path)
         os.rename(new, folder)
     except OSError:
         if not (shared and folder.is_dir()):
             raise
     finally:
         shutil.rmtree(new, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Have the content of a file on disk, not only on its way there."""
+    if path.is_file():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder, or a link to one; a kill leaves the whole of it or none under its name."""
+    if folder.is_symlink():
+        return folder.unlink()
+    leftover = folder.parent / f"{PARTIAL}{folder.name}-{uuid.uuid4().hex[:12]}"
+    shutil.rmtree(folder.rename(leftover))

@@ -1,7 +1,6 @@
 """Text generation: responses of a policy to prompts, in batches or as a stream of tokens."""
 
 import functools
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ppo_jax.config.parsing import filled_in, with_new_names
+from ppo_jax.config.parsing import convert, filled_in, hints_of, with_new_names
 from ppo_jax.config.stages import PPOSettings
 from ppo_jax.core.types import Rollout
 from ppo_jax.data.encode import encode_prompts, take_prompts
 from ppo_jax.distributed.layout import Layout, fetch, one_device
 from ppo_jax.io.hub import model_folder
+from ppo_jax.io.integrity import read_json
 from ppo_jax.io.stage_folder import Model, describe_stage
 from ppo_jax.models.build import policy_network
 from ppo_jax.models.config import ModelConfig
@@ -58,6 +58,8 @@ def find_sampling(path: str, tokenizer: Any, **asked: Any) -> dict[str, Any]:
     """
     asked = {name: value for name, value in asked.items() if value is not None}
     settings = filled_in(PPOSettings, declared_sampling(path, tokenizer) | asked)
+    for name in ("temperature", "response_length", "top_k", "top_p", "min_p"):
+        settings[name] = convert(hints_of(PPOSettings)[name], settings[name], name)
     sampling = make_sampling(settings, tokenizer)
     return {"sampling": sampling, "temperature": settings["temperature"]}
 
@@ -69,9 +71,10 @@ def declared_sampling(path: str, tokenizer: Any) -> dict[str, Any]:
         ppo = stage if stage["stage"] == "ppo" else describe_stage(Path(path).parent / "ppo")
         return with_new_names(PPOSettings, ppo["settings"], warn=False) if ppo else {}
     file = model_folder(path) / "generation_config.json"
-    ids = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
+    ids = read_json(file).get("eos_token_id") if file.is_file() else None
     ids = [i for i in (ids if isinstance(ids, list) else [ids]) if i is not None]
-    tokens = tokenizer.convert_ids_to_tokens(ids)
+    are_ids = all(type(i) is int and 0 <= i < 2**32 for i in ids)
+    tokens = tokenizer.convert_ids_to_tokens(ids) if are_ids else [None]
     if None in tokens:
         raise ValueError(f"{file}: eos_token_id must be ids of the tokenizer's tokens, got {ids}")
     return {"stop_tokens": tokens}
