@@ -9,6 +9,7 @@ from typing import Any
 
 import chex
 import jax
+from jax.core import Tracer
 
 Number = jax.Array | float
 
@@ -124,10 +125,10 @@ def assert_ids(tokens: jax.Array, mask: jax.Array, vocab_size: int) -> None:
 def known(x: Number) -> Any:
     """The value of a number, or of an array as one of numpy.
 
-    None for one that is traced, which has no value yet, or of which this process holds a part
-    alone. Not as an array of jax: inside of a program that is being made every operation of jax is
-    traced, even that of a known array.
+    None for one that is traced, which has no value yet, or of which this process holds a part.
+    Not as an array of jax: inside of a program that is being made every operation of jax is traced,
+    even that of a known array.
     """
-    if isinstance(x, jax.core.Tracer) or not getattr(x, "is_fully_addressable", True):
+    if isinstance(x, Tracer) or not getattr(x, "is_fully_addressable", True):
         return None
     return jax.device_get(x)
