@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from ppo_jax.data.decode import BROKEN, TextDecoder
 from ppo_jax.data.encode import encode_prompts, take_prompts, unpadded
 from ppo_jax.distributed.layout import Layout, fetch, one_device
 from ppo_jax.io.hub import model_folder
+from ppo_jax.io.integrity import read_json
 from ppo_jax.io.stage_folder import Model, describe_stage
 from ppo_jax.models.build import policy_network
 from ppo_jax.models.config import ModelConfig
@@ -71,9 +71,10 @@ def declared_sampling(path: str, tokenizer: Any) -> dict[str, Any]:
         ppo = stage if stage["stage"] == "ppo" else describe_stage(Path(path).parent / "ppo")
         return with_new_names(PPOSettings, ppo["settings"], warn=False) if ppo else {}
     file = model_folder(path) / "generation_config.json"
-    ids = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
+    ids = read_json(file).get("eos_token_id") if file.is_file() else None
     ids = [i for i in (ids if isinstance(ids, list) else [ids]) if i is not None]
-    tokens = tokenizer.convert_ids_to_tokens(ids)
+    are_ids = all(type(i) is int and 0 <= i < 2**32 for i in ids)
+    tokens = tokenizer.convert_ids_to_tokens(ids) if are_ids else [None]
     if None in tokens:
         raise ValueError(f"{file}: eos_token_id must be ids of the tokenizer's tokens, got {ids}")
     return {"stop_tokens": tokens}
