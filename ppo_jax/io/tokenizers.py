@@ -152,11 +152,10 @@ def with_padding(
         return tokenizer
     vocab, tokenizer = tokenizer.get_vocab(), copy.deepcopy(tokenizer)
     tokenizer.add_special_tokens({"pad_token": PADDING})
-    if (
-        vocab.get(PADDING) is None and tokenizer.pad_token_id in vocab.values()
-    ):  # a new token gets the count of tokens as its id
+    # A new token gets the number of tokens as its id.
+    if PADDING not in vocab and tokenizer.pad_token_id in vocab.values():
         raise ValueError(
-            f"the tokenizer needs a pad_token of its own: its ids have holes, and a new token would "
+            "the tokenizer needs a pad_token of its own: its ids have holes, and a new token would "
             f"get the id {tokenizer.pad_token_id}, which another has"
         )
     return tokenizer
