@@ -1,8 +1,11 @@
 """What the scripts have in common: their flags, and mistakes that are told in one line."""
 
+import errno
 import os
 import pathlib
+import re
 import sys
+import sysconfig
 import traceback
 import types
 from collections.abc import Callable, Sequence
@@ -20,7 +23,7 @@ from ppo_jax.pipeline import run as pipeline
 from ppo_jax.training.reward_functions import FunctionFailed
 
 USER_MISTAKE, INTERRUPTED = 2, 130  # exit codes
-OURS = pathlib.Path(__file__).parent
+OURS, PYTHON = pathlib.Path(__file__).parent, sysconfig.get_path("stdlib")
 
 
 def run_stages(only: Sequence[str] = STAGE_NAMES):
@@ -72,6 +75,10 @@ def run_stages(only: Sequence[str] = STAGE_NAMES):
 def config_flag() -> flags.FlagHolder:
     """Define --config, a file relative to the working folder, and --config.SECTION.FIELD."""
     text = "FILE.py or FILE.py:VARIANT; its settings are flags, see docs/configuration.md"
+    try:  # ml_collections would read a --flagfile now, and its settings would not be checked
+        sys.argv[:] = flags.FLAGS.read_flags_from_files(sys.argv, force_gnu=False)
+    except Exception as error:
+        stop(f"{explain(error)} (--help lists the flags)", USER_MISTAKE)
     return config_flags.DEFINE_config_file("config", help_string=text)
 
 
@@ -119,21 +126,29 @@ def call(main: Callable[[], None]):
     except FloatingPointError as error:
         stop(one_line(error), 1)
     except FunctionFailed as error:  # of the user's own: what lies in it, without our frames
-        if cause := error.__cause__:
-            traceback.print_exception(cause.with_traceback(users_frames(cause.__traceback__)))
+        if (cause := error.__cause__) and (frames := users_frames(cause.__traceback__)):
+            traceback.print_exception(cause.with_traceback(frames))
         stop(one_line(error), 1)
     except (ValueError, ConnectionError) as error:
         if not raised_by_us(error):
             bug(error)
         stop(one_line(error), USER_MISTAKE)
     except OSError as error:  # a full disk, a folder that cannot be written
-        stop(str(error), 1)
+        stop(str(error), USER_MISTAKE if error.errno == errno.ENAMETOOLONG else 1)
     except Exception as error:
         bug(error)
 
 
 def users_frames(trace: types.TracebackType | None) -> types.TracebackType | None:
-    """A traceback from the first frame on that is not this package's."""
+    """A traceback from the first frame on that is not this package's; None where all others are of
+    Python's own library, which was called with what it does not take."""
+    paths = [pathlib.Path(frame.filename) for frame in traceback.extract_tb(trace)]
+    if not any(
+        "site-packages" in x.parts or not x.is_relative_to(PYTHON)
+        for x in paths
+        if not x.is_relative_to(OURS)
+    ):
+        return None
     while trace and pathlib.Path(trace.tb_frame.f_code.co_filename).is_relative_to(OURS):
         trace = trace.tb_next
     return trace
@@ -160,6 +175,8 @@ def one_line(error: BaseException) -> str:
 
 
 def stop(message: str, code: int):
+    # A name that is too long for a file is so for a line.
+    message = re.sub(r"\S{999,}", lambda word: f"{word[0][:99]}...{word[0][-99:]}", message)
     who = f"process {jax.process_index()}: " if processes.is_initialized() else ""
     print(f"{pathlib.Path(sys.argv[0]).name}: {who}{message}", file=sys.stderr, flush=True)
     if processes.is_initialized():

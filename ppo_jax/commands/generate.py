@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from absl import flags, logging
 
 from ppo_jax import cli
+from ppo_jax.config.parsing import LARGEST_SEED
 from ppo_jax.inference import terminal
 from ppo_jax.inference.generate import find_sampling
 from ppo_jax.io.stage_folder import load_model, stage_folder
@@ -25,8 +26,12 @@ def define_flags() -> SimpleNamespace:
         workdir=text("workdir", None, "A run's folder; needs --stage."),
         stage=flags.DEFINE_enum("stage", None, ["sft", "ppo"], "Which policy of the run."),
         model=text("model", None, "Instead: a Hugging Face folder, .gguf or hub id."),
-        num_responses=flags.DEFINE_integer("num_responses", 1, "To each prompt.", lower_bound=1),
-        seed=flags.DEFINE_integer("seed", 0, "Seed of the sampling."),
+        num_responses=flags.DEFINE_integer(
+            "num_responses", 1, "To each prompt.", lower_bound=1, upper_bound=10**6
+        ),
+        seed=flags.DEFINE_integer(
+            "seed", 0, "Seed of the sampling.", lower_bound=-LARGEST_SEED, upper_bound=LARGEST_SEED
+        ),
     )
     cli.show_in_help(*vars(found).values())
     return found

@@ -115,7 +115,7 @@ def explain(error: Exception) -> str:
 
     A config file is Python: the message has the file and the line of its error.
     """
-    text = str(error.args[0] if error.args else error)
+    text = str(error.args[0] if error.args else error).removeprefix("ERROR:: ")  # of absl
     if isinstance(error, SyntaxError):
         return f"{error.filename}:{error.lineno}: {error.msg}"
     if match := re.match(r'Override (\S+) can not be applied because field "(\w+)" is None', text):

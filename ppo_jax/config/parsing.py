@@ -32,6 +32,8 @@ WORDS = {
     TEXTS: "a list of texts",
     types.NoneType: "None",
 }
+# What the devices count and compute with: int32 and float32. A seed is cut for each use.
+LARGEST_INT, LARGEST_SEED, LARGEST_FLOAT = 2**31 - 1, 2**63 - 2, 3.4e38
 RULES = {
     "> 0": lambda x: x > 0,
     ">= 0": lambda x: x >= 0,
@@ -210,19 +212,32 @@ def convert(hint: Any, value: Any, field: str) -> Any:
                 return tuple(value)
         elif option in (float, Limit):
             if isinstance(value, int | float) and not isinstance(value, bool):
-                finite = math.isfinite(value) or (option == Limit and value == math.inf)
+                infinite = isinstance(value, float) and not math.isfinite(value)
+                finite = not infinite or (option == Limit and value == math.inf)
                 if not finite:
                     raise ValueError(f"{field} must be a finite number, got {value!r}")
-                return float(value)
+                return float(in_range(value, field, LARGEST_FLOAT))
             if option == Limit and value == "inf":  # as config.json has it
                 return math.inf
+        elif option is int and type(value) is int:
+            return in_range(value, field, LARGEST_SEED if field == "seed" else LARGEST_INT)
         elif option == Dtype:
             if isinstance(name := dtype_name(value), str):
                 return name
         elif type(value) is option:
+            if option is str and "\0" in value:  # no path has one
+                raise ValueError(f"{field} must not have a zero byte, got {value!r}")
             return value
     words = " or ".join(WORDS[option] for option in allowed)
     raise ValueError(f"{field} must be {words}, got {value!r}")
+
+
+def in_range(value: float, field: str, largest: float) -> float:
+    """A finite number as it is, or Limit's inf, if it is not too large."""
+    if abs(value) > largest and value != math.inf:
+        got = f"{value}" if abs(value) < 1e39 or isinstance(value, float) else "one far beyond it"
+        raise ValueError(f"{field} must be at most {largest:,}, got {got}")
+    return value
 
 
 def load_function(name: str, field: str) -> Callable:
@@ -236,7 +251,7 @@ def load_function(name: str, field: str) -> Callable:
         sys.path.append(os.getcwd())
     try:
         function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, SyntaxError, AttributeError, ValueError) as error:
+    except (ImportError, SyntaxError, AttributeError, TypeError, ValueError) as error:
         where = ""
         if isinstance(error, ModuleNotFoundError) and not hint(name):
             where = ", neither in the current folder nor in one of PYTHONPATH"

@@ -5,10 +5,10 @@ traced program alone; inside of one the functions clamp, as their docstrings say
 """
 
 import math
+from typing import Any
 
 import chex
 import jax
-import numpy as np
 
 Number = jax.Array | float
 
@@ -68,7 +68,7 @@ def assert_counts(*, at_least: int = 1, **counts: int) -> None:
     ValueError: num_epochs must be at least 1 and whole, got 0
     """
     for name, count in counts.items():
-        whole = isinstance(count, int | np.integer) and not isinstance(count, bool)
+        whole = hasattr(count, "__index__") and not isinstance(count, bool)
         if not whole or count < at_least:
             raise ValueError(f"{name} must be at least {at_least} and whole, got {count!r}")
 
@@ -112,22 +112,22 @@ def assert_ids(tokens: jax.Array, mask: jax.Array, vocab_size: int) -> None:
     ids, real = known(tokens), known(mask)
     if ids is None or real is None:
         return
-    wrong = np.argwhere(real & ((ids < 0) | (ids >= vocab_size)))
-    if wrong.size:
-        row, position = wrong[0]
+    wrong = real & ((ids < 0) | (ids >= vocab_size))
+    if wrong.any():
+        row, position = (index[0] for index in wrong.nonzero())
         raise ValueError(
             f"token ids must be in [0, {vocab_size}), got {ids[row, position]} in row {row} at "
             f"position {position}"
         )
 
 
-def known(x: Number) -> np.ndarray | None:
-    """The value of a number or an array; None for one that is traced, which has none yet, or of
-    which this process holds a part alone.
+def known(x: Number) -> Any:
+    """The value of a number, or of an array as one of numpy.
 
-    In numpy: inside of a program that is being made every operation of jax is traced, even that of
-    a known array.
+    None for one that is traced, which has no value yet, or of which this process holds a part
+    alone. Not as an array of jax: inside of a program that is being made every operation of jax is
+    traced, even that of a known array.
     """
     if isinstance(x, jax.core.Tracer) or not getattr(x, "is_fully_addressable", True):
         return None
-    return np.asarray(jax.device_get(x))
+    return jax.device_get(x)

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -10,15 +11,33 @@ from pathlib import Path
 PARTIAL = ".partial-"  # prefix of names that are not complete yet
 
 
+def system_error(error: BaseException, path: str | os.PathLike) -> OSError | None:
+    """The operating system's error in one of a library, which names the path; None if there is
+    none. safetensors, tokenizers and TensorStore have its number in a text.
+
+    >>> system_error(Exception("cannot write (os error 28)"), "a/b")
+    OSError(28, 'No space left on device')
+    """
+    number = getattr(error, "errno", None)
+    if number is None and (match := re.search(r"os[ _]error(?:_code=')? ?(\d+)", str(error))):
+        number = int(match[1])
+    return None if number is None else OSError(number, os.strerror(number), str(path))
+
+
 @contextlib.contextmanager
 def naming_file(path: str | os.PathLike) -> Iterator[None]:
-    """An OSError names the file: one of writing, on a full disk for instance, names none."""
+    """An error of the operating system names the file: one of writing, on a full disk, names none.
+
+    Raises:
+        OSError: whatever a library has made of it.
+    """
     try:
         yield
-    except OSError as error:
-        if error.errno is not None and error.filename is None:
-            error.filename = str(path)
-        raise
+    except Exception as error:
+        system = None if getattr(error, "filename", None) else system_error(error, path)
+        if system is None:
+            raise
+        raise system from error
 
 
 def atomic_write(path: str | os.PathLike, content: str | bytes) -> None:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ppo_jax.config.parsing import filled_in, with_new_names
+from ppo_jax.config.parsing import convert, filled_in, hints_of, with_new_names
 from ppo_jax.config.stages import PPOSettings
 from ppo_jax.core.types import Prompts, Rollout
 from ppo_jax.data.decode import BROKEN, TextDecoder
@@ -60,6 +60,8 @@ def find_sampling(path: str, tokenizer: Any, **asked: Any) -> dict[str, Any]:
     """
     asked = {name: value for name, value in asked.items() if value is not None}
     settings = filled_in(PPOSettings, declared_sampling(path, tokenizer) | asked)
+    for name in ("temperature", "response_length", "top_k", "top_p", "min_p"):
+        settings[name] = convert(hints_of(PPOSettings)[name], settings[name], name)
     sampling = make_sampling(settings, tokenizer)
     return {"sampling": sampling, "temperature": settings["temperature"]}
 

@@ -8,7 +8,6 @@ before it is read. Of several processes, process 0 verifies and chooses the step
 import contextlib
 import errno
 import logging
-import os
 import re
 import shutil
 import warnings
@@ -23,6 +22,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 from orbax.checkpoint import v1 as ocp
 
+from ppo_jax.data.atomic import system_error
 from ppo_jax.distributed.processes import (
     ProcessMismatch,
     is_multiprocess,
@@ -336,15 +336,11 @@ NOT_OF_FILES = {
 OPEN_AT_ONCE = 16  # files, of Orbax
 
 
-def system_error(error: BaseException | None, path: Path) -> OSError | None:
-    """The operating system's error behind one of Orbax, or None: TensorStore has its number in a
-    text."""
+def underlying_error(error: BaseException | None, path: Path) -> OSError | None:
+    """The operating system's error behind one of Orbax, which may be the cause of its cause."""
     while error is not None:
-        number = getattr(error, "errno", None)
-        if number is None and (match := re.search(r"os_error_code='(\d+)'", str(error))):
-            number = int(match[1])
-        if number is not None:
-            return OSError(number, os.strerror(number), str(path))
+        if (system := system_error(error, path)) is not None:
+            return system
         error = error.__cause__ or error.__context__
     return None
 
@@ -353,7 +349,7 @@ def raise_if_not_damage(error: Exception, path: Path) -> None:
     """Raise what says nothing of the files, which may be intact: to skip them would lose work."""
     if isinstance(error, NOT_DAMAGED):
         raise error
-    system = system_error(error, path)
+    system = underlying_error(error, path)
     if system is not None and system.errno in NOT_OF_FILES:
         raise system from error
 
@@ -371,7 +367,7 @@ def failures_named(path: Path) -> Iterator[None]:
         raise
     except Exception as error:
         named = OSError(f"{path} cannot be written: {error_summary(error)}")
-        raise system_error(error, path) or named from error
+        raise underlying_error(error, path) or named from error
 
 
 def _is_news(record: logging.LogRecord) -> bool:

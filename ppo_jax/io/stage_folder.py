@@ -17,7 +17,7 @@ from ppo_jax.config.parsing import build
 from ppo_jax.config.run import STAGE_NAMES, ModelSettings
 from ppo_jax.core.network import merge_params
 from ppo_jax.core.types import Params
-from ppo_jax.data.atomic import atomic_write
+from ppo_jax.data.atomic import atomic_write, naming_file
 from ppo_jax.distributed.layout import Layout
 from ppo_jax.distributed.processes import on_primary
 from ppo_jax.io import huggingface as hf
@@ -166,7 +166,8 @@ def begin_stage(folder: Path, model: Model, parts: Parts, description: dict):
         parts: its parameters, split.
         description: the stage's name and settings, kept in stage.json.
     """
-    on_primary(vocabulary.save_tokenizer, model.tokenizer, folder / "tokenizer")
+    with naming_file(folder / "tokenizer"):
+        on_primary(vocabulary.save_tokenizer, model.tokenizer, folder / "tokenizer")
     frozen = merge_params(parts.trunk, parts.frozen)
     if frozen:
         save_params(folder / "frozen", frozen)

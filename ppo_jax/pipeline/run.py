@@ -39,6 +39,7 @@ from ppo_jax.pipeline.preflight import check_mesh, check_named, check_run, chose
 from ppo_jax.pipeline.preview import brackets, colours, data_lines, previews
 from ppo_jax.pipeline.summary import summary
 from ppo_jax.training.resume import check_same_base, check_same_data, drop_outdated_base
+from ppo_jax.training.reward_functions import FunctionFailed, failure
 from ppo_jax.training.stage import check_settings, describe
 
 
@@ -184,8 +185,9 @@ def prepare(
     if makes_something(config, workdir, stages):  # what is made says from which settings it is
         prepare_workdir(workdir, dataclasses.asdict(given))
     base, starts, data = make_ready(config, workdir, stages)
+    table = "\n".join([summary(config, starts, stages, data), *data_lines(config, data)])
     prepare_workdir(workdir, dataclasses.asdict(given))
-    print("\n".join([summary(config, starts, stages, data), *data_lines(config, data)]), flush=True)
+    print(table, flush=True)
     if "time/prepare_s" not in read_results(workdir):
         keep_time(workdir, "prepare", time.monotonic() - began)
     return base, data
@@ -286,12 +288,24 @@ def makes_something(config: Config, workdir: Path, stages: Sequence[str]) -> boo
 
 
 def make_data(config: Config, workdir: Path):
-    """Let the config's `prepare` function write `workdir/data`, once."""
+    """Let the config's `prepare` function write `workdir/data`, once.
+
+    Raises:
+        FunctionFailed: the function raised something, or wrote nothing.
+    """
     folder = workdir / "data"
     if not config.prepare or folder.is_dir():
         return
+    prepare, name = load_function(config.prepare, "prepare"), f"prepare {config.prepare}"
     with atomic_folder(folder) as new:
-        load_function(config.prepare, "prepare")(new)
+        try:
+            prepare(new)
+        except OSError:  # a full disk, no network: told as what they are
+            raise
+        except Exception as error:
+            raise failure(name, error) from error
+        if not any(new.iterdir()):
+            raise FunctionFailed(f"{name} wrote no file into the folder that it was given")
 
 
 def evaluation_subject(config: Config, workdir: Path) -> dict:

@@ -6,7 +6,6 @@ Dimension key: N responses, P prompt tokens, T response tokens.
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ppo_jax.core.checks import known
 from ppo_jax.core.distributions import check_temperature
@@ -97,13 +96,9 @@ def check_prompts(prompts: Prompts) -> None:
     if not prompts.tokens.size:
         raise ValueError(f"there must be prompts of 1 token or more, got {prompts.tokens.shape}")
     mask = known(prompts.mask)
-    if mask is None:
-        return
-    padded = np.flatnonzero(~mask[:, -1])
-    if padded.size:
-        raise ValueError(
-            f"prompts must be padded on the left, got row {padded[0]} with padding last"
-        )
+    if mask is not None and not mask[:, -1].all():
+        row = (~mask[:, -1]).nonzero()[0][0]
+        raise ValueError(f"prompts must be padded on the left, got row {row} with padding last")
 
 
 def check_concurrency(sampling: Sampling, concurrent: int, num_rows: int, networks: tuple) -> None:

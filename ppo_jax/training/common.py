@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from ppo_jax.config.stages import LoRASettings, OptimizerSettings
+from ppo_jax.config.parsing import LARGEST_INT
+from ppo_jax.config.stages import LoRASettings, OptimizerSettings, SFTSettings
 from ppo_jax.core.network import merge_params
 from ppo_jax.core.optimizer import init_optimizer
 from ppo_jax.core.types import Optimizer, Params, TrainState
@@ -25,8 +26,19 @@ from ppo_jax.models.lora import init_lora
 
 
 def count_steps(settings: TextSettings, num_rows: int) -> int:
-    """Optimizer steps of num_epochs passes over `num_rows` rows, of a text or of several."""
-    return max(1, math.ceil(settings.num_epochs * num_rows / settings.batch_size))
+    """Optimizer steps of num_epochs passes over `num_rows` rows, of a text or of several.
+
+    Raises:
+        ValueError: they are more than a counter on the devices can hold.
+    """
+    steps = max(1, math.ceil(settings.num_epochs * num_rows / settings.batch_size))
+    if steps > LARGEST_INT:
+        section = "sft" if isinstance(settings, SFTSettings) else "reward"
+        raise ValueError(
+            f"{section}.num_epochs must be at most {LARGEST_INT:,} steps, "
+            f"got {settings.num_epochs:g} passes over {num_rows} rows"
+        )
+    return steps
 
 
 def make_optimizer(settings: OptimizerSettings, total_steps: int) -> Optimizer:

@@ -6,7 +6,11 @@ import numpy as np
 import pytest
 
 from ppo_jax.algorithms.experience import PPONetworks, importance_weights
+from ppo_jax.config.mesh import MeshSettings
+from ppo_jax.distributed.layout import make_layouts
 from ppo_jax.models.build import policy_network, reward_network, value_network
+from ppo_jax.training.ppo import make_iteration
+from ppo_jax.training.ppo_setup import Setup
 from tests.support import tiny
 
 RECOMPUTE = tiny.options(num_epochs=1, num_minibatches=1, old_logprobs="recompute")
@@ -77,3 +81,22 @@ def test_in_bfloat16_the_two_differ_and_recomputed_ones_begin_at_a_ratio_of_1():
 def test_an_unknown_choice_is_refused(choice):
     with pytest.raises(ValueError, match=f"unknown {choice} 'sampled'; choose from"):
         tiny.options(**{choice: "sampled"})
+
+
+def test_a_run_recomputes_with_the_rounding_of_its_sampling_and_its_update():
+    """XLA may keep more bits than bfloat16 has, here and there; programs of a run that recompute
+    must not, or the ratio of the first update is not 1."""
+    config = tiny.model_config(dtype="bfloat16")
+    networks = PPONetworks(policy_network(config), value_network(config), reward_network(config))
+    layout = make_layouts(MeshSettings())[0]
+    run = tiny.Run("whole", RECOMPUTE)
+    numbers = layout.replicate(run.numbers)
+    setup = Setup(
+        networks=networks, options=RECOMPUTE, hyperparameters=numbers, frozen=run.setup.frozen
+    )
+    state = jax.device_put(run.state, layout.replicated)
+    iterate = make_iteration(setup, state, None, [], None, layout)
+    prompts, key = jax.device_put((tiny.prompts(), jax.random.key(0)), layout.replicated)
+    _, metrics = iterate(state, None, prompts, key)
+    assert metrics["policy/ratio_max"] == 1.0
+    assert metrics["policy/rollout_logprob_error_max"] < 1e-5

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ppo_jax.core.kl import ESTIMATORS, adaptive_kl_coef, kl_estimate
+from ppo_jax.core.kl import ESTIMATORS, REWARD_ESTIMATORS, adaptive_kl_coef, kl_estimate
 
 
 @pytest.mark.parametrize(
@@ -92,3 +92,38 @@ def test_the_controller_holds_a_kl_that_falls_with_its_coefficient():
     for _ in range(400):
         coef = adaptive_kl_coef(coef, 1.2 / coef, target_kl=6.0, horizon=10_000, batch_size=512)
     np.testing.assert_allclose(coef, 0.2, rtol=1e-2)  # 1.2 / 0.2 = 6
+
+
+def ends_at(estimator):
+    """Where a policy over four arms ends whose only reward is the penalty, by exact gradients.
+
+    The gradient of E[r] with r held constant is π (r - E r); the reference is uniform.
+    """
+    ref_logprobs = jnp.log(jnp.full(4, 0.25))
+
+    def step(logits, _):
+        logprobs = jax.nn.log_softmax(logits)
+        probs = jnp.exp(logprobs)
+        rewards = -kl_estimate(logprobs, ref_logprobs, estimator=estimator)
+        return logits + probs * (rewards - jnp.sum(probs * rewards)), None
+
+    logits = jnp.array([0.3, 0.1, -0.1, -0.3])
+    return jax.nn.softmax(jax.lax.scan(step, logits, length=20_000)[0])
+
+
+def test_in_a_reward_k1_alone_leads_back_to_the_reference():
+    np.testing.assert_allclose(ends_at("k1"), 0.25, atol=1e-3)
+    for estimator in set(ESTIMATORS) - set(REWARD_ESTIMATORS):
+        assert ends_at(estimator).min() < 0.01, estimator
+
+
+@pytest.mark.parametrize("horizon", [1.0, 2.0, 12.0])
+def test_no_horizon_turns_the_coefficient_negative(horizon):
+    coefficient = 0.05
+    for kl in (0.0, 20.0, 0.0, 0.0):
+        numbers = dict(target_kl=6.0, horizon=horizon, batch_size=64)
+        following = adaptive_kl_coef(coefficient, kl, **numbers).item()
+        factor = max(0.1, 1 + (0.2 if kl > 6 else -0.2) * 64 / horizon)
+        np.testing.assert_allclose(following, coefficient * factor, rtol=1e-5)
+        coefficient = following
+    assert coefficient > 0

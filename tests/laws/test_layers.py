@@ -37,7 +37,6 @@ PACKAGES["commands"] = list(PACKAGES)
 COMPUTES = {"jax", "flax", "optax", "chex"}
 COMPUTES |= {"collections", "dataclasses", "functools", "math", "operator", "re"}
 COMPUTES |= {"typing", "warnings"}
-COMPUTES |= {"numpy"}  # for checks of values that are known
 # Those that cost a second to load, and that `import ppo_jax` therefore leaves alone.
 HEAVY = ["orbax", "transformers", "tokenizers", "torch", "matplotlib", "sklearn", "tensorboardX"]
 

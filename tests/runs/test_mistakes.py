@@ -99,13 +99,33 @@ def test_a_process_ends_with_code_2_and_one_line(places, row):
     check_told(Ended(done.returncode, done.stdout, done.stderr), mistake, places)
 
 
-def test_a_function_of_the_users_that_fails_keeps_its_traceback_and_leaves_no_half_data(places):
-    code = "def prepare(folder):\n    (folder / 'half').touch()\n    1 / 0\n"
+@pytest.mark.parametrize(
+    ("name", "told", "traced"),
+    [
+        ("stumbles:fail", "prepare stumbles:fail raised ZeroDivisionError: division by zero", True),
+        ("stumbles:idle", "prepare stumbles:idle wrote no file into the folder that", False),
+        ("json:loads", "prepare json:loads raised TypeError: the JSON object must be str,", False),
+    ],
+)
+def test_a_prepare_that_fails_is_named_and_leaves_no_half_data(places, name, told, traced):
+    """With its own lines, if it has any."""
+    code = (
+        "def fail(folder):\n    (folder / 'half').touch()\n    1 / 0\n\ndef idle(folder):\n    0\n"
+    )
     (places.tmp / "stumbles.py").write_text(code)
-    broken.write_config(places, {"prepare": "stumbles:prepare"})
-    with pytest.raises(ZeroDivisionError):
-        run_script("rlhf", *places.flags("rlhf"))
+    broken.write_config(places, {"prepare": name})
+    ended = run_script("rlhf", *places.flags("rlhf"))
+    *trace, line = ended.err.splitlines()
+    assert ended.code == 1 and line.startswith(f"rlhf.py: {told}")
+    assert any("stumbles.py" in x for x in trace) == traced == bool(trace)
     assert [path.name for path in (places.tmp / "run").iterdir()] == ["config.json"]
+
+
+def test_flags_in_a_file_are_checked_as_those_on_the_command_line(places):
+    (places.tmp / "flags").write_text("--config.sft.batch_size=many\n")
+    flags = [*places.flags("train_sft"), f"--flagfile={places.tmp}/flags"]
+    told = "sft.batch_size must be a whole number, got 'many'"
+    assert told in run_script("train_sft", *flags).err
 
 
 class Begun(Exception):

@@ -64,6 +64,7 @@ class Places:
         places = {
             "root": ROOT,
             "tmp": self.tmp,
+            "long": "a" * 5000,
             "lines": self.tmp / "lines",
             "model": self.tmp / "model",
             "base": self.world / "base",

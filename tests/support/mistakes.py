@@ -48,6 +48,42 @@ generate --top_p=0
     flag --top_p=0: 0.0 is not a number in the range [1e-06, 1.0] (--help lists the flags)
 generate --temperature=-1
     flag --temperature=-1: -1.0 is not a non-negative number (--help lists the flags)
+generate --temperature=nan
+    temperature must be a finite number, got nan
+generate --temperature=1e39
+    temperature must be at most 3.4e+38, got 1e+39
+generate --top_k=99999999999
+    top_k must be at most 2,147,483,647, got 99999999999
+generate --response_length=9999999999
+    response_length must be at most 2,147,483,647, got 9999999999
+generate --seed=99999999999999999999
+    flag --seed=99999999999999999999: ... [-9223372036854775806, 9223372036854775806] ...
+generate --num_responses=99999999999
+    flag --num_responses=99999999999: ... [1, 1000000] (--help lists the flags)
+train_sft --flagfile={tmp}/none
+    Unable to open flagfile: [Errno 2] No such file or directory: '{tmp}/none' (--help ...
+train_sft --flagfile={tmp}
+    Unable to open flagfile: [Errno 21] Is a directory: '{tmp}' (--help lists the flags)
+train_sft --flagfile
+    --flagfile with no argument (--help lists the flags)
+train_sft --config.seed=99999999999999999999
+    seed must be at most 9,223,372,036,854,775,806, got 99999999999999999999
+train_sft --config.sft.num_epochs=1e30
+    sft.num_epochs must be at most 2,147,483,647 steps, got 1e+30 passes over 47 rows
+train_sft --config.sft.batch_size=99999999999
+    sft.batch_size must be at most 2,147,483,647, got 99999999999
+train_sft --config.sft.optimizer.learning_rate=1e300
+    sft.optimizer.learning_rate must be at most 3.4e+38, got 1e+300
+train_ppo --config.ppo.num_iterations=99999999999999999999999999
+    ppo.num_iterations must be at most 2,147,483,647, got 99999999999999999999999999
+train_sft --workdir={long}
+    [Errno 36] File name too long: 'aaaa...aaaa'
+train_sft --config.sft.data={long}
+    [Errno 36] File name too long: 'aaaa...aaaa'
+train_sft --config.model.path={long}
+    ...
+generate --model={long}
+    ...
 generate --prompt=
     --prompt is empty
 generate without --model --workdir={tmp}/none --stage=ppo
