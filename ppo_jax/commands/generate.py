@@ -21,7 +21,7 @@ def define_flags() -> SimpleNamespace:
         prompts=text("prompts", None, "Instead: a JSONL of {prompt}; needs --out."),
         interactive=boolean("interactive", False, "Instead: a chat by the tokenizer's template."),
         out=text("out", None, "A new JSONL of {prompt, response}, for --prompts."),
-        reward_model=text("reward_model", None, "A stage folder: --out then has scores."),
+        reward_model=text("reward_model", None, "A stage folder: --out has scores, too."),
         template=boolean("template", True, "False: a chat just continues each line."),
         workdir=text("workdir", None, "A run's folder; needs --stage."),
         stage=flags.DEFINE_enum("stage", None, ["sft", "ppo"], "Which policy of the run."),
@@ -71,9 +71,9 @@ def main():
             terminal.respond_to_file(model, scorer, copies=copies, **files, **how)
         else:
             prompts = [p for p in flag.prompt.value for _ in range(flag.num_responses.value)]
-            responses = terminal.respond(model, prompts, **how)
+            responses, _ = terminal.respond(model, prompts, **how)
             for prompt, response in zip(prompts, responses, strict=True):
-                print(f"{prompt}|{response}\n")
+                terminal.write(f"{prompt}|{response}\n\n")
 
     cli.run(generate)
 

@@ -8,6 +8,9 @@ Face tokenizer, every `max_length` a number of tokens.
 
 import collections
 import dataclasses
+import functools
+import itertools
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -22,6 +25,7 @@ from ppo_jax.data.readers import NoRecordsLeft
 from ppo_jax.data.records import Demonstration, RatedText
 
 MULTIPLE = 8  # tokens: lengths are rounded up to it, which bounds the number of compiled shapes
+CHUNK = 4096  # texts that are tokenised at a time: their beginnings are in memory, too
 
 
 @dataclass(frozen=True)
@@ -64,9 +68,9 @@ def encode_demonstrations(
 ) -> TokenizedTexts:
     """Tokens of the segments of each record and EOS, with the loss on those in it and on EOS.
 
-    Segments are tokenised apart, as in a rollout, where the response starts on a token of its own;
-    see `token_rows`. The first token of a row is never in the loss: nothing precedes it.
-    Records that are rejected, repeated or too long, in one of their rows, are dropped.
+    A segment starts on a token of its own, as a response does; see `token_rows`. The first token of
+    a row is never in the loss: nothing precedes it. Records that are rejected, repeated or too
+    long, in one of their rows, are dropped.
 
     Raises:
         ValueError: no record, none that is left, or no EOS to append.
@@ -270,7 +274,13 @@ class TokenRow(NamedTuple):
 def token_rows(
     texts: Sequence[Sequence[Segment]], tokenizer: Any, *, append_eos: bool
 ) -> list[TokenRow]:
-    """The tokens of texts in segments, each segment tokenised for itself.
+    """The tokens of texts in segments, each text tokenised as a whole as far as that can be.
+
+    A segment has the tokens that the text up to its end has more than the text before it, so that
+    " good" behind "It is" is the one token that it is in a text. All before a response has the
+    tokens that a rollout is given as its prompt; a token never spans the border. Where the whole
+    text has one that does ("good" behind "is ", 2 behind 1), the prompt keeps its own, and what
+    follows is tokenised from the border on, see `continued_ids`. The border is never moved.
 
     The tokenizer's BOS, where it adds one, leads each row, and with `append_eos` EOS, which is in
     the loss, ends it; a row that has them already does not get them twice.
@@ -284,14 +294,14 @@ def token_rows(
     if append_eos and eos is None:
         raise ValueError("the tokenizer must have an EOS token to append, its eos_token_id is None")
     leading = leading_tokens(tokenizer)
-    tokenised = iter(token_ids([text for segments in texts for text, _ in segments], tokenizer))
+    merged = [merge_segments(segments) for segments in texts]
+    parts_of = [[text for text, _ in segments] for segments in merged]
+    chunks = (parts_of[n : n + CHUNK] for n in range(0, len(parts_of), CHUNK))
+    tokenised = (parts for chunk in chunks for parts in segment_ids(chunk, tokenizer))
     rows = []
-    for segments in texts:
-        ids, in_loss = [], []
-        for _, counts in segments:
-            segment_ids = next(tokenised)
-            ids += segment_ids
-            in_loss += [counts] * len(segment_ids)
+    for segments, parts in zip(merged, tokenised, strict=True):
+        ids = [i for part in parts for i in part]
+        in_loss = [counts for (_, counts), part in zip(segments, parts, strict=True) for _ in part]
         before = [] if ids[: len(leading)] == leading else leading
         after = [eos] if append_eos and ids[-1:] != [eos] else []
         flags = [False] * len(before) + in_loss + [True] * len(after)
@@ -299,16 +309,105 @@ def token_rows(
     return rows
 
 
+def merge_segments(segments: Sequence[Segment]) -> list[Segment]:
+    """Neighbours that are both in the loss, or both not, as one.
+
+    >>> merge_segments([("It ", False), ("is", False), (" good", True)])
+    [('It is', False), (' good', True)]
+    """
+    groups = itertools.groupby(segments, key=lambda segment: segment[1])
+    return [("".join(text for text, _ in group), in_loss) for in_loss, group in groups]
+
+
+def segment_ids(texts: Sequence[Sequence[str]], tokenizer: Any) -> list[list[list[int]]]:
+    """The tokens of each segment of each text; see `token_rows`."""
+    parts: list[list[list[int]]] = [[] for _ in texts]
+    encode, rest = token_ids, [i for i, segments in enumerate(texts) if segments]
+    while rest:
+        # All texts up to each border that is left, in one call.
+        prefixes = [list(itertools.accumulate(texts[i][len(parts[i]) :])) for i in rest]
+        distinct = list(dict.fromkeys(itertools.chain.from_iterable(prefixes)))
+        ids = dict(zip(distinct, encode(distinct, tokenizer), strict=True))
+        for i, borders in zip(rest, prefixes, strict=True):
+            parts[i] += growth([ids[prefix] for prefix in borders])
+        encode, rest = continued_ids, [i for i in rest if len(parts[i]) < len(texts[i])]
+    return parts
+
+
+def growth(lists: Sequence[list[int]]) -> list[list[int]]:
+    """What each list has more than the one before it, up to the first that does not begin with it.
+
+    >>> growth([[1], [1, 2, 3], [1, 2, 3], [1, 4, 5]])
+    [[1], [2, 3], []]
+    """
+    before: list[int] = []
+    parts = []
+    for ids in lists:
+        if ids[: len(before)] != before:
+            break
+        parts.append(ids[len(before) :])
+        before = ids
+    return parts
+
+
 def token_ids(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
     """The tokens of each text, and no others."""
     return tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
 
 
+def continued_ids(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
+    """The tokens of texts that continue others: without the space that some tokenizers put before
+    every text, as SentencePiece does."""
+    tokenised, backend = token_ids(texts, tokenizer), without_first_space(tokenizer)
+    if backend is None:
+        return tokenised
+    # Behind a special token the text is tokenised as it always is.
+    special = set(tokenizer.added_tokens_decoder)
+    continued = (x.ids for x in backend.encode_batch(list(texts), add_special_tokens=False))
+    rows = []
+    for ids, first in zip(tokenised, continued, strict=True):
+        begin, end = (
+            next((n for n, i in enumerate(x) if i in special), len(x)) for x in (ids, first)
+        )
+        rows.append(first[:end] + ids[begin:])
+    return rows
+
+
+@functools.lru_cache(maxsize=4)
+def without_first_space(tokenizer: Any) -> Any:
+    """The backend of a tokenizer that puts a space before a text, without that; None if it does
+    not."""
+    backend = tokenizer.backend_tokenizer
+    text = backend.normalizer.normalize_str("a") if backend.normalizer else "a"
+    words = backend.pre_tokenizer.pre_tokenize_str(text) if backend.pre_tokenizer else [(text, ())]
+    if words[0][0].startswith("a"):
+        return None
+    spec = json.loads(backend.to_str())
+    for name in ("normalizer", "pre_tokenizer"):
+        drop_first_space(spec[name])
+    return type(backend).from_str(json.dumps(spec))
+
+
+def drop_first_space(part: dict[str, Any] | None):
+    """Change, in place, the normalizer or pre-tokenizer of a tokenizer.json."""
+    if part is None:
+        return
+    for name in ("normalizers", "pretokenizers"):
+        for inner in part.get(name, ()):
+            drop_first_space(inner)
+    without = {
+        "Prepend": {"prepend": ""},
+        "Metaspace": {"prepend_scheme": "never"},
+        "ByteLevel": {"add_prefix_space": False},
+    }
+    part |= without.get(part["type"], {})
+
+
 def leading_tokens(tokenizer: Any) -> list[int]:
-    """What the tokenizer adds before a text, without the EOS that some add after it."""
-    special = list(tokenizer("")["input_ids"])
-    ends = special[-1:] == [tokenizer.eos_token_id] and special != [tokenizer.bos_token_id]
-    return special[:-1] if ends else special
+    """What the tokenizer adds before a text, without what some add after it."""
+    encoded = tokenizer("a", return_special_tokens_mask=True)
+    count = len(list(itertools.takewhile(bool, encoded["special_tokens_mask"])))
+    return encoded["input_ids"][:count]
 
 
 def pad_right(rows: Sequence[Sequence[int]], max_length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -322,6 +421,11 @@ def pad_right(rows: Sequence[Sequence[int]], max_length: int) -> tuple[np.ndarra
     tokens = np.zeros(mask.shape, dtype=np.int32)
     tokens[mask] = np.concatenate(rows)
     return tokens, mask
+
+
+def unpadded(tokens: np.ndarray, mask: np.ndarray) -> list[list[int]]:
+    """The tokens of each row [N, L] that are no padding."""
+    return [row[kept].tolist() for row, kept in zip(tokens, mask, strict=True)]
 
 
 def row_batches(mask: np.ndarray, batch_size: int) -> list[np.ndarray]:

@@ -1,7 +1,8 @@
 """Text generation: responses of a policy to prompts, in batches or as a stream of tokens."""
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import numpy as np
 
 from ppo_jax.config.parsing import convert, filled_in, hints_of, with_new_names
 from ppo_jax.config.stages import PPOSettings
-from ppo_jax.core.types import Rollout
-from ppo_jax.data.encode import encode_prompts, take_prompts
+from ppo_jax.core.types import Prompts, Rollout
+from ppo_jax.data.decode import BROKEN, TextDecoder
+from ppo_jax.data.encode import encode_prompts, take_prompts, unpadded
 from ppo_jax.distributed.layout import Layout, fetch, one_device
 from ppo_jax.io.hub import model_folder
 from ppo_jax.io.integrity import read_json
@@ -80,10 +82,31 @@ def declared_sampling(path: str, tokenizer: Any) -> dict[str, Any]:
     return {"stop_tokens": tokens}
 
 
-def decode_rows(tokenizer: Any, tokens: np.ndarray, mask: np.ndarray) -> list[str]:
-    """Responses [N, T] as text, without their stop tokens."""
-    ids = [row[kept].tolist() for row, kept in zip(tokens, mask, strict=True)]
-    return [tokenizer.decode(row, skip_special_tokens=True) for row in ids]
+def decode_rows(
+    tokenizer: Any,
+    tokens: np.ndarray,
+    mask: np.ndarray,
+    prompts: Prompts,
+    stop_ids: Collection[int],
+) -> list[str]:
+    """Responses as text, which continues that of their prompts; see `TextDecoder`.
+
+    All that the policy wrote is there, special tokens too, but for the stop token that ends it.
+
+    Args:
+        tokenizer: of the policy.
+        tokens: [N, T] int, of the responses.
+        mask: [N, T] bool.
+        prompts: N of them, as numpy.
+        stop_ids: of the tokens that end a response.
+    """
+    decoder = TextDecoder(tokenizer)
+    texts = []
+    befores = unpadded(prompts.tokens, prompts.mask)
+    for before, ids in zip(befores, unpadded(tokens, mask), strict=True):
+        ended = bool(ids) and ids[-1] in stop_ids
+        texts.append(decoder.text(before, ids[: len(ids) - ended]))
+    return texts
 
 
 @functools.lru_cache(maxsize=8)
@@ -167,10 +190,11 @@ def generate(
             before_batch()
         numbers = np.arange(begin, begin + batch_size)
         chosen = np.where(numbers < len(prompts), numbers, 0)
-        batch, numbers = layout.shard_batch((take_prompts(rows, chosen), numbers))
+        asked = take_prompts(rows, chosen)
+        batch, numbers = layout.shard_batch((asked, numbers))
         sampled = sample(params, batch, key, temperature=temperature, rows=numbers)
         tokens, mask = fetch((sampled.response_tokens, sampled.response_mask))
-        responses += decode_rows(model.tokenizer, tokens, mask)
+        responses += decode_rows(model.tokenizer, tokens, mask, asked, sampling.eos_ids)
         rollouts.append(sampled)
     return responses[: len(prompts)], rollouts
 
@@ -242,13 +266,25 @@ def prompt_width(length: int) -> int:
     return LEAST_WIDTH << ((length - 1) // LEAST_WIDTH).bit_length()
 
 
-def decode_stream(tokenizer: Any, tokens: Iterable[int]) -> Iterator[str]:
-    """The text of tokens as they come; a character is yielded once all of its bytes are there."""
-    ids, done, text = [], 0, ""
-    for token in tokens:
+def decode_stream(
+    tokenizer: Any,
+    tokens: Iterable[int],
+    before: Sequence[int] = (),
+    stop_ids: Collection[int] = (),
+) -> Iterator[str]:
+    """The text of tokens as they come; a character is yielded once all of its bytes are there.
+
+    Args:
+        tokenizer: of the policy.
+        tokens: of a response, one after the other.
+        before: the tokens of its prompt.
+        stop_ids: of the tokens that end a response, which have no text.
+    """
+    decoder, ids, done, text = TextDecoder(tokenizer), [], 0, ""
+    for token in itertools.takewhile(lambda token: token not in stop_ids, tokens):
         ids.append(token)
-        text = tokenizer.decode(ids, skip_special_tokens=True)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+        text = decoder.text(before, ids)
+        if not text.endswith(BROKEN):
             yield text[done:]
             done = len(text)
     yield text[done:]

@@ -1,18 +1,22 @@
 """A conversation with a policy in a terminal, and responses to a file of prompts."""
 
 import dataclasses
-import functools
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
+from ppo_jax.core.types import Rollout
 from ppo_jax.data.chat import Chat, Message
+from ppo_jax.data.decode import printable
 from ppo_jax.data.encode import token_rows
 from ppo_jax.data.records import load_prompts, write_jsonl
+from ppo_jax.distributed.layout import fetch
 from ppo_jax.inference.generate import decode_stream, generate, stream
-from ppo_jax.inference.score import score_texts
+from ppo_jax.inference.score import score_responses, score_rollouts
 from ppo_jax.io.stage_folder import Model
 from ppo_jax.rollout.sampling import Sampling
 
@@ -54,7 +58,8 @@ def chat(
             continue
         key = jax.random.fold_in(jax.random.key(seed), number)
         tokens = stream(model, ids, key, sampling=sampling, temperature=temperature)
-        answer = show_chunks(decode_stream(model.tokenizer, tokens), show)
+        chunks = decode_stream(model.tokenizer, tokens, ids, sampling.eos_ids)
+        answer = show_chunks(chunks, show)
         turns.append({"role": "assistant", "content": answer})
 
 
@@ -114,7 +119,12 @@ def prompt_room(model: Model, sampling: Sampling) -> int:
 
 def chat_in_terminal(model: Model, **settings: Any) -> None:
     """`chat` on standard input and output."""
-    chat(model, typed_lines(), functools.partial(print, end="", flush=True), **settings)
+    chat(model, typed_lines(), write, **settings)
+
+
+def write(text: str) -> None:
+    """Write on standard output; on a terminal, what would control it is spelt out."""
+    print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)
 
 
 def typed_lines() -> Iterator[str]:
@@ -132,8 +142,10 @@ def respond_to_file(
 ) -> None:
     """Write responses to a file of prompts as JSON lines {"prompt", "response"}.
 
-    Each prompt has `copies` lines; with a scorer, a reward model, they have the "score" of prompt
-    and response, too. Messages are written as the chat template renders them.
+    Each prompt has `copies` lines. With a scorer, a reward model, a line says whether a stop token
+    ended the response, "finished", and has the "score" of the tokens that were sampled, as in PPO;
+    a scorer with another tokenizer reads their text. Messages are written as the chat template
+    renders them.
 
     Raises:
         ValueError: `out` exists, the scorer is no reward model, or a prompt is invalid.
@@ -143,17 +155,27 @@ def respond_to_file(
     if scorer is not None and scorer.kind != "reward":
         raise ValueError("scores come from a reward model, got a policy")
     texts = [prompt for prompt in load_prompts(prompts, policy.tokenizer) for _ in range(copies)]
-    responses = respond(policy, texts, **how)
+    responses, rollouts = respond(policy, texts, **how)
     rows = [{"prompt": p, "response": r} for p, r in zip(texts, responses, strict=True)]
     if scorer is not None:
-        scores = score_texts(scorer, [row["prompt"] + row["response"] for row in rows])
-        rows = [row | {"score": float(x)} for row, x in zip(rows, scores, strict=True)]
+        finished = np.concatenate(fetch([rollout.has_eos for rollout in rollouts]))[: len(rows)]
+        if scorer.tokenizer.get_vocab() == policy.tokenizer.get_vocab():
+            scores = score_rollouts(scorer, rollouts, len(rows))
+        else:
+            scores = score_responses(scorer, texts, responses, finished)
+        more = zip(finished.tolist(), scores.tolist(), strict=True)
+        rows = [r | {"finished": f, "score": s} for r, (f, s) in zip(rows, more, strict=True)]
     write_jsonl(out, rows)
 
 
-def respond(model: Model, prompts: list[str], *, sampling: Sampling, **settings: Any) -> list[str]:
-    """One response to each prompt; a prompt that leaves no room for a whole one is an error."""
-    responses, _ = generate(
+def respond(
+    model: Model, prompts: list[str], *, sampling: Sampling, **settings: Any
+) -> tuple[list[str], list[Rollout]]:
+    """One response to each prompt, as `generate` gives them.
+
+    A prompt that leaves no room for a whole response is an error.
+    """
+    return generate(
         model,
         prompts,
         sampling=sampling,
@@ -161,4 +183,3 @@ def respond(model: Model, prompts: list[str], *, sampling: Sampling, **settings:
         batch_size=min(len(prompts), BATCH_SIZE),
         max_prompt_length=prompt_room(model, sampling),
     )
-    return responses

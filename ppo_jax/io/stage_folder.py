@@ -113,9 +113,17 @@ def compute_as(model: Model, settings: ModelSettings) -> Model:
 
 
 def check_tokenizer(tokenizer: Any, config: ModelConfig, path: Any):
-    if len(tokenizer) > config.vocab_size:
+    """Every token has a row of the model's token table; ids may have holes.
+
+    Raises:
+        ValueError: an id is beyond the table, where the last row would be read.
+    """
+    rows = vocabulary.table_size(tokenizer)
+    if rows > config.vocab_size:
+        last = tokenizer.convert_ids_to_tokens(rows - 1)
         raise ValueError(
-            f"{path}: the tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size}"
+            f"{path}: the tokenizer has ids up to {rows - 1} ({last!r}), for {rows} tokens, the "
+            f"model {config.vocab_size}"
         )
 
 

@@ -131,6 +131,11 @@ def with_chat(
     return tokenizer
 
 
+def table_size(tokenizer: "PreTrainedTokenizerFast") -> int:
+    """Rows that a token table needs: the largest id and one. `len` is less where ids have holes."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
 def with_padding(
     tokenizer: "PreTrainedTokenizerFast", ends: Collection[int]
 ) -> "PreTrainedTokenizerFast":
@@ -139,11 +144,20 @@ def with_padding(
     One is added to a copy where it is needed: for code that recognises padding by its id and not by
     a mask, as the sequence classification of transformers, which reads the last token that is not
     the padding token.
+
+    Raises:
+        ValueError: one cannot be added.
     """
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in ends:
         return tokenizer
-    tokenizer = copy.deepcopy(tokenizer)
+    vocab, tokenizer = tokenizer.get_vocab(), copy.deepcopy(tokenizer)
     tokenizer.add_special_tokens({"pad_token": PADDING})
+    # A new token gets the number of tokens as its id.
+    if PADDING not in vocab and tokenizer.pad_token_id in vocab.values():
+        raise ValueError(
+            "the tokenizer needs a pad_token of its own: its ids have holes, and a new token would "
+            f"get the id {tokenizer.pad_token_id}, which another has"
+        )
     return tokenizer
 
 

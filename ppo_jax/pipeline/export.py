@@ -175,7 +175,7 @@ def padded(model: Model, ends: tuple[int, ...]) -> Model:
     """
     tokenizer = vocabulary.with_padding(model.tokenizer, ends)
     tokens = model.params["embed"]["tokens"]
-    more = max(0, len(tokenizer) - len(tokens))
+    more = max(0, vocabulary.table_size(tokenizer) - len(tokens))
     embed = {**model.params["embed"], "tokens": np.pad(tokens, ((0, more), (0, 0)))}
     return dataclasses.replace(
         model,

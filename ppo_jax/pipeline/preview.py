@@ -11,6 +11,7 @@ import numpy as np
 from ppo_jax.config.run import Config
 from ppo_jax.config.stages import RewardSettings, SFTSettings
 from ppo_jax.data.comparisons import RewardData
+from ppo_jax.data.decode import TextDecoder, printable
 from ppo_jax.data.encode import TokenizedTexts, TokenRow
 from ppo_jax.data.packing import describe_packing
 from ppo_jax.data.preferences import PREFERENCE_SCHEMAS
@@ -127,11 +128,12 @@ def example(title: str, row: TokenRow, tokenizer: Any, mark: Mark, end: str = ""
 
 def marked_text(row: TokenRow, tokenizer: Any, mark: Mark) -> str:
     """The text of a row, with the stretches in the loss marked."""
-    tokens = zip(row.ids, row.in_loss, strict=True)
-    out = ""
-    for in_loss, stretch in itertools.groupby(tokens, key=lambda token: token[1]):
-        text = shortened(printable(tokenizer.decode([token for token, _ in stretch])))
+    decoder, out, begin = TextDecoder(tokenizer), "", 0
+    for in_loss, stretch in itertools.groupby(row.in_loss):
+        end = begin + len(list(stretch))
+        text = shortened(printable(decoder.text(row.ids[:begin], row.ids[begin:end])))
         out += mark(text) if in_loss else text
+        begin = end
     return out
 
 
@@ -142,11 +144,6 @@ def ids(row: TokenRow) -> str:
         return f"ids {' '.join(map(str, row.ids))}"
     first, last = (" ".join(map(str, x)) for x in (row.ids[:half], row.ids[-half:]))
     return f"ids {first} ... {last}"
-
-
-def printable(text: str) -> str:
-    """The text with what would move a terminal's cursor spelt out."""
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 def shortened(text: str) -> str:

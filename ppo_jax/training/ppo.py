@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,7 @@ def make_iteration(
     """
     parts = dict(networks=setup.networks, options=setup.options)
     hyperparameters, frozen = setup.hyperparameters, setup.frozen
+    stop_ids = setup.options.sampling.eos_ids
     how = program_options(setup.options)
     if function is None:
         iteration = compile_step(ppo_iteration, state, layout, compiler_options=how, **parts)
@@ -156,11 +158,25 @@ def make_iteration(
     def iterate(state: PPOState, chosen: np.ndarray, prompts: Prompts, key: jax.Array):
         rollout_key, shuffle_key = jax.random.split(key)
         rollout = sample(state, hyperparameters, prompts, rollout_key, frozen=frozen)
-        scores = call_function(function, [texts[i] for i in chosen], rollout, tokenizer)
+        asked = [texts[i] for i in chosen]
+        scores = call_function(function, asked, rollout, tokenizer, stop_ids)
         scores = layout.shard_batch(scores)
         return update(state, hyperparameters, rollout, scores, shuffle_key, frozen=frozen)
 
     return iterate
+
+
+def local_responses(
+    rollout: Rollout, tokenizer: Any, stop_ids: Collection[int]
+) -> tuple[np.ndarray, list[str]]:
+    """(the indices [n] of this process's rows, their responses as text)."""
+    rows, tokens = local_rows(rollout.response_tokens)
+    mask, *prompts = (
+        local_rows(x)[1]
+        for x in (rollout.response_mask, rollout.prompt_tokens, rollout.prompt_mask)
+    )
+    prompts = Prompts(tokens=prompts[0], mask=prompts[1])
+    return rows, decode_rows(tokenizer, tokens, mask, prompts, stop_ids)
 
 
 def program_options(options: PPOOptions) -> dict[str, Any]:
@@ -175,11 +191,14 @@ def program_options(options: PPOOptions) -> dict[str, Any]:
 
 
 def call_function(
-    function: RewardFunction, prompts: list[str], rollout: Rollout, tokenizer: Any
+    function: RewardFunction,
+    prompts: list[str],
+    rollout: Rollout,
+    tokenizer: Any,
+    stop_ids: Collection[int],
 ) -> np.ndarray:
     """The function's scores of responses, [B] float32; every process asks for its own rows."""
-    rows, tokens = local_rows(rollout.response_tokens)
-    responses = decode_rows(tokenizer, tokens, local_rows(rollout.response_mask)[1])
+    rows, responses = local_responses(rollout, tokenizer, stop_ids)
     try:
         scores = function([prompts[row] for row in rows], responses) if len(rows) else []
     except FunctionFailed as error:
@@ -221,10 +240,12 @@ def make_sampler(
         if function is None:
             scores = score(rollout, frozen=setup.frozen)
         else:
-            prompts = [texts[i] for i in filled]
-            scores = layout.shard_batch(call_function(function, prompts, rollout, tokenizer))
+            asked = [texts[i] for i in filled]
+            scores = call_function(function, asked, rollout, tokenizer, once.eos_ids)
+            scores = layout.shard_batch(scores)
         scores, responses = fetch((scores, (rollout.response_tokens, rollout.response_mask)))
-        responses = decode_rows(tokenizer, *responses)
+        prompts = take_prompts(rows, filled)
+        responses = decode_rows(tokenizer, *responses, prompts, once.eos_ids)
         return [
             {"stage": "ppo", "step": step, "prompt": p, "response": r, "score": float(s)}
             for p, r, s in zip((texts[i] for i in chosen), responses, scores, strict=False)

@@ -18,14 +18,14 @@ def make_tokenizer(template=None, **special):
     bpe.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=300,
-        special_tokens=["<eos>", "<bos>"],
+        special_tokens=["<eos>", "<bos>", "<sep>"],
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     bpe.train_from_iterator(["the film is good", "the film is bad and long"], trainer)
     if template:
         bpe.post_processor = tokenizers.processors.TemplateProcessing(
-            single=template, special_tokens=[("<eos>", 0), ("<bos>", 1)]
+            single=template, special_tokens=[("<eos>", 0), ("<bos>", 1), ("<sep>", 2)]
         )
     return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, **special)
 
@@ -197,6 +197,17 @@ def test_prompts_of_a_file_without_use_are_dropped_and_counted(tmp_path):
     blank = r"evaluate\.prompts: .*prompts\.jsonl: none of the 1 records can be used: 1 blank$"
     with pytest.raises(ValueError, match=blank):
         prompt_data(path, PLAIN, max_length=8, field="evaluate.prompts")
+
+
+def test_what_a_tokenizer_puts_behind_a_text_does_not_lead_it():
+    separated = make_tokenizer("<bos> $A <sep>", bos_token="<bos>", eos_token="<eos>")
+    assert encode.leading_tokens(separated) == [BOS]
+    behind = make_tokenizer("$A <sep>", bos_token="<bos>", eos_token="<eos>")
+    assert encode.leading_tokens(behind) == []
+    twice = make_tokenizer("<eos> <bos> $A <eos> <sep>", bos_token="<bos>", eos_token="<eos>")
+    assert encode.leading_tokens(twice) == [EOS, BOS]
+    assert rows_of(encode.encode_prompts(["good"], behind, max_length=8)) == [ids("good")]
+    assert rows_of(encode.encode_texts(["good"], behind, max_length=8)) == [[*ids("good"), EOS]]
 
 
 def test_a_tokenizer_without_eos_and_no_text_at_all_are_refused():

@@ -155,8 +155,10 @@ def rows_of_a_reward_function(folder):
         score = RewardFunction("score", lambda p, r, scored=scored: scored.extend(p) or map_int(p))
         tokens = layout.shard_batch(np.full((NUM_ROWS, 3), 5, np.int32))
         mask = layout.shard_batch(np.ones((NUM_ROWS, 3), bool))
-        rollout = types.SimpleNamespace(response_tokens=tokens, response_mask=mask)
-        scores = call_function(score, prompts, rollout, tokenizer)
+        rollout = types.SimpleNamespace(
+            prompt_tokens=tokens, prompt_mask=mask, response_tokens=tokens, response_mask=mask
+        )
+        scores = call_function(score, prompts, rollout, tokenizer, ())
         found[name] = [[int(row) for row in scored], scores.tolist()]
     return found
 

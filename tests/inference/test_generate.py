@@ -1,7 +1,9 @@
 """generate.py: how a model is sampled, streams, the chat, files of prompts."""
 
+import dataclasses
 import io
 import json
+import os
 import sys
 
 import jax
@@ -17,8 +19,10 @@ from ppo_jax.inference.generate import (
     generate,
     stream,
 )
-from ppo_jax.inference.score import score_texts
+from ppo_jax.inference.score import score_ids
 from ppo_jax.inference.terminal import chat, newest_turns, respond_to_file
+from ppo_jax.io import tokenizers as vocabulary
+from ppo_jax.models.build import reward_network
 from ppo_jax.rollout.sampling import Sampling
 from tests.support.command_line import run_script
 from tests.support.run_files import read_jsonl
@@ -225,9 +229,7 @@ def test_a_file_of_prompts_gives_a_file_of_scored_responses(tmp_path, model):
     respond_to_file(model, scorer, prompts=asked, out=out, copies=2, **HOW)
     rows = read_jsonl(out)
     assert [row["prompt"] for row in rows] == [prompt for prompt in WORDS for _ in range(2)]
-    assert all(row.keys() == {"prompt", "response", "score"} for row in rows)
-    expected = score_texts(scorer, [row["prompt"] + row["response"] for row in rows])
-    np.testing.assert_array_equal([row["score"] for row in rows], expected)
+    assert all(row.keys() == {"prompt", "response", "finished", "score"} for row in rows)
     assert len({row["response"] for row in rows}) == 6
 
     with pytest.raises(ValueError, match="is there already"):
@@ -236,6 +238,53 @@ def test_a_file_of_prompts_gives_a_file_of_scored_responses(tmp_path, model):
         respond_to_file(model, model, prompts=asked, out=tmp_path / "b", copies=1, **HOW)
     respond_to_file(model, None, prompts=asked, out=tmp_path / "b", copies=1, **HOW)
     assert [row.keys() for row in read_jsonl(tmp_path / "b")] == [{"prompt", "response"}] * 3
+
+
+def test_a_score_is_that_of_the_tokens_that_were_sampled(tmp_path, model):
+    """Read at the last of them, which for a response that was cut off is no EOS."""
+    scorer, asked, out = random_model("reward", max_length=160), tmp_path / "in", tmp_path / "out"
+    write_jsonl(asked, [{"prompt": prompt} for prompt in WORDS * 4])
+    sampling = Sampling(response_length=10, eos_ids=(0, *range(40, 60)))
+    how = HOW | {"sampling": sampling}
+    respond_to_file(model, scorer, prompts=asked, out=out, copies=1, **how)
+    rows = read_jsonl(out)
+    responses, [rollout] = generate(model, WORDS * 4, max_prompt_length=150, batch_size=12, **how)
+    network, expected = reward_network(scorer.config), []
+    for prompt, ids, mask in zip(
+        WORDS * 4, rollout.response_tokens, rollout.response_mask, strict=True
+    ):
+        read = np.array([[*model.tokenizer(prompt)["input_ids"], *np.asarray(ids)[mask]]])
+        scores = network.apply(scorer.params, read, np.ones(read.shape, bool), first_output=0)
+        expected.append((read[0, -1] in sampling.eos_ids, float(scores[0, -1])))
+    finished, scores = zip(*expected, strict=True)
+    assert [row["finished"] for row in rows] == list(finished) and len(set(finished)) == 2
+    np.testing.assert_allclose([row["score"] for row in rows], scores, atol=1e-5)
+    assert [row["response"] for row in rows] == responses
+
+
+def test_a_scorer_of_other_tokens_reads_the_text_and_eos_where_there_was_one(tmp_path, model):
+    scorer, asked, out = random_model("reward", max_length=160), tmp_path / "in", tmp_path / "out"
+    own = vocabulary.train_tokenizer(["words of a film"] * 3, 290)
+    scorer = dataclasses.replace(scorer, tokenizer=own)
+    write_jsonl(asked, [{"prompt": prompt} for prompt in WORDS * 4])
+    how = HOW | {"sampling": Sampling(response_length=10, eos_ids=(0, *range(40, 60)))}
+    respond_to_file(model, scorer, prompts=asked, out=out, copies=1, **how)
+    for row in read_jsonl(out):
+        ids = own(row["prompt"] + row["response"])["input_ids"] + [0] * row["finished"]
+        assert row["score"] == pytest.approx(score_ids(scorer, [ids])[0], abs=1e-5)
+
+
+def test_what_would_control_a_terminal_is_spelt_out_there_alone(capsys):
+    text = "a\n\033]0;title\a\r\N{RIGHT-TO-LEFT OVERRIDE}\u200d\N{NO-BREAK SPACE}東"
+    terminal.write(text)
+    assert capsys.readouterr().out == text
+    outer, inner = os.openpty()
+    with open(inner, "w") as stdout, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdout", stdout)
+        terminal.write(text)
+    shown = "a\r\n\\x1b]0;title\\x07\\r\\u202e\u200d\N{NO-BREAK SPACE}東"
+    assert os.read(outer, 1000).decode() == shown
+    os.close(outer)
 
 
 def test_a_file_of_messages_is_answered_as_the_template_writes_them(tmp_path):
@@ -258,7 +307,8 @@ def test_the_script_chats_and_answers_files(tmp_path, monkeypatch):
     files = (f"--prompts={tmp_path / 'in.jsonl'}", f"--out={tmp_path / 'out.jsonl'}")
     batch = run_script("generate", *stage, *files, f"--reward_model={tmp_path / 'reward'}")
     assert batch.code == 0, batch.err
-    assert read_jsonl(tmp_path / "out.jsonl")[0].keys() == {"prompt", "response", "score"}
+    row = read_jsonl(tmp_path / "out.jsonl")[0]
+    assert row.keys() == {"prompt", "response", "finished", "score"}
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ A trimmed vocabulary gives the same texts, the same tokens, the same logits.
 """
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +14,11 @@ from film_reviews.data import film_ratings
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from ppo_jax.io.stage_folder import check_tokenizer
 from ppo_jax.io.tokenizers import (
     load_tokenizer,
     save_tokenizer,
+    table_size,
     train_tokenizer,
     trim_params,
     trim_vocabulary,
@@ -23,6 +26,7 @@ from ppo_jax.io.tokenizers import (
 )
 from ppo_jax.models.build import policy_apply, policy_network, reward_network
 from ppo_jax.models.config import ModelConfig
+from tests.support import tiny
 
 FOREIGN = ["Grüße aus 東京 \U0001f3ac\u2028zero\x00width\u200b", "  \n\t", "x" * 50, "0123 4.5e-6"]
 KEY = jax.random.key(0)
@@ -77,6 +81,33 @@ def test_padding_gets_a_token_of_its_own_where_it_would_end_texts(full):
     assert with_padding(own, (0,)).pad_token == "<|pad|>"
     own.pad_token = "<|turn|>"
     assert with_padding(own, (0, 4000)).pad_token_id == 4001  # a turn may end a text, too
+
+
+def with_hole(tokenizer, last):
+    """The same tokenizer, with the id `last` for its last token."""
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocab = spec["model"]["vocab"]
+    vocab[max(vocab, key=vocab.get)] = last
+    backend = Tokenizer.from_str(json.dumps(spec))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=tokenizer.eos_token)
+
+
+def test_the_largest_id_must_be_in_the_token_table_however_few_tokens_there_are(tmp_path):
+    tokenizer = with_hole(train_tokenizer(["a film of few words"] * 3, 300), 320)
+    count = len(tokenizer)
+    assert count < 300 and table_size(tokenizer) == 321
+    last = tokenizer.convert_ids_to_tokens(320)
+    for size in (count, 320):
+        message = (
+            rf"has ids up to 320 \({re.escape(repr(last))}\), for 321 tokens, the model {size}$"
+        )
+        with pytest.raises(ValueError, match=message):
+            check_tokenizer(tokenizer, tiny.model_config(vocab_size=size), tmp_path)
+    check_tokenizer(tokenizer, tiny.model_config(vocab_size=321), tmp_path)
+    # The new token gets the number of tokens as its id: a hole, or the token behind a hole.
+    assert with_padding(tokenizer, (0,)).pad_token_id == count
+    with pytest.raises(ValueError, match=f"its ids have holes, and .* get the id {count}, which"):
+        with_padding(with_hole(tokenizer, count), (0,))
 
 
 def test_a_tokenizer_without_eos_is_refused_unless_the_model_names_one(full, tmp_path):

@@ -12,6 +12,7 @@ from ppo_jax import cli
 from ppo_jax.config.parsing import load_function
 from ppo_jax.training.ppo import call_function
 from ppo_jax.training.reward_functions import FunctionFailed, RewardFunction, load_reward_function
+from tests.support.chats import ids, make_tokenizer
 
 WRONG = [
     ([1.0], "1: [1.0]"),
@@ -113,18 +114,22 @@ def test_a_function_that_is_not_python_has_no_frames(capsys):
     assert "Traceback" not in capsys.readouterr().err
 
 
-class Letters:
-    """A tokenizer whose tokens are the letters from a on."""
-
-    def decode(self, row, **_):
-        return "".join(chr(97 + token) for token in row)
-
-
-def test_a_function_gets_text():
-    function = RewardFunction("mine:score", lambda p, r: [len(p[0]), len(r[1])])
-    tokens, mask = jnp.array([[1, 2], [3, 0]]), jnp.array([[True, True], [True, False]])
-    rollout = types.SimpleNamespace(response_tokens=tokens, response_mask=mask)
-    assert call_function(function, ["abc", "d"], rollout, Letters()).tolist() == [3.0, 1.0]
+def test_a_function_gets_what_the_policy_wrote():
+    asked = []
+    tokenizer = make_tokenizer()
+    end = tokenizer.eos_token_id
+    tokens = jnp.array([[*ids("Ho, ,Hi"), end], [*ids("<|im_start|>,user"), 0, 0], [end, 0, 0, 0]])
+    lengths = np.array([[4], [2], [1]])
+    rollout = types.SimpleNamespace(
+        prompt_tokens=jnp.array([ids("Hi")] * 3),
+        prompt_mask=jnp.ones((3, 1), bool),
+        response_tokens=tokens,
+        response_mask=jnp.array(np.arange(4) < lengths),
+    )
+    function = RewardFunction("mine:score", lambda p, r: asked.append(r) or [0.5, 1.5, 2.5])
+    scores = call_function(function, ["Hi"] * 3, rollout, tokenizer, [end])
+    assert scores.tolist() == [0.5, 1.5, 2.5]
+    assert asked == [["Ho Hi", "<|im_start|>user", ""]]
 
 
 def test_a_call_that_takes_too_long_ends_with_its_limit():
