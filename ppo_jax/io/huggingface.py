@@ -6,6 +6,7 @@ Pickled weights and code from a checkpoint are never run.
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.families import family_of, read_config
 
 INDEX = "model.safetensors.index.json"
+CLASSIFIES = "ForSequenceClassification"  # in the architectures of a reward model
 
 
 def load_config(
@@ -41,6 +43,7 @@ def load_config(
     """
     options = dict(dtype=jnp.dtype(dtype).name, scan_layers=scan_layers)
     raw = read_json(model_folder(path))
+    model_kind(raw)
     return read_config(raw, **options, remat=remat, attention=attention)
 
 
@@ -75,16 +78,94 @@ def load_policy(
         ValueError: the model is not supported, or its files and its config.json do not agree, or
             what `shardings` raises.
     """
-    folder = model_folder(path)
+    how = dict(dtype=dtype, scan_layers=scan_layers, remat=remat, attention=attention)
+    return load_weights(model_folder(path), "policy", shardings, **how)
+
+
+def load_reward_model(
+    path: str | os.PathLike,
+    *,
+    dtype: DTypeLike = "float32",
+    scan_layers: bool = False,
+    remat: str = "none",
+    attention: str = "auto",
+    shardings: Callable[[Params], Any] | None = None,
+) -> tuple[ModelConfig, Params]:
+    """A reward model: a sequence classification with one label of the families of `load_policy`.
+
+    score = w h + score_bias, with h the state after the final norm at the last token of the text
+    that is not `padding_id`, w the tensor score.weight. Neither transformers nor its files have a
+    constant; `score_bias` in config.json is that of our exports, 0 where there is none.
+    `problem_type` shapes a loss there and no score.
+
+    Args and what it returns are as of `load_policy`; `models.build.reward_network` computes it.
+
+    Raises:
+        ValueError: as `load_policy`; or the model has no label or several.
+    """
+    how = dict(dtype=dtype, scan_layers=scan_layers, remat=remat, attention=attention)
+    return load_weights(model_folder(path), "reward", shardings, **how)
+
+
+def load_weights(
+    folder: Path,
+    kind: str,
+    shardings: Callable[[Params], Any] | None,
+    *,
+    dtype: DTypeLike,
+    **options: Any,
+) -> tuple[ModelConfig, Params]:
+    """The model of a folder, of the kind that is expected: "policy" or "reward"."""
     raw = read_json(folder)
-    options = dict(dtype=jnp.dtype(dtype).name, scan_layers=scan_layers)
-    config = read_config(raw, **options, remat=remat, attention=attention)
+    if (found := model_kind(raw)) != kind:
+        raise ValueError(
+            f"{folder} must be a {kind} model, but its architectures are "
+            f"{raw.get('architectures')}: that is a {found} model"
+        )
+    config = read_config(raw, dtype=jnp.dtype(dtype).name, **options)
     with open_weights(folder) as files:
         try:
-            stored = find_parameters(config, raw["model_type"], files)
+            stored = find_weights(config, raw, files)
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from error
         return config, read_parameters(stored, shardings)
+
+
+def find_weights(config: ModelConfig, raw: dict[str, Any], files: Files) -> Params:
+    """`find_parameters` of the model that a config.json is of."""
+    bias = score_bias(raw) if model_kind(raw) == "reward" else None
+    return find_parameters(config, raw["model_type"], files, bias)
+
+
+def model_kind(raw: dict[str, Any]) -> str:
+    """"reward" where a config.json is that of a sequence classification, else "policy".
+
+    Raises:
+        ValueError: of a sequence classification that does not have one label.
+    """
+    if CLASSIFIES not in str(raw.get("architectures")):
+        return "policy"
+    labels = raw.get("id2label")
+    count = len(labels) if isinstance(labels, dict) else raw.get("num_labels")
+    if count not in (None, 1):  # None: the shape of the head tells
+        raise ValueError(
+            f"num_labels must be 1 in config.json for a reward model, one score a text, got {count}"
+        )
+    return "reward"
+
+
+def score_bias(raw: dict[str, Any]) -> float:
+    """What the scores of the files lack, see `load_reward_model`."""
+    bias = raw.get("score_bias", 0.0)
+    if isinstance(bias, bool) or not isinstance(bias, int | float) or not math.isfinite(bias):
+        raise ValueError(f"score_bias must be a number in config.json, got {bias!r}")
+    return float(bias)
+
+
+def padding_id(raw: dict[str, Any]) -> int | None:
+    """The token that a reward model's texts are padded with: its score is read at the last token
+    that is another, so that it is read before EOS where EOS is the padding. None of a policy."""
+    return raw.get("pad_token_id") if model_kind(raw) == "reward" else None
 
 
 def read_json(folder: Path) -> dict[str, Any]:

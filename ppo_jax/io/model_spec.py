@@ -11,11 +11,11 @@ from typing import Any
 import jax
 
 from ppo_jax.config.run import STAGE_NAMES, Config, ModelSettings, ScratchSettings
+from ppo_jax.data.encode import leading_tokens
 from ppo_jax.io import huggingface as hf
 from ppo_jax.io import tokenizers as vocabulary
 from ppo_jax.io.base_model import llama_config
 from ppo_jax.io.hub import NotThere, model_folder
-from ppo_jax.io.safetensors import find_parameters
 from ppo_jax.io.stage_folder import (
     check_tokenizer,
     describe_stage,
@@ -34,6 +34,7 @@ class ModelSpec:
     kind: str  # "policy" or "reward"
     config: ModelConfig
     tokenizer: Any
+    padding_id: int | None = None  # of a reward model, see `huggingface.padding_id`
 
 
 def parameters(spec: ModelSpec):
@@ -48,7 +49,8 @@ def parameters_of(kind: str, config: ModelConfig):
 
 
 def read_shape(path: str | os.PathLike, settings: ModelSettings) -> ModelSpec:
-    """The spec of a stage's model, or of anything that `hf.load_policy` reads.
+    """The spec of a stage's model, or of anything that `hf.load_policy` or
+    `hf.load_reward_model` reads.
 
     Args:
         path: the folder, file or name.
@@ -66,13 +68,14 @@ def read_shape(path: str | os.PathLike, settings: ModelSettings) -> ModelSpec:
         )
     with naming(path, "config.json"):
         folder = model_folder(path)
-        config = hf.load_config(folder, **how)
+        config, raw = hf.load_config(folder, **how), hf.read_json(folder)
     with naming(path, "the weights"):
         check_weights(folder, config)
     with naming(path, "the tokenizer"):
         tokenizer = vocabulary.load_tokenizer(folder)
         check_tokenizer(tokenizer, config, path)
-    return ModelSpec(kind="policy", config=config, tokenizer=tokenizer)
+    kind, padding_id = hf.model_kind(raw), hf.padding_id(raw)
+    return ModelSpec(kind=kind, config=config, tokenizer=tokenizer, padding_id=padding_id)
 
 
 @contextlib.contextmanager
@@ -95,7 +98,26 @@ def check_weights(folder: Path, config: ModelConfig):
         ValueError: one is damaged, or a tensor is missing, is too many or has another shape.
     """
     with hf.open_weights(folder) as files:
-        find_parameters(config, hf.read_json(folder)["model_type"], files)
+        hf.find_weights(config, hf.read_json(folder), files)
+
+
+def reread_reason(policy: Any, reward: Any) -> str:
+    """Why a reward model reads the text of a response, tokenised again; "" where it reads the
+    policy's tokens.
+
+    It may have more tokens than the policy, as exports that have a padding token do. Both are
+    models or specs of them.
+    """
+    mine, own = policy.tokenizer, reward.tokenizer
+    if mine is own:
+        return ""
+    if not mine.get_vocab().items() <= own.get_vocab().items():
+        return "it has a tokenizer of its own"
+    if leading_tokens(mine) != leading_tokens(own):
+        return "its texts begin with other tokens than the policy's"
+    if reward.padding_id is not None and reward.padding_id in (mine.eos_token_id, own.eos_token_id):
+        return "its padding is EOS, so that its score is read before it"
+    return ""
 
 
 def scratch_shape(settings: ScratchSettings) -> ModelSpec:
