@@ -73,19 +73,18 @@ def encode_responses(
         (N rows whose last token is where the score is read, [N] bool: which were too long).
     """
     tokenizer, most = model.tokenizer, model.config.max_length
-    eos, leading = tokenizer.eos_token_id, leading_tokens(model.tokenizer)
-    texts = [((p + r, True),) for p, r in zip(prompts, responses, strict=True)]
+    eos, leading = tokenizer.eos_token_id, leading_tokens(tokenizer)
+    whole = [((p + r, True),) for p, r in zip(prompts, responses, strict=True)]
+    encoded = token_rows(whole, tokenizer, append_eos=False)
     rows = []
-    for (ids, _), has_ended in zip(
-        token_rows(texts, tokenizer, append_eos=False), ended, strict=True
-    ):
+    for (ids, _), has_ended in zip(encoded, ended, strict=True):
         closes = ids[-1:] != [eos] if has_ended else not ids
         rows.append(ids + [eos] if closes else ids)
     too_long = np.array([len(ids) > most for ids in rows])
-    kept = [leading + ids[len(ids) - most + len(leading) :] if len(ids) > most else ids for ids in rows]
-    tokens, mask = pad_right(kept, most)
-    encoded = TokenizedTexts(tokens, mask, mask, np.arange(len(rows)))
-    return without_padding(encoded, model.padding_id), too_long
+    rows = [ids if len(ids) <= most else leading + ids[len(leading) - most :] for ids in rows]
+    tokens, mask = pad_right(rows, most)
+    texts = TokenizedTexts(tokens, mask, np.zeros_like(mask), np.arange(len(rows)))
+    return without_padding(texts, model.padding_id), too_long
 
 
 def without_padding(rows: TokenizedTexts, padding_id: int | None) -> TokenizedTexts:

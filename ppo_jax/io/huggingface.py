@@ -138,10 +138,10 @@ def find_weights(config: ModelConfig, raw: dict[str, Any], files: Files) -> Para
 
 
 def model_kind(raw: dict[str, Any]) -> str:
-    """"reward" where a config.json is that of a sequence classification, else "policy".
+    """What a config.json is of: "reward", a sequence classification with one label, or "policy".
 
     Raises:
-        ValueError: of a sequence classification that does not have one label.
+        ValueError: it has several labels, or none.
     """
     if CLASSIFIES not in str(raw.get("architectures")):
         return "policy"

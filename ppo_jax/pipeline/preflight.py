@@ -21,6 +21,7 @@ from ppo_jax.data.records import PROMPT_SCHEMAS, load_ratings, load_texts
 from ppo_jax.distributed.layout import Layout, make_layouts
 from ppo_jax.evaluation.evaluate import EVALUATE
 from ppo_jax.inference.generate import stop_ids
+from ppo_jax.io.hub import HUB_ID
 from ppo_jax.io.model_spec import (
     ModelSpec,
     needs_base,
@@ -160,7 +161,7 @@ def check_stage_name(field: str, value: str, workdir: Path, before: Sequence[str
 
 
 def check_path(field: str, value: str):
-    """A stage from elsewhere is complete; a run's folder is not taken for one of its stages."""
+    """A model is there, a stage from elsewhere complete; a run's folder is none of its stages."""
     folder = Path(value)
     if describe_stage(folder) is not None:
         if missing := missing_steps(folder):
@@ -168,6 +169,8 @@ def check_path(field: str, value: str):
         return
     if stages := [stage for stage in STAGE_NAMES if describe_stage(folder / stage) is not None]:
         raise ValueError(f"{field} must be a stage, got the run {value!r}; it has {stages}")
+    if not (folder.exists() or value.startswith("package:") or HUB_ID.fullmatch(value)):
+        raise ValueError(f"{field}: there is no folder {value}")
 
 
 def check_scratch(config: Config, stages: Sequence[str]):
@@ -240,7 +243,9 @@ def check_policy(stage: str, config: Config, start: ModelSpec):
     trainable = getattr(config, stage).trainable
     if start.kind != "policy":
         name = getattr(getattr(config, stage), "init_from", "base")
-        field, name = ("model.path", config.model.path) if name == "base" else ("ppo.init_from", name)
+        field = "ppo.init_from"
+        if name == "base":
+            field, name = "model.path", config.model.path
         raise ValueError(f"{field} must be a policy, got {name!r}, which scores texts")
     if trainable == "head" and start.config.tie_embeddings:
         raise ValueError(

@@ -162,9 +162,7 @@ def make_iteration(
         rollout_key, shuffle_key = jax.random.split(key)
         rollout = sample(state, hyperparameters, prompts, rollout_key, frozen=frozen)
         scores, more = score([texts[i] for i in chosen], rollout)
-        state, metrics = update(
-            state, hyperparameters, rollout, scores, shuffle_key, frozen=frozen
-        )
+        state, metrics = update(state, hyperparameters, rollout, scores, shuffle_key, frozen=frozen)
         return state, metrics | more
 
     return iterate
