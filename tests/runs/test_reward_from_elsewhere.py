@@ -42,6 +42,12 @@ def classifier(tmp_path_factory):
     return model, folder
 
 
+def torch_score(classifier, text):
+    model, folder = classifier
+    with torch.no_grad():
+        return model(**load_tokenizer(folder)(text, return_tensors="pt")).logits.item()
+
+
 def settings(workdir, reward_model, **ppo):
     """PPO on the policy of a run, with a checkpoint every three of six iterations."""
     values = tiny_run.on_base(
@@ -66,7 +72,7 @@ def state(folder):
 @pytest.fixture(scope="module")
 def finished(workdir, classifier, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ppo")
-    values = settings(workdir, classifier[1])
+    values = settings(workdir, classifier[1], stop_tokens=list("aeinost"))
     values["evaluate"] = tiny_run.on_base(workdir, evaluate={})["evaluate"]
     pipeline.run(values, folder)
     return folder
@@ -74,17 +80,10 @@ def finished(workdir, classifier, tmp_path_factory):
 
 def test_responses_have_the_scores_of_transformers_for_their_text(finished, classifier):
     """With EOS where a response ended and without where it was cut off."""
-    model, folder = classifier
-    tokenizer = load_tokenizer(folder)
-
-    def score(text):
-        with torch.no_grad():
-            return model(**tokenizer(text, return_tensors="pt")).logits.item()
-
     kinds = set()
     for row in read_jsonl(finished / "samples.jsonl"):
         text = row["prompt"] + row["response"]
-        both = np.array([score(text), score(text + tokenizer.eos_token)])
+        both = np.array([torch_score(classifier, x) for x in (text, text + "<|endoftext|>")])
         distances = abs(both - row["score"])
         assert distances.min() < 1e-4 < distances.max()
         kinds.add(int(distances.argmin()))
@@ -92,12 +91,8 @@ def test_responses_have_the_scores_of_transformers_for_their_text(finished, clas
 
 
 def test_the_evaluation_scores_by_its_tokenizer(finished, classifier):
-    model, folder = classifier
-    tokenizer = load_tokenizer(folder)
     sample = json.loads((finished / "results.json").read_text())["samples"][0]
-    text = sample["prompt"] + sample["ppo"] + tokenizer.eos_token
-    with torch.no_grad():
-        theirs = model(**tokenizer(text, return_tensors="pt")).logits.item()
+    theirs = torch_score(classifier, sample["prompt"] + sample["ppo"] + "<|endoftext|>")
     np.testing.assert_allclose(sample["scores"]["ppo"], theirs, atol=1e-4)
 
 
@@ -105,7 +100,8 @@ def test_a_run_that_goes_on_ends_bit_for_bit_as_one_that_was_not_stopped(
     finished, workdir, classifier, tmp_path
 ):
     for num_iterations in (3, 6):
-        pipeline.run(settings(workdir, classifier[1], num_iterations=num_iterations), tmp_path)
+        changes = dict(stop_tokens=list("aeinost"), num_iterations=num_iterations)
+        pipeline.run(settings(workdir, classifier[1], **changes), tmp_path)
     assert metrics(tmp_path) == metrics(finished) and len(metrics(finished)) == 6
     ours, theirs = state(tmp_path), state(finished)
     assert ours.keys() == theirs.keys()
@@ -142,8 +138,6 @@ def test_the_table_and_the_dry_run_say_what_is_read(workdir, classifier, tmp_pat
 
 
 def test_what_it_cannot_see_of_the_prompts_is_told(workdir, classifier, tmp_path, capsys):
-    prompts = [{"prompt": "the film <|im_end|> is"}, {"prompt": "a plot is"}]
-    write_jsonl(tmp_path / "prompts.jsonl", prompts)
     policy, reward = tmp_path / "policy", tmp_path / "reward"
     for source, folder, length in ((workdir / "base", policy, 48), (classifier[1], reward, 16)):
         folder.mkdir()
@@ -153,7 +147,7 @@ def test_what_it_cannot_see_of_the_prompts_is_told(workdir, classifier, tmp_path
         (folder / "config.json").write_text(json.dumps(raw | {"max_position_embeddings": length}))
     tokenizer = load_tokenizer(policy)
     raw = json.loads((policy / "tokenizer.json").read_text())
-    word = next(x for x in raw["model"]["vocab"] if len(x) > 3)
+    word = next(x for x in raw["model"]["vocab"] if len(x) > 3 and x.isalpha())
     tokenizer.add_special_tokens({"additional_special_tokens": [word]})
     tokenizer.save_pretrained(policy)
     write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"the {word} is"}, {"prompt": "a"}])
@@ -200,10 +194,12 @@ def test_reward_training_goes_on_from_a_classifier(workdir, classifier, tmp_path
     pipeline.run(values, tmp_path)
     description = describe_stage(tmp_path / "reward")
     assert description["kind"] == "reward" and description["model"]["num_layers"] == 3
-    rows = read_jsonl(tmp_path / "metrics.jsonl")
-    assert (
-        rows[-1]["reward_model/validation_accuracy"] > rows[0]["reward_model/validation_accuracy"]
-    )
+    first = read_jsonl(tmp_path / "metrics.jsonl")[0]["reward_model/validation_accuracy"]
+    scores = {1: [], -1: []}
+    for text, ratings in tiny_run.sentences("unseen"):
+        scores[int(np.sign(ratings[0]))].append(torch_score(classifier, text + "<|endoftext|>"))
+    right = np.array(scores[1])[:, None] > np.array(scores[-1])
+    assert right.size == 64 and first == right.mean() != 0.5
 
 
 @pytest.mark.parametrize("field", ["model.path", "ppo.init_from"])
