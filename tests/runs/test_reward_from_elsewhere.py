@@ -17,6 +17,8 @@ from tests.support.command_line import run_script
 from tests.support.run_files import read_jsonl
 from tests.support.tiny_hf import torch, torch_model
 
+# Some responses end and some are cut off.
+STOPS = dict(stop_tokens=list("abcdefghijklmnopqrstuvwxyz"), num_samples=6)
 STATE = ("policy_params", "value_params", "opt_state")
 
 
@@ -72,7 +74,7 @@ def state(folder):
 @pytest.fixture(scope="module")
 def finished(workdir, classifier, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ppo")
-    values = settings(workdir, classifier[1], stop_tokens=list("aeinost"))
+    values = settings(workdir, classifier[1], **STOPS)
     values["evaluate"] = tiny_run.on_base(workdir, evaluate={})["evaluate"]
     pipeline.run(values, folder)
     return folder
@@ -100,7 +102,9 @@ def test_a_run_that_goes_on_ends_bit_for_bit_as_one_that_was_not_stopped(
     finished, workdir, classifier, tmp_path
 ):
     for num_iterations in (3, 6):
-        changes = dict(stop_tokens=list("aeinost"), num_iterations=num_iterations)
+        changes = dict(
+            stop_tokens=list("abcdefghijklmnopqrstuvwxyz"), num_iterations=num_iterations
+        )
         pipeline.run(settings(workdir, classifier[1], **changes), tmp_path)
     assert metrics(tmp_path) == metrics(finished) and len(metrics(finished)) == 6
     ours, theirs = state(tmp_path), state(finished)
