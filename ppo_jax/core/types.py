@@ -163,9 +163,15 @@ class TextBatch:
 
 @struct.dataclass(kw_only=True)
 class PreferenceBatch:
-    """Texts and which of them is preferred to which."""
+    """Texts and which of them is preferred to which.
+
+    A row holds one text or, with `segment_ids` and `ends`, up to K: text k of row r is then text
+    r K + k of the pairs.
+    """
 
     inputs: jax.Array  # [N, L] int32 tokens, or [N, L, D] a trunk's hidden states
     mask: jax.Array  # [N, L] bool
-    pairs: jax.Array  # [M, 2] int32, rows of (the preferred, the other)
+    pairs: jax.Array  # [M, 2] int32, texts (the preferred, the other)
     valid: jax.Array  # [M] bool, False where the pair was a tie
+    segment_ids: jax.Array | None = None  # [N, L] int32, as `Network` has it
+    ends: jax.Array | None = None  # [N, K] int32, position of each text's last token; else 0

@@ -96,7 +96,7 @@ def load_reward_model(
     score = w h + score_bias, with h the state after the final norm at the last token of the text
     that is not `padding_id`, w the tensor score.weight. Neither transformers nor its files have a
     constant; `score_bias` in config.json is that of our exports, 0 where there is none.
-    `problem_type` shapes a loss there and no score.
+    Its problem type shapes a loss there and no score.
 
     Args and what it returns are as of `load_policy`; `models.build.reward_network` computes it.
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import tensorboardX
 from tqdm import tqdm
 
 from ppo_jax.distributed.runtime import MIN_COMPILE_SECONDS, compile_seconds
@@ -62,6 +61,8 @@ class MetricsWriter:
         self._first = True
         self._tensorboard = self._progress = None
         if jax.process_index() == 0:
+            import tensorboardX  # with PyTorch installed it takes more than a second
+
             done = -1 if restored_step is None else restored_step
             drop_lines_after(self._path, stage, restored_step)
             self._tensorboard = tensorboardX.SummaryWriter(
