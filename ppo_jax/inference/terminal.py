@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
+from ppo_jax.core.types import Rollout
 from ppo_jax.data.chat import Chat, Message
 from ppo_jax.data.encode import token_rows
 from ppo_jax.data.records import load_prompts, write_jsonl
+from ppo_jax.distributed.layout import fetch
 from ppo_jax.inference.generate import decode_stream, generate, stream
-from ppo_jax.inference.score import score_texts
+from ppo_jax.inference.score import score_responses, score_texts
+from ppo_jax.io.model_spec import reread_reason
 from ppo_jax.io.stage_folder import Model
 from ppo_jax.rollout.sampling import Sampling
 
@@ -143,17 +147,28 @@ def respond_to_file(
     if scorer is not None and scorer.kind != "reward":
         raise ValueError("scores come from a reward model, got a policy")
     texts = [prompt for prompt in load_prompts(prompts, policy.tokenizer) for _ in range(copies)]
-    responses = respond(policy, texts, **how)
+    responses, rollouts = sample(policy, texts, **how)
     rows = [{"prompt": p, "response": r} for p, r in zip(texts, responses, strict=True)]
     if scorer is not None:
-        scores = score_texts(scorer, [row["prompt"] + row["response"] for row in rows])
+        if reread_reason(policy, scorer):
+            ended = np.concatenate(fetch([rollout.has_eos for rollout in rollouts]))[: len(texts)]
+            scores = score_responses(scorer, texts, responses, ended)
+        else:
+            scores = score_texts(scorer, [row["prompt"] + row["response"] for row in rows])
         rows = [row | {"score": float(x)} for row, x in zip(rows, scores, strict=True)]
     write_jsonl(out, rows)
 
 
-def respond(model: Model, prompts: list[str], *, sampling: Sampling, **settings: Any) -> list[str]:
+def respond(model: Model, prompts: list[str], **how: Any) -> list[str]:
     """One response to each prompt; a prompt that leaves no room for a whole one is an error."""
-    responses, _ = generate(
+    return sample(model, prompts, **how)[0]
+
+
+def sample(
+    model: Model, prompts: list[str], *, sampling: Sampling, **settings: Any
+) -> tuple[list[str], list[Rollout]]:
+    """`respond` with the rollouts, as of `generate`."""
+    return generate(
         model,
         prompts,
         sampling=sampling,
@@ -161,4 +176,3 @@ def respond(model: Model, prompts: list[str], *, sampling: Sampling, **settings:
         batch_size=min(len(prompts), BATCH_SIZE),
         max_prompt_length=prompt_room(model, sampling),
     )
-    return responses

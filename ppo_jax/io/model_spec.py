@@ -115,7 +115,9 @@ def reread_reason(policy: Any, reward: Any) -> str:
         return "it has a tokenizer of its own"
     if leading_tokens(mine) != leading_tokens(own):
         return "its texts begin with other tokens than the policy's"
-    if reward.padding_id is not None and reward.padding_id in (mine.eos_token_id, own.eos_token_id):
+    if mine.eos_token_id != own.eos_token_id:
+        return "its texts end with another token than the policy's"
+    if reward.padding_id == own.eos_token_id:
         return "its padding is EOS, so that its score is read before it"
     return ""
 

@@ -232,6 +232,9 @@ def test_why_a_reward_model_reads_text(tmp_path):
     assert "of its own" in reason(word_tokenizer(VOCAB - 1))
     assert "of its own" in reason(own_tokenizer(tmp_path))
     assert "its padding is EOS" in reason(word_tokenizer(VOCAB), padding_id=0)
+    ends = word_tokenizer(VOCAB)
+    ends.eos_token = "w3"
+    assert "end with another token" in reason(ends)
     leading = word_tokenizer(VOCAB)
     leading.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
         single="w2 $A", special_tokens=[("w2", 2)]

@@ -1,6 +1,7 @@
 """Whole runs with a reward model that is none of ours: its own tokenizer, width and depth."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -50,6 +51,21 @@ def torch_score(classifier, text):
         return model(**load_tokenizer(folder)(text, return_tensors="pt")).logits.item()
 
 
+def kinds_of_scores(rows, classifier):
+    """The scores of responses are those of transformers: without EOS, or with one behind them."""
+    kinds = set()
+    for row in rows:
+        text = row["prompt"] + row["response"]
+        scores = {
+            kind: torch_score(classifier, text + end)
+            for kind, end in (("cut off", ""), ("ended", "<|endoftext|>"))
+        }
+        distances = {kind: abs(score - row["score"]) for kind, score in scores.items()}
+        assert min(distances.values()) < 1e-4 < max(distances.values())
+        kinds.add(min(distances, key=distances.get))
+    return kinds
+
+
 def settings(workdir, reward_model, **ppo):
     """PPO on the policy of a run, with a checkpoint every three of six iterations."""
     values = tiny_run.on_base(
@@ -82,14 +98,8 @@ def finished(workdir, classifier, tmp_path_factory):
 
 def test_responses_have_the_scores_of_transformers_for_their_text(finished, classifier):
     """With EOS where a response ended and without where it was cut off."""
-    kinds = set()
-    for row in read_jsonl(finished / "samples.jsonl"):
-        text = row["prompt"] + row["response"]
-        both = np.array([torch_score(classifier, x) for x in (text, text + "<|endoftext|>")])
-        distances = abs(both - row["score"])
-        assert distances.min() < 1e-4 < distances.max()
-        kinds.add(int(distances.argmin()))
-    assert kinds == {0, 1}
+    rows = read_jsonl(finished / "samples.jsonl")
+    assert kinds_of_scores(rows, classifier) == {"cut off", "ended"}
 
 
 def test_the_evaluation_scores_by_its_tokenizer(finished, classifier):
@@ -216,11 +226,16 @@ def test_a_classifier_is_no_policy(workdir, classifier, tmp_path, field):
         pipeline.run(values, tmp_path / "run")
 
 
-def test_generate_scores_by_a_classifier(workdir, classifier, tmp_path):
-    write_jsonl(tmp_path / "in.jsonl", [{"prompt": "the film is"}])
+def test_generate_scores_by_a_classifier_with_eos_where_a_response_ended(
+    workdir, classifier, tmp_path
+):
+    policy = tmp_path / "policy"
+    shutil.copytree(workdir / "base", policy)
+    ids = load_tokenizer(policy).convert_tokens_to_ids(STOPS["stop_tokens"])
+    (policy / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+    write_jsonl(tmp_path / "in.jsonl", [{"prompt": f"the {thing} is"} for thing in tiny_run.THINGS])
     files = (f"--prompts={tmp_path / 'in.jsonl'}", f"--out={tmp_path / 'out.jsonl'}")
-    model = (f"--model={workdir / 'base'}", f"--reward_model={classifier[1]}")
-    done = run_script("generate", *model, *files, "--response_length=8")
+    model = (f"--model={policy}", f"--reward_model={classifier[1]}", "--response_length=8")
+    done = run_script("generate", *model, *files)
     assert done.code == 0, done.err
-    [row] = read_jsonl(tmp_path / "out.jsonl")
-    assert np.isfinite(row["score"])
+    assert kinds_of_scores(read_jsonl(tmp_path / "out.jsonl"), classifier) == {"cut off", "ended"}
