@@ -13,7 +13,7 @@ from ppo_jax.io.stage_folder import describe_stage
 from ppo_jax.io.tokenizers import load_tokenizer, train_tokenizer
 from ppo_jax.pipeline import run as pipeline
 from ppo_jax.pipeline.export import export_stage
-from tests.support import tiny_run
+from tests.support import tiny_run, two_processes
 from tests.support.command_line import run_script
 from tests.support.run_files import read_jsonl
 from tests.support.tiny_hf import torch, torch_model
@@ -123,19 +123,23 @@ def test_a_run_that_goes_on_ends_bit_for_bit_as_one_that_was_not_stopped(
 
 
 @pytest.mark.slow
-def test_a_run_on_eight_devices_is_that_of_one(workdir, classifier, tmp_path, all_devices):
+def test_a_run_on_eight_devices_and_one_of_two_processes_is_that_of_one_device(
+    workdir, classifier, tmp_path, all_devices
+):
     values = settings(workdir, classifier[1], rollout_batch_size=16, num_iterations=3)
     pipeline.run(values, tmp_path / "one")
-    whole = {"rules": {"vocab": ()}, "rollout_rules": {"vocab": ()}}
-    values["mesh"] = {"data": 2, "fsdp": 2, "model": 2, **whole}
+    values["mesh"] = two_processes.CUBE
     pipeline.run(values, tmp_path / "eight")
-    one, eight = (metrics(tmp_path / name) for name in ("one", "eight"))
-    for name in ("reward/score_mean", "value/loss", "kl/ref"):
-        np.testing.assert_allclose(
-            [row[name] for row in one], [row[name] for row in eight], rtol=1e-3, atol=1e-4
-        )
-    first, other = (read_jsonl(tmp_path / x / "samples.jsonl")[:3] for x in ("one", "eight"))
-    assert [row["response"] for row in first] == [row["response"] for row in other]
+    processes = two_processes.start(values, tmp_path / "two")
+    for code, output in two_processes.finish(processes):
+        assert code == 0, output
+    one = tmp_path / "one"
+    for other in (tmp_path / "eight", tmp_path / "two"):
+        for name in ("reward/score_mean", "value/loss", "kl/ref"):
+            ours, theirs = ([row[name] for row in metrics(folder)] for folder in (one, other))
+            np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-4)
+        first, same = (read_jsonl(folder / "samples.jsonl")[:3] for folder in (one, other))
+        assert [row["response"] for row in first] == [row["response"] for row in same]
 
 
 def test_the_table_and_the_dry_run_say_what_is_read(workdir, classifier, tmp_path, capsys):
