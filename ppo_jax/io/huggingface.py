@@ -149,7 +149,7 @@ def model_kind(raw: dict[str, Any]) -> str:
     count = len(labels) if isinstance(labels, dict) else raw.get("num_labels")
     if count not in (None, 1):  # None: the shape of the head tells
         raise ValueError(
-            f"num_labels must be 1 in config.json for a reward model, one score a text, got {count}"
+            f"num_labels must be 1 in config.json for a reward model, one score a text, got {count!r}"
         )
     return "reward"
 
@@ -165,7 +165,10 @@ def score_bias(raw: dict[str, Any]) -> float:
 def padding_id(raw: dict[str, Any]) -> int | None:
     """The token that a reward model's texts are padded with: its score is read at the last token
     that is another, so that it is read before EOS where EOS is the padding. None of a policy."""
-    return raw.get("pad_token_id") if model_kind(raw) == "reward" else None
+    token = raw.get("pad_token_id") if model_kind(raw) == "reward" else None
+    if token is not None and type(token) is not int:
+        raise ValueError(f"pad_token_id must be a token's id in config.json, got {token!r}")
+    return token
 
 
 def read_json(folder: Path) -> dict[str, Any]:

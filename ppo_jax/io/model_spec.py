@@ -69,12 +69,12 @@ def read_shape(path: str | os.PathLike, settings: ModelSettings) -> ModelSpec:
     with naming(path, "config.json"):
         folder = model_folder(path)
         config, raw = hf.load_config(folder, **how), hf.read_json(folder)
+        kind, padding_id = hf.model_kind(raw), hf.padding_id(raw)
     with naming(path, "the weights"):
         check_weights(folder, config)
     with naming(path, "the tokenizer"):
         tokenizer = vocabulary.load_tokenizer(folder)
         check_tokenizer(tokenizer, config, path)
-    kind, padding_id = hf.model_kind(raw), hf.padding_id(raw)
     return ModelSpec(kind=kind, config=config, tokenizer=tokenizer, padding_id=padding_id)
 
 

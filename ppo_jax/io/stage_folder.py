@@ -75,17 +75,18 @@ def load_model(
         raise ValueError(f"{path} is a run: its stages {stages} are models, {path}/{stages[-1]}")
     how = {} if settings is None else computation(settings)
     raw = hf.read_json(model_folder(path))
-    load = hf.load_policy if hf.model_kind(raw) == "policy" else hf.load_reward_model
+    kind, padding_id = hf.model_kind(raw), hf.padding_id(raw)
+    load = hf.load_policy if kind == "policy" else hf.load_reward_model
     config, params = load(path, shardings=shardings_of(layout), **how)
     tokenizer = vocabulary.load_tokenizer(path)
     check_tokenizer(tokenizer, config, path)
     return Model(
-        kind=hf.model_kind(raw),
+        kind=kind,
         config=config,
         params=params,
         tokenizer=tokenizer,
         layout=layout,
-        padding_id=hf.padding_id(raw),
+        padding_id=padding_id,
     )
 
 

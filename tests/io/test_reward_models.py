@@ -295,6 +295,15 @@ def test_a_constant_that_is_no_number_is_refused(saved, tmp_path, bias):
         hf.score_bias(raw)
 
 
+@pytest.mark.parametrize("token", ["0", [0], True, 2.5])
+def test_a_padding_that_is_no_token_is_refused_with_the_folder(saved, tmp_path, token):
+    folder = edit_config(saved("llama")[1], tmp_path, pad_token_id=token)
+    with pytest.raises(ValueError, match=rf"{folder}: pad_token_id must be a token's id"):
+        read_shape(folder, ModelSettings(path="x"))
+    with pytest.raises(ValueError, match="pad_token_id must be a token's id"):
+        load_model(folder)
+
+
 def test_another_family_is_told_the_supported_ones(saved, tmp_path):
     names = ["BertForSequenceClassification"]
     folder = edit_config(saved("llama")[1], tmp_path, model_type="bert", architectures=names)
