@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ppo_jax.core.checks import assert_divides
 from ppo_jax.core.distributions import token_logprobs
 from ppo_jax.core.losses import next_token_loss, preference_loss
 from ppo_jax.core.masking import last_token_index
@@ -159,7 +160,11 @@ def split_batch(batch: Any, count: int) -> Any:
     """Every leaf [N, ...] as [count, N / count, ...]; micro-batch i has the rows i, i + count, ...
 
     So each device, which holds neighbouring rows, has its share of every micro-batch.
+
+    Raises:
+        ValueError: `count` does not divide N.
     """
+    assert_divides(len(jax.tree.leaves(batch)[0]), "rows", num_micro_batches=count)
     return jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
 
 

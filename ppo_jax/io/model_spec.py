@@ -1,10 +1,9 @@
 """Specs of the models that the stages of a run start from, before any parameters are read."""
 
-import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from ppo_jax.io import huggingface as hf
 from ppo_jax.io import tokenizers as vocabulary
 from ppo_jax.io.base_model import llama_config
 from ppo_jax.io.hub import NotThere, model_folder
+from ppo_jax.io.integrity import reading_file
 from ppo_jax.io.stage_folder import (
     check_tokenizer,
     describe_stage,
@@ -64,31 +64,18 @@ def read_shape(path: str | os.PathLike, settings: ModelSettings) -> ModelSpec:
         return ModelSpec(
             kind=description["kind"],
             config=dataclasses.replace(stage_config(description), **how),
-            tokenizer=vocabulary.load_tokenizer(Path(path) / "tokenizer"),
+            tokenizer=vocabulary.with_chat(
+                vocabulary.load_tokenizer(Path(path) / "tokenizer"), settings
+            ),
         )
-    with naming(path, "config.json"):
-        folder = model_folder(path)
-        config, raw = hf.load_config(folder, **how), hf.read_json(folder)
-        kind, padding_id = hf.model_kind(raw), hf.padding_id(raw)
-    with naming(path, "the weights"):
-        check_weights(folder, config)
-    with naming(path, "the tokenizer"):
-        tokenizer = vocabulary.load_tokenizer(folder)
-        check_tokenizer(tokenizer, config, path)
+    folder = model_folder(path)
+    config, raw = hf.read_model_config(folder, how)
+    check_weights(folder, config)
+    tokenizer = vocabulary.load_tokenizer(folder)
+    check_tokenizer(tokenizer, config, path)
+    tokenizer = vocabulary.with_chat(tokenizer, settings)
+    kind, padding_id = hf.model_kind(raw), hf.padding_id(raw)
     return ModelSpec(kind=kind, config=config, tokenizer=tokenizer, padding_id=padding_id)
-
-
-@contextlib.contextmanager
-def naming(path: str | os.PathLike, part: str) -> Iterator[None]:
-    """Errors name the model, and what of it: files from elsewhere may hold anything."""
-    try:
-        yield
-    except NotThere:
-        raise
-    except Exception as error:
-        plain = type(error) is ValueError
-        message = str(error) if plain else f"{part} cannot be read: {error!r}"
-        raise ValueError(message if str(path) in message else f"{path}: {message}") from error
 
 
 def check_weights(folder: Path, config: ModelConfig):
@@ -97,8 +84,9 @@ def check_weights(folder: Path, config: ModelConfig):
     Raises:
         ValueError: one is damaged, or a tensor is missing, is too many or has another shape.
     """
-    with hf.open_weights(folder) as files:
-        hf.find_weights(config, hf.read_json(folder), files)
+    raw = hf.read_config_json(folder)
+    with hf.open_weights(folder) as files, reading_file(folder):
+        hf.find_weights(config, raw, files)
 
 
 def reread_reason(policy: Any, reward: Any) -> str:

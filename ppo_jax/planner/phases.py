@@ -119,7 +119,7 @@ def local_spec(name: str, config: ModelConfig) -> ModelSpec | None:
         return ModelSpec(kind=description["kind"], config=config, tokenizer=tokenizer)
     if not (folder / "tokenizer.json").is_file():
         return None
-    raw = hf.read_json(folder)
+    raw = hf.read_config_json(folder)
     return ModelSpec(
         kind=hf.model_kind(raw),
         config=config,

@@ -14,8 +14,9 @@ from ppo_jax.config.run import Config
 from ppo_jax.config.stages import RewardSettings
 from ppo_jax.core.network import merge_params
 from ppo_jax.core.types import PreferenceBatch, TrainState
+from ppo_jax.data.chat import count_left_out
 from ppo_jax.data.comparisons import RewardData, reward_data
-from ppo_jax.data.encode import TokenizedTexts, encode_demonstrations
+from ppo_jax.data.encode import TokenizedTexts, encode_demonstrations, with_dropped
 from ppo_jax.data.hidden_states import Inputs, batch_width
 from ppo_jax.data.packing import best_fit
 from ppo_jax.data.readers import naming_data
@@ -188,9 +189,11 @@ def reference_texts(settings: RewardSettings, tokenizer: Any) -> TokenizedTexts 
     """The texts that shall score 0 on average; None is the held-out data."""
     if not settings.reference_data:
         return None
-    records = load_texts(settings.reference_data, tokenizer)
+    left_out: list[str] = []
+    records = load_texts(settings.reference_data, tokenizer, left_out=left_out)
     with naming_data("reward.reference_data", settings.reference_data, "reward.max_length"):
-        return encode_demonstrations(records, tokenizer, max_length=settings.max_length)
+        texts = encode_demonstrations(records, tokenizer, max_length=settings.max_length)
+    return with_dropped(texts, count_left_out(left_out))
 
 
 def shift_scores(state: TrainState, shift: float) -> TrainState:

@@ -249,14 +249,16 @@ def test_why_a_reward_model_reads_text(tmp_path):
 def test_several_labels_are_refused_by_their_number(saved, labels):
     _, folder = saved("llama", num_labels=labels)
     for load in (hf.load_config, hf.load_reward_model, hf.load_policy, load_model):
-        with pytest.raises(ValueError, match=rf"num_labels must be 1 .* got {labels}$"):
+        with pytest.raises(
+            ValueError, match=rf"^{folder}/config.json: num_labels must.*got {labels}$"
+        ):
             load(folder)
 
 
 def test_labels_that_the_config_does_not_tell_are_seen_in_the_head(saved, tmp_path):
     """Two labels are what transformers takes for granted and does not write."""
     _, folder = saved("llama", num_labels=2)
-    assert not {"id2label", "num_labels"} & hf.read_json(folder).keys()
+    assert not {"id2label", "num_labels"} & hf.read_config_json(folder).keys()
     with pytest.raises(ValueError, match=r"score\.weight has shape \(2, 32\), but one score"):
         hf.load_reward_model(folder)
     one = edit_config(saved("llama")[1], tmp_path, id2label=None, label2id=None)
@@ -270,6 +272,13 @@ def test_a_tensor_that_a_reward_model_does_not_have_is_named(saved, tmp_path, ex
 
     with pytest.raises(ValueError, match=rf"hold 1 tensors .*{re.escape(extra)}"):
         hf.load_reward_model(edit_weights(saved("llama")[1], tmp_path, add))
+
+
+def test_pickled_weights_are_converted_as_a_classifier(saved, tmp_path):
+    folder = edit_config(saved("llama")[1], tmp_path)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="AutoModelForSequenceClassification as M"):
+        hf.load_reward_model(folder)
 
 
 def test_a_missing_head_is_named(saved, tmp_path):
@@ -290,7 +299,7 @@ def test_a_reward_model_is_no_policy_and_a_policy_no_reward_model(saved, tmp_pat
 @pytest.mark.parametrize("bias", ["1.5", True, None, [1.0], float("nan"), float("inf")])
 def test_a_constant_that_is_no_number_is_refused(saved, tmp_path, bias):
     folder = edit_config(saved("llama")[1], tmp_path)
-    raw = hf.read_json(folder) | {"score_bias": bias}
+    raw = hf.read_config_json(folder) | {"score_bias": bias}
     with pytest.raises(ValueError, match="score_bias must be a number"):
         hf.score_bias(raw)
 
@@ -298,7 +307,7 @@ def test_a_constant_that_is_no_number_is_refused(saved, tmp_path, bias):
 @pytest.mark.parametrize("token", ["0", [0], True, 2.5])
 def test_a_padding_that_is_no_token_is_refused_with_the_folder(saved, tmp_path, token):
     folder = edit_config(saved("llama")[1], tmp_path, pad_token_id=token)
-    with pytest.raises(ValueError, match=rf"{folder}: pad_token_id must be a token's id"):
+    with pytest.raises(ValueError, match=rf"{folder}/config.json: pad_token_id must"):
         read_shape(folder, ModelSettings(path="x"))
     with pytest.raises(ValueError, match="pad_token_id must be a token's id"):
         load_model(folder)
