@@ -21,7 +21,7 @@ def define_flags() -> SimpleNamespace:
         prompts=text("prompts", None, "Instead: a JSONL of {prompt}; needs --out."),
         interactive=boolean("interactive", False, "Instead: a chat by the tokenizer's template."),
         out=text("out", None, "A new JSONL of {prompt, response}, for --prompts."),
-        reward_model=text("reward_model", None, "A stage folder: --out has scores, too."),
+        reward_model=text("reward_model", None, "Stage folder or classifier: --out has scores."),
         template=boolean("template", True, "False: a chat just continues each line."),
         workdir=text("workdir", None, "A run's folder; needs --stage."),
         stage=flags.DEFINE_enum("stage", None, ["sft", "ppo"], "Which policy of the run."),

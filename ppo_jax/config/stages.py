@@ -170,12 +170,14 @@ class PPOSettings:
     optimizer: OptimizerSettings  # of the policy; max_grad_norm is over policy and critic
     value_learning_rate: float = changeable(1e-5)  # of the critic, on the same schedule
     init_from: str = "sft"  # the policy: a stage of this workdir, "base", a stage folder or a model
-    reward_model: str = "reward"  # a stage of this workdir or a stage folder; "" with a function
+    reward_model: str = "reward"  # a stage of this workdir, a stage folder or a sequence
+    # classification with one label; "" with a function
     reward_function: str = ""  # "module:function": (prompts, responses) -> one number a response
     reward_timeout_s: Limit = changeable(math.inf)  # that a call of reward_function may take, else
     # the run ends
     critic_init_from: str = ""  # "reward_model", or "policy": its body and a head of zeros; "" is
-    # the reward model, or the policy where a function gives the scores
+    # the reward model, or the policy where scores come from text: of a function, or of a reward
+    # model with a tokenizer of its own
     trainable: str | int = "all"  # "all", a number of top layers such as "4", "head" or "lora"
     value_trainable: str | int = "all"  # the same for the layers of the critic
     lora: LoRASettings = LoRASettings()  # of the adapters of policy and critic

@@ -1,7 +1,9 @@
 """Scores of texts by a reward model."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,6 +14,7 @@ from ppo_jax.data.encode import (
     TokenizedTexts,
     encode_all,
     encode_texts,
+    leading_tokens,
     pad_right,
     row_batches,
     token_rows,
@@ -70,22 +73,6 @@ def score_rollouts(model: Model, rollouts: Sequence[Rollout], count: int) -> np.
     return score_ids(model, rows[:count])
 
 
-def score_responses(
-    model: Model, prompts: Sequence[str], responses: Sequence[str], finished: Sequence[bool]
-) -> np.ndarray:
-    """A reward model's scores of responses as text, tokenised by its own tokenizer, [N] float32.
-
-    EOS is put behind those that a stop token ended, and behind no other.
-
-    Raises:
-        ValueError: as `score_ids`.
-    """
-    texts = [((prompt + text, True),) for prompt, text in zip(prompts, responses, strict=True)]
-    closed, cut = (token_rows(texts, model.tokenizer, append_eos=x) for x in (True, False))
-    rows = [a.ids if ended else b.ids for a, b, ended in zip(closed, cut, finished, strict=True)]
-    return score_ids(model, rows)
-
-
 def score_ids(model: Model, rows: Sequence[Sequence[int]]) -> np.ndarray:
     """A reward model's scores of rows of tokens, [N] float32, at the last token of each.
 
@@ -104,6 +91,58 @@ def score_ids(model: Model, rows: Sequence[Sequence[int]]) -> np.ndarray:
     )
 
 
+def encode_responses(
+    prompts: Sequence[str], responses: Sequence[str], ended: Sequence[bool], model: Any
+) -> tuple[TokenizedTexts, np.ndarray]:
+    """Prompts with their responses as a reward model reads them by its own tokenizer.
+
+    A text is tokenised whole, with EOS behind a response that has ended, and none behind one that
+    was cut off. Of a text that is longer than the model's context the oldest tokens are left out,
+    but for those that the tokenizer puts before every text.
+
+    Args:
+        prompts: N texts.
+        responses: N texts, without their stop tokens.
+        ended: [N] bool, by a stop token.
+        model: the reward model, or its spec.
+
+    Returns:
+        (N rows whose last token is where the score is read, [N] bool: which were too long).
+    """
+    tokenizer, most = model.tokenizer, model.config.max_length
+    eos, leading = tokenizer.eos_token_id, leading_tokens(tokenizer)
+    whole = [((p + r, True),) for p, r in zip(prompts, responses, strict=True)]
+    encoded = token_rows(whole, tokenizer, append_eos=False)
+    rows = []
+    for (ids, _), has_ended in zip(encoded, ended, strict=True):
+        closes = ids[-1:] != [eos] if has_ended else not ids
+        rows.append(ids + [eos] if closes else ids)
+    too_long = np.array([len(ids) > most for ids in rows])
+    rows = [ids if len(ids) <= most else leading + ids[len(leading) - most :] for ids in rows]
+    tokens, mask = pad_right(rows, most)
+    texts = TokenizedTexts(tokens, mask, np.zeros_like(mask), np.arange(len(rows)))
+    return without_padding(texts, model.padding_id), too_long
+
+
+def without_padding(rows: TokenizedTexts, padding_id: int | None) -> TokenizedTexts:
+    """The rows up to the last token that is not padding, see `huggingface.padding_id`.
+
+    A row of padding alone keeps its first token, as in transformers.
+    """
+    if padding_id is None:
+        return rows
+    positions = np.arange(rows.mask.shape[1])
+    last = np.where(rows.mask & (rows.tokens != padding_id), positions, 0).max(axis=1)
+    return dataclasses.replace(rows, mask=rows.mask & (positions <= last[:, None]))
+
+
+def score_responses(
+    model: Model, prompts: Sequence[str], responses: Sequence[str], ended: Sequence[bool]
+) -> np.ndarray:
+    """A reward model's scores of responses as text, [N] float32; see `encode_responses`."""
+    return score_rows(model, encode_responses(prompts, responses, ended, model)[0])
+
+
 @functools.lru_cache(maxsize=4)
 def compiled_scores(config: ModelConfig, layout: Layout):
     network = reward_network(config, constrain=layout.constrain)
@@ -112,6 +151,6 @@ def compiled_scores(config: ModelConfig, layout: Layout):
 
 def score_rows(model: Model, rows: TokenizedTexts) -> np.ndarray:
     """A reward model's scores of tokenised texts, [N] float32."""
-    layout = model.layout or one_device()
+    layout, rows = model.layout or one_device(), without_padding(rows, model.padding_id)
     score, inputs = compiled_scores(model.config, layout), make_inputs(rows, None, None, cache_gb=0)
     return all_scores(score, layout.shard_params(model.params), rows, inputs, layout, BATCH_SIZE)

@@ -17,6 +17,7 @@ from ppo_jax.data.records import load_prompts, write_jsonl
 from ppo_jax.distributed.layout import fetch
 from ppo_jax.inference.generate import decode_stream, generate, stream
 from ppo_jax.inference.score import score_responses, score_rollouts
+from ppo_jax.io.model_spec import reread_reason
 from ppo_jax.io.stage_folder import Model
 from ppo_jax.rollout.sampling import Sampling
 
@@ -159,10 +160,10 @@ def respond_to_file(
     rows = [{"prompt": p, "response": r} for p, r in zip(texts, responses, strict=True)]
     if scorer is not None:
         finished = np.concatenate(fetch([rollout.has_eos for rollout in rollouts]))[: len(rows)]
-        if scorer.tokenizer.get_vocab() == policy.tokenizer.get_vocab():
-            scores = score_rollouts(scorer, rollouts, len(rows))
-        else:
+        if reread_reason(policy, scorer):
             scores = score_responses(scorer, texts, responses, finished)
+        else:
+            scores = score_rollouts(scorer, rollouts, len(rows))
         more = zip(finished.tolist(), scores.tolist(), strict=True)
         rows = [r | {"finished": f, "score": s} for r, (f, s) in zip(rows, more, strict=True)]
     write_jsonl(out, rows)

@@ -5,6 +5,7 @@ Pickled weights and code from a checkpoint are never run.
 """
 
 import contextlib
+import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,6 +31,7 @@ from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.families import family_of, read_config
 
 INDEX = "model.safetensors.index.json"
+CLASSIFIES = "ForSequenceClassification"  # in the architectures of a reward model
 
 
 def load_config(
@@ -81,23 +83,99 @@ def load_policy(
         ValueError: the model is not supported, or its files and its config.json do not agree, or
             a parameter is not finite, or what `shardings` raises.
     """
-    folder = model_folder(path)
     how = dict(dtype=dtype, scan_layers=scan_layers, remat=remat, attention=attention)
-    config, family = read_model_config(folder, how)
+    return load_weights(model_folder(path), "policy", shardings, how)
+
+
+def load_reward_model(
+    path: str | os.PathLike,
+    *,
+    dtype: DTypeLike = "float32",
+    scan_layers: bool = False,
+    remat: str = "none",
+    attention: str = "auto",
+    shardings: Callable[[Params], Any] | None = None,
+) -> tuple[ModelConfig, Params]:
+    """A reward model: a sequence classification with one label of the families of `load_policy`.
+
+    score = w h + score_bias, with h the state after the final norm at the last token of the text
+    that is not `padding_id`, w the tensor score.weight. Neither transformers nor its files have a
+    constant; `score_bias` in config.json is that of our exports, 0 where there is none.
+    Its problem type shapes a loss there and no score.
+
+    Args and what it returns are as of `load_policy`; `models.build.reward_network` computes it.
+
+    Raises:
+        ValueError: as `load_policy`; or the model has no label or several.
+    """
+    how = dict(dtype=dtype, scan_layers=scan_layers, remat=remat, attention=attention)
+    return load_weights(model_folder(path), "reward", shardings, how)
+
+
+def load_weights(
+    folder: Path, kind: str, shardings: Callable[[Params], Any] | None, how: dict[str, Any]
+) -> tuple[ModelConfig, Params]:
+    """The model of a folder, of the kind that is expected: "policy" or "reward"."""
+    config, raw = read_model_config(folder, how)
+    if (found := model_kind(raw)) != kind:
+        raise ValueError(
+            f"{folder} must be a {kind} model, but its architectures are "
+            f"{raw.get('architectures')}: that is a {found} model"
+        )
     with open_weights(folder) as files:
         with reading_file(folder):
-            stored = find_parameters(config, family, files)
+            stored = find_weights(config, raw, files)
         try:
             return config, read_parameters(stored, shardings)
         except NotFinite as error:
             raise ValueError(f"{folder}: {error}") from error
 
 
-def read_model_config(folder: Path, how: dict[str, Any]) -> tuple[ModelConfig, str]:
-    """(the config of a folder's config.json, its family); for `how` see `config.computation`."""
+def find_weights(config: ModelConfig, raw: dict[str, Any], files: Files) -> Params:
+    """`find_parameters` of the model that a config.json is of."""
+    bias = score_bias(raw) if model_kind(raw) == "reward" else None
+    return find_parameters(config, raw["model_type"], files, bias)
+
+
+def model_kind(raw: dict[str, Any]) -> str:
+    """What a config.json is of: "reward", a sequence classification with one label, or "policy".
+
+    Raises:
+        ValueError: it has several labels, or none.
+    """
+    if CLASSIFIES not in str(raw.get("architectures")):
+        return "policy"
+    labels = raw.get("id2label")
+    count = len(labels) if isinstance(labels, dict) else raw.get("num_labels")
+    if count not in (None, 1):  # None: the shape of the head tells
+        raise ValueError(f"num_labels must be 1 for a reward model, a score a text, got {count!r}")
+    return "reward"
+
+
+def score_bias(raw: dict[str, Any]) -> float:
+    """What the scores of the files lack, see `load_reward_model`."""
+    bias = raw.get("score_bias", 0.0)
+    if isinstance(bias, bool) or not isinstance(bias, int | float) or not math.isfinite(bias):
+        raise ValueError(f"score_bias must be a number, got {bias!r}")
+    return float(bias)
+
+
+def padding_id(raw: dict[str, Any]) -> int | None:
+    """The token that a reward model's texts are padded with: its score is read at the last token
+    that is another, so that it is read before EOS where EOS is the padding. None of a policy."""
+    token = raw.get("pad_token_id") if model_kind(raw) == "reward" else None
+    if token is not None and type(token) is not int:
+        raise ValueError(f"pad_token_id must be a token's id, got {token!r}")
+    return token
+
+
+def read_model_config(folder: Path, how: dict[str, Any]) -> tuple[ModelConfig, dict[str, Any]]:
+    """(the config of a folder, its config.json, checked); for `how` see `config.computation`."""
     raw = read_config_json(folder)
     with reading_file(folder / "config.json"):
-        return read_config(raw, **how), raw["model_type"]
+        if model_kind(raw) == "reward":
+            score_bias(raw), padding_id(raw)
+        return read_config(raw, **how), raw
 
 
 def read_config_json(folder: Path) -> dict[str, Any]:
@@ -115,11 +193,13 @@ def weight_files(folder: Path) -> dict[str, list[str] | None]:
         return {"model.safetensors": None}
     if (folder / INDEX).is_file():
         return read_index(folder / INDEX)
+    reward = model_kind(read_config_json(folder)) == "reward"
+    task = CLASSIFIES if reward else "ForCausalLM"
     pickled = sorted(x.name for x in folder.iterdir() if x.suffix in (".bin", ".pt", ".pth"))
     only = f", only {pickled}, and pickled weights can run code" if pickled else ""
     raise ValueError(
         f"{folder} has no model.safetensors{only}. To convert a model that you trust, where torch "
-        'is installed: python -c "from transformers import AutoModelForCausalLM as M; '
+        f'is installed: python -c "from transformers import AutoModel{task} as M; '
         f"M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\""
     )
 

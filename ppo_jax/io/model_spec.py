@@ -10,12 +10,12 @@ from typing import Any
 import jax
 
 from ppo_jax.config.run import STAGE_NAMES, Config, ModelSettings, ScratchSettings
+from ppo_jax.data.encode import leading_tokens
 from ppo_jax.io import huggingface as hf
 from ppo_jax.io import tokenizers as vocabulary
 from ppo_jax.io.base_model import llama_config
 from ppo_jax.io.hub import NotThere, model_folder
 from ppo_jax.io.integrity import reading_file
-from ppo_jax.io.safetensors import find_parameters
 from ppo_jax.io.stage_folder import (
     check_tokenizer,
     describe_stage,
@@ -34,6 +34,7 @@ class ModelSpec:
     kind: str  # "policy" or "reward"
     config: ModelConfig
     tokenizer: Any
+    padding_id: int | None = None  # of a reward model, see `huggingface.padding_id`
 
 
 def parameters(spec: ModelSpec):
@@ -48,7 +49,8 @@ def parameters_of(kind: str, config: ModelConfig):
 
 
 def read_shape(path: str | os.PathLike, settings: ModelSettings) -> ModelSpec:
-    """The spec of a stage's model, or of anything that `hf.load_policy` reads.
+    """The spec of a stage's model, or of anything that `hf.load_policy` or
+    `hf.load_reward_model` reads.
 
     Args:
         path: the folder, file or name.
@@ -67,12 +69,13 @@ def read_shape(path: str | os.PathLike, settings: ModelSettings) -> ModelSpec:
             ),
         )
     folder = model_folder(path)
-    config = hf.load_config(folder, **how)
+    config, raw = hf.read_model_config(folder, how)
     check_weights(folder, config)
     tokenizer = vocabulary.load_tokenizer(folder)
     check_tokenizer(tokenizer, config, path)
     tokenizer = vocabulary.with_chat(tokenizer, settings)
-    return ModelSpec(kind="policy", config=config, tokenizer=tokenizer)
+    kind, padding_id = hf.model_kind(raw), hf.padding_id(raw)
+    return ModelSpec(kind=kind, config=config, tokenizer=tokenizer, padding_id=padding_id)
 
 
 def check_weights(folder: Path, config: ModelConfig):
@@ -81,9 +84,30 @@ def check_weights(folder: Path, config: ModelConfig):
     Raises:
         ValueError: one is damaged, or a tensor is missing, is too many or has another shape.
     """
-    family = hf.read_config_json(folder)["model_type"]
+    raw = hf.read_config_json(folder)
     with hf.open_weights(folder) as files, reading_file(folder):
-        find_parameters(config, family, files)
+        hf.find_weights(config, raw, files)
+
+
+def reread_reason(policy: Any, reward: Any) -> str:
+    """Why a reward model reads the text of a response, tokenised again; "" where it reads the
+    policy's tokens.
+
+    It may have more tokens than the policy, as exports that have a padding token do. Both are
+    models or specs of them.
+    """
+    mine, own = policy.tokenizer, reward.tokenizer
+    if mine is own:
+        return ""
+    if not mine.get_vocab().items() <= own.get_vocab().items():
+        return "it has a tokenizer of its own"
+    if leading_tokens(mine) != leading_tokens(own):
+        return "its texts begin with other tokens than the policy's"
+    if mine.eos_token_id != own.eos_token_id:
+        return "its texts end with another token than the policy's"
+    if reward.padding_id == own.eos_token_id:
+        return "its padding is EOS, so that its score is read before it"
+    return ""
 
 
 def scratch_shape(settings: ScratchSettings) -> ModelSpec:

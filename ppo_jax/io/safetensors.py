@@ -15,14 +15,17 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
+from ppo_jax.core.network import Network
 from ppo_jax.core.types import Params
-from ppo_jax.models.build import policy_network
+from ppo_jax.models.build import policy_network, reward_network
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.families import family_of
 from ppo_jax.models.families.base import DERIVED, Family, Tensor
 
 DTYPES = ("F32", "F16", "BF16")  # as the headers call them
 COMPARED_ROWS = 4096  # of a head and an embedding, at a time
+# The head of a sequence classification, in every family.
+SCORE = {"head.kernel": Tensor("score.weight", transposed=True)}
 
 Index = tuple[slice, ...]  # of an array, a slice a dimension
 Files = dict[str, Any]  # name of a tensor -> the open file that holds it
@@ -106,21 +109,30 @@ def stored_shape(path: str, row: Tensor, shape: Sequence[int]) -> tuple[int, ...
     return expected[::-1] if row.transposed else expected
 
 
-def find_parameters(config: ModelConfig, family: str, files: Files) -> Params:
-    """The parameter tree of a policy with a `StoredParameter` for every leaf.
+def find_parameters(
+    config: ModelConfig, family: str, files: Files, score_bias: float | None = None
+) -> Params:
+    """The parameter tree of a model with a `StoredParameter` for every leaf.
 
-    The config says whether layers are stacked; the family is one of `models.families.FAMILIES`.
+    Args:
+        config: says whether layers are stacked.
+        family: one of `models.families.FAMILIES`.
+        files: that hold the tensors.
+        score_bias: of a reward model's head, which the files lack; None is a policy.
 
     Raises:
         ValueError: before any parameter is read: a tensor is missing, is too many, or has a shape
             or a dtype that is not expected; or a tied head differs from the embedding.
     """
-    names = family_of(family)
+    names, ties = family_of(family), config.tie_embeddings
+    if score_bias is not None:
+        names, ties = dataclasses.replace(names, tensors={**names.tensors, **SCORE}), False
     tensors = canonical_names(files, names)
-    shapes = parameter_shapes(config)
+    shapes = parameter_shapes(config, policy_network if score_bias is None else reward_network)
+    shapes.pop("head.bias", None)
     rows = {path: names.tensors[path] for path in shapes}
     head = names.tensors["head.kernel"].name
-    check_names(config, rows, tensors, head)
+    check_names(config, rows, tensors, {head} if ties else set())
     slices = {name: file.get_slice(key) for name, (file, key) in tensors.items()}
     own_names = {name: key for name, (_, key) in tensors.items()}  # as the files have them
     tree: Params = {}
@@ -138,8 +150,13 @@ def find_parameters(config: ModelConfig, family: str, files: Files) -> Params:
         for i, (name, tensor) in enumerate(zip(names_there, layers, strict=True)):
             leaf = StoredParameter(path, [name], row, [tensor], layer_shape, stacked=False)
             set_leaf(tree, path.replace("layers.", f"layers.{i}.", 1), leaf)
-    if config.tie_embeddings and head in slices:
+    if ties and head in slices:
         check_tied(head, rows["embed.tokens"].name, slices)
+    if score_bias is not None:
+        bias = [np.array([score_bias], np.float32)]
+        row = Tensor("score_bias")
+        leaf = StoredParameter("head.bias", [row.name], row, bias, (1,), stacked=False)
+        set_leaf(tree, "head.bias", leaf)
     return tree
 
 
@@ -157,26 +174,28 @@ def canonical_names(files: Files, family: Family) -> dict[str, tuple[Any, str]]:
     return tensors
 
 
-def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Path -> shape of all parameters of a policy; those of layers with a leading layer axis."""
+def parameter_shapes(
+    config: ModelConfig, network: Callable[[ModelConfig], Network]
+) -> dict[str, tuple[int, ...]]:
+    """Path -> shape of all parameters of a network; those of layers with a leading layer axis."""
     # One layer to trace, however many there are.
     stacked = dataclasses.replace(config, scan_layers=True)
-    tree = jax.eval_shape(policy_network(stacked).init, jax.random.key(0))
+    tree = jax.eval_shape(network(stacked).init, jax.random.key(0))
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     paths = [(".".join(entry.key for entry in path), leaf.shape) for path, leaf in leaves]
     return {path.replace("layers.stack.", "layers."): shape for path, shape in paths}
 
 
 def check_names(
-    config: ModelConfig, rows: dict[str, Tensor], tensors: dict[str, Any], head: str
+    config: ModelConfig, rows: dict[str, Tensor], tensors: dict[str, Any], copies: set[str]
 ) -> None:
-    """Refuse files that lack a tensor or have one too many."""
+    """Refuse files that lack a tensor or have one too many; `copies` of others may be there."""
     needed = {
         row.name.format(i)
         for path, row in rows.items()
         for i in range(config.num_layers if path.startswith("layers.") else 1)
     }
-    allowed = needed | ({head} if config.tie_embeddings else set())
+    allowed = needed | copies
     if missing := sorted(needed - tensors.keys()):
         raise ValueError(f"the weight files lack {len(missing)} tensors: {first_names(missing)}")
     if unused := sorted(tensors[name][1] for name in tensors.keys() - allowed):
@@ -194,6 +213,8 @@ def check_tensor(name: str, tensor: Any, expected: tuple[int, ...]) -> None:
     if tensor.get_dtype() not in DTYPES:
         raise ValueError(f"{name} is stored as {tensor.get_dtype()}; choose from {list(DTYPES)}")
     shape = tuple(tensor.get_shape())
+    if name in {row.name for row in SCORE.values()} and shape != expected:
+        raise ValueError(f"{name} has shape {shape}, but one score a text is {expected}")
     if shape != expected:
         raise ValueError(f"{name} has shape {shape}, but config.json asks for {expected}")
 

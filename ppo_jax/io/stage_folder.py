@@ -29,6 +29,7 @@ from ppo_jax.io.checkpoints import (
     load_params,
     save_params,
 )
+from ppo_jax.io.hub import model_folder
 from ppo_jax.io.run_folder import read_object
 from ppo_jax.models.config import ModelConfig, RopeScaling, computation
 from ppo_jax.models.lora import merge_lora, split_lora
@@ -52,6 +53,7 @@ class Model:
     tokenizer: Any
     layout: Layout | None = None  # of the parameters; None is the host
     step: int | None = None  # of the stage that it is from, where one was asked for
+    padding_id: int | None = None  # of a reward model, see `huggingface.padding_id`
 
 
 def load_model(
@@ -60,7 +62,8 @@ def load_model(
     layout: Layout | None = None,
     step: int | None = None,
 ) -> Model:
-    """A model from a stage folder, or a policy from anything that `hf.load_policy` reads.
+    """A model from a stage folder, or from anything that `hf.load_policy` or
+    `hf.load_reward_model` reads.
 
     Args:
         path: the folder, file or name.
@@ -78,12 +81,22 @@ def load_model(
     if stages := [x for x in STAGE_NAMES if (Path(path) / x / "stage.json").is_file()]:
         raise ValueError(f"{path} is a run: its stages {stages} are models, {path}/{stages[-1]}")
     how = {} if settings is None else computation(settings)
-    config, params = hf.load_policy(path, shardings=shardings_of(layout), **how)
+    _, raw = hf.read_model_config(model_folder(path), how)
+    kind, padding_id = hf.model_kind(raw), hf.padding_id(raw)
+    load = hf.load_policy if kind == "policy" else hf.load_reward_model
+    config, params = load(path, shardings=shardings_of(layout), **how)
     tokenizer = vocabulary.load_tokenizer(path)
     check_tokenizer(tokenizer, config, path)
     if settings is not None:
         tokenizer = vocabulary.with_chat(tokenizer, settings)
-    return Model(kind="policy", config=config, params=params, tokenizer=tokenizer, layout=layout)
+    return Model(
+        kind=kind,
+        config=config,
+        params=params,
+        tokenizer=tokenizer,
+        layout=layout,
+        padding_id=padding_id,
+    )
 
 
 def shardings_of(layout: Layout | None) -> Shardings | None:

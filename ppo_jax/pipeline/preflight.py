@@ -22,11 +22,19 @@ from ppo_jax.data.records import PROMPT_SCHEMAS, load_ratings, load_texts
 from ppo_jax.distributed.layout import Layout, make_layouts
 from ppo_jax.evaluation.evaluate import EVALUATE
 from ppo_jax.inference.generate import stop_ids
-from ppo_jax.io.model_spec import ModelSpec, needs_base, parameters, scratch_shape
+from ppo_jax.io.hub import HUB_ID
+from ppo_jax.io.model_spec import (
+    ModelSpec,
+    needs_base,
+    parameters,
+    reread_reason,
+    scratch_shape,
+)
 from ppo_jax.io.stage_folder import check_pin, describe_stage, missing_steps, source_steps
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.lora import check_targets
 from ppo_jax.rollout.sampling import Sampling
+from ppo_jax.training.ppo_setup import critic_source
 from ppo_jax.training.reward_functions import load_reward_function
 from ppo_jax.training.stage import Stage
 from ppo_jax.training.stages import TRAINING_STAGES
@@ -162,7 +170,7 @@ def check_stage_name(field: str, value: str, workdir: Path, before: Sequence[str
 
 
 def check_path(field: str, value: str):
-    """A stage from elsewhere is complete; a run's folder is not taken for one of its stages."""
+    """A model is there, a stage from elsewhere complete; a run's folder is none of its stages."""
     folder = Path(value)
     if describe_stage(folder) is not None:
         if missing := missing_steps(folder):
@@ -170,10 +178,8 @@ def check_path(field: str, value: str):
         return
     if stages := [stage for stage in STAGE_NAMES if describe_stage(folder / stage) is not None]:
         raise ValueError(f"{field} must be a stage, got the run {value!r}; it has {stages}")
-    if field == "ppo.reward_model":
-        if not folder.exists():
-            raise ValueError(f"ppo.reward_model: there is no folder {value}")
-        raise ValueError(f"ppo.reward_model must be a stage or its folder, got {value!r}")
+    if not (folder.exists() or value.startswith("package:") or HUB_ID.fullmatch(value)):
+        raise ValueError(f"{field}: there is no folder {value}")
 
 
 def check_scratch(config: Config, stages: Sequence[str]):
@@ -245,9 +251,11 @@ def check_policy(stage: str, config: Config, start: ModelSpec):
     """A stage that trains a policy has one, and has what is to be trained."""
     trainable = getattr(config, stage).trainable
     if start.kind != "policy":
-        raise ValueError(
-            f"ppo.init_from must be a policy, got {config.ppo.init_from!r}, which scores texts"
-        )
+        name = getattr(getattr(config, stage), "init_from", "base")
+        field = "ppo.init_from"
+        if name == "base":
+            field, name = "model.path", config.model.path
+        raise ValueError(f"{field} must be a policy, got {name!r}, which scores texts")
     if trainable == "head" and start.config.tie_embeddings:
         raise ValueError(
             f"{stage}.trainable must be 'all', 'lora' or a number of top layers for a model that "
@@ -266,7 +274,9 @@ def check_reward(config: Config, start: ModelSpec):
 
 def check_ppo(settings: PPOSettings, policy: ModelSpec, score: ModelSpec | None):
     """Lengths fit the policy; the reward model scores, and reads what the policy writes."""
-    context = min([policy.config.max_length] + ([score.config.max_length] if score else []))
+    reason = reread_reason(policy, score) if score else ""
+    readers = [policy] if score is None or reason else [policy, score]
+    context = min(reader.config.max_length for reader in readers)
     total = settings.max_prompt_length + settings.response_length
     if total > context:
         raise ValueError(
@@ -277,15 +287,25 @@ def check_ppo(settings: PPOSettings, policy: ModelSpec, score: ModelSpec | None)
         raise ValueError(
             f"ppo.reward_model must be a reward model, got the policy {settings.reward_model!r}"
         )
-    if score is not None and policy.tokenizer.get_vocab() != score.tokenizer.get_vocab():
-        raise ValueError(
-            "ppo.reward_model must have the policy's tokenizer, got one with "
-            f"{len(score.tokenizer)} tokens where the policy has {len(policy.tokenizer)}, or other "
-            "ids. Use a reward_function, which gets text."
-        )
+    if reason:
+        check_text_reward(settings, score, reason)
     if needs_critic(settings.advantages):
-        critic = policy if score is None or settings.critic_init_from == "policy" else score
+        critic = critic_source(settings, policy, score)
         check_part("ppo.value_trainable", settings.value_trainable, settings.lora, critic.config)
+
+
+def check_text_reward(settings: PPOSettings, score: ModelSpec, reason: str):
+    """A reward model that reads text has room for a response, and no critic starts from it."""
+    if settings.critic_init_from == "reward_model":
+        raise ValueError(
+            "ppo.critic_init_from must be 'policy' or '', got 'reward_model': the critic reads the "
+            f"policy's tokens, and the reward model text, as {reason}"
+        )
+    if settings.response_length >= score.config.max_length:
+        raise ValueError(
+            f"ppo.response_length must be below {score.config.max_length} (the reward model's "
+            f"context), got {settings.response_length}"
+        )
 
 
 def check_part(field: str, trainable: str | int, lora: LoRASettings, config: ModelConfig):

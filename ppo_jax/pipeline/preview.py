@@ -18,7 +18,8 @@ from ppo_jax.data.preferences import PREFERENCE_SCHEMAS
 from ppo_jax.data.prompts import PromptData
 from ppo_jax.data.readers import Schemas, unread_columns
 from ppo_jax.data.records import DEMONSTRATION_SCHEMAS, PROMPT_SCHEMAS, RATING_SCHEMAS
-from ppo_jax.io.model_spec import ModelSpec
+from ppo_jax.inference.score import encode_responses
+from ppo_jax.io.model_spec import ModelSpec, reread_reason
 from ppo_jax.training.stage import training_data
 
 EXAMPLES = 2  # of a stage
@@ -49,6 +50,8 @@ def previews(data: Mapping[str, Any], starts: Mapping[str, ModelSpec], mark: Mar
         if stage in data:
             prompts = training_data(data[stage])
             examples.append(prompt_preview(stage, prompts, starts["ppo"].tokenizer, mark))
+    if "ppo" in data and "score" in starts and reread_reason(starts["ppo"], starts["score"]):
+        examples.append(reread_preview(data["ppo"], starts["score"], mark))
     return examples
 
 
@@ -97,6 +100,17 @@ def prompt_preview(stage: str, data: PromptData, tokenizer: Any, mark: Mark) -> 
         row = TokenRow(ids, [False] * len(ids))
         examples.append(example(f"prompt {i + 1}", row, tokenizer, mark, end=mark("...")))
     return "\n".join([f"{stage}: the response begins at {mark('...')}", *examples])
+
+
+def reread_preview(data: PromptData, score: ModelSpec, mark: Mark) -> str:
+    """The first prompts as a reward model with a tokenizer of its own reads them."""
+    prompts = data.texts[:EXAMPLES]
+    rows, _ = encode_responses(prompts, [""] * len(prompts), [False] * len(prompts), score)
+    examples = [
+        example(f"prompt {i}", row, score.tokenizer, mark, end=mark("..."))
+        for i, row in enumerate(text_rows(rows), start=1)
+    ]
+    return "\n".join([f"ppo: the reward model reads {mark('...')} by its own tokenizer", *examples])
 
 
 def text_rows(texts: TokenizedTexts) -> Iterator[TokenRow]:

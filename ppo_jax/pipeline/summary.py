@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,13 +13,18 @@ from ppo_jax.config.run import STAGE_NAMES, Config
 from ppo_jax.config.stages import LoRASettings, PPOSettings
 from ppo_jax.core.advantages import needs_critic
 from ppo_jax.core.network import merge_params
+from ppo_jax.data.encode import token_rows
+from ppo_jax.data.prompts import PromptData
 from ppo_jax.distributed.layout import Layout, make_layouts
-from ppo_jax.io.model_spec import ModelSpec, parameters
+from ppo_jax.inference.generate import decode_rows
+from ppo_jax.inference.score import encode_responses
+from ppo_jax.io.model_spec import ModelSpec, parameters, reread_reason
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.lora import init_lora
 from ppo_jax.models.partition import split_params, start_layer
 from ppo_jax.pipeline.preflight import share_of_a_device
 from ppo_jax.training.common import count_steps
+from ppo_jax.training.ppo_setup import critic_source
 
 Rows = list[tuple[str, str]]
 
@@ -36,10 +42,13 @@ def summary(
     if "ppo" in stages:
         rows += ppo_rows(config.ppo, starts["ppo"].config)
         rows += memory_rows(config.ppo, starts["ppo"], starts.get("score"))
+        rows += text_reward_rows(config.ppo, starts["ppo"], starts.get("score"), data["ppo"])
     if "evaluate" in stages:
         rows += [("evaluation", f"{config.evaluate.num_prompts} prompts")]
     width = max(len(label) for label, _ in rows)
     lines = [f"  {label:<{width}}  {value}" for label, value in rows]
+    if "ppo" in stages:
+        lines += text_reward_lines(config.ppo, starts["ppo"], starts.get("score"), data["ppo"])
     return "\n".join([*lines, *warm_up_lines(config, steps)])
 
 
@@ -143,9 +152,10 @@ def memory_rows(s: PPOSettings, policy: ModelSpec, score: ModelSpec | None) -> R
         "reference": 0 if s.trainable == "lora" else policy_trained,
     }
     scorer = 0 if score is None else count(parameters(score))
+    alone = score is None or bool(reread_reason(policy, score))  # shares no layer
     critic_trained = 0
     if needs_critic(s.advantages):
-        critic = policy if score is None or s.critic_init_from == "policy" else score
+        critic = critic_source(s, policy, score)
         value = parameters(dataclasses.replace(critic, kind="reward"))
         value = shapes_with_adapters(value, critic.config, s.value_trainable, s.lora)
         critic_trained = count_trained(critic.config, value, s.value_trainable)
@@ -153,11 +163,11 @@ def memory_rows(s: PPOSettings, policy: ModelSpec, score: ModelSpec | None) -> R
         partial = not {s.trainable, s.value_trainable} & {"all", "lora"}  # the top layers of both
         shared = partial or s.value_trainable == "lora"
         memory["critic"] = critic_trained if shared else count(value)
-        scorer = min(scorer, critic_trained) if partial else scorer
+        scorer = min(scorer, critic_trained) if partial and not alone else scorer
     else:
         unread = "value_trainable, value_learning_rate, vf_coef, value_clip_range and gae_lambda"
         trains += [("without a critic", f"{unread} are not read")]
-        if score is not None and s.trainable not in ("all", "lora"):
+        if score is not None and not alone and s.trainable not in ("all", "lora"):
             top = count_trained(score.config, parameters(score), s.trainable)
             scorer = min(scorer, top)
     if score is not None:
@@ -168,6 +178,53 @@ def memory_rows(s: PPOSettings, policy: ModelSpec, score: ModelSpec | None) -> R
         *trains,
         *((f"memory, {name}", size_of(4 * number)) for name, number in memory.items()),
     ]
+
+
+def text_reward_rows(
+    s: PPOSettings, policy: ModelSpec, score: ModelSpec | None, data: PromptData
+) -> Rows:
+    """What it costs that the reward model reads text, and what it does not see of it."""
+    if score is None or not (reason := reread_reason(policy, score)):
+        return []
+    lengths = data.prompts.mask.sum(axis=1)
+    sample = slice(0, 64)
+    began = time.perf_counter()
+    texts = decode_rows(policy.tokenizer, data.prompts.tokens[sample], data.prompts.mask[sample])
+    encode_responses(data.texts[sample], [""] * len(texts), [True] * len(texts), score)
+    a_token = (time.perf_counter() - began) / lengths[sample].sum()
+    seconds = a_token * s.rollout_batch_size * (lengths.mean() + s.response_length)
+    cost = (
+        f"{s.rollout_batch_size} responses an iteration are decoded and tokenised again between "
+        f"two programs, about {seconds:.2g} s; no layer is shared"
+    )
+    rows = [("reward model", describe(score)), ("reward model reads", f"text, as {reason}: {cost}")]
+    if needs_critic(s.advantages):
+        rows.append(("critic starts as", "the policy with a head of zeros: it reads tokens"))
+    return rows
+
+
+def text_reward_lines(
+    s: PPOSettings, policy: ModelSpec, score: ModelSpec | None, data: PromptData
+) -> list[str]:
+    """A line for what a reward model that reads text does not see of the prompts as they are."""
+    if score is None or not reread_reason(policy, score):
+        return []
+    ids = token_rows([((x, True),) for x in data.texts], score.tokenizer, append_eos=True)
+    room, lines = score.config.max_length - s.response_length, []
+    if long := sum(len(row.ids) > room for row in ids):
+        lines.append(
+            f"ppo: {long} of {len(ids)} prompts have over {room} tokens of the reward model's: "
+            f"with a response of {s.response_length} their beginning may be beyond its context of "
+            f"{score.config.max_length}, and is not read then (reward/too_long_fraction)"
+        )
+    special = [str(x) for x in policy.tokenizer.added_tokens_decoder.values() if x.special]
+    unknown = [x for x in special if x not in score.tokenizer.get_vocab()]
+    if written := [x for x in unknown if any(x in text for text in data.texts)]:
+        lines.append(
+            f"ppo: the prompts have {', '.join(written)}, which the reward model's tokenizer does "
+            "not know as tokens: it reads them letter by letter"
+        )
+    return lines
 
 
 def describe(start: ModelSpec) -> str:

@@ -22,15 +22,19 @@ from ppo_jax.algorithms.experience import (
     sample_responses,
 )
 from ppo_jax.algorithms.ppo import init_ppo, ppo_update
+from ppo_jax.algorithms.supervised import text_scores
 from ppo_jax.config.run import STAGE_NAMES, Config, ModelSettings
 from ppo_jax.config.stages import LoRASettings, PPOSettings
 from ppo_jax.core.advantages import needs_critic
 from ppo_jax.core.types import FrozenParams, Hyperparameters, Params, PPOState, Prompts
 from ppo_jax.distributed.layout import Layout, abstract
+from ppo_jax.inference.generate import prompt_width
 from ppo_jax.io import huggingface as hf
 from ppo_jax.io.base_model import llama_config
-from ppo_jax.io.model_spec import parameters_of
+from ppo_jax.io.model_spec import ModelSpec, parameters_of, reread_reason
 from ppo_jax.io.stage_folder import Model, describe_stage, stage_config
+from ppo_jax.io.tokenizers import load_tokenizer
+from ppo_jax.models.build import reward_network
 from ppo_jax.models.config import ModelConfig, computation
 from ppo_jax.models.families import read_config
 from ppo_jax.models.families.presets import SHAPES, published_config
@@ -38,6 +42,8 @@ from ppo_jax.models.partition import start_layer
 from ppo_jax.planner.flops import (
     TrainedParts,
     adapter_flops,
+    attended_in_row,
+    forward_flops,
     rollout_flops,
     scoring_flops,
     update_flops,
@@ -62,6 +68,7 @@ class Models:
     policy: ModelConfig  # and of the reference
     critic: ModelConfig | None  # None: advantages need none
     reward: ModelConfig | None  # None: scores come from a function
+    reads_text: bool = False  # the reward model, in a program of its own
 
 
 def read_models(config: Config) -> Models:
@@ -83,10 +90,42 @@ def read_models(config: Config) -> Models:
         reward = read_model_config(s.reward_model, config.model) or base
         if s.reward_model == "reward" and config.reward and config.reward.num_layers:
             reward = dataclasses.replace(reward, num_layers=config.reward.num_layers)
-    critic = None
+    critic, by_text = None, reward is not None and reads_text(config, policy, reward)
     if needs_critic(s.advantages):
-        critic = policy if reward is None or s.critic_init_from == "policy" else reward
-    return Models(policy=policy, critic=critic, reward=reward)
+        of_policy = reward is None or by_text or s.critic_init_from == "policy"
+        critic = policy if of_policy else reward
+    return Models(policy=policy, critic=critic, reward=reward, reads_text=by_text)
+
+
+def reads_text(config: Config, policy: ModelConfig, reward: ModelConfig) -> bool:
+    """Whether the reward model cannot read the policy's tokens; by their numbers of tokens alone,
+    where one of the two tokenizers is not here."""
+    s, of_run = config.ppo, ("base", *STAGE_NAMES)
+    if s.reward_model in of_run:
+        return False
+    path = config.model.path if s.init_from in of_run else s.init_from
+    known = path and not (s.init_from in of_run and config.model.vocabulary_data)  # yet to be made
+    writer, reader = local_spec(path, policy) if known else None, local_spec(s.reward_model, reward)
+    if writer is None or reader is None:
+        return reward.vocab_size < policy.vocab_size
+    return bool(reread_reason(writer, reader))
+
+
+def local_spec(name: str, config: ModelConfig) -> ModelSpec | None:
+    """A model with its tokenizer, of a stage or a Hugging Face folder; None of any other."""
+    folder = Path(name)
+    if description := describe_stage(folder):
+        tokenizer = load_tokenizer(folder / "tokenizer")
+        return ModelSpec(kind=description["kind"], config=config, tokenizer=tokenizer)
+    if not (folder / "tokenizer.json").is_file():
+        return None
+    raw = hf.read_config_json(folder)
+    return ModelSpec(
+        kind=hf.model_kind(raw),
+        config=config,
+        tokenizer=load_tokenizer(folder),
+        padding_id=hf.padding_id(raw),
+    )
 
 
 def common_layers(config: Config, models: Models) -> int:
@@ -174,13 +213,22 @@ def phases(config: Config, models: Models, layouts: tuple[Layout, Layout]) -> li
         return function.trace(args.state, args.hyperparameters, *inputs, frozen=args.frozen)
 
     rollout = trace(sample_responses, args.prompts, args.key, out_shardings=batch_sharding)
-    scores = () if models.reward else (args.rows(jnp.float32, s.rollout_batch_size),)
+    scores = () if args.networks.reward else (args.rows(jnp.float32, s.rollout_batch_size),)
     responses = args.shard_rows(rollout.out_info)
     scoring = trace(score, responses, *scores, out_shardings=(batch_sharding, replicated))
     experience = args.shard_rows(scoring.out_info[0])
     updates = trace(
         update, experience, args.key, donate_argnums=0, out_shardings=(state_shardings, replicated)
     )
+    programs = {"rollout": rollout}
+    if models.reads_text:
+        reader = functools.partial(
+            score_text, reader=reward_network(models.reward, constrain=layout.constrain)
+        )
+        shape = s.rollout_batch_size, text_width(s, models.reward)
+        texts = args.rows(jnp.int32, *shape), args.rows(bool, *shape)
+        programs["reward model"] = trace(reader, *texts, out_shardings=batch_sharding)
+    programs |= {"scoring": scoring, "update": updates}
     flops = analytic_flops(s, models, args.starts, layout.constrain.platform)
     unchunked = dataclasses.replace(s, logits_chunk=0)
     model_flops = analytic_flops(unchunked, without_remat(models), args.starts)
@@ -196,7 +244,7 @@ def phases(config: Config, models: Models, layouts: tuple[Layout, Layout]) -> li
             flops=flops[name],
             model_flops=model_flops[name],
         )
-        for name, program in (("rollout", rollout), ("scoring", scoring), ("update", updates))
+        for name, program in programs.items()
     ]
 
 
@@ -214,6 +262,18 @@ def score(state, hyperparameters, rollout, scores=None, *, frozen, networks, opt
         scores = response_scores(rollout, frozen=frozen, networks=networks)
     parts = dict(frozen=frozen, networks=networks, options=options)
     return make_experience(rollout, scores, state, hyperparameters, **parts)
+
+
+def score_text(state, hyperparameters, tokens, mask, *, frozen, reader, **parts):
+    """A reward model that reads text, on its own tokens."""
+    return text_scores(reader, frozen.reward, tokens, mask)
+
+
+def text_width(settings: PPOSettings, reward: ModelConfig) -> int:
+    """Tokens that texts are padded to for a reward model that reads them, if it has as many for
+    one as the policy."""
+    longest = settings.max_prompt_length + settings.response_length
+    return min(prompt_width(longest), reward.max_length)
 
 
 def update(state, hyperparameters, experience, key, **parts):
@@ -237,8 +297,10 @@ class AbstractArguments:
         self.key = self.replicated(jax.random.key(0).dtype)
         abstract_models = begin_abstract_models(config, models, self.layout)
         shared = functools.partial(planned_sharing, config, models)
-        self.starts = network_starts(s, *abstract_models, shared)
-        policy, reward, critic = (m and m.config for m in abstract_models)
+        policy, reward, critic = abstract_models
+        in_program = None if models.reads_text else reward
+        self.starts = network_starts(s, policy, in_program, critic, shared)
+        policy, reward, critic = (m and m.config for m in (policy, in_program, critic))
         self.networks = make_networks(policy, critic, reward, self.starts, layouts, s.logits_chunk)
 
         def split(params: Sequence[Params]) -> tuple[FrozenParams, Params, Params]:
@@ -277,7 +339,10 @@ def begin_abstract_models(
         c and Model(kind=kind, config=c, params=parameters_of(kind, c), tokenizer=None)
         for kind, c in (("policy", models.policy), ("reward", models.reward))
     )
-    return begin_models(config.ppo, policy, reward, config.seed, layout, abstract)
+    settings = config.ppo
+    if models.reads_text and models.critic is not None:
+        settings = dataclasses.replace(settings, critic_init_from="policy")
+    return begin_models(settings, policy, reward, config.seed, layout, abstract)
 
 
 def planned_sharing(config: Config, models: Models, policy: Model, other: Model) -> int:
@@ -288,8 +353,12 @@ def planned_sharing(config: Config, models: Models, policy: Model, other: Model)
 
 
 def without_remat(models: Models) -> Models:
-    plain = {k: v and dataclasses.replace(v, remat="none") for k, v in vars(models).items()}
-    return Models(**plain)
+    plain = {
+        name: config and dataclasses.replace(config, remat="none")
+        for name, config in vars(models).items()
+        if name != "reads_text"
+    }
+    return dataclasses.replace(models, **plain)
 
 
 def analytic_flops(
@@ -321,10 +390,11 @@ def analytic_flops(
         trained.append(trained_parts(critic, s.value_trainable, trunks[1], s.lora, "scalar"))
         adapters += critic.num_layers * trained[1].adapter_flops
     positions = s.rollout_batch_size * (s.max_prompt_length + s.response_length - 1)
+    reward = None if models.reads_text else models.reward
     scoring = scoring_flops(
-        policy, critic, models.reward, policy_passes=passes, trunks=trunks, **kernels, **sizes
+        policy, critic, reward, policy_passes=passes, trunks=trunks, **kernels, **sizes
     )
-    return {
+    flops = {
         "rollout": rollout_flops(
             policy,
             samples_per_prompt=s.samples_per_prompt,
@@ -337,6 +407,17 @@ def analytic_flops(
             policy, critic, num_epochs=s.num_epochs, trained=trained, **kernels, **sizes
         ),
     }
+    if models.reads_text:
+        width = text_width(s, models.reward)
+        flops["reward model"] = forward_flops(
+            models.reward,
+            sequences=s.rollout_batch_size,
+            positions=width,
+            attended=attended_in_row(models.reward, width, platform),
+            outputs=width,
+            head="scalar",
+        )
+    return flops
 
 
 def trained_parts(

@@ -2,30 +2,35 @@
 
 import dataclasses
 import functools
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
 
 from ppo_jax.algorithms.experience import PPOOptions, response_scores, sample_responses
 from ppo_jax.algorithms.ppo import init_ppo, ppo_iteration, update_from_rollout
+from ppo_jax.algorithms.supervised import text_scores
 from ppo_jax.config.run import Config
 from ppo_jax.config.stages import PPOSettings
 from ppo_jax.core.types import PPOState, Prompts, Rollout
 from ppo_jax.data.encode import take_prompts
 from ppo_jax.data.prompts import PromptBuckets, PromptData, prompt_data
 from ppo_jax.distributed.layout import Layout, fetch, gather_rows, local_rows, make_layouts
-from ppo_jax.inference.generate import decode_rows
+from ppo_jax.inference.generate import decode_rows, prompt_width
+from ppo_jax.inference.score import encode_responses
 from ppo_jax.io.model_spec import ModelSpec
 from ppo_jax.io.run_folder import append_rows
-from ppo_jax.io.stage_folder import load_source, source_steps
+from ppo_jax.io.stage_folder import Model, load_source, source_steps
 from ppo_jax.training.common import compile_step
 from ppo_jax.training.ppo_setup import Setup, begin_models, make_setup
 from ppo_jax.training.resume import fingerprint
 from ppo_jax.training.reward_functions import FunctionFailed, RewardFunction, load_reward_function
 from ppo_jax.training.stage import Stage, StageRun, open_stage
+
+# (prompts, their rollout) -> (scores [B] float32 on the mesh, metrics)
+Scorer: TypeAlias = Callable[[list[str], Rollout], tuple[jax.Array, dict[str, Any]]]
 
 
 def read_ppo(config: Config, start: ModelSpec) -> PromptData:
@@ -38,9 +43,6 @@ def train_ppo(config: Config, workdir: Path, base: str, data: PromptData):
     settings, layouts = config.ppo, make_layouts(config.mesh)
     layout = layouts[0]
     policy, reward, critic = find_models(config, workdir, base, layout)
-    function = None
-    if settings.reward_function:
-        function = load_reward_function(settings.reward_function, settings.reward_timeout_s)
     texts, rows = data.texts, data.prompts
     num_steps, size = settings.num_iterations, settings.rollout_batch_size
     samples_each = settings.samples_per_prompt
@@ -60,8 +62,15 @@ def train_ppo(config: Config, workdir: Path, base: str, data: PromptData):
         print(f"ppo: {buckets}")
     setup, *start = make_setup(settings, policy, reward, critic, layouts, config.model.frozen_dtype)
     tokenizer = policy.tokenizer
+    score = None  # the reward model is in the program of an iteration
+    if settings.reward_function:
+        function = load_reward_function(settings.reward_function, settings.reward_timeout_s)
+        stop_ids = setup.options.sampling.eos_ids
+        score = function_scorer(function, tokenizer, stop_ids, layout)
+    elif setup.text_reward is not None:
+        score = text_scorer(setup, reward, tokenizer, layout)
     del policy, reward, critic  # the setup has what is used of them
-    samples = make_sampler(setup, tokenizer, texts, rows, settings, function, layout)
+    samples = make_sampler(setup, tokenizer, texts, rows, settings, score, layout)
     with StageRun(
         workdir,
         PPO,
@@ -71,7 +80,7 @@ def train_ppo(config: Config, workdir: Path, base: str, data: PromptData):
     ) as run:
         state = run.restore(layout, init_ppo, *start, setup.hyperparameters)
         del start
-        iterate = make_iteration(setup, state, tokenizer, texts, function, layout)
+        iterate = make_iteration(setup, state, texts, score, layout)
         tell_what_comes(run.start, settings, workdir / "samples.jsonl")
         if run.start == 0:
             append_rows(workdir / "samples.jsonl", samples(state, 0))
@@ -129,21 +138,19 @@ def tell_what_comes(start: int, settings: PPOSettings, samples: Path):
 def make_iteration(
     setup: Setup,
     state: PPOState,
-    tokenizer: Any,
     texts: list[str],
-    function: RewardFunction | None,
+    score: Scorer | None,
     layout: Layout,
 ):
     """(state, chosen prompts, their tokens, key) -> (state, metrics).
 
-    With a reward model an iteration is one program. With a function it is two, and the function
-    between them sees text; the numbers are those of one program.
+    With a reward model that reads the policy's tokens an iteration is one program. Otherwise it is
+    two, and between them `score` reads text; the numbers are those of one program.
     """
     parts = dict(networks=setup.networks, options=setup.options)
     hyperparameters, frozen = setup.hyperparameters, setup.frozen
-    stop_ids = setup.options.sampling.eos_ids
     how = program_options(setup.options)
-    if function is None:
+    if score is None:
         iteration = compile_step(ppo_iteration, state, layout, compiler_options=how, **parts)
         return lambda state, chosen, prompts, key: iteration(
             state, hyperparameters, prompts, key, frozen=frozen
@@ -158,10 +165,9 @@ def make_iteration(
     def iterate(state: PPOState, chosen: np.ndarray, prompts: Prompts, key: jax.Array):
         rollout_key, shuffle_key = jax.random.split(key)
         rollout = sample(state, hyperparameters, prompts, rollout_key, frozen=frozen)
-        asked = [texts[i] for i in chosen]
-        scores = call_function(function, asked, rollout, tokenizer, stop_ids)
-        scores = layout.shard_batch(scores)
-        return update(state, hyperparameters, rollout, scores, shuffle_key, frozen=frozen)
+        scores, more = score([texts[i] for i in chosen], rollout)
+        state, metrics = update(state, hyperparameters, rollout, scores, shuffle_key, frozen=frozen)
+        return state, metrics | more
 
     return iterate
 
@@ -177,6 +183,43 @@ def local_responses(
     )
     prompts = Prompts(tokens=prompts[0], mask=prompts[1])
     return rows, decode_rows(tokenizer, tokens, mask, prompts, stop_ids)
+
+
+def function_scorer(
+    function: RewardFunction, tokenizer: Any, stop_ids: Collection[int], layout: Layout
+) -> Scorer:
+    """The scores of a user's function."""
+
+    def score(prompts: list[str], rollout: Rollout):
+        scores = call_function(function, prompts, rollout, tokenizer, stop_ids)
+        return layout.shard_batch(scores), {}
+
+    return score
+
+
+def text_scorer(setup: Setup, reward: Model, tokenizer: Any, layout: Layout) -> Scorer:
+    """The scores of a reward model that reads text: responses are decoded by the policy's tokenizer
+    and tokenised by its own, see `encode_responses`. All processes run the one program."""
+    reader = dataclasses.replace(reward, params={})  # the setup has them, on the mesh
+    program = jax.jit(
+        functools.partial(text_scores, setup.text_reward), out_shardings=layout.batch_sharding
+    )
+
+    def score(prompts: list[str], rollout: Rollout):
+        asked = Prompts(tokens=rollout.prompt_tokens, mask=rollout.prompt_mask)
+        tokens, mask, asked, ended = fetch(
+            (rollout.response_tokens, rollout.response_mask, asked, rollout.has_eos)
+        )
+        stop_ids = setup.options.sampling.eos_ids
+        responses = decode_rows(tokenizer, tokens, mask, asked, stop_ids)
+        rows, too_long = encode_responses(prompts, responses, ended, reader)
+        width = min(prompt_width(rows.tokens.shape[1]), reader.config.max_length)
+        more = ((0, 0), (0, width - rows.tokens.shape[1]))
+        inputs = layout.shard_batch((np.pad(rows.tokens, more), np.pad(rows.mask, more)))
+        scores = program(setup.frozen.reward, *inputs)
+        return scores, {"reward/too_long_fraction": too_long.mean()}
+
+    return score
 
 
 def program_options(options: PPOOptions) -> dict[str, Any]:
@@ -213,7 +256,7 @@ def make_sampler(
     texts: list[str],
     rows: Prompts,
     settings: PPOSettings,
-    function: RewardFunction | None,
+    score: Scorer | None,
     layout: Layout,
 ):
     """(state, step) -> rows of samples.jsonl: the same prompts and the same key every time."""
@@ -227,7 +270,7 @@ def make_sampler(
         functools.partial(sample_responses, networks=setup.networks, options=options),
         out_shardings=layout.batch_sharding,
     )
-    score = jax.jit(functools.partial(response_scores, networks=setup.networks))
+    score_tokens = jax.jit(functools.partial(response_scores, networks=setup.networks))
 
     def samples(state: PPOState, step: int) -> list[dict]:
         if not len(chosen):
@@ -237,12 +280,10 @@ def make_sampler(
             layout.replicate(jax.random.key(0)),
         )
         rollout = sample(state, setup.hyperparameters, prompts, key, frozen=setup.frozen)
-        if function is None:
-            scores = score(rollout, frozen=setup.frozen)
+        if score is None:
+            scores = score_tokens(rollout, frozen=setup.frozen)
         else:
-            asked = [texts[i] for i in filled]
-            scores = call_function(function, asked, rollout, tokenizer, once.eos_ids)
-            scores = layout.shard_batch(scores)
+            scores, _ = score([texts[i] for i in filled], rollout)
         scores, responses = fetch((scores, (rollout.response_tokens, rollout.response_mask)))
         prompts = take_prompts(rows, filled)
         responses = decode_rows(tokenizer, *responses, prompts, once.eos_ids)

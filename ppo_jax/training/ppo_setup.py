@@ -12,10 +12,11 @@ import numpy as np
 from ppo_jax.algorithms.experience import PPONetworks, PPOOptions, Sampler
 from ppo_jax.config.stages import PPOSettings
 from ppo_jax.core.advantages import needs_critic
-from ppo_jax.core.network import merge_params
+from ppo_jax.core.network import Network, merge_params
 from ppo_jax.core.types import FrozenParams, Hyperparameters, Params
 from ppo_jax.distributed.layout import Layout, init_sharded
 from ppo_jax.inference.generate import make_sampling
+from ppo_jax.io.model_spec import reread_reason
 from ppo_jax.io.stage_folder import Model
 from ppo_jax.models.build import policy_network, reward_network, trunk_network, value_network
 from ppo_jax.models.config import ModelConfig
@@ -33,6 +34,7 @@ class Setup:
     options: PPOOptions
     hyperparameters: Hyperparameters
     frozen: FrozenParams
+    text_reward: Network | None = None  # a reward model that reads text, of `frozen.reward`
 
 
 def make_hyperparameters(settings: PPOSettings) -> Hyperparameters:
@@ -234,13 +236,16 @@ def make_setup(
     Returns:
         (setup, the trained leaves of the policy as they start, those of the critic or None).
     """
-    layout, starts = layouts[0], network_starts(settings, policy, reward, critic)
+    layout, text_reward, in_program = layouts[0], None, reward
+    if reward is not None and reread_reason(policy, reward):
+        text_reward, in_program = reward_network(reward.config, constrain=layout.constrain), None
+    starts = network_starts(settings, policy, in_program, critic)
     frozen, trained, value_trained = split_models(settings, policy, reward, critic, starts)
     setup = Setup(
         networks=make_networks(
             policy.config,
             None if critic is None else critic.config,
-            None if reward is None else reward.config,
+            None if in_program is None else in_program.config,
             starts,
             layouts,
             settings.logits_chunk,
@@ -248,6 +253,7 @@ def make_setup(
         options=make_options(settings, make_sampling(vars(settings), policy.tokenizer)),
         hyperparameters=layout.replicate(make_hyperparameters(settings)),
         frozen=freeze(frozen, layout, frozen_dtype),
+        text_reward=text_reward,
     )
     return (
         setup,
@@ -285,9 +291,17 @@ def begin_models(
     return adapt(policy, settings.trainable), reward, critic
 
 
+def critic_source(settings: PPOSettings, policy: Any, reward: Any) -> Any:
+    """Which of two models, or of their specs, the critic starts from: the reward model if there is
+    one that reads the policy's tokens, but for `critic_init_from="policy"`."""
+    if reward is None or settings.critic_init_from == "policy" or reread_reason(policy, reward):
+        return policy
+    return reward
+
+
 def make_critic(settings: PPOSettings, policy: Model, reward: Model | None) -> Model:
     """Where the critic starts: the reward model, or the policy's body with a head of zeros."""
-    if reward is not None and settings.critic_init_from != "policy":
+    if critic_source(settings, policy, reward) is reward:
         return reward
     width = policy.config.embed_dim
     head = {"kernel": np.zeros((width, 1), np.float32), "bias": np.zeros(1, np.float32)}

@@ -116,13 +116,15 @@ def train_reward(config: Config, workdir: Path, base: str, data: RewardParts):
 
 
 def init_reward_model(model: Model, num_layers: int, seed: int) -> Model:
-    """A policy's body, or its lower layers, with a new scalar head; a reward model stays one."""
+    """A policy's body, or its lower layers, with a new scalar head; a reward model stays one.
+
+    Its training reads every text at EOS, whatever was its padding before."""
     config, params = keep_layers(model.config, model.params, num_layers or model.config.num_layers)
     if model.kind == "policy":
         init = reward_network(config).init
         head = jax.jit(lambda key: init(key)["head"])(jax.random.key(seed))  # nothing else is made
         params = {**params, "head": jax.tree.map(np.asarray, head)}
-    return dataclasses.replace(model, kind="reward", config=config, params=params)
+    return dataclasses.replace(model, kind="reward", config=config, params=params, padding_id=None)
 
 
 def preference_batch(

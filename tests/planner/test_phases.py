@@ -1,6 +1,7 @@
 """The state that a plan has is that of a run: with adapters, top layers, a shared trunk."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -11,7 +12,7 @@ from ppo_jax.algorithms.supervised import accumulate
 from ppo_jax.core.network import merge_params
 from ppo_jax.distributed.layout import Layout, init_sharded, make_mesh
 from ppo_jax.distributed.trees import named_leaves
-from ppo_jax.io.stage_folder import Model
+from ppo_jax.io.stage_folder import Model, load_model
 from ppo_jax.models.build import policy_network, reward_network
 from ppo_jax.models.lora import init_lora
 from ppo_jax.planner import flops, phases, planner
@@ -20,7 +21,9 @@ from ppo_jax.planner.hlo.cost import cost_analysis
 from ppo_jax.planner.phases import common_layers
 from ppo_jax.training.ppo_setup import begin_models, make_setup
 from tests.support import tiny, tiny_plan
+from tests.support.tiny_hf import edit_config, torch_model
 from tests.support.tiny_plan import TARGET, settings
+from tests.support.tiny_stage import word_tokenizer
 from tests.training.test_ppo_setup import BY_FUNCTION, TOKENIZER
 
 REWARD = dict(data="pairs.jsonl", init_from="base", trainable=1, optimizer=dict(learning_rate=1e-5))
@@ -208,3 +211,59 @@ def test_training_of_the_top_layers_is_counted(count):
     expected = flops.training_flops(config, trained=of, **where)
     got = measured_training(reward_network, config, trained, params)
     assert got == pytest.approx(expected, rel=0.02)
+
+
+# --- a reward model that reads text ---------------------------------------------------------------
+
+
+@pytest.fixture
+def elsewhere(tmp_path):
+    """A policy and a classifier of another width in folders, each with a tokenizer of its own."""
+    size = dict(vocab_size=64, hidden_size=64, num_attention_heads=4, num_key_value_heads=4)
+    for name, task, words in (("policy", "CausalLM", 64), ("reward", "SequenceClassification", 60)):
+        size |= {} if task == "CausalLM" else dict(num_labels=1, hidden_size=128, pad_token_id=3)
+        torch_model("llama", task, **size).save_pretrained(tmp_path / name)
+        word_tokenizer(words).save_pretrained(tmp_path / name)
+    return tmp_path
+
+
+def test_a_reward_model_that_reads_text_is_a_program_of_its_own(elsewhere):
+    paths = dict(init_from="base", reward_model=str(elsewhere / "reward"))
+    model = dict(scratch=None, vocabulary_data="", path=str(elsewhere / "policy"))
+    config = settings(ppo=paths, model=model)
+    models = planner.read_models(config)
+    assert models.reads_text and models.critic == models.policy != models.reward
+    mesh = make_mesh(config.mesh, TARGET.devices)
+    layouts = Layout(mesh, config.mesh.rules), Layout(mesh, config.mesh.rollout_rules)
+    load = functools.partial(load_model, settings=config.model, layout=layouts[0])
+    found = begin_models(
+        config.ppo, load(elsewhere / "policy"), load(elsewhere / "reward"), 0, layouts[0]
+    )
+    setup, *start = make_setup(config.ppo, *found, layouts)
+    state = init_sharded(layouts[0], init_ppo, *start, setup.hyperparameters)
+    planned = phases.AbstractArguments(config, models, layouts)
+    assert described(planned.state) == described(state)
+    assert described(planned.frozen) == described(setup.frozen)
+    assert planned.networks.reward is setup.networks.reward is None is not setup.text_reward
+    programs = planner.prepare(config, TARGET)[2]
+    names = ["rollout", "reward model", "scoring", "update"]
+    assert [phase.name for phase in programs] == names
+    cost = planner.compile_phase(programs[1], TARGET, {})
+    assert cost.program_cost.flops * 8 == pytest.approx(programs[1].flops, rel=0.05)
+
+
+def test_a_plan_compares_the_tokenizers_that_are_here(elsewhere):
+    def reads_text(policy, reward, **model):
+        model = dict(scratch=None, vocabulary_data="", path=str(policy)) | model
+        paths = dict(init_from="base", reward_model=str(reward))
+        return planner.read_models(settings(ppo=paths, model=model)).reads_text
+
+    policy, reward = elsewhere / "policy", elsewhere / "reward"
+    assert reads_text(policy, reward)
+    word_tokenizer(64).save_pretrained(reward)
+    assert not reads_text(policy, reward)
+    (reward / "tokenizer.json").unlink()
+    assert not reads_text(policy, reward)  # as many tokens
+    edit_config(reward, reward, vocab_size=32)
+    assert reads_text(policy, reward)
+    assert not reads_text(policy, "reward")

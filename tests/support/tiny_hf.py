@@ -71,14 +71,15 @@ TINY_MODELS = {
 }
 
 
-def torch_model(name):
+def torch_model(name, task="CausalLM", **changes):
     """A random model in which no bias is zero and no norm is one."""
     pytest.importorskip("torch")
     family, options = TINY_MODELS[name]
     small = SMALL_GPT2 if family == "gpt2" else SMALL
-    config = transformers.AutoConfig.for_model(family, **{**small, **options})
+    config = transformers.AutoConfig.for_model(family, **{**small, **options, **changes})
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    auto_class = getattr(transformers, f"AutoModelFor{task}")
+    model = auto_class.from_config(config, attn_implementation="eager")
     with torch.no_grad():
         for parameter in model.parameters():
             around = 1.0 if parameter.ndim == 1 else 0.0
