@@ -285,7 +285,7 @@ def ppo_iteration(
     parts = dict(frozen=frozen, networks=networks, options=options)
     rollout_key, shuffle_key = jax.random.split(key)
     responses = sample_responses(state, hyperparameters, prompts, rollout_key, **parts)
-    scores = response_scores(responses, frozen=frozen, networks=networks)
+    scores = response_scores(responses, frozen=frozen, networks=networks, eos_id=options.score_eos)
     state, metrics = update_from_rollout(
         state, hyperparameters, responses, scores, shuffle_key, **parts
     )

@@ -197,11 +197,16 @@ class PPOSettings:
     prompt_buckets: int = 1  # widths in tokens that prompts are padded to: the longest one's, its
     # half, its quarter, ...; more than 1 puts prompts of like length into a batch
     response_length: int = 64  # tokens at most
-    stop_tokens: tuple[str, ...] = ()  # tokens that end a response besides the tokenizer's EOS
+    stop_tokens: tuple[str, ...] = ()  # what ends a response besides EOS and the tokens that the
+    # model's files declare: tokens as they are spelled in the vocabulary, and any other text, such
+    # as "\n\nHuman:", with the token that completes it
     temperature: float = changeable(1.0)  # divides the logits, in sampling and in training
     top_k: int = 0  # the likeliest tokens; 0 is off
     top_p: float = 1.0  # 1 is off
     min_p: float = 0.0  # 0 is off
+    score_at: str = "eos"  # where the reward model reads a response that has stopped at another
+    # token than EOS, with which its training texts end: at an EOS put behind it, or "last", at its
+    # last token
     missing_eos: str = "keep"  # the score of a response that was cut off: or "penalty", "replace"
     missing_eos_score: float = changeable(1.0)  # what is subtracted from it, or put in its place
 
@@ -280,6 +285,8 @@ class PPOSettings:
         check.each("in (0, 1]", "top_p")
         check.each("in [0, 1]", "min_p")
         check.choice("missing_eos", "keep", "penalty", "replace")
+        check.choice("score_at", "eos", "last")
+        check.that(all(self.stop_tokens), "stop_tokens", "texts of at least one character")
 
     def _check_old_logprobs(self, check: Check):
         check.choice("old_logprobs", "rollout", "recompute")

@@ -33,9 +33,9 @@ class Rollout:
     prompt_tokens: jax.Array  # [B, P] int32
     prompt_mask: jax.Array  # [B, P] bool
     response_tokens: jax.Array  # [B, T] int32, 0 where masked
-    response_mask: jax.Array  # [B, T] bool, True up to and including the stop token
+    response_mask: jax.Array  # [B, T] bool, True up to and including the token that ends it
     logprobs: jax.Array  # [B, T] float32, at the sampling temperature, 0 where masked
-    has_eos: jax.Array  # [B] bool, the response ended with a stop token
+    has_eos: jax.Array  # [B] bool, the response ended with a stop token or a stop string
     hidden_states: jax.Array | None = None  # [B, L, D], the trunk's output, when there is a trunk
 
     @property

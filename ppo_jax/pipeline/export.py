@@ -201,7 +201,7 @@ def reward_head(config: ModelConfig, params: Params) -> tuple[Params, float]:
 
 def generation_config(tokenizer: Any, sampling: Sampling, temperature: float) -> dict[str, Any]:
     """The content of generation_config.json: sampling as in the run. top_k=0 is off there, too."""
-    padding = tokenizer.pad_token_id
+    padding, strings = tokenizer.pad_token_id, sampling.stop_strings
     return {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": list(sampling.eos_ids),
@@ -212,6 +212,7 @@ def generation_config(tokenizer: Any, sampling: Sampling, temperature: float) ->
         "top_p": sampling.top_p,
         "min_p": sampling.min_p,
         "max_new_tokens": sampling.response_length,
+        **({"stop_strings": list(strings.texts)} if strings else {}),
     }
 
 

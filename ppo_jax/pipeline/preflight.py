@@ -20,12 +20,14 @@ from ppo_jax.data.readers import check_packages, is_hub, is_table, read_rows
 from ppo_jax.data.records import PROMPT_SCHEMAS, load_ratings, load_texts
 from ppo_jax.distributed.layout import Layout, make_layouts
 from ppo_jax.evaluation.evaluate import EVALUATE
-from ppo_jax.inference.generate import stop_ids
+from ppo_jax.inference.generate import make_sampling
+from ppo_jax.inference.stop_strings import stop_strings
 from ppo_jax.io.model_spec import ModelSpec, needs_base, parameters, scratch_shape
 from ppo_jax.io.stage_folder import check_pin, describe_stage, missing_steps, source_steps
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.lora import check_targets
 from ppo_jax.rollout.sampling import Sampling
+from ppo_jax.training.ppo_setup import make_options
 from ppo_jax.training.reward_functions import load_reward_function
 from ppo_jax.training.stage import Stage
 from ppo_jax.training.stages import TRAINING_STAGES
@@ -187,7 +189,7 @@ def check_data(
         {stage name: what its `read` returns}.
     """
     if "ppo" in starts:
-        stop_ids(starts["ppo"].tokenizer, config.ppo.stop_tokens)
+        stop_strings(starts["ppo"].tokenizer, config.ppo.stop_tokens)
     data: dict[str, Any] = {}
     for stage in chosen(stages):
         start = starts["ppo" if stage.name == "evaluate" else stage.name]
@@ -264,6 +266,11 @@ def check_ppo(settings: PPOSettings, policy: ModelSpec, score: ModelSpec | None)
             f"ppo.max_prompt_length + ppo.response_length must be at most {context} (the models' "
             f"context), got {settings.max_prompt_length} + {settings.response_length}"
         )
+    if score is not None and total == score.config.max_length and reads_eos(settings, policy):
+        raise ValueError(
+            "ppo.score_at must be 'last', or ppo.max_prompt_length + ppo.response_length below the "
+            f"reward model's context ({total}): an EOS is put behind the longest response, too"
+        )
     if score is not None and score.kind != "reward":
         raise ValueError(
             f"ppo.reward_model must be a reward model, got the policy {settings.reward_model!r}"
@@ -277,6 +284,12 @@ def check_ppo(settings: PPOSettings, policy: ModelSpec, score: ModelSpec | None)
     if needs_critic(settings.advantages):
         critic = policy if score is None or settings.critic_init_from == "policy" else score
         check_part("ppo.value_trainable", settings.value_trainable, settings.lora, critic.config)
+
+
+def reads_eos(settings: PPOSettings, policy: ModelSpec) -> bool:
+    """Whether the reward model reads some responses at an EOS put behind them."""
+    sampling = make_sampling(vars(settings), policy.tokenizer)
+    return make_options(settings, sampling, policy.tokenizer.eos_token_id).score_eos is not None
 
 
 def check_part(field: str, trainable: str | int, lora: LoRASettings, config: ModelConfig):

@@ -211,7 +211,8 @@ def decode_trip_counts(num_rows: int, sampling: Sampling) -> TripCounts:
 def score(state, hyperparameters, rollout, scores=None, *, frozen, networks, options):
     """The work between the rollout and the updates."""
     if scores is None:
-        scores = response_scores(rollout, frozen=frozen, networks=networks)
+        eos_id = options.score_eos
+        scores = response_scores(rollout, frozen=frozen, networks=networks, eos_id=eos_id)
     parts = dict(frozen=frozen, networks=networks, options=options)
     return make_experience(rollout, scores, state, hyperparameters, **parts)
 
@@ -222,9 +223,9 @@ def update(state, hyperparameters, experience, key, **parts):
 
 
 def abstract_options(settings: PPOSettings) -> PPOOptions:
-    """With some stop token: no program depends on which it is."""
+    """With some stop token: which it is changes no program, and others besides it change little."""
     fields = {k: getattr(settings, k) for k in ("response_length", "top_k", "top_p", "min_p")}
-    return make_options(settings, Sampling(eos_ids=(0,), **fields))
+    return make_options(settings, Sampling(eos_ids=(0,), **fields), eos_id=0)
 
 
 class AbstractArguments:

@@ -194,7 +194,8 @@ def make_sampler(
         functools.partial(sample_responses, networks=setup.networks, options=options),
         out_shardings=layout.batch_sharding,
     )
-    score = jax.jit(functools.partial(response_scores, networks=setup.networks))
+    how = dict(networks=setup.networks, eos_id=setup.options.score_eos)
+    score = jax.jit(functools.partial(response_scores, **how))
 
     def samples(state: PPOState, step: int) -> list[dict]:
         if not len(chosen):

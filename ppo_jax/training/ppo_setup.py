@@ -44,12 +44,22 @@ def make_hyperparameters(settings: PPOSettings) -> Hyperparameters:
     return Hyperparameters(optimizer=optimizer, **numbers)
 
 
-def make_options(settings: PPOSettings, sampling: Sampling) -> PPOOptions:
-    """The choices of the settings; what shapes the program."""
-    names = {field.name for field in dataclasses.fields(PPOOptions)} - {"sampling"}
+def make_options(settings: PPOSettings, sampling: Sampling, eos_id: int) -> PPOOptions:
+    """The choices of the settings; what shapes the program. `eos_id` is the tokenizer's."""
+    names = {field.name for field in dataclasses.fields(PPOOptions)} - {"sampling", "score_eos"}
     of_rollout = ("samples_per_prompt", "max_concurrent", "min_free_slots")
     sampling = dataclasses.replace(sampling, **{k: getattr(settings, k) for k in of_rollout})
-    return PPOOptions(sampling=sampling, **{name: getattr(settings, name) for name in names})
+    return PPOOptions(
+        sampling=sampling,
+        score_eos=eos_id if settings.score_at == "eos" and other_ends(sampling, eos_id) else None,
+        **{name: getattr(settings, name) for name in names},
+    )
+
+
+def other_ends(sampling: Sampling, eos_id: int) -> bool:
+    """Whether a response may stop at something else than EOS, with which all texts of a reward
+    model's training end."""
+    return set(sampling.eos_ids) > {eos_id} or sampling.stop_strings is not None
 
 
 def same(a: Params, b: Params) -> bool:
@@ -236,6 +246,7 @@ def make_setup(
     """
     layout, starts = layouts[0], network_starts(settings, policy, reward, critic)
     frozen, trained, value_trained = split_models(settings, policy, reward, critic, starts)
+    sampling = make_sampling(vars(settings), policy.tokenizer)
     setup = Setup(
         networks=make_networks(
             policy.config,
@@ -245,7 +256,7 @@ def make_setup(
             layouts,
             settings.logits_chunk,
         ),
-        options=make_options(settings, make_sampling(vars(settings), policy.tokenizer)),
+        options=make_options(settings, sampling, policy.tokenizer.eos_token_id),
         hyperparameters=layout.replicate(make_hyperparameters(settings)),
         frozen=freeze(frozen, layout, frozen_dtype),
     )

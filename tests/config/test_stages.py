@@ -140,9 +140,9 @@ def test_every_option_matters(name):
 def test_there_are_no_other_options():
     # Sampling has tests of its own; micro-batches change the memory, see below, and nothing else,
     # packing the time, see `test_packing`; for advantages without a critic see
-    # `test_critic_free_run`.
+    # `test_critic_free_run`, for where a score is read `test_ppo_iteration`.
     fields = {f.name for f in dataclasses.fields(PPOOptions)}
-    others = {"sampling", "num_micro_batches", "packing", "advantages"}
+    others = {"sampling", "num_micro_batches", "packing", "advantages", "score_eos"}
     assert fields == CHOICES.keys() | others
 
 
