@@ -235,6 +235,11 @@ class PPOSettings:
     vf_coef: float = changeable(0.1)  # weight of the value loss; Adam divides it out but for
     # max_grad_norm
     entropy_coef: float = changeable(0.0)  # weight of the entropy, per nat
+    stop_kl: Limit = changeable(math.inf)  # nats a token: the updates of an iteration end at the
+    # minibatch whose policy/approx_kl is above it; inf is off, 0.02 is usual
+    max_ref_kl: Limit = changeable(
+        math.inf
+    )  # nats a response: the run ends when kl/ref is above it
 
     # Output
 
@@ -298,7 +303,7 @@ class PPOSettings:
         check.that(recomputed or high == 1, "tis_clip_high", rule)
 
     def _check_objective(self, check: Check):
-        check.each("> 0", "target_kl", "kl_horizon", "value_clip_range")
+        check.each("> 0", "target_kl", "kl_horizon", "value_clip_range", "stop_kl", "max_ref_kl")
         check.each(">= 0", "kl_coef", "vf_coef", "entropy_coef", "value_learning_rate")
         check.each("in [0, 1]", "gamma", "gae_lambda")
         check.each("in (0, 1)", "clip_range")

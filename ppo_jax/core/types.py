@@ -93,7 +93,7 @@ class Optimizer:
 @struct.dataclass(kw_only=True)
 class Hyperparameters:
     """Every number of PPO. All leaves are traced: changing one never recompiles, and `jax.vmap`
-    over them trains a sweep as one program.
+    over them trains a sweep as one program. None is no leaf.
 
     `temperature` must be > 0: the logits of the update are divided by it, and at 0 the loss is
     NaN. It is traced, so nothing can refuse a 0 here.
@@ -113,6 +113,7 @@ class Hyperparameters:
     vf_coef: jax.Array | float = 0.1
     entropy_coef: jax.Array | float = 0.0
     missing_eos_score: jax.Array | float = 0.0  # replaces, or is subtracted from, the score
+    stop_kl: jax.Array | float | None = None  # nats a token, see `ppo_update`; None is off
     tis_clip_low: jax.Array | float = 1.0  # limits of the weights of recomputed log-probs; 1 and
     tis_clip_high: jax.Array | float = 1.0  # 1 is no weight, see `importance_weights`
 

@@ -67,6 +67,7 @@ def train_ppo(config: Config, workdir: Path, base: str, data: PromptData):
         num_steps=num_steps,
         save_every=settings.save_every,
         tokens=("response/length", size),
+        limits={"kl/ref": (settings.max_ref_kl, "ppo.max_ref_kl")},
     ) as run:
         state = run.restore(layout, init_ppo, *start, setup.hyperparameters)
         del start

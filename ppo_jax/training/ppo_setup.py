@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -39,6 +40,8 @@ def make_hyperparameters(settings: PPOSettings) -> Hyperparameters:
     """The numbers of the settings, as float32."""
     names = {field.name for field in dataclasses.fields(Hyperparameters)} - {"optimizer"}
     numbers = {name: np.float32(getattr(settings, name)) for name in names}
+    if settings.stop_kl == math.inf:
+        numbers["stop_kl"] = None  # without the brake in the program
     numbers["clip_range_high"] = np.float32(settings.clip_range_high or settings.clip_range)
     optimizer = make_optimizer(settings.optimizer, settings.num_iterations)
     return Hyperparameters(optimizer=optimizer, **numbers)

@@ -62,6 +62,7 @@ class StageRun:
         num_steps: of the stage.
         save_every: steps between checkpoints; the last step is always saved.
         tokens: (metric, factor), as `MetricsWriter` has it.
+        limits: {metric: (most, setting)}, likewise.
     """
 
     def __init__(
@@ -72,9 +73,11 @@ class StageRun:
         num_steps: int,
         save_every: int,
         tokens: tuple[str, float] | None = None,
+        limits: Mapping[str, tuple[float, str]] | None = None,
     ):
         self.workdir, self.stage, self.num_steps = Path(workdir), stage.name, num_steps
-        self.save_every, self.show, self.tokens = save_every, stage.progress, tokens
+        self.save_every, self.show = save_every, stage.progress
+        self.tokens, self.limits = tokens, limits
         self.folder = self.workdir / stage.name
         self.unit = stage.step_unit
         self.start = 0
@@ -125,6 +128,7 @@ class StageRun:
             restored_step=restored,
             show=self.show,
             tokens=self.tokens,
+            limits=self.limits,
         )
         return state
 
@@ -149,7 +153,7 @@ class StageRun:
         """Log a step; save it when its time has come.
 
         Raises:
-            FloatingPointError: a loss is not finite.
+            FloatingPointError: a loss is not finite, or a metric is above its limit.
             SystemExit: after SIGTERM (code 143) or Ctrl-C (130; among several processes it is
                 SIGTERM for all, 143), when the state is on disk.
         """

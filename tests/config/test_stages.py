@@ -34,6 +34,7 @@ NUMBERS = dict(
     gamma=0.9,
     tis_clip_low=0.0,
     tis_clip_high=2.0,
+    stop_kl=1e9,
 )
 CHANGES = {
     "learning_rate": 2e-3,
@@ -60,6 +61,7 @@ CHANGES = {
     "missing_eos_score": 2.0,
     "tis_clip_low": 1.5,
     "tis_clip_high": 0.5,
+    "stop_kl": 1e-6,
 }
 
 
