@@ -5,6 +5,7 @@ Every number has its unit in a comment, and every rule its check.
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -44,6 +45,14 @@ def check_lora(check: Check, *fields: str):
         own.that(read or same, field, f"{default!r} unless {where} is 'lora'")
 
 
+def check_keep(check: Check):
+    """Which checkpoints stay."""
+    keep = check.settings.keep
+    is_count = isinstance(keep, int) and not isinstance(keep, bool) and keep >= 1
+    is_best = isinstance(keep, str) and re.fullmatch(r"best:[a-z]\w*/\w+", keep)
+    check.that(is_count or bool(is_best), "keep", "a number >= 1 or 'best:METRIC'")
+
+
 def check_optimizer(check: Check):
     """Checked by the stage that it belongs to: several have one, and the message says which."""
     check.choice("schedule", *SCHEDULES)
@@ -59,6 +68,7 @@ def check_training(check: Check):
     check_optimizer(Check(settings.optimizer, f"{check.prefix}optimizer"))
     check.each("> 0", "num_epochs", "batch_size", "num_micro_batches", "max_length")
     check.each("> 0", "eval_every", "save_every")
+    check_keep(check)
     check.each(">= 0", "hidden_cache_gb")
     check.each("in (0, 1)", "validation_fraction")
     check_trainable(check, "trainable")
@@ -110,6 +120,11 @@ class SFTSettings:
     hidden_cache_gb: Limit = changeable(4.0)  # for frozen layers' states; not by several processes
     eval_every: int = changeable(50)  # steps between validations
     save_every: int = changeable(100)  # steps between checkpoints
+    keep: str | int = changeable(
+        2
+    )  # newest checkpoints that stay; or "best:METRIC", the newest and
+    # the one that is best by a metric of docs/metrics.md: lowest if it is a loss, perplexity, error
+    # or KL, else highest
 
     def __post_init__(self):
         check_training(Check(self, "sft"))
@@ -137,6 +152,7 @@ class RewardSettings:
     hidden_cache_gb: Limit = changeable(4.0)  # for frozen layers' states; not by several processes
     eval_every: int = changeable(50)  # steps between validations
     save_every: int = changeable(100)  # steps between checkpoints
+    keep: str | int = changeable(2)  # newest checkpoints that stay, or "best:METRIC", see sft.keep
 
     def __post_init__(self):
         check = Check(self, "reward")
@@ -246,12 +262,14 @@ class PPOSettings:
     sample_every: int = changeable(10)  # iterations between samples of the same prompts
     num_samples: int = changeable(8)  # prompts in samples.jsonl
     save_every: int = changeable(20)  # iterations between checkpoints
+    keep: str | int = changeable(2)  # newest checkpoints that stay, or "best:METRIC", see sft.keep
 
     def __post_init__(self):
         check = Check(self, "ppo")
         check_optimizer(Check(self.optimizer, "ppo.optimizer"))
         check.that(bool(self.prompts), "prompts", "the path of a data set")
         check.each("> 0", "num_iterations", "sample_every", "save_every")
+        check_keep(check)
         check.each(">= 0", "num_samples")
         check_trainable(check, "trainable", "value_trainable")
         with_critic = needs_critic(self.advantages)

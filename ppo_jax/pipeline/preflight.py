@@ -23,7 +23,15 @@ from ppo_jax.evaluation.evaluate import EVALUATE
 from ppo_jax.inference.generate import make_sampling
 from ppo_jax.inference.stop_strings import stop_strings
 from ppo_jax.io.model_spec import ModelSpec, needs_base, parameters, scratch_shape
-from ppo_jax.io.stage_folder import check_pin, describe_stage, missing_steps, source_steps
+from ppo_jax.io.stage_folder import (
+    check_pin,
+    check_step,
+    describe_stage,
+    missing_steps,
+    resolve,
+    source_steps,
+    split_step,
+)
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.lora import check_targets
 from ppo_jax.rollout.sampling import Sampling
@@ -130,10 +138,12 @@ def check_sources(config: Config, workdir: Path, stages: Sequence[str]):
     for stage in stages:
         for field in read.get(stage, []):
             section, name = field.split(".")
-            value = getattr(getattr(config, section), name)
+            value, step = split_step(getattr(getattr(config, section), name))
             pin = source_steps(workdir / section).get(name)
             if pin is not None and value not in STAGE_NAMES:
                 check_pin(Path(value), pin)
+            elif step is not None and value not in stages[: stages.index(stage)]:
+                check_step(Path(resolve(value, workdir, "")), step)
             elif value in STAGE_NAMES:
                 check_stage_name(field, value, workdir, stages[: stages.index(stage)])
             elif value and not (value == "base" and name == "init_from"):
@@ -173,6 +183,7 @@ def check_scratch(config: Config, stages: Sequence[str]):
     """What the stages ask of a model from scratch, before it is made."""
     shape = scratch_shape(config.model.scratch)
     start = {stage: getattr(getattr(config, stage), "init_from", "base") for stage in stages}
+    start = {stage: split_step(name)[0] for stage, name in start.items()}
     mine = [stage for stage in ("sft", "reward", "ppo") if start.get(stage) in ("base", "sft")]
     for stage in mine:
         check_reward(config, shape) if stage == "reward" else check_policy(stage, config, shape)

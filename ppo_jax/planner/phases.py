@@ -30,7 +30,7 @@ from ppo_jax.distributed.layout import Layout, abstract
 from ppo_jax.io import huggingface as hf
 from ppo_jax.io.base_model import llama_config
 from ppo_jax.io.model_spec import parameters_of
-from ppo_jax.io.stage_folder import Model, describe_stage, stage_config
+from ppo_jax.io.stage_folder import Model, describe_stage, split_step, stage_config
 from ppo_jax.models.config import ModelConfig, computation
 from ppo_jax.models.families import read_config
 from ppo_jax.models.families.presets import SHAPES, published_config
@@ -96,7 +96,8 @@ def common_layers(config: Config, models: Models) -> int:
         return 0
     configs = {"sft": models.policy, "reward": models.reward}
     policy, reward = (
-        ancestors(config, name, configs) for name in (config.ppo.init_from, config.ppo.reward_model)
+        ancestors(config, split_step(name)[0], configs)
+        for name in (config.ppo.init_from, config.ppo.reward_model)
     )
     return max((min(policy[name], reward[name]) for name in policy.keys() & reward), default=0)
 
@@ -107,13 +108,14 @@ def ancestors(config: Config, name: str, configs: Mapping[str, ModelConfig]) -> 
     shared = {name: depth}
     while settings := name in configs and getattr(config, name):
         depth = min(depth, start_layer(configs[name], settings.trainable) or 0)
-        name = "base" if name == "sft" else settings.init_from
+        name = "base" if name == "sft" else split_step(settings.init_from)[0]
         shared[name] = depth
     return shared
 
 
 def read_model_config(name: str, settings: ModelSettings) -> ModelConfig | None:
     """The config of a stage by its folder, or of a model; None where there is nothing yet."""
+    name, _ = split_step(name)
     if name in ("base", *STAGE_NAMES):  # of the run itself, see `stage_folder.resolve`
         return None
     how = computation(settings)

@@ -1,5 +1,7 @@
 """Metrics of a stage: lines of JSON, TensorBoard events, and the progress that a user sees."""
 
+import contextlib
+import json
 import math
 import shutil
 import sys
@@ -16,6 +18,16 @@ from tqdm import tqdm
 from ppo_jax.distributed.runtime import MIN_COMPILE_SECONDS, compile_seconds
 from ppo_jax.io.metric_names import with_former_names
 from ppo_jax.io.run_folder import append_rows, drop_lines_after
+
+
+def read_metrics(path: str | Path, stage: str) -> list[dict[str, Any]]:
+    """The lines of a stage in metrics.jsonl, oldest first; a torn one is left out."""
+    rows = []
+    for line in Path(path).read_bytes().splitlines() if Path(path).is_file() else ():
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            row = json.loads(line)
+            rows += [row] if row["stage"] == stage else []
+    return rows
 
 
 class MetricsWriter:

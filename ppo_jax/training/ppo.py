@@ -66,6 +66,7 @@ def train_ppo(config: Config, workdir: Path, base: str, data: PromptData):
         PPO,
         num_steps=num_steps,
         save_every=settings.save_every,
+        keep=settings.keep,
         tokens=("response/length", size),
         limits={"kl/ref": (settings.max_ref_kl, "ppo.max_ref_kl")},
     ) as run:

@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import math
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -13,12 +15,14 @@ from ppo_jax.config.flags import hint_of, section_of
 from ppo_jax.config.parsing import changeable_fields, filled_in, with_new_names
 from ppo_jax.config.run import Config, ModelSettings
 from ppo_jax.distributed.layout import Layout, abstract, init_sharded
-from ppo_jax.distributed.processes import STOPS, preempted, stop_handlers
+from ppo_jax.distributed.processes import STOPS, on_primary, preempted, stop_handlers
 from ppo_jax.io.checkpoints import Checkpoints
 from ppo_jax.io.run_folder import config_differences, drop_lines_after, without_workdir
 from ppo_jax.io.stage_folder import Model, begin_stage, describe_stage, has_begun, update_stage
 from ppo_jax.models.partition import Parts, split_params, start_layer
-from ppo_jax.training.metrics import MetricsWriter
+from ppo_jax.training.metrics import MetricsWriter, read_metrics
+
+LOWER_IS_BETTER = re.compile("loss|perplexity|error|kl")  # in the name of a metric
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,6 +65,7 @@ class StageRun:
         stage: which one.
         num_steps: of the stage.
         save_every: steps between checkpoints; the last step is always saved.
+        keep: how many of them stay, or "best:METRIC": the newest and the best.
         tokens: (metric, factor), as `MetricsWriter` has it.
         limits: {metric: (most, setting)}, likewise.
     """
@@ -72,6 +77,7 @@ class StageRun:
         *,
         num_steps: int,
         save_every: int,
+        keep: str | int = 2,
         tokens: tuple[str, float] | None = None,
         limits: Mapping[str, tuple[float, str]] | None = None,
     ):
@@ -82,7 +88,9 @@ class StageRun:
         self.unit = stage.step_unit
         self.start = 0
         self.asked_to_stop: signal.Signals | None = None
-        self.checkpoints = Checkpoints(self.folder / "checkpoints")
+        self.best_metric = keep.removeprefix("best:") if isinstance(keep, str) else None
+        number, best = (keep, None) if self.best_metric is None else (1, self.best_step)
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", keep=number, best=best)
 
     def __enter__(self) -> "StageRun":
         handlers = stop_handlers(self._stop_soon)
@@ -132,6 +140,33 @@ class StageRun:
         )
         return state
 
+    def best_step(self, steps: list[int]) -> int:
+        """Which of some saved steps is best by the newest value of `best_metric` up to it; of equal
+        ones, and where there is no value yet, the newest."""
+        rows = read_metrics(self.workdir / "metrics.jsonl", self.stage)
+        values = [(row["step"], x) for row in rows if (x := row.get(self.best_metric)) is not None]
+        sign = -1.0 if LOWER_IS_BETTER.search(self.best_metric) else 1.0
+
+        def rank(step: int) -> tuple[float, int]:
+            before = [x for at, x in values if at <= step]
+            return (sign * before[-1] if before else -math.inf, step)
+
+        return max(steps, key=rank)
+
+    def check_best_metric(self, metrics: Mapping[str, Any]):
+        """Refuse a `keep` by a metric that the stage has neither in this step nor in one before.
+
+        Raises:
+            ValueError: with those that it has.
+        """
+        rows = on_primary(read_metrics, self.workdir / "metrics.jsonl", self.stage)
+        names = {name for row in [*rows, metrics] for name in row if "/" in name}
+        if self.best_metric not in names:
+            raise ValueError(
+                f"{self.stage}.keep must be 'best:METRIC' with one of {sorted(names)}, got "
+                f"'best:{self.best_metric}'"
+            )
+
     def tell(self, text: str):
         """A line for the user, above the progress."""
         self.writer.tell(text)
@@ -154,9 +189,12 @@ class StageRun:
 
         Raises:
             FloatingPointError: a loss is not finite, or a metric is above its limit.
+            ValueError: `keep` names a metric that the stage has not.
             SystemExit: after SIGTERM (code 143) or Ctrl-C (130; among several processes it is
                 SIGTERM for all, 143), when the state is on disk.
         """
+        if self.best_metric and step == self.start + 1:
+            self.check_best_metric(metrics)
         self.writer.write(step, metrics)
         if preempted():
             self.asked_to_stop = signal.SIGTERM
