@@ -120,11 +120,9 @@ class SFTSettings:
     hidden_cache_gb: Limit = changeable(4.0)  # for frozen layers' states; not by several processes
     eval_every: int = changeable(50)  # steps between validations
     save_every: int = changeable(100)  # steps between checkpoints
-    keep: str | int = changeable(
-        2
-    )  # newest checkpoints that stay; or "best:METRIC", the newest and
-    # the one that is best by a metric of docs/metrics.md: lowest if it is a loss, perplexity, error
-    # or KL, else highest
+    keep: str | int = changeable(2)  # number of newest checkpoints that stay; or "best:METRIC", the
+    # newest and the one that is best by a metric of docs/metrics.md: the lowest of a loss,
+    # perplexity, error or KL, the highest of anything else
 
     def __post_init__(self):
         check_training(Check(self, "sft"))
@@ -152,7 +150,7 @@ class RewardSettings:
     hidden_cache_gb: Limit = changeable(4.0)  # for frozen layers' states; not by several processes
     eval_every: int = changeable(50)  # steps between validations
     save_every: int = changeable(100)  # steps between checkpoints
-    keep: str | int = changeable(2)  # newest checkpoints that stay, or "best:METRIC", see sft.keep
+    keep: str | int = changeable(2)  # number of newest checkpoints, or "best:METRIC": as sft.keep
 
     def __post_init__(self):
         check = Check(self, "reward")
@@ -253,16 +251,14 @@ class PPOSettings:
     entropy_coef: float = changeable(0.0)  # weight of the entropy, per nat
     stop_kl: Limit = changeable(math.inf)  # nats a token: the updates of an iteration end at the
     # minibatch whose policy/approx_kl is above it; inf is off, 0.02 is usual
-    max_ref_kl: Limit = changeable(
-        math.inf
-    )  # nats a response: the run ends when kl/ref is above it
+    max_ref_kl: Limit = changeable(math.inf)  # nats a response: above it, kl/ref ends the run
 
     # Output
 
     sample_every: int = changeable(10)  # iterations between samples of the same prompts
     num_samples: int = changeable(8)  # prompts in samples.jsonl
     save_every: int = changeable(20)  # iterations between checkpoints
-    keep: str | int = changeable(2)  # newest checkpoints that stay, or "best:METRIC", see sft.keep
+    keep: str | int = changeable(2)  # number of newest checkpoints, or "best:METRIC": as sft.keep
 
     def __post_init__(self):
         check = Check(self, "ppo")
