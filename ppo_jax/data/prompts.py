@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ppo_jax.core.types import Prompts
+from ppo_jax.data.chat import count_left_out
 from ppo_jax.data.encode import batch_indices, filter_records, pad_prompts, token_rows
 from ppo_jax.data.readers import naming_data
 from ppo_jax.data.records import load_prompts
@@ -38,13 +39,15 @@ def prompt_data(
     Raises:
         ValueError: a row is malformed, or no prompt is left.
     """
-    texts = load_prompts(path, tokenizer)
+    left_out: list[str] = []
+    texts = load_prompts(path, tokenizer, left_out)
     rows = token_rows([((text, False),) for text in texts], tokenizer, append_eos=False)
     lengths = [len(row.ids) for row in rows]
     reject_reasons = ["" if length else "blank" for length in lengths]
     with naming_data(field, path, "ppo.max_prompt_length"):
         kept, dropped = filter_records(texts, reject_reasons, lengths, max_length)
     prompts = pad_prompts([rows[i].ids for i in kept], max_length)
+    dropped = {**count_left_out(left_out), **dropped}
     return PromptData(texts=[texts[i] for i in kept], prompts=prompts, dropped=dropped)
 
 

@@ -15,8 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ppo_jax.config.run import ModelSettings
 from ppo_jax.core.types import Params
+from ppo_jax.data.chat import Chat, read_template
+from ppo_jax.data.readers import short_repr
 from ppo_jax.io.hub import model_folder
+from ppo_jax.io.integrity import file_inside, read_json, reading_file
 
 if TYPE_CHECKING:  # slow to import, so each function that needs it does
     from transformers import PreTrainedTokenizerFast
@@ -24,6 +28,13 @@ if TYPE_CHECKING:  # slow to import, so each function that needs it does
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|pad|>"
 STOP_TOKENS = "declared_stop_tokens"  # of tokenizer_config.json, see `declared_stops`
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+TEMPLATE = "chat_template.jinja"
 
 
 def load_tokenizer(path: str | os.PathLike) -> "PreTrainedTokenizerFast":
@@ -32,10 +43,10 @@ def load_tokenizer(path: str | os.PathLike) -> "PreTrainedTokenizerFast":
     Where it has no padding token none is added: in ppo_jax masks say what padding is.
 
     Raises:
-        ValueError: there is no tokenizer.json, or it has no end-of-sequence token.
+        OSError: a file may not be read.
+        ValueError: there is no tokenizer.json, it is damaged, two tokens have one id, or it has no
+            end-of-sequence token.
     """
-    from transformers import PreTrainedTokenizerFast
-
     folder = model_folder(path)
     if not (folder / "tokenizer.json").is_file():
         raise ValueError(
@@ -43,18 +54,54 @@ def load_tokenizer(path: str | os.PathLike) -> "PreTrainedTokenizerFast":
             f"transformers import AutoTokenizer as T; T.from_pretrained('{folder}')"
             f".save_pretrained('{folder}')\""
         )
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    tokenizer = read_tokenizer(folder)
     if tokenizer.eos_token_id is None:
         tokenizer.eos_token = declared_eos(folder, tokenizer)
     set_declared_stops(tokenizer, read_declared_stops(folder, tokenizer))
     return tokenizer
 
 
+def read_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
+    """The tokenizer of a folder, whose files have been looked at before a library reads them.
+
+    Raises:
+        OSError: a file may not be read.
+        ValueError: a file is damaged, names one outside of the folder, or two tokens have one id.
+    """
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    for name in TOKENIZER_FILES:
+        content = read_json(folder / name) if (folder / name).exists() else {}
+        if type(length := content.get("model_max_length", 1)) not in (int, float):
+            got = short_repr(length)
+            raise ValueError(f"{folder / name}: model_max_length must be a number, got {got}")
+        for key in ("fast_tokenizer_files", "gguf_file"):
+            others = content.get(key) or []
+            for other in others if isinstance(others, list) else [others]:
+                file_inside(folder, other, f"{folder / name}: {key}")
+    if (folder / TEMPLATE).exists():
+        with reading_file(folder / TEMPLATE):
+            (folder / TEMPLATE).read_text(encoding="utf-8")
+    try:
+        with reading_file(folder / "tokenizer_config.json"):
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+            tokenizer.decode(tokenizer("A text")["input_ids"])  # which some files fail only then
+    except ValueError:
+        with reading_file(folder / "tokenizer.json"):
+            Tokenizer.from_file(str(folder / "tokenizer.json"))  # or it was not this one
+        raise
+    # Added tokens may rename one of the vocabulary, which then stands there twice.
+    vocab = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
+    if (num_ids := len(set(vocab.values()))) < len(vocab):
+        raise ValueError(f"{folder / 'tokenizer.json'}: {len(vocab)} tokens have {num_ids} ids")
+    return tokenizer
+
+
 def declared_eos(folder: Path, tokenizer: "PreTrainedTokenizerFast") -> str:
     """The end-of-sequence token of the model's config.json: GPT-2 has it only there."""
     path = folder / "config.json"
-    ids = declared_ids(path)
-    token = tokenizer.convert_ids_to_tokens(ids[0]) if ids else None
+    [token, *_] = [*tokens_of(declared_ids(path) or [], tokenizer), None]
     if token is None:
         raise ValueError(
             f"{folder}: the tokenizer has no end-of-sequence token; name one as eos_token in "
@@ -81,30 +128,39 @@ def read_declared_stops(folder: Path, tokenizer: "PreTrainedTokenizerFast") -> l
     saved with the tokenizer, or else those of config.json.
 
     Raises:
-        ValueError: an id of generation_config.json is not a token.
+        ValueError: they are no tokens; in config.json, where a default remains in many files, those
+            that are none are left out.
     """
     path = folder / "generation_config.json"
     ids = declared_ids(path)
     if ids is not None:
-        tokens = tokenizer.convert_ids_to_tokens(ids)
+        tokens = tokens_of(ids, tokenizer)
         if None in tokens:
             raise ValueError(
                 f"{path}: eos_token_id must be ids of the tokenizer's tokens, got {ids}"
             )
         return tokens
     if STOP_TOKENS in tokenizer.init_kwargs:
-        return declared_stops(tokenizer)
-    tokens = tokenizer.convert_ids_to_tokens(declared_ids(folder / "config.json") or [])
-    return [token for token in tokens if token is not None]  # in many files a default remains
+        tokens, vocabulary = declared_stops(tokenizer), tokenizer.get_vocab()
+        if not isinstance(tokens, list) or not all(str(token) in vocabulary for token in tokens):
+            path = folder / "tokenizer_config.json"
+            raise ValueError(f"{path}: {STOP_TOKENS} must be tokens, got {short_repr(tokens)}")
+        return tokens
+    tokens = tokens_of(declared_ids(folder / "config.json") or [], tokenizer)
+    return [token for token in tokens if token is not None]
 
 
-def declared_ids(path: Path) -> list[int] | None:
-    """The ids of `eos_token_id` in a JSON file, a number or a list; None where there are none."""
-    value = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
-    ids = value if isinstance(value, list | None) else [value]
-    if not all(type(i) is int and i >= 0 for i in ids or []):
-        raise ValueError(f"{path}: eos_token_id must be an id or a list of ids, got {value!r}")
-    return ids
+def declared_ids(path: Path) -> list[Any] | None:
+    """`eos_token_id` in a JSON file as a list, unchecked; None where there is none."""
+    ids = read_json(path).get("eos_token_id") if path.is_file() else None
+    return ids if isinstance(ids, list | None) else [ids]
+
+
+def tokens_of(ids: list[Any], tokenizer: "PreTrainedTokenizerFast") -> list[str | None]:
+    """The tokens of some ids; None for what is no id of one."""
+    are_ids = [type(i) is int and 0 <= i < 2**32 for i in ids]
+    pairs = zip(ids, are_ids, strict=True)
+    return [tokenizer.convert_ids_to_tokens(i) if is_id else None for i, is_id in pairs]
 
 
 def declared_strings(folder: Path) -> list[str]:
@@ -114,7 +170,7 @@ def declared_strings(folder: Path) -> list[str]:
         ValueError: they are no texts.
     """
     path = folder / "generation_config.json"
-    value = json.loads(path.read_text()).get("stop_strings") if path.is_file() else None
+    value = read_json(path).get("stop_strings") if path.is_file() else None
     texts = [value] if isinstance(value, str) else value or []
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"{path}: stop_strings must be a text or a list of texts, got {value!r}")
@@ -124,6 +180,21 @@ def declared_strings(folder: Path) -> list[str]:
 def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", folder: str | os.PathLike) -> None:
     """Write tokenizer.json and tokenizer_config.json into `folder`."""
     tokenizer.save_pretrained(folder)
+
+
+def with_chat(
+    tokenizer: "PreTrainedTokenizerFast", settings: ModelSettings
+) -> "PreTrainedTokenizerFast":
+    """The same tokenizer, its chat template and the date that it writes as in the settings.
+
+    Raises:
+        ValueError: the file of the template is not there, or holds none.
+    """
+    if settings.chat_template:
+        tokenizer.chat_template = read_template(settings.chat_template)
+        Chat(tokenizer).check(f"model.chat_template: {settings.chat_template}")
+    tokenizer.chat_date = settings.chat_date  # read by `data.chat.Chat`; it is not saved
+    return tokenizer
 
 
 def with_padding(

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,23 @@ from ppo_jax.config.flags import hint_of, section_of
 from ppo_jax.config.parsing import changeable_fields, filled_in, with_new_names
 from ppo_jax.config.run import Config, ModelSettings
 from ppo_jax.distributed.layout import Layout, abstract, init_sharded
-from ppo_jax.distributed.processes import STOPS, on_primary, preempted, stop_handlers
+from ppo_jax.distributed.processes import STOPS, is_primary, on_primary, preempted, stop_handlers
 from ppo_jax.io.checkpoints import Checkpoints
-from ppo_jax.io.run_folder import config_differences, drop_lines_after, without_workdir
+from ppo_jax.io.run_folder import (
+    config_differences,
+    drop_lines_after,
+    keep_time,
+    read_results,
+    read_rows,
+    without_workdir,
+)
 from ppo_jax.io.stage_folder import Model, begin_stage, describe_stage, has_begun, update_stage
 from ppo_jax.models.partition import Parts, split_params, start_layer
-from ppo_jax.training.metrics import MetricsWriter, read_metrics
+from ppo_jax.training.metrics import MetricsWriter
 
 LOWER_IS_BETTER = re.compile("loss|perplexity|error|kl")  # in the name of a metric
+
+KEEP_TIME_S = 10  # seconds between two times that the time of a stage is written
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,9 +98,13 @@ class StageRun:
         self.unit = stage.step_unit
         self.start = 0
         self.asked_to_stop: signal.Signals | None = None
+        self.writer: MetricsWriter | None = None
         self.best_metric = keep.removeprefix("best:") if isinstance(keep, str) else None
         number, best = (keep, None) if self.best_metric is None else (1, self.best_step)
         self.checkpoints = Checkpoints(self.folder / "checkpoints", keep=number, best=best)
+        before = read_results(workdir).get(f"time/{stage.name}_s", 0.0)
+        self._zero = time.monotonic() - before  # when the stage would have begun in one go
+        self._kept = time.monotonic()
 
     def __enter__(self) -> "StageRun":
         handlers = stop_handlers(self._stop_soon)
@@ -102,8 +116,8 @@ class StageRun:
             signal.signal(number, handler)
         with contextlib.ExitStack() as closing:
             closing.callback(self.checkpoints.close)
-            if error[0] is None:
-                closing.callback(self.writer.close)
+            if self.writer is not None:
+                closing.callback(self.writer.close if error[0] is None else self.writer.abandon)
         if self.asked_to_stop and error[0] is None:  # asked after the last step
             sys.exit(STOPS[self.asked_to_stop])
 
@@ -143,7 +157,7 @@ class StageRun:
     def best_step(self, steps: list[int]) -> int:
         """Which of some saved steps is best by the newest value of `best_metric` up to it; of equal
         ones, and where there is no value yet, the newest."""
-        rows = read_metrics(self.workdir / "metrics.jsonl", self.stage)
+        rows = self.logged()
         values = [(row["step"], x) for row in rows if (x := row.get(self.best_metric)) is not None]
         sign = -1.0 if LOWER_IS_BETTER.search(self.best_metric) else 1.0
 
@@ -153,13 +167,18 @@ class StageRun:
 
         return max(steps, key=rank)
 
+    def logged(self) -> list[dict[str, Any]]:
+        """The stage's lines of metrics.jsonl, oldest first."""
+        rows, _ = read_rows(self.workdir / "metrics.jsonl")
+        return [row for row in rows if row["stage"] == self.stage]
+
     def check_best_metric(self, metrics: Mapping[str, Any]):
         """Refuse a `keep` by a metric that the stage has neither in this step nor in one before.
 
         Raises:
             ValueError: with those that it has.
         """
-        rows = on_primary(read_metrics, self.workdir / "metrics.jsonl", self.stage)
+        rows = on_primary(self.logged)
         names = {name for row in [*rows, metrics] for name in row if "/" in name}
         if self.best_metric not in names:
             raise ValueError(
@@ -190,12 +209,16 @@ class StageRun:
         Raises:
             FloatingPointError: a loss is not finite, or a metric is above its limit.
             ValueError: `keep` names a metric that the stage has not.
+            FileNotFoundError: the folder was removed.
             SystemExit: after SIGTERM (code 143) or Ctrl-C (130; among several processes it is
                 SIGTERM for all, 143), when the state is on disk.
         """
+        if not (self.folder / "stage.json").is_file():  # a save would make the folder again
+            raise FileNotFoundError(f"{self.folder} was removed while the stage was under way")
         if self.best_metric and step == self.start + 1:
             self.check_best_metric(metrics)
         self.writer.write(step, metrics)
+        self._keep_time()
         if preempted():
             self.asked_to_stop = signal.SIGTERM
         if step % self.save_every and step < self.num_steps and not self.asked_to_stop:
@@ -212,6 +235,13 @@ class StageRun:
             )
             sys.exit(STOPS[self.asked_to_stop])
         self.writer.last_checkpoint = step
+
+    def _keep_time(self):
+        """Every now and then: what a killed start has taken counts, too."""
+        now = time.monotonic()
+        if is_primary() and now - self._kept >= KEEP_TIME_S:
+            keep_time(self.workdir, self.stage, now - self._zero)
+            self._kept = now
 
 
 def describe(stage: str, config: Config, workdir: Path) -> dict:
