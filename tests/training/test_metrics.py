@@ -144,6 +144,7 @@ def test_a_metric_above_its_limit_stops_the_run_as_a_divergence_does(tmp_path):
     with pytest.raises(FloatingPointError, match=f"^{message}$"):
         writer.flush()
     assert [row["kl/ref"] for row in rows(tmp_path / "metrics.jsonl")] == [6.0, 6.25]
+    writer.close()
 
 
 def test_a_divergence_before_the_first_checkpoint_says_so(tmp_path):
