@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from ppo_jax.config.stages import RewardSettings, SFTSettings
 from ppo_jax.data.atomic import atomic_write
 from ppo_jax.data.chat import Chat, Segment, assistant_turns, has_blank_turn, read_messages
-from ppo_jax.data.readers import Row, read_number, read_rows, read_string
+from ppo_jax.data.readers import Row, read_number, read_rows, read_string, whole_rows
 
 Record = TypeVar("Record")
 
@@ -95,6 +95,15 @@ def load_prompts(path: str | os.PathLike, tokenizer: Any | None = None) -> list[
     """
     chat = Chat(tokenizer)
     return [parse_prompt(row, chat, place) for place, row in read_rows(path, PROMPT_SCHEMAS)]
+
+
+def load_prompt_rows(
+    path: str | os.PathLike, tokenizer: Any | None = None
+) -> Iterator[tuple[str, str, Row]]:
+    """Yields (place, prompt, row): the prompts of `load_prompts`, with all columns of a row."""
+    chat = Chat(tokenizer)
+    for place, row, _ in whole_rows(path, PROMPT_SCHEMAS):
+        yield place, parse_prompt(row, chat, place), row
 
 
 def write_jsonl(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from absl import logging
 from ml_collections import config_dict
 
-from ppo_jax.config.parsing import load_function
+from ppo_jax.config.parsing import failure, load_function
 from ppo_jax.config.run import STAGE_NAMES, Config, from_config_dict
 from ppo_jax.data.atomic import PARTIAL, atomic_folder
 from ppo_jax.distributed.layout import make_mesh
@@ -272,8 +272,14 @@ def make_data(config: Config, workdir: Path):
     folder = workdir / "data"
     if not config.prepare or folder.is_dir():
         return
+    prepare = load_function(config.prepare, "prepare")
     with atomic_folder(folder) as new:
-        load_function(config.prepare, "prepare")(new)
+        try:
+            prepare(new)
+        except (ValueError, OSError, KeyboardInterrupt):  # what it reads may be wrong or missing
+            raise
+        except BaseException as error:  # SystemExit, too: the run is not done
+            raise failure(f"prepare {config.prepare}", error) from error
 
 
 def evaluation_subject(config: Config, workdir: Path) -> dict:

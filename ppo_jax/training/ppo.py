@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from ppo_jax.algorithms.experience import response_scores, sample_responses
 from ppo_jax.algorithms.ppo import init_ppo, ppo_iteration, update_from_rollout
+from ppo_jax.config.parsing import FunctionFailed
 from ppo_jax.config.run import Config
 from ppo_jax.config.stages import PPOSettings
 from ppo_jax.core.types import PPOState, Prompts, Rollout
@@ -23,13 +25,29 @@ from ppo_jax.io.stage_folder import load_source, source_steps
 from ppo_jax.training.common import compile_step
 from ppo_jax.training.ppo_setup import Setup, begin_models, make_setup
 from ppo_jax.training.resume import fingerprint
-from ppo_jax.training.reward_functions import FunctionFailed, RewardFunction, load_reward_function
+from ppo_jax.training.reward_functions import (
+    RewardFunction,
+    load_reward_functions,
+    metric_names,
+)
 from ppo_jax.training.stage import Stage, StageRun, open_stage
 
 
 def read_ppo(config: Config, start: ModelSpec) -> PromptData:
     settings = config.ppo
-    return prompt_data(settings.prompts, start.tokenizer, max_length=settings.max_prompt_length)
+    data = prompt_data(settings.prompts, start.tokenizer, max_length=settings.max_prompt_length)
+    return used_columns(data, load_reward_functions(settings), settings.prompts)
+
+
+def used_columns(data: PromptData, functions: Sequence[RewardFunction], path: str) -> PromptData:
+    """The prompts with those columns alone that a reward function is given.
+
+    Raises:
+        ValueError: a function asks for what there is not.
+    """
+    chosen = [function.columns(data.columns, data.gaps, path) for function in functions]
+    columns = {name: x for name, x in data.columns.items() if name in set().union(*chosen)}
+    return dataclasses.replace(data, columns=columns, gaps={})
 
 
 def train_ppo(config: Config, workdir: Path, base: str, data: PromptData):
@@ -37,10 +55,7 @@ def train_ppo(config: Config, workdir: Path, base: str, data: PromptData):
     settings, layouts = config.ppo, make_layouts(config.mesh)
     layout = layouts[0]
     policy, reward, critic = find_models(config, workdir, base, layout)
-    function = None
-    if settings.reward_function:
-        function = load_reward_function(settings.reward_function, settings.reward_timeout_s)
-    texts, rows = data.texts, data.prompts
+    functions, rows = load_reward_functions(settings), data.prompts
     num_steps, size = settings.num_iterations, settings.rollout_batch_size
     samples_each = settings.samples_per_prompt
     buckets = make_buckets(settings, rows, config.seed)
@@ -60,7 +75,7 @@ def train_ppo(config: Config, workdir: Path, base: str, data: PromptData):
     setup, *start = make_setup(settings, policy, reward, critic, layouts, config.model.frozen_dtype)
     tokenizer = policy.tokenizer
     del policy, reward, critic  # the setup has what is used of them
-    samples = make_sampler(setup, tokenizer, texts, rows, settings, function, layout)
+    samples = make_sampler(setup, tokenizer, data, settings, functions, layout)
     with StageRun(
         workdir,
         PPO,
@@ -70,7 +85,7 @@ def train_ppo(config: Config, workdir: Path, base: str, data: PromptData):
     ) as run:
         state = run.restore(layout, init_ppo, *start, setup.hyperparameters)
         del start
-        iterate = make_iteration(setup, state, tokenizer, texts, function, layout)
+        iterate = make_iteration(setup, state, tokenizer, data, functions, layout)
         tell_what_comes(run.start, settings, workdir / "samples.jsonl")
         if run.start == 0:
             append_rows(workdir / "samples.jsonl", samples(state, 0))
@@ -129,18 +144,18 @@ def make_iteration(
     setup: Setup,
     state: PPOState,
     tokenizer: Any,
-    texts: list[str],
-    function: RewardFunction | None,
+    data: PromptData,
+    functions: Sequence[RewardFunction],
     layout: Layout,
 ):
     """(state, chosen prompts, their tokens, key) -> (state, metrics).
 
-    With a reward model an iteration is one program. With a function it is two, and the function
-    between them sees text; the numbers are those of one program.
+    With a reward model an iteration is one program. With functions it is two, and the functions
+    between them see text; the numbers are those of one program.
     """
     parts = dict(networks=setup.networks, options=setup.options)
     hyperparameters, frozen = setup.hyperparameters, setup.frozen
-    if function is None:
+    if not functions:
         iteration = compile_step(ppo_iteration, state, layout, **parts)
         return lambda state, chosen, prompts, key: iteration(
             state, hyperparameters, prompts, key, frozen=frozen
@@ -153,37 +168,98 @@ def make_iteration(
     def iterate(state: PPOState, chosen: np.ndarray, prompts: Prompts, key: jax.Array):
         rollout_key, shuffle_key = jax.random.split(key)
         rollout = sample(state, hyperparameters, prompts, rollout_key, frozen=frozen)
-        scores = call_function(function, [texts[i] for i in chosen], rollout, tokenizer)
+        scores, each = call_functions(functions, data, chosen, rollout, tokenizer)
         scores = layout.shard_batch(scores)
-        return update(state, hyperparameters, rollout, scores, shuffle_key, frozen=frozen)
+        state, metrics = update(state, hyperparameters, rollout, scores, shuffle_key, frozen=frozen)
+        return state, metrics | each
 
     return iterate
 
 
-def call_function(
-    function: RewardFunction, prompts: list[str], rollout: Rollout, tokenizer: Any
-) -> np.ndarray:
-    """The function's scores of responses, [B] float32; every process asks for its own rows."""
+def call_functions(
+    functions: Sequence[RewardFunction],
+    data: PromptData,
+    chosen: np.ndarray,
+    rollout: Rollout,
+    tokenizer: Any,
+) -> tuple[np.ndarray, dict[str, float]]:
+    """What the functions give for B responses; every process asks for its own rows.
+
+    Args:
+        functions: one or more.
+        data: the prompts, with the columns that the functions ask for.
+        chosen: [B], the prompt of each response.
+        rollout: B responses of T tokens.
+        tokenizer: of the policy.
+
+    Returns:
+        (the weighted sum of their scores, [B] float32, or [B, T] float32 of each token if one of
+        them scores tokens; {metric: mean score of a response} of each function, without its
+        weight). A function that scores responses then scores their last tokens.
+    """
     rows, tokens = local_rows(rollout.response_tokens)
-    responses = decode_rows(tokenizer, tokens, local_rows(rollout.response_mask)[1])
-    try:
-        scores = function([prompts[row] for row in rows], responses) if len(rows) else []
-    except FunctionFailed as error:
-        message = f"{error} (rows {rows[0]} to {rows[-1]} of {len(prompts)})"
-        raise FunctionFailed(message) from error.__cause__
-    return gather_rows(rows, scores, len(prompts))
+    mask = local_rows(rollout.response_mask)[1]
+    given = {name: [values[chosen[row]] for row in rows] for name, values in data.columns.items()}
+    given["response_tokens"] = [row[kept].tolist() for row, kept in zip(tokens, mask, strict=True)]
+    if any("finished" in f.keywords or f.takes_all for f in functions):
+        given["finished"] = local_rows(rollout.has_eos)[1].tolist()
+    texts = [data.texts[chosen[row]] for row in rows], decode_rows(tokenizer, tokens, mask)
+    scores = []
+    for function in functions if len(rows) else ():
+        try:
+            scores.append(function(*texts, **given))
+        except FunctionFailed as error:
+            message = f"{error} (rows {rows[0]} to {rows[-1]} of {len(chosen)})"
+            raise FunctionFailed(message) from error.__cause__
+    return weighted_sum(functions, scores, rows, mask, len(chosen))
+
+
+def weighted_sum(
+    functions: Sequence[RewardFunction],
+    scores: Sequence[np.ndarray | list[np.ndarray]],
+    rows: np.ndarray,
+    mask: np.ndarray,
+    count: int,
+) -> tuple[np.ndarray, dict[str, float]]:
+    """`call_functions`, from each function's scores of this process's rows; gathered by all.
+
+    Args:
+        functions: F of them.
+        scores: of each function, or none where this process has no rows.
+        rows: [n], the indices of this process's rows.
+        mask: [n, T] bool, of their responses.
+        count: B, rows of all processes.
+    """
+    # [n, 2 F]: of each function its score of a response, and whether it has scored tokens.
+    own = np.zeros((len(rows), 2 * len(functions)))
+    of_tokens = np.zeros(mask.shape)
+    last = mask.sum(axis=1) - 1
+    for i, (function, given) in enumerate(zip(functions, scores, strict=False)):
+        own[:, 2 * i] = [np.sum(row) for row in given]
+        if isinstance(given, list):
+            own[:, 2 * i + 1] = True
+            of_tokens[mask] += function.weight * np.concatenate(given)
+        else:
+            of_tokens[np.arange(len(rows)), last] += function.weight * given
+    every = gather_rows(rows, own, count)
+    names = metric_names([function.name for function in functions])
+    means = dict(zip(names, every[:, ::2].mean(axis=0, dtype=np.float64).tolist(), strict=True))
+    if every[:, 1::2].any():
+        return gather_rows(rows, of_tokens, count), means
+    weights = np.array([function.weight for function in functions])
+    return (every[:, ::2] @ weights).astype(np.float32), means
 
 
 def make_sampler(
     setup: Setup,
     tokenizer: Any,
-    texts: list[str],
-    rows: Prompts,
+    data: PromptData,
     settings: PPOSettings,
-    function: RewardFunction | None,
+    functions: Sequence[RewardFunction],
     layout: Layout,
 ):
     """(state, step) -> rows of samples.jsonl: the same prompts and the same key every time."""
+    texts = data.texts
     chosen = np.arange(min(settings.num_samples, len(texts)))
     filled = layout.pad_batch(chosen)
     once = dataclasses.replace(
@@ -200,16 +276,16 @@ def make_sampler(
         if not len(chosen):
             return []
         prompts, key = (
-            layout.shard_batch(take_prompts(rows, filled)),
+            layout.shard_batch(take_prompts(data.prompts, filled)),
             layout.replicate(jax.random.key(0)),
         )
         rollout = sample(state, setup.hyperparameters, prompts, key, frozen=setup.frozen)
-        if function is None:
-            scores = score(rollout, frozen=setup.frozen)
+        if functions:
+            scores, _ = call_functions(functions, data, filled, rollout, tokenizer)
         else:
-            prompts = [texts[i] for i in filled]
-            scores = layout.shard_batch(call_function(function, prompts, rollout, tokenizer))
+            scores = score(rollout, frozen=setup.frozen)
         scores, responses = fetch((scores, (rollout.response_tokens, rollout.response_mask)))
+        scores = scores.sum(axis=1) if scores.ndim == 2 else scores
         responses = decode_rows(tokenizer, *responses)
         return [
             {"stage": "ppo", "step": step, "prompt": p, "response": r, "score": float(s)}

@@ -64,6 +64,8 @@ class StageRun:
         tokens: (metric, factor), as `MetricsWriter` has it.
     """
 
+    is_open = False  # whether a stage of this process is
+
     def __init__(
         self,
         workdir: Path,
@@ -84,9 +86,11 @@ class StageRun:
     def __enter__(self) -> "StageRun":
         handlers = stop_handlers(self._stop_soon)
         self._old_handlers = {number: signal.signal(number, x) for number, x in handlers.items()}
+        StageRun.is_open = True
         return self
 
     def __exit__(self, *error):
+        StageRun.is_open = False
         for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
         with contextlib.ExitStack() as closing:
@@ -170,6 +174,17 @@ class StageRun:
             )
             sys.exit(STOPS[self.asked_to_stop])
         self.writer.last_checkpoint = step
+
+
+def _in_forked_process():
+    """A worker of a process pool, which a reward function may have, ends at a signal: it must not
+    take the handlers of the stage for its own, or its pool would wait for it for ever."""
+    if StageRun.is_open:
+        for number in STOPS:
+            signal.signal(number, signal.SIG_DFL)
+
+
+os.register_at_fork(after_in_child=_in_forked_process)
 
 
 def describe(stage: str, config: Config, workdir: Path) -> dict:

@@ -199,6 +199,20 @@ def test_prompts_of_a_file_without_use_are_dropped_and_counted(tmp_path):
         prompt_data(path, PLAIN, max_length=8, field="evaluate.prompts")
 
 
+def test_equal_prompts_with_other_columns_are_two_and_the_columns_travel(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    rows = [("the", 1), ("the", 2), ("x" * 9, 3), ("film", 1), ("the", 2)]
+    write_jsonl(path, [{"prompt": p, "answer": [a]} for p, a in rows])
+    data = prompt_data(path, PLAIN, max_length=8)
+    assert data.texts == ["the", "the", "film"] and data.gaps == {}
+    assert data.columns == {"prompt": data.texts, "answer": [[1], [2], [1]]}
+    assert data.dropped == {"repeated": 1, "too long (over 8 tokens)": 1}
+    write_jsonl(path, [{"prompt": "the", "id": 1}, {"prompt": "film"}, {"prompt": "the", "x": 0}])
+    data = prompt_data(path, PLAIN, max_length=8)
+    assert len(data.texts) == 3 and list(data.columns) == ["prompt"]
+    assert data.gaps == {"id": f"{path}:2", "x": f"{path}:1"}
+
+
 def test_a_tokenizer_without_eos_and_no_text_at_all_are_refused():
     with pytest.raises(ValueError, match="the tokenizer must have an EOS token"):
         encode.encode_texts(["x"], WITHOUT_EOS, max_length=8)
