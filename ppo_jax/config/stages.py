@@ -259,6 +259,9 @@ class PPOSettings:
         check.each("> 0", "rollout_batch_size", "num_epochs", "num_minibatches")
         check.each("> 0", "num_micro_batches", "samples_per_prompt")
         check.each(">= 0", "logits_chunk")
+        most = (2**31 - 1) // self.rollout_batch_size
+        rule = f"at most {most:,}: the state counts responses in int32"
+        check.that(self.num_iterations <= most, "num_iterations", rule)
         parts, samples = self.num_minibatches * self.num_micro_batches, self.samples_per_prompt
         check.multiple("rollout_batch_size", parts, "num_minibatches x num_micro_batches")
         check.multiple("rollout_batch_size", samples, "samples_per_prompt")

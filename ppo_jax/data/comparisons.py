@@ -93,7 +93,7 @@ def reward_data(
         encode, key = encode_rated, lambda record: record.text
         split = read_split(settings, seed, load_ratings, key)
     else:
-        encode, key = encode_ranked, lambda record: record.prompt or record.responses[0]
+        encode, key = encode_ranked, lambda record: record.conversation
         read = functools.partial(load_preferences, tokenizer=tokenizer)
         split = read_split(settings, seed, read, key)
     limits, encoded = ((settings.max_length, "reward.max_length"), (context, CONTEXT)), []

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from ppo_jax.config.stages import LoRASettings, OptimizerSettings
+from ppo_jax.config.stages import LoRASettings, OptimizerSettings, SFTSettings
 from ppo_jax.core.network import merge_params
 from ppo_jax.core.optimizer import init_optimizer
 from ppo_jax.core.types import Optimizer, Params, TrainState
@@ -23,10 +23,23 @@ from ppo_jax.models.build import trunk_network
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.lora import init_lora
 
+MAX_STEPS = 2**31 - 1  # the state counts them in int32
+
 
 def count_steps(settings: TextSettings, num_rows: int) -> int:
-    """Optimizer steps of num_epochs passes over `num_rows` rows, of a text or of several."""
-    return max(1, math.ceil(settings.num_epochs * num_rows / settings.batch_size))
+    """Optimizer steps of num_epochs passes over `num_rows` rows, of a text or of several.
+
+    Raises:
+        ValueError: they are more than the state can count.
+    """
+    steps = max(1, math.ceil(settings.num_epochs * num_rows / settings.batch_size))
+    if steps > MAX_STEPS:
+        stage = "sft" if isinstance(settings, SFTSettings) else "reward"
+        raise ValueError(
+            f"{stage}.num_epochs must give at most {MAX_STEPS:,} steps, got "
+            f"{settings.num_epochs:g} passes over {num_rows:,} rows, {settings.batch_size} a step"
+        )
+    return steps
 
 
 def make_optimizer(settings: OptimizerSettings, total_steps: int) -> Optimizer:

@@ -152,9 +152,7 @@ def rows_of_a_reward_function(folder):
     found = {}
     for name, (settings, order) in meshes.items():
         layout, scored = Layout(make_mesh(settings, order), settings.rules), []
-        score = RewardFunction(
-            "a:score", lambda p, r, scored=scored: scored.extend(p) or map_int(p)
-        )
+        score = RewardFunction("a:b", lambda p, r, scored=scored: scored.extend(p) or map_int(p))
         tokens = layout.shard_batch(np.full((NUM_ROWS, 3), 5, np.int32))
         mask = layout.shard_batch(np.ones((NUM_ROWS, 3), bool))
         rollout = types.SimpleNamespace(response_tokens=tokens, response_mask=mask)
@@ -162,7 +160,7 @@ def rows_of_a_reward_function(folder):
         both = [RewardFunction("a:score", map_int_of), RewardFunction("a:each", three_each)]
         of_tokens, _ = call_functions(both, data, every, rollout, tokenizer)
         rows = [int(row) for row in scored]
-        found[name] = [rows, scores.tolist(), means["reward/score"], of_tokens.tolist()]
+        found[name] = [rows, scores.tolist(), means["reward/b"], of_tokens.tolist()]
     return found
 
 
