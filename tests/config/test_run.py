@@ -46,6 +46,7 @@ VARIANTS = {
     "quickstart": ["default", "tiny", "validation"],
     "reward": ["default", "scratch"],
     "sft": ["default", "scratch"],
+    "verifiable": ["acting", "reasoning"],
 }
 SECTIONS = [
     ScratchSettings,

@@ -19,7 +19,7 @@ train_sft --config={tmp}/none.py
 train_sft --config={root}/configs/sft.py:nonsense
     unknown variant 'nonsense'; choose from ['default', 'scratch'] (--help lists the flags)
 rlhf --config={root}/configs/verifiable.py:tiny
-    this config file has no variants: leave out the colon and what ... (--help lists the flags)
+    unknown variant 'tiny'; choose from ['acting', 'reasoning'] (--help lists the flags)
 train_reward --config={root}/configs/reward.py:tiny
     unknown variant 'tiny'; choose from ['default', 'scratch'] (--help lists the flags)
 train_sft --config.sft.batchsize=3

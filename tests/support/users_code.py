@@ -84,3 +84,7 @@ def each_token(prompts, responses, response_tokens, answer):
         [float(token == right) for token in tokens]
         for tokens, right in zip(response_tokens, answer, strict=True)
     ]
+
+
+def no_column(prompts, responses, colour):
+    return [0.0] * len(responses)
