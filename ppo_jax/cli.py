@@ -58,6 +58,7 @@ def run_stages(only: Sequence[str] = STAGE_NAMES):
             raise ValueError("--dry_run is for one process: leave --multihost out")
         if multihost.value:
             processes.initialize(*addresses)
+        processes.end_on_second_signal()
         if not isinstance(config.value, config_dict.ConfigDict):
             name = config_flags.get_config_filename(flags.FLAGS["config"])
             kind = type(config.value).__name__

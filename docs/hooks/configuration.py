@@ -72,9 +72,10 @@ def type_name(hint: typing.Any) -> str:
     """A type as an annotation has it: "str or int" for a union."""
     from ppo_jax.config.parsing import options
 
-    names = [getattr(option, "__name__", str(option)) for option in options(hint)]
-    plain = ["tuple of str" if name == "tuple" else name for name in names if name != "NoneType"]
-    return " or ".join("float" if name == "Annotated" else name for name in plain)
+    plain = [getattr(option, "__origin__", option) for option in options(hint)]  # of Annotated
+    names = [getattr(option, "__name__", str(option)) for option in plain]
+    shown = ["tuple of str" if name == "tuple" else name for name in names if name != "NoneType"]
+    return " or ".join(shown)
 
 
 def rows(cls: type, places: dict[type, list[str]]) -> Iterator[str]:

@@ -51,7 +51,7 @@ def stable_order(text: str) -> bytes:
 
 def hutto_folder() -> Path:
     """The rating files of Hutto & Gilbert (ICWSM 2014), from vaderSentiment's source (MIT)."""
-    return make_once(cache_dir() / "hutto_ICWSM_2014", extract_hutto)
+    return make_once(cache_dir() / "hutto_ICWSM_2014-2", extract_hutto)
 
 
 def extract_hutto(folder: Path) -> None:

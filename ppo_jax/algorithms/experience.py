@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -18,9 +19,10 @@ from ppo_jax.core.advantages import (
     needs_critic,
     whiten,
 )
-from ppo_jax.core.kl import ESTIMATORS, kl_estimate
-from ppo_jax.core.losses import explained_variance
-from ppo_jax.core.masking import last_token_index, masked_mean
+from ppo_jax.core.checks import assert_counts, assert_numbers
+from ppo_jax.core.kl import ESTIMATORS, REWARD_ESTIMATORS, REWARD_RULE, kl_estimate
+from ppo_jax.core.losses import explained_variance, probability_ratio
+from ppo_jax.core.masking import last_token_index, masked_mean, masked_moments
 from ppo_jax.core.network import Network, merge_params
 from ppo_jax.core.renamed import renamed
 from ppo_jax.core.rewards import missing_eos_scores, token_rewards, token_scores
@@ -73,7 +75,12 @@ CHOICES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PPOOptions:
-    """What shapes the program of an iteration; the numbers are in `Hyperparameters`."""
+    """What shapes the program of an iteration; the numbers are in `Hyperparameters`.
+
+    Raises:
+        ValueError: a choice is unknown, a count less than 1, or the estimator one that leads away
+            from the reference.
+    """
 
     sampling: Sampling
     num_epochs: int  # passes over a rollout
@@ -82,6 +89,7 @@ class PPOOptions:
     packing: bool = False  # responses share rows in the update; empty micro-batches are skipped
     advantages: str = "gae"  # of the critic's values, or "leave_one_out": of the other responses
     kl_estimator: str = "k1"  # of the penalty in the rewards
+    any_kl_estimator: bool = False  # take one that leads away from the reference, see `kl_estimate`
     kl_control: str = "fixed"  # or "adaptive"
     missing_eos: str = "keep"  # the score of a response without a stop token, or "replace", or
     # "penalty": see `missing_eos_scores`
@@ -93,6 +101,10 @@ class PPOOptions:
                 raise ValueError(
                     f"unknown {name} {getattr(self, name)!r}; choose from {list(allowed)}"
                 )
+        counts = ("num_epochs", "num_minibatches", "num_micro_batches")
+        assert_counts(**{name: getattr(self, name) for name in counts})
+        if not self.any_kl_estimator and self.kl_estimator not in REWARD_ESTIMATORS:
+            raise ValueError(f"kl_estimator must be {REWARD_RULE}, got {self.kl_estimator!r}")
 
 
 @renamed(recipe="options")
@@ -165,6 +177,7 @@ def make_experience(
             round.
     """
     check_critic(options.advantages, networks, state)
+    chex.assert_shape(scores, rollout.response_mask.shape[:1])
     mask, numbers = rollout.response_mask, hyperparameters
     policy_inputs = rollout.tokens if networks.trunk is None else rollout.hidden_states
     parts = dict(policy_inputs=policy_inputs, frozen=frozen, networks=networks)
@@ -269,7 +282,7 @@ def importance_weights(
     """Truncated importance weights: decoding one token at a time rounds differently, so the tokens
     come from a slightly different policy.
 
-    w = clip(exp(logprobs - sampled_logprobs), tis_clip_low, tis_clip_high)
+    w = clip(exp(logprobs - sampled_logprobs), tis_clip_low, tis_clip_high), see `probability_ratio`
 
     The surrogate loss is linear in the advantages, so it is enough to multiply them by w.
 
@@ -284,9 +297,11 @@ def importance_weights(
 
     Reference: Espeholt et al. 2018, https://arxiv.org/abs/1802.01561, truncated weights.
     """
+    chex.assert_equal_shape([logprobs, sampled_logprobs, mask])
     difference = jnp.where(mask, logprobs - sampled_logprobs, 0.0)
-    limits = hyperparameters.tis_clip_low, hyperparameters.tis_clip_high
-    weights = jnp.clip(jnp.exp(difference), *limits)
+    low, high = hyperparameters.tis_clip_low, hyperparameters.tis_clip_high
+    assert_numbers(at_least=0, tis_clip_low=low, tis_clip_high=high)
+    weights = jnp.clip(probability_ratio(difference), low, high)
     return weights, {
         "policy/rollout_logprob_error": masked_mean(jnp.abs(difference), mask),
         "policy/rollout_logprob_error_max": jnp.abs(difference).max(),
@@ -333,7 +348,7 @@ def response_rewards(
     kl = jnp.where(mask, kl_estimate(rollout.logprobs, ref_logprobs, estimator="k1"), 0.0)
     metrics = {
         "reward/score_mean": scores.mean(),
-        "reward/score_std": scores.std(),
+        "reward/score_std": jnp.sqrt(masked_moments(scores, jnp.ones(scores.shape, bool))[1]),
         "reward/adjusted_score_mean": adjusted.mean(),
         "reward/kl_penalty": adjusted.mean() - rewards.sum(axis=1).mean(),
         "kl/ref": kl.sum(axis=1).mean(),

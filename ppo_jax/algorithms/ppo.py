@@ -17,6 +17,7 @@ from ppo_jax.algorithms.experience import (
     sample_responses,
 )
 from ppo_jax.algorithms.supervised import accumulate, accumulate_while
+from ppo_jax.core.checks import assert_divides, assert_numbers
 from ppo_jax.core.kl import adaptive_kl_coef
 from ppo_jax.core.losses import ppo_loss
 from ppo_jax.core.network import merge_params
@@ -148,7 +149,8 @@ def ppo_update(
         (state, metrics of each optimizer step [num_epochs * num_minibatches], in their order).
 
     Raises:
-        ValueError: packing, with a network that does not support it.
+        ValueError: packing, with a network that does not support it; a batch that the minibatches
+            and micro-batches do not divide.
     """
     trained = {"policy": networks.policy, "value": networks.value}
     packs = {k: network.supports_packing for k, network in trained.items() if network is not None}
@@ -159,6 +161,11 @@ def ppo_update(
             + ", ".join(f"{name} {value}" for name, value in packs.items())
         )
     batch_size = experience.mask.shape[0]
+    counts = dict(
+        num_minibatches=options.num_minibatches, num_micro_batches=options.num_micro_batches
+    )
+    assert_divides(batch_size, "responses", **counts)
+    assert_numbers(at_least=0, value_learning_rate=hyperparameters.value_learning_rate)
     factor = schedule(hyperparameters.optimizer, state.step)
     rates = {
         "policy": hyperparameters.optimizer.learning_rate * factor,

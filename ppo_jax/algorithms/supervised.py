@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ppo_jax.core.checks import assert_divides
 from ppo_jax.core.distributions import token_logprobs
 from ppo_jax.core.losses import next_token_loss, preference_loss
 from ppo_jax.core.masking import last_token_index
@@ -71,30 +72,43 @@ def sft_step(
 
 
 def text_scores(
-    network: Network, params: Params, inputs: jax.Array, mask: jax.Array, *, num_micro_batches=1
+    network: Network,
+    params: Params,
+    inputs: jax.Array,
+    mask: jax.Array,
+    *,
+    segment_ids: jax.Array | None = None,
+    ends: jax.Array | None = None,
+    num_micro_batches: int = 1,
 ) -> jax.Array:
     """Scores of whole texts, read at their last token.
 
     Args:
-        network: returns one scalar a position.
+        network: returns one scalar a position; with `segment_ids` it must support packing.
         params: all of the network's.
         inputs: [N, L] int32 tokens, or [N, L, D] hidden states.
         mask: [N, L] bool.
+        segment_ids: [N, L] int32 where a row holds several texts, see `Network`.
+        ends: [N, K] int32, then the position of each text's last token.
         num_micro_batches: computed one after the other and, for the gradient, recomputed.
 
     Returns:
-        [N] float32.
+        [N] float32, or [N K] with `ends`.
     """
 
-    def last_value(micro_batch):
-        inputs, mask = micro_batch
+    def last_values(rows):
+        inputs, mask, segment_ids, ends = rows
+        if segment_ids is not None:
+            where = dict(segment_ids=segment_ids, output_positions=ends)
+            return network.apply(params, inputs, mask, **where)
         values = network.apply(params, inputs, mask)
-        return jnp.take_along_axis(values, last_token_index(mask)[:, None], axis=1)[:, 0]
+        return jnp.take_along_axis(values, last_token_index(mask)[:, None], axis=1)
 
+    rows = inputs, mask, segment_ids, ends
     if num_micro_batches == 1:
-        return last_value((inputs, mask))
-    micro_batches = split_batch((inputs, mask), num_micro_batches)
-    return jax.lax.map(jax.checkpoint(last_value), micro_batches).T.reshape(-1)
+        return last_values(rows).reshape(-1)
+    scores = jax.lax.map(jax.checkpoint(last_values), split_batch(rows, num_micro_batches))
+    return scores.swapaxes(0, 1).reshape(-1)
 
 
 def reward_step(
@@ -117,6 +131,8 @@ def reward_step(
             merge_params(frozen, params),
             batch.inputs,
             batch.mask,
+            segment_ids=batch.segment_ids,
+            ends=batch.ends,
             num_micro_batches=num_micro_batches,
         )
         chosen, rejected = scores[batch.pairs[:, 0]], scores[batch.pairs[:, 1]]
@@ -144,7 +160,11 @@ def split_batch(batch: Any, count: int) -> Any:
     """Every leaf [N, ...] as [count, N / count, ...]; micro-batch i has the rows i, i + count, ...
 
     So each device, which holds neighbouring rows, has its share of every micro-batch.
+
+    Raises:
+        ValueError: `count` does not divide N.
     """
+    assert_divides(len(jax.tree.leaves(batch)[0]), "rows", num_micro_batches=count)
     return jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
 
 

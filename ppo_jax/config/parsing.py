@@ -1,7 +1,7 @@
 """From nested dictionaries to frozen dataclasses: every value of its type, every error named.
 
-A field's hint is str, int, float, bool, `Limit`, tuple[str, ...], tuple[float, ...], another
-dataclass (a section), `str | int`, or one of these with None.
+A field's hint is str, int, float, bool, `Limit`, `Dtype`, tuple[str, ...], tuple[float, ...],
+another dataclass (a section), `str | int`, or one of these with None.
 """
 
 import dataclasses
@@ -16,12 +16,16 @@ import warnings
 from collections.abc import Callable, Collection, Mapping
 from typing import Annotated, Any, ClassVar
 
+from ppo_jax.models.config import dtype_name
+
 Limit = Annotated[float, "may be inf"]  # a float for which inf is no limit
+Dtype = Annotated[str, "a dtype"]  # its name; or as JAX has it, jnp.bfloat16
 TEXTS = tuple[str, ...]
 NUMBERS = tuple[float, ...]
 
 WORDS = {
     str: "a text",
+    Dtype: "the name of a dtype",
     int: "a whole number",
     float: "a number",
     Limit: "a number (or inf)",
@@ -147,6 +151,8 @@ def widened(hint: Any, value: Any, section: str) -> Any:
     if isinstance(value, dict):
         cls = next((o for o in allowed if dataclasses.is_dataclass(o)), None)
         return filled_in(cls, value, section) if cls else value
+    if Dtype in allowed:
+        return dtype_name(value)
     if type(value) is int and (float in allowed or Limit in allowed):
         return float(value)
     return str(value) if type(value) is int and str in allowed else value
@@ -215,6 +221,9 @@ def convert(hint: Any, value: Any, field: str) -> Any:
                 return float(value)
             if option == Limit and value == "inf":  # as config.json has it
                 return math.inf
+        elif option == Dtype:
+            if isinstance(name := dtype_name(value), str):
+                return name
         elif type(value) is option:
             return value
     words = " or ".join(WORDS[option] for option in allowed)

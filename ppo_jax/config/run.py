@@ -5,11 +5,12 @@ global. A section that is None means that the stage is not part of the run.
 """
 
 import dataclasses
+import datetime
 
 from ml_collections import config_dict
 
 from ppo_jax.config.mesh import MeshSettings
-from ppo_jax.config.parsing import Check, build, changeable, filled_in
+from ppo_jax.config.parsing import Check, Dtype, build, changeable, filled_in
 from ppo_jax.config.stages import (
     EvaluateSettings,
     PPOSettings,
@@ -42,8 +43,8 @@ class ModelSettings:
 
     path: str = ""  # a Hugging Face folder, a .gguf file, a hub id or "package:NAME"
     scratch: ScratchSettings | None = None  # instead of a path
-    dtype: str = "float32"  # of the computation; "bfloat16" on accelerators, or "float16"
-    frozen_dtype: str = "float32"  # of parameters that are not trained, the reference's and the
+    dtype: Dtype = "float32"  # of the computation; "bfloat16" on accelerators, or "float16"
+    frozen_dtype: Dtype = "float32"  # of parameters that are not trained, the reference's and the
     # reward model's among them; "bfloat16" halves their memory
     scan_layers: bool = False  # True compiles faster; False runs faster on CPUs
     remat: str = changeable("none")  # what the backward pass computes again to save memory: "none"
@@ -51,6 +52,10 @@ class ModelSettings:
     # the longest rows and largest models
     attention: str = changeable("auto")  # over whole rows: "auto" is the platform's fused kernel
     # where it has one (TPU, GPU), "plain" is the same sum by plain products everywhere
+    chat_template: str = changeable("")  # a file with the Jinja template that makes text of
+    # messages, kept with every stage; "" is the tokenizer's own
+    chat_date: str = changeable("")  # today for templates that write the date, such as
+    # "2026-11-28"; "" is the day on which the run begins
     vocabulary_data: str = ""  # rows of texts: keep only the tokens that they use; "" keeps all
 
     def __post_init__(self):
@@ -64,8 +69,17 @@ class ModelSettings:
         check.choice("frozen_dtype", "float32", "bfloat16")
         check.choice("remat", "none", "dots", "full")
         check.choice("attention", "auto", "plain")
+        check.that(is_date(self.chat_date), "chat_date", "'' or a date, year-month-day")
         texts = "the texts to train the tokenizer of model.scratch on"
         check.that(bool(self.vocabulary_data or not self.scratch), "vocabulary_data", texts)
+
+
+def is_date(text: str) -> bool:
+    """Whether a setting is a date such as "2026-11-28", or ""."""
+    try:
+        return not text or datetime.date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,8 @@ from typing import ClassVar
 
 from ppo_jax.config.parsing import Check, Limit, changeable
 from ppo_jax.core.advantages import CRITIC_FREE, WITH_CRITIC, needs_critic
-from ppo_jax.core.kl import ESTIMATORS
+from ppo_jax.core.distributions import MIN_TEMPERATURE
+from ppo_jax.core.kl import ESTIMATORS, REWARD_ESTIMATORS, REWARD_RULE
 from ppo_jax.core.optimizer import SCHEDULES
 from ppo_jax.models.lora import TARGETS
 
@@ -106,13 +107,16 @@ class SFTSettings:
     batch_size: int = 32  # texts a step; rows of texts with packing
     num_micro_batches: int = changeable(1)  # parts of a batch, in memory one after the other
     packing: bool = False  # several texts a row, up to max_length; no text sees another
+    turns: str = "all"  # of the assistant's to learn in a conversation, or "last"
     max_length: int = 512  # tokens; longer texts are left out and counted
     hidden_cache_gb: Limit = changeable(4.0)  # for frozen layers' states; not by several processes
     eval_every: int = changeable(50)  # steps between validations
     save_every: int = changeable(100)  # steps between checkpoints
 
     def __post_init__(self):
-        check_training(Check(self, "sft"))
+        check = Check(self, "sft")
+        check_training(check)
+        check.choice("turns", "all", "last")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -134,6 +138,7 @@ class RewardSettings:
     pairs_per_batch: int = 256  # ratings only: comparisons drawn among the texts of a batch
     num_micro_batches: int = changeable(1)  # parts of a batch, in memory one after the other
     max_length: int = 512  # tokens; longer texts are left out and counted
+    packing: bool = changeable(False)  # the texts of a batch share rows of max_length tokens
     hidden_cache_gb: Limit = changeable(4.0)  # for frozen layers' states; not by several processes
     eval_every: int = changeable(50)  # steps between validations
     save_every: int = changeable(100)  # steps between checkpoints
@@ -221,10 +226,13 @@ class PPOSettings:
     advantages: str = "gae"  # by the critic's values; or "leave_one_out": against the other samples
     # of a prompt, without a critic
     kl_coef: float = changeable(0.05)  # reward per nat
-    kl_estimator: str = "k1"  # or "k2", "k3"
+    kl_estimator: str = "k1"  # of the penalty; or, with any_kl_estimator, "k2", "k3"
+    any_kl_estimator: bool = changeable(False)  # take k2 and k3, which as a reward push the policy
+    # away from the reference
     kl_control: str = "fixed"  # or "adaptive"
     target_kl: float = changeable(6.0)  # nats per response, adaptive only
-    kl_horizon: float = changeable(10_000.0)  # episodes, adaptive only
+    kl_horizon: float = changeable(10_000.0)  # episodes, adaptive only; at least 0.2 of
+    # rollout_batch_size
     gamma: float = changeable(1.0)  # discount a token
     gae_lambda: float = changeable(0.95)  # 0 is one-step differences, 1 the whole return
     clip_range: float = changeable(0.2)  # of the probability ratio, around 1
@@ -279,6 +287,8 @@ class PPOSettings:
 
     def _check_sampling(self, check: Check):
         check.each("> 0", "max_prompt_length", "response_length", "prompt_buckets", "temperature")
+        rule = f">= {MIN_TEMPERATURE:g}"
+        check.that(self.temperature >= MIN_TEMPERATURE, "temperature", rule)
         most = self.max_prompt_length.bit_length()
         rule = f"<= {most}, halves of max_prompt_length"
         check.that(self.prompt_buckets <= most, "prompt_buckets", rule)
@@ -304,7 +314,13 @@ class PPOSettings:
         high, rule = self.clip_range_high, f"0 or at least clip_range ({self.clip_range})"
         check.that(high == 0 or high >= self.clip_range, "clip_range_high", rule)
         check.choice("kl_estimator", *ESTIMATORS)
+        holds = self.any_kl_estimator or self.kl_estimator in REWARD_ESTIMATORS
+        check.that(holds, "kl_estimator", REWARD_RULE)
         check.choice("kl_control", "fixed", "adaptive")
+        least = 0.2 * self.rollout_batch_size
+        rule = f">= {least:g}, a fifth of rollout_batch_size: the coefficient changes sign below"
+        unread = self.kl_control == "fixed" and self.kl_horizon == type(self).kl_horizon
+        check.that(unread or self.kl_horizon >= least, "kl_horizon", rule)
         check.choice("advantages", *WITH_CRITIC, *CRITIC_FREE)
         if self.advantages == "leave_one_out":
             rule = "at least 2 with advantages='leave_one_out'"
@@ -351,3 +367,7 @@ class EvaluateSettings:
         check.that(bool(self.prompts), "prompts", "the path of a data set")
         check.each("> 0", "num_prompts", "batch_size")
         check.each(">= 0", "temperature")
+        rule = f"0 or >= {MIN_TEMPERATURE:g}"
+        check.that(
+            self.temperature == 0 or self.temperature >= MIN_TEMPERATURE, "temperature", rule
+        )

@@ -4,9 +4,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from ppo_jax.core.masking import masked_mean, zero_padding
-
-Number = jax.Array | float
+from ppo_jax.core.checks import Number
+from ppo_jax.core.masking import masked_moments, zero_padding
 
 WITH_CRITIC, CRITIC_FREE = ("gae",), ("leave_one_out",)  # the estimators, as settings name them
 
@@ -31,7 +30,7 @@ def gae(
 ) -> tuple[jax.Array, jax.Array]:
     """Generalised advantage estimation over the True steps of each row.
 
-    A_t = δ_t + γ_t λ A_n  with  δ_t = r_t + γ_t V_n - V_t,  where n is the next True step after
+    A_t = δ_t + γ_t λ_t A_n  with  δ_t = r_t + γ_t V_n - V_t,  where n is the next True step after
     t, and V_n = bootstrap, A_n = 0 after the last one.
 
     Steps where mask is False are passed over as if they were cut out, so masks with holes
@@ -42,7 +41,7 @@ def gae(
         values: [B, T] float, of the state before step t.
         mask: [B, T] bool, True on the steps that count.
         gamma: discount per step, a number or [B, T].
-        gae_lambda: 0 is one-step TD, 1 is Monte Carlo.
+        gae_lambda: 0 is one-step TD, 1 is Monte Carlo; a number, [B] or [B, T].
         bootstrap_values: value of the state after the last True step, a number or [B]; 0 for
             text, which ends with its last token.
 
@@ -61,37 +60,46 @@ def gae(
     >>> advantages.tolist(), returns.tolist()
     ([[0.5, 0.5, 0.0]], [[1.0, 1.0, 0.0]])
     """
-    chex.assert_rank([rewards, gamma, bootstrap_values], [2, {0, 2}, {0, 1}])
+    chex.assert_rank([rewards, gamma, gae_lambda], [2, {0, 2}, {0, 1, 2}])
+    chex.assert_rank(bootstrap_values, {0, 1})
     chex.assert_equal_shape([rewards, values, mask])
     chex.assert_type([rewards, values, mask], [float, float, bool])
 
-    discounts = jnp.broadcast_to(jnp.asarray(gamma, jnp.float32), mask.shape)
-    bootstrap = jnp.broadcast_to(jnp.asarray(bootstrap_values, jnp.float32), mask.shape[:1])
-    rewards, values, discounts = zero_padding(mask, rewards, values, discounts)
+    discounts, lambdas = (spread(x, mask.shape) for x in (gamma, gae_lambda))
+    bootstrap = spread(bootstrap_values, mask.shape[:1])
+    rewards, values, discounts, lambdas = zero_padding(mask, rewards, values, discounts, lambdas)
 
     def step(carry, inputs):
         next_advantage, next_value = carry
-        reward, value, discount, is_step = inputs
+        reward, value, discount, trace, is_step = inputs
         delta = reward + discount * next_value - value
-        advantage = delta + discount * gae_lambda * next_advantage
+        advantage = delta + discount * trace * next_advantage
         carry = (
             jnp.where(is_step, advantage, next_advantage),
             jnp.where(is_step, value, next_value),
         )
         return carry, advantage
 
-    columns = (rewards.T, values.T, discounts.T, mask.T)
+    columns = (rewards.T, values.T, discounts.T, lambdas.T, mask.T)
     init = (jnp.zeros_like(bootstrap), bootstrap)
     _, advantages = jax.lax.scan(step, init, columns, reverse=True)
     (advantages,) = zero_padding(mask, advantages.T)
     return advantages, advantages + values
 
 
+def spread(x: Number, shape: tuple[int, ...]) -> jax.Array:
+    """x in float32 and in this shape: a number, or one for each row, or the whole array."""
+    x = jnp.asarray(x, jnp.float32)
+    chex.assert_shape(x, shape[: x.ndim])  # one row or column would serve for all without a word
+    return jnp.broadcast_to(x.reshape(x.shape + (1,) * (len(shape) - x.ndim)), shape)
+
+
 def leave_one_out(rewards: jax.Array, mask: jax.Array, *, group_size: int) -> jax.Array:
     """Advantages without a critic: a response against the others to the same prompt.
 
     A_i = R_i - mean of R_j over the other responses j of the group, the same for each token;
-    R_i is the sum of the rewards of response i.
+    R_i is the sum of the rewards of response i. A group of equal sums has A = 0, exactly: see
+    `masked_moments`.
 
     Args:
         rewards: [B, T] float, for taking step t.
@@ -121,15 +129,17 @@ def leave_one_out(rewards: jax.Array, mask: jax.Array, *, group_size: int) -> ja
     (rewards,) = zero_padding(mask, rewards)
     totals = rewards.sum(axis=1).reshape(-1, group_size)
     others = (totals.sum(axis=1, keepdims=True) - totals) / (group_size - 1)
-    advantages = (totals - others).reshape(-1, 1)
-    return jnp.where(mask, advantages, 0.0)
+    _, variance = jax.vmap(masked_moments)(totals, jnp.ones(totals.shape, bool))
+    advantages = jnp.where(variance[:, None] > 0, totals - others, 0.0)
+    return jnp.where(mask, advantages.reshape(-1, 1), 0.0)
 
 
 def whiten(x: jax.Array, mask: jax.Array, *, shift_mean: bool = True) -> jax.Array:
     """x scaled to unit variance, and shifted to zero mean, over the True positions of mask.
 
     y = (x - mean) / √(var + 1e-8), plus the mean if it is not to be shifted. The variance is
-    that of the population (divided by N).
+    that of the population (divided by N); equal numbers have none (see `masked_moments`), and
+    x - mean then counts as 0.
 
     The statistics are those of the whole array: give it the whole batch, not a part of it.
 
@@ -150,8 +160,8 @@ def whiten(x: jax.Array, mask: jax.Array, *, shift_mean: bool = True) -> jax.Arr
     chex.assert_type([x, mask], [float, bool])
 
     (x,) = zero_padding(mask, x)
-    mean = masked_mean(x, mask)
-    variance = masked_mean(jnp.square(x - mean), mask)
-    whitened = (x - mean) * jax.lax.rsqrt(variance + 1e-8)
+    mean, variance = masked_moments(x, mask)
+    centered = jnp.where(variance == 0, 0.0, x - mean)
+    whitened = centered * jax.lax.rsqrt(variance + 1e-8)
     (whitened,) = zero_padding(mask, whitened if shift_mean else whitened + mean)
     return whitened

@@ -8,7 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from ppo_jax.core.distributions import Number
+from ppo_jax.core.checks import Number
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -8,7 +8,9 @@ import chex
 import jax
 import jax.numpy as jnp
 
-Number = jax.Array | float
+from ppo_jax.core.checks import Number, assert_counts, assert_numbers, known
+
+MIN_TEMPERATURE = 1e-6  # smaller ones but 0 make logits infinite, and what is drawn arbitrary
 
 
 def token_logprobs(logits: jax.Array, tokens: jax.Array, *, temperature: Number = 1.0) -> jax.Array:
@@ -20,11 +22,15 @@ def token_logprobs(logits: jax.Array, tokens: jax.Array, *, temperature: Number 
 
     Args:
         logits: [..., V] float, mostly [B, T, V].
-        tokens: [...] int, ids in [0, V); at padding any valid id.
-        temperature: divides the logits. 0 counts as 1: greedy sampling divides by nothing.
+        tokens: [...] int, ids in [0, V).
+        temperature: [] or a number, divides the logits; see `positive_temperature`.
 
     Returns:
-        [...] float32. Positions do not mix: what padding holds stays in padding.
+        [...] float32, NaN for an id outside of [0, V). Positions do not mix: what padding holds
+        stays in padding.
+
+    Raises:
+        ValueError: the temperature is known, and neither 0 nor at least 1e-6.
 
     >>> logits = jnp.log(jnp.array([[[0.25, 0.75]]]))
     >>> round(jnp.exp(token_logprobs(logits, jnp.array([[1]]))).item(), 6)
@@ -34,9 +40,16 @@ def token_logprobs(logits: jax.Array, tokens: jax.Array, *, temperature: Number 
     chex.assert_shape(tokens, logits.shape[:-1])
 
     divisor = positive_temperature(temperature)
-    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
     scaled = logits.astype(jnp.float32) / divisor
-    return chosen.astype(jnp.float32) / divisor - jax.nn.logsumexp(scaled, axis=-1)
+    return _chosen(logits, tokens) / divisor - jax.nn.logsumexp(scaled, axis=-1)
+
+
+def _chosen(logits, tokens):
+    """The logit of each token in float32; NaN, and not another token's, outside of [0, V)."""
+    index = tokens.astype(jnp.int32)
+    index = jnp.where(index < 0, logits.shape[-1], index)  # below 0 it would count from the end
+    chosen = jnp.take_along_axis(logits, index[..., None], axis=-1, mode="fill")
+    return chosen[..., 0].astype(jnp.float32)
 
 
 def entropy(logits: jax.Array) -> jax.Array:
@@ -73,12 +86,15 @@ def token_statistics(
 
     Args:
         logits: [..., V] float, mostly [B, T, V].
-        tokens: [...] int, ids in [0, V); at padding any valid id.
-        temperature: [] or a number, divides the logits. 0 counts as 1.
+        tokens: [...] int, ids in [0, V).
+        temperature: [] or a number, divides the logits; see `positive_temperature`.
 
     Returns:
-        (logprobs, entropies in nats), each [...] float32. Positions do not mix: what padding holds
-        stays in padding.
+        (logprobs, entropies in nats), each [...] float32; the logprob is NaN for an id outside of
+        [0, V). Positions do not mix: what padding holds stays in padding.
+
+    Raises:
+        ValueError: the temperature is known, and neither 0 nor at least 1e-6.
 
     >>> logprobs, entropies = token_statistics(jnp.zeros((1, 1, 4)), jnp.array([[2]]))
     >>> jnp.exp(logprobs).round(5).tolist(), jnp.exp(entropies).round(5).tolist()
@@ -86,6 +102,7 @@ def token_statistics(
     """
     chex.assert_type([logits, tokens], [float, int])
     chex.assert_shape(tokens, logits.shape[:-1])
+    check_temperature(temperature)
     return _statistics(logits, tokens, jnp.asarray(temperature, jnp.float32))
 
 
@@ -100,8 +117,7 @@ def _statistics_forward(logits, tokens, temperature):
     normalizer = jax.nn.logsumexp(scaled, axis=-1)
     logprobs = scaled - normalizer[..., None]
     entropies = -jnp.sum(jnp.exp(logprobs) * _finite(logprobs), axis=-1)
-    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
-    chosen = chosen.astype(jnp.float32) / divisor - normalizer
+    chosen = _chosen(logits, tokens) / divisor - normalizer
     return (chosen, entropies), (logits, tokens, temperature, normalizer, entropies)
 
 
@@ -118,7 +134,7 @@ def _statistics_backward(saved, gradients):
     )
     # A logit of -inf has a gradient of 0 and does not depend on the temperature.
     of_temperature = -jnp.sum(of_scaled * _finite(scaled)) / divisor
-    of_temperature = jnp.where(temperature == 0, 0.0, of_temperature)
+    of_temperature = jnp.where(temperature < MIN_TEMPERATURE, 0.0, of_temperature)
     return (of_scaled / divisor).astype(logits.dtype), None, of_temperature
 
 
@@ -131,8 +147,23 @@ def _finite(x: jax.Array) -> jax.Array:
 
 
 def positive_temperature(temperature: Number) -> jax.Array:
-    """The divisor of logits: the temperature, or 1 where it is 0, which is greedy."""
-    return jnp.where(temperature == 0, 1.0, temperature)
+    """The divisor of logits: the temperature, or 1 where it is 0, which is greedy.
+
+    A temperature that is traced cannot be refused: below 0 it counts as 0, between 0 and 1e-6 as
+    1e-6.
+
+    Raises:
+        ValueError: it is known, and neither 0 nor at least 1e-6.
+    """
+    check_temperature(temperature)
+    return jnp.where(temperature <= 0, 1.0, jnp.maximum(temperature, MIN_TEMPERATURE))
+
+
+def check_temperature(temperature: Number) -> None:
+    """Raise a ValueError unless it is 0 or at least 1e-6, or traced, and one number."""
+    assert_numbers(temperature=temperature)
+    if known(temperature) != 0:
+        assert_numbers(at_least=MIN_TEMPERATURE, temperature=temperature)
 
 
 def is_number(x: Number, number: float) -> bool:
@@ -163,7 +194,13 @@ def chunked_token_statistics(
 
     Returns:
         (logprobs, entropies in nats), each [B, T] float32.
+
+    Raises:
+        ValueError: the chunk is less than 1; a temperature, see `token_statistics`.
     """
+    chex.assert_rank([hidden, tokens], [3, 2])
+    chex.assert_equal_shape_prefix([hidden, tokens], 2)
+    check_temperature(temperature)
     batch_size, length = tokens.shape
     count, size = chunk_shape(length, chunk)
     # In float32, so that the gradients of the chunks are added in float32.
@@ -191,5 +228,6 @@ def chunk_shape(length: int, chunk: int) -> tuple[int, int]:
     >>> chunk_shape(100, 40), chunk_shape(10, 99)
     ((3, 34), (1, 10))
     """
+    assert_counts(chunk=chunk)
     count = math.ceil(length / chunk)
     return count, math.ceil(length / count)

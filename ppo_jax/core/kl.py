@@ -4,17 +4,29 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from ppo_jax.core.checks import Number, assert_numbers
 from ppo_jax.core.renamed import renamed
 
-Number = jax.Array | float
+LOG_RATIO_LIMIT = 20.0  # nats: exp of more says nothing, and above 88 it is infinite in float32
 
-# The estimators, as functions of d = logprobs - ref_logprobs. k3 goes through expm1: near d = 0 the
-# terms of the plain form cancel, and it may come out below 0.
+
+def _k3(d):
+    """Through expm1: near d = 0 the terms of the plain form cancel, and it may come out below 0."""
+    d = jnp.maximum(d, -LOG_RATIO_LIMIT)
+    return jnp.expm1(-d) + d
+
+
+# The estimators, as functions of d = logprobs - ref_logprobs.
 ESTIMATORS = {
     "k1": lambda d: d,
     "k2": lambda d: 0.5 * jnp.square(d),
-    "k3": lambda d: jnp.expm1(-d) + d,
+    "k3": _k3,
 }
+REWARD_ESTIMATORS = ("k1",)  # those that, as a penalty in the rewards, lead back to the reference
+REWARD_RULE = (
+    f"one of {list(REWARD_ESTIMATORS)}, or any_kl_estimator True: in the rewards the others push "
+    "the policy away from the reference"
+)
 
 
 @renamed(kind="estimator")
@@ -25,15 +37,20 @@ def kl_estimate(
 
     With d = logprobs - ref_logprobs:  k1 = d,  k2 = d² / 2,  k3 = exp(-d) - 1 + d.
 
-    k1 and k3 are unbiased; k2 and k3 are never negative.
+    As values, k1 and k3 are unbiased; k2 and k3 are never negative. In k3, d below -20 counts as
+    -20.
+
+    In a reward it is the gradient that matters, and there k1 alone is right: the gradient of the
+    KL is E[k1 ∇log π]. Since E[∇log π] = 0, and k2 and k3 grow like d² / 2, theirs is zero to first
+    order at the reference, and farther out need not lead back to it.
 
     Args:
-        logprobs: [B, T] float, of the sampled tokens under the policy.
-        ref_logprobs: [B, T] float, of the same tokens under the reference.
+        logprobs: float of any shape, mostly [B, T], of the sampled tokens under the policy.
+        ref_logprobs: float, the same shape, of the same tokens under the reference.
         estimator: a key of `ESTIMATORS`.
 
     Returns:
-        [B, T] float32 in nats. Elementwise: what padding holds stays in padding.
+        float32 of that shape, in nats. Elementwise: what padding holds stays in padding.
 
     Raises:
         ValueError: the estimator is unknown.
@@ -49,7 +66,8 @@ def kl_estimate(
     if estimator not in ESTIMATORS:
         known = sorted(ESTIMATORS)
         raise ValueError(f"estimator must be one of {known}, got {estimator!r}")
-    return ESTIMATORS[estimator](logprobs.astype(jnp.float32) - ref_logprobs.astype(jnp.float32))
+    logprobs, ref_logprobs = (jnp.asarray(x, jnp.float32) for x in (logprobs, ref_logprobs))
+    return ESTIMATORS[estimator](logprobs - ref_logprobs)
 
 
 def adaptive_kl_coef(
@@ -62,17 +80,23 @@ def adaptive_kl_coef(
 ) -> jax.Array:
     """Next coefficient of the KL penalty, which rises while the KL is above its target.
 
-    kl_coef' = kl_coef (1 + clip(kl / target_kl - 1, -0.2, 0.2) batch_size / horizon).
+    kl_coef' = kl_coef max(0.1, 1 + clip(kl / target_kl - 1, -0.2, 0.2) batch_size / horizon).
+
+    The limit of 0.1 keeps the coefficient above 0; it is reached where the horizon is less than
+    0.22 batches.
 
     Args:
         kl_coef: coefficient of this iteration.
         kl: mean KL of this iteration, in nats per response.
-        target_kl: KL to hold, in nats per response.
-        horizon: episodes over which the coefficient adapts.
-        batch_size: episodes of this iteration.
+        target_kl: KL to hold, in nats per response; above 0.
+        horizon: episodes over which the coefficient adapts; above 0.
+        batch_size: episodes of this iteration; above 0.
 
     Returns:
         A float32 scalar.
+
+    Raises:
+        ValueError: a number that is known is not above 0.
 
     Reference: Ziegler et al. 2019, https://arxiv.org/abs/1909.08593, section 2.2.
 
@@ -80,8 +104,9 @@ def adaptive_kl_coef(
     0.102
     """
     chex.assert_rank([kl_coef, kl], 0)
+    assert_numbers(above=0, target_kl=target_kl, horizon=horizon, batch_size=batch_size)
     kl = jnp.asarray(kl, jnp.float32)
     target_kl, horizon = jnp.asarray(target_kl, jnp.float32), jnp.asarray(horizon, jnp.float32)
     error = jnp.clip(kl / target_kl - 1.0, -0.2, 0.2)
     step = error * jnp.asarray(batch_size, jnp.float32) / horizon
-    return jnp.asarray(kl_coef, jnp.float32) * (1.0 + step)
+    return jnp.asarray(kl_coef, jnp.float32) * jnp.maximum(1.0 + step, 0.1)

@@ -9,10 +9,26 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from ppo_jax.core.masking import masked_mean, zero_padding
+from ppo_jax.core.checks import Number, assert_numbers
+from ppo_jax.core.kl import LOG_RATIO_LIMIT
+from ppo_jax.core.masking import masked_mean, masked_moments, zero_padding
 
-Number = jax.Array | float
 Metrics = dict[str, jax.Array]
+
+
+def probability_ratio(log_ratio: jax.Array) -> jax.Array:
+    """exp(log_ratio) with a log-ratio within ±20: finite, and without a gradient beyond.
+
+    Args:
+        log_ratio: float of any shape, in nats.
+
+    Returns:
+        float of the same shape, within exp(±20).
+
+    >>> probability_ratio(jnp.array([0.0, 1000.0])).round().tolist()
+    [1.0, 485165184.0]
+    """
+    return jnp.exp(jnp.clip(log_ratio, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
 
 
 def clipped_policy_loss(
@@ -28,7 +44,7 @@ def clipped_policy_loss(
     """The clipped surrogate objective of PPO, as a loss.
 
     L = mean max(-A r, -A clip(r, 1 - clip_range, 1 + clip_range_high)),  r = exp(logprobs -
-    old_logprobs), in float32.
+    old_logprobs), in float32. A log-ratio beyond ±20 counts as ±20, without a gradient.
 
     Args:
         logprobs: [B, T] float, of the tokens under the policy that is trained.
@@ -57,12 +73,13 @@ def clipped_policy_loss(
     """
     chex.assert_equal_shape([logprobs, old_logprobs, advantages, mask])
     chex.assert_type([logprobs, old_logprobs, advantages, mask], [float, float, float, bool])
+    assert_numbers(at_least=0, clip_range=clip_range, clip_range_high=clip_range_high)
 
     old_logprobs, advantages = jax.lax.stop_gradient((old_logprobs, advantages))
     logprobs, old, advantages = zero_padding(mask, logprobs, old_logprobs, advantages)
     high = clip_range if clip_range_high is None else clip_range_high
     log_ratio = logprobs - old
-    ratio = jnp.exp(log_ratio)
+    ratio = probability_ratio(log_ratio)
     unclipped = -advantages * ratio
     clipped = -advantages * jnp.clip(ratio, 1.0 - clip_range, 1.0 + high)
 
@@ -121,6 +138,7 @@ def clipped_value_loss(
     """
     chex.assert_equal_shape([values, old_values, returns, mask])
     chex.assert_type([values, old_values, returns, mask], [float, float, float, bool])
+    assert_numbers(at_least=0, value_clip_range=value_clip_range)
 
     old_values, returns = jax.lax.stop_gradient((old_values, returns))
     values, old, returns = zero_padding(mask, values, old_values, returns)
@@ -193,6 +211,7 @@ def ppo_loss(
     """
     chex.assert_equal_shape([logprobs, entropies, mask])
     chex.assert_type(entropies, float)
+    assert_numbers(vf_coef=vf_coef, entropy_coef=entropy_coef)
 
     clip = {"clip_range": clip_range, "clip_range_high": clip_range_high, "normalizer": normalizer}
     policy_loss, policy_metrics = clipped_policy_loss(
@@ -223,7 +242,8 @@ def explained_variance(values: jax.Array, returns: jax.Array, mask: jax.Array) -
         mask: [B, T] bool, True counts; what the others hold elsewhere has no effect.
 
     Returns:
-        A float32 scalar without gradient, at most 1; 0 if the returns do not vary.
+        A float32 scalar without gradient, at most 1; 0 if the returns do not vary, see
+        `masked_moments`.
 
     >>> values, mask = jnp.array([[1.0, 2.0]]), jnp.array([[True, True]])
     >>> explained_variance(values, jnp.array([[1.0, 3.0]]), mask).item()
@@ -234,7 +254,7 @@ def explained_variance(values: jax.Array, returns: jax.Array, mask: jax.Array) -
 
     values, returns = zero_padding(mask, *jax.lax.stop_gradient((values, returns)))
     error = masked_mean(jnp.square(returns - values), mask)
-    variance = masked_mean(jnp.square(returns - masked_mean(returns, mask)), mask)
+    _, variance = masked_moments(returns, mask)
     varies = variance > 0
     return jnp.where(varies, 1.0 - error / jnp.where(varies, variance, 1.0), 0.0)
 
@@ -294,8 +314,12 @@ def preference_loss(
     chex.assert_rank([chosen_scores, rejected_scores, margin], [1, 1, {0, 1}])
     chex.assert_equal_shape([chosen_scores, rejected_scores])
     chex.assert_type([chosen_scores, rejected_scores], float)
-
     mask = jnp.ones(chosen_scores.shape, bool) if mask is None else mask
+    chex.assert_equal_shape([chosen_scores, mask])
+    chex.assert_type(mask, bool)
+    if jnp.ndim(margin):
+        chex.assert_equal_shape([chosen_scores, margin])
+
     chosen, rejected = zero_padding(mask, chosen_scores, rejected_scores)
     difference = chosen - rejected
     margin = jnp.broadcast_to(jnp.asarray(margin, jnp.float32), difference.shape)

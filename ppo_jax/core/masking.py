@@ -6,10 +6,10 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from ppo_jax.core.checks import Number, assert_numbers
 
-def masked_mean(
-    x: jax.Array, mask: jax.Array, *, normalizer: jax.Array | float | None = None
-) -> jax.Array:
+
+def masked_mean(x: jax.Array, mask: jax.Array, *, normalizer: Number | None = None) -> jax.Array:
     """Mean of x over the True positions of mask, summed in float32.
 
     mean = Σ_mask x / N, with N the count of the mask unless `normalizer` gives it. Micro-batches
@@ -28,12 +28,38 @@ def masked_mean(
     """
     chex.assert_type([x, mask], [float, bool])
     chex.assert_equal_shape([x, mask])
-    count = jnp.sum(mask) if normalizer is None else normalizer
-    chex.assert_rank(count, 0)
+    assert_numbers(at_least=0, normalizer=normalizer)
 
-    count = jnp.asarray(count, jnp.float32)
+    count = jnp.asarray(jnp.sum(mask) if normalizer is None else normalizer, jnp.float32)
     (x,) = zero_padding(mask, x)
     return jnp.sum(x) / jnp.where(count == 0, 1.0, count)
+
+
+def masked_moments(x: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean and variance of the population over the True positions of mask, in float32.
+
+    mean = m + mean (x - m), m = mean x: the second mean takes out the rounding of the first.
+    variance = mean (x - mean)², and 0 where √variance ≤ 8 ε max |x|, ε = 2⁻²³: equal numbers differ
+    from their mean by rounding, which must not pass for a variance.
+
+    Args:
+        x: float of any shape; what it holds where mask is False, NaN included, has no effect.
+        mask: bool, the shape of x, True counts.
+
+    Returns:
+        (mean, variance), float32 scalars; both 0 for an empty mask.
+
+    >>> mean, variance = masked_moments(jnp.array([1.0, 3.0, 9.0]), jnp.array([True, True, False]))
+    >>> mean.item(), variance.item()
+    (2.0, 1.0)
+    """
+    (x,) = zero_padding(mask, x)
+    mean = masked_mean(x, mask)
+    mean = mean + masked_mean(x - mean, mask)
+    variance = masked_mean(jnp.square(x - mean), mask)
+    largest = jnp.max(jnp.abs(x), initial=0.0)
+    is_rounding = jnp.sqrt(variance) <= 8 * jnp.finfo(jnp.float32).eps * largest
+    return mean, jnp.where(is_rounding, 0.0, variance)
 
 
 def zero_padding(mask: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, ...]:
@@ -59,7 +85,8 @@ def response_mask(tokens: jax.Array, eos_ids: Sequence[int] | jax.Array) -> jax.
 
     Args:
         tokens: [B, T] int, responses padded on the right.
-        eos_ids: [E] int, every id that ends a response; may be empty.
+        eos_ids: [E] int, every id that ends a response; may be empty. One that does not fit the
+            dtype of tokens is none of theirs.
 
     Returns:
         [B, T] bool, all True in a row without a stop token.
@@ -71,8 +98,9 @@ def response_mask(tokens: jax.Array, eos_ids: Sequence[int] | jax.Array) -> jax.
     chex.assert_rank([tokens, eos_ids], [2, 1])
     chex.assert_type([tokens, eos_ids], int)
 
-    is_eos = jnp.isin(tokens, eos_ids.astype(tokens.dtype))
-    stops_before = jnp.cumsum(is_eos, axis=1) - is_eos.astype(jnp.int32)
+    both = jnp.promote_types(tokens.dtype, eos_ids.dtype)  # where no id wraps around
+    is_eos = jnp.isin(tokens.astype(both), eos_ids.astype(both))
+    stops_before = jnp.cumsum(is_eos, axis=1, dtype=jnp.int32) - is_eos.astype(jnp.int32)
     return stops_before == 0
 
 

@@ -4,7 +4,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from ppo_jax.core.kl import Number, kl_estimate
+from ppo_jax.core.checks import Number, assert_numbers
+from ppo_jax.core.kl import kl_estimate
 from ppo_jax.core.masking import last_token_index, zero_padding
 from ppo_jax.core.renamed import renamed
 
@@ -29,7 +30,7 @@ def token_rewards(
         ref_logprobs: [B, T] float, under the reference.
         mask: [B, T] bool, True on response tokens, the stop token included.
         kl_coef: weight of the KL penalty, in score per nat.
-        estimator: estimator of the KL, see `kl_estimate`.
+        estimator: estimator of the KL, see `kl_estimate`; any but k1 leads away from the reference.
 
     Returns:
         [B, T] float32, zero where mask is False, whatever the scores there are. The score of a
@@ -50,6 +51,7 @@ def token_rewards(
     chex.assert_rank([scores, mask], [{1, 2}, 2])
     chex.assert_equal_shape([logprobs, ref_logprobs, mask])
     chex.assert_type([scores, logprobs, ref_logprobs, mask], [float, float, float, bool])
+    assert_numbers(kl_coef=kl_coef)
 
     logprobs, ref_logprobs = zero_padding(mask, logprobs, ref_logprobs)
     penalty = kl_coef * kl_estimate(logprobs, ref_logprobs, estimator=estimator)
@@ -107,6 +109,7 @@ def missing_eos_scores(
     chex.assert_rank([scores, has_eos], 1)
     chex.assert_equal_shape([scores, has_eos])
     chex.assert_type([scores, has_eos], [float, bool])
+    assert_numbers(replace=replace, penalty=penalty)
     if replace is not None and penalty is not None:
         raise ValueError(
             f"replace and penalty exclude each other, got replace={replace}, penalty={penalty}."

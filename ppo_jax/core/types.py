@@ -13,6 +13,8 @@ from ppo_jax.core.renamed import renamed
 
 Params = dict[str, Any]
 
+SCHEDULES = ("constant", "linear", "cosine")
+
 
 @struct.dataclass(kw_only=True)
 class Prompts:
@@ -75,7 +77,11 @@ class Experience:
 
 @struct.dataclass(kw_only=True)
 class Optimizer:
-    """Adam with a gradient-norm limit and a schedule. Numbers are traced; the kind is code."""
+    """Adam with a gradient-norm limit and a schedule. Numbers are traced; the kind is code.
+
+    Raises:
+        ValueError: the kind of schedule is unknown.
+    """
 
     learning_rate: jax.Array | float  # the highest of the schedule
     max_grad_norm: jax.Array | float = 1.0  # over all trained parameters together; inf is off
@@ -87,6 +93,10 @@ class Optimizer:
     total_steps: jax.Array | float = 1.0
     final_fraction: jax.Array | float = 0.0  # of learning_rate, at total_steps
     schedule: str = struct.field(pytree_node=False, default="constant")
+
+    def __post_init__(self):
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"unknown schedule {self.schedule!r}; choose from {list(SCHEDULES)}")
 
 
 @renamed(importance_low="tis_clip_low", importance_high="tis_clip_high")
@@ -163,9 +173,15 @@ class TextBatch:
 
 @struct.dataclass(kw_only=True)
 class PreferenceBatch:
-    """Texts and which of them is preferred to which."""
+    """Texts and which of them is preferred to which.
+
+    A row holds one text or, with `segment_ids` and `ends`, up to K: text k of row r is then text
+    r K + k of the pairs.
+    """
 
     inputs: jax.Array  # [N, L] int32 tokens, or [N, L, D] a trunk's hidden states
     mask: jax.Array  # [N, L] bool
-    pairs: jax.Array  # [M, 2] int32, rows of (the preferred, the other)
+    pairs: jax.Array  # [M, 2] int32, texts (the preferred, the other)
     valid: jax.Array  # [M] bool, False where the pair was a tie
+    segment_ids: jax.Array | None = None  # [N, L] int32, as `Network` has it
+    ends: jax.Array | None = None  # [N, K] int32, position of each text's last token; else 0

@@ -1,19 +1,21 @@
 """Training data of a reward model: tokenised texts, and which of two is preferred."""
 
+import collections
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from ppo_jax.config.stages import RewardSettings
+from ppo_jax.data.chat import count_left_out
 from ppo_jax.data.encode import (
     ComparisonGroups,
     TokenizedTexts,
     batch_indices,
     encode_demonstrations,
     encode_preferences,
+    with_dropped,
 )
 from ppo_jax.data.preferences import RankedResponses, load_preferences
 from ppo_jax.data.ratings import held_out_pairs, pair_accuracy, rating_pairs
@@ -89,19 +91,25 @@ def reward_data(
     `max_length` limits the training texts alone; validation texts may be as long as the model's
     context, so that the accuracy is that of all texts.
     """
+    left_out = collections.defaultdict(list)
     if settings.format == "ratings":
         encode, key = encode_rated, lambda record: record.text
         split = read_split(settings, seed, load_ratings, key)
     else:
         encode, key = encode_ranked, lambda record: record.conversation
-        read = functools.partial(load_preferences, tokenizer=tokenizer)
+
+        def read(path: str) -> list[RankedResponses]:
+            return load_preferences(path, tokenizer, left_out[path])
+
         split = read_split(settings, seed, read, key)
     limits, encoded = ((settings.max_length, "reward.max_length"), (context, CONTEXT)), []
     for (field, path), records, (length, limit) in zip(
         data_files(settings), split, limits, strict=True
     ):
         with naming_data(f"reward.{field}", path, limit):
-            encoded.append(encode(records, tokenizer, length))
+            part = encode(records, tokenizer, length)
+        texts = with_dropped(part.texts, count_left_out(left_out.pop(path, [])))
+        encoded.append(dataclasses.replace(part, texts=texts))
     return tuple(encoded)
 
 

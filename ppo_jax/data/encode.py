@@ -7,6 +7,7 @@ Face tokenizer, every `max_length` a number of tokens.
 """
 
 import collections
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -35,6 +36,11 @@ class TokenizedTexts:
     segment_ids: np.ndarray | None = None  # [N, L] int32 in packed rows, see `packing`
 
 
+def with_dropped(texts: TokenizedTexts, dropped: Mapping[str, int]) -> TokenizedTexts:
+    """The same texts; other records were dropped before them."""
+    return dataclasses.replace(texts, dropped={**dropped, **texts.dropped})
+
+
 @dataclass(frozen=True)
 class ComparisonGroups:
     """Which rows of `TokenizedTexts` respond to one prompt, and which of them are better.
@@ -60,16 +66,14 @@ def encode_demonstrations(
 
     Segments are tokenised apart, as in a rollout, where the response starts on a token of its own;
     see `token_rows`. The first token of a row is never in the loss: nothing precedes it.
-    Records that are rejected, repeated or too long are dropped.
+    Records that are rejected, repeated or too long, in one of their rows, are dropped.
 
     Raises:
         ValueError: no record, none that is left, or no EOS to append.
     """
-    rows = token_rows([record.segments for record in records], tokenizer, append_eos=True)
-    kept, dropped = filter_records(
-        records, [r.reject_reason for r in records], [len(row.ids) for row in rows], max_length
-    )
-    return _padded_texts([rows[i] for i in kept], kept, max_length, dropped)
+    texts = [(i, row) for i, record in enumerate(records) for row in record.rows]
+    rows = token_rows([row for _, row in texts], tokenizer, append_eos=True)
+    return _kept_texts(records, [i for i, _ in texts], rows, max_length)[1]
 
 
 def encode_texts(texts: Sequence[str], tokenizer: Any, *, max_length: int) -> TokenizedTexts:
@@ -117,15 +121,7 @@ def encode_preferences(
     responses = [(i, text) for i, ranking in enumerate(rankings) for text in ranking.responses]
     segments = [((rankings[i].prompt, False), (text, True)) for i, text in responses]
     rows = token_rows(segments, tokenizer, append_eos=True)
-    longest = [0] * len(rankings)
-    for (i, _), row in zip(responses, rows, strict=True):
-        longest[i] = max(longest[i], len(row.ids))
-    kept, dropped = filter_records(
-        rankings, [r.reject_reason for r in rankings], longest, max_length
-    )
-    kept_set = set(kept)
-    chosen = [(i, row) for (i, _), row in zip(responses, rows, strict=True) if i in kept_set]
-    texts = _padded_texts([r for _, r in chosen], [i for i, _ in chosen], max_length, dropped)
+    kept, texts = _kept_texts(rankings, [i for i, _ in responses], rows, max_length)
     return texts, _groups([rankings[i] for i in kept])
 
 
@@ -240,6 +236,20 @@ def _groups(rankings: Sequence[RankedResponses]) -> ComparisonGroups:
         pairs[i, : len(ranking.pairs)] = ranking.pairs
         valid[i, : len(ranking.pairs)] = True
     return ComparisonGroups(rows=rows.astype(np.int32), pairs=pairs, valid=valid)
+
+
+def _kept_texts(records, owners, rows, max_length) -> tuple[list[int], TokenizedTexts]:
+    """(indices of the records that are kept, their rows); `owners` are the records of the rows."""
+    longest = [0] * len(records)
+    for i, row in zip(owners, rows, strict=True):
+        longest[i] = max(longest[i], len(row.ids))
+    kept, dropped = filter_records(
+        records, [record.reject_reason for record in records], longest, max_length
+    )
+    kept_set = set(kept)
+    chosen = [(i, row) for i, row in zip(owners, rows, strict=True) if i in kept_set]
+    texts = _padded_texts([r for _, r in chosen], [i for i, _ in chosen], max_length, dropped)
+    return kept, texts
 
 
 def _padded_texts(rows, records, max_length, dropped) -> TokenizedTexts:

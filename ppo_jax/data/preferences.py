@@ -3,12 +3,13 @@
 A malformed row raises ValueError, "place: what is wrong".
 """
 
+import functools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ppo_jax.data.chat import Chat, Message, has_blank_turn, read_messages
+from ppo_jax.data.chat import Chat, Message, as_messages, collect, has_blank_turn
 from ppo_jax.data.readers import Row, read_number, read_rows, read_string, short_repr
 
 PREFERENCE_SCHEMAS = (
@@ -61,7 +62,7 @@ def ends_with_human(response: str) -> bool:
 
 
 def load_preferences(
-    path: str | os.PathLike, tokenizer: Any | None = None
+    path: str | os.PathLike, tokenizer: Any | None = None, left_out: list[str] | None = None
 ) -> list[RankedResponses]:
     """Reads preferences and rankings.
 
@@ -71,13 +72,14 @@ def load_preferences(
       of the assistant's is the prompt. They are messages, or transcripts of the form
       "\\n\\nHuman: ... \\n\\nAssistant: ...".
 
-    The tokenizer's chat template renders messages; without one they are refused.
+    The tokenizer's chat template renders messages; without one they are refused. For `left_out`
+    see `chat.collect`.
     """
-    chat = Chat(tokenizer)
-    return [parse_ranking(row, chat, place) for place, row in read_rows(path, PREFERENCE_SCHEMAS)]
+    parse = functools.partial(parse_ranking, chat=Chat(tokenizer))
+    return collect(read_rows(path, PREFERENCE_SCHEMAS), parse, left_out)
 
 
-def parse_ranking(row: Row, chat: Chat, place: str) -> RankedResponses:
+def parse_ranking(row: Row, place: str, chat: Chat) -> RankedResponses:
     sides, scores = read_responses(row, place)
     if all(isinstance(x, str) for x in [row.get("prompt", ""), *sides.values()]):
         sides = {key: read_string(sides, key, place) for key in sides}
@@ -154,17 +156,6 @@ def split_conversations(
     )
     first_turn = next((m["content"] for m in prompt if m["role"] == "user"), "")
     return split[0][0], tuple(responses), first_turn
-
-
-def as_messages(value: Any, key: str, role: str, place: str) -> tuple[Message, ...]:
-    """A list of messages; a text is one message of the role."""
-    if isinstance(value, str):
-        return ({"role": role, "content": read_string({key: value}, key, place)},)
-    if not isinstance(value, list):
-        raise ValueError(
-            f"{place}: {key} must be a string or a list of messages, got {short_repr(value)}"
-        )
-    return read_messages(value, key, place)
 
 
 def common_messages(conversations: Sequence[tuple[Message, ...]]) -> tuple[Message, ...]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ppo_jax.core.types import Prompts
+from ppo_jax.data.chat import count_left_out
 from ppo_jax.data.encode import batch_indices, filter_records, pad_prompts, token_rows
 from ppo_jax.data.readers import Row, naming_data
 from ppo_jax.data.records import PROMPT_SCHEMAS, load_prompt_rows
@@ -44,7 +45,8 @@ def prompt_data(
     Raises:
         ValueError: a row is malformed, or no prompt is left.
     """
-    places, texts, rows = zip(*load_prompt_rows(path, tokenizer), strict=True)
+    left_out: list[str] = []
+    places, texts, rows = zip(*load_prompt_rows(path, tokenizer, left_out), strict=True)
     tokens = token_rows([((text, False),) for text in texts], tokenizer, append_eos=False)
     lengths = [len(row.ids) for row in tokens]
     reject_reasons = ["" if length else "blank" for length in lengths]
@@ -56,7 +58,7 @@ def prompt_data(
     return PromptData(
         texts=[texts[i] for i in kept],
         prompts=pad_prompts([tokens[i].ids for i in kept], max_length),
-        dropped=dropped,
+        dropped={**count_left_out(left_out), **dropped},
         columns={name: [rows[i][name] for i in kept] for name, place in gaps.items() if not place},
         gaps={name: place for name, place in gaps.items() if place},
     )

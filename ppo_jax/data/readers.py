@@ -9,12 +9,14 @@ import contextlib
 import gzip
 import json
 import os
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 HUB = "hub:"  # "hub:owner/name" or "hub:owner/name:split", through the `datasets` library
+REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)  # "../x" would be a local folder
 INSTALL = "pip install 'ppo_jax[data]'"
 
 Row = dict[str, Any]
@@ -202,7 +204,15 @@ def parse_object(line: bytes, place: str) -> Row:
         raise ValueError(f"{place}: not a JSON object on one line: {error}") from error
     if not isinstance(row, dict):
         raise ValueError(f"{place}: a line must be a JSON object {{...}}, got {short_repr(row)}")
-    return row
+    return {name: row[key] for name, key in known_names(row).items()}
+
+
+def known_names(names: Iterable[str]) -> dict[str, str]:
+    """{key for the schemas: key of a row}: what ShareGPT calls conversations are messages."""
+    known = {name: name for name in names}
+    if "conversations" in known and "messages" not in known:
+        known["messages"] = known.pop("conversations")
+    return known
 
 
 def unique_keys(items: list[tuple[str, Any]]) -> Row:
@@ -226,7 +236,14 @@ def table_rows(
 
 
 def open_table(path: str | os.PathLike) -> Table:
-    return open_hub(path) if is_hub(path) else open_parquet(path)
+    table = open_hub(path) if is_hub(path) else open_parquet(path)
+    known = known_names(table.columns)
+
+    def rows(names: Sequence[str]) -> Iterator[Row]:
+        for row in table.rows([known[name] for name in names]):
+            yield {name: row[known[name]] for name in names}
+
+    return Table(list(known), rows)
 
 
 def open_parquet(path: str | os.PathLike) -> Table:
@@ -237,6 +254,8 @@ def open_parquet(path: str | os.PathLike) -> Table:
     try:
         file = parquet.ParquetFile(path)
     except (ValueError, OSError) as error:
+        if getattr(error, "errno", None):  # of the system: the file may be intact
+            raise
         raise ValueError(f"{path}: not a Parquet file: {error}") from error
 
     def rows(columns: Sequence[str]) -> Iterator[Row]:
@@ -263,7 +282,7 @@ def open_hub(path: str | os.PathLike) -> Table:
 def hub_name(path: str | os.PathLike) -> tuple[str, str]:
     """(name, split) of "hub:owner/name[:split]"; the split is "train" where none is given."""
     name, _, split = str(path).removeprefix(HUB).partition(":")
-    if len(name.split("/")) != 2 or not all(name.split("/")):
+    if not REPOSITORY.fullmatch(name):
         raise ValueError(
             f"a hub's data set must be {HUB}owner/name or {HUB}owner/name:split, got {str(path)!r}"
         )

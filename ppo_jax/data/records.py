@@ -4,18 +4,27 @@
 "place: what is wrong".
 """
 
+import functools
 import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ppo_jax.config.stages import RewardSettings, SFTSettings
 from ppo_jax.data.atomic import atomic_write
-from ppo_jax.data.chat import Chat, Segment, assistant_turns, has_blank_turn, read_messages
+from ppo_jax.data.chat import (
+    Chat,
+    Segment,
+    as_messages,
+    assistant_turns,
+    collect,
+    has_blank_turn,
+    read_messages,
+)
 from ppo_jax.data.readers import Row, read_number, read_rows, read_string, whole_rows
 
 Record = TypeVar("Record")
@@ -34,6 +43,12 @@ class Demonstration:
     """
 
     segments: tuple[Segment, ...]
+    earlier: tuple[tuple[Segment, ...], ...] = ()  # rows of the turns before, see `Chat.parts`
+
+    @property
+    def rows(self) -> tuple[tuple[Segment, ...], ...]:
+        """The texts to train on, in segments: one, or one for each turn of the assistant's."""
+        return (*self.earlier, self.segments)
 
     @property
     def text(self) -> str:
@@ -42,7 +57,8 @@ class Demonstration:
     @property
     def reject_reason(self) -> str:
         """Why it cannot be trained on, or ""."""
-        return "" if any(in_loss and text.strip() for text, in_loss in self.segments) else "blank"
+        learned = (text for row in self.rows for text, in_loss in row if in_loss)
+        return "" if any(text.strip() for text in learned) else "blank"
 
 
 @dataclass(frozen=True)
@@ -57,9 +73,9 @@ class RatedText:
         return sum(self.ratings) / len(self.ratings)
 
     @property
-    def segments(self) -> tuple[Segment, ...]:
+    def rows(self) -> tuple[tuple[Segment, ...], ...]:
         """As those of a `Demonstration`."""
-        return ((self.text, True),)
+        return (((self.text, True),),)
 
     @property
     def reject_reason(self) -> str:
@@ -67,15 +83,22 @@ class RatedText:
         return "" if self.text.strip() else "blank"
 
 
-def load_texts(path: str | os.PathLike, tokenizer: Any | None = None) -> list[Demonstration]:
+def load_texts(
+    path: str | os.PathLike,
+    tokenizer: Any | None = None,
+    *,
+    turns: str = "all",
+    left_out: list[str] | None = None,
+) -> list[Demonstration]:
     """Reads demonstrations: {"text"}, {"prompt", "completion"} or {"messages"}.
 
-    Of messages the assistant's turns are in the loss, each with the token that ends it. The
-    tokenizer's chat template renders them; None takes their contents as they are.
+    Of messages the assistant's turns are in the loss, each with the token that ends it; those of a
+    prompt are not, and with turns="last" the last one alone is. The tokenizer's chat template
+    renders them; None takes their contents as they are. For `left_out` see `chat.collect`.
     """
     chat = Chat(tokenizer) if tokenizer is not None else None
-    rows = read_rows(path, DEMONSTRATION_SCHEMAS)
-    return [parse_demonstration(row, chat, place) for place, row in rows]
+    parse = functools.partial(parse_demonstration, chat=chat, turns=turns)
+    return collect(read_rows(path, DEMONSTRATION_SCHEMAS), parse, left_out)
 
 
 def load_ratings(path: str | os.PathLike) -> list[RatedText]:
@@ -86,24 +109,31 @@ def load_ratings(path: str | os.PathLike) -> list[RatedText]:
     return [parse_rated_text(row, place) for place, row in read_rows(path, RATING_SCHEMAS)]
 
 
-def load_prompts(path: str | os.PathLike, tokenizer: Any | None = None) -> list[str]:
+def load_prompts(
+    path: str | os.PathLike, tokenizer: Any | None = None, left_out: list[str] | None = None
+) -> list[str]:
     """Reads prompts: {"prompt"}, a text or messages, or {"messages"}.
 
     Of messages a last turn of the assistant's is dropped: the policy writes its own. The
     tokenizer's chat template renders messages; without one they are refused. A prompt may be "",
-    which has a token where the tokenizer adds a BOS.
+    which has a token where the tokenizer adds a BOS. For `left_out` see `chat.collect`.
     """
-    chat = Chat(tokenizer)
-    return [parse_prompt(row, chat, place) for place, row in read_rows(path, PROMPT_SCHEMAS)]
+    parse = functools.partial(parse_prompt, chat=Chat(tokenizer))
+    return collect(read_rows(path, PROMPT_SCHEMAS), parse, left_out)
 
 
 def load_prompt_rows(
-    path: str | os.PathLike, tokenizer: Any | None = None
-) -> Iterator[tuple[str, str, Row]]:
-    """Yields (place, prompt, row): the prompts of `load_prompts`, with all columns of a row."""
+    path: str | os.PathLike, tokenizer: Any | None = None, left_out: list[str] | None = None
+) -> list[tuple[str, str, Row]]:
+    """(place, prompt, row) of each prompt of `load_prompts`; the row has all its columns."""
     chat = Chat(tokenizer)
-    for place, row, _ in whole_rows(path, PROMPT_SCHEMAS):
-        yield place, parse_prompt(row, chat, place), row
+
+    def parse(read: tuple[Row, tuple[str, ...]], place: str) -> tuple[str, str, Row]:
+        row, schema = read
+        return place, parse_prompt({key: row[key] for key in schema}, place, chat), row
+
+    rows = ((place, (row, schema)) for place, row, schema in whole_rows(path, PROMPT_SCHEMAS))
+    return collect(rows, parse, left_out)
 
 
 def write_jsonl(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -175,19 +205,31 @@ def _split_of(text: str, fractions: Mapping[str, float], seed: int) -> str:
     return names[-1]  # The shares may sum to a little less than 1.
 
 
-def parse_demonstration(row: Row, chat: Chat | None, place: str) -> Demonstration:
+def parse_demonstration(row: Row, place: str, chat: Chat | None, turns: str) -> Demonstration:
     if "text" in row:
         return Demonstration(((read_string(row, "text", place), True),))
-    if "messages" not in row:
+    if "completion" not in row:
+        prompt, messages = (), read_messages(row["messages"], "messages", place)
+    elif not isinstance(row["prompt"], list) and not isinstance(row["completion"], list):
         prompt, completion = (read_string(row, key, place) for key in ("prompt", "completion"))
         return Demonstration(((prompt, False), (completion, True)))
-    messages = read_messages(row["messages"], "messages", place)
+    else:
+        prompt = as_messages(row["prompt"], "prompt", "user", place)
+        messages = prompt + as_messages(row["completion"], "completion", "assistant", place)
+    answers = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i >= len(prompt)]
+    first = answers[-1] if answers and turns == "last" else len(prompt)
     if chat is None:
-        return Demonstration(tuple((m["content"], m["role"] == "assistant") for m in messages))
-    return Demonstration(() if has_blank_turn(messages) else chat.segments(messages, place))
+        return Demonstration(
+            tuple((m["content"], i in answers and i >= first) for i, m in enumerate(messages))
+        )
+    if has_blank_turn(messages):
+        return Demonstration(())
+    parts = chat.parts(messages, place, first=first)
+    *earlier, last = parts if isinstance(parts, list) else [parts]
+    return Demonstration(last, tuple(earlier))
 
 
-def parse_prompt(row: Row, chat: Chat, place: str) -> str:
+def parse_prompt(row: Row, place: str, chat: Chat) -> str:
     key = "prompt" if "prompt" in row else "messages"
     if key == "prompt" and not isinstance(row[key], list):
         return read_string(row, key, place)

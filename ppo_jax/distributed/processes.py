@@ -9,6 +9,7 @@ import itertools
 import os
 import pickle
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable
@@ -203,3 +204,31 @@ def stop_handlers(stop_soon: Callable[[int, Any], None]) -> dict[signal.Signals,
     if is_multiprocess():
         return {signal.SIGINT: lambda number, frame: os.kill(os.getpid(), signal.SIGTERM)}
     return {signal.SIGINT: stop_soon, signal.SIGTERM: stop_soon}
+
+
+_wakeup: list[socket.socket] = []  # both ends, kept open
+
+
+def end_on_second_signal():
+    """Have a second Ctrl-C or SIGTERM end this process at once, whatever it is doing.
+
+    Python's own handlers wait for the main thread, which may be compiling for minutes or in a
+    user's function, and its proper end waits for all threads, of which one may be saving. So a
+    thread of our own hears of the signals, and ends the process as if it were killed: what is on
+    disk is whole at any moment.
+    """
+    if _wakeup or threading.current_thread() is not threading.main_thread():
+        return
+    reader, writer = socket.socketpair()
+    _wakeup.extend((reader, writer))
+    writer.setblocking(False)
+    signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    threading.Thread(target=_count_stops, args=(reader,), daemon=True).start()
+
+
+def _count_stops(reader: socket.socket):
+    heard: list[int] = []
+    while len(heard) < 2:
+        heard += [number for number in reader.recv(64) if number in STOPS]
+    os.write(2, b"\nended at once; the same command goes on from the last checkpoint\n")
+    os._exit(STOPS[signal.Signals(heard[-1])])

@@ -1,7 +1,6 @@
 """Comparison of policies on unseen prompts, by the judges of a panel."""
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,8 @@ from ppo_jax.distributed.processes import on_primary, stop_if_asked
 from ppo_jax.evaluation.statistics import Judge, distinct_n, judge_table
 from ppo_jax.inference.generate import generate, make_sampling
 from ppo_jax.inference.score import score_rows, scores_that_fit
-from ppo_jax.io.metric_names import with_new_names
 from ppo_jax.io.model_spec import ModelSpec
-from ppo_jax.io.run_folder import read_results, write_results
+from ppo_jax.io.run_folder import read_results, read_rows, write_results
 from ppo_jax.io.stage_folder import Model, describe_stage, load_source, resolve, source_steps
 from ppo_jax.models.build import policy_network
 from ppo_jax.rollout.decode import response_outputs
@@ -277,8 +275,7 @@ def reward_accuracies(
 def last_validation(path: Path) -> dict[str, float]:
     """The last validation of the reward model in metrics.jsonl."""
     metrics = {}
-    for line in path.read_text().splitlines():
-        row = with_new_names(json.loads(line))
+    for row in read_rows(path)[0]:
         if row["stage"] == "reward":
             metrics |= {k: v for k, v in row.items() if "/validation_" in k}
     return metrics

@@ -1,7 +1,6 @@
 """Text generation: responses of a policy to prompts, in batches or as a stream of tokens."""
 
 import functools
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from ppo_jax.core.types import Rollout
 from ppo_jax.data.encode import encode_prompts, take_prompts
 from ppo_jax.distributed.layout import Layout, fetch, one_device
 from ppo_jax.io.hub import model_folder
+from ppo_jax.io.integrity import read_json
 from ppo_jax.io.stage_folder import Model, describe_stage
 from ppo_jax.models.build import policy_network
 from ppo_jax.models.config import ModelConfig
@@ -69,9 +69,10 @@ def declared_sampling(path: str, tokenizer: Any) -> dict[str, Any]:
         ppo = stage if stage["stage"] == "ppo" else describe_stage(Path(path).parent / "ppo")
         return with_new_names(PPOSettings, ppo["settings"], warn=False) if ppo else {}
     file = model_folder(path) / "generation_config.json"
-    ids = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
+    ids = read_json(file).get("eos_token_id") if file.is_file() else None
     ids = [i for i in (ids if isinstance(ids, list) else [ids]) if i is not None]
-    tokens = tokenizer.convert_ids_to_tokens(ids)
+    are_ids = all(type(i) is int and 0 <= i < 2**32 for i in ids)
+    tokens = tokenizer.convert_ids_to_tokens(ids) if are_ids else [None]
     if None in tokens:
         raise ValueError(f"{file}: eos_token_id must be ids of the tokenizer's tokens, got {ids}")
     return {"stop_tokens": tokens}

@@ -40,25 +40,29 @@ def prepare_base(settings: ModelSettings, folder: Path, seed: int):
         seed: of the weights from scratch.
     """
     if settings.vocabulary_data and not folder.is_dir():
-        tokenizer = None if settings.scratch else vocabulary.load_tokenizer(settings.path)
-        records = load_texts(settings.vocabulary_data, tokenizer)
-        texts = [text for record in records for text, _ in record.segments]
+        tokenizer = None if settings.scratch else base_tokenizer(settings)
+        records = load_texts(settings.vocabulary_data, tokenizer, left_out=[])
+        texts = [text for record in records for row in record.rows for text, _ in row]
         make = trimmed_model if settings.scratch is None else scratch_model
         with atomic_folder(folder) as new:
             make(settings, new, texts, seed)
+
+
+def base_tokenizer(settings: ModelSettings) -> Any:
+    return vocabulary.with_chat(vocabulary.load_tokenizer(settings.path), settings)
 
 
 def trimmed_model(settings: ModelSettings, folder: Path, texts: list[str], seed: int):
     """A pretrained model with the tokens that the texts use, and those that any text needs."""
     del seed  # nothing is drawn
     config, params = hf.load_policy(settings.path)
-    tokenizer = vocabulary.load_tokenizer(settings.path)
+    tokenizer = base_tokenizer(settings)
     try:
         tokenizer, kept = trim_vocabulary(tokenizer, texts)
     except ValueError as error:
         what = f"model.vocabulary_data must be '' for {settings.path}"
         raise ValueError(f"{what}: {error}") from error
-    raw = hf.read_json(model_folder(settings.path))
+    raw = hf.read_config_json(model_folder(settings.path))
     new_id = {old: new for new, old in enumerate(kept.tolist())}
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if isinstance(raw.get(name), int):

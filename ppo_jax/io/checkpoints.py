@@ -6,6 +6,9 @@ before it is read. Of several processes, process 0 verifies and chooses the step
 """
 
 import contextlib
+import errno
+import logging
+import os
 import re
 import shutil
 import warnings
@@ -74,7 +77,7 @@ class Checkpoints:
         # By name, so that the paths are the same whatever types the nodes have.
         tree = unflatten_dict(named_leaves(detach(state)), sep="/")
         # Orbax's transfer to the host is implicit; a caller's guard is for the caller's code.
-        with jax.transfer_guard("allow"):
+        with failures_named(self.directory / str(step)), jax.transfer_guard("allow"):
             response = ocp.save_async(
                 self.directory / str(step),
                 tree,
@@ -91,10 +94,12 @@ class Checkpoints:
             )
 
     def _finish(self, step: int, response: Any) -> None:
-        response.result()
+        path = self.directory / str(step)
+        with failures_named(path):
+            response.result()
         # A process killed in between leaves a complete step without checksums, which is read as is.
         if jax.process_index() == 0:
-            write_checksums(self.directory / str(step))
+            write_checksums(path)
 
     def restore(self, example: Any) -> tuple[Any, int, dict[str, Any]] | None:
         """Load the newest intact step; an unfinished or damaged one is named in a warning.
@@ -203,7 +208,7 @@ def load_checkpoint_item(
     directory = Path(directory).absolute()
     if step is not None:
         path = directory / str(step)
-        with damage_named(f"checkpoint {path}"):
+        with damage_named("checkpoint", path):
             on_primary(verify_checksums, path)
             return load(path, *_read_metadata(step, path))
     newest = _load_newest(directory, load)
@@ -216,7 +221,7 @@ def save_params(path: str | Path, params: Any) -> None:
     """Save nested dicts of arrays as a folder that is complete or absent, replacing an old one."""
     require_all_processes(f"{path} must be saved")
     path, tree = Path(path).absolute(), detach(params)
-    with jax.transfer_guard("allow"):
+    with failures_named(path), jax.transfer_guard("allow"):
         ocp.save(path, tree, overwrite=True, custom_metadata={"step": None, "metadata": {}})
     if jax.process_index() == 0:
         write_checksums(path)
@@ -231,7 +236,7 @@ def load_params(path: str | Path, shardings: Shardings | None = None) -> Any:
     path = Path(path).absolute()
     if not path.is_dir():
         raise ValueError(f"no params in {path}: the folder does not exist.")
-    with damage_named(f"params in {path}"):
+    with damage_named("params in", path):
         on_primary(verify_checksums, path)
         return _load_subtree(path, _read_metadata(None, path)[0], shardings)
 
@@ -247,7 +252,7 @@ def _load_newest(directory: Path, load: Callable[..., T]) -> tuple[int, T] | Non
         return None
     path = directory / str(step)
     advice = "; remove or rename that folder, and the step before it is taken"
-    with damage_named(f"checkpoint {path}", advice):
+    with damage_named("checkpoint", path, advice):
         return step, load(path, *_read_metadata(step, path))
 
 
@@ -267,8 +272,20 @@ def _read_metadata(step: int | None, path: Path) -> tuple[dict[str, Any], dict[s
     ours = of_orbax.custom_metadata
     # Orbax logs what it could not read, and returns None in its place.
     if not of_orbax.metadata or not ours or ours["step"] != step:
+        _open_files(path)
         raise OSError("its metadata are missing or damaged.")
     return of_orbax.metadata, ours["metadata"]
+
+
+def _open_files(path: Path) -> None:
+    """Raise the error of opening a file of a checkpoint, several of them at once, if there is one:
+    Orbax takes one that may not be opened for one that is not there."""
+    files = [file for file in path.rglob("*") if file.is_file()]
+    with contextlib.ExitStack() as opened:
+        for number, file in enumerate(files):
+            stream = opened.enter_context(file.open("rb"))
+            if number >= OPEN_AT_ONCE:
+                stream.close()
 
 
 def _load_like(path: Path, example: Any) -> Any:
@@ -310,6 +327,59 @@ class Mismatch(ValueError):
 
 # Neither is a device without memory, or another process that has failed.
 NOT_DAMAGED = (Mismatch, ProcessMismatch, MemoryError, jax.errors.JaxRuntimeError)
+# Nor are these of the operating system: too many open files, no permission, no memory or space,
+# a server that does not answer.
+NOT_OF_FILES = {
+    *(errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM, errno.ENOMEM, errno.ENOSPC),
+    *(errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EINTR, errno.EAGAIN),
+}
+OPEN_AT_ONCE = 16  # files, of Orbax
+
+
+def system_error(error: BaseException | None, path: Path) -> OSError | None:
+    """The operating system's error behind one of Orbax, or None: TensorStore has its number in a
+    text."""
+    while error is not None:
+        number = getattr(error, "errno", None)
+        if number is None and (match := re.search(r"os_error_code='(\d+)'", str(error))):
+            number = int(match[1])
+        if number is not None:
+            return OSError(number, os.strerror(number), str(path))
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def raise_if_not_damage(error: Exception, path: Path) -> None:
+    """Raise what says nothing of the files, which may be intact: to skip them would lose work."""
+    if isinstance(error, NOT_DAMAGED):
+        raise error
+    system = system_error(error, path)
+    if system is not None and system.errno in NOT_OF_FILES:
+        raise system from error
+
+
+@contextlib.contextmanager
+def failures_named(path: Path) -> Iterator[None]:
+    """A save that fails does so with an OSError that names its folder, on a full disk for instance.
+
+    Raises:
+        OSError: whatever Orbax raised.
+    """
+    try:
+        yield
+    except NOT_DAMAGED:
+        raise
+    except Exception as error:
+        named = OSError(f"{path} cannot be written: {error_summary(error)}")
+        raise system_error(error, path) or named from error
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Not of an error in a thread of Orbax, which is raised as well."""
+    return "_SignalingThread.run() raised" not in str(record.msg)
+
+
+logging.getLogger("absl").addFilter(_is_news)
 
 
 def step_folders(directory: Path) -> list[tuple[int, Path]]:
@@ -332,9 +402,8 @@ def newest_readable(directory: Path, read: Callable[[int, Path], T]) -> tuple[in
             continue
         try:
             return step, read(step, path)
-        except NOT_DAMAGED:
-            raise  # the checkpoint may be intact: skipping it would lose work
         except Exception as error:  # Orbax has no common error for damaged files
+            raise_if_not_damage(error, path)
             damaged.append(f"  {step}: {error_summary(error)}")
             warnings.warn(f"passed over checkpoint {path}: {error_summary(error)}", stacklevel=4)
     if damaged:
@@ -345,14 +414,13 @@ def newest_readable(directory: Path, read: Callable[[int, Path], T]) -> tuple[in
 
 
 @contextlib.contextmanager
-def damage_named(what: str, advice: str = "") -> Iterator[None]:
-    """Errors of damage name the checkpoint, and what can be done; others pass."""
+def damage_named(what: str, path: Path, advice: str = "") -> Iterator[None]:
+    """Errors of damage name what is read, and what can be done; others pass."""
     try:
         yield
-    except NOT_DAMAGED:
-        raise
     except Exception as error:
-        raise ValueError(f"{what} cannot be read: {error_summary(error)}{advice}") from error
+        raise_if_not_damage(error, path)
+        raise ValueError(f"{what} {path} cannot be read: {error_summary(error)}{advice}") from error
 
 
 def error_summary(error: Exception) -> str:

@@ -15,9 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ppo_jax.data.atomic import atomic_folder
-from ppo_jax.io.gguf import convert_gguf
+from ppo_jax.io.gguf.convert import convert_gguf
+from ppo_jax.io.integrity import CHECKSUMS, verify_again, write_checksums
 
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 CONVERSION = 1  # raise it when convert_gguf changes what it writes
 
 
@@ -93,11 +94,22 @@ def hub_folder(name: str) -> Path:
 
 
 def make_once(folder: Path, write: Callable[[Path], None]) -> Path:
-    """`folder`, written by `write(partial_folder)` unless it exists; whole or not at all."""
-    if folder.is_dir():
-        return folder
-    with atomic_folder(folder, shared=True) as new:
-        write(new)
+    """`folder`, written by `write(partial_folder)` unless it exists; whole or not at all.
+
+    Raises:
+        ValueError: a file of it has changed since.
+    """
+    if not folder.is_dir():
+        with atomic_folder(folder, shared=True) as new:
+            write(new)
+            write_checksums(new)
+    elif (folder / CHECKSUMS).exists():  # older versions wrote none
+        try:
+            verify_again(folder)
+        except OSError as error:
+            if error.errno is not None:
+                raise
+            raise ValueError(f"{folder}: {error} Delete the folder and start again") from error
     return folder
 
 

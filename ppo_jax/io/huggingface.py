@@ -5,21 +5,27 @@ Pickled weights and code from a checkpoint are never run.
 """
 
 import contextlib
-import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
 from ppo_jax.core.types import Params
+from ppo_jax.data.readers import short_repr
 from ppo_jax.io.hub import model_folder
-from ppo_jax.io.safetensors import Files, find_parameters, matrix_shape, read_parameters
+from ppo_jax.io.integrity import file_inside, read_json, reading_file
+from ppo_jax.io.safetensors import (
+    Files,
+    NotFinite,
+    find_parameters,
+    matrix_shape,
+    read_parameters,
+)
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.families import family_of, read_config
 
@@ -39,9 +45,8 @@ def load_config(
     Raises:
         ValueError: the path leads nowhere, or to a family or an option that is not supported.
     """
-    options = dict(dtype=jnp.dtype(dtype).name, scan_layers=scan_layers)
-    raw = read_json(model_folder(path))
-    return read_config(raw, **options, remat=remat, attention=attention)
+    how = dict(dtype=dtype, scan_layers=scan_layers, remat=remat, attention=attention)
+    return read_model_config(model_folder(path), how)[0]
 
 
 def load_policy(
@@ -53,13 +58,13 @@ def load_policy(
     attention: str = "auto",
     shardings: Callable[[Params], Any] | None = None,
 ) -> tuple[ModelConfig, Params]:
-    """A pretrained model of the GPT-2, Llama, Qwen2 or Qwen3 family.
+    """A pretrained model of one of the families of `ppo_jax.models.families`.
 
     Args:
         path: a folder with config.json and safetensors, a .gguf file, the id of a model on the
             Hugging Face hub, or "package:smollm2-135m-instruct".
-        dtype: of the computation, "float32", "bfloat16" or "float16", or such a dtype of jax.
-            Parameters are float32 whatever the files hold.
+        dtype: of the computation, "float32", "bfloat16" or "float16", or such a dtype of JAX, as
+            `jnp.bfloat16`. Parameters are float32 whatever the files hold.
         scan_layers: layers stacked along a leading axis instead of one subtree each.
         remat: what the backward pass computes again, "none", "dots" or "full".
         attention: "auto" by the platform, or "plain".
@@ -72,41 +77,44 @@ def load_policy(
         own devices hold, one shard of one parameter after another.
 
     Raises:
+        OSError: a file may not be read, or too many files are open.
         ValueError: the model is not supported, or its files and its config.json do not agree, or
-            what `shardings` raises.
+            a parameter is not finite, or what `shardings` raises.
     """
     folder = model_folder(path)
-    raw = read_json(folder)
-    options = dict(dtype=jnp.dtype(dtype).name, scan_layers=scan_layers)
-    config = read_config(raw, **options, remat=remat, attention=attention)
+    how = dict(dtype=dtype, scan_layers=scan_layers, remat=remat, attention=attention)
+    config, family = read_model_config(folder, how)
     with open_weights(folder) as files:
+        with reading_file(folder):
+            stored = find_parameters(config, family, files)
         try:
-            stored = find_parameters(config, raw["model_type"], files)
-        except ValueError as error:
+            return config, read_parameters(stored, shardings)
+        except NotFinite as error:
             raise ValueError(f"{folder}: {error}") from error
-        return config, read_parameters(stored, shardings)
 
 
-def read_json(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    if not path.is_file():
+def read_model_config(folder: Path, how: dict[str, Any]) -> tuple[ModelConfig, str]:
+    """(the config of a folder's config.json, its family); for `how` see `config.computation`."""
+    raw = read_config_json(folder)
+    with reading_file(folder / "config.json"):
+        return read_config(raw, **how), raw["model_type"]
+
+
+def read_config_json(folder: Path) -> dict[str, Any]:
+    if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json")
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+    return read_json(folder / "config.json")
 
 
-def weight_files(folder: Path) -> list[str]:
-    """Names of the safetensors files of a folder, one or several."""
+def weight_files(folder: Path) -> dict[str, list[str] | None]:
+    """The safetensors files of a folder: path -> the tensors that its index expects there.
+
+    The latter is None where there is no index.
+    """
     if (folder / "model.safetensors").is_file():
-        return ["model.safetensors"]
+        return {"model.safetensors": None}
     if (folder / INDEX).is_file():
-        names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing:
-            raise ValueError(f"{folder}: {INDEX} names {missing}, which are not there")
-        return names
+        return read_index(folder / INDEX)
     pickled = sorted(x.name for x in folder.iterdir() if x.suffix in (".bin", ".pt", ".pth"))
     only = f", only {pickled}, and pickled weights can run code" if pickled else ""
     raise ValueError(
@@ -116,22 +124,60 @@ def weight_files(folder: Path) -> list[str]:
     )
 
 
+def read_index(path: Path) -> dict[str, list[str] | None]:
+    """The shards that an index names, in order: name -> tensors that it expects there."""
+    where = read_json(path).get("weight_map")
+    if not isinstance(where, dict) or not where:
+        raise ValueError(
+            f"{path}: weight_map must be an object {{tensor: file}}, got {short_repr(where)}"
+        )
+    tensors: dict[str, list[str] | None] = {}
+    for tensor, name in sorted(where.items(), key=lambda item: str(item[1])):
+        if not isinstance(name, str) or name not in tensors:
+            file_inside(path.parent, name, f"{path}: weight_map[{short_repr(tensor)}]")
+        tensors.setdefault(name, []).append(tensor)
+    return tensors
+
+
 @contextlib.contextmanager
 def open_weights(folder: Path) -> Iterator[Files]:
     """The weight files of a folder, open; their headers alone have been read.
 
+    A tensor that stands in two shards is that of the one which the index names.
+
     Raises:
-        ValueError: there are none, or one is damaged.
+        OSError: one may not be read, or too many files are open.
+        ValueError: there are none, one is damaged, or lacks what the index says that it holds.
     """
     with contextlib.ExitStack() as stack:
         files: Files = {}
-        for name in weight_files(folder):
-            try:
-                file = stack.enter_context(safe_open(folder / name, framework="numpy"))
-            except SafetensorError as error:
-                raise ValueError(f"{folder / name} is damaged: {error}") from error
-            files |= dict.fromkeys(file.keys(), file)
-        yield files
+        indexed: Files = {}
+        for name, expected in weight_files(folder).items():
+            file = stack.enter_context(open_safetensors(folder / name))
+            held = set(file.keys())
+            for tensor in expected or ():
+                if tensor not in held:
+                    raise ValueError(
+                        f"{folder / name} has no tensor {tensor}, which {INDEX} says is there"
+                    )
+            files |= dict.fromkeys(held, file)
+            indexed |= dict.fromkeys(expected or (), file)
+        yield files | indexed
+
+
+def open_safetensors(path: Path) -> Any:
+    """One file, open; its header has been compared with its size.
+
+    Raises:
+        OSError: it may not be read, or too many files are open.
+        ValueError: it is damaged.
+    """
+    path.open("rb").close()  # safetensors calls it missing whatever the reason is
+    with reading_file(path):
+        try:
+            return safe_open(path, framework="numpy")
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
 
 
 def params_to_hf(config: ModelConfig, family: str, params: Params) -> dict[str, np.ndarray]:

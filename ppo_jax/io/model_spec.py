@@ -1,10 +1,9 @@
 """Specs of the models that the stages of a run start from, before any parameters are read."""
 
-import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from ppo_jax.io import huggingface as hf
 from ppo_jax.io import tokenizers as vocabulary
 from ppo_jax.io.base_model import llama_config
 from ppo_jax.io.hub import NotThere, model_folder
+from ppo_jax.io.integrity import reading_file
 from ppo_jax.io.safetensors import find_parameters
 from ppo_jax.io.stage_folder import (
     check_tokenizer,
@@ -62,30 +62,17 @@ def read_shape(path: str | os.PathLike, settings: ModelSettings) -> ModelSpec:
         return ModelSpec(
             kind=description["kind"],
             config=dataclasses.replace(stage_config(description), **how),
-            tokenizer=vocabulary.load_tokenizer(Path(path) / "tokenizer"),
+            tokenizer=vocabulary.with_chat(
+                vocabulary.load_tokenizer(Path(path) / "tokenizer"), settings
+            ),
         )
-    with naming(path, "config.json"):
-        folder = model_folder(path)
-        config = hf.load_config(folder, **how)
-    with naming(path, "the weights"):
-        check_weights(folder, config)
-    with naming(path, "the tokenizer"):
-        tokenizer = vocabulary.load_tokenizer(folder)
-        check_tokenizer(tokenizer, config, path)
+    folder = model_folder(path)
+    config = hf.load_config(folder, **how)
+    check_weights(folder, config)
+    tokenizer = vocabulary.load_tokenizer(folder)
+    check_tokenizer(tokenizer, config, path)
+    tokenizer = vocabulary.with_chat(tokenizer, settings)
     return ModelSpec(kind="policy", config=config, tokenizer=tokenizer)
-
-
-@contextlib.contextmanager
-def naming(path: str | os.PathLike, part: str) -> Iterator[None]:
-    """Errors name the model, and what of it: files from elsewhere may hold anything."""
-    try:
-        yield
-    except NotThere:
-        raise
-    except Exception as error:
-        plain = type(error) is ValueError
-        message = str(error) if plain else f"{part} cannot be read: {error!r}"
-        raise ValueError(message if str(path) in message else f"{path}: {message}") from error
 
 
 def check_weights(folder: Path, config: ModelConfig):
@@ -94,8 +81,9 @@ def check_weights(folder: Path, config: ModelConfig):
     Raises:
         ValueError: one is damaged, or a tensor is missing, is too many or has another shape.
     """
-    with hf.open_weights(folder) as files:
-        find_parameters(config, hf.read_json(folder)["model_type"], files)
+    family = hf.read_config_json(folder)["model_type"]
+    with hf.open_weights(folder) as files, reading_file(folder):
+        find_parameters(config, family, files)
 
 
 def scratch_shape(settings: ScratchSettings) -> ModelSpec:

@@ -8,22 +8,20 @@ import dataclasses
 import importlib.metadata
 import json
 import math
-import os
 import platform
+import re
 import subprocess
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 import jax
 import numpy as np
 
-from ppo_jax.data.atomic import atomic_write
+from ppo_jax.config.run import STAGE_NAMES
+from ppo_jax.data.atomic import atomic_write, naming_file
+from ppo_jax.data.readers import short_repr
+from ppo_jax.io.integrity import read_json
 from ppo_jax.io.metric_names import with_former_names, with_new_names
 
 PACKAGES = ("ppo_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "chex", "numpy")
@@ -41,7 +39,7 @@ def append_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
     if jax.process_index() != 0:
         return
     lines = [json.dumps(_plain(row, nonfinite=lambda x: None), ensure_ascii=False) for row in rows]
-    with open(path, "a", encoding="utf-8") as file:
+    with naming_file(path), open(path, "a", encoding="utf-8") as file:
         file.write("".join(f"{line}\n" for line in lines))
 
 
@@ -77,16 +75,10 @@ def prepare_workdir(workdir: str | Path, config: Mapping[str, Any]) -> None:
     Args:
         workdir: the folder.
         config: nested dicts; infinity is written as "inf".
-
-    Raises:
-        ValueError: the folder cannot be made.
     """
     if jax.process_index() != 0:
         return
-    try:
-        Path(workdir).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"the workdir {workdir} cannot be made: {error.strerror}") from error
+    Path(workdir).mkdir(parents=True, exist_ok=True)
     kind, count = jax.devices()[0].device_kind, jax.device_count()
     record = {
         "config": _plain(config, nonfinite=str),
@@ -99,26 +91,18 @@ def prepare_workdir(workdir: str | Path, config: Mapping[str, Any]) -> None:
     atomic_write(Path(workdir) / "config.json", text.encode())
 
 
-def lock_folder(workdir: str | Path) -> int | None:
-    """Hold the folder for this process: a file descriptor to close, or None where there is no
-    folder, or no lock. It is free again when the process ends, however it ends.
+def read_record(workdir: str | Path) -> dict[str, Any]:
+    """What config.json holds; {} where there is no such file.
 
     Raises:
-        ValueError: another process holds it.
+        ValueError: the file is not one that `prepare_workdir` wrote.
     """
-    if fcntl is None or not Path(workdir).is_dir():
-        return None
-    folder = os.open(workdir, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(folder)
-        raise ValueError(
-            f"another process is running in {workdir}: wait for its end, or choose another workdir"
-        ) from None
-    except OSError:  # a file system without locks
-        pass
-    return folder
+    path = Path(workdir) / "config.json"
+    record = read_object(path, {"config": "an object"}) or {}
+    sections = {name: "an object or null" for name in ("model", "mesh", *STAGE_NAMES)}
+    if wrong := wrong_value(record.get("config", {}), sections.get):
+        raise ValueError(f"{path}: config.{wrong}")
+    return record
 
 
 def read_config(workdir: str | Path) -> dict[str, Any] | None:
@@ -127,13 +111,10 @@ def read_config(workdir: str | Path) -> dict[str, Any] | None:
     Raises:
         ValueError: the file is not one that `prepare_workdir` wrote.
     """
-    path = Path(workdir) / "config.json"
-    if not path.exists():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))["config"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} must be a JSON object with a config: {error!r}.") from error
+    path, record = Path(workdir) / "config.json", read_record(workdir)
+    if path.exists() and "config" not in record:
+        raise ValueError(f"{path} must have the field config")
+    return record.get("config")
 
 
 def read_results(workdir: str | Path) -> dict[str, Any]:
@@ -143,12 +124,112 @@ def read_results(workdir: str | Path) -> dict[str, Any]:
         ValueError: the file is not one that `write_results` wrote.
     """
     path = Path(workdir) / "results.json"
+    results = with_new_names(read_object(path) or {})
+    if wrong := wrong_value(results, kind_of_result):
+        raise ValueError(f"{path}: {wrong}")
+    return results
+
+
+def read_rows(path: str | Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """The lines of metrics.jsonl or of samples.jsonl; empty where there is no such file.
+
+    A torn last line is that of a run under way, or of a killed one.
+
+    Returns:
+        (the rows, what is wrong with each line that is left out, with its number).
+    """
+    path, rows, left_out = Path(path), [], []
+    if not path.is_file():
+        return rows, left_out
+    needed = {"stage", "step"} | ({"prompt", "response"} if path.name == "samples.jsonl" else set())
+    *complete, _torn = path.read_bytes().split(b"\n")
+    for number, line in enumerate(complete, 1):
+        if not line.strip():
+            continue
+        try:
+            row = with_new_names(json.loads(line))
+            if not isinstance(row, dict):
+                raise ValueError("it must be a JSON object")
+            if lacks := sorted(needed - row.keys()):
+                raise ValueError(f"it lacks {lacks}")
+            if wrong := wrong_value(row, kind_of_result):
+                raise ValueError(wrong)
+            rows.append(row)
+        except (ValueError, RecursionError) as error:
+            left_out.append(f"{path.name}:{number} ({error})")
+    return rows, left_out
+
+
+def read_object(path: Path, kinds: Mapping[str, str] | None = None) -> dict[str, Any] | None:
+    """A JSON object that a run keeps in a file; None where there is no such file.
+
+    Args:
+        path: of the file.
+        kinds: {field: what it holds}, words of `KINDS`; other fields may hold anything.
+
+    Raises:
+        ValueError: it holds something else; the file and the field are named.
+    """
     if not path.exists():
-        return {}
-    try:
-        return with_new_names(dict(json.loads(path.read_text(encoding="utf-8"))))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} must be a JSON object: {error}") from error
+        return None
+    values = read_json(path, finite=False)
+    if wrong := wrong_value(values, (kinds or {}).get):
+        raise ValueError(f"{path}: {wrong}")
+    return values
+
+
+def _is_number(value: Any) -> bool:
+    """Python reads whole numbers of any length, which are no floats."""
+    return isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
+
+
+KINDS: dict[str, Callable[[Any], bool]] = {
+    "a text": lambda x: isinstance(x, str),
+    "true or false": lambda x: isinstance(x, bool),
+    "a number": _is_number,
+    "a number or null": lambda x: x is None or _is_number(x),
+    "a whole number": lambda x: type(x) is int and _is_number(x),
+    "two numbers": lambda x: isinstance(x, list) and len(x) == 2 and all(map(_is_number, x)),
+    "an object": lambda x: isinstance(x, dict),
+    "an object or null": lambda x: x is None or isinstance(x, dict),
+    "an object of numbers": lambda x: isinstance(x, dict) and all(map(_is_number, x.values())),
+    "a list of objects": lambda x: isinstance(x, list) and all(isinstance(y, dict) for y in x),
+}
+RESULTS = (  # the first pattern that fits the name of a figure
+    ("stage|judge|note|prompt|response|headline_judge", "a text"),
+    ("step|num_prompts", "a whole number"),
+    ("judges|samples", "a list of objects"),
+    ("reference|scores", "an object of numbers"),
+    ("evaluated", "an object"),
+    (".*_interval", "two numbers"),
+    ("time/.*", "a number"),
+    ("score|.*/.*|(mean|pair|win)_.*", "a number or null"),
+)
+
+
+def kind_of_result(name: str) -> str | None:
+    """What a figure of metrics.jsonl, samples.jsonl or results.json holds; None is anything.
+
+    >>> kind_of_result("kl/ref"), kind_of_result("step"), kind_of_result("mine")
+    ('a number or null', 'a whole number', None)
+    """
+    return next((kind for names, kind in RESULTS if re.fullmatch(names, name)), None)
+
+
+def wrong_value(values: Mapping[str, Any], kind_of: Callable[[str], str | None]) -> str:
+    """The first field of an object that does not hold what it must, in words; "" is none.
+
+    >>> wrong_value({"judges": [{"judge": 1}]}, kind_of_result)
+    'judges: judge must be a text, got 1'
+    """
+    for name, value in values.items():
+        kind = kind_of(name)
+        if kind is not None and not KINDS[kind](value):
+            return f"{name} must be {kind}, got {short_repr(value)}"
+        for row in value if kind == "a list of objects" else ():
+            if wrong := wrong_value(row, kind_of):
+                return f"{name}: {wrong}"
+    return ""
 
 
 def write_results(workdir: str | Path, results: Mapping[str, Any]) -> None:
@@ -157,6 +238,13 @@ def write_results(workdir: str | Path, results: Mapping[str, Any]) -> None:
         both = with_former_names(_plain(results, nonfinite=lambda x: None))
         text = json.dumps(both, indent=2, ensure_ascii=False)
         atomic_write(Path(workdir) / "results.json", (text + "\n").encode())
+
+
+def keep_time(workdir: str | Path, part: str, seconds: float) -> None:
+    """Have the wall seconds of a part of the run in results.json, and their sum over all parts."""
+    results = read_results(workdir) | {f"time/{part}_s": seconds}
+    parts = [v for k, v in results.items() if k.startswith("time/") and k != "time/total_s"]
+    write_results(workdir, results | {"time/total_s": sum(parts)})
 
 
 def fill_in_workdir(settings: Any, workdir: Path) -> Any:

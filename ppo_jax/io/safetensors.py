@@ -28,11 +28,16 @@ Index = tuple[slice, ...]  # of an array, a slice a dimension
 Files = dict[str, Any]  # name of a tensor -> the open file that holds it
 
 
+class NotFinite(ValueError):
+    """A parameter with a number that is NaN or infinite."""
+
+
 @dataclasses.dataclass(frozen=True)
 class StoredParameter:
     """A parameter in open files."""
 
     path: str  # its name, without the number of a layer
+    names: Sequence[str]  # of its tensors, as the files have them
     row: Tensor  # the layout of each of its tensors in the files
     tensors: Sequence[Any]  # unread: one a layer where `stacked`, else one alone
     shape: tuple[int, ...]  # with the leading layer axis where `stacked`
@@ -50,6 +55,8 @@ class StoredParameter:
         targets = array.reshape(len(layers), *map(len, inside))  # a view
         for target, layer in zip(targets, layers, strict=True):
             target[...] = self.read_layer(layer, inside).reshape(target.shape)
+            if not is_finite(target):
+                raise NotFinite(f"{self.names[layer]} holds NaN or infinity")
         return array
 
     def read_layer(self, layer: int, ranges: Sequence[range]) -> np.ndarray:
@@ -69,6 +76,11 @@ class StoredParameter:
             index.append(slice(first.start * size, first.stop * size))
         index[-1] = slice(begin + index[-1].start, begin + index[-1].stop)
         return tuple(index[::-1] if self.row.transposed else index)
+
+
+def is_finite(array: np.ndarray) -> bool:
+    """Whether all numbers of a float32 array are finite, without another array of its size."""
+    return bool(np.isfinite(array.sum(dtype=np.float64)))  # no sum is too large for float64
 
 
 def group_dims(path: str, dims: Sequence[Any]) -> list[Sequence[Any]]:
@@ -110,19 +122,21 @@ def find_parameters(config: ModelConfig, family: str, files: Files) -> Params:
     head = names.tensors["head.kernel"].name
     check_names(config, rows, tensors, head)
     slices = {name: file.get_slice(key) for name, (file, key) in tensors.items()}
+    own_names = {name: key for name, (_, key) in tensors.items()}  # as the files have them
     tree: Params = {}
     for path, shape in shapes.items():
         row, in_layers = rows[path], path.startswith("layers.")
         layer_shape = shape[1:] if in_layers else shape
-        layers = [slices[row.name.format(i)] for i in range(shape[0] if in_layers else 1)]
-        for i, tensor in enumerate(layers):
-            check_tensor(row.name.format(i), tensor, stored_shape(path, row, layer_shape))
+        full = [row.name.format(i) for i in range(shape[0] if in_layers else 1)]
+        layers, names_there = [slices[x] for x in full], [own_names[x] for x in full]
+        for name, tensor in zip(names_there, layers, strict=True):
+            check_tensor(name, tensor, stored_shape(path, row, layer_shape))
         if in_layers and config.scan_layers:
-            stack = StoredParameter(path, row, layers, shape, stacked=True)
+            stack = StoredParameter(path, names_there, row, layers, shape, stacked=True)
             set_leaf(tree, path.replace("layers.", "layers.stack.", 1), stack)
             continue
-        for i, tensor in enumerate(layers):
-            leaf = StoredParameter(path, row, [tensor], layer_shape, stacked=False)
+        for i, (name, tensor) in enumerate(zip(names_there, layers, strict=True)):
+            leaf = StoredParameter(path, [name], row, [tensor], layer_shape, stacked=False)
             set_leaf(tree, path.replace("layers.", f"layers.{i}.", 1), leaf)
     if config.tie_embeddings and head in slices:
         check_tied(head, rows["embed.tokens"].name, slices)
@@ -165,7 +179,7 @@ def check_names(
     allowed = needed | ({head} if config.tie_embeddings else set())
     if missing := sorted(needed - tensors.keys()):
         raise ValueError(f"the weight files lack {len(missing)} tensors: {first_names(missing)}")
-    if unused := sorted(tensors.keys() - allowed):
+    if unused := sorted(tensors[name][1] for name in tensors.keys() - allowed):
         raise ValueError(
             f"the weight files hold {len(unused)} tensors that the model of config.json does not "
             f"have: {first_names(unused)}"

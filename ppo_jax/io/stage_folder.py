@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from ppo_jax.config.parsing import build
 from ppo_jax.config.run import STAGE_NAMES, ModelSettings
 from ppo_jax.core.network import merge_params
 from ppo_jax.core.types import Params
@@ -28,11 +29,17 @@ from ppo_jax.io.checkpoints import (
     load_params,
     save_params,
 )
+from ppo_jax.io.run_folder import read_object
 from ppo_jax.models.config import ModelConfig, RopeScaling, computation
 from ppo_jax.models.lora import merge_lora, split_lora
 from ppo_jax.models.partition import Parts, stack_layers, unstack_layers
 
-DESCRIPTION = {"stage", "kind", "model", "frozen", "settings", "num_steps"}  # keys of stage.json
+DESCRIPTION = {  # what stage.json holds
+    **{"stage": "a text", "kind": "a text", "model": "an object", "frozen": "true or false"},
+    **{"settings": "an object", "num_steps": "a whole number", "trained_field": "a text"},
+    **{"data": "an object", "sources": "an object of numbers"},
+}
+LATER = {"trained_field", "data", "sources"}  # those that older stages lack
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,6 +81,8 @@ def load_model(
     config, params = hf.load_policy(path, shardings=shardings_of(layout), **how)
     tokenizer = vocabulary.load_tokenizer(path)
     check_tokenizer(tokenizer, config, path)
+    if settings is not None:
+        tokenizer = vocabulary.with_chat(tokenizer, settings)
     return Model(kind="policy", config=config, params=params, tokenizer=tokenizer, layout=layout)
 
 
@@ -92,13 +101,15 @@ def device_put(params: Params, layout: Layout | None) -> Params:
 
 
 def compute_as(model: Model, settings: ModelSettings) -> Model:
-    """The same model, computed as the settings ask for; its parameters are not moved."""
+    """The same model, computed as the settings ask for, with their chat template; its parameters
+    are not moved."""
     params = model.params
     if model.config.scan_layers != settings.scan_layers:
         change = stack_layers if settings.scan_layers else unstack_layers
         params = device_put(change(params), model.layout)
     config = dataclasses.replace(model.config, **computation(settings))
-    return dataclasses.replace(model, config=config, params=params)
+    tokenizer = vocabulary.with_chat(model.tokenizer, settings)
+    return dataclasses.replace(model, config=config, params=params, tokenizer=tokenizer)
 
 
 def check_tokenizer(tokenizer: Any, config: ModelConfig, path: Any):
@@ -126,15 +137,15 @@ def describe_stage(folder: Path) -> dict | None:
         ValueError: it is not as a stage writes it.
     """
     path = folder / "stage.json"
-    if not path.is_file():
+    description = read_object(path, DESCRIPTION)
+    if description is None:
         return None
-    try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    keys = set(description) if isinstance(description, dict) else set()
-    if missing := sorted(DESCRIPTION - keys):
+    if missing := sorted(DESCRIPTION.keys() - LATER - description.keys()):
         raise ValueError(f"{path} must be as a stage writes it, but lacks {missing}")
+    try:
+        build(ModelConfig, description["model"], "model.")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     return description
 
 

@@ -15,14 +15,25 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ppo_jax.config.run import ModelSettings
 from ppo_jax.core.types import Params
+from ppo_jax.data.chat import Chat, read_template
+from ppo_jax.data.readers import short_repr
 from ppo_jax.io.hub import model_folder
+from ppo_jax.io.integrity import file_inside, read_json, reading_file
 
 if TYPE_CHECKING:  # slow to import, so each function that needs it does
     from transformers import PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|pad|>"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+TEMPLATE = "chat_template.jinja"
 
 
 def load_tokenizer(path: str | os.PathLike) -> "PreTrainedTokenizerFast":
@@ -31,10 +42,10 @@ def load_tokenizer(path: str | os.PathLike) -> "PreTrainedTokenizerFast":
     Where it has no padding token none is added: in ppo_jax masks say what padding is.
 
     Raises:
-        ValueError: there is no tokenizer.json, or it has no end-of-sequence token.
+        OSError: a file may not be read.
+        ValueError: there is no tokenizer.json, it is damaged, two tokens have one id, or it has no
+            end-of-sequence token.
     """
-    from transformers import PreTrainedTokenizerFast
-
     folder = model_folder(path)
     if not (folder / "tokenizer.json").is_file():
         raise ValueError(
@@ -42,18 +53,56 @@ def load_tokenizer(path: str | os.PathLike) -> "PreTrainedTokenizerFast":
             f"transformers import AutoTokenizer as T; T.from_pretrained('{folder}')"
             f".save_pretrained('{folder}')\""
         )
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    tokenizer = read_tokenizer(folder)
     if tokenizer.eos_token_id is None:
         tokenizer.eos_token = declared_eos(folder, tokenizer)
+    return tokenizer
+
+
+def read_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
+    """The tokenizer of a folder, whose files have been looked at before a library reads them.
+
+    Raises:
+        OSError: a file may not be read.
+        ValueError: a file is damaged, names one outside of the folder, or two tokens have one id.
+    """
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    for name in TOKENIZER_FILES:
+        content = read_json(folder / name) if (folder / name).exists() else {}
+        if type(length := content.get("model_max_length", 1)) not in (int, float):
+            got = short_repr(length)
+            raise ValueError(f"{folder / name}: model_max_length must be a number, got {got}")
+        for key in ("fast_tokenizer_files", "gguf_file"):
+            others = content.get(key) or []
+            for other in others if isinstance(others, list) else [others]:
+                file_inside(folder, other, f"{folder / name}: {key}")
+    if (folder / TEMPLATE).exists():
+        with reading_file(folder / TEMPLATE):
+            (folder / TEMPLATE).read_text(encoding="utf-8")
+    try:
+        with reading_file(folder / "tokenizer_config.json"):
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+            tokenizer.decode(tokenizer("A text")["input_ids"])  # which some files fail only then
+    except ValueError:
+        with reading_file(folder / "tokenizer.json"):
+            Tokenizer.from_file(str(folder / "tokenizer.json"))  # or it was not this one
+        raise
+    # Added tokens may rename one of the vocabulary, which then stands there twice.
+    vocab = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
+    if (num_ids := len(set(vocab.values()))) < len(vocab):
+        raise ValueError(f"{folder / 'tokenizer.json'}: {len(vocab)} tokens have {num_ids} ids")
     return tokenizer
 
 
 def declared_eos(folder: Path, tokenizer: "PreTrainedTokenizerFast") -> str:
     """The end-of-sequence token of the model's config.json: GPT-2 has it only there."""
     path = folder / "config.json"
-    eos = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+    eos = read_json(path).get("eos_token_id") if path.is_file() else None
     eos = eos[0] if isinstance(eos, list) and eos else eos
-    token = tokenizer.convert_ids_to_tokens(eos) if isinstance(eos, int) else None
+    known = type(eos) is int and 0 <= eos < 2**32
+    token = tokenizer.convert_ids_to_tokens(eos) if known else None
     if token is None:
         raise ValueError(
             f"{folder}: the tokenizer has no end-of-sequence token; name one as eos_token in "
@@ -65,6 +114,21 @@ def declared_eos(folder: Path, tokenizer: "PreTrainedTokenizerFast") -> str:
 def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", folder: str | os.PathLike) -> None:
     """Write tokenizer.json and tokenizer_config.json into `folder`."""
     tokenizer.save_pretrained(folder)
+
+
+def with_chat(
+    tokenizer: "PreTrainedTokenizerFast", settings: ModelSettings
+) -> "PreTrainedTokenizerFast":
+    """The same tokenizer, its chat template and the date that it writes as in the settings.
+
+    Raises:
+        ValueError: the file of the template is not there, or holds none.
+    """
+    if settings.chat_template:
+        tokenizer.chat_template = read_template(settings.chat_template)
+        Chat(tokenizer).check(f"model.chat_template: {settings.chat_template}")
+    tokenizer.chat_date = settings.chat_date  # read by `data.chat.Chat`; it is not saved
+    return tokenizer
 
 
 def with_padding(

@@ -50,7 +50,7 @@ def text_positions(mask_BL, segments_BL) -> jax.Array:
     seen_BL = jnp.cumsum(mask_BL, axis=1, dtype=jnp.int32)
     if segments_BL is None:
         return jnp.maximum(seen_BL - 1, 0)
-    index_BL = jnp.where(mask_BL, jnp.arange(mask_BL.shape[1])[None], -1)
+    index_BL = jnp.where(mask_BL, jnp.arange(mask_BL.shape[1], dtype=jnp.int32)[None], -1)
     last_BL = jnp.pad(
         jax.lax.cummax(index_BL, axis=1)[:, :-1], ((0, 0), (1, 0)), constant_values=-1
     )
@@ -77,8 +77,9 @@ def cache_mask(mask_BS, cache: KVCache):
     begin = cache.index % capacity
     mask_BC = jax.lax.dynamic_update_slice_in_dim(cache.mask, mask_BS, begin, axis=1)
     # New positions fill the slots from `begin` on; all other slots are older.
-    order_C = (jnp.arange(capacity) - begin) % capacity
-    causal_SC = (order_C[None] <= jnp.arange(length)[:, None]) | (order_C[None] >= length)
+    order_C = (jnp.arange(capacity, dtype=jnp.int32) - begin) % capacity
+    new_S = jnp.arange(length, dtype=jnp.int32)
+    causal_SC = (order_C[None] <= new_S[:, None]) | (order_C[None] >= length)
     return causal_SC[None] & mask_BC[:, None], cache.replace(mask=mask_BC)
 
 
@@ -89,6 +90,7 @@ def update_cache(cache, new_BGSK, slot, layer):
     is its index, else None. Returns (the cache, (keys, values) of the layer [B, G, C, K]).
     """
     start = (0, 0, slot, 0) if layer is None else (layer, 0, 0, slot, 0)
+    start = tuple(jnp.int32(x) for x in start)  # of one dtype, also where numbers are 64 bits wide
 
     def write(old, new):
         new = new.astype(old.dtype).reshape((1,) * (old.ndim - 4) + new.shape)
@@ -113,7 +115,8 @@ def refill_cache(cache: KVCache, fresh: KVCache, source_B: jax.Array) -> KVCache
     """
     length, capacity = fresh.mask.shape[1], cache.mask.shape[1]
     index = jnp.maximum(cache.index, length)
-    position_C = (jnp.arange(capacity) - index) % capacity - (capacity - length)
+    slot_C = jnp.arange(capacity, dtype=jnp.int32)
+    position_C = (slot_C - index) % capacity - (capacity - length)
     is_prompt_C, position_C = position_C >= 0, jnp.maximum(position_C, 0)
     restarts_B, source_B = source_B >= 0, jnp.maximum(source_B, 0)
 

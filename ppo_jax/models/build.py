@@ -13,6 +13,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from ppo_jax.core.checks import assert_ids
 from ppo_jax.core.distributions import chunked_token_statistics
 from ppo_jax.core.network import Network
 from ppo_jax.core.renamed import renamed
@@ -78,6 +79,8 @@ def check_inputs(config, start_layer, inputs, mask, segment_ids=None, output_pos
     chex.assert_rank([mask, inputs], [2, 2 if start_layer is None else 3])
     chex.assert_equal_shape_prefix([inputs, mask], 2)
     chex.assert_type([inputs, mask], [int if start_layer is None else float, bool])
+    if start_layer is None:
+        assert_ids(inputs, mask, config.vocab_size)
     if segment_ids is not None:
         chex.assert_equal_shape([mask, segment_ids])
         chex.assert_type(segment_ids, int)

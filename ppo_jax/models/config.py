@@ -1,7 +1,10 @@
 """The shape of a Transformer, as frozen settings."""
 
 import dataclasses
+import math
 from typing import Any
+
+import jax.numpy as jnp
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,6 +47,7 @@ class ModelConfig:
     attention: str = "auto"  # the platform's, see `kernels`; or "plain" everywhere
 
     def __post_init__(self):
+        object.__setattr__(self, "dtype", dtype_name(self.dtype))
         choices = {
             "positions": ("rotary", "learned"),
             "norm": ("rmsnorm", "layernorm"),
@@ -59,8 +63,11 @@ class ModelConfig:
                 )
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type in (int, "int") and (not isinstance(value, int) or value < 1):
+            if field.type in (int, "int") and (type(value) is not int or value < 1):
                 raise ValueError(f"model.{field.name} must be a positive integer, got {value!r}")
+        for name in ("norm_eps", "rope_theta"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"model.{name} must be > 0, got {getattr(self, name)!r}")
         if self.lora_alpha < 0:
             raise ValueError(f"model.lora_alpha must be >= 0, got {self.lora_alpha}")
         if self.num_heads % self.num_kv_heads:
@@ -70,6 +77,20 @@ class ModelConfig:
             )
         if self.positions == "rotary" and self.head_dim % 2:
             raise ValueError(f"model.head_dim must be even for rotary, got {self.head_dim}")
+
+
+def dtype_name(dtype: Any) -> Any:
+    """The name of a dtype that is written in any way that JAX takes; anything else as it is.
+
+    >>> dtype_name(jnp.bfloat16), dtype_name(jnp.dtype("float16")), dtype_name("float32")
+    ('bfloat16', 'float16', 'float32')
+    """
+    if dtype is None or isinstance(dtype, str):  # None would be float64
+        return dtype
+    try:
+        return jnp.dtype(dtype).name
+    except TypeError:
+        return dtype
 
 
 def computation(settings: Any) -> dict[str, Any]:

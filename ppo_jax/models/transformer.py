@@ -134,7 +134,7 @@ class Layers(nn.Module):
                 length=count,
             )
             layers = stack(self.config, self.constrain, name="stack")
-            return layers((x_BSD, caches), jnp.arange(count), *args)[0]
+            return layers((x_BSD, caches), jnp.arange(count, dtype=jnp.int32), *args)[0]
         updated = []
         for i, cache in enumerate(caches or [None] * count, start=self.start):
             layer = block(self.config, self.constrain, name=str(i))

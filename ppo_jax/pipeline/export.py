@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from ppo_jax.core.types import Params
 from ppo_jax.data.atomic import atomic_folder
@@ -34,7 +35,7 @@ from ppo_jax.io.stage_folder import (
     stage_config,
     stage_folder,
 )
-from ppo_jax.models.config import ModelConfig, computation
+from ppo_jax.models.config import ModelConfig, computation, dtype_name
 from ppo_jax.models.families import family_of, write_config
 from ppo_jax.rollout.sampling import Sampling
 
@@ -49,7 +50,7 @@ def export_stage(
     stage: str,
     out: str | os.PathLike,
     *,
-    dtype: str = "float32",
+    dtype: DTypeLike = "float32",
     adapter_of: str = "",
 ) -> None:
     """Write the model of a stage with tokenizer, generation config and model card; or, of a policy
@@ -62,7 +63,7 @@ def export_stage(
         workdir: the run's folder.
         stage: "sft", "reward" or "ppo".
         out: the folder to write, which is absent or empty.
-        dtype: of the weights, "float32" or "bfloat16".
+        dtype: of the weights, "float32" or "bfloat16", or such a dtype of JAX.
         adapter_of: for the adapter alone, the model that it goes onto: the one that the stage began
             with, as a Hugging Face folder or its id on the hub. "" is the whole model.
 
@@ -70,7 +71,7 @@ def export_stage(
         ValueError: the stage is not complete, `out` holds something, the dtype is another, no
             family has a model of this shape, or the adapter is not one of `adapter_of`.
     """
-    out = Path(out).absolute()
+    out, dtype = Path(out).absolute(), dtype_name(dtype)
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {list(DTYPES)}, got {dtype!r}")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):

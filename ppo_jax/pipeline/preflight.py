@@ -13,6 +13,7 @@ from ppo_jax.config.parsing import load_function
 from ppo_jax.config.run import STAGE_NAMES, Config
 from ppo_jax.config.stages import LoRASettings, PPOSettings, RewardSettings
 from ppo_jax.core.advantages import needs_critic
+from ppo_jax.data.chat import read_template
 from ppo_jax.data.comparisons import RewardData
 from ppo_jax.data.encode import TokenizedTexts
 from ppo_jax.data.preferences import PREFERENCE_SCHEMAS
@@ -47,6 +48,7 @@ def check_named(config: Config, workdir: Path, stages: Sequence[str]):
     if config.model.scratch is not None:
         check_scratch(config, stages)
     check_functions(config, stages)
+    check_template(config, workdir)
     check_files(config, workdir, stages)
     check_sources(config, workdir, stages)
 
@@ -101,6 +103,13 @@ def check_files(config: Config, workdir: Path, stages: Sequence[str]):
         check_packages(path)
         if not is_table(path):  # its rows are read one by one when their turn comes
             check_rows(field, path, config)
+
+
+def check_template(config: Config, workdir: Path):
+    """The file of the chat template is there, unless `prepare` will write it."""
+    path = config.model.chat_template
+    if path and not (config.prepare and Path(path).is_relative_to(workdir / "data")):
+        read_template(path)
 
 
 def check_rows(field: str, path: str, config: Config):

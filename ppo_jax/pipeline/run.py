@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import datetime
 import os
 import sys
 import tempfile
@@ -16,22 +17,24 @@ from ml_collections import config_dict
 from ppo_jax.config.parsing import failure, load_function
 from ppo_jax.config.run import STAGE_NAMES, Config, from_config_dict
 from ppo_jax.data.atomic import PARTIAL, atomic_folder
+from ppo_jax.distributed.folder_lock import hold_folder
 from ppo_jax.distributed.layout import make_mesh
-from ppo_jax.distributed.processes import barrier, is_primary, on_primary, stop_if_asked
-from ppo_jax.evaluation.report.report import write_report
+from ppo_jax.distributed.processes import barrier, on_primary, stop_if_asked
+from ppo_jax.evaluation.report.report import is_current, write_report
 from ppo_jax.evaluation.report.summary import headlines, read_run, verdict
 from ppo_jax.io.base_model import base_path, prepare_base
 from ppo_jax.io.checkpoints import Checkpoints
 from ppo_jax.io.model_spec import ModelSpec, initial_models, needs_base, read_shape
 from ppo_jax.io.run_folder import (
     fill_in_workdir,
-    lock_folder,
+    keep_time,
     prepare_workdir,
+    read_config,
     read_results,
     without_workdir,
     write_results,
 )
-from ppo_jax.io.stage_folder import missing_steps
+from ppo_jax.io.stage_folder import describe_stage, missing_steps
 from ppo_jax.pipeline.preflight import check_mesh, check_named, check_run, chosen
 from ppo_jax.pipeline.preview import brackets, colours, data_lines, previews
 from ppo_jax.pipeline.summary import summary
@@ -54,37 +57,23 @@ def run(
     """
     logging.set_verbosity(logging.WARNING)  # Orbax logs every file it writes
     workdir = checked_folder(workdir)
-    with contextlib.ExitStack() as release:
-        held = hold_folder(workdir, release)
+    with contextlib.ExitStack() as held:
+        on_primary(lambda: held.enter_context(hold_folder(workdir)))
         given, config, stages = planned(settings, workdir, only)
         complete = on_primary(completeness, config, workdir)
         todo = [stage for stage in stages if not complete[stage]]
         if todo:
             base, data = prepare(config, given, workdir, todo)
-        if not held:
-            hold_folder(workdir, release)
         for stage in stages:
             if stage in todo:
                 run_stage(stage, config, workdir, base, data.pop(stage))
             else:
                 print(f"{stage}: complete", flush=True)
         report = workdir / "report.html"
-        on_primary(lambda: (todo or not report.exists()) and write_report(workdir))
+        on_primary(lambda: is_current(workdir) or write_report(workdir))
     if not todo:
         print("every stage is complete: nothing to do", flush=True)
     print(closing(workdir, report), flush=True)
-
-
-def hold_folder(workdir: Path, release: contextlib.ExitStack) -> bool:
-    """Keep other runs out until `release` is closed: two would mix their metrics and checkpoints.
-
-    Process 0 looks whether the folder is there, so that all processes are told the same: False
-    where it is not there yet.
-    """
-    lock = on_primary(lock_folder, workdir)
-    if lock is not None and is_primary():
-        release.callback(os.close, lock)
-    return lock is not None
 
 
 def evaluate(settings: config_dict.ConfigDict | dict, workdir: str | Path):
@@ -101,7 +90,7 @@ def planned(
         ValueError: a setting is not usable, or does not fit to what the folder holds.
     """
     only = [only] if isinstance(only, str) else only
-    given = from_config_dict(settings)
+    given = with_date(from_config_dict(settings), workdir)
     config = fill_in_workdir(given, workdir)
     stages = [
         stage for stage in STAGE_NAMES if stage in only and getattr(config, stage) is not None
@@ -114,6 +103,22 @@ def planned(
         check_settings(workdir / stage, describe(stage, config, workdir))
     check_same_base(workdir, dataclasses.asdict(given))
     return given, config, stages
+
+
+def with_date(config: Config, workdir: Path) -> Config:
+    """The config with the date that chat templates write: that of the run's first start."""
+    if config.model.chat_date:
+        return config
+    date = on_primary(first_date, workdir)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, chat_date=date))
+
+
+def first_date(workdir: Path) -> str:
+    """The date that a run's folder keeps, in config.json or a stage.json; without one, today."""
+    stages = [describe_stage(workdir / stage) for stage in STAGE_NAMES]
+    configs = [read_config(workdir), *(stage["settings"] for stage in stages if stage)]
+    dates = [x.get("model", {}).get("chat_date") for x in configs if x]
+    return next(filter(None, dates), datetime.date.today().isoformat())
 
 
 def dry_run(
@@ -173,7 +178,7 @@ def prepare(
     Returns:
         (path of the base model, "" where no stage reads it; {stage name: its data}).
     """
-    began = time.time()
+    began = time.monotonic()
     check_named(config, workdir, stages)
     on_primary(drop_outdated_base, workdir, dataclasses.asdict(given))
     if makes_something(config, workdir, stages):  # what is made says from which settings it is
@@ -182,7 +187,7 @@ def prepare(
     prepare_workdir(workdir, dataclasses.asdict(given))
     print("\n".join([summary(config, starts, stages, data), *data_lines(config, data)]), flush=True)
     if "time/prepare_s" not in read_results(workdir):
-        add_time(workdir, "prepare", began)
+        keep_time(workdir, "prepare", time.monotonic() - began)
     return base, data
 
 
@@ -207,7 +212,7 @@ def make_ready(
     starts = initial_models(config, workdir, base, stages)
     check_mesh(config, starts, stages)
     data = check_run(config, starts, stages)
-    check_same_data(config, workdir, chosen(stages), data)
+    check_same_data(config, workdir, chosen(stages), data, starts)
     return base, starts, data
 
 
@@ -231,22 +236,35 @@ def closing(workdir: Path, report: Path) -> str:
     """The figures and the verdict, as the report has them."""
     run = read_run(workdir)
     figures = [f"  {value:>10}  {what} ({how})" for value, what, how in headlines(run)]
-    return "\n".join([*figures, verdict(run), f"report: {report}"])
+    left_out = [f"left out: {line}" for line in run.left_out]
+    return "\n".join([*left_out, *figures, verdict(run), f"report: {report}"])
 
 
 def run_stage(stage: str, config: Config, workdir: Path, base: str, data: Any):
     """Run a stage; what an earlier evaluation said does not outlive the models that it was of."""
     stop_if_asked()
-    began, results = time.time(), read_results(workdir)
-    write_results(workdir, {k: v for k, v in results.items() if k.startswith("time/")})
-    try:
+    times = {k: v for k, v in read_results(workdir).items() if k.startswith("time/")}
+    write_results(workdir, times)
+    before = 0.0 if stage == "evaluate" else times.get(f"time/{stage}_s", 0.0)
+    with timed(workdir, stage, before):
         chosen([stage])[0].train(config, workdir, base, data)
-    finally:
-        add_time(workdir, stage, began)
     barrier(f"the end of {stage}")
     if stage == "evaluate":
         subject = evaluation_subject(config, workdir)
         write_results(workdir, read_results(workdir) | {"evaluated": subject})
+
+
+@contextlib.contextmanager
+def timed(workdir: Path, stage: str, before: float) -> Iterator[None]:
+    """Add the seconds of the context to those of earlier starts, in results.json."""
+    began = time.monotonic()
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # of a full disk the first error is told
+            keep_time(workdir, stage, before + time.monotonic() - began)
+        raise
+    keep_time(workdir, stage, before + time.monotonic() - began)
 
 
 def checked_folder(workdir: str | Path) -> Path:
@@ -288,14 +306,3 @@ def evaluation_subject(config: Config, workdir: Path) -> dict:
     folders = [workdir / stage / "checkpoints" for stage in STAGE_NAMES]
     steps = {x.parent.name: Checkpoints(x).latest_step() for x in folders if x.is_dir()}
     return {"settings": settings, "steps": steps}
-
-
-def add_time(workdir: Path, stage: str, began: float):
-    """Add wall time to results.json; a stage killed at once loses its last part."""
-    results = read_results(workdir)
-    starts_over = stage == "evaluate"
-    before = 0.0 if starts_over else results.get(f"time/{stage}_s", 0.0)
-    seconds = before + time.time() - began
-    results[f"time/{stage}_s"] = seconds
-    parts = [v for k, v in results.items() if k.startswith("time/") and k != "time/total_s"]
-    write_results(workdir, results | {"time/total_s": sum(parts)})

@@ -102,7 +102,7 @@ def init_refills(
         prompt_states = jnp.pad(prompt_states, ((0, rest), (0, 0), (0, 0)))
     return RefillState(
         slots=slots,
-        row=jnp.arange(num_slots),
+        row=jnp.arange(num_slots, dtype=jnp.int32),
         waiting=jnp.int32(num_slots),
         finished=finished,
         prompt_states=prompt_states,
@@ -114,7 +114,7 @@ def retire(state: RefillState) -> RefillState:
     s, finished = state.slots, state.finished
     num_rows, length = finished.tokens.shape
     row = jnp.where(s.active, num_rows, state.row)  # past the last row: dropped
-    columns = (s.first_step[:, None] + jnp.arange(length)[None]) % length
+    columns = (s.first_step[:, None] + jnp.arange(length, dtype=jnp.int32)[None]) % length
 
     def write(array, values):
         return array.at[row].set(values, mode="drop")
@@ -148,11 +148,12 @@ def admit(
 ) -> RefillState:
     """Prefill the next rows, G at most, into free slots."""
     s, num_rows, samples = state.slots, len(keys), sampling.samples_per_prompt
-    numbers = state.waiting // samples + jnp.arange(group // samples)  # of the prompts
+    offsets = jnp.arange(group // samples, dtype=jnp.int32)
+    numbers = state.waiting // samples + offsets  # of the prompts
     admitted = jax.tree.map(lambda x: x.at[numbers].get(mode="clip"), prompts)
     fresh = policy.init_caches(group // samples, prompts.tokens.shape[1])
     fresh_states, logits, fresh = policy.prefill(admitted, fresh)
-    rank = jnp.cumsum(~s.active) - 1  # of a free slot among the free ones
+    rank = jnp.cumsum(~s.active, dtype=jnp.int32) - 1  # of a free slot among the free ones
     row = state.waiting + rank
     enters = ~s.active & (rank < group) & (row < num_rows)
     source = jnp.where(enters, rank // samples, -1)
@@ -174,7 +175,7 @@ def admit(
         state,
         slots=slots,
         row=jnp.where(enters, row, state.row),
-        waiting=state.waiting + enters.sum(),
+        waiting=state.waiting + enters.sum(dtype=jnp.int32),
         prompt_states=prompt_states,
     )
 

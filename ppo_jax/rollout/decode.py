@@ -90,7 +90,7 @@ def init_decode(
     caches = policy.init_caches(count, capacity if samples == 1 else prompt_length)
     prompt_states, logits, caches = policy.prefill(prompts, caches)
     if samples > 1:
-        source = jnp.arange(num_rows) // samples
+        source = jnp.arange(num_rows, dtype=jnp.int32) // samples
         caches = policy.refill_caches(policy.init_caches(num_rows, capacity), caches, source)
         logits = logits[source]
     shape, states = (num_rows, sampling.response_length), None
@@ -191,7 +191,16 @@ def response_outputs(
 
 
 def predictors(inputs, mask, response_length, segment_ids, output_positions):
-    """(inputs, mask, where to read the outputs) of the positions that predict something."""
+    """(inputs, mask, where to read the outputs) of the positions that predict something.
+
+    Raises:
+        ValueError: a response of no token, or one before which there is nothing to predict it from.
+    """
+    if output_positions is None and not 0 < response_length < mask.shape[1]:
+        raise ValueError(
+            f"a response must have from 1 to {mask.shape[1] - 1} of the {mask.shape[1]} positions, "
+            f"got {response_length}"
+        )
     if output_positions is not None:
         return inputs, mask, {"segment_ids": segment_ids, "output_positions": output_positions}
     return inputs[:, :-1], mask[:, :-1], {"first_output": mask.shape[1] - response_length - 1}

@@ -6,7 +6,10 @@ Dimension key: N responses, P prompt tokens, T response tokens.
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from ppo_jax.core.checks import known
+from ppo_jax.core.distributions import check_temperature
 from ppo_jax.core.network import Network
 from ppo_jax.core.types import Params, Prompts, Rollout
 from ppo_jax.rollout.continuous_batching import decode_with_refills
@@ -39,11 +42,11 @@ def rollout(
     Args:
         policy: returns logits; above `trunk` when there is one.
         params: the policy's parameters.
-        prompts: N / samples_per_prompt prompts, padded on the left. Responses to the same prompt
-            follow each other.
+        prompts: N / samples_per_prompt prompts, padded on the left (checked outside of a traced
+            program, where the mask is known). Responses to the same prompt follow each other.
         key: consumed.
         sampling: length, stop tokens, filters, concurrency.
-        temperature: of the sampling; 0 is greedy, and then `logprobs` are those at 1.
+        temperature: one number, see `sample`; 0 is greedy, and then `logprobs` are those at 1.
         rows: [N] int, the row numbers folded into the key; 0 .. N - 1 by default.
         trunk: frozen lower layers, run once per token; their hidden states are kept, so that
             other networks on the same trunk need not run it again.
@@ -53,15 +56,20 @@ def rollout(
         The rollout. `logprobs` are over the full vocabulary, before the filters.
 
     Raises:
-        ValueError: max_concurrent or min_free_slots do not fit, or need a network with `refill`.
+        ValueError: max_concurrent or min_free_slots do not fit, or need a network with `refill`;
+            there is no prompt, or one that is padded on the right; the temperature.
     """
     chex.assert_rank([prompts.tokens, prompts.mask], 2)
     chex.assert_equal_shape([prompts.tokens, prompts.mask])
     chex.assert_type([prompts.tokens, prompts.mask], [int, bool])
+    check_prompts(prompts)
+    check_temperature(temperature)
     num_rows = prompts.tokens.shape[0] * sampling.samples_per_prompt
     concurrent = min(sampling.max_concurrent or num_rows, num_rows)
     check_concurrency(sampling, concurrent, num_rows, (trunk, policy))
-    rows = jnp.arange(num_rows) if rows is None else rows
+    rows = jnp.arange(num_rows, dtype=jnp.int32) if rows is None else rows
+    chex.assert_shape(rows, (num_rows,))
+    chex.assert_type(rows, int)
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, rows)
     decode = decode_all if concurrent == num_rows else decode_with_refills
     bound = Policy(policy, params, trunk, trunk_params)
@@ -82,6 +90,20 @@ def rollout(
         has_eos=responses.stopped,
         hidden_states=states,
     )
+
+
+def check_prompts(prompts: Prompts) -> None:
+    """Raise a ValueError where there is none, or one is known not to end with a token."""
+    if not prompts.tokens.size:
+        raise ValueError(f"there must be prompts of 1 token or more, got {prompts.tokens.shape}")
+    mask = known(prompts.mask)
+    if mask is None:
+        return
+    padded = np.flatnonzero(~mask[:, -1])
+    if padded.size:
+        raise ValueError(
+            f"prompts must be padded on the left, got row {padded[0]} with padding last"
+        )
 
 
 def check_concurrency(sampling: Sampling, concurrent: int, num_rows: int, networks: tuple) -> None:

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from ppo_jax.core import cpu
-from ppo_jax.core.distributions import Number, is_number, positive_temperature, token_logprobs
+from ppo_jax.core.checks import Number, assert_counts, assert_numbers
+from ppo_jax.core.distributions import is_number, positive_temperature, token_logprobs
 from ppo_jax.core.renamed import renamed
 
 
@@ -29,20 +30,23 @@ def sample(
     g Gumbel noise. The noise belongs to the token id: a filter that keeps the token that would
     be drawn without it changes nothing. Among equal logits the lower id comes first.
 
+    Numbers that are traced cannot be refused: top_p and min_p are clamped to [0, 1], and a
+    temperature below 0 is greedy, one between 0 and 1e-6 is 1e-6.
+
     Args:
         key: one key for all rows, consumed.
         logits: [..., V] float, mostly [B, V].
-        temperature: divides the logits; 0 is greedy, whatever the filters.
+        temperature: 0 or at least 1e-6, divides the logits; 0 is greedy, whatever the filters.
         top_k: keeps the k largest logits. Static; 0 is off.
-        top_p: keeps the smallest set of the largest probabilities that reaches top_p, at least
-            one token. The Python number 1.0 is off and saves its search.
-        min_p: keeps probabilities of at least min_p times the largest. 0 is off.
+        top_p: in [0, 1], keeps the smallest set of the largest probabilities that reaches top_p,
+            at least one token. The Python number 1.0 is off and saves its search.
+        min_p: in [0, 1], keeps probabilities of at least min_p times the largest. 0 is off.
 
     Returns:
         [...] int32.
 
     Raises:
-        ValueError: top_k is negative.
+        ValueError: a number that is known is out of its range.
 
     Reference: top_p is Holtzman et al. 2019, https://arxiv.org/abs/1904.09751, eq. 2 and 3;
     min_p is Nguyen et al. 2024, https://arxiv.org/abs/2407.01082.
@@ -51,14 +55,15 @@ def sample(
     >>> sample(jax.random.key(0), logits, top_p=0.5).tolist()
     [1, 0]
     """
-    if top_k < 0:
-        raise ValueError(f"top_k must be at least 0 (0 is off), got {top_k}.")
     chex.assert_type(logits, float)
+    divisor = positive_temperature(temperature)
+    check_filters(top_k, top_p, min_p)
     if is_number(temperature, 0):
         return cpu.argmax(logits)
 
-    logits = logits.astype(jnp.float32) / positive_temperature(temperature)
-    noise = jnp.where(temperature == 0, 0.0, jax.random.gumbel(key, logits.shape))
+    logits = logits.astype(jnp.float32) / divisor
+    noise = jax.random.gumbel(key, logits.shape, jnp.float32)
+    noise = jnp.where(temperature <= 0, 0.0, noise)
     tokens = None
     if top_k:
         logits, tokens = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))
@@ -67,13 +72,20 @@ def sample(
     elif not is_number(top_p, 1):
         logits = jnp.where(cpu.nucleus(logits, top_p), logits, -jnp.inf)
     if not is_number(min_p, 0):
-        floor = jnp.max(logits, axis=-1, keepdims=True) + jnp.log(min_p)
+        ratio = jnp.clip(min_p, 0.0, 1.0)
+        floor = jnp.max(logits, axis=-1, keepdims=True) + jnp.log(ratio)
         logits = jnp.where(logits >= floor, logits, -jnp.inf)
 
     drawn = cpu.argmax(logits + noise)
     if tokens is not None:
         drawn = jnp.take_along_axis(tokens, drawn[..., None], axis=-1)[..., 0]
     return drawn
+
+
+def check_filters(top_k: int, top_p: Number, min_p: Number) -> None:
+    """Raise a ValueError where a filter that is known is out of its range."""
+    assert_counts(at_least=0, top_k=top_k)
+    assert_numbers(at_least=0, at_most=1, top_p=top_p, min_p=min_p)
 
 
 def _in_nucleus(sorted_logits: jax.Array, top_p: Number) -> jax.Array:
@@ -89,7 +101,11 @@ def _in_nucleus(sorted_logits: jax.Array, top_p: Number) -> jax.Array:
 @renamed(slots="max_concurrent", refill="min_free_slots")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """What shapes the sampling program; the temperature is traced, and passed separately."""
+    """What shapes the sampling program; the temperature is traced, and passed separately.
+
+    Raises:
+        ValueError: a number is out of its range.
+    """
 
     response_length: int  # T, the most tokens a response may have
     eos_ids: tuple[int, ...]  # a response ends with any of these; () samples T tokens
@@ -99,6 +115,16 @@ class Sampling:
     samples_per_prompt: int = 1  # responses to each prompt; its keys and values are computed once
     max_concurrent: int = 0  # S, responses decoded at a time (slots); 0 is all
     min_free_slots: int = 0  # G, free slots that the next prompts wait for; 0 is a quarter of S
+
+    def __post_init__(self):
+        check_filters(self.top_k, self.top_p, self.min_p)
+        assert_counts(
+            response_length=self.response_length, samples_per_prompt=self.samples_per_prompt
+        )
+        limits = dict(max_concurrent=self.max_concurrent, min_free_slots=self.min_free_slots)
+        assert_counts(
+            at_least=0, **limits, **{f"eos_ids[{i}]": x for i, x in enumerate(self.eos_ids)}
+        )
 
     def group(self, max_concurrent: int) -> int:
         """G: a multiple of the samples of a prompt."""

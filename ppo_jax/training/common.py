@@ -105,7 +105,14 @@ def freeze(params: Any, layout: Layout, dtype: str) -> Any:
     return jax.tree.map(one, params, layout.shardings(params))
 
 
-def compile_step(step: Callable, state: Any, layout: Layout, **parts: Any) -> Callable:
+def compile_step(
+    step: Callable,
+    state: Any,
+    layout: Layout,
+    *,
+    compiler_options: dict[str, Any] | None = None,
+    **parts: Any,
+) -> Callable:
     """A compiled step: its first argument, the state, is donated, and all others must be on the
     devices. A transfer that nobody asked for is an error.
 
@@ -113,10 +120,16 @@ def compile_step(step: Callable, state: Any, layout: Layout, **parts: Any) -> Ca
         step: (state, ...) -> (state, metrics).
         state: what the first step is given; every step returns one with its shardings.
         layout: every device has a copy of the metrics.
+        compiler_options: of XLA; None is none.
         **parts: networks and choices, which shape the program.
     """
     shardings = (jax.tree.map(lambda leaf: leaf.sharding, state), layout.replicated)
-    compiled = jax.jit(functools.partial(step, **parts), donate_argnums=0, out_shardings=shardings)
+    compiled = jax.jit(
+        functools.partial(step, **parts),
+        donate_argnums=0,
+        out_shardings=shardings,
+        compiler_options=compiler_options,
+    )
 
     def call(*args: Any, **kwargs: Any):
         with jax.transfer_guard("disallow"):

@@ -1,5 +1,6 @@
 """Metrics of a stage: lines of JSON, TensorBoard events, and the progress that a user sees."""
 
+import contextlib
 import math
 import shutil
 import sys
@@ -10,9 +11,9 @@ from typing import Any
 
 import jax
 import numpy as np
-import tensorboardX
 from tqdm import tqdm
 
+from ppo_jax.data.atomic import naming_file
 from ppo_jax.distributed.runtime import MIN_COMPILE_SECONDS, compile_seconds
 from ppo_jax.io.metric_names import with_former_names
 from ppo_jax.io.run_folder import append_rows, drop_lines_after
@@ -64,11 +65,7 @@ class MetricsWriter:
         if jax.process_index() == 0:
             done = -1 if restored_step is None else restored_step
             drop_lines_after(self._path, stage, restored_step)
-            self._tensorboard = tensorboardX.SummaryWriter(
-                str(Path(workdir) / "tensorboard" / stage),
-                purge_step=done + 1,  # TensorBoard forgets this and later steps of older files
-                filename_suffix=f".{time.time_ns()}",  # two files of one second are not one file
-            )
+            self._tensorboard = _TensorBoard(Path(workdir) / "tensorboard" / stage, done + 1)
             self._progress = _Progress(stage, max(done, 0), total_steps, show or {})
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -106,15 +103,19 @@ class MetricsWriter:
                 self._progress.close()
                 self._tensorboard.close()
 
+    def abandon(self) -> None:
+        """Close the files as they are, after an error: it is that one which is told."""
+        if self._tensorboard is not None:
+            with contextlib.suppress(OSError):
+                self._tensorboard.close()
+
     def _write(self, step: int, metrics: Mapping[str, Any]) -> None:
         values = {name: _scalar(name, x) for name, x in jax.device_get(dict(metrics)).items()}
         values |= self._times(step, values)
         if self._progress is not None:
             both = with_former_names(values)
             append_rows(self._path, [{"stage": self.stage, "step": step, **both}])
-            for name, value in both.items():
-                if math.isfinite(value):
-                    self._tensorboard.add_scalar(name, value, step)
+            self._tensorboard.write(step, both)
             self._progress.update(step, values)
         self._check_finite(step, values)
 
@@ -143,6 +144,51 @@ class MetricsWriter:
         last = "no checkpoint yet" if last is None else f"last checkpoint {last}"
         named = ", ".join(f"{name} is {value}" for name, value in bad)
         raise FloatingPointError(f"{named} at step {step}; {last}")
+
+
+class _TensorBoard:
+    """Events of TensorBoard, in a file of this start's own.
+
+    tensorboardX's writer of summaries would hand them to a thread: on a full disk that thread dies,
+    and the run waits for it for ever.
+
+    Args:
+        folder: of the stage.
+        purge_step: this and later steps of older files are forgotten.
+    """
+
+    def __init__(self, folder: Path, purge_step: int):
+        # Where PyTorch is installed this import takes more than a second.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.summary import scalar
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder, self._event, self._scalar = folder, Event, scalar
+        with naming_file(folder):
+            # Two files of one second are not one file.
+            self._events = EventsWriter(str(folder / "events"), f".{time.time_ns()}")
+        self._add(purge_step, session_log=SessionLog(status=SessionLog.START))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            if math.isfinite(value):
+                self._add(step, summary=self._scalar(name, value))
+
+    def flush(self) -> None:
+        with naming_file(self._folder):
+            self._events.flush()
+
+    def close(self) -> None:
+        events, self._events = self._events, None
+        if events is not None:
+            with naming_file(self._folder):
+                events.close()
+
+    def _add(self, step: int, **content: Any) -> None:
+        with naming_file(self._folder):
+            event = self._event(wall_time=time.time(), step=step, **content)
+            self._events.write_event(event)
 
 
 class _Progress:

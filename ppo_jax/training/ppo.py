@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ppo_jax.algorithms.experience import response_scores, sample_responses
+from ppo_jax.algorithms.experience import PPOOptions, response_scores, sample_responses
 from ppo_jax.algorithms.ppo import init_ppo, ppo_iteration, update_from_rollout
 from ppo_jax.config.parsing import FunctionFailed
 from ppo_jax.config.run import Config
@@ -155,15 +155,18 @@ def make_iteration(
     """
     parts = dict(networks=setup.networks, options=setup.options)
     hyperparameters, frozen = setup.hyperparameters, setup.frozen
+    how = program_options(setup.options)
     if not functions:
-        iteration = compile_step(ppo_iteration, state, layout, **parts)
+        iteration = compile_step(ppo_iteration, state, layout, compiler_options=how, **parts)
         return lambda state, chosen, prompts, key: iteration(
             state, hyperparameters, prompts, key, frozen=frozen
         )
     sample = jax.jit(
-        functools.partial(sample_responses, **parts), out_shardings=layout.batch_sharding
+        functools.partial(sample_responses, **parts),
+        out_shardings=layout.batch_sharding,
+        compiler_options=how,
     )
-    update = compile_step(update_from_rollout, state, layout, **parts)
+    update = compile_step(update_from_rollout, state, layout, compiler_options=how, **parts)
 
     def iterate(state: PPOState, chosen: np.ndarray, prompts: Prompts, key: jax.Array):
         rollout_key, shuffle_key = jax.random.split(key)
@@ -174,6 +177,17 @@ def make_iteration(
         return state, metrics | each
 
     return iterate
+
+
+def program_options(options: PPOOptions) -> dict[str, Any]:
+    """Compiler options of an iteration.
+
+    Where XLA may keep more bits than bfloat16 has, it does so here and there, and the pass that
+    recomputes the old log-probs differs from that of the update: the ratio does not begin at 1.
+    """
+    if options.old_logprobs == "recompute":
+        return {"xla_allow_excess_precision": False}
+    return {}
 
 
 def call_functions(

@@ -1,7 +1,6 @@
 """Fingerprints of training data and provenance of the base model, checked on resume."""
 
 import dataclasses
-import shutil
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,8 +11,11 @@ import numpy as np
 
 from ppo_jax.config.parsing import changeable_fields
 from ppo_jax.config.run import STAGE_NAMES, Config, ModelSettings
+from ppo_jax.data.atomic import remove_folder
+from ppo_jax.io.model_spec import ModelSpec
 from ppo_jax.io.run_folder import read_config
 from ppo_jax.io.stage_folder import describe_stage, has_begun
+from ppo_jax.io.tokenizers import load_tokenizer
 from ppo_jax.training.stage import Stage, fixed_differences, training_data
 
 
@@ -39,12 +41,23 @@ def checksum(value: Any, before: int = 0) -> int:
 
 
 def check_same_data(
-    config: Config, workdir: Path, stages: Sequence[Stage], data: Mapping[str, Any]
+    config: Config,
+    workdir: Path,
+    stages: Sequence[Stage],
+    data: Mapping[str, Any],
+    starts: Mapping[str, ModelSpec],
 ):
     """Refuse to resume a stage on other data than it began with.
 
+    Args:
+        config: of the run.
+        workdir: the run's folder.
+        stages: those that will run.
+        data: {stage: what it reads}.
+        starts: {stage: the model that it starts from}, whose chat template made text of messages.
+
     Raises:
-        ValueError: a file has changed; it is named.
+        ValueError: a file or the chat template has changed; it is named.
     """
     for stage in stages:
         folder = workdir / stage.name
@@ -54,12 +67,37 @@ def check_same_data(
         new = fingerprint(training_data(data[stage.name]))
         if old == {name: new.get(name) for name in old}:  # older stages have fewer
             continue
-        same = old["rows"] == new["rows"]
+        check_same_template(folder, starts[stage.name].tokenizer)
+        same = old.get("rows") == new["rows"]
         rows = "rows, but others" if same else f"-> {new['rows']} rows"
         path = getattr(getattr(config, stage.name), stage.data_fields[0])
         raise ValueError(
-            f"{path} has changed since {folder} was begun ({old['rows']} {rows}): "
+            f"{path} has changed since {folder} was begun ({old.get('rows')} {rows}): "
             "put it back, or choose another workdir"
+        )
+
+
+def check_same_template(folder: Path, tokenizer: Any):
+    """Refuse another chat template, or another date in it, than a stage was begun with.
+
+    Raises:
+        ValueError: it says where the former one is.
+    """
+    kept, template = folder / "tokenizer", tokenizer.chat_template
+    if template is None:
+        return
+    if template != load_tokenizer(kept).chat_template:
+        raise ValueError(
+            f"the chat template has changed since {folder} was begun, and with it the texts of "
+            f"messages: set model.chat_template={kept / 'chat_template.jinja'}, the former one, or "
+            "choose another workdir"
+        )
+    date = describe_stage(folder)["settings"].get("model", {}).get("chat_date", "")
+    if "strftime_now" in str(template) and date != tokenizer.chat_date:
+        began = date or "the day on which it began"
+        raise ValueError(
+            f"{folder} was begun with another date in its chat template, {began}, now it is "
+            f"{tokenizer.chat_date}: set model.chat_date to {began}, or choose another workdir"
         )
 
 
@@ -86,12 +124,12 @@ def drop_outdated_base(workdir: Path, config: dict):
     """Remove a base model that was made from other settings; after `check_same_base`."""
     folder = workdir / "base"
     if origin_differences(workdir, "base", config):
-        folder.unlink() if folder.is_symlink() else shutil.rmtree(folder)
+        remove_folder(folder)
 
 
 def may_be_made_anew(workdir: Path) -> bool:
     """Whether the base model is a start's own work, and no stage has taken a step."""
-    made_here = (read_config(workdir) or {}).get("model", {}).get("vocabulary_data")
+    made_here = ((read_config(workdir) or {}).get("model") or {}).get("vocabulary_data")
     return bool(made_here) and not any(has_begun(workdir / stage) for stage in STAGE_NAMES)
 
 
@@ -100,5 +138,5 @@ def origin_differences(workdir: Path, name: str, config: dict) -> list[str]:
     old = read_config(workdir)
     if old is None or not (workdir / name).is_dir():  # a start that failed before it made it
         return []
-    old, new = ({field: c[field] for field in MADE_FROM[name]} for c in (old, config))
+    old, new = ({field: c.get(field) for field in MADE_FROM[name]} for c in (old, config))
     return fixed_differences(old, new, changeable_fields(ModelSettings, "model."))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ from ppo_jax.config.run import Config
 from ppo_jax.config.stages import RewardSettings
 from ppo_jax.core.network import merge_params
 from ppo_jax.core.types import PreferenceBatch, TrainState
+from ppo_jax.data.chat import count_left_out
 from ppo_jax.data.comparisons import RewardData, reward_data
-from ppo_jax.data.encode import TokenizedTexts, encode_demonstrations
+from ppo_jax.data.encode import TokenizedTexts, encode_demonstrations, with_dropped
 from ppo_jax.data.hidden_states import Inputs, batch_width
+from ppo_jax.data.packing import best_fit
 from ppo_jax.data.readers import naming_data
 from ppo_jax.data.records import load_texts
-from ppo_jax.distributed.layout import Layout, make_layouts
+from ppo_jax.distributed.layout import Layout, fetch, make_layouts
 from ppo_jax.inference.score import all_scores
 from ppo_jax.io.model_spec import ModelSpec
 from ppo_jax.io.stage_folder import Model, load_source, source_steps
@@ -35,6 +38,8 @@ from ppo_jax.training.common import (
 )
 from ppo_jax.training.resume import fingerprint
 from ppo_jax.training.stage import Stage, StageRun, open_stage
+
+ROWS = 4  # packed batches have a multiple of so many rows
 
 # To train on, to validate on, and to score 0 on average: None is the second.
 RewardParts = tuple[RewardData, RewardData, TokenizedTexts | None]
@@ -131,19 +136,62 @@ def preference_batch(
     rows, pairs, valid = data.batch(seed, step, settings)
     width = batch_width(data.texts, rows)
     # Each micro-batch is sharded; no pair has what fills the batch up.
-    rows = layout.pad_batch(rows, settings.num_micro_batches * layout.num_shards("batch"))
-    inputs, mask = layout.shard_batch((inputs(rows, width), data.texts.mask[rows, :width]))
+    multiple = settings.num_micro_batches * layout.num_shards("batch")
+    if settings.packing:
+        found = inputs(layout.pad_batch(rows), width)
+        parts, texts = packed_rows(data.texts, rows, fetch(found)[: len(rows)], multiple)
+        pairs = texts[pairs]
+    else:
+        rows = layout.pad_batch(rows, multiple)
+        parts = dict(inputs=inputs(rows, width), mask=data.texts.mask[rows, :width])
     pairs, valid = layout.replicate((pairs, valid))
-    return PreferenceBatch(inputs=inputs, mask=mask, pairs=pairs, valid=valid)
+    return PreferenceBatch(pairs=pairs, valid=valid, **layout.shard_batch(parts))
+
+
+def packed_rows(
+    texts: TokenizedTexts, rows: np.ndarray, inputs: np.ndarray, multiple: int
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Some texts, several a row, as a `PreferenceBatch` has them.
+
+    Rows are as wide as those of all texts, and so many that few shapes are compiled.
+
+    Args:
+        texts: of the data set, each at most a row long.
+        rows: [N], which of them.
+        inputs: [N, W] or [N, W, D], theirs.
+        multiple: of the number of rows.
+
+    Returns:
+        ({name: the array}, [N] int32: the number of each text in it).
+    """
+    mask = texts.mask[rows]
+    lengths, width = mask.sum(axis=1), mask.shape[1]
+    chosen = best_fit(lengths, width)
+    multiple = math.lcm(multiple, ROWS)
+    count = -(-len(chosen) // multiple) * multiple
+    most = width // int(texts.mask.sum(axis=1).min())
+    out = np.zeros((count, width, *inputs.shape[2:]), inputs.dtype)
+    segment_ids, ends = np.zeros((count, width), np.int32), np.zeros((count, most), np.int32)
+    numbers = np.zeros(len(rows), np.int32)
+    for row, members in enumerate(chosen):
+        begin = 0
+        for place, text in enumerate(members):
+            end = begin + lengths[text]
+            out[row, begin:end] = inputs[text, : lengths[text]]
+            segment_ids[row, begin:end], ends[row, place] = place + 1, end - 1
+            numbers[text], begin = row * most + place, end
+    return dict(inputs=out, mask=segment_ids > 0, segment_ids=segment_ids, ends=ends), numbers
 
 
 def reference_texts(settings: RewardSettings, tokenizer: Any) -> TokenizedTexts | None:
     """The texts that shall score 0 on average; None is the held-out data."""
     if not settings.reference_data:
         return None
-    records = load_texts(settings.reference_data, tokenizer)
+    left_out: list[str] = []
+    records = load_texts(settings.reference_data, tokenizer, left_out=left_out)
     with naming_data("reward.reference_data", settings.reference_data, "reward.max_length"):
-        return encode_demonstrations(records, tokenizer, max_length=settings.max_length)
+        texts = encode_demonstrations(records, tokenizer, max_length=settings.max_length)
+    return with_dropped(texts, count_left_out(left_out))
 
 
 def shift_scores(state: TrainState, shift: float) -> TrainState:

@@ -1,5 +1,6 @@
 """The loop of supervised fine-tuning."""
 
+import collections
 import functools
 import math
 from pathlib import Path
@@ -13,11 +14,18 @@ from ppo_jax.config.run import Config
 from ppo_jax.config.stages import SFTSettings
 from ppo_jax.core.network import merge_params
 from ppo_jax.core.types import TextBatch
-from ppo_jax.data.encode import TokenizedTexts, batch_indices, encode_demonstrations, row_batches
+from ppo_jax.data.chat import count_left_out
+from ppo_jax.data.encode import (
+    TokenizedTexts,
+    batch_indices,
+    encode_demonstrations,
+    row_batches,
+    with_dropped,
+)
 from ppo_jax.data.hidden_states import Inputs, batch_width
 from ppo_jax.data.packing import pack
 from ppo_jax.data.readers import naming_data
-from ppo_jax.data.records import data_files, load_texts, read_split
+from ppo_jax.data.records import Demonstration, data_files, load_texts, read_split
 from ppo_jax.distributed.layout import make_layouts
 from ppo_jax.io.model_spec import ModelSpec
 from ppo_jax.io.stage_folder import load_source
@@ -39,12 +47,17 @@ Texts = tuple[TokenizedTexts, TokenizedTexts]  # to train on, to validate on
 
 def sft_data(settings: SFTSettings, seed: int, tokenizer: Any) -> Texts:
     """Tokenised training and validation texts, one a row or packed."""
-    read = functools.partial(load_texts, tokenizer=tokenizer)
+    left_out = collections.defaultdict(list)
+
+    def read(path: str) -> list[Demonstration]:
+        return load_texts(path, tokenizer, turns=settings.turns, left_out=left_out[path])
+
     split = read_split(settings, seed, read, lambda record: record.text)
     length, parts = settings.max_length, []
     for (field, path), part in zip(data_files(settings), split, strict=True):
         with naming_data(f"sft.{field}", path, "sft.max_length"):
-            parts.append(encode_demonstrations(part, tokenizer, max_length=length))
+            texts = encode_demonstrations(part, tokenizer, max_length=length)
+        parts.append(with_dropped(texts, count_left_out(left_out.pop(path, []))))
     return tuple(pack(part, max_length=length) if settings.packing else part for part in parts)
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,20 @@ from ppo_jax.config.flags import hint_of, section_of
 from ppo_jax.config.parsing import changeable_fields, filled_in, with_new_names
 from ppo_jax.config.run import Config, ModelSettings
 from ppo_jax.distributed.layout import Layout, abstract, init_sharded
-from ppo_jax.distributed.processes import STOPS, preempted, stop_handlers
+from ppo_jax.distributed.processes import STOPS, is_primary, preempted, stop_handlers
 from ppo_jax.io.checkpoints import Checkpoints
-from ppo_jax.io.run_folder import config_differences, drop_lines_after, without_workdir
+from ppo_jax.io.run_folder import (
+    config_differences,
+    drop_lines_after,
+    keep_time,
+    read_results,
+    without_workdir,
+)
 from ppo_jax.io.stage_folder import Model, begin_stage, describe_stage, has_begun, update_stage
 from ppo_jax.models.partition import Parts, split_params, start_layer
 from ppo_jax.training.metrics import MetricsWriter
+
+KEEP_TIME_S = 10  # seconds between two times that the time of a stage is written
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,7 +90,11 @@ class StageRun:
         self.unit = stage.step_unit
         self.start = 0
         self.asked_to_stop: signal.Signals | None = None
+        self.writer: MetricsWriter | None = None
         self.checkpoints = Checkpoints(self.folder / "checkpoints")
+        before = read_results(workdir).get(f"time/{stage.name}_s", 0.0)
+        self._zero = time.monotonic() - before  # when the stage would have begun in one go
+        self._kept = time.monotonic()
 
     def __enter__(self) -> "StageRun":
         handlers = stop_handlers(self._stop_soon)
@@ -95,8 +108,8 @@ class StageRun:
             signal.signal(number, handler)
         with contextlib.ExitStack() as closing:
             closing.callback(self.checkpoints.close)
-            if error[0] is None:
-                closing.callback(self.writer.close)
+            if self.writer is not None:
+                closing.callback(self.writer.close if error[0] is None else self.writer.abandon)
         if self.asked_to_stop and error[0] is None:  # asked after the last step
             sys.exit(STOPS[self.asked_to_stop])
 
@@ -154,10 +167,14 @@ class StageRun:
 
         Raises:
             FloatingPointError: a loss is not finite.
+            FileNotFoundError: the folder was removed.
             SystemExit: after SIGTERM (code 143) or Ctrl-C (130; among several processes it is
                 SIGTERM for all, 143), when the state is on disk.
         """
+        if not (self.folder / "stage.json").is_file():  # a save would make the folder again
+            raise FileNotFoundError(f"{self.folder} was removed while the stage was under way")
         self.writer.write(step, metrics)
+        self._keep_time()
         if preempted():
             self.asked_to_stop = signal.SIGTERM
         if step % self.save_every and step < self.num_steps and not self.asked_to_stop:
@@ -174,6 +191,13 @@ class StageRun:
             )
             sys.exit(STOPS[self.asked_to_stop])
         self.writer.last_checkpoint = step
+
+    def _keep_time(self):
+        """Every now and then: what a killed start has taken counts, too."""
+        now = time.monotonic()
+        if is_primary() and now - self._kept >= KEEP_TIME_S:
+            keep_time(self.workdir, self.stage, now - self._zero)
+            self._kept = now
 
 
 def _in_forked_process():

@@ -192,6 +192,47 @@ def test_micro_batches_do_not_change_the_reward_gradient(num_micro_batches):
     tiny.leaves_close(micro_metrics, metrics, rtol=1e-5)
 
 
+def packed_preferences():
+    """`preferences(ALL_PAIRS)`, its four texts in two rows and one of padding that is for sharding.
+
+    The second text of a row that has one alone is text 5 of the pairs, and in none of them.
+    """
+    batch, order = preferences(ALL_PAIRS), [(2, 0), (3,), (1,), ()]
+    tokens, lengths = np.asarray(batch.inputs), np.asarray(batch.mask.sum(axis=1))
+    packed, segment_ids = np.full((4, 2 * L), 9, np.int32), np.zeros((4, 2 * L), np.int32)
+    ends, number = np.zeros((4, 2), np.int32), np.zeros(4, np.int32)
+    for row, texts in enumerate(order):
+        begin = 0
+        for place, text in enumerate(texts):
+            end = begin + lengths[text]
+            packed[row, begin:end] = tokens[text, : lengths[text]]
+            segment_ids[row, begin:end], ends[row, place] = place + 1, end - 1
+            number[text], begin = 2 * row + place, end
+    return batch.replace(
+        inputs=packed,
+        mask=segment_ids > 0,
+        segment_ids=segment_ids,
+        ends=ends,
+        pairs=number[np.asarray(batch.pairs)],
+    )
+
+
+@pytest.mark.parametrize("num_micro_batches", [1, 2])
+def test_texts_that_share_a_row_do_not_change_the_reward_gradient(num_micro_batches):
+    state = start(REWARD)
+    single, metrics = reward(state, preferences(ALL_PAIRS), PLAIN, network=REWARD, frozen={})
+    packed, packed_metrics = reward(
+        state,
+        packed_preferences(),
+        PLAIN,
+        network=REWARD,
+        frozen={},
+        num_micro_batches=num_micro_batches,
+    )
+    tiny.leaves_close(gradient_of(packed), gradient_of(single), atol=1e-6, rtol=1e-4)
+    tiny.leaves_close(packed_metrics, metrics, rtol=1e-5)
+
+
 def test_texts_are_scored_at_their_last_token():
     batch, params = preferences(ALL_PAIRS), tiny.random_params(REWARD)
     score = tiny.jit(text_scores, static_argnums=0, static_argnames="num_micro_batches")

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import pytest
 from ml_collections import config_dict
 
@@ -315,3 +316,14 @@ def test_what_a_resumed_run_may_change():
         "save_every",
     }
     assert changeable_fields(ModelSettings, "model.") == {"model.remat", "model.attention"}
+
+
+def test_a_dtype_is_taken_as_jax_has_it():
+    for dtype in (jnp.bfloat16, jnp.dtype("bfloat16"), "bfloat16"):
+        model = {"path": "model", "dtype": dtype, "frozen_dtype": dtype}
+        for values in ({"model": model}, with_defaults({"model": model})):
+            config = from_config_dict(values)
+            assert config.model.dtype == config.model.frozen_dtype == "bfloat16"
+    for dtype in (jnp.float64, None, 16, object()):
+        with pytest.raises(ValueError, match=r"model\.dtype must be"):
+            from_config_dict({"model": {"path": "model", "dtype": dtype}})

@@ -119,7 +119,7 @@ CHOICES = {
 
 @functools.cache
 def learned(**choice):
-    setup, options = tiny.setup(1, True), tiny.options(**choice)
+    setup, options = tiny.setup(1, True), tiny.options(any_kl_estimator=True, **choice)
     hyperparameters = numbers(schedule="constant")
     parts = dict(frozen=setup.frozen, networks=setup.networks)
     state = setup.start(hyperparameters)
@@ -140,9 +140,9 @@ def test_every_option_matters(name):
 def test_there_are_no_other_options():
     # Sampling has tests of its own; micro-batches change the memory, see below, and nothing else,
     # packing the time, see `test_packing`; for advantages without a critic see
-    # `test_critic_free_run`.
+    # `test_critic_free_run`; `any_kl_estimator` lets others be chosen.
     fields = {f.name for f in dataclasses.fields(PPOOptions)}
-    others = {"sampling", "num_micro_batches", "packing", "advantages"}
+    others = {"sampling", "num_micro_batches", "packing", "advantages", "any_kl_estimator"}
     assert fields == CHOICES.keys() | others
 
 

@@ -53,8 +53,10 @@ def loss_program(kind, chunk):
     return compiled, compiled(*args)
 
 
-@pytest.mark.parametrize("chunk", [1, 5, 12, 100])
-@pytest.mark.parametrize("kind", ["gpt2", "qk_norm", "scanned"])
+@pytest.mark.parametrize(
+    ("kind", "chunk"),
+    [*(("gpt2", chunk) for chunk in (1, 5, 12, 100)), ("qk_norm", 5), ("scanned", 5)],
+)
 def test_loss_and_gradients_are_those_of_all_logits_at_once(kind, chunk):
     ((loss, metrics), gradients), ((one_loss, one_metrics), expected) = (
         loss_program(kind, c)[1] for c in (chunk, 0)

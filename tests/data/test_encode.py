@@ -8,7 +8,9 @@ import transformers
 from ppo_jax.data import encode
 from ppo_jax.data.preferences import RankedResponses
 from ppo_jax.data.prompts import prompt_data
-from ppo_jax.data.records import Demonstration, RatedText, write_jsonl
+from ppo_jax.data.records import Demonstration, RatedText, load_prompts, write_jsonl
+from tests.support import chats
+from tests.support.chats import turns
 
 
 def make_tokenizer(template=None, **special):
@@ -211,6 +213,11 @@ def test_equal_prompts_with_other_columns_are_two_and_the_columns_travel(tmp_pat
     data = prompt_data(path, PLAIN, max_length=8)
     assert len(data.texts) == 3 and list(data.columns) == ["prompt"]
     assert data.gaps == {"id": f"{path}:2", "x": f"{path}:1"}
+    rows = [{"messages": turns("Hi", "Yes"), "prompt": "Ho"}, {"messages": turns("Hi", "No")}]
+    write_jsonl(path, rows)
+    data = prompt_data(path, chats.TOKENIZER, max_length=16)
+    assert data.texts == load_prompts(path, chats.TOKENIZER)[:1] and data.dropped == {"repeated": 1}
+    assert data.columns["messages"] == [rows[0]["messages"]]
 
 
 def test_a_tokenizer_without_eos_and_no_text_at_all_are_refused():

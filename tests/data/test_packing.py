@@ -230,6 +230,28 @@ def trained_by(folder):
     return load_checkpoint_item(folder / "sft" / "checkpoints", "params")
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_reward_model_learns_from_packed_batches_what_it_learns_from_single_texts(
+    workdir, tmp_path, parts
+):
+    figures = []
+    for packing in (False, True):
+        folder = tmp_path / str(packing)
+        changes = dict(init_from="base", packing=packing, num_micro_batches=parts)
+        changes |= {"max_length": 40, "optimizer": tiny_run.optimizer(eps=1e-4)}
+        pipeline.run(tiny_run.on_base(workdir, reward=changes), folder)
+        figures.append(
+            [{k: v for k, v in row.items() if k != "step"} for row in metrics_of(folder)]
+        )
+    assert len(figures[0]) > 4
+    for single, packed in zip(*figures, strict=True):
+        assert single.keys() == packed.keys()
+        for name in single.keys() - {"stage"}:
+            np.testing.assert_allclose(
+                packed[name], single[name], rtol=1e-3, atol=1e-5, err_msg=name
+            )
+
+
 def train_on_single_texts(workdir, settings):
     """The oracle: each step on the texts of its rows, one a row, with the whole network."""
     config = from_config_dict(settings)

@@ -136,7 +136,11 @@ def test_damaged_and_empty_files_are_named(tmp_path):
         data.load_texts(table)
 
 
-@pytest.mark.parametrize("name", ["hub:", "hub:name", "hub:owner/", "hub:a/b/c", "hub:/name:train"])
+NO_REPOSITORIES = ["hub:", "hub:name", "hub:owner/", "hub:a/b/c", "hub:/name:train"]
+NO_REPOSITORIES += ["hub:../x", "hub:./x", "hub:a/..", "hub:a/.b:train", "hub:~/x", "hub:a/b\nc"]
+
+
+@pytest.mark.parametrize("name", NO_REPOSITORIES)
 def test_a_name_that_is_none_of_a_hub_is_refused(name):
     with pytest.raises(ValueError, match="must be hub:owner/name or hub:owner/name:split, got"):
         readers.check_packages(name)

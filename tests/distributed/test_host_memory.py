@@ -19,8 +19,8 @@ from ppo_jax.distributed.runtime import retain_freed_memory
 
 if sys.argv[1] == "keep":
     retain_freed_memory()
-step = jax.jit(lambda x: jnp.sort(jnp.sin(x)).sum())
-x = jnp.arange(2.0**24)
+step = jax.jit(lambda x: (jnp.sin(x) @ jnp.ones((2**12, 8))).sum())
+x = jnp.arange(2.0**24).reshape(2**12, 2**12)
 found = [0]
 for _ in range(8):
     step(x).block_until_ready()

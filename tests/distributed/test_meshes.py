@@ -110,12 +110,9 @@ def measured(shape, kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("shape", "kind"),
-    [((8, 1, 1), "whole"), ((2, 2, 2), "whole"), ((2, 2, 2), "scanned"), ((2, 2, 2), "trunk")],
-)
-def test_three_iterations_are_those_of_one_device(shape, kind):
-    (rollout, metrics, state), _ = measured(shape, kind)
+@pytest.mark.parametrize("kind", ["whole", "scanned", "trunk"])
+def test_three_iterations_are_those_of_one_device(kind):
+    (rollout, metrics, state), _ = measured((2, 2, 2), kind)
     (one_rollout, one_metrics, one_state), start = measured((1, 1, 1), kind)
     np.testing.assert_array_equal(rollout.response_tokens, one_rollout.response_tokens)
     np.testing.assert_allclose(rollout.logprobs, one_rollout.logprobs, atol=1e-5, rtol=0)

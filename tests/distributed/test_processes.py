@@ -2,7 +2,10 @@
 
 import json
 import os
+import pathlib
 import signal
+import subprocess
+import sys
 import threading
 import time
 import types
@@ -29,6 +32,7 @@ from tests.support import two_processes
 from tests.support.tiny_stage import random_model
 from tests.support.tiny_state import flip_a_bit, largest_file
 
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 NUM_ROWS = 16
 
 
@@ -321,3 +325,40 @@ def test_generation_may_end_before_each_batch():
     how |= {"batch_size": 2, "before_batch": lambda: asked.append(1)}
     generate(random_model(max_length=32), ["a film"] * 5, **how)
     assert len(asked) == 3
+
+
+DEAF = """
+import ctypes, signal, time
+from ppo_jax.distributed.processes import end_on_second_signal
+end_on_second_signal()
+signal.signal(signal.SIGINT, lambda *_: None)  # as the first one of a stage
+libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(128)
+print("ready", flush=True)
+while True:
+    {busy}
+"""
+BUSY = {
+    # The main thread in C, as in a compilation: no handler of Python's is called.
+    "a call that no signal ends": "libc.pthread_mutex_lock(mutex)",
+    "steps that take long": "time.sleep(600)",
+}
+
+
+@pytest.mark.parametrize("what", BUSY)
+def test_a_second_signal_ends_a_process_whatever_it_is_doing(what):
+    command = [sys.executable, "-c", DEAF.format(busy=BUSY[what])]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    try:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        with pytest.raises(subprocess.TimeoutExpired):  # nothing ends at the first one
+            process.wait(timeout=1)
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=30)
+    finally:
+        process.kill()
+        process.communicate()
+    assert process.returncode == 130
+    assert told.endswith("ended at once; the same command goes on from the last checkpoint\n")

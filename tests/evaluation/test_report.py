@@ -1,7 +1,9 @@
 """The report is whole, safe and self-contained, whatever parts a run has."""
 
 import html.parser
+import os
 import re
+import resource
 import shutil
 import subprocess
 
@@ -172,14 +174,45 @@ def test_a_chart_without_its_metric_is_left_out(tmp_path):
     assert "Entropy" not in page.headings and "Score against KL" not in page.headings
 
 
-def test_a_torn_last_line_is_left_out_and_a_broken_one_is_named(tmp_path):
-    folder = write_run(tmp_path / "run", metrics=metric_rows("sft", steps=2))
+def test_lines_that_are_no_rows_are_left_out_and_told_but_for_a_torn_last_one(tmp_path):
+    samples = [{"stage": "sft", "step": 1, "prompt": "a", "response": "b", "score": "<high>"}]
+    folder = write_run(tmp_path / "run", metrics=metric_rows("sft", steps=2), samples=samples)
     path = folder / "metrics.jsonl"
-    path.write_text(path.read_text() + '{"stage": "sft", "st')
+    path.write_text(path.read_text() + '{"stage":\n{"stage": "sft", "st')
     assert len(read_run(folder).metrics) == 2
-    path.write_text('{"stage": "sft", "step": 0}\n{"stage":\n{"stage": "sft", "step": 1}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl:2 is not JSON"):
-        report.write_report(folder)
+    _, text = read_report(folder)
+    assert "Left out: metrics.jsonl:3 (Expecting value" in text
+    assert "Left out: samples.jsonl:1 (score must be a number or null, got &#39;&lt;high" in text
+
+
+def test_a_report_that_is_torn_or_older_than_its_files_is_not_current(tmp_path):
+    folder = write_run(tmp_path / "run", metrics=metric_rows("sft", steps=2), results={})
+    assert not report.is_current(folder)
+    path = report.write_report(folder)
+    assert report.is_current(folder)
+    os.utime(folder / "results.json", ns=(path.stat().st_mtime_ns + 1,) * 2)
+    assert not report.is_current(folder)
+    report.write_report(folder)
+    os.utime(folder / "results.json", ns=(0, 0))
+    assert report.is_current(folder)
+    path.write_bytes(path.read_bytes()[:-20])  # as a kill tore it before it was written at once
+    assert not report.is_current(folder)
+
+
+def test_a_report_is_written_whole_or_the_old_one_stays(tmp_path):
+    folder = write_run(tmp_path / "run", metrics=metric_rows("sft", steps=2))
+    before = report.write_report(folder).read_bytes()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))  # stands for a full disk
+    try:
+        with pytest.raises(OSError, match=f"File too large: '{folder}/report.html'"):
+            report.write_report(folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert (folder / "report.html").read_bytes() == before
+    assert {path.name for path in folder.iterdir()} == {"metrics.jsonl", "samples.jsonl"} | {
+        "report.html"
+    }
 
 
 def test_null_nan_and_infinite_metrics_are_gaps_in_a_curve(tmp_path):

@@ -1,7 +1,11 @@
 """What is half-written or damaged is passed over by name, however the process ended."""
 
+import errno
 import os
+import pathlib
 import random
+import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -28,6 +32,7 @@ from tests.support.tiny_state import (
     saved_steps,
 )
 
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 UNFINISHED = ".orbax-checkpoint-tmp"
 
 
@@ -53,6 +58,90 @@ def test_what_is_no_damage_is_told_as_it_is(tmp_path, monkeypatch, error):
     monkeypatch.setattr(checkpoints_module, "_load", fail)
     with pytest.raises(error, match="^out of memory"):
         load_params(tmp_path / "params")
+
+
+# Of TensorStore, as it says them.
+TENSORSTORE = "RESOURCE_EXHAUSTED: Failed to open: \"d/1\": {} [os_error_code='{}']"
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EACCES, errno.ENOMEM])
+@pytest.mark.parametrize("kind", [OSError, ValueError, KeyError])
+def test_too_few_open_files_or_no_permission_is_no_damage(tmp_path, monkeypatch, number, kind):
+    """To pass over the step would lose work, and to call it damaged would mislead."""
+    save_all(tmp_path, [3, 6])
+    told = TENSORSTORE.format(os.strerror(number), number)
+
+    def fail(*args):
+        if kind is OSError:
+            raise OSError(number, os.strerror(number))
+        if kind is ValueError:
+            raise ValueError(told)
+        raise KeyError("some array") from ValueError(told)  # as Orbax wraps them
+
+    monkeypatch.setattr(checkpoints_module, "_load", fail)
+    for read in (
+        lambda: restore(tmp_path),
+        lambda: load_checkpoint_item(tmp_path, "policy_params"),
+        lambda: load_checkpoint_item(tmp_path, "policy_params", step=6),
+    ):
+        with pytest.raises(OSError, match=re.escape(f"{os.strerror(number)}: '{tmp_path}/6'")):
+            read()
+
+
+FEW_FILES = """
+import os, resource, sys, warnings
+from tests.support.tiny_state import make_state, restore
+warnings.simplefilter("error", UserWarning)
+folder = sys.argv[1]
+restore(folder)
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+for left in range(14):
+    files = []
+    while len(files) < 256:
+        try:
+            files.append(os.open(os.devnull, os.O_RDONLY))
+        except OSError:
+            break
+    for file in files[:left]:
+        os.close(file)
+    try:
+        step = restore(folder)[1]
+    except OSError as error:
+        step = error.errno
+    for file in files[left:]:
+        os.close(file)
+    print(step)
+"""
+
+
+def test_with_few_files_that_may_be_open_a_step_is_read_or_the_lack_is_told(tmp_path):
+    save_all(tmp_path, [3, 6])
+    command = [sys.executable, "-c", FEW_FILES, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    steps = list(map(int, done.stdout.split()))
+    assert len(steps) == 14 and set(steps) == {6, errno.EMFILE}, done.stderr
+
+
+def test_a_disk_that_is_full_is_told_and_what_was_saved_stays_good(tmp_path, caplog):
+    """The system's limit on the size of a file stands for the disk."""
+    save_all(tmp_path, [3])
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.restore(make_state())
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+    try:
+        with pytest.raises(OSError, match=rf"File too large: '{tmp_path}/6'"):
+            checkpoints.save(6, make_state(6))
+            checkpoints.close()
+        with pytest.raises(OSError, match=rf"File too large: '{tmp_path}/params'"):
+            save_params(tmp_path / "params", make_state().policy_params)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not [x for x in caplog.records if x.levelname == "ERROR"]  # Orbax has its tracebacks
+    with pytest.warns(UserWarning, match="passed over .*/6.*: it was not written to its end"):
+        state, step, _ = restore(tmp_path)
+    assert step == 3
+    assert_identical(state, make_state(3))
 
 
 @pytest.mark.filterwarnings("ignore:passed over")
@@ -111,7 +200,8 @@ def test_what_goes_wrong_in_the_background_is_raised_at_the_end(
     with pytest.raises(OSError, match="disk full"):
         checkpoints.close()
     assert not threads_that_save()
-    assert restore(tmp_path)[1] == 3  # a step without checksums is read as it is
+    with pytest.warns(UserWarning, match=r"/3 has no checksums.json: its files are read without"):
+        assert restore(tmp_path)[1] == 3
 
 
 def test_a_step_under_another_steps_name_is_passed_over(tmp_path):
@@ -156,7 +246,8 @@ def test_a_step_with_any_damaged_file_is_passed_over_and_nothing_is_deleted(tmp_
         else:
             flip_a_bit(damaged)
         if damage == "missing" and file.name == "checksums.json":
-            assert restore(directory)[1] == 6
+            with pytest.warns(UserWarning, match="/6 has no checksums.json"):
+                assert restore(directory)[1] == 6
             continue
         with pytest.warns(UserWarning, match=rf"passed over checkpoint {directory}/6: \w+"):
             state, step, _ = restore(directory)
@@ -166,6 +257,7 @@ def test_a_step_with_any_damaged_file_is_passed_over_and_nothing_is_deleted(tmp_
     assert number >= 8
 
 
+@pytest.mark.filterwarnings("ignore:.* has no checksums")
 def test_a_lost_end_is_found_in_a_step_whose_checksums_were_not_yet_written(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     for step in (3, 6):

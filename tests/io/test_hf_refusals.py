@@ -1,12 +1,18 @@
 """What a folder of weights lacks, has too much, or asks for in vain is refused by name."""
 
+import errno
+import io
 import json
+import os
 import re
 
+import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from ppo_jax.io import huggingface as hf
+from tests.support.meshes import layout_of
 from tests.support.tiny_hf import assert_same_tree, edit_config, edit_weights, saver
 
 
@@ -23,9 +29,10 @@ def saved(tmp_path_factory):
         ("gpt2", "reorder_and_upcast_attn", True, "reorder_and_upcast_attn"),
         ("gpt2", "scale_attn_weights", False, "scale_attn_weights=False"),
         ("gpt2", "add_cross_attention", True, "add_cross_attention"),
+        ("gpt2", "activation_function", "gelu", "activation_function='gelu'"),
         ("llama", "hidden_act", "gelu", "hidden_act='gelu'"),
         ("llama", "pretraining_tp", 2, "pretraining_tp=2"),
-        ("llama", "sliding_window", 128, "sliding_window=128"),
+        ("llama", "sliding_window", 32, "sliding_window=32"),
         ("llama", "num_local_experts", 8, "num_local_experts=8"),
         ("llama", "attn_logit_softcapping", 50.0, "attn_logit_softcapping"),
         ("llama", "embedding_multiplier", 12.0, "embedding_multiplier"),
@@ -36,6 +43,10 @@ def saved(tmp_path_factory):
         ("llama", "rope_parameters", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ("llama", "rope_parameters", {"mrope_section": [2, 2, 2]}, "mrope_section"),
         ("llama", "rope_parameters", {"rope_type": "llama3"}, "'factor'"),
+        ("llama", "rope_parameters", {"rope_type": "linear", "factor": 2.0}, "'linear'"),
+        ("llama", "layer_types", ["chunked_attention"], "chunked_attention"),
+        ("mistral", "sliding_window", 63, "sliding_window=63"),
+        ("seed_oss", "hidden_act", "gelu", "hidden_act='gelu'"),
         ("qwen2", "use_sliding_window", True, "use_sliding_window"),
         ("qwen3", "layer_types", ["full_attention", "sliding_attention"], "sliding_attention"),
     ],
@@ -48,9 +59,191 @@ def test_an_option_that_changes_the_outputs_is_refused_by_name(
         hf.load_config(folder)
 
 
+def test_a_window_that_a_config_implies_is_told(saved, tmp_path):
+    changes = dict(sliding_window=None, max_position_embeddings=8192)  # None leaves it out
+    folder = edit_config(saved("mistral")[1], tmp_path, **changes)
+    with pytest.raises(ValueError, match=r"sliding_window=4096, which is what .* without it means"):
+        hf.load_config(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value", "words"),
+    [
+        ("llama", "rms_norm_eps", -1, "above 0"),
+        ("llama", "rms_norm_eps", "1e-5", "a number"),
+        ("gpt2", "layer_norm_epsilon", True, "a number"),
+        ("llama", "rope_theta", 1e31, "at most"),
+        ("llama", "rope_theta", [1e4], "a number"),
+        ("llama", "tie_word_embeddings", 1.5, "true or false"),
+        ("llama", "tie_word_embeddings", 1, "true or false"),
+        ("llama", "mlp_bias", "false", "true or false"),
+        ("llama", "hidden_size", "32", "a whole number from 1"),
+        ("llama", "hidden_size", 32.0, "a whole number"),
+        ("llama", "num_attention_heads", True, "a whole number"),
+        ("llama", "num_attention_heads", 0, "a whole number from 1"),
+        ("llama", "num_key_value_heads", [2], "a whole number"),
+        ("llama", "num_hidden_layers", 10**9, "to 4,096"),
+        ("gpt2", "n_layer", -2, "a whole number"),
+        ("gpt2", "n_embd", 10**400, "a whole number"),
+        ("gpt2", "n_inner", {}, "a whole number"),
+        ("llama", "rope_parameters", [], "an object"),
+        ("llama", "rope_parameters", {"factor": "8"}, "rope_parameters.factor must be a number"),
+        ("llama", "rope_scaling", {"rope_type": 3}, "rope_scaling.rope_type must be a text"),
+        ("qwen3", "layer_types", "full_attention", "a list of texts"),
+        ("llama", "model_type", ["llama"], "not supported"),
+        ("llama", "eos_token_id", "2", "a token id"),
+        ("llama", "eos_token_id", [2, None], "a token id"),
+        ("llama", "pad_token_id", -2, "a token id"),
+        ("mistral", "sliding_window", "4096", "a whole number"),
+    ],
+)
+def test_a_value_of_another_type_or_range_is_told_with_file_and_field(
+    saved, tmp_path, name, key, value, words
+):
+    folder = edit_config(saved(name)[1], tmp_path, **{key: value})
+    for load in (hf.load_config, hf.load_policy):
+        with pytest.raises(ValueError) as error:
+            load(folder)
+        message = str(error.value)
+        assert message.startswith(f"{folder / 'config.json'}: ") and len(message.splitlines()) == 1
+        assert key in message and words in message and len(message) < 400
+
+
+NOT_AN_OBJECT = {
+    "empty": b"",
+    "blank": b" \n",
+    "a list": b"[1, 2]",
+    "null": b"null",
+    "a number": b"3",
+    "torn": b'{"model_type": "lla',
+    "not UTF-8": b'{"model_type": "\xff\xfe"}',
+    "another encoding": '{"model_type": "llama"}'.encode("utf-16"),
+    "nested": b"[" * 100_000,
+    "nested objects": b'{"a":' * 100_000,
+    "NaN": b'{"rms_norm_eps": NaN}',
+    "too large": b'{"rope_theta": 1e999}',
+    "minus infinity": b'{"a": {"b": [1, -Infinity]}}',
+    "many digits": b'{"a": ' + b"9" * 10_000 + b"}",
+}
+
+
+@pytest.mark.parametrize("kind", NOT_AN_OBJECT)
+def test_a_config_that_is_no_json_object_is_named(saved, tmp_path, kind):
+    folder = edit_config(saved("llama")[1], tmp_path)
+    (folder / "config.json").write_bytes(NOT_AN_OBJECT[kind])
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(folder))}/config\.json .{{1,300}}$"):
+        hf.load_policy(folder)
+
+
+def sharded(saved, folder, **weight_map):
+    """A copy of a saved model in two shards, both with the first norm; the second has ones."""
+    tensors = load_file(saved("llama")[1] / "model.safetensors")
+    norm = "model.norm.weight"
+    first = {key: x for key, x in tensors.items() if "layers.1" not in key}
+    second = {key: x for key, x in tensors.items() if key not in first}
+    save_file(first, folder / "a.safetensors")
+    save_file(second | {norm: np.ones_like(tensors[norm])}, folder / "b.safetensors")
+    where = {**dict.fromkeys(first, "a.safetensors"), **dict.fromkeys(second, "b.safetensors")}
+    (folder / hf.INDEX).write_text(json.dumps({"weight_map": where | weight_map}))
+    (folder / "config.json").write_text((saved("llama")[1] / "config.json").read_text())
+    return folder
+
+
+def test_a_tensor_in_two_shards_is_that_of_the_index(saved, tmp_path):
+    norm = "model.norm.weight"
+    _, expected = hf.load_policy(saved("llama")[1])
+    _, first = hf.load_policy(sharded(saved, tmp_path))
+    assert_same_tree(first, expected)
+    _, second = hf.load_policy(sharded(saved, tmp_path, **{norm: "b.safetensors"}))
+    np.testing.assert_array_equal(second["final_norm"]["scale"], 1.0)
+    assert (np.asarray(expected["final_norm"]["scale"]) != 1.0).all()
+
+
+def test_an_index_that_names_what_is_not_there_is_told(saved, tmp_path):
+    folder = sharded(saved, tmp_path, **{"model.embed_tokens.weight": "b.safetensors"})
+    with pytest.raises(ValueError, match=r"b\.safetensors has no tensor model\.embed_tokens"):
+        hf.load_policy(folder)
+
+
+@pytest.mark.parametrize("content", [b"{}", b'{"weight_map": []}', b'{"weight_map": {}}', b"[]"])
+def test_an_index_without_a_weight_map_is_told(saved, tmp_path, content):
+    folder = sharded(saved, tmp_path)
+    (folder / hf.INDEX).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(folder / hf.INDEX))}.*object"):
+        hf.load_policy(folder)
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../out.safetensors", "sub/../../out", "link"])
+def test_an_index_opens_no_file_outside_of_its_folder(saved, tmp_path, name):
+    outside, folder = tmp_path / "out.safetensors", tmp_path / "model"
+    folder.mkdir()
+    outside.write_bytes((saved("llama")[1] / "model.safetensors").read_bytes())
+    (folder / "sub").mkdir()
+    (folder / "link").symlink_to(outside)
+    sharded(saved, folder, **{"model.norm.weight": name})
+    with pytest.raises(ValueError, match=r"weight_map\['model\.norm\.weight'\] leads out of"):
+        hf.load_policy(folder)
+
+
+@pytest.mark.parametrize("name", [3, None, "", ["a"], "a\0b", "gone.safetensors"])
+def test_an_index_names_files_that_are_there(saved, tmp_path, name):
+    sharded(saved, tmp_path, **{"model.norm.weight": name})
+    with pytest.raises(ValueError, match=r"index\.json: weight_map\['model\.norm\.weight'\]"):
+        hf.load_policy(tmp_path)
+
+
+def test_the_links_of_the_hubs_cache_are_followed(saved, tmp_path):
+    blobs, folder = tmp_path / "blobs", tmp_path / "snapshots" / "0123abc"
+    blobs.mkdir()
+    folder.mkdir(parents=True)
+    for path in sharded(saved, tmp_path / "blobs").iterdir():
+        (folder / path.name).symlink_to(f"../../blobs/{path.name}")
+    assert_same_tree(hf.load_policy(folder)[1], hf.load_policy(saved("llama")[1])[1])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+def test_a_weight_that_is_not_finite_is_named(saved, tmp_path, dtype, number):
+    name = "model.layers.1.self_attn.k_proj.weight"
+
+    def spoil(tensors):
+        tensors.update({key: x.astype(dtype) for key, x in tensors.items()})
+        tensors[name][3, 5] = number
+
+    folder = edit_weights(saved("llama")[1], tmp_path, spoil)
+    message = rf"^{re.escape(str(folder))}: {re.escape(name)} holds NaN or infinity$"
+    for options in ({}, {"scan_layers": True}, {"shardings": layout_of((1, 8, 1)).shardings}):
+        with pytest.raises(ValueError, match=message):
+            hf.load_policy(folder, **options)
+
+
+def test_the_largest_weights_are_finite(saved, tmp_path):
+    def enlarge(tensors):
+        tensors["model.norm.weight"][:] = np.finfo(np.float32).max
+
+    folder = edit_weights(saved("llama")[1], tmp_path, enlarge)
+    assert hf.load_policy(folder)[1]["final_norm"]["scale"].max() == np.finfo(np.float32).max
+
+
+@pytest.mark.parametrize("error", [errno.EMFILE, errno.EACCES])
+def test_a_file_that_may_not_be_read_is_not_called_damaged(saved, tmp_path, monkeypatch, error):
+    folder = edit_config(saved("llama")[1], tmp_path)
+    really_open = io.open
+
+    def refuse(file, *args, **kwargs):
+        if str(file).endswith(".safetensors"):
+            raise OSError(error, os.strerror(error), str(file))
+        return really_open(file, *args, **kwargs)
+
+    monkeypatch.setattr(io, "open", refuse)
+    with pytest.raises(OSError, match=os.strerror(error)) as told:
+        hf.load_policy(folder)
+    assert told.value.filename == str(folder / "model.safetensors")
+
+
 def test_an_unsupported_family_is_told_the_supported_ones(saved, tmp_path):
     folder = edit_config(saved("llama")[1], tmp_path, model_type="mamba")
-    with pytest.raises(ValueError, match=r"'mamba'.*\['gpt2', 'llama', 'qwen2', 'qwen3'\]"):
+    with pytest.raises(ValueError, match=r"'mamba'.*\['gpt2', 'llama', 'mistral', 'qwen2'"):
         hf.load_config(folder)
 
 
@@ -70,7 +263,7 @@ def test_a_tensor_that_is_not_used_is_named(saved, tmp_path):
     def add(tensors):
         tensors["score.weight"] = np.zeros((1, 32), np.float32)
 
-    with pytest.raises(ValueError, match=r"hold 1 tensors .* model\.score\.weight"):
+    with pytest.raises(ValueError, match=r"hold 1 tensors .* have: score\.weight"):
         hf.load_policy(edit_weights(saved("llama")[1], tmp_path, add))
 
 

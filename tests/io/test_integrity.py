@@ -85,3 +85,71 @@ def test_checksums_are_written_in_the_background_as_soon_as_a_step_is_complete(t
         time.sleep(0.01)
     assert (tmp_path / "3" / "checksums.json").exists()
     checkpoints.close()
+
+
+# --- files from elsewhere -------------------------------------------------------------------------
+
+
+def test_an_object_is_read_and_anything_else_is_told_with_its_file(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_bytes(b'\xef\xbb\xbf{"a": [1, 2.5, "NaN"], "b": {"c": null}}')
+    assert integrity.read_json(path) == {"a": [1, 2.5, "NaN"], "b": {"c": None}}
+    for content, words in (
+        (b"", "the file is empty"),
+        (b"[]", "must be a JSON object, got []"),
+        (b"[" * 10**6, "recursion"),
+        (b'{"a": {"b": [1, NaN]}}', "b must be finite, got [1, nan]"),
+        (b'{"a": -1e999}', "a must be finite, got -inf"),
+        (b'{"a": "\xe9"}', "can't decode byte 0xe9"),
+        (b'{"a": 1,}', "line 1 column"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="^" + re.escape(str(path))) as told:
+            integrity.read_json(path)
+        assert words in str(told.value) and len(str(told.value).splitlines()) == 1
+    with pytest.raises(FileNotFoundError):
+        integrity.read_json(tmp_path / "gone.json")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        KeyError("a"),
+        RecursionError("deep"),
+        MemoryError(),
+        OSError("no reason of the system"),
+        UnicodeDecodeError("utf-8", b"x", 0, 1, "bad"),
+        type("PanicException", (BaseException,), {})("index out of bounds\nat line 3"),
+        type("Unprintable", (Exception,), {"__str__": lambda self: 1 / 0})(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_whatever_a_library_raises_is_one_line_that_names_the_file(error):
+    with pytest.raises(ValueError, match=r"^model/a\.json: cannot be read: .*$") as told:  # noqa: SIM117
+        with integrity.reading_file("model/a.json"):
+            raise error
+    assert type(error).__name__ in str(told.value) and "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(2), OSError(24, "too many")])
+def test_what_says_nothing_of_a_file_passes(error):
+    with pytest.raises(type(error)) as told, integrity.reading_file("a.json"):
+        raise error
+    assert told.value is error
+
+
+def test_a_name_does_not_lead_out_of_its_folder(tmp_path):
+    folder = tmp_path / "model"
+    (folder / "sub").mkdir(parents=True)
+    for path in (folder / "a", folder / "sub" / "b", tmp_path / "c"):
+        path.write_text("")
+    (folder / "out").symlink_to(tmp_path / "c")
+    (folder / "in").symlink_to("sub/b")
+    for name in ("a", "sub/b", "in"):
+        assert integrity.file_inside(folder, name, "x") == folder / name
+    for name in ("../c", "/etc/passwd", "sub/../../c", "out", "sub/../a", str(folder / "a")):
+        with pytest.raises(ValueError, match="^x leads out of"):
+            integrity.file_inside(folder, name, "x")
+    for name in (None, 3, "", "a\0", [], "gone", "sub", "a" * 5000):
+        with pytest.raises(ValueError, match="^x (must be the name|is .* no such file)"):
+            integrity.file_inside(folder, name, "x")

@@ -187,6 +187,84 @@ def test_the_film_sentences_use_less_than_half_of_smollm2s_vocabulary(films):
         assert kept[new].tolist() == old
 
 
+@pytest.fixture
+def folder(tmp_path):
+    """A tokenizer on disk, as small as one can be."""
+    save_tokenizer(train_tokenizer(["a film " * 9], 257), tmp_path)
+    return tmp_path
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def refused(folder, name):
+    """What is told of a folder: one line that names a file of it."""
+    with pytest.raises(ValueError) as error:
+        load_tokenizer(folder)
+    message = str(error.value)
+    assert message.startswith(str(folder / name)) and len(message.splitlines()) == 1, message
+    return message
+
+
+@pytest.mark.parametrize("content", [b"", b"null", b"[]", b"[" * 10**5, b"\xff", b'{"a": 1'])
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_file_that_is_no_object_is_named(folder, name, content):
+    (folder / name).write_bytes(content)
+    refused(folder, name)
+
+
+@pytest.mark.parametrize("content", ["{}", '{"model": 3}', '{"model": {"type": "BPE"}}'])
+def test_an_object_that_is_no_tokenizer_is_named(folder, content):
+    (folder / "tokenizer.json").write_text(content)
+    refused(folder, "tokenizer.json")
+
+
+def test_tokens_with_one_id_are_refused(folder):
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    spec["model"]["vocab"] = dict.fromkeys(spec["model"]["vocab"], 0)
+    spec["model"]["merges"] = []
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    assert "257 tokens have 1 ids" in refused(folder, "tokenizer.json")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"eos_token": 3},
+        {"eos_token": ["a"]},
+        {"model_max_length": "512"},
+        {"padding_side": "up"},
+        {"added_tokens_decoder": {"0": "a"}},
+        {"added_tokens_decoder": []},
+        {"extra_special_tokens": 3},
+        {"fast_tokenizer_files": ["../tokenizer.1.0.json"]},
+        {"fast_tokenizer_files": ["/etc/tokenizer.1.0.json"]},
+        {"gguf_file": "../model.gguf"},
+    ],
+    ids=str,
+)
+def test_a_setting_that_no_tokenizer_has_is_refused(folder, changes):
+    edit(folder / "tokenizer_config.json", **changes)
+    refused(folder, "tokenizer_config.json")
+
+
+def test_paths_of_the_machine_that_wrote_a_tokenizer_are_not_opened(folder):
+    paths = {"tokenizer_file": "/gone/tokenizer.json", "vocab_file": "/etc/passwd"}
+    edit(folder / "tokenizer_config.json", **paths, special_tokens_map_file="/gone/a.json")
+    assert len(load_tokenizer(folder)) == 257
+
+
+@pytest.mark.parametrize("eos", ["2", -1, 10**30, 2.0, True, [], [999], {"a": 1}])
+def test_an_end_of_sequence_that_is_no_id_is_told(folder, eos):
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    del config["eos_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps({"eos_token_id": eos}))
+    with pytest.raises(ValueError, match="the tokenizer has no end-of-sequence token"):
+        load_tokenizer(folder)
+
+
 def model_config(**changes):
     return ModelConfig(
         **{

@@ -53,7 +53,7 @@ reward: the score of a response, ⟦marked⟧, is read at its last token
 
 
 def chats():
-    several = Demonstration(Chat(TOKENIZER).segments(turns("Hi", "Yes", "Ho", "No"), "a:1"))
+    several = Demonstration(Chat(TOKENIZER).parts(turns("Hi", "Yes", "Ho", "No"), "a:1"))
     completion = Demonstration((("Ho", False), ("Hi", True)))
     others = [Demonstration(((word, True),)) for word in ("Hi Ho", "Ho Hi")]
     records = [several, completion, *others]

@@ -11,10 +11,10 @@ import pytest
 
 from ppo_jax.config.run import STAGE_NAMES
 from ppo_jax.data.records import load_texts
+from ppo_jax.distributed.folder_lock import hold_folder
 from ppo_jax.inference.score import score_texts
 from ppo_jax.io import huggingface as hf
 from ppo_jax.io.checkpoints import Checkpoints
-from ppo_jax.io.run_folder import lock_folder
 from ppo_jax.io.stage_folder import load_model
 from ppo_jax.pipeline import preflight
 from ppo_jax.pipeline import run as pipeline
@@ -215,15 +215,10 @@ def test_more_iterations_go_on_from_the_last_one_and_are_judged_anew(workdir, tm
     assert rows_of(moved, "ppo")[:6] == rows_of(workdir, "ppo")
 
 
-def test_a_second_run_in_the_same_folder_is_refused(workdir, tmp_path):
-    """One of another process: a folder that is locked by an open file of its own."""
-    held = lock_folder(workdir)
-    try:
-        with pytest.raises(ValueError, match=f"another process is running in {workdir}: wait for"):
+def test_a_second_run_in_the_same_folder_is_refused(workdir):
+    with hold_folder(workdir):
+        with pytest.raises(ValueError, match=f"{workdir} is in use by process {os.getpid()} on"):
             pipeline.run(tiny_run.config(), workdir)
-    finally:
-        os.close(held)
-    assert lock_folder(workdir / "not there yet") is None
 
 
 def test_a_run_is_not_taken_for_a_model(workdir):

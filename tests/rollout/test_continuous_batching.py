@@ -48,8 +48,13 @@ def assert_same(got, expected):
         np.testing.assert_allclose(*both, atol=1e-4)
 
 
-@pytest.mark.parametrize(("slots", "refill"), [(1, 1), (4, 1), (4, 3), (5, 5), (12, 0)])
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "scanned"])
+SLOTS = [(1, 1), (4, 1), (4, 3), (5, 5), (12, 0)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "slots", "refill"),
+    [*(("llama", *slots) for slots in SLOTS), ("gpt2", 4, 3), ("scanned", 4, 3)],
+)
 def test_responses_do_not_depend_on_the_slots(kind, slots, refill):
     expected = responses(kind)
     lengths = expected.response_mask.sum(axis=1)
@@ -66,8 +71,15 @@ def test_more_slots_than_responses_are_not_made():
     assert_same(responses(max_concurrent=100, min_free_slots=100), responses())
 
 
-@pytest.mark.parametrize("slots", [0, 3, 6, 12])
-@pytest.mark.parametrize(("kind", "trunk"), [("gpt2", False), ("scanned", False), ("llama", True)])
+@pytest.mark.parametrize(
+    ("kind", "trunk", "slots"),
+    [
+        *(("llama", True, slots) for slots in (0, 3, 6, 12)),
+        ("gpt2", False, 6),
+        ("scanned", False, 0),
+        ("scanned", False, 6),
+    ],
+)
 def test_several_samples_of_a_prompt_are_responses_to_its_copies(kind, trunk, slots):
     """The same as if each prompt stood three times in the batch."""
     got = responses(kind, trunk=trunk, num_prompts=5, samples_per_prompt=3, max_concurrent=slots)

@@ -1,5 +1,6 @@
 """Killed or stopped at any moment and started again, a run is the same run, bit for bit."""
 
+import contextlib
 import json
 import shutil
 import signal
@@ -9,10 +10,12 @@ import pytest
 
 from ppo_jax.evaluation import evaluate as evaluate_module
 from ppo_jax.io.checkpoints import load_checkpoint_item
-from ppo_jax.io.run_folder import drop_lines_after
+from ppo_jax.io.run_folder import drop_lines_after, read_results
 from ppo_jax.pipeline import run as pipeline
 from ppo_jax.training import common as training
 from ppo_jax.training import sft as sft_loop
+from ppo_jax.training import stage as stage_module
+from ppo_jax.training.stage import StageRun
 from tests.support import tiny_run
 from tests.support.finished_run import TRAINED, assert_same_bits, finished_run, read_lines
 
@@ -143,6 +146,31 @@ def test_less_than_an_epoch_runs_the_frozen_layers_on_the_texts_that_it_takes(
     changes = {"num_epochs": 0.1} | ({"init_from": "base"} if stage == "reward" else {})
     pipeline.run(tiny_run.on_base(workdir, **{stage: changes}), tmp_path)
     assert len(rows[0]) == 8 and all(used is None for used in rows[1:])  # a batch of 48 texts
+
+
+def test_a_start_that_is_killed_leaves_its_seconds(workdir, tmp_path, monkeypatch):
+    """A step that ends without the end of the stage, as in a process that is gone."""
+    monkeypatch.setattr(stage_module, "KEEP_TIME_S", 0)
+    values = tiny_run.on_base(workdir, sft={"save_every": 1})
+    seconds = [0.0]
+    for step in (3, 5, 6):  # two starts that are killed after a step, and one that is not
+        with monkeypatch.context() as patch:
+            if step < 6:
+                patch.setattr(pipeline, "timed", lambda *_: contextlib.nullcontext())
+            end_step = StageRun.end_step
+
+            def killed_at(self, number, *rest, end_step=end_step, last=step):
+                end_step(self, number, *rest)
+                if number == last < 6:
+                    raise InterruptedError
+
+            patch.setattr(StageRun, "end_step", killed_at)
+            with contextlib.suppress(InterruptedError):
+                pipeline.run(values, tmp_path)
+        seconds.append(read_results(tmp_path)["time/sft_s"])
+    assert seconds == sorted(set(seconds))
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert seconds[-1] >= sum(row.get("time/step_s", 0.0) for row in rows)
 
 
 # --- the evaluation -------------------------------------------------------------------------------

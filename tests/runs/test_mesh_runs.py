@@ -73,7 +73,7 @@ def test_a_run_on_eight_devices_is_that_of_one(alone, tmp_path, all_devices, cap
     assert results[0].keys() == results[1].keys()
 
 
-@pytest.mark.parametrize("mesh", [CUBE, {"data": 1, "fsdp": 8}, {}])
+@pytest.mark.parametrize("mesh", [CUBE, {"data": 1, "fsdp": 8}])
 def test_a_run_goes_on_on_another_mesh(alone, tmp_path, monkeypatch, mesh):
     for part in ("data", "base", "sft", "reward"):
         shutil.copytree(alone / part, tmp_path / part)

@@ -40,9 +40,9 @@ def slow_run(tmp_path_factory):
     return config, folder
 
 
-def test_a_signal_to_one_saves_one_step_on_all_and_a_damaged_one_is_passed_over_by_all(
-    slow_run, tmp_path
-):
+def test_stops_kills_and_a_damaged_checkpoint_change_no_number(slow_run, tmp_path):
+    """A signal to one process saves one step on all; all pass over a damaged one; where one is
+    killed the other ends within a minute. What goes on each time ends as what nobody stopped."""
     config, whole = slow_run
     checkpoints, newest = Checkpoints(tmp_path / "ppo" / "checkpoints"), 0
     for asked, number in ((1, signal.SIGTERM), (0, signal.SIGINT)):
@@ -53,12 +53,27 @@ def test_a_signal_to_one_saves_one_step_on_all_and_a_damaged_one_is_passed_over_
         newest = checkpoints.latest_step()
     flip_a_bit(largest_file(checkpoints.directory / str(newest)))
     older = checkpoints.steps()[-2]
-    ended = two_processes.finish(start(config, tmp_path))
-    assert [code for code, _ in ended] == [0, 0], ended
-    assert f"ppo: resuming after step {older}" in ended[0][1]
+    outputs = kill_one_and_wait(start(config, tmp_path), 1, lambda: begun(tmp_path, 8 + 1))
+    assert f"ppo: resuming after step {older}" in outputs[0]
     passed_over = f"passed over checkpoint {checkpoints.directory}/{newest}"
-    assert [passed_over in output for _, output in ended] == [True, False], ended
+    assert [passed_over in output for output in outputs] == [True, False], outputs
+    kill_one_and_wait(start(config, tmp_path), 0, lambda: begun(tmp_path, 12 + 1))
+    again = two_processes.finish(start(config, tmp_path))
+    assert [code for code, _ in again] == [0, 0], again
+    assert "ppo: resuming after step 12" in again[0][1]
     assert_same_numbers(whole, tmp_path, ["ppo"])
+
+
+def kill_one_and_wait(processes, killed, ready):
+    """What they printed: the other one, too, ends within a minute, and says why."""
+    wait_until(ready, processes)
+    os.kill(processes[killed].pid, signal.SIGKILL)
+    began = time.monotonic()
+    ended = two_processes.finish(processes, seconds=60)
+    assert time.monotonic() - began < 60
+    code, output = ended[1 - killed]
+    assert code != 0 and output.strip(), ended
+    return [output for _, output in ended]
 
 
 def test_rows_that_lie_on_both_processes_are_scored_once(slow_run, tmp_path, monkeypatch):
@@ -70,20 +85,3 @@ def test_rows_that_lie_on_both_processes_are_scored_once(slow_run, tmp_path, mon
     assert calls == ["0 3", "0 16", "0 16", "0 3"]  # samples, two iterations, samples
     mine, theirs = (rows(x, "metrics.jsonl")[0] for x in (tmp_path, slow_run[1]))
     assert mine["reward/score_mean"] == pytest.approx(theirs["reward/score_mean"], rel=1e-6)
-
-
-def test_a_killed_process_ends_the_other_within_a_minute(slow_run, tmp_path):
-    config, whole = slow_run
-    for killed, saved in ((0, 4), (1, 8)):
-        processes = start(config, tmp_path)
-        wait_until(lambda step=saved: begun(tmp_path, step + 1), processes)
-        os.kill(processes[killed].pid, signal.SIGKILL)
-        began = time.monotonic()
-        ended = two_processes.finish(processes, seconds=60)
-        assert time.monotonic() - began < 60
-        code, output = ended[1 - killed]
-        assert code != 0 and output.strip(), ended
-    again = two_processes.finish(start(config, tmp_path))
-    assert [code for code, _ in again] == [0, 0], again
-    assert "ppo: resuming after step 8" in again[0][1]
-    assert_same_numbers(whole, tmp_path, ["ppo"])

@@ -196,6 +196,13 @@ def begin_with_other_data(places: Places):
     edit_json(places.tmp / "run" / "sft" / "stage.json", changes)
 
 
+OF_JSON = {
+    "torn": '{"a\n',
+    "empty": "{}",
+    "listed": "[1]",
+    "nested": "[" * 10**5,
+    "wrong": '{"time/sft_s": "long"}',
+}
 OF_PLACES = {
     "a run begun with other data": begin_with_other_data,
     "a file as workdir": lambda places: (places.tmp / "run").write_text("notes"),
@@ -230,7 +237,7 @@ def make(places: Places, what: str):
         run = pathlib.Path(shutil.copytree(places.world / "sft_run", places.tmp / "run"))
         if " with " in what:
             _, state, name = what.rpartition(" with ")[2].split()
-            (run / name).write_text({"torn": '{"a\n', "empty": "{}"}[state])
+            (run / name).write_text(OF_JSON[state])
     elif what:
         OF_PLACES[what](places)
 

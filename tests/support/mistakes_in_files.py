@@ -61,25 +61,25 @@ train_sft --config.model.path={model} # no config.json
 train_sft --config.model.path={model} # torn config.json
     {model}/config.json is not JSON: ...
 train_sft --config.model.path={model} # config.json {"model_type": "mamba"}
-    {model}: model_type 'mamba' is not supported; choose from [...]
+    {model}/config.json: model_type 'mamba' is not supported; choose from [...]
 train_sft --config.model.path={model} # config.json {"hidden_act": "gelu"}
-    {model}: hidden_act='gelu' is not supported for llama; only 'silu' is
+    {model}/config.json: hidden_act='gelu' is not supported for llama; only 'silu' is
 train_sft --config.model.path={model} # config.json {"num_local_experts": 8}
-    {model}: num_local_experts=8 is not supported for llama
+    {model}/config.json: num_local_experts=8 is not supported for llama
 train_sft --config.model.path={model} # config.json {"auto_map": {"a": "b"}}
-    {model}: auto_map asks for code from the checkpoint, which is never run here
+    {model}/config.json: auto_map asks for code from the checkpoint, which is never ...
 train_sft --config.model.path={model} # config.json {"intermediate_size": None}
-    {model}: config.json has no 'intermediate_size'
+    {model}/config.json: the option 'intermediate_size' is missing
 train_sft --config.model.path={model} # config.json {"hidden_size": 33}
-    {model}: hidden_size (33) must be a multiple of num_attention_heads (2)
+    {model}/config.json: hidden_size (33) must be a multiple of num_attention_heads (2)
 train_sft --config.model.path={model} # config.json {"hidden_size": "32"}
-    {model}: config.json cannot be read: TypeError('not all arguments converted ...')
+    {model}/config.json: hidden_size must be a whole number from 1 to ..., got '32'
 train_sft --config.model.path={model} # no model.safetensors
     {model} has no model.safetensors. To convert a model that you trust, ...
 train_sft --config.model.path={model} # pickled weights
     {model} has no model.safetensors, only ['pytorch_model.bin'], and pickled weights ...
 train_sft --config.model.path={model} # a shard is missing
-    {model}: model.safetensors.index.json names ['2.safetensors'], which are not there
+    {model}/model.safetensors.index.json: weight_map['...'] is '2.safetensors', but ...
 train_sft --config.model.path={model} # weights without a norm
     {model}: the weight files lack 1 tensors: model.norm.weight
 train_sft --config.model.path={model} # weights with more
@@ -97,7 +97,7 @@ generate --model={model} # torn model.safetensors
 generate --model={model} # weights of another shape
     {model}: model.norm.weight has shape (3,), but config.json asks for (32,)
 train_sft --config.model.path={model} # torn tokenizer.json
-    {model}: the tokenizer cannot be read: JSONDecodeError(...)
+    {model}/tokenizer.json is not JSON: ...
 train_sft --config.model.path={model} # no tokenizer.json
     {model} has no tokenizer.json. To convert an older form: ...
 train_sft --config.model.path={model} # no end of sequence
@@ -109,9 +109,9 @@ train_sft --config.model.path={model} # fewer tokens than the tokenizer
 train_sft --config.model.path={lines} # lines
     {lines} is neither a folder nor a .gguf file
 train_sft --config.model.path={tmp}/model.gguf # no GGUF
-    {tmp}/model.gguf is not a readable GGUF file: ...
+    {tmp}/model.gguf: it is not a readable GGUF file: ...
 train_sft --config.model.path={tmp}/model.gguf # GGUF of another architecture
-    {tmp}/model.gguf: GGUF architecture 'mamba' is not supported; only 'llama' is
+    {tmp}/model.gguf: GGUF architecture 'mamba' is not supported; choose from [...]
 train_sft --config.model.path={tmp}/model.gguf # GGUF without metadata
     {tmp}/model.gguf: its metadata lack ['llama.block_count', ...]
 """
@@ -130,11 +130,21 @@ train_sft --config.seed=1 # a finished run
 train_sft # a run begun with other data
     {texts} has changed since {tmp}/run/sft was begun (9 -> 4... rows): put it back, or ...
 train_sft # a finished run with a torn config.json
-    {tmp}/run/config.json must be a JSON object with a config: ...
+    {tmp}/run/config.json is not JSON: ...
 train_sft # a finished run with a torn results.json
     {tmp}/run/results.json is not JSON: ...
-train_sft # a finished run with a torn metrics.jsonl
-    {tmp}/run/metrics.jsonl:1 is not JSON: ...
+train_sft # a finished run with a listed config.json
+    {tmp}/run/config.json must be a JSON object, got [1]
+train_sft # a finished run with an empty config.json
+    {tmp}/run/config.json must have the field config
+train_sft # a finished run with a listed results.json
+    {tmp}/run/results.json must be a JSON object, got [1]
+train_sft # a finished run with a wrong results.json
+    {tmp}/run/results.json: time/sft_s must be a number, got 'long'
+train_sft # a finished run with a listed sft/stage.json
+    {tmp}/run/sft/stage.json must be a JSON object, got [1]
+train_sft # a finished run with a nested sft/stage.json
+    {tmp}/run/sft/stage.json is not JSON: maximum recursion depth exceeded...
 train_sft # a finished run with a torn sft/stage.json
     {tmp}/run/sft/stage.json is not JSON: ...
 train_sft # a finished run with an empty sft/stage.json
@@ -152,5 +162,5 @@ train_sft --config.model.path={base} --config.model.vocabulary_data={data}/promp
 train_sft --config.model.path={model} --config.model.vocabulary_data={texts} # words
     model.vocabulary_data must be '' for {model}: only a BPE ..., this one is WordLevel
 train_sft --config.model.path={model} --config.model.vocabulary_data={texts} # torn tokenizer.json
-    {model}: the tokenizer cannot be read: JSONDecodeError(...)
+    {model}/tokenizer.json is not JSON: ...
 """

@@ -45,13 +45,29 @@ LLAMA3_ROPE = {
 TINY_MODELS = {
     "gpt2": ("gpt2", {}),
     "gpt2-untied": ("gpt2", {"tie_word_embeddings": False, "n_inner": 48}),
+    "gpt2-tanh": ("gpt2", {"activation_function": "gelu_pytorch_tanh"}),
     "llama": ("llama", {"tie_word_embeddings": True}),
+    "llama-neutral": (
+        "llama",
+        {
+            "hidden_act": "swish",
+            "layer_types": ["full_attention"] * 2,
+            "rope_parameters": {"rope_type": "linear", "factor": 1.0, "rope_theta": 500.0},
+        },
+    ),
     "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 12}),
     "llama-3": ("llama", {"rope_parameters": LLAMA3_ROPE, "head_dim": 16}),
     "qwen2": ("qwen2", {"tie_word_embeddings": True}),
     "qwen2-untied": ("qwen2", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
     "qwen3": ("qwen3", {"head_dim": 12, "tie_word_embeddings": True}),
     "qwen3-biases": ("qwen3", {"head_dim": 16, "attention_bias": True}),
+    "mistral": ("mistral", {"sliding_window": None}),
+    "mistral-wide": ("mistral", {"sliding_window": 64, "head_dim": 12}),  # its longest text
+    "seed_oss": ("seed_oss", {"head_dim": 12, "residual_dropout": 0.0}),
+    "seed_oss-biases": (
+        "seed_oss",
+        {"head_dim": 8, "attention_bias": False, "attention_out_bias": True, "mlp_bias": True},
+    ),
 }
 
 

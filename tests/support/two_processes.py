@@ -163,6 +163,7 @@ def stop_at_the_next_place(processes, asked, folder, told="nothing is lost"):
 
 
 def main(what, workdir, coordinator, num_processes, process_id, *only):
+    sys.modules["torch"] = None  # tensorboardX would import it, a second and a half a process
     from ppo_jax import cli
     from ppo_jax.config.parsing import load_function
     from ppo_jax.config.run import STAGE_NAMES

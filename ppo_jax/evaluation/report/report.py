@@ -11,6 +11,7 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
+from ppo_jax.data.atomic import atomic_write
 from ppo_jax.evaluation.report import plots
 from ppo_jax.evaluation.report.charts import (
     CHARTS,
@@ -19,6 +20,7 @@ from ppo_jax.evaluation.report.charts import (
     display_name,
 )
 from ppo_jax.evaluation.report.summary import (
+    FILES,
     Run,
     duration,
     headlines,
@@ -59,7 +61,7 @@ def write_report(workdir: str | Path) -> Path:
             results.json.
 
     Raises:
-        ValueError: the folder holds none of them, or one is not JSON (file:line).
+        ValueError: the folder holds none of them, or one is not as a run writes it.
     """
     run = read_run(workdir)
     config = run.config.get("config", run.config)
@@ -80,8 +82,17 @@ def write_report(workdir: str | Path) -> Path:
         configuration=_flat(config),
     )
     path = Path(workdir) / "report.html"
-    path.write_text(text, encoding="utf-8")
+    atomic_write(path, text)
     return path
+
+
+def is_current(workdir: str | Path) -> bool:
+    """Whether `workdir/report.html` is whole, and no older than the files that it is made from."""
+    path = Path(workdir) / "report.html"
+    if not path.is_file() or not path.read_bytes().rstrip().endswith(b"</html>"):
+        return False
+    files = [file for name in FILES if (file := Path(workdir) / name).is_file()]
+    return path.stat().st_mtime_ns >= max((x.stat().st_mtime_ns for x in files), default=0)
 
 
 def save_curves_png(workdir: str | Path, path: str | Path) -> None:
@@ -148,7 +159,7 @@ def _judge_heading(key: str) -> str:
 
 def _judge_cell(row: dict, key: str) -> tuple[str, str]:
     """A figure of a judge and its interval, if any."""
-    if key not in row:
+    if row.get(key) is None:
         return "", ""
     if key.startswith("mean_"):
         return f"{row[key]:+.2f}", ""

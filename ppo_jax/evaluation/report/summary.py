@@ -1,7 +1,6 @@
 """Summary of a finished run: headline metrics and a one-sentence verdict."""
 
 import datetime
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import Any, NamedTuple
 from ppo_jax.evaluation.report.charts import compared, display_name, series
 from ppo_jax.evaluation.statistics import share_interval
 from ppo_jax.io.metric_names import with_new_names
+from ppo_jax.io.run_folder import read_object, read_record, read_results, read_rows
+from ppo_jax.io.stage_folder import DESCRIPTION
 from ppo_jax.training.stages import TRAINING_STAGES
 
 FILES = ("config.json", "metrics.jsonl", "samples.jsonl", "results.json")
@@ -26,6 +27,7 @@ class Run(NamedTuple):
     samples: list[dict]
     results: dict
     num_steps: dict[str, int]  # of each stage that has begun
+    left_out: list[str]  # lines of the files that are no rows, and why
 
     def rows(self, stage: str) -> list[dict]:
         """The metrics of one stage, in the order they were written."""
@@ -43,28 +45,35 @@ class Run(NamedTuple):
 
 
 def read_run(workdir: str | Path) -> Run:
-    """Reads the files of a workdir; a torn last line of a .jsonl file is left out.
+    """Reads the files of a workdir; lines that are no rows, edited by hand, are left out.
 
     Args:
         workdir: the folder of a run, with any of config.json, metrics.jsonl, samples.jsonl and
             results.json.
 
     Raises:
-        ValueError: the folder holds none of them, or one is not JSON (file:line).
+        ValueError: the folder holds none of them, or one is not as a run writes it.
     """
-    paths = [Path(workdir) / name for name in FILES]
+    workdir = Path(workdir)
+    paths = [workdir / name for name in FILES]
     if not any(path.is_file() for path in paths):
         raise ValueError(f"{workdir} is not a run's workdir: it holds none of {', '.join(FILES)}.")
     newest = max(path.stat().st_mtime for path in paths if path.is_file())
     date = datetime.datetime.fromtimestamp(newest, datetime.UTC).strftime("%d %B %Y, %H:%M UTC")
     names = [stage.name for stage in TRAINING_STAGES]
-    stages = {name: _read(Path(workdir) / name / "stage.json") for name in names}
-    num_steps = {name: stage["num_steps"] for name, stage in stages.items() if stage}
+    stages = {name: read_object(workdir / name / "stage.json", DESCRIPTION) for name in names}
+    (metrics, not_metrics), (samples, not_samples) = (
+        read_rows(workdir / name) for name in ("metrics.jsonl", "samples.jsonl")
+    )
     return Run(
-        Path(workdir).resolve().name,
-        date,
-        *(with_new_names(_read(path)) for path in paths),
-        num_steps,
+        name=workdir.resolve().name,
+        date=date,
+        config=with_new_names(read_record(workdir)),
+        metrics=metrics,
+        samples=samples,
+        results=read_results(workdir),
+        num_steps={name: stage.get("num_steps", 0) for name, stage in stages.items() if stage},
+        left_out=not_metrics + not_samples,
     )
 
 
@@ -294,21 +303,3 @@ def _sft_reached(run: Run) -> str:
 def _perplexity(value: float) -> str:
     """A model from scratch begins at the size of its vocabulary, a diverged one at any number."""
     return f"{value:.1f}" if value < 1e5 else f"{value:.1e}"
-
-
-def _read(path: Path) -> list | dict:
-    lines = path.suffix == ".jsonl"
-    if not path.is_file():
-        return [] if lines else {}
-    text = path.read_text(encoding="utf-8")
-    if not lines:
-        return _json(text, str(path))
-    *whole, _torn = text.split("\n")  # a line is whole once its end is written
-    return [_json(line, f"{path}:{i}") for i, line in enumerate(whole, 1) if line.strip()]
-
-
-def _json(text: str, where: str) -> dict:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is not JSON: {error}.") from None

@@ -7,11 +7,11 @@ Imports `models` and `core`. `presets` has published shapes for plans.
 from typing import Any
 
 from ppo_jax.models.config import ModelConfig, computation
-from ppo_jax.models.families.base import Family, Json, refuse_unsupported
+from ppo_jax.models.families.base import Family, Json, check_options, refuse_unsupported
 from ppo_jax.models.families.gpt2 import GPT2
-from ppo_jax.models.families.llama import LLAMA, QWEN2, QWEN3
+from ppo_jax.models.families.llama import LLAMA, MISTRAL, QWEN2, QWEN3, SEED_OSS
 
-FAMILIES = (GPT2, LLAMA, QWEN2, QWEN3)
+FAMILIES = (GPT2, LLAMA, QWEN2, QWEN3, MISTRAL, SEED_OSS)
 
 
 def family_of(model_type: Any) -> Family:
@@ -31,11 +31,14 @@ def read_config(raw: Json, **options: Any) -> ModelConfig:
     """The content of a config.json as a `ModelConfig`; for `options` see `config.computation`.
 
     Raises:
-        ValueError: the family or one of its options is not supported, or a key is missing.
+        ValueError: the family or one of its options is not supported, a key is missing, or a value
+            has another type or range than it may have.
     """
     family = family_of(raw.get("model_type"))
+    check_options(raw)
     refuse_unsupported(raw, family)
-    return ModelConfig(**options, **family.read(raw))
+    given = {key: value for key, value in raw.items() if value is not None}
+    return ModelConfig(**options, **family.read(given))
 
 
 def write_config(config: ModelConfig) -> Json:

@@ -4,6 +4,7 @@ An option that would change the outputs and that our Transformer lacks is refuse
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -31,9 +32,12 @@ class Family:
     prefix: str  # of tensor names; files saved from the model without its head leave it out
     read: Callable[[Json], Json]  # config.json -> the fields of a `ModelConfig`
     write: Callable[[ModelConfig], Json]  # the inverse, without `model_type`
-    required: Mapping[str, Any]  # options that change the outputs -> the one value we compute
+    # Options that change the outputs -> the values that mean what we compute.
+    required: Mapping[str, tuple]
     # Options that match `SUSPICIOUS` and that `read` handles, or that have no effect.
     understood: frozenset[str] = frozenset()
+    # Options that are on where a config.json does not have them -> the value that they then have.
+    implied: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def linear_is_transposed(self) -> bool:
@@ -61,27 +65,115 @@ SUSPICIOUS = re.compile(
 )
 
 
+# --- types and ranges -----------------------------------------------------------------------------
+
+
+class Kind(NamedTuple):
+    """What the value of an option may be."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+def whole(low: int, high: int) -> Kind:
+    words = f"a whole number from {low:,} to {high:,}"
+    return Kind(words, lambda x: type(x) is int and low <= x <= high)
+
+
+def positive(high: float) -> Kind:
+    return Kind(
+        f"a number above 0, at most {high:g}",
+        lambda x: type(x) in (int, float) and math.isfinite(x) and 0 < x <= high,
+    )
+
+
+def is_ids(value: Any) -> bool:
+    """A token id or several; -1 stands for none in old configs."""
+    ids = value if isinstance(value, list) else [value]
+    return all(type(x) is int and -1 <= x < 2**31 for x in ids)
+
+
+SIZE = whole(1, 2**24)
+NUMBER, FLAG = positive(1e30), Kind("true or false", lambda x: isinstance(x, bool))
+TEXT, OBJECT = (
+    Kind("a text", lambda x: isinstance(x, str)),
+    Kind("an object {...}", lambda x: isinstance(x, dict)),
+)
+TEXTS = Kind(
+    "a list of texts", lambda x: isinstance(x, list) and all(isinstance(y, str) for y in x)
+)
+IDS = Kind("a token id or a list of them", is_ids)
+
+# Every option that is read anywhere, and those of rotary positions inside of their object.
+OPTIONS: dict[str, Kind] = {
+    **dict.fromkeys(("model_type", "hidden_act", "activation_function", "rope_type", "type"), TEXT),
+    **dict.fromkeys(("vocab_size", "hidden_size", "n_embd", "intermediate_size", "n_inner"), SIZE),
+    **dict.fromkeys(("num_hidden_layers", "n_layer"), whole(1, 2**12)),
+    **dict.fromkeys(
+        ("num_attention_heads", "n_head", "num_key_value_heads", "head_dim"), whole(1, 2**14)
+    ),
+    **dict.fromkeys(
+        ("max_position_embeddings", "n_positions", "original_max_position_embeddings"),
+        whole(1, 2**31 - 1),
+    ),
+    "sliding_window": whole(0, 2**31 - 1),
+    **dict.fromkeys(("rms_norm_eps", "layer_norm_epsilon"), positive(1.0)),
+    **dict.fromkeys(("rope_theta", "factor", "low_freq_factor", "high_freq_factor"), NUMBER),
+    **dict.fromkeys(
+        ("tie_word_embeddings", "attention_bias", "attention_out_bias", "mlp_bias"), FLAG
+    ),
+    **dict.fromkeys(("rope_parameters", "rope_scaling"), OBJECT),
+    **dict.fromkeys(("layer_types", "architectures"), TEXTS),
+    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), IDS),
+}
+
+
+def check_options(raw: Json, inside: str = "") -> None:
+    """Raise a ValueError for the first option that has another type or range than in `OPTIONS`.
+
+    None is as good as absent. `inside` is the option whose object this is.
+    """
+    for key, value in raw.items():
+        kind = OPTIONS.get(key)
+        if kind is None or value is None:
+            continue
+        if not kind.holds(value):
+            raise ValueError(f"{inside}{key} must be {kind.words}, got {short(value)}")
+        if kind is OBJECT:
+            check_options(value, f"{inside}{key}.")
+
+
+def short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
 def refuse_unsupported(raw: Json, family: Family) -> None:
     """Raise a ValueError for every option that our Transformer does not compute."""
     if raw.get("auto_map"):
         raise ValueError("auto_map asks for code from the checkpoint, which is never run here")
-    for key, only in family.required.items():
-        if raw.get(key) not in (None, only):
+    for key, allowed in family.required.items():
+        if raw.get(key) is not None and raw[key] not in allowed:
             raise ValueError(
-                f"{key}={raw[key]!r} is not supported for {family.name}; only {only!r} is"
+                f"{key}={short(raw[key])} is not supported for {family.name}; "
+                f"only {allowed[0]!r} is"
             )
     other = [kind for kind in raw.get("layer_types") or [] if kind != "full_attention"]
     if other:
         raise ValueError(f"layer_types has {other[0]!r}; only 'full_attention' is supported")
-    for key, value in raw.items():
+    for key, value in {**family.implied, **raw}.items():
         neutral = not value or (value is not True and value == 1)
-        if SUSPICIOUS.search(key) and key not in family.understood and not neutral:
-            raise ValueError(f"{key}={value!r} is not supported for {family.name}")
+        if key == "sliding_window":  # one that no text of the model's length reaches
+            neutral = neutral or value >= (raw.get("max_position_embeddings") or 0)
+        known = key in family.understood or key == "layer_types"
+        if SUSPICIOUS.search(key) and not known and not neutral:
+            implied = "" if key in raw else ", which is what a config.json without it means,"
+            raise ValueError(f"{key}={short(value)}{implied} is not supported for {family.name}")
 
 
 def need(raw: Json, key: str) -> Any:
     if raw.get(key) is None:
-        raise ValueError(f"config.json has no {key!r}")
+        raise ValueError(f"the option {key!r} is missing")
     return raw[key]
 
 
@@ -94,6 +186,10 @@ def split_heads(raw: Json, width_key: str, heads_key: str) -> int:
 
 
 FACTORS = ("factor", "low_freq_factor", "high_freq_factor")
+NO_SCALING = (
+    "default",
+    "linear",
+)  # kinds of rotary positions that a factor of 1 leaves as they are
 
 
 def read_rope(raw: Json) -> tuple[float, RopeScaling | None]:
@@ -104,8 +200,13 @@ def read_rope(raw: Json) -> tuple[float, RopeScaling | None]:
     kind = rope.pop("rope_type", old_kind)
     if rope.pop("partial_rotary_factor", None) not in (None, 1):
         raise ValueError("partial_rotary_factor is not supported: all of a head is rotated")
-    if kind not in ("default", "llama3"):
-        raise ValueError(f"rope_type {kind!r} is not supported; choose from ['default', 'llama3']")
+    if kind in NO_SCALING and rope.get("factor") == 1:
+        rope.pop("factor")
+    elif kind not in ("default", "llama3"):
+        but = ", or 'linear' with a factor of 1" if kind == "linear" else ""
+        raise ValueError(
+            f"rope_type {kind!r} is not supported; choose from ['default', 'llama3']{but}"
+        )
     scaling = None
     if kind == "llama3":
         factors = {key: float(need(rope, key)) for key in FACTORS}

@@ -21,6 +21,9 @@ TENSORS = {
     "head.kernel": Tensor("lm_head.weight", transposed=True),
 }
 
+# One function under all the names that transformers has for it.
+GELU_TANH = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_accurate")
+
 
 def read_gpt2(raw: Json) -> Json:
     return {
@@ -65,11 +68,11 @@ GPT2 = Family(
     read=read_gpt2,
     write=write_gpt2,
     required={
-        "activation_function": "gelu_new",
-        "scale_attn_weights": True,
-        "scale_attn_by_inverse_layer_idx": False,
-        "reorder_and_upcast_attn": False,
-        "add_cross_attention": False,
+        "activation_function": GELU_TANH,
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "reorder_and_upcast_attn": (False,),
+        "add_cross_attention": (False,),
     },
     understood=frozenset({"scale_attn_weights"}),
 )

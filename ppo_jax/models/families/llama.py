@@ -1,4 +1,7 @@
-"""Llama, Qwen2 and Qwen3, which differ in biases and in the norm of queries and keys."""
+"""Llama, Qwen2 and Qwen3, which differ in biases and in the norm of queries and keys.
+
+Mistral without its window is Llama by another name, Seed-OSS is Qwen2 with options for biases.
+"""
 
 import dataclasses
 
@@ -33,7 +36,7 @@ TENSORS = {
 
 
 def read_shape(raw: Json) -> Json:
-    """What the three families share, without biases."""
+    """What these families share, without biases."""
     heads = need(raw, "num_attention_heads")
     rope_theta, rope_scaling = read_rope(raw)
     return {
@@ -79,8 +82,13 @@ def read_qwen3(raw: Json) -> Json:
     return read_shape(raw) | read_attention_bias(raw) | {"qk_norm": True}
 
 
+def read_seed_oss(raw: Json) -> Json:
+    raw = {"head_dim": 128, "attention_bias": True} | raw
+    return read_llama(raw) | {"attention_output_bias": raw.get("attention_out_bias", False)}
+
+
 def write_shape(config: ModelConfig) -> Json:
-    """What the three families share; Qwen2 has no other options."""
+    """What these families share; Qwen2 and Mistral have no other options."""
     return {
         "vocab_size": config.vocab_size,
         "num_hidden_layers": config.num_layers,
@@ -105,6 +113,15 @@ def write_llama(config: ModelConfig) -> Json:
     return write_qwen3(config) | {"mlp_bias": config.mlp_bias}
 
 
+def write_seed_oss(config: ModelConfig) -> Json:
+    return write_shape(config) | {
+        "attention_bias": config.qkv_bias,
+        "attention_out_bias": config.attention_output_bias,
+        "mlp_bias": config.mlp_bias,
+    }
+
+
+SILU = ("silu", "swish")
 ROPE = frozenset({"rope_theta", "rope_scaling", "rope_parameters"})
 
 LLAMA = Family(
@@ -114,7 +131,7 @@ LLAMA = Family(
     prefix="model.",
     read=read_llama,
     write=write_llama,
-    required={"hidden_act": "silu", "pretraining_tp": 1},
+    required={"hidden_act": SILU, "pretraining_tp": (1,)},
     understood=ROPE,
 )
 QWEN2 = Family(
@@ -124,10 +141,22 @@ QWEN2 = Family(
     prefix="model.",
     read=read_qwen2,
     write=write_shape,
-    required={"hidden_act": "silu", "use_sliding_window": False},
+    required={"hidden_act": SILU, "use_sliding_window": (False,)},
     # Without use_sliding_window the last two have no effect.
-    understood=ROPE | {"layer_types", "sliding_window", "max_window_layers"},
+    understood=ROPE | {"sliding_window", "max_window_layers"},
 )
 QWEN3 = dataclasses.replace(
     QWEN2, name="qwen3", hf_class="Qwen3", read=read_qwen3, write=write_qwen3
+)
+MISTRAL = dataclasses.replace(
+    LLAMA,
+    name="mistral",
+    hf_class="Mistral",
+    read=read_shape,
+    write=write_shape,
+    required={"hidden_act": SILU},
+    implied={"sliding_window": 4096},
+)
+SEED_OSS = dataclasses.replace(
+    LLAMA, name="seed_oss", hf_class="SeedOss", read=read_seed_oss, write=write_seed_oss
 )

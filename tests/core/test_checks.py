@@ -1,0 +1,574 @@
+"""Every public function at its edges: one table of function x edge.
+
+An edge is refused, with a message that names the argument, or has the value of the formula. Values
+of the right-hand side are worked out by hand or by numpy in float64.
+"""
+
+import importlib
+import math
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ppo_jax import algorithms, core
+from ppo_jax import rollout as rollout_function
+from ppo_jax.core.checks import assert_counts, assert_divides, assert_ids, assert_numbers
+from ppo_jax.core.masking import masked_moments
+from ppo_jax.core.optimizer import global_norm
+from ppo_jax.core.types import Prompts
+from ppo_jax.models.build import policy_network
+from ppo_jax.rollout import decode, sampling
+from tests.support import tiny
+
+B, T = 4, 4  # equal, so that an array of one row or column broadcasts without a word
+ONES, MASK = jnp.ones((B, T)), jnp.ones((B, T), bool)
+ROW, COLUMN = jnp.ones(B), jnp.ones((B, 1))
+LOGITS, TOKENS = jnp.zeros((B, T, 8)), jnp.zeros((B, T), jnp.int32)
+HAS_EOS = jnp.array([True, False, True, False])
+KEY = jax.random.key(0)
+RANK = "is one number"
+NUMPY = np.ones((2, 2), np.float64)
+
+
+def same(value):
+    return jnp.full((64, 24), value, jnp.float32)
+
+
+EVERY = jnp.ones((64, 24), bool)
+ADAM = core.Optimizer(learning_rate=0.1)
+WEIGHTS = {"w": jnp.ones(2)}
+
+
+def stepped(settings, *gradients):
+    """(weights after a step, norm of the gradients)"""
+    state = core.init_optimizer(settings, WEIGHTS)
+    gradient = {"w": jnp.array(gradients, jnp.float32)}
+    params, _, norm = core.apply_gradients(settings, gradient, state, WEIGHTS, 0.1)
+    return [*params["w"].tolist(), norm.item()]
+
+
+def policy_loss(log_ratio, advantage, **numbers):
+    """[loss, gradient of logprobs] of one token."""
+
+    def loss(logprobs):
+        old, mask = jnp.zeros((1, 1)), jnp.ones((1, 1), bool)
+        advantages = jnp.full((1, 1), advantage)
+        return core.clipped_policy_loss(logprobs, old, advantages, mask, **numbers)[0]
+
+    value, gradient = jax.value_and_grad(loss)(jnp.full((1, 1), log_ratio))
+    return [value.item(), gradient.item()]
+
+
+def ppo_loss(**numbers):
+    given = dict(old_logprobs=ONES, old_values=ONES, advantages=ONES, returns=ONES)
+    return core.ppo_loss(ONES, ONES, ONES, MASK, **given | numbers)
+
+
+def gae_with(gae_lambda, gamma=1.0):
+    rewards = jnp.array([[1.0, 2.0], [3.0, 4.0]])
+    mask = jnp.ones((2, 2), bool)
+    numbers = dict(gae_lambda=gae_lambda, gamma=gamma)
+    return core.gae(rewards, jnp.zeros((2, 2)), mask, **numbers)[0]
+
+
+def sampled(**numbers):
+    return core_sample(KEY, jnp.array([[0.0, 3.0, 1.0]]), **numbers)
+
+
+core_sample = sampling.sample
+
+
+def traced(name, value):
+    """What is drawn with a number that is traced."""
+    return jax.jit(lambda x: sampled(**{name: x}))(value)
+
+
+def options(**changes):
+    return lambda: tiny.options(**changes)
+
+
+def rolled(tokens=None, mask=None, **numbers):
+    """The rollout of a tiny policy, outside of a traced program."""
+    tokens = jnp.full((2, 3), 5) if tokens is None else tokens
+    mask = jnp.ones(tokens.shape, bool) if mask is None else mask
+    prompts, run = Prompts(tokens=tokens, mask=mask), tiny.setup()
+    how = dict(sampling=tiny.sampling(response_length=2)) | numbers
+    return rollout_function(run.networks.policy, run.policy_params, prompts, KEY, **how)
+
+
+def texts(function, **how):
+    """A step on three texts, with micro-batches that do not divide them."""
+    run = tiny.setup()
+    tokens, mask = tiny.tokens_and_mask(0, 3, 4, side="right")
+    batch = core.TextBatch(inputs=tokens, tokens=tokens, mask=mask, loss_mask=mask)
+    pairs = dict(pairs=jnp.zeros((1, 2), jnp.int32), valid=jnp.ones(1, bool))
+    if function is algorithms.reward_step:
+        batch = core.PreferenceBatch(inputs=tokens, mask=mask, **pairs)
+    params = run.policy_params
+    state = core.TrainState(step=jnp.int32(0), params=params, opt_state=None)
+    network = run.networks.policy
+    if function is algorithms.text_scores:
+        return function(network, params, tokens, mask, **how)
+    if function is algorithms.sft_loss:
+        return function(network, params, batch, **how)
+    return function(state, batch, ADAM, network=network, frozen={}, **how)
+
+
+def experience(rows=8, **changes):
+    zeros = jnp.zeros((rows, 8))
+    tokens, mask = jnp.full((rows, 13), 5), jnp.ones((rows, 13), bool)
+    given = dict(logprobs=zeros, values=zeros, advantages=zeros, returns=zeros)
+    names = dict(policy_inputs=tokens, value_inputs=tokens, mask=mask)
+    response = dict(response_tokens=tokens[:, 5:], response_mask=mask[:, 5:])
+    return core.Experience(**names, **response, **given | changes)
+
+
+def updated(how=None, rows=8, **numbers):
+    run, numbers = tiny.setup(), tiny.hyperparameters().replace(**numbers)
+    parts = dict(frozen=run.frozen, networks=run.networks, options=tiny.options(**how or {}))
+    state = run.start(tiny.hyperparameters())
+    return algorithms.ppo_update(state, experience(rows), numbers, KEY, **parts)
+
+
+def experienced(scores, function="make_experience"):
+    run, numbers = tiny.setup(), tiny.hyperparameters()
+    parts = dict(frozen=run.frozen, networks=run.networks, options=tiny.options())
+    state, e = run.start(numbers), experience()
+    rollout = core.Rollout(
+        prompt_tokens=e.policy_inputs[:, :5],
+        prompt_mask=e.mask[:, :5],
+        response_tokens=e.response_tokens,
+        response_mask=e.response_mask,
+        logprobs=e.logprobs,
+        has_eos=jnp.ones(8, bool),
+    )
+    if function == "make_experience":
+        return algorithms.make_experience(rollout, scores, state, numbers, **parts)
+    return algorithms.update_from_rollout(state, numbers, rollout, scores, KEY, **parts)
+
+
+def iterated(function, **prompts):
+    run, numbers = tiny.setup(), tiny.hyperparameters()
+    parts = dict(frozen=run.frozen, networks=run.networks, options=tiny.options())
+    batch = tiny.prompts().replace(**prompts)
+    return function(run.start(numbers), numbers, batch, KEY, **parts)
+
+
+def weights_of(**numbers):
+    zeros = jnp.zeros((B, T))
+    numbers = tiny.hyperparameters().replace(**numbers)
+    return algorithms.importance_weights(zeros + 200, zeros, MASK, numbers)[0]
+
+
+def with_networks(function, **missing):
+    run = tiny.setup()
+    return function(None, frozen=run.frozen, networks=run.networks._replace(**missing))
+
+
+RIGHT_PADDED = jnp.arange(5)[None] < jnp.array([5, 3, 5, 5, 5, 5, 5, 5])[:, None]
+HUGE = math.exp(20)
+
+# (function, edge, call, what is refused: a part of the message, or the value)
+EDGES = [
+    # numbers: equal values do not vary
+    (core.whiten, "1000.1", lambda: core.whiten(same(1000.1), EVERY), 0.0),
+    (core.whiten, "3.3", lambda: core.whiten(same(3.3), EVERY), 0.0),
+    (core.whiten, "-1e-7", lambda: core.whiten(same(-1e-7), EVERY), 0.0),
+    (core.whiten, "1e18", lambda: core.whiten(same(1e18), EVERY), 0.0),
+    (core.whiten, "mean", lambda: core.whiten(same(3.3), EVERY, shift_mean=False), 3.3),
+    (core.whiten, "a mask of integers", lambda: core.whiten(ONES, TOKENS), "assert_type"),
+    (
+        core.explained_variance,
+        "equal returns",
+        lambda: core.explained_variance(same(0.0), same(1000.1), EVERY),
+        0.0,
+    ),
+    (
+        core.explained_variance,
+        "no value",
+        lambda: core.explained_variance(ONES, ONES, ~MASK),
+        0.0,
+    ),
+    (masked_moments, "equal", lambda: masked_moments(same(1000.1), EVERY)[1], 0.0),
+    (masked_moments, "nan", lambda: masked_moments(same(jnp.nan), EVERY)[1], jnp.nan),
+    (masked_moments, "nothing", lambda: jnp.stack(masked_moments(ONES, ~MASK)), 0.0),
+    (
+        core.leave_one_out,
+        "equal scores",
+        lambda: core.leave_one_out(jnp.full((6, 1), 0.1), jnp.ones((6, 1), bool), group_size=3),
+        0.0,
+    ),
+    (
+        core.leave_one_out,
+        "equal large scores",
+        lambda: core.leave_one_out(jnp.full((7, 1), 1e3 / 3), jnp.ones((7, 1), bool), group_size=7),
+        0.0,
+    ),
+    (
+        core.leave_one_out,
+        "group of 3 of 4",
+        lambda: core.leave_one_out(ONES, MASK, group_size=3),
+        "divide the 4",
+    ),
+    # KL
+    (core.kl_estimate, "numpy", lambda: core.kl_estimate(NUMPY, 0 * NUMPY), 1.0),
+    (core.kl_estimate, "k3 of -1e3", lambda: k3(-1e3), math.exp(20) - 21),
+    (core.kl_estimate, "shapes", lambda: core.kl_estimate(ONES, ROW), "assert_equal_shape"),
+    (core.kl_estimate, "k4", lambda: core.kl_estimate(ONES, ONES, estimator="k4"), "got 'k4'"),
+    (core.adaptive_kl_coef, "short horizon", lambda: coefficient(kl=0.0, horizon=1), 0.005),
+    (core.adaptive_kl_coef, "no KL", lambda: coefficient(kl=0.0), 0.05 * 0.99872),
+    (core.adaptive_kl_coef, "horizon 0", lambda: coefficient(horizon=0), "horizon must be above 0"),
+    (core.adaptive_kl_coef, "target 0", lambda: coefficient(target_kl=0), "target_kl must be abo"),
+    (core.adaptive_kl_coef, "a row", lambda: coefficient(kl=ROW), "assert_rank"),
+    # rewards
+    (core.token_rewards, "kl_coef [B]", lambda: rewards(kl_coef=ROW), RANK),
+    (core.token_rewards, "kl_coef nan", lambda: rewards(kl_coef=math.nan), "kl_coef must be a num"),
+    (core.token_rewards, "scores [B, 1]", lambda: rewards(scores=COLUMN), "assert_rank"),
+    (core.missing_eos_scores, "replace [B, 1]", lambda: missing_eos(replace=COLUMN), RANK),
+    (core.missing_eos_scores, "penalty [B]", lambda: missing_eos(penalty=ROW), RANK),
+    (core.missing_eos_scores, "both", lambda: missing_eos(replace=0, penalty=0), "exclude"),
+    # advantages
+    (core.gae, "lambda [B]", lambda: gae_with(jnp.array([0.0, 1.0])), [[1, 2], [7, 4]]),
+    (
+        core.gae,
+        "lambda [B, T]",
+        lambda: gae_with(jnp.array([[0.5, 9], [0.25, 9]])),
+        [[2, 2], [4, 4]],
+    ),
+    (core.gae, "lambda [1, T]", lambda: gae_with(jnp.ones((1, 2))), "assert_shape"),
+    (core.gae, "lambda [3]", lambda: gae_with(jnp.ones(3)), "assert_shape"),
+    (core.gae, "gamma [B, 1]", lambda: gae_with(1.0, gamma=jnp.ones((2, 1))), "assert_shape"),
+    (core.gae, "gamma [T]", lambda: gae_with(1.0, gamma=jnp.ones(2)), "assert_rank"),
+    # losses
+    (core.clipped_policy_loss, "ratio e^89, A = 1", lambda: policy_loss(89.0, 1.0), [-1.2, 0]),
+    (core.clipped_policy_loss, "ratio e^89, A = 0", lambda: policy_loss(89.0, 0.0), 0.0),
+    (core.clipped_policy_loss, "ratio e^89, A = -1", lambda: policy_loss(89.0, -1.0), [HUGE, 0]),
+    (core.clipped_policy_loss, "ratio e^-89", lambda: policy_loss(-89.0, -1.0), [0.8, 0]),
+    (
+        core.clipped_policy_loss,
+        "ratio e^19",
+        lambda: policy_loss(19.0, -1.0),
+        [math.exp(19)] * 2,
+    ),
+    (core.clipped_policy_loss, "clip [B]", lambda: ppo_loss(clip_range=ROW), RANK),
+    (core.clipped_policy_loss, "clip < 0", lambda: ppo_loss(clip_range=-0.1), "clip_range must be"),
+    (core.clipped_value_loss, "clip [B]", lambda: ppo_loss(value_clip_range=ROW), RANK),
+    (core.clipped_value_loss, "clip < 0", lambda: ppo_loss(value_clip_range=-1), "at least 0"),
+    (core.ppo_loss, "vf_coef [2]", lambda: ppo_loss(vf_coef=jnp.ones(2)), RANK),
+    (core.ppo_loss, "entropy_coef [B]", lambda: ppo_loss(entropy_coef=ROW), RANK),
+    (core.ppo_loss, "normalizer [B]", lambda: ppo_loss(normalizer=ROW), RANK),
+    (core.next_token_loss, "nothing", lambda: core.next_token_loss(ONES, ~MASK)[0], 0.0),
+    (core.next_token_loss, "a row", lambda: core.next_token_loss(ONES, MASK[0]), "assert_equal"),
+    (core.preference_loss, "mask [B, B]", lambda: preference(mask=MASK), "assert_equal_shape"),
+    (core.preference_loss, "mask of numbers", lambda: preference(mask=ROW), "assert_type"),
+    (core.preference_loss, "margin [1]", lambda: preference(margin=jnp.ones(1)), "assert_equal_s"),
+    # masks
+    (core.masked_mean, "normalizer -1", lambda: mean(-1), "normalizer must be at least 0, got -1"),
+    (core.masked_mean, "normalizer 0", lambda: mean(0), 16.0),
+    (core.zero_padding, "nan", lambda: core.zero_padding(~MASK, ONES * jnp.nan)[0], 0.0),
+    (core.response_mask, "int8", lambda: stops([[5, 81, 7]], jnp.int8, [50257]), [[1, 1, 1]]),
+    (core.response_mask, "uint8", lambda: stops([[5, 255, 7]], jnp.uint8, [-1]), [[1, 1, 1]]),
+    (core.response_mask, "int8 stops", lambda: stops([[5, 81, 7]], jnp.int8, [81]), [[1, 1, 0]]),
+    (core.response_mask, "[T]", lambda: core.response_mask(TOKENS[0], [1]), "assert_rank"),
+    (core.last_token_index, "nothing", lambda: core.last_token_index(~MASK), 0),
+    (core.last_token_index, "[T]", lambda: core.last_token_index(MASK[0]), "assert_rank"),
+    # distributions
+    (core.token_logprobs, "token -1", lambda: core.token_logprobs(LOGITS, TOKENS - 1), jnp.nan),
+    (core.token_logprobs, "token V", lambda: core.token_logprobs(LOGITS, TOKENS + 8), jnp.nan),
+    (core.token_logprobs, "int8", lambda: logprob_of(jnp.int8(-1), 300), jnp.nan),
+    (core.token_logprobs, "last", lambda: logprob_of(jnp.int8(7), 8), -math.log(8)),
+    (core.token_logprobs, "temperature [B]", lambda: logprobs(temperature=ROW), RANK),
+    (core.token_logprobs, "temperature -1", lambda: logprobs(temperature=-1), "at least 1e-06"),
+    (
+        core.token_statistics,
+        "token -1",
+        lambda: core.token_statistics(LOGITS, TOKENS - 1)[0],
+        jnp.nan,
+    ),
+    (core.token_statistics, "temperature 1e-38", lambda: statistics(temperature=1e-38), "got 1e-3"),
+    (core.token_statistics, "temperature [B]", lambda: statistics(temperature=ROW), RANK),
+    (core.chunked_token_statistics, "chunk 0", lambda: chunked(chunk=0), "chunk must be at least"),
+    (core.chunked_token_statistics, "t [B]", lambda: chunked(chunk=2, temperature=ROW), RANK),
+    (core.entropy, "integers", lambda: core.entropy(TOKENS), "assert_type"),
+    (core.entropy, "one token", lambda: core.entropy(jnp.array([0.0, -jnp.inf])), 0.0),
+    # optimizer
+    (core.apply_gradients, "1e20", lambda: stepped(ADAM, 3e20, -4e20), [0.9, 1.1, 5e20]),
+    (
+        core.apply_gradients,
+        "limit 0, gradient 0",
+        lambda: stepped(ADAM.replace(max_grad_norm=0.0), 0, 0),
+        [1, 1, 0],
+    ),
+    (
+        core.apply_gradients,
+        "limit 0",
+        lambda: stepped(ADAM.replace(max_grad_norm=0.0), 3, 4),
+        [1, 1, 5],
+    ),
+    (core.apply_gradients, "limit -1", lambda: stepped(ADAM.replace(max_grad_norm=-1)), "grad_nor"),
+    (core.apply_gradients, "limit [2]", lambda: stepped(ADAM.replace(max_grad_norm=ROW)), RANK),
+    (core.apply_gradients, "rate [2]", lambda: rates(jnp.ones(2)), RANK),
+    (core.init_optimizer, "b1 [2]", lambda: core.init_optimizer(ADAM.replace(b1=ROW), {}), RANK),
+    (core.schedule, "steps [B]", lambda: core.schedule(ADAM, ROW), RANK),
+    (core.schedule, "warmup -1", lambda: core.schedule(ADAM.replace(warmup_steps=-1), 0), "warmup"),
+    (core.schedule, "unknown", lambda: ADAM.replace(schedule="step"), "unknown schedule 'step'"),
+    (global_norm, "1e38", lambda: global_norm({"w": jnp.full(4, 1e38)}), 2e38),
+    (global_norm, "nan", lambda: global_norm({"w": jnp.array([jnp.nan, 1e30])}), jnp.nan),
+    (core.merge_params, "the last wins", lambda: core.merge_params({"a": 1}, {"a": 2})["a"], 2),
+    # sampling: what is known is refused, what is traced clamps
+    (sampling.sample, "temperature -1", lambda: sampled(temperature=-1), "temperature must be"),
+    (sampling.sample, "temperature 1e-38", lambda: sampled(temperature=1e-38), "got 1e-38"),
+    (sampling.sample, "temperature nan", lambda: sampled(temperature=math.nan), "got nan"),
+    (sampling.sample, "an array", lambda: sampled(temperature=jnp.float32(-1)), "temperature"),
+    (sampling.sample, "temperature [1]", lambda: sampled(temperature=jnp.ones(1)), RANK),
+    (sampling.sample, "min_p 1.5", lambda: sampled(min_p=1.5), "min_p must be at least 0 and at m"),
+    (sampling.sample, "min_p -0.1", lambda: sampled(min_p=-0.1), "min_p must be at least 0"),
+    (sampling.sample, "top_p -1", lambda: sampled(top_p=-1), "top_p must be at least 0"),
+    (sampling.sample, "top_k 2.5", lambda: sampled(top_k=2.5), "top_k must be at least 0 and whol"),
+    (sampling.sample, "traced temperature -1", lambda: traced("temperature", -1.0), [1]),
+    (sampling.sample, "traced temperature 1e-38", lambda: traced("temperature", 1e-38), [1]),
+    (sampling.sample, "traced min_p 1.5", lambda: traced("min_p", 1.5), [1]),
+    (sampling.sample, "traced top_p -1", lambda: traced("top_p", -1.0), [1]),
+    (
+        sampling.sample,
+        "traced min_p -0.1",
+        lambda: traced("min_p", -0.1),
+        [core_sample(KEY, jnp.array([[0.0, 3.0, 1.0]])).item()],
+    ),
+    (sampling.Sampling, "length 0", lambda: tiny.sampling(response_length=0), "response_length"),
+    (sampling.Sampling, "top_p -1", lambda: tiny.sampling(top_p=-1), "top_p must be"),
+    (sampling.Sampling, "top_k -1", lambda: tiny.sampling(top_k=-1), "top_k must be"),
+    (sampling.Sampling, "min_p 2", lambda: tiny.sampling(min_p=2), "min_p must be"),
+    (sampling.Sampling, "stop id -1", lambda: tiny.sampling(eos_ids=(2, -1)), r"eos_ids\[1\] must"),
+    (sampling.Sampling, "samples 0", lambda: tiny.sampling(samples_per_prompt=0), "samples_per_pr"),
+    (sampling.Sampling, "slots -1", lambda: tiny.sampling(max_concurrent=-1), "max_concurrent"),
+    # rollout
+    (
+        rollout_function,
+        "right-padded",
+        lambda: rolled(mask=RIGHT_PADDED[:2, 2:]),
+        "padded on the l",
+    ),
+    (rollout_function, "no prompt", lambda: rolled(jnp.zeros((0, 3), jnp.int32)), "there must be"),
+    (rollout_function, "token V", lambda: rolled(jnp.full((2, 3), 50)), r"in \[0, 50\), got 50"),
+    (rollout_function, "token -1", lambda: rolled(jnp.full((2, 3), -1)), "got -1 in row 0"),
+    (rollout_function, "temperature [B]", lambda: rolled(temperature=jnp.ones(2)), RANK),
+    (rollout_function, "temperature -1", lambda: rolled(temperature=-1), "temperature must be"),
+    (rollout_function, "rows [3]", lambda: rolled(rows=jnp.arange(3)), "assert_shape"),
+    (decode.response_outputs, "T = L", lambda: outputs(4), "from 1 to 3 of the 4 positions, got 4"),
+    (decode.response_outputs, "T = 0", lambda: outputs(0), "got 0"),
+    (
+        decode.response_statistics,
+        "T = L",
+        lambda: decode.response_statistics(None, {}, TOKENS, MASK, TOKENS),
+        "from 1 to 3",
+    ),
+    # algorithms
+    (algorithms.PPOOptions, "num_epochs 0", options(num_epochs=0), "num_epochs must be at least 1"),
+    (algorithms.PPOOptions, "minibatches -1", options(num_minibatches=-1), "num_minibatches"),
+    (algorithms.PPOOptions, "micro 1.5", options(num_micro_batches=1.5), "num_micro_batches"),
+    (algorithms.PPOOptions, "k9", options(kl_estimator="k9"), "unknown kl_estimator 'k9'"),
+    (algorithms.PPOOptions, "k2", options(kl_estimator="k2"), "away from the reference, got 'k2'"),
+    (algorithms.PPOOptions, "k3", options(kl_estimator="k3"), "away from the reference, got 'k3'"),
+    (
+        algorithms.ppo_update,
+        "3 minibatches of 8",
+        lambda: updated(dict(num_minibatches=3)),
+        r"num_minibatches x num_micro_batches \(3 x 1\) must divide the 8 responses",
+    ),
+    (algorithms.ppo_update, "rate [2]", lambda: updated(value_learning_rate=ROW), RANK),
+    (algorithms.ppo_update, "vf_coef [2]", lambda: updated(vf_coef=jnp.ones(2)), RANK),
+    (algorithms.experience_loss, "clip_range [B]", lambda: updated(clip_range=ROW), RANK),
+    (algorithms.importance_weights, "e^200", lambda: weights_of(tis_clip_high=jnp.inf), HUGE),
+    (algorithms.importance_weights, "limit [B]", lambda: weights_of(tis_clip_low=ROW), RANK),
+    (
+        algorithms.make_experience,
+        "scores [B, 1]",
+        lambda: experienced(jnp.ones((8, 1))),
+        "assert_shape",
+    ),
+    (
+        algorithms.update_from_rollout,
+        "scores [1]",
+        lambda: experienced(jnp.ones(1), "update_from_rollout"),
+        "assert_shape",
+    ),
+    (
+        algorithms.sample_responses,
+        "right-padded",
+        lambda: iterated(algorithms.sample_responses, mask=RIGHT_PADDED),
+        "padded on the left, got row 1",
+    ),
+    (
+        algorithms.ppo_iteration,
+        "token V",
+        lambda: iterated(algorithms.ppo_iteration, tokens=jnp.full((8, 5), 50)),
+        "got 50",
+    ),
+    (
+        algorithms.response_scores,
+        "no reward model",
+        lambda: with_networks(algorithms.response_scores, reward=None),
+        "needs a reward model",
+    ),
+    (algorithms.policy_logprobs, "token -1", lambda: of_policy(-1), r"in \[0, 50\), got -1"),
+    (algorithms.init_ppo, "kl_coef", lambda: started(kl_coef=0.5).kl_coef, 0.5),
+    (algorithms.trained_params, "no critic", lambda: len(algorithms.trained_params({}, None)), 1),
+    (
+        algorithms.sft_step,
+        "2 micro-batches of 3",
+        lambda: texts(algorithms.sft_step, num_micro_batches=2),
+        "divide the 3",
+    ),
+    (
+        algorithms.reward_step,
+        "2 micro-batches of 3",
+        lambda: texts(algorithms.reward_step, num_micro_batches=2),
+        "divide the 3",
+    ),
+    (
+        algorithms.text_scores,
+        "0 micro-batches",
+        lambda: texts(algorithms.text_scores, num_micro_batches=0),
+        "num_micro_batches must be at least 1",
+    ),
+    (
+        algorithms.sft_loss,
+        "normalizer [2]",
+        lambda: texts(algorithms.sft_loss, normalizer=ROW),
+        RANK,
+    ),
+    # the checks themselves
+    (assert_numbers, "a whole number", lambda: assert_numbers(at_least=1, x=np.int64(1)), None),
+    (assert_numbers, "inf", lambda: assert_numbers(at_least=0, x=math.inf), None),
+    (assert_counts, "True", lambda: assert_counts(n=True), "n must be at least 1 and whole"),
+    (assert_divides, "0", lambda: assert_divides(4, "rows", n=0), "n must be at least 1"),
+    (assert_ids, "padding", lambda: assert_ids(TOKENS - 1, ~MASK, 8), None),
+]
+
+
+def k3(d):
+    return core.kl_estimate(jnp.full((1, 1), d), jnp.zeros((1, 1)), estimator="k3")
+
+
+def coefficient(**changes):
+    numbers = dict(kl=0.0, target_kl=6.0, horizon=10_000, batch_size=64) | changes
+    return core.adaptive_kl_coef(0.05, numbers.pop("kl"), **numbers)
+
+
+def rewards(scores=ROW, kl_coef=0.1):
+    return core.token_rewards(scores, ONES, ONES, MASK, kl_coef=kl_coef)
+
+
+def missing_eos(**numbers):
+    return core.missing_eos_scores(ROW, HAS_EOS, **numbers)
+
+
+def preference(**changes):
+    return core.preference_loss(ROW, ROW, **changes)
+
+
+def mean(normalizer):
+    return core.masked_mean(ONES, MASK, normalizer=normalizer)
+
+
+def stops(tokens, dtype, eos_ids):
+    return core.response_mask(jnp.array(tokens, dtype), eos_ids)
+
+
+def logprob_of(token, vocab_size):
+    return core.token_logprobs(jnp.zeros(vocab_size), token)
+
+
+def logprobs(**numbers):
+    return core.token_logprobs(LOGITS, TOKENS, **numbers)
+
+
+def statistics(**numbers):
+    return core.token_statistics(LOGITS, TOKENS, **numbers)
+
+
+def chunked(**numbers):
+    hidden = jnp.zeros((B, T, 2))
+    return core.chunked_token_statistics(jnp.matmul, jnp.zeros((2, 8)), hidden, TOKENS, **numbers)
+
+
+def rates(rate):
+    state = core.init_optimizer(ADAM, WEIGHTS)
+    return core.apply_gradients(ADAM, WEIGHTS, state, WEIGHTS, {"w": rate})
+
+
+def outputs(response_length):
+    return decode.response_outputs(None, {}, TOKENS, MASK, response_length=response_length)
+
+
+def started(**numbers):
+    return algorithms.init_ppo({}, None, tiny.hyperparameters(**numbers))
+
+
+def of_policy(token):
+    run, e = tiny.setup(), experience()
+    tokens = jnp.full((8, 5), token)
+    rollout = core.Rollout(
+        prompt_tokens=tokens,
+        prompt_mask=e.mask[:, :5],
+        response_tokens=e.response_tokens,
+        response_mask=e.response_mask,
+        logprobs=e.logprobs,
+        has_eos=jnp.ones(8, bool),
+    )
+    parts = dict(frozen=run.frozen, networks=run.networks, policy_inputs=rollout.tokens)
+    params, numbers = run.policy_params, tiny.hyperparameters()
+    return algorithms.policy_logprobs(rollout, params, numbers, **parts)
+
+
+@pytest.mark.parametrize(
+    "call, expected",
+    [case[2:] for case in EDGES],
+    ids=[f"{function.__name__}: {edge}" for function, edge, *_ in EDGES],
+)
+def test_an_edge_is_refused_by_name_or_has_the_value_of_its_formula(call, expected):
+    if isinstance(expected, str):
+        with pytest.raises((ValueError, AssertionError), match=expected):
+            call()
+    elif expected is None:
+        assert call() is None
+    else:
+        got = call()
+        np.testing.assert_allclose(got, np.broadcast_to(expected, np.shape(got)), rtol=2e-6)
+
+
+def test_every_public_function_has_its_edges():
+    modules = (core, algorithms, importlib.import_module("ppo_jax.rollout"))
+    public = [getattr(module, name) for module in modules for name in module.__all__]
+    functions = {x for x in public if isinstance(x, types.FunctionType)}
+    assert len(functions) > 40
+    assert not {f.__name__ for f in functions - {function for function, *_ in EDGES}}
+
+
+def test_numpy_gives_arrays_of_jax():
+    for estimator in core.ESTIMATORS:
+        assert isinstance(core.kl_estimate(NUMPY, NUMPY, estimator=estimator), jax.Array)
+
+
+def test_with_wide_numbers_a_rollout_is_the_same():
+    """jax_enable_x64: index dtypes, and noise that must not be another."""
+    network = policy_network(tiny.model_config())
+    params = tiny.random_params(network)
+    prompts = tiny.prompts()
+
+    def run(**slots):
+        how = tiny.sampling(response_length=4, **slots)
+        sample = jax.jit(lambda key: rollout_function(network, params, prompts, key, sampling=how))
+        return jax.tree.map(np.asarray, sample(jax.random.key(0)))
+
+    for slots in ({}, dict(max_concurrent=4), dict(max_concurrent=4, samples_per_prompt=2)):
+        narrow = run(**slots)
+        with jax.enable_x64():
+            wide = run(**slots)
+        np.testing.assert_array_equal(wide.response_tokens, narrow.response_tokens)
+        np.testing.assert_allclose(wide.logprobs, narrow.logprobs, atol=1e-6)
+        assert wide.response_tokens.dtype == np.int32 and wide.logprobs.dtype == np.float32
