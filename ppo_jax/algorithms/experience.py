@@ -177,7 +177,8 @@ def make_experience(
             round.
     """
     check_critic(options.advantages, networks, state)
-    chex.assert_shape(scores, rollout.response_mask.shape[:1])
+    chex.assert_rank(scores, {1, 2})
+    chex.assert_shape(scores, rollout.response_mask.shape[: scores.ndim])
     mask, numbers = rollout.response_mask, hyperparameters
     policy_inputs = rollout.tokens if networks.trunk is None else rollout.hidden_states
     parts = dict(policy_inputs=policy_inputs, frozen=frozen, networks=networks)
