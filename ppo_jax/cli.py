@@ -15,13 +15,13 @@ from absl import app, flags
 from ml_collections import config_dict, config_flags
 
 from ppo_jax.config.flags import checked_flags, explain
+from ppo_jax.config.parsing import FunctionFailed
 from ppo_jax.config.run import STAGE_NAMES
 from ppo_jax.distributed import processes
 from ppo_jax.distributed.runtime import enable_compilation_cache, retain_freed_memory
 from ppo_jax.io.hub import cache_dir
 from ppo_jax.io.stage_folder import split_step
 from ppo_jax.pipeline import run as pipeline
-from ppo_jax.training.reward_functions import FunctionFailed
 
 USER_MISTAKE, INTERRUPTED = 2, 130  # exit codes
 OURS, PYTHON = pathlib.Path(__file__).parent, sysconfig.get_path("stdlib")

@@ -25,7 +25,7 @@ from ppo_jax.core.losses import explained_variance, probability_ratio
 from ppo_jax.core.masking import last_token_index, masked_mean, masked_moments
 from ppo_jax.core.network import Network, merge_params
 from ppo_jax.core.renamed import renamed
-from ppo_jax.core.rewards import missing_eos_scores, token_rewards
+from ppo_jax.core.rewards import missing_eos_scores, token_rewards, token_scores
 from ppo_jax.core.types import (
     Experience,
     FrozenParams,
@@ -200,7 +200,7 @@ def make_experience(
 
     Args:
         rollout: B responses.
-        scores: [B] float, one a response.
+        scores: [B] float, one a response, or [B, T] float, one a token.
         state: holds the critic, if there is one, and the coefficient of adaptive KL control.
         hyperparameters: the numbers of rewards and advantages.
         frozen: holds the reference.
@@ -215,7 +215,8 @@ def make_experience(
             round.
     """
     check_critic(options.advantages, networks, state)
-    chex.assert_shape(scores, rollout.response_mask.shape[:1])
+    chex.assert_rank(scores, {1, 2})
+    chex.assert_shape(scores, rollout.response_mask.shape[: scores.ndim])
     mask, numbers = rollout.response_mask, hyperparameters
     policy_inputs = rollout.tokens if networks.trunk is None else rollout.hidden_states
     parts = dict(policy_inputs=policy_inputs, frozen=frozen, networks=networks)
@@ -355,16 +356,28 @@ def response_rewards(
     hyperparameters: Hyperparameters,
     options: PPOOptions,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The reward of each token: the score [B] at the last one, minus the KL penalty at each.
+    """The reward of each token: its score, or that of the response at the last one, minus the KL
+    penalty at each.
+
+    Of scores [B, T] the missing-EOS rule and the metrics `reward/...score...` see the sum over a
+    response. What the rule changes is changed at the last token; what it replaces is 0 before.
 
     Returns:
         (rewards [B, T] float32, 0 where masked; metrics of scores, KL and responses).
     """
-    mask = rollout.response_mask
+    mask, of_tokens = rollout.response_mask, None
+    if scores.ndim == 2:
+        of_tokens = token_scores(scores, mask)
+        scores = of_tokens.sum(axis=1)
     adjusted = adjust_scores(scores, rollout.has_eos, hyperparameters, options)
     kl_coef = hyperparameters.kl_coef if options.kl_control == "fixed" else state.kl_coef
+    credited = adjusted
+    if of_tokens is not None:
+        if options.missing_eos == "replace":
+            of_tokens = jnp.where(rollout.has_eos[:, None], of_tokens, 0.0)
+        credited = of_tokens + token_scores(adjusted - of_tokens.sum(axis=1), mask)
     rewards = token_rewards(
-        adjusted,
+        credited,
         rollout.logprobs,
         ref_logprobs,
         mask,

@@ -1,7 +1,7 @@
 """From nested dictionaries to frozen dataclasses: every value of its type, every error named.
 
-A field's hint is str, int, float, bool, `Limit`, `Dtype`, tuple[str, ...], another dataclass (a
-section), `str | int`, or one of these with None.
+A field's hint is str, int, float, bool, `Limit`, `Dtype`, tuple[str, ...], tuple[float, ...],
+another dataclass (a section), `str | int`, or one of these with None.
 """
 
 import dataclasses
@@ -21,6 +21,7 @@ from ppo_jax.models.config import dtype_name
 Limit = Annotated[float, "may be inf"]  # a float for which inf is no limit
 Dtype = Annotated[str, "a dtype"]  # its name; or as JAX has it, jnp.bfloat16
 TEXTS = tuple[str, ...]
+NUMBERS = tuple[float, ...]
 
 WORDS = {
     str: "a text",
@@ -30,6 +31,7 @@ WORDS = {
     Limit: "a number (or inf)",
     bool: "True or False",
     TEXTS: "a list of texts",
+    NUMBERS: "a list of numbers",
     types.NoneType: "None",
 }
 # What the devices count and compute with: int32 and float32. A seed is cut for each use.
@@ -210,6 +212,9 @@ def convert(hint: Any, value: Any, field: str) -> Any:
         if option == TEXTS:
             if isinstance(value, list | tuple) and all(isinstance(x, str) for x in value):
                 return tuple(value)
+        elif option == NUMBERS:
+            if isinstance(value, list | tuple):
+                return tuple(convert(float, x, f"{field}[{i}]") for i, x in enumerate(value))
         elif option in (float, Limit):
             if isinstance(value, int | float) and not isinstance(value, bool):
                 infinite = isinstance(value, float) and not math.isfinite(value)
@@ -240,16 +245,37 @@ def in_range(value: float, field: str, largest: float) -> float:
     return value
 
 
+class FunctionFailed(RuntimeError):
+    """A function of the user's took too long, or raised an error: the cause of this one."""
+
+
+def failure(function: str, error: BaseException) -> FunctionFailed:
+    """What to raise from an error inside of a function of the user's."""
+    return FunctionFailed(f"{function} raised {describe_error(error)}")
+
+
+def describe_error(error: BaseException) -> str:
+    """Kind and text of an error, whose class may be a user's."""
+    try:
+        text = str(error)
+    except Exception:
+        text = "(its text cannot be printed)"
+    return f"{type(error).__name__}: {text}".rstrip(": ")
+
+
 def load_function(name: str, field: str) -> Callable:
     """The function that "module:function" names; modules of the current folder are found.
 
     Raises:
         ValueError: there is no such module or function.
+        FunctionFailed: the module raised something else, be it SystemExit.
     """
     module_name, _, function_name = name.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
+        if module_name.startswith("."):
+            raise ValueError("the name of the module must not begin with a dot")
         function = getattr(importlib.import_module(module_name), function_name)
     except (ImportError, SyntaxError, AttributeError, TypeError, ValueError) as error:
         where = ""
@@ -257,6 +283,10 @@ def load_function(name: str, field: str) -> Callable:
             where = ", neither in the current folder nor in one of PYTHONPATH"
         message = f"{field} must be 'module:function', got {name!r}: {error}{where}{hint(name)}"
         raise ValueError(message) from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise failure(f"the module of {field} {name}", error) from error
     if not callable(function):
         raise ValueError(f"{field} must name a function, got {name!r}, which is {function!r}")
     return function

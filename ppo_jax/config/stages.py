@@ -186,9 +186,12 @@ class PPOSettings:
     init_from: str = "sft"  # the policy: a stage of this workdir, "base", a stage folder or a model
     reward_model: str = "reward"  # a stage of this workdir, a stage folder or a sequence
     # classification with one label; "" with a function
-    reward_function: str = ""  # "module:function": (prompts, responses) -> one number a response
-    reward_timeout_s: Limit = changeable(math.inf)  # that a call of reward_function may take, else
-    # the run ends
+    reward_function: str = ""  # "module:function": (prompts, responses, ...) -> one number a
+    # response or one list of numbers, a number a token; see "Reward functions"
+    reward_functions: tuple[str, ...] = ()  # several, in place of the one: their weighted sum
+    reward_weights: tuple[float, ...] = changeable(())  # of reward_functions; () is 1 each
+    reward_timeout_s: Limit = changeable(math.inf)  # that a call of a function may take, else the
+    # run ends
     critic_init_from: str = ""  # "reward_model", or "policy": its body and a head of zeros; "" is
     # the reward model, or the policy where scores come from text: of a function, or of a reward
     # model with a tokenizer of its own
@@ -290,6 +293,9 @@ class PPOSettings:
         check.each("> 0", "rollout_batch_size", "num_epochs", "num_minibatches")
         check.each("> 0", "num_micro_batches", "samples_per_prompt")
         check.each(">= 0", "logits_chunk")
+        most = (2**31 - 1) // self.rollout_batch_size
+        rule = f"at most {most:,}: the state counts responses in int32"
+        check.that(self.num_iterations <= most, "num_iterations", rule)
         parts, samples = self.num_minibatches * self.num_micro_batches, self.samples_per_prompt
         check.multiple("rollout_batch_size", parts, "num_minibatches x num_micro_batches")
         check.multiple("rollout_batch_size", samples, "samples_per_prompt")
@@ -353,11 +359,17 @@ class PPOSettings:
     def _check_scores(self, check: Check):
         """Scores come from a model or a function, and the critic from what there is."""
         check.each("> 0", "reward_timeout_s")
-        if bool(self.reward_model) == bool(self.reward_function):
-            raise ValueError(
-                "ppo needs either a reward_model or a reward_function, got "
-                f"reward_model={self.reward_model!r} and reward_function={self.reward_function!r}"
-            )
+        sources = {name: getattr(self, name) for name in ("reward_model", "reward_function")}
+        if self.reward_functions:
+            sources["reward_functions"] = self.reward_functions
+        if sum(map(bool, sources.values())) != 1:
+            got = " and ".join(f"{name}={value!r}" for name, value in sources.items())
+            raise ValueError(f"ppo needs either a reward_model or a reward_function, got {got}")
+        once = len(set(self.reward_functions)) == len(self.reward_functions)
+        check.that(once and all(self.reward_functions), "reward_functions", "names, each once")
+        count = len(self.reward_functions)
+        rule = f"() or {count} numbers, one for each of reward_functions"
+        check.that(len(self.reward_weights) in (0, count), "reward_weights", rule)
         check.choice("critic_init_from", "", "reward_model", "policy")
         possible = bool(self.reward_model) or self.critic_init_from != "reward_model"
         check.that(possible, "critic_init_from", "'policy' or '' with a reward_function")

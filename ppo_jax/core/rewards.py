@@ -1,4 +1,4 @@
-"""From one score per response to one reward per token. Dimensions: B sequences, T tokens."""
+"""From scores of responses, or of their tokens, to rewards. Dimensions: B sequences, T tokens."""
 
 import chex
 import jax
@@ -20,12 +20,12 @@ def token_rewards(
     kl_coef: Number,
     estimator: str = "k1",
 ) -> jax.Array:
-    """Reward of each token: a KL penalty, and the score at the last response token.
+    """Reward of each token: a KL penalty, and the score at the last response token or its own.
 
-    r_t = -kl_coef kl_t + [t is the last response token] score.
+    r_t = -kl_coef kl_t + score_t, with score_t = [t is the last response token] score of [B].
 
     Args:
-        scores: [B] float, one per response.
+        scores: [B] float, one per response, or [B, T] float, one per token.
         logprobs: [B, T] float, of the response tokens when they were sampled.
         ref_logprobs: [B, T] float, under the reference.
         mask: [B, T] bool, True on response tokens, the stop token included.
@@ -33,8 +33,8 @@ def token_rewards(
         estimator: estimator of the KL, see `kl_estimate`; any but k1 leads away from the reference.
 
     Returns:
-        [B, T] float32, zero where mask is False. The score of a row without any response token
-        is dropped.
+        [B, T] float32, zero where mask is False, whatever the scores there are. The score of a
+        row without any response token is dropped.
 
     Reference: Ouyang et al. 2022, https://arxiv.org/abs/2203.02155, eq. 2; Ziegler et al. 2019,
     https://arxiv.org/abs/1909.08593, eq. 2.
@@ -48,18 +48,34 @@ def token_rewards(
     ... ).tolist()
     [[-0.5, 3.0, 0.0]]
     """
-    chex.assert_rank([scores, mask], [1, 2])
+    chex.assert_rank([scores, mask], [{1, 2}, 2])
     chex.assert_equal_shape([logprobs, ref_logprobs, mask])
-    chex.assert_equal_shape_prefix([scores, mask], 1)
     chex.assert_type([scores, logprobs, ref_logprobs, mask], [float, float, float, bool])
     assert_numbers(kl_coef=kl_coef)
 
     logprobs, ref_logprobs = zero_padding(mask, logprobs, ref_logprobs)
     penalty = kl_coef * kl_estimate(logprobs, ref_logprobs, estimator=estimator)
+    return token_scores(scores, mask) - penalty
+
+
+def token_scores(scores: jax.Array, mask: jax.Array) -> jax.Array:
+    """The score of each token: that of a response stands at its last token.
+
+    Args:
+        scores: [B] float, one per response, or [B, T] float, one per token.
+        mask: [B, T] bool, True on response tokens.
+
+    Returns:
+        [B, T] float32, zero where mask is False.
+    """
+    chex.assert_rank([scores, mask], [{1, 2}, 2])
+    chex.assert_equal_shape_prefix([scores, mask], scores.ndim)
+    chex.assert_type([scores, mask], [float, bool])
+    if scores.ndim == 2:
+        return jnp.where(mask, scores.astype(jnp.float32), 0.0)
     positions = jnp.arange(mask.shape[1], dtype=jnp.int32)[None, :]
     is_last = mask & (positions == last_token_index(mask)[:, None])
-    score = jnp.where(is_last, scores.astype(jnp.float32)[:, None], 0.0)
-    return score - penalty
+    return jnp.where(is_last, scores.astype(jnp.float32)[:, None], 0.0)
 
 
 def missing_eos_scores(

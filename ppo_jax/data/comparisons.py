@@ -96,7 +96,7 @@ def reward_data(
         encode, key = encode_rated, lambda record: record.text
         split = read_split(settings, seed, load_ratings, key)
     else:
-        encode, key = encode_ranked, lambda record: record.prompt or record.responses[0]
+        encode, key = encode_ranked, lambda record: record.conversation
 
         def read(path: str) -> list[RankedResponses]:
             return load_preferences(path, tokenizer, left_out[path])

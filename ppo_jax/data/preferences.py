@@ -6,7 +6,7 @@ A malformed row raises ValueError, "place: what is wrong".
 import functools
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ppo_jax.data.chat import Chat, Message, as_messages, collect, has_blank_turn
@@ -28,6 +28,12 @@ class RankedResponses:
     prompt: str
     responses: tuple[str, ...]
     scores: tuple[float, ...]  # of each response; only their order counts, equal is a tie
+    first_turn: str = field(default="", compare=False)  # of messages: the user's first
+
+    @property
+    def conversation(self) -> str:
+        """What the rankings of one conversation have in common: its first turn, or the prompt."""
+        return self.first_turn or self.prompt.split(ASSISTANT)[0] or self.responses[0]
 
     @property
     def pairs(self) -> list[tuple[int, int]]:
@@ -45,7 +51,14 @@ class RankedResponses:
         """Why it cannot be trained on, or ""."""
         if not all(response.strip() for response in self.responses):
             return "blank"
+        if self.prompt.startswith(HUMAN) and any(map(ends_with_human, self.responses)):
+            return "ends with a turn of the human's"
         return "" if self.pairs else "tied"
+
+
+def ends_with_human(response: str) -> bool:
+    """Whether the last turn of a response in a transcript is not the assistant's."""
+    return response.rfind(HUMAN) > response.rfind(ASSISTANT)
 
 
 def load_preferences(
@@ -74,9 +87,9 @@ def parse_ranking(row: Row, place: str, chat: Chat) -> RankedResponses:
             prompt, responses = read_string(row, "prompt", place), tuple(sides.values())
         else:
             prompt, responses = split_transcripts(tuple(sides.values()), place)
-    else:
-        prompt, responses = split_conversations(row, sides, chat, place)
-    return RankedResponses(prompt, responses, scores)
+        return RankedResponses(prompt, responses, scores)
+    prompt, responses, first_turn = split_conversations(row, sides, chat, place)
+    return RankedResponses(prompt, responses, scores, first_turn)
 
 
 def read_responses(row: Row, place: str) -> tuple[dict[str, Any], tuple[float, ...]]:
@@ -115,8 +128,8 @@ def split_transcripts(texts: Sequence[str], place: str) -> tuple[str, tuple[str,
 
 def split_conversations(
     row: Row, sides: dict[str, Any], chat: Chat, place: str
-) -> tuple[str, tuple[str, ...]]:
-    """(prompt, responses) where at least one of them is a list of messages.
+) -> tuple[str, tuple[str, ...], str]:
+    """(prompt, responses, the user's first turn) where one or more are lists of messages.
 
     A response begins with the assistant's message, or it is the whole conversation and begins with
     the prompt. A text is one message, the user's in a prompt and else the assistant's.
@@ -141,7 +154,8 @@ def split_conversations(
         "" if has_blank_turn(messages) else response
         for messages, (_, response) in zip(texts, split, strict=True)
     )
-    return split[0][0], tuple(responses)
+    first_turn = next((m["content"] for m in prompt if m["role"] == "user"), "")
+    return split[0][0], tuple(responses), first_turn
 
 
 def common_messages(conversations: Sequence[tuple[Message, ...]]) -> tuple[Message, ...]:

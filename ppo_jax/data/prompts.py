@@ -13,8 +13,8 @@ import numpy as np
 from ppo_jax.core.types import Prompts
 from ppo_jax.data.chat import count_left_out
 from ppo_jax.data.encode import batch_indices, filter_records, pad_prompts, token_rows
-from ppo_jax.data.readers import naming_data
-from ppo_jax.data.records import load_prompts
+from ppo_jax.data.readers import Row, naming_data
+from ppo_jax.data.records import PROMPT_SCHEMAS, load_prompt_rows
 
 WINDOW = 16  # batches that are sorted together: a share of long prompts down to 1/16 pads no other
 
@@ -26,6 +26,11 @@ class PromptData:
     texts: list[str]  # N; messages are rendered by the chat template
     prompts: Prompts  # [N, P]
     dropped: Mapping[str, int]  # reason -> number of records
+    # The columns that all of the N rows have, the prompt's own included: name -> N values as they
+    # stand in the file, for functions of the user's.
+    columns: Mapping[str, list] = dataclasses.field(default_factory=dict)
+    gaps: Mapping[str, str] = dataclasses.field(default_factory=dict)  # any other column -> the
+    # place of the first row that lacks it
 
 
 def prompt_data(
@@ -33,22 +38,36 @@ def prompt_data(
 ) -> PromptData:
     """Read prompts; drop those without a token, those repeated and those too long.
 
-    None is truncated, since that would change the task. `field` is the setting that names the
-    file, for errors.
+    None is truncated, since that would change the task. Repeated is a prompt whose other columns
+    are repeated as well: two equal prompts with other answers are two. `field` is the setting that
+    names the file, for errors.
 
     Raises:
         ValueError: a row is malformed, or no prompt is left.
     """
     left_out: list[str] = []
-    texts = load_prompts(path, tokenizer, left_out)
-    rows = token_rows([((text, False),) for text in texts], tokenizer, append_eos=False)
-    lengths = [len(row.ids) for row in rows]
+    places, texts, rows = zip(*load_prompt_rows(path, tokenizer, left_out), strict=True)
+    tokens = token_rows([((text, False),) for text in texts], tokenizer, append_eos=False)
+    lengths = [len(row.ids) for row in tokens]
     reject_reasons = ["" if length else "blank" for length in lengths]
+    records = [(text, other_values(row)) for text, row in zip(texts, rows, strict=True)]
     with naming_data(field, path, "ppo.max_prompt_length"):
-        kept, dropped = filter_records(texts, reject_reasons, lengths, max_length)
-    prompts = pad_prompts([rows[i].ids for i in kept], max_length)
-    dropped = {**count_left_out(left_out), **dropped}
-    return PromptData(texts=[texts[i] for i in kept], prompts=prompts, dropped=dropped)
+        kept, dropped = filter_records(records, reject_reasons, lengths, max_length)
+    columns = dict.fromkeys(name for i in kept for name in rows[i])
+    gaps = {name: next((places[i] for i in kept if name not in rows[i]), "") for name in columns}
+    return PromptData(
+        texts=[texts[i] for i in kept],
+        prompts=pad_prompts([tokens[i].ids for i in kept], max_length),
+        dropped={**count_left_out(left_out), **dropped},
+        columns={name: [rows[i][name] for i in kept] for name, place in gaps.items() if not place},
+        gaps={name: place for name, place in gaps.items() if place},
+    )
+
+
+def other_values(row: Row) -> str:
+    """What a row holds besides its prompt, to tell two of them apart."""
+    prompt = {key for schema in PROMPT_SCHEMAS for key in schema}
+    return repr(sorted((key, value) for key, value in row.items() if key not in prompt))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

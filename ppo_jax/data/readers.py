@@ -4,6 +4,7 @@ A row is a dictionary with a place, which every error about it names: "texts.jso
 "texts.parquet: row 3", "hub:owner/name:train: row 3". Lines and rows are counted from 1.
 """
 
+import collections
 import contextlib
 import gzip
 import json
@@ -30,10 +31,10 @@ class Table(NamedTuple):
 
 
 def read_rows(path: str | os.PathLike, schemas: Schemas) -> Iterator[tuple[str, Row]]:
-    """Yields (place, row), each row with the keys of one of the schemas.
+    """Yields (place, row), each row with the keys of one of the schemas, and no others.
 
-    A JSON line has exactly these keys. A table may have other columns: it is read by the last of
-    the schemas whose columns it has, see `unread_columns`.
+    A row may have more than that: it is read by the last of the schemas whose keys it has, see
+    `other_columns`.
 
     Args:
         path: a .parquet file, "hub:owner/name[:split]", or else JSON lines, with .gz gzipped.
@@ -42,21 +43,40 @@ def read_rows(path: str | os.PathLike, schemas: Schemas) -> Iterator[tuple[str, 
     Raises:
         ValueError: "place: what is wrong", or "path: what is wrong with all of it".
     """
+    for place, row, schema in whole_rows(path, schemas, only_schema=True):
+        yield place, {key: row[key] for key in schema}
+
+
+def whole_rows(
+    path: str | os.PathLike, schemas: Schemas, *, only_schema: bool = False
+) -> Iterator[tuple[str, Row, tuple[str, ...]]]:
+    """Yields (place, row, schema): `read_rows` with all other keys and columns in the row.
+
+    `only_schema` reads no other column of a table, which may be large.
+    """
     if is_table(path):
-        yield from table_rows(path, schemas)
+        table = open_table(path)
+        schema = schema_of(f"{path}: the columns must include", table.columns, schemas)
+        columns = schema if only_schema else table.columns
+        for place, row in table_rows(path, table, columns):
+            yield place, row, schema
         return
     for place, row in json_lines(path):
-        if not any(row.keys() == set(schema) for schema in schemas):
-            raise ValueError(f"{place}: the keys must be {list_schemas(schemas)}, got {list(row)}")
-        yield place, row
+        yield place, row, schema_of(f"{place}: the keys must be", row, schemas)
 
 
-def unread_columns(path: str | os.PathLike, schemas: Schemas) -> list[str]:
-    """The columns of a table that `read_rows` ignores; of JSON lines there are none."""
-    if not is_table(path):
-        return []
-    columns = open_table(path).columns
-    return [name for name in columns if name not in schema_of(path, columns, schemas)]
+def other_columns(path: str | os.PathLike, schemas: Schemas) -> dict[str, str]:
+    """{column: "" or "in N of M rows"} of all columns that `read_rows` does not read."""
+    if is_table(path):
+        columns = open_table(path).columns
+        schema = schema_of(f"{path}: the columns must include", columns, schemas)
+        return {name: "" for name in columns if name not in schema}
+    counts, total = collections.Counter(), 0
+    for _, row, schema in whole_rows(path, schemas):
+        counts.update(key for key in row if key not in schema)
+        total += 1
+    some = "in {:,} of {:,} rows".format
+    return {name: "" if count == total else some(count, total) for name, count in counts.items()}
 
 
 class NoRecordsLeft(ValueError):
@@ -125,13 +145,27 @@ def read_number(value: Any, what: str, place: str) -> float:
 
 
 def short_repr(value: Any) -> str:
-    """A value in a message, truncated to 80 characters."""
-    text = repr(value)
+    """A value in a message, truncated to 80 characters; one of a user's may have no text."""
+    try:
+        text = repr(value)
+    except Exception as error:
+        return f"a {type(value).__name__} that cannot be printed ({type(error).__name__})"
+    text = " ".join(line.strip() for line in text.splitlines())  # arrays have several
     return text if len(text) <= 80 else f"{text[:80]}..."
 
 
-def list_schemas(schemas: Schemas) -> str:
-    return " or ".join(str(list(schema)) for schema in schemas)
+def schema_of(what: str, names: Iterable[str], schemas: Schemas) -> tuple[str, ...]:
+    """The last, and so the richest, of the schemas whose names are all there.
+
+    Raises:
+        ValueError: none is; the message begins with `what`.
+    """
+    names = list(names)
+    for schema in reversed(schemas):
+        if set(schema) <= set(names):
+            return schema
+    allowed = " or ".join(str(list(schema)) for schema in schemas)
+    raise ValueError(f"{what} {allowed}, got {names}")
 
 
 # --- JSON lines -----------------------------------------------------------------------------------
@@ -191,23 +225,14 @@ def unique_keys(items: list[tuple[str, Any]]) -> Row:
 # --- tables ---------------------------------------------------------------------------------------
 
 
-def table_rows(path: str | os.PathLike, schemas: Schemas) -> Iterator[tuple[str, Row]]:
-    table = open_table(path)
+def table_rows(
+    path: str | os.PathLike, table: Table, columns: Sequence[str]
+) -> Iterator[tuple[str, Row]]:
     number = 0
-    for number, row in enumerate(table.rows(schema_of(path, table.columns, schemas)), start=1):
+    for number, row in enumerate(table.rows(columns), start=1):
         yield f"{path}: row {number}", row
     if not number:
         raise ValueError(f"{path}: the table is empty, at least one row is needed")
-
-
-def schema_of(path: str | os.PathLike, columns: Sequence[str], schemas: Schemas) -> tuple[str, ...]:
-    """The last, and so the richest, of the schemas whose columns a table has."""
-    for schema in reversed(schemas):
-        if set(schema) <= set(columns):
-            return schema
-    raise ValueError(
-        f"{path}: the columns must include {list_schemas(schemas)}, got {list(columns)}"
-    )
 
 
 def open_table(path: str | os.PathLike) -> Table:

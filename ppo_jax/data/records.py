@@ -25,7 +25,7 @@ from ppo_jax.data.chat import (
     has_blank_turn,
     read_messages,
 )
-from ppo_jax.data.readers import Row, read_number, read_rows, read_string
+from ppo_jax.data.readers import Row, read_number, read_rows, read_string, whole_rows
 
 Record = TypeVar("Record")
 
@@ -120,6 +120,20 @@ def load_prompts(
     """
     parse = functools.partial(parse_prompt, chat=Chat(tokenizer))
     return collect(read_rows(path, PROMPT_SCHEMAS), parse, left_out)
+
+
+def load_prompt_rows(
+    path: str | os.PathLike, tokenizer: Any | None = None, left_out: list[str] | None = None
+) -> list[tuple[str, str, Row]]:
+    """(place, prompt, row) of each prompt of `load_prompts`; the row has all its columns."""
+    chat = Chat(tokenizer)
+
+    def parse(read: tuple[Row, tuple[str, ...]], place: str) -> tuple[str, str, Row]:
+        row, schema = read
+        return place, parse_prompt({key: row[key] for key in schema}, place, chat), row
+
+    rows = ((place, (row, schema)) for place, row, schema in whole_rows(path, PROMPT_SCHEMAS))
+    return collect(rows, parse, left_out)
 
 
 def write_jsonl(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> None:

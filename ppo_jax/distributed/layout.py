@@ -200,8 +200,8 @@ def local_rows(x: jax.Array) -> tuple[np.ndarray, np.ndarray]:
 
 
 def gather_rows(rows: np.ndarray, values: np.ndarray, count: int) -> np.ndarray:
-    """The values [count] of all rows on every process, from each process's `local_rows`."""
-    gathered = np.full(count, np.nan, np.float32)
+    """The values [count, ...] of all rows on every process, from each process's `local_rows`."""
+    gathered = np.full((count, *np.shape(values)[1:]), np.nan, np.float32)
     gathered[rows] = values
     if jax.process_count() == 1:
         return gathered

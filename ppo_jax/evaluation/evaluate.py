@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ppo_jax.config.parsing import load_function
+from ppo_jax.config.parsing import failure, load_function
 from ppo_jax.config.run import Config
 from ppo_jax.config.stages import EvaluateSettings
 from ppo_jax.core.distributions import token_logprobs
@@ -163,7 +163,7 @@ def evaluation_prompts(config: Config, tokenizer: Any) -> PromptData:
             f"evaluate.num_prompts must be at most the {len(data.texts)} prompts of "
             f"{settings.prompts}, got {settings.num_prompts}"
         )
-    return data
+    return dataclasses.replace(data, columns={}, gaps={})  # judges are given texts alone
 
 
 def respond(
@@ -214,7 +214,11 @@ def judge_all(settings: EvaluateSettings, workdir: Path, texts: dict[str, list[s
     """
     if not settings.judges:
         return {}
-    panel = load_function(settings.judges, "evaluate.judges")(workdir)
+    make_panel = load_function(settings.judges, "evaluate.judges")
+    try:
+        panel = make_panel(workdir)
+    except SystemExit as error:  # the run is not done
+        raise failure(f"evaluate.judges {settings.judges}", error) from error
     if not isinstance(panel, JudgePanel):
         raise ValueError(
             f"evaluate.judges {settings.judges} must return a JudgePanel, got {short_repr(panel)}"

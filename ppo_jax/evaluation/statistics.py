@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from ppo_jax.config.parsing import failure
 from ppo_jax.data.ratings import held_out_pairs, pair_accuracy
-from ppo_jax.training.reward_functions import failure, reject_reason
+from ppo_jax.training.reward_functions import BadScores, read_scores
 
 Judge = Callable[[Sequence[str]], np.ndarray]
 WORD = r"\w+(?:['’]\w+)*"  # "isn't" is one word: the negation stays visible
@@ -148,14 +149,14 @@ def judge_table(
 def _ask(name: str, judge: Judge, texts: Sequence[str]) -> np.ndarray:
     """What a judge says of N texts, [N] float64: it is a user's function, and may say anything."""
     try:
-        scores = judge(texts)
-    except Exception as error:
+        return read_scores(judge(list(texts)), len(texts))
+    except BadScores as error:
+        wrong = f"must return {len(texts)} finite numbers, one a text, got {error}"
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         raise failure(f"the judge {name!r}", error) from error
-    if wrong := reject_reason(scores, len(texts)):
-        raise ValueError(
-            f"the judge {name!r} must return {len(texts)} finite numbers, one a text, got {wrong}"
-        )
-    return np.asarray(scores, np.float64)
+    raise ValueError(f"the judge {name!r} {wrong}")
 
 
 def _accuracy(judge: Judge, texts: Sequence[str], mean_ratings: np.ndarray) -> dict:

@@ -44,7 +44,7 @@ from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.lora import check_targets
 from ppo_jax.rollout.sampling import Sampling
 from ppo_jax.training.ppo_setup import critic_source, make_options
-from ppo_jax.training.reward_functions import load_reward_function
+from ppo_jax.training.reward_functions import load_reward_functions
 from ppo_jax.training.stage import Stage
 from ppo_jax.training.stages import TRAINING_STAGES
 
@@ -95,8 +95,8 @@ def check_functions(config: Config, stages: Sequence[str]):
     """The functions that the config names can be imported."""
     if config.prepare:
         load_function(config.prepare, "prepare")
-    if "ppo" in stages and config.ppo.reward_function:
-        load_reward_function(config.ppo.reward_function)
+    if "ppo" in stages:
+        load_reward_functions(config.ppo)
     if "evaluate" in stages and config.evaluate.judges:
         load_function(config.evaluate.judges, "evaluate.judges")
 
@@ -201,7 +201,7 @@ def check_scratch(config: Config, stages: Sequence[str]):
     mine = [stage for stage in ("sft", "reward", "ppo") if start.get(stage) in ("base", "sft")]
     for stage in mine:
         check_reward(config, shape) if stage == "reward" else check_policy(stage, config, shape)
-    if "ppo" in mine and config.ppo.reward_function:
+    if "ppo" in mine and not config.ppo.reward_model:
         check_ppo(config.ppo, shape, None)
 
 

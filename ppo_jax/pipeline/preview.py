@@ -3,7 +3,7 @@
 import itertools
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from ppo_jax.data.encode import TokenizedTexts, TokenRow
 from ppo_jax.data.packing import describe_packing
 from ppo_jax.data.preferences import PREFERENCE_SCHEMAS
 from ppo_jax.data.prompts import PromptData
-from ppo_jax.data.readers import Schemas, unread_columns
+from ppo_jax.data.readers import Schemas, other_columns, short_repr
 from ppo_jax.data.records import DEMONSTRATION_SCHEMAS, PROMPT_SCHEMAS, RATING_SCHEMAS
 from ppo_jax.inference.score import encode_responses
 from ppo_jax.io.model_spec import ModelSpec, reread_reason
@@ -99,6 +99,8 @@ def prompt_preview(stage: str, data: PromptData, tokenizer: Any, mark: Mark) -> 
         ids = data.prompts.tokens[i][data.prompts.mask[i]].tolist()
         row = TokenRow(ids, [False] * len(ids))
         examples.append(example(f"prompt {i + 1}", row, tokenizer, mark, end=mark("...")))
+        others = [name for name in data.columns if (name,) not in PROMPT_SCHEMAS]
+        examples += [f"    {name}: {short_repr(data.columns[name][i])}" for name in others]
     return "\n".join([f"{stage}: the response begins at {mark('...')}", *examples])
 
 
@@ -227,11 +229,18 @@ def texts_line(field: str, settings: RewardSettings, texts: TokenizedTexts) -> s
 
 
 def prompts_line(stage: str, path: str, data: PromptData) -> str:
-    return data_line(f"{stage}.prompts", path, len(data.texts), data.dropped, PROMPT_SCHEMAS)
+    return data_line(
+        f"{stage}.prompts", path, len(data.texts), data.dropped, PROMPT_SCHEMAS, data.columns
+    )
 
 
 def data_line(
-    field: str, path: str | os.PathLike, used: int, dropped: Mapping[str, int], schemas: Schemas
+    field: str,
+    path: str | os.PathLike,
+    used: int,
+    dropped: Mapping[str, int],
+    schemas: Schemas,
+    kept: Collection[str] = (),
 ) -> str:
     """What became of the records of one data set.
 
@@ -244,9 +253,15 @@ def data_line(
         used: records.
         dropped: {why: how many records}.
         schemas: those that it was read with.
+        kept: the other columns that are kept.
     """
     read = used + sum(dropped.values())
     reasons = [f", {count:,} {why}" for why, count in Counter(dropped).most_common()]
-    unread = unread_columns(path, schemas)
-    columns = f"; columns not read: {', '.join(unread)}" if unread else ""
-    return f"{field}: {path}: {read:,} read{''.join(reasons)}{columns}; {used:,} used"
+    others = other_columns(path, schemas) if schemas else {}
+    notes = {name: f"{name} ({note})" if note else name for name, note in others.items()}
+    columns = {
+        "kept": [note for name, note in notes.items() if name in kept],
+        "not read": [note for name, note in notes.items() if name not in kept],
+    }
+    said = "".join(f"; columns {what}: {', '.join(x)}" for what, x in columns.items() if x)
+    return f"{field}: {path}: {read:,} read{''.join(reasons)}{said}; {used:,} used"

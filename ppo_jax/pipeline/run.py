@@ -14,7 +14,7 @@ from typing import Any
 from absl import logging
 from ml_collections import config_dict
 
-from ppo_jax.config.parsing import load_function
+from ppo_jax.config.parsing import FunctionFailed, failure, load_function
 from ppo_jax.config.run import STAGE_NAMES, Config, from_config_dict
 from ppo_jax.data.atomic import PARTIAL, atomic_folder
 from ppo_jax.distributed.folder_lock import hold_folder
@@ -39,7 +39,6 @@ from ppo_jax.pipeline.preflight import check_mesh, check_named, check_run, chose
 from ppo_jax.pipeline.preview import brackets, colours, data_lines, previews
 from ppo_jax.pipeline.summary import summary
 from ppo_jax.training.resume import check_same_base, check_same_data, drop_outdated_base
-from ppo_jax.training.reward_functions import FunctionFailed, failure
 from ppo_jax.training.stage import check_settings, describe
 
 
@@ -300,9 +299,9 @@ def make_data(config: Config, workdir: Path):
     with atomic_folder(folder) as new:
         try:
             prepare(new)
-        except OSError:  # a full disk, no network: told as what they are
+        except (OSError, KeyboardInterrupt):  # a full disk, no network: told as what they are
             raise
-        except Exception as error:
+        except BaseException as error:  # SystemExit, too: the run is not done
             raise failure(name, error) from error
         if not any(new.iterdir()):
             raise FunctionFailed(f"{name} wrote no file into the folder that it was given")

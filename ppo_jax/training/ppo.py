@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -12,6 +12,7 @@ import numpy as np
 from ppo_jax.algorithms.experience import PPOOptions, response_scores, sample_responses
 from ppo_jax.algorithms.ppo import init_ppo, ppo_iteration, update_from_rollout
 from ppo_jax.algorithms.supervised import text_scores
+from ppo_jax.config.parsing import FunctionFailed
 from ppo_jax.config.run import Config
 from ppo_jax.config.stages import PPOSettings
 from ppo_jax.core.types import PPOState, Prompts, Rollout
@@ -26,16 +27,33 @@ from ppo_jax.io.stage_folder import Model, load_source, source_steps
 from ppo_jax.training.common import compile_step
 from ppo_jax.training.ppo_setup import Setup, begin_models, make_setup
 from ppo_jax.training.resume import fingerprint
-from ppo_jax.training.reward_functions import FunctionFailed, RewardFunction, load_reward_function
+from ppo_jax.training.reward_functions import (
+    RewardFunction,
+    load_reward_functions,
+    metric_names,
+)
 from ppo_jax.training.stage import Stage, StageRun, open_stage
 
-# (prompts, their rollout) -> (scores [B] float32 on the mesh, metrics)
-Scorer: TypeAlias = Callable[[list[str], Rollout], tuple[jax.Array, dict[str, Any]]]
+# (the prompts chosen [B], their rollout) -> (scores on the mesh, [B] float32, or [B, T] of each
+# token; metrics)
+Scorer: TypeAlias = Callable[[np.ndarray, Rollout], tuple[jax.Array, dict[str, Any]]]
 
 
 def read_ppo(config: Config, start: ModelSpec) -> PromptData:
     settings = config.ppo
-    return prompt_data(settings.prompts, start.tokenizer, max_length=settings.max_prompt_length)
+    data = prompt_data(settings.prompts, start.tokenizer, max_length=settings.max_prompt_length)
+    return used_columns(data, load_reward_functions(settings), settings.prompts)
+
+
+def used_columns(data: PromptData, functions: Sequence[RewardFunction], path: str) -> PromptData:
+    """The prompts with those columns alone that a reward function is given.
+
+    Raises:
+        ValueError: a function asks for what there is not.
+    """
+    chosen = [function.columns(data.columns, data.gaps, path) for function in functions]
+    columns = {name: x for name, x in data.columns.items() if name in set().union(*chosen)}
+    return dataclasses.replace(data, columns=columns, gaps={})
 
 
 def train_ppo(config: Config, workdir: Path, base: str, data: PromptData):
@@ -43,7 +61,7 @@ def train_ppo(config: Config, workdir: Path, base: str, data: PromptData):
     settings, layouts = config.ppo, make_layouts(config.mesh)
     layout = layouts[0]
     policy, reward, critic = find_models(config, workdir, base, layout)
-    texts, rows = data.texts, data.prompts
+    rows = data.prompts
     num_steps, size = settings.num_iterations, settings.rollout_batch_size
     samples_each = settings.samples_per_prompt
     buckets = make_buckets(settings, rows, config.seed)
@@ -63,14 +81,13 @@ def train_ppo(config: Config, workdir: Path, base: str, data: PromptData):
     setup, *start = make_setup(settings, policy, reward, critic, layouts, config.model.frozen_dtype)
     tokenizer = policy.tokenizer
     score = None  # the reward model is in the program of an iteration
-    if settings.reward_function:
-        function = load_reward_function(settings.reward_function, settings.reward_timeout_s)
+    if functions := load_reward_functions(settings):
         stop_ids = setup.options.sampling.eos_ids
-        score = function_scorer(function, tokenizer, stop_ids, layout)
+        score = function_scorer(functions, data, tokenizer, stop_ids, layout)
     elif setup.text_reward is not None:
-        score = text_scorer(setup, reward, tokenizer, layout)
+        score = text_scorer(setup, reward, data.texts, tokenizer, layout)
     del policy, reward, critic  # the setup has what is used of them
-    samples = make_sampler(setup, tokenizer, texts, rows, settings, score, layout)
+    samples = make_sampler(setup, tokenizer, data, settings, score, layout)
     with StageRun(
         workdir,
         PPO,
@@ -82,7 +99,7 @@ def train_ppo(config: Config, workdir: Path, base: str, data: PromptData):
     ) as run:
         state = run.restore(layout, init_ppo, *start, setup.hyperparameters)
         del start
-        iterate = make_iteration(setup, state, texts, score, layout)
+        iterate = make_iteration(setup, state, score, layout)
         tell_what_comes(run.start, settings, workdir / "samples.jsonl")
         if run.start == 0:
             append_rows(workdir / "samples.jsonl", samples(state, 0))
@@ -140,7 +157,6 @@ def tell_what_comes(start: int, settings: PPOSettings, samples: Path):
 def make_iteration(
     setup: Setup,
     state: PPOState,
-    texts: list[str],
     score: Scorer | None,
     layout: Layout,
 ):
@@ -167,7 +183,7 @@ def make_iteration(
     def iterate(state: PPOState, chosen: np.ndarray, prompts: Prompts, key: jax.Array):
         rollout_key, shuffle_key = jax.random.split(key)
         rollout = sample(state, hyperparameters, prompts, rollout_key, frozen=frozen)
-        scores, more = score([texts[i] for i in chosen], rollout)
+        scores, more = score(chosen, rollout)
         state, metrics = update(state, hyperparameters, rollout, scores, shuffle_key, frozen=frozen)
         return state, metrics | more
 
@@ -188,18 +204,24 @@ def local_responses(
 
 
 def function_scorer(
-    function: RewardFunction, tokenizer: Any, stop_ids: Collection[int], layout: Layout
+    functions: Sequence[RewardFunction],
+    data: PromptData,
+    tokenizer: Any,
+    stop_ids: Collection[int],
+    layout: Layout,
 ) -> Scorer:
-    """The scores of a user's function."""
+    """The scores of a user's functions."""
 
-    def score(prompts: list[str], rollout: Rollout):
-        scores = call_function(function, prompts, rollout, tokenizer, stop_ids)
-        return layout.shard_batch(scores), {}
+    def score(chosen: np.ndarray, rollout: Rollout):
+        scores, each = call_functions(functions, data, chosen, rollout, tokenizer, stop_ids)
+        return layout.shard_batch(scores), each
 
     return score
 
 
-def text_scorer(setup: Setup, reward: Model, tokenizer: Any, layout: Layout) -> Scorer:
+def text_scorer(
+    setup: Setup, reward: Model, texts: list[str], tokenizer: Any, layout: Layout
+) -> Scorer:
     """The scores of a reward model that reads text: responses are decoded by the policy's tokenizer
     and tokenised by its own, see `encode_responses`. All processes run the one program."""
     reader = dataclasses.replace(reward, params={})  # the setup has them, on the mesh
@@ -207,14 +229,14 @@ def text_scorer(setup: Setup, reward: Model, tokenizer: Any, layout: Layout) -> 
         functools.partial(text_scores, setup.text_reward), out_shardings=layout.batch_sharding
     )
 
-    def score(prompts: list[str], rollout: Rollout):
+    def score(chosen: np.ndarray, rollout: Rollout):
         asked = Prompts(tokens=rollout.prompt_tokens, mask=rollout.prompt_mask)
         tokens, mask, asked, ended = fetch(
             (rollout.response_tokens, rollout.response_mask, asked, rollout.has_eos)
         )
         stop_ids = setup.options.sampling.eos_ids
         responses = decode_rows(tokenizer, tokens, mask, asked, stop_ids)
-        rows, too_long = encode_responses(prompts, responses, ended, reader)
+        rows, too_long = encode_responses([texts[i] for i in chosen], responses, ended, reader)
         width = min(prompt_width(rows.tokens.shape[1]), reader.config.max_length)
         more = ((0, 0), (0, width - rows.tokens.shape[1]))
         inputs = layout.shard_batch((np.pad(rows.tokens, more), np.pad(rows.mask, more)))
@@ -235,33 +257,92 @@ def program_options(options: PPOOptions) -> dict[str, Any]:
     return {}
 
 
-def call_function(
-    function: RewardFunction,
-    prompts: list[str],
+def call_functions(
+    functions: Sequence[RewardFunction],
+    data: PromptData,
+    chosen: np.ndarray,
     rollout: Rollout,
     tokenizer: Any,
     stop_ids: Collection[int],
-) -> np.ndarray:
-    """The function's scores of responses, [B] float32; every process asks for its own rows."""
+) -> tuple[np.ndarray, dict[str, float]]:
+    """What the functions give for B responses; every process asks for its own rows.
+
+    Args:
+        functions: one or more.
+        data: the prompts, with the columns that the functions ask for.
+        chosen: [B], the prompt of each response.
+        rollout: B responses of T tokens.
+        tokenizer: of the policy.
+        stop_ids: tokens that end a response, and are no part of its text.
+
+    Returns:
+        (the weighted sum of their scores, [B] float32, or [B, T] float32 of each token if one of
+        them scores tokens; {metric: mean score of a response} of each function, without its
+        weight). A function that scores responses then scores their last tokens.
+    """
     rows, responses = local_responses(rollout, tokenizer, stop_ids)
-    try:
-        scores = function([prompts[row] for row in rows], responses) if len(rows) else []
-    except FunctionFailed as error:
-        message = f"{error} (rows {rows[0]} to {rows[-1]} of {len(prompts)})"
-        raise FunctionFailed(message) from error.__cause__
-    return gather_rows(rows, scores, len(prompts))
+    tokens, mask = (local_rows(x)[1] for x in (rollout.response_tokens, rollout.response_mask))
+    given = {name: [values[chosen[row]] for row in rows] for name, values in data.columns.items()}
+    given["response_tokens"] = [row[kept].tolist() for row, kept in zip(tokens, mask, strict=True)]
+    if any("finished" in f.keywords or f.takes_all for f in functions):
+        given["finished"] = local_rows(rollout.has_eos)[1].tolist()
+    texts = [data.texts[chosen[row]] for row in rows], responses
+    scores = []
+    for function in functions if len(rows) else ():
+        try:
+            scores.append(function(*texts, **given))
+        except FunctionFailed as error:
+            message = f"{error} (rows {rows[0]} to {rows[-1]} of {len(chosen)})"
+            raise FunctionFailed(message) from error.__cause__
+    return weighted_sum(functions, scores, rows, mask, len(chosen))
+
+
+def weighted_sum(
+    functions: Sequence[RewardFunction],
+    scores: Sequence[np.ndarray | list[np.ndarray]],
+    rows: np.ndarray,
+    mask: np.ndarray,
+    count: int,
+) -> tuple[np.ndarray, dict[str, float]]:
+    """`call_functions`, from each function's scores of this process's rows; gathered by all.
+
+    Args:
+        functions: F of them.
+        scores: of each function, or none where this process has no rows.
+        rows: [n], the indices of this process's rows.
+        mask: [n, T] bool, of their responses.
+        count: B, rows of all processes.
+    """
+    # [n, 2 F]: of each function its score of a response, and whether it has scored tokens.
+    own = np.zeros((len(rows), 2 * len(functions)))
+    of_tokens = np.zeros(mask.shape)
+    last = mask.sum(axis=1) - 1
+    for i, (function, given) in enumerate(zip(functions, scores, strict=False)):
+        own[:, 2 * i] = [np.sum(row) for row in given]
+        if isinstance(given, list):
+            own[:, 2 * i + 1] = True
+            of_tokens[mask] += function.weight * np.concatenate(given)
+        else:
+            of_tokens[np.arange(len(rows)), last] += function.weight * given
+    every = gather_rows(rows, own, count)
+    names = metric_names([function.name for function in functions])
+    means = dict(zip(names, every[:, ::2].mean(axis=0, dtype=np.float64).tolist(), strict=True))
+    if every[:, 1::2].any():
+        return gather_rows(rows, of_tokens, count), means
+    weights = np.array([function.weight for function in functions])
+    return (every[:, ::2] @ weights).astype(np.float32), means
 
 
 def make_sampler(
     setup: Setup,
     tokenizer: Any,
-    texts: list[str],
-    rows: Prompts,
+    data: PromptData,
     settings: PPOSettings,
     score: Scorer | None,
     layout: Layout,
 ):
     """(state, step) -> rows of samples.jsonl: the same prompts and the same key every time."""
+    texts = data.texts
     chosen = np.arange(min(settings.num_samples, len(texts)))
     filled = layout.pad_batch(chosen)
     once = dataclasses.replace(
@@ -279,16 +360,17 @@ def make_sampler(
         if not len(chosen):
             return []
         prompts, key = (
-            layout.shard_batch(take_prompts(rows, filled)),
+            layout.shard_batch(take_prompts(data.prompts, filled)),
             layout.replicate(jax.random.key(0)),
         )
         rollout = sample(state, setup.hyperparameters, prompts, key, frozen=setup.frozen)
         if score is None:
             scores = score_tokens(rollout, frozen=setup.frozen)
         else:
-            scores, _ = score([texts[i] for i in filled], rollout)
+            scores, _ = score(filled, rollout)
         scores, responses = fetch((scores, (rollout.response_tokens, rollout.response_mask)))
-        prompts = take_prompts(rows, filled)
+        scores = scores.sum(axis=1) if scores.ndim == 2 else scores
+        prompts = take_prompts(data.prompts, filled)
         responses = decode_rows(tokenizer, *responses, prompts, once.eos_ids)
         return [
             {"stage": "ppo", "step": step, "prompt": p, "response": r, "score": float(s)}

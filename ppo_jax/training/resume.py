@@ -23,7 +23,9 @@ def fingerprint(data: Any) -> dict[str, int]:
     """The number of records and a checksum over all of them, for stage.json."""
     texts = getattr(data, "texts", data)
     count = len(texts) if isinstance(texts, list) else len(np.unique(texts.records))
-    return {"rows": count, "crc32": checksum(data)}
+    columns = getattr(data, "columns", None)  # of prompts, for reward functions
+    others = {"columns": checksum(sorted(columns.items()))} if columns else {}
+    return {"rows": count, "crc32": checksum(data), **others}
 
 
 def checksum(value: Any, before: int = 0) -> int:
@@ -63,7 +65,7 @@ def check_same_data(
         if old is None:  # not begun, or before there were fingerprints
             continue
         new = fingerprint(training_data(data[stage.name]))
-        if old == new:
+        if old == {name: new.get(name) for name in old}:  # older stages have fewer
             continue
         check_same_template(folder, starts[stage.name].tokenizer)
         same = old.get("rows") == new["rows"]

@@ -80,6 +80,8 @@ class StageRun:
         limits: {metric: (most, setting)}, likewise.
     """
 
+    is_open = False  # whether a stage of this process is
+
     def __init__(
         self,
         workdir: Path,
@@ -109,9 +111,11 @@ class StageRun:
     def __enter__(self) -> "StageRun":
         handlers = stop_handlers(self._stop_soon)
         self._old_handlers = {number: signal.signal(number, x) for number, x in handlers.items()}
+        StageRun.is_open = True
         return self
 
     def __exit__(self, *error):
+        StageRun.is_open = False
         for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
         with contextlib.ExitStack() as closing:
@@ -242,6 +246,17 @@ class StageRun:
         if is_primary() and now - self._kept >= KEEP_TIME_S:
             keep_time(self.workdir, self.stage, now - self._zero)
             self._kept = now
+
+
+def _in_forked_process():
+    """A worker of a process pool, which a reward function may have, ends at a signal: it must not
+    take the handlers of the stage for its own, or its pool would wait for it for ever."""
+    if StageRun.is_open:
+        for number in STOPS:
+            signal.signal(number, signal.SIG_DFL)
+
+
+os.register_at_fork(after_in_child=_in_forked_process)
 
 
 def describe(stage: str, config: Config, workdir: Path) -> dict:

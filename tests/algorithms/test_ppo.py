@@ -1,5 +1,7 @@
+import dataclasses
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,12 +9,12 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from ppo_jax.algorithms.experience import PPONetworks, make_experience
+from ppo_jax.algorithms.experience import PPONetworks, make_experience, response_rewards
 from ppo_jax.algorithms.ppo import experience_loss, ppo_update
 from ppo_jax.core.advantages import gae
 from ppo_jax.core.distributions import token_logprobs
 from ppo_jax.core.network import Network, merge_params
-from ppo_jax.core.rewards import token_rewards
+from ppo_jax.core.rewards import token_rewards, token_scores
 from ppo_jax.core.types import Experience, FrozenParams
 from ppo_jax.rollout.decode import response_outputs
 from tests.support import tiny
@@ -319,3 +321,40 @@ def test_the_brake_is_of_the_whole_batch_on_eight_devices(num_minibatches):
     assert metrics["ppo/taken"].tolist() == expected_metrics["ppo/taken"].tolist()
     assert 0 < metrics["ppo/taken"].sum() < 6
     tiny.leaves_close(state.policy_params, expected.policy_params, rtol=1e-3, atol=2e-5)
+
+
+def test_scores_of_tokens_are_credited_to_their_tokens_and_counted_as_their_sum():
+    """With the score at the last token it is the iteration of one score a response, bit for bit."""
+    run = tiny.Run("whole")
+    rollout = run.rollout()
+    mask = rollout.response_mask
+    scores = jnp.linspace(-1.0, 1.0, len(mask))
+    at_end = token_scores(scores, mask)
+    for missing_eos in ("keep", "replace"):
+        run.parts["options"] = tiny.options(missing_eos=missing_eos)
+        whole, metrics = run.experience(rollout, scores)
+        same, same_metrics = run.experience(rollout, at_end)
+        chex.assert_trees_all_equal(same.returns, whole.returns)
+        chex.assert_trees_all_equal(same_metrics, metrics)
+
+
+@pytest.mark.parametrize("missing_eos", ["keep", "penalty", "replace"])
+def test_the_missing_eos_rule_sees_the_sum_of_a_responses_token_scores(missing_eos):
+    run = tiny.Run("whole", missing_eos_score=3.0, kl_coef=0.0)
+    options = tiny.options(missing_eos=missing_eos)
+    rollout = run.rollout()
+    rollout = dataclasses.replace(rollout, has_eos=jnp.arange(len(rollout.has_eos)) % 2 == 0)
+    scores = jax.random.normal(jax.random.key(3), rollout.response_mask.shape)
+    rewards, metrics = response_rewards(
+        rollout, scores, rollout.logprobs, run.state, run.numbers, options
+    )
+    expected = np.where(rollout.response_mask, scores, 0.0).astype(np.float64)
+    for row, mask in enumerate(np.asarray(rollout.response_mask)):
+        if rollout.has_eos[row] or missing_eos == "keep":
+            continue
+        if missing_eos == "replace":
+            expected[row] = 0.0
+        expected[row, mask.sum() - 1] += 3.0 if missing_eos == "replace" else -3.0
+    np.testing.assert_allclose(rewards, expected, atol=1e-5)
+    mean = expected.sum(axis=1).mean()
+    assert metrics["reward/adjusted_score_mean"] == pytest.approx(mean, abs=1e-5)

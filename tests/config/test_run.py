@@ -47,6 +47,7 @@ VARIANTS = {
     "quickstart": ["default", "tiny", "validation"],
     "reward": ["default", "scratch"],
     "sft": ["default", "scratch"],
+    "verifiable": ["acting", "reasoning"],
 }
 SECTIONS = [
     ScratchSettings,

@@ -78,3 +78,22 @@ def test_the_missing_eos_rule_touches_only_rows_that_did_not_stop(rule, expected
 def test_replace_and_penalty_together_are_refused_even_when_zero():
     with pytest.raises(ValueError, match="replace=0.0, penalty=0.0"):
         missing_eos_scores(jnp.zeros(1), jnp.array([True]), replace=0.0, penalty=0.0)
+
+
+def test_scores_of_tokens_stand_at_their_tokens():
+    mask = jnp.array([[True, True, False], [True, True, True]])
+    scores = jnp.array([[1.0, 2.0, jnp.nan], [0.5, 0.0, -1.0]])
+    logprobs = jnp.array([[-1.0, -2.0, 0.0], [-1.0, -1.0, -1.0]])
+    rewards = token_rewards(scores, logprobs, jnp.zeros((2, 3)), mask, kl_coef=0.5)
+    # The KL penalty is 0.5 (logprobs - 0) at every token.
+    assert rewards.tolist() == [[1.5, 3.0, 0.0], [1.0, 0.5, -0.5]]
+
+
+def test_scores_at_the_last_token_are_those_of_the_response():
+    mask = jnp.array([[True, True, False], [True, True, True], [False, False, False]])
+    args = jnp.ones((3, 3)), jnp.zeros((3, 3)), mask
+    of_tokens = jnp.array([[0.0, 4.0, 0.0], [0.0, 0.0, 5.0], [6.0, 6.0, 6.0]])
+    whole = token_rewards(jnp.array([4.0, 5.0, 6.0]), *args, kl_coef=0.1)
+    assert (token_rewards(of_tokens, *args, kl_coef=0.1) == whole).all()
+    with pytest.raises(AssertionError):
+        token_rewards(jnp.zeros((3, 2)), *args, kl_coef=0.1)

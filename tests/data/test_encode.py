@@ -8,7 +8,9 @@ import transformers
 from ppo_jax.data import encode
 from ppo_jax.data.preferences import RankedResponses
 from ppo_jax.data.prompts import prompt_data
-from ppo_jax.data.records import Demonstration, RatedText, write_jsonl
+from ppo_jax.data.records import Demonstration, RatedText, load_prompts, write_jsonl
+from tests.support import chats
+from tests.support.chats import turns
 
 
 def make_tokenizer(template=None, **special):
@@ -208,6 +210,25 @@ def test_what_a_tokenizer_puts_behind_a_text_does_not_lead_it():
     assert encode.leading_tokens(twice) == [EOS, BOS]
     assert rows_of(encode.encode_prompts(["good"], behind, max_length=8)) == [ids("good")]
     assert rows_of(encode.encode_texts(["good"], behind, max_length=8)) == [[*ids("good"), EOS]]
+
+
+def test_equal_prompts_with_other_columns_are_two_and_the_columns_travel(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    rows = [("the", 1), ("the", 2), ("x" * 9, 3), ("film", 1), ("the", 2)]
+    write_jsonl(path, [{"prompt": p, "answer": [a]} for p, a in rows])
+    data = prompt_data(path, PLAIN, max_length=8)
+    assert data.texts == ["the", "the", "film"] and data.gaps == {}
+    assert data.columns == {"prompt": data.texts, "answer": [[1], [2], [1]]}
+    assert data.dropped == {"repeated": 1, "too long (over 8 tokens)": 1}
+    write_jsonl(path, [{"prompt": "the", "id": 1}, {"prompt": "film"}, {"prompt": "the", "x": 0}])
+    data = prompt_data(path, PLAIN, max_length=8)
+    assert len(data.texts) == 3 and list(data.columns) == ["prompt"]
+    assert data.gaps == {"id": f"{path}:2", "x": f"{path}:1"}
+    rows = [{"messages": turns("Hi", "Yes"), "prompt": "Ho"}, {"messages": turns("Hi", "No")}]
+    write_jsonl(path, rows)
+    data = prompt_data(path, chats.TOKENIZER, max_length=16)
+    assert data.texts == load_prompts(path, chats.TOKENIZER)[:1] and data.dropped == {"repeated": 1}
+    assert data.columns["messages"] == [rows[0]["messages"]]
 
 
 def test_a_tokenizer_without_eos_and_no_text_at_all_are_refused():

@@ -8,6 +8,7 @@ from ppo_jax.data import encode
 from ppo_jax.data.comparisons import RewardData, reward_data
 from ppo_jax.data.preferences import RankedResponses, load_preferences
 from ppo_jax.data.records import write_jsonl
+from ppo_jax.io.tokenizers import train_tokenizer
 from ppo_jax.pipeline.preflight import check_rankings
 from tests.support.chats import TOKENIZER, ids, turns
 
@@ -259,3 +260,64 @@ def test_a_batch_holds_whole_rankings_whether_its_size_is_even_or_odd(batch_size
     )
     with pytest.raises(ValueError, match=message):
         check_rankings(settings(batch_size=8), data)
+
+
+def test_what_is_held_out_shares_no_conversation_with_the_training(tmp_path):
+    """hh-rlhf has a row for each turn of a conversation: prompts that begin alike."""
+    lines = []
+    for i in range(40):
+        talk = f"\n\nHuman: question {i}"
+        for turn in range(3):
+            talk += f"\n\nAssistant: {turn}"
+            lines.append({"chosen": talk + " good", "rejected": talk + " bad"})
+            talk += f"\n\nHuman: and {turn}?"
+    path = tmp_path / "pairs.jsonl"
+    write_jsonl(path, lines)
+    optimizer = OptimizerSettings(learning_rate=1e-3)
+    settings = RewardSettings(data=str(path), optimizer=optimizer, validation_fraction=0.3)
+    tokenizer = train_tokenizer([line["chosen"] for line in lines], 300)
+    parts = reward_data(settings, 0, tokenizer, context=512)
+    read = [tokenizer.batch_decode(part.texts.tokens) for part in parts]
+    first = [{text.split("\n\nAssistant")[0] for text in texts} for texts in read]
+    assert first[0].isdisjoint(first[1]) and len(first[0] | first[1]) == 40
+    assert sum(map(len, read)) == 240 and 40 < len(read[1]) < 120
+
+
+def test_a_conversation_is_known_by_its_first_turn(tmp_path):
+    long = [*turns("Hi", "Yes", "Ho"), {"role": "assistant", "content": "No"}]
+    other = [*long[:-1], {"role": "assistant", "content": "Yes"}]
+    talk = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
+    rows = [
+        {"prompt": HI, "chosen": YES, "rejected": NO},
+        {"chosen": long, "rejected": other},
+        {"prompt": "Ho", "chosen": "Yes", "rejected": "No"},
+        {"prompt": "", "chosen": "Yes", "rejected": "No"},
+        {"prompt": talk, "responses": ["x", "y"]},
+    ]
+    known = [record.conversation for record in loaded(tmp_path, *rows)]
+    assert known == ["Hi", "Hi", "Ho", "Yes", "\n\nHuman: a"]
+
+
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+def test_a_transcript_that_ends_with_the_human_is_left_out_and_counted(tmp_path, side):
+    start = "\n\nHuman: Hi\n\nAssistant:"
+    good = {"chosen": f"{start} Yes", "rejected": f"{start} No"}
+    bad = good | {side: f"{start} Ho\n\nHuman: Ho"}
+    answered = good | {side: f"{start} Ho\n\nHuman: Ho\n\nAssistant: Ho"}
+    prompted = {"prompt": start, "chosen": " Yes", "rejected": " No"}
+    prompted[side] += "\n\nHuman: Ho"
+    reason = "ends with a turn of the human's"
+    records = loaded(tmp_path, good, bad, answered, prompted)
+    assert [record.reject_reason for record in records] == ["", reason, "", reason]
+    with pytest.raises(ValueError, match=f"none of the 1 records can be used: 1 {reason}"):
+        encode.encode_preferences(records[1:2], TOKENIZER, max_length=99)
+
+
+def test_rows_of_ultrafeedback_are_read_with_their_other_keys(tmp_path):
+    """As HuggingFaceH4/ultrafeedback_binarized has them: whole conversations, and much beside."""
+    messages = {"chosen": HI + YES, "rejected": HI + NO}
+    row = {"prompt": "Hi", "prompt_id": "8f", **messages, "messages": HI + YES}
+    row |= {"score_chosen": 8.5, "score_rejected": 7.0}
+    (record,) = loaded(tmp_path, row)
+    (same,) = loaded(tmp_path, {"prompt": HI, "chosen": YES, "rejected": NO})
+    assert record == same and record.conversation == "Hi"

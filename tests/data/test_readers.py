@@ -94,16 +94,26 @@ def test_a_bad_row_is_named_with_its_place(here, hold, place):
 def test_a_table_may_have_other_columns(here, hold):
     rows = [{"id": 7, "prompt": "p", "messages": turns("Hi"), "source": None}] * 2
     path = hold(here, rows)
-    assert readers.unread_columns(path, data.PROMPT_SCHEMAS) == ["id", "prompt", "source"]
+    others = {"id": "", "prompt": "", "source": ""}
+    assert readers.other_columns(path, data.PROMPT_SCHEMAS) == others
     assert data.load_prompts(path, TOKENIZER)[0].startswith("<|im_start|>user\nHi")
+    assert [row for _, _, row in data.load_prompt_rows(path, TOKENIZER)] == rows
     columns = r"must include \['text'\] or .* got \['id', 'prompt', 'messages', 'source'\]"
     with pytest.raises(ValueError, match=columns):
         list(readers.read_rows(path, [("text",), ("prompt", "completion")]))
 
 
-def test_json_lines_have_no_column_that_is_not_read(tmp_path):
-    write_jsonl(tmp_path / "rows.jsonl", TEXTS)
-    assert readers.unread_columns(tmp_path / "rows.jsonl", data.DEMONSTRATION_SCHEMAS) == []
+def test_json_lines_may_have_other_columns_which_are_counted(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    write_jsonl(path, TEXTS)
+    assert readers.other_columns(path, data.DEMONSTRATION_SCHEMAS) == {}
+    rows = [{"text": "a", "id": 1}, {"id": 2, "prompt": "p", "completion": "c", "text": "b"}]
+    write_jsonl(path, rows)
+    others = {"id": "", "text": "in 1 of 2 rows"}
+    assert readers.other_columns(path, data.DEMONSTRATION_SCHEMAS) == others
+    assert [x.text for x in data.load_texts(path)] == ["a", "pc"]
+    read = list(readers.read_rows(path, data.DEMONSTRATION_SCHEMAS))
+    assert [row for _, row in read] == [{"text": "a"}, {"prompt": "p", "completion": "c"}]
 
 
 def test_damaged_and_empty_files_are_named(tmp_path):

@@ -82,8 +82,8 @@ GOOD = {
             "{}",
             r"must be \['text'\] or \['prompt', 'completion'\] or \['messages'\], got",
         ),
-        (data.load_texts, '{"text": "a", "source": 1}', r"got \['text', 'source'\]"),
-        (data.load_texts, '{"text": "a", "prompt": "b"}', "the keys must be"),
+        (data.load_texts, '{"body": "a", "source": 1}', r"got \['body', 'source'\]"),
+        (data.load_texts, '{"prompt": "b"}', "the keys must be"),
         (data.load_texts, '{"text": 7}', "text must be a string, got 7"),
         (data.load_texts, '{"text": "\\ud800"}', "text must be valid Unicode"),
         (

@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 
 from ppo_jax.config.mesh import MeshSettings, RolloutRules
+from ppo_jax.core.types import Prompts
+from ppo_jax.data.prompts import PromptData
 from ppo_jax.distributed.layout import Layout, fetch, make_mesh
 from ppo_jax.distributed.processes import is_multiprocess, on_primary, preempted
 from ppo_jax.inference.generate import generate
@@ -24,7 +26,7 @@ from ppo_jax.io import integrity as checksums
 from ppo_jax.io import tokenizers as vocabulary
 from ppo_jax.io.checkpoints import Checkpoints, load_checkpoint_item, load_params, save_params
 from ppo_jax.rollout.sampling import Sampling
-from ppo_jax.training.ppo import call_function
+from ppo_jax.training.ppo import call_functions
 from ppo_jax.training.reward_functions import RewardFunction
 from tests.support import two_processes
 from tests.support.tiny_stage import random_model
@@ -137,7 +139,7 @@ def a_damaged_step(folder):
 
 
 def rows_of_a_reward_function(folder):
-    """{mesh: (rows that this process scored, scores that it got)}."""
+    """{mesh: (rows that this process scored, scores that it got, those of tokens)}."""
     devices = jax.devices()
     meshes = {
         "rows in eight": (MeshSettings(data=8), devices),
@@ -148,23 +150,36 @@ def rows_of_a_reward_function(folder):
         "mixed": (MeshSettings(data=4, model=2), [devices[i] for i in (0, 4, 5, 1, 2, 6, 7, 3)]),
     }
     tokenizer = vocabulary.train_tokenizer(["a film of few words"] * 3, 300)
-    prompts = [str(i) for i in range(NUM_ROWS)]
+    texts, every = [str(i) for i in range(NUM_ROWS)], np.arange(NUM_ROWS)
+    ids = Prompts(tokens=np.zeros((NUM_ROWS, 1), int), mask=np.ones((NUM_ROWS, 1), bool))
+    data = PromptData(texts=texts, prompts=ids, dropped={}, columns={"answer": texts[::-1]})
     found = {}
     for name, (settings, order) in meshes.items():
         layout, scored = Layout(make_mesh(settings, order), settings.rules), []
-        score = RewardFunction("score", lambda p, r, scored=scored: scored.extend(p) or map_int(p))
+        score = RewardFunction("a:b", lambda p, r, scored=scored: scored.extend(p) or map_int(p))
         tokens = layout.shard_batch(np.full((NUM_ROWS, 3), 5, np.int32))
         mask = layout.shard_batch(np.ones((NUM_ROWS, 3), bool))
         rollout = types.SimpleNamespace(
             prompt_tokens=tokens, prompt_mask=mask, response_tokens=tokens, response_mask=mask
         )
-        scores = call_function(score, prompts, rollout, tokenizer, ())
-        found[name] = [[int(row) for row in scored], scores.tolist()]
+        scores, means = call_functions([score], data, every, rollout, tokenizer, ())
+        both = [RewardFunction("a:score", map_int_of), RewardFunction("a:each", three_each)]
+        of_tokens, _ = call_functions(both, data, every, rollout, tokenizer, ())
+        rows = [int(row) for row in scored]
+        found[name] = [rows, scores.tolist(), means["reward/b"], of_tokens.tolist()]
     return found
 
 
 def map_int(prompts):
     return [float(prompt) for prompt in prompts]
+
+
+def map_int_of(prompts, responses, answer):
+    return map_int(answer)
+
+
+def three_each(prompts, responses):
+    return [[float(prompt)] * 3 for prompt in prompts]
 
 
 def arrays_of_its_own(folder):
@@ -274,7 +289,10 @@ def test_what_is_done_together_is_not_done_by_process_0_alone(found):
     ],
 )
 def test_each_row_is_scored_once_wherever_its_copies_lie(found, mesh, of_process_0):
-    (mine, scores), (theirs, same_scores) = (x[mesh] for x in found["rows_of_a_reward_function"])
+    first, other = (x[mesh] for x in found["rows_of_a_reward_function"])
+    assert first[1:] == other[1:]
+    (mine, scores, mean, of_tokens), (theirs, same_scores) = first, other[:2]
+    assert mean == 7.5 and of_tokens == [[i, i, 15.0] for i in range(NUM_ROWS)]
     assert mine == list(of_process_0)
     assert theirs == [row for row in range(NUM_ROWS) if row not in mine]
     assert scores == same_scores == list(range(NUM_ROWS))

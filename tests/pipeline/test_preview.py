@@ -1,7 +1,8 @@
 """The examples of a dry run show what is learned, and the lines on data what became of it."""
 
 import re
-import types
+
+import pytest
 
 from ppo_jax.config.run import from_config_dict
 from ppo_jax.data import encode, packing
@@ -9,7 +10,7 @@ from ppo_jax.data.chat import Chat
 from ppo_jax.data.comparisons import RewardData
 from ppo_jax.data.encode import TokenRow
 from ppo_jax.data.preferences import RankedResponses
-from ppo_jax.data.prompts import prompt_data
+from ppo_jax.data.prompts import PromptData, prompt_data
 from ppo_jax.data.records import Demonstration, write_jsonl
 from ppo_jax.pipeline import preview
 from ppo_jax.pipeline import preview as accounts
@@ -94,7 +95,9 @@ def test_rated_texts_are_shown_with_their_ratings():
 
 
 def test_a_prompt_ends_where_the_response_begins(tmp_path):
-    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": turns("Hi")}, {"prompt": "Ho"}])
+    write_jsonl(
+        tmp_path / "prompts.jsonl", [{"prompt": turns("Hi"), "a": 4}, {"prompt": "Ho", "a": "\n"}]
+    )
     data = prompt_data(tmp_path / "prompts.jsonl", TOKENIZER, max_length=16)
     assert preview.prompt_preview("ppo", data, TOKENIZER, preview.brackets) == (
         "ppo: the response begins at ⟦...⟧\n"
@@ -104,9 +107,11 @@ def test_a_prompt_ends_where_the_response_begins(tmp_path):
         "    | <|im_start|>assistant\n"
         "    | ⟦...⟧\n"
         "    ids 1 8 5 10 2 5 1 9 5\n"
+        "    a: 4\n"
         "  prompt 2: 1 token\n"
         "    | Ho⟦...⟧\n"
-        "    ids 11"
+        "    ids 11\n"
+        "    a: '\\n'"
     )
 
 
@@ -141,6 +146,24 @@ def settings(**fields):
     return from_config_dict(changed({"sft.max_length": 100, **fields}))
 
 
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """The files that `settings` names, of which some rows have more than their schema."""
+    monkeypatch.chdir(tmp_path)
+    rows = {
+        "texts.jsonl": [{"text": "a"}],
+        "unseen.jsonl": [{"text": "a", "id": 1}],
+        "neutral.jsonl": [{"text": "a"}, {"text": "b", "id": 1}],
+        "pairs.jsonl": [{"prompt": "a", "chosen": "b", "rejected": "c", "score_chosen": 1}],
+        "prompts.jsonl": [{"prompt": "a", "id": 1, "answer": 2}],
+        "test.jsonl": [{"prompt": "a", "answer": 2}],
+        "ratings.jsonl": [{"text": "a", "rating": 1}],
+    }
+    for name, lines in rows.items():
+        write_jsonl(tmp_path / name, lines)
+
+
+@pytest.mark.usefixtures("files")
 def test_one_file_has_one_line_and_two_have_two():
     parts = encoded(5, 2), encoded(3, 1)
     assert accounts.data_lines(settings(), {"sft": parts}) == [
@@ -150,10 +173,12 @@ def test_one_file_has_one_line_and_two_have_two():
     config = settings(**{"sft.validation_data": "unseen.jsonl"})
     assert accounts.data_lines(config, {"sft": parts}) == [
         "sft.data: texts.jsonl: 7 read, 2 too long (over 100 tokens); 5 used",
-        "sft.validation_data: unseen.jsonl: 4 read, 1 too long (over 100 tokens); 3 used",
+        "sft.validation_data: unseen.jsonl: 4 read, 1 too long (over 100 tokens); "
+        "columns not read: id; 3 used",
     ]
 
 
+@pytest.mark.usefixtures("files")
 def test_packed_texts_are_counted_as_texts():
     parts = tuple(packing.pack(part, max_length=100) for part in (encoded(5, 2), encoded(3, 1)))
     line, packed = accounts.data_lines(settings(**{"sft.packing": True}), {"sft": parts})
@@ -161,24 +186,30 @@ def test_packed_texts_are_counted_as_texts():
     assert packed == "sft: packed 5 texts in 1 rows, 5.0 a row, 100% full"
 
 
+@pytest.mark.usefixtures("files")
 def test_every_file_that_is_read_has_its_line():
     rankings = [RankedResponses("Hi", ("Yes", "No", "Ho"), (1.0, 2.0, 0.0))]
     texts, groups = encode.encode_preferences(rankings, TOKENIZER, max_length=8)
     part = RewardData(texts=texts, groups=groups)
-    prompts = types.SimpleNamespace(texts=["a"] * 3, dropped={"repeated": 1})
+    nothing = encode.pad_prompts([[1]], 1)
+    parts = dict(texts=["a"] * 3, prompts=nothing, dropped={"repeated": 1})
+    with_answers = PromptData(**parts, columns={"answer": [2] * 3})
     config = settings(
         **{"reward.reference_data": "neutral.jsonl", "evaluate.ratings": "ratings.jsonl"}
     )
     data = {
         "reward": (part, part, encoded(2, 0)),
-        "ppo": prompts,
-        "evaluate": (prompts, [None] * 7),
+        "ppo": with_answers,
+        "evaluate": (PromptData(**parts), [None] * 7),
     }
     assert accounts.data_lines(config, data) == [
-        "reward.data: pairs.jsonl: 2 read; 2 used, 1 to train and 1 to validate",
+        "reward.data: pairs.jsonl: 2 read; columns not read: score_chosen; 2 used, "
+        "1 to train and 1 to validate",
         "reward: 3 comparisons to train on, among up to 3 responses to a prompt",
-        "reward.reference_data: neutral.jsonl: 2 read; 2 used",
-        "ppo.prompts: prompts.jsonl: 4 read, 1 repeated; 3 used",
-        "evaluate.prompts: test.jsonl: 4 read, 1 repeated; 3 used",
+        "reward.reference_data: neutral.jsonl: 2 read; columns not read: id (in 1 of 2 rows); "
+        "2 used",
+        "ppo.prompts: prompts.jsonl: 4 read, 1 repeated; columns kept: answer; columns not read: "
+        "id; 3 used",
+        "evaluate.prompts: test.jsonl: 4 read, 1 repeated; columns not read: answer; 3 used",
         "evaluate.ratings: ratings.jsonl: 7 read; 7 used",
     ]

@@ -20,11 +20,13 @@ def test_sigterm_while_the_data_is_made_ends_all_and_leaves_it_whole(tmp_path, m
     assert not (tmp_path / "base").exists()
 
 
-def test_when_a_users_code_ends_process_0_all_end_with_its_code(tmp_path):
+def test_when_a_users_code_ends_process_0_it_is_named_and_all_end(tmp_path):
     config = by_function("count_vowels") | {"prepare": "tests.support.users_code:prepare_nothing"}
     began = time.monotonic()
     ended = two_processes.finish(two_processes.start(config, tmp_path), 100)
-    assert [code for code, _ in ended] == [7, 7], ended
+    assert [code for code, _ in ended] == [1, 2], ended
+    told = "prepare tests.support.users_code:prepare_nothing raised SystemExit: 7"
+    assert told in ended[0][1] and "process 0 has failed" in ended[1][1]
     assert time.monotonic() - began < 60
 
 

@@ -19,7 +19,7 @@ train_sft --config={tmp}/none.py
 train_sft --config={root}/configs/sft.py:nonsense
     unknown variant 'nonsense'; choose from ['default', 'scratch'] (--help lists the flags)
 rlhf --config={root}/configs/verifiable.py:tiny
-    this config file has no variants: leave out the colon and what ... (--help lists the flags)
+    unknown variant 'tiny'; choose from ['acting', 'reasoning'] (--help lists the flags)
 train_reward --config={root}/configs/reward.py:tiny
     unknown variant 'tiny'; choose from ['default', 'scratch'] (--help lists the flags)
 train_sft --config.sft.batchsize=3
@@ -167,6 +167,20 @@ train_ppo --config.ppo.reward_model= --config.ppo.reward_function=tests.support.
     ppo.reward_function must be 'module:function', got ..., e.g. tests.support.tiny_run:letters
 train_ppo --config.ppo.reward_model= --config.ppo.reward_function=tests.support.tiny_run:prepare
     ppo.reward_function must be a function (prompts: list[str], ...) ..., got ... with (folder): ...
+train_ppo --config.ppo.reward_model= --config.ppo.reward_function=..:x
+    ppo.reward_function must be 'module:function', got '..:x': the name of the module must not ...
+train_ppo --config.ppo.reward_model= --config.ppo.reward_functions=('math:sin','math:sin')
+    ppo.reward_functions must be names, each once, got ('math:sin', 'math:sin')
+train_ppo --config.ppo.reward_functions=('math:sin',)
+    ppo needs either a reward_model or a reward_function, got reward_model='...' ... ('math:sin',)
+train_ppo --config.ppo.reward_model= --config.ppo.reward_function=math:sin
+    ppo.reward_function must be a function (prompts: list[str], ...) ..., got math:sin with ...
+train_ppo --config.ppo.reward_model= --config.ppo.reward_function=tests.support.users_code:answers
+    ppo.reward_function tests.support.users_code:answers asks for 'answer', which ... has not: ...
+train_sft --config.sft.num_epochs=1e30
+    sft.num_epochs must give at most 2,147,483,647 steps, got 1e+30 passes over ...
+train_sft --config.prepare=..:x
+    prepare must be 'module:function', got '..:x': the name of the module must not begin ...
 train_ppo --config.ppo.reward_model= --config.ppo.reward_function=math:pi
     ppo.reward_function must name a function, got 'math:pi', which is 3.14...
 train_ppo --config.model.path={sft}

@@ -68,3 +68,23 @@ def tells(prompts, responses):
     with open(os.environ[CALLS], "a") as file:
         file.write(f"{jax.process_index()} {len(responses)}\n")
     return count_vowels(prompts, responses)
+
+
+def answers(prompts, responses, answer, finished):
+    """1 for a response that has its row's answer in it, and half of it where it was cut off."""
+    return [
+        float(right in response) / (1 if done else 2)
+        for response, right, done in zip(responses, answer, finished, strict=True)
+    ]
+
+
+def each_token(prompts, responses, response_tokens, answer):
+    """A number a token: whether it is the row's."""
+    return [
+        [float(token == right) for token in tokens]
+        for tokens, right in zip(response_tokens, answer, strict=True)
+    ]
+
+
+def no_column(prompts, responses, colour):
+    return [0.0] * len(responses)

@@ -15,7 +15,8 @@ from ppo_jax.training.stages import TRAINING_STAGES, find_stage
 PICTURE = "training.png"
 TASKS = {"policy": "text-generation", "reward": "text-classification"}
 _FIELDS = [field for stage in TRAINING_STAGES for field in stage.data_fields]
-DATA = (*dict.fromkeys(_FIELDS), "reward_function")  # settings that name data, each once
+# Settings that name data, each once.
+DATA = (*dict.fromkeys(_FIELDS), "reward_function", "reward_functions")
 OF_BASE = ("path", "scratch", "vocabulary_data")
 
 # AutoTokenizer rebuilds what it takes for a tokenizer of Qwen2; this class reads tokenizer.json.
