@@ -316,7 +316,8 @@ def test_what_a_resumed_run_may_change():
         "save_every",
         "keep",
     }
-    assert changeable_fields(ModelSettings, "model.") == {"model.remat", "model.attention"}
+    of_model = {"remat", "attention", "chat_template", "chat_date"}
+    assert changeable_fields(ModelSettings, "model.") == {f"model.{name}" for name in of_model}
 
 
 def test_a_dtype_is_taken_as_jax_has_it():

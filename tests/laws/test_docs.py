@@ -102,7 +102,8 @@ def test_every_setting_that_the_pages_name_exists():
         re.findall(r"`((?:model|sft|reward|ppo|evaluate)\.[a-z_.]+)(?:=[^`]*)?`", EVERYTHING)
     )
     assert {"ppo.kl_coef", "model.vocabulary_data"} <= names
-    unknown = [name for name in names if not is_setting(Config, name.split("."))]
+    files = {name for name in names if name.endswith(".json")}
+    unknown = [name for name in names - files if not is_setting(Config, name.split("."))]
     assert not unknown
 
 
@@ -152,6 +153,7 @@ def test_the_table_of_metrics_is_what_a_run_writes(workdir):
     }
     documented, optional = documented_metrics()
     assert written - documented == set(), "not in the table of docs/metrics.md"
+    documented -= {"reward/NAME"}  # with functions
     assert documented - written == set(), "in the table of docs/metrics.md, and nothing writes it"
     sources = "".join(path.read_text() for path in (ROOT / "ppo_jax").rglob("*.py"))
     assert all(f'"{name}"' in sources for name in optional)
