@@ -8,12 +8,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from ppo_jax.config.run import STAGE_NAMES, Config
 from ppo_jax.config.stages import LoRASettings, PPOSettings
 from ppo_jax.core.advantages import needs_critic
 from ppo_jax.core.network import merge_params
-from ppo_jax.data.encode import token_rows
+from ppo_jax.data.encode import take_prompts, token_rows
 from ppo_jax.data.prompts import PromptData
 from ppo_jax.distributed.layout import Layout, make_layouts
 from ppo_jax.inference.generate import decode_rows
@@ -187,10 +188,11 @@ def text_reward_rows(
     if score is None or not (reason := reread_reason(policy, score)):
         return []
     lengths = data.prompts.mask.sum(axis=1)
-    sample = slice(0, 64)
+    sample = np.arange(min(64, len(lengths)))
     began = time.perf_counter()
-    texts = decode_rows(policy.tokenizer, data.prompts.tokens[sample], data.prompts.mask[sample])
-    encode_responses(data.texts[sample], [""] * len(texts), [True] * len(texts), score)
+    prompts = take_prompts(data.prompts, sample)  # in place of responses, too
+    texts = decode_rows(policy.tokenizer, prompts.tokens, prompts.mask, prompts, ())
+    encode_responses(data.texts[: len(texts)], [""] * len(texts), [True] * len(texts), score)
     a_token = (time.perf_counter() - began) / lengths[sample].sum()
     seconds = a_token * s.rollout_batch_size * (lengths.mean() + s.response_length)
     cost = (
