@@ -19,6 +19,7 @@ from ppo_jax.config.run import STAGE_NAMES
 from ppo_jax.distributed import processes
 from ppo_jax.distributed.runtime import enable_compilation_cache, retain_freed_memory
 from ppo_jax.io.hub import cache_dir
+from ppo_jax.io.stage_folder import split_step
 from ppo_jax.pipeline import run as pipeline
 from ppo_jax.training.reward_functions import FunctionFailed
 
@@ -80,6 +81,18 @@ def config_flag() -> flags.FlagHolder:
     except Exception as error:
         stop(f"{explain(error)} (--help lists the flags)", USER_MISTAKE)
     return config_flags.DEFINE_config_file("config", help_string=text)
+
+
+def stage_flag(names: Sequence[str], about: str, **options: bool) -> flags.FlagHolder:
+    """Define --stage, one of `names` or, as NAME@STEP, a checkpoint of it."""
+    about = f"{about}: <{'|'.join(names)}>; NAME@40 is its checkpoint of step 40."
+    holder = flags.DEFINE_string("stage", None, about, **options)
+    flags.register_validator(
+        "stage",
+        lambda value: value is None or split_step(value)[0] in names,
+        message=f"value should be one of <{'|'.join(names)}>",
+    )
+    return holder
 
 
 def show_in_help(*holders: flags.FlagHolder):

@@ -94,6 +94,7 @@ class PPOOptions:
     missing_eos: str = "keep"  # the score of a response without a stop token, or "replace", or
     # "penalty": see `missing_eos_scores`
     old_logprobs: str = "rollout"  # those of the sampling, or "recompute"
+    score_eos: int | None = None  # the `eos_id` of `response_scores`
 
     def __post_init__(self):
         for name, allowed in CHOICES.items():
@@ -132,19 +133,56 @@ def sample_responses(
     )
 
 
-def response_scores(rollout: Rollout, *, frozen: FrozenParams, networks: PPONetworks) -> jax.Array:
+def response_scores(
+    rollout: Rollout, *, frozen: FrozenParams, networks: PPONetworks, eos_id: int | None = None
+) -> jax.Array:
     """The reward model's score of each response, [B] float32, read at its last token.
+
+    Args:
+        rollout: B responses.
+        frozen: holds the reward model, and the trunk if there is one.
+        networks: the reward model is called; with `eos_id` also the trunk that it is on.
+        eos_id: the token with which the reward model's training texts end. It is put behind each
+            response that has stopped at another one, and the score is read there. None puts none.
 
     Raises:
         ValueError: there is no reward model.
     """
     if networks.reward is None:
         raise ValueError("response_scores needs a reward model in networks.reward, got None")
-    inputs = rollout.hidden_states if networks.reward_on_trunk else rollout.tokens
     start = rollout.prompt_mask.shape[1]
-    values = networks.reward.apply(frozen.reward, inputs, rollout.mask, first_output=start)
-    last = last_token_index(rollout.response_mask)
+    ended = rollout if eos_id is None else with_eos(rollout, eos_id)
+    inputs = ended.hidden_states if networks.reward_on_trunk else ended.tokens
+    if (
+        inputs is None and networks.trunk is not None
+    ):  # the rollout has no state of a token that was not sampled
+        inputs = networks.trunk.apply(frozen.trunk, ended.tokens, ended.mask)
+    values = networks.reward.apply(frozen.reward, inputs, ended.mask, first_output=start)
+    last = last_token_index(ended.response_mask)
     return jnp.take_along_axis(values, last[:, None], axis=1)[:, 0]
+
+
+def with_eos(rollout: Rollout, eos_id: int) -> Rollout:
+    """The rollout with one more column, for an EOS behind each response that has stopped at another
+    token; those that were cut off and those that end with EOS stay as they are.
+
+    Log-probs are 0 there; there are no hidden states.
+    """
+
+    def wider(x):
+        return jnp.pad(x, ((0, 0), (0, 1)))
+
+    last = last_token_index(rollout.response_mask)[:, None]
+    differs = jnp.take_along_axis(rollout.response_tokens, last, axis=1) != eos_id
+    columns = jnp.arange(rollout.response_mask.shape[1] + 1, dtype=last.dtype)[None]
+    is_new = (columns == last + 1) & differs & rollout.has_eos[:, None]
+    return dataclasses.replace(
+        rollout,
+        response_tokens=jnp.where(is_new, eos_id, wider(rollout.response_tokens)),
+        response_mask=wider(rollout.response_mask) | is_new,
+        logprobs=wider(rollout.logprobs),
+        hidden_states=None,
+    )
 
 
 @renamed(recipe="options")

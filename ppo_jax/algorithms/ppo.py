@@ -5,6 +5,7 @@ Dimension key: B responses, T response tokens.
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -136,6 +137,10 @@ def ppo_update(
 ) -> tuple[PPOState, dict[str, jax.Array]]:
     """num_epochs x num_minibatches optimizer steps on one experience, reshuffled each epoch.
 
+    With `hyperparameters.stop_kl` they end early: the first minibatch at which
+    mean (logprobs - old_logprobs)² / 2 > stop_kl, `policy/approx_kl`, takes no step, and those
+    after it are skipped.
+
     Args:
         state: parameters and optimizer state are updated, step and episode counts are not.
         experience: B responses; num_minibatches x num_micro_batches divides B.
@@ -146,7 +151,9 @@ def ppo_update(
         options: epochs, minibatches, micro-batches and packing are read.
 
     Returns:
-        (state, metrics of each optimizer step [num_epochs * num_minibatches], in their order).
+        (state, metrics of each optimizer step [num_epochs * num_minibatches], in their order). With
+        stop_kl `ppo/computed` is 1 where a minibatch was computed, `ppo/taken` where its step was
+        taken; the metrics of the others are 0.
 
     Raises:
         ValueError: packing, with a network that does not support it; a batch that the minibatches
@@ -200,12 +207,58 @@ def ppo_update(
 
     carry = (trained_params(state.policy_params, state.value_params), state.opt_state)
     rows = orders.reshape(options.num_epochs * options.num_minibatches, -1)
-    (params, opt_state), metrics = jax.lax.scan(step, carry, rows)
+    if hyperparameters.stop_kl is None:
+        (params, opt_state), metrics = jax.lax.scan(step, carry, rows)
+    else:
+        near = until_far(step, hyperparameters.stop_kl)
+        ((params, opt_state), _), metrics = jax.lax.scan(near, (carry, True), rows)
     state = dataclasses.replace(
         state, policy_params=params["policy"], value_params=params.get("value"), opt_state=opt_state
     )
     rates = {f"{name}/learning_rate": jnp.full(len(rows), x) for name, x in rates.items()}
     return state, metrics | rates
+
+
+def until_far(step: Callable[..., tuple[Any, dict]], stop_kl: jax.Array | float):
+    """A step of `ppo_update` with its brake: the carry is (that of `step`, whether to go on)."""
+
+    def step_if_near(carry, rows):
+        before, goes_on = carry
+        _, shapes = jax.eval_shape(step, before, rows)
+
+        def compute():
+            after, metrics = step(before, rows)
+            near = metrics["policy/approx_kl"] <= stop_kl
+            after = jax.tree.map(lambda new, old: jnp.where(near, new, old), after, before)
+            flags = {"ppo/computed": jnp.float32(1.0), "ppo/taken": near.astype(jnp.float32)}
+            return (after, near), metrics | flags
+
+        def skip():
+            zeros = {name: jnp.zeros(x.shape, x.dtype) for name, x in shapes.items()}
+            flags = {"ppo/computed": jnp.float32(0.0), "ppo/taken": jnp.float32(0.0)}
+            return (before, jnp.bool_(False)), zeros | flags
+
+        return jax.lax.cond(goes_on, compute, skip)
+
+    return step_if_near
+
+
+def average_updates(updates: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """The metrics of `ppo_update` over its steps: means, and maxima of those named `*_max`.
+
+    With stop_kl they are of the minibatches that were computed; `ppo/updates` is the number of
+    steps that were taken.
+    """
+    updates = dict(updates)
+    computed, taken = (updates.pop(f"ppo/{name}", None) for name in ("computed", "taken"))
+
+    def average(name, x):
+        if name.endswith("_max"):
+            return x.max()
+        return x.mean() if computed is None else (x * computed).sum() / computed.sum()
+
+    averages = {name: average(name, x) for name, x in updates.items()}
+    return averages if taken is None else averages | {"ppo/updates": taken.sum()}
 
 
 def accumulate_packed(
@@ -247,7 +300,7 @@ def update_from_rollout(
     parts = dict(frozen=frozen, networks=networks, options=options)
     experience, metrics = make_experience(rollout, scores, state, hyperparameters, **parts)
     state, updates = ppo_update(state, experience, hyperparameters, key, **parts)
-    metrics |= {k: v.max() if k.endswith("_max") else v.mean() for k, v in updates.items()}
+    metrics |= average_updates(updates)
     batch_size = scores.shape[0]
     kl_coef = state.kl_coef
     if options.kl_control == "adaptive":
@@ -292,7 +345,7 @@ def ppo_iteration(
     parts = dict(frozen=frozen, networks=networks, options=options)
     rollout_key, shuffle_key = jax.random.split(key)
     responses = sample_responses(state, hyperparameters, prompts, rollout_key, **parts)
-    scores = response_scores(responses, frozen=frozen, networks=networks)
+    scores = response_scores(responses, frozen=frozen, networks=networks, eos_id=options.score_eos)
     state, metrics = update_from_rollout(
         state, hyperparameters, responses, scores, shuffle_key, **parts
     )

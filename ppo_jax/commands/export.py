@@ -13,7 +13,7 @@ def main():
     """Define the flags, parse them, export."""
     stages = [stage.name for stage in TRAINING_STAGES]
     workdir = flags.DEFINE_string("workdir", None, "A run's folder.", required=True)
-    stage = flags.DEFINE_enum("stage", None, stages, "Whose model.", required=True)
+    stage = cli.stage_flag(stages, "Whose model", required=True)
     out = flags.DEFINE_string("out", None, "The folder to write, new or empty.", required=True)
     dtype = flags.DEFINE_enum("dtype", "float32", DTYPES, "Data type of the weights.")
     adapter_of = flags.DEFINE_string(

@@ -1,5 +1,6 @@
 """Responses of a stage's policy, or of any model: to prompts, to a file of them, or in a chat."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 from absl import flags, logging
@@ -8,7 +9,7 @@ from ppo_jax import cli
 from ppo_jax.config.parsing import LARGEST_SEED
 from ppo_jax.inference import terminal
 from ppo_jax.inference.generate import find_sampling
-from ppo_jax.io.stage_folder import load_model, stage_folder
+from ppo_jax.io.stage_folder import check_step, load_model, split_step, stage_folder
 
 
 def define_flags() -> SimpleNamespace:
@@ -24,8 +25,8 @@ def define_flags() -> SimpleNamespace:
         reward_model=text("reward_model", None, "Stage folder or classifier: --out has scores."),
         template=boolean("template", True, "False: a chat just continues each line."),
         workdir=text("workdir", None, "A run's folder; needs --stage."),
-        stage=flags.DEFINE_enum("stage", None, ["sft", "ppo"], "Which policy of the run."),
-        model=text("model", None, "Instead: a Hugging Face folder, .gguf or hub id."),
+        stage=cli.stage_flag(["sft", "ppo"], "Which policy of the run"),
+        model=text("model", None, "Instead: a Hugging Face folder, .gguf, hub id or stage folder."),
         num_responses=flags.DEFINE_integer(
             "num_responses", 1, "To each prompt.", lower_bound=1, upper_bound=10**6
         ),
@@ -58,8 +59,12 @@ def main():
     def generate():
         logging.set_verbosity(logging.WARNING)
         check(flag)
-        path = flag.model.value or str(stage_folder(flag.workdir.value, flag.stage.value))
-        model = load_model(path)
+        path, step = split_step(flag.model.value or flag.stage.value)
+        if not flag.model.value:
+            path = str(stage_folder(flag.workdir.value, path))
+        if step is not None:
+            check_step(Path(path), step)
+        model = load_model(path, step=step)
         asked = {name: holder.value for name, holder in sampling.items()}
         how = find_sampling(path, model.tokenizer, **asked) | {"seed": flag.seed.value}
         if flag.interactive.value:

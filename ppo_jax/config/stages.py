@@ -5,6 +5,7 @@ Every number has its unit in a comment, and every rule its check.
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -45,6 +46,14 @@ def check_lora(check: Check, *fields: str):
         own.that(read or same, field, f"{default!r} unless {where} is 'lora'")
 
 
+def check_keep(check: Check):
+    """Which checkpoints stay."""
+    keep = check.settings.keep
+    is_count = isinstance(keep, int) and not isinstance(keep, bool) and keep >= 1
+    is_best = isinstance(keep, str) and re.fullmatch(r"best:[a-z]\w*/\w+", keep)
+    check.that(is_count or bool(is_best), "keep", "a number >= 1 or 'best:METRIC'")
+
+
 def check_optimizer(check: Check):
     """Checked by the stage that it belongs to: several have one, and the message says which."""
     check.choice("schedule", *SCHEDULES)
@@ -60,6 +69,7 @@ def check_training(check: Check):
     check_optimizer(Check(settings.optimizer, f"{check.prefix}optimizer"))
     check.each("> 0", "num_epochs", "batch_size", "num_micro_batches", "max_length")
     check.each("> 0", "eval_every", "save_every")
+    check_keep(check)
     check.each(">= 0", "hidden_cache_gb")
     check.each("in (0, 1)", "validation_fraction")
     check_trainable(check, "trainable")
@@ -112,6 +122,9 @@ class SFTSettings:
     hidden_cache_gb: Limit = changeable(4.0)  # for frozen layers' states; not by several processes
     eval_every: int = changeable(50)  # steps between validations
     save_every: int = changeable(100)  # steps between checkpoints
+    keep: str | int = changeable(2)  # number of newest checkpoints that stay; or "best:METRIC", the
+    # newest and the one that is best by a metric of docs/metrics.md: the lowest of a loss,
+    # perplexity, error or KL, the highest of anything else
 
     def __post_init__(self):
         check = Check(self, "sft")
@@ -142,6 +155,7 @@ class RewardSettings:
     hidden_cache_gb: Limit = changeable(4.0)  # for frozen layers' states; not by several processes
     eval_every: int = changeable(50)  # steps between validations
     save_every: int = changeable(100)  # steps between checkpoints
+    keep: str | int = changeable(2)  # number of newest checkpoints, or "best:METRIC": as sft.keep
 
     def __post_init__(self):
         check = Check(self, "reward")
@@ -204,11 +218,16 @@ class PPOSettings:
     prompt_buckets: int = 1  # widths in tokens that prompts are padded to: the longest one's, its
     # half, its quarter, ...; more than 1 puts prompts of like length into a batch
     response_length: int = 64  # tokens at most
-    stop_tokens: tuple[str, ...] = ()  # tokens that end a response besides the tokenizer's EOS
+    stop_tokens: tuple[str, ...] = ()  # what ends a response besides EOS and the tokens that the
+    # model's files declare: tokens as they are spelled in the vocabulary, and any other text, such
+    # as "\n\nHuman:", with the token that completes it
     temperature: float = changeable(1.0)  # divides the logits, in sampling and in training
     top_k: int = 0  # the likeliest tokens; 0 is off
     top_p: float = 1.0  # 1 is off
     min_p: float = 0.0  # 0 is off
+    score_at: str = "eos"  # where the reward model reads a response that has stopped at another
+    # token than EOS, with which its training texts end: at an EOS put behind it, or "last", at its
+    # last token
     missing_eos: str = "keep"  # the score of a response that was cut off: or "penalty", "replace"
     missing_eos_score: float = changeable(1.0)  # what is subtracted from it, or put in its place
 
@@ -240,18 +259,23 @@ class PPOSettings:
     vf_coef: float = changeable(0.1)  # weight of the value loss; Adam divides it out but for
     # max_grad_norm
     entropy_coef: float = changeable(0.0)  # weight of the entropy, per nat
+    stop_kl: Limit = changeable(math.inf)  # nats a token: the updates of an iteration end at the
+    # minibatch whose policy/approx_kl is above it; inf is off, 0.02 is usual
+    max_ref_kl: Limit = changeable(math.inf)  # nats a response: above it, kl/ref ends the run
 
     # Output
 
     sample_every: int = changeable(10)  # iterations between samples of the same prompts
     num_samples: int = changeable(8)  # prompts in samples.jsonl
     save_every: int = changeable(20)  # iterations between checkpoints
+    keep: str | int = changeable(2)  # number of newest checkpoints, or "best:METRIC": as sft.keep
 
     def __post_init__(self):
         check = Check(self, "ppo")
         check_optimizer(Check(self.optimizer, "ppo.optimizer"))
         check.that(bool(self.prompts), "prompts", "the path of a data set")
         check.each("> 0", "num_iterations", "sample_every", "save_every")
+        check_keep(check)
         check.each(">= 0", "num_samples")
         check_trainable(check, "trainable", "value_trainable")
         with_critic = needs_critic(self.advantages)
@@ -292,6 +316,8 @@ class PPOSettings:
         check.each("in (0, 1]", "top_p")
         check.each("in [0, 1]", "min_p")
         check.choice("missing_eos", "keep", "penalty", "replace")
+        check.choice("score_at", "eos", "last")
+        check.that(all(self.stop_tokens), "stop_tokens", "texts of at least one character")
 
     def _check_old_logprobs(self, check: Check):
         check.choice("old_logprobs", "rollout", "recompute")
@@ -303,7 +329,7 @@ class PPOSettings:
         check.that(recomputed or high == 1, "tis_clip_high", rule)
 
     def _check_objective(self, check: Check):
-        check.each("> 0", "target_kl", "kl_horizon", "value_clip_range")
+        check.each("> 0", "target_kl", "kl_horizon", "value_clip_range", "stop_kl", "max_ref_kl")
         check.each(">= 0", "kl_coef", "vf_coef", "entropy_coef", "value_learning_rate")
         check.each("in [0, 1]", "gamma", "gae_lambda")
         check.each("in (0, 1)", "clip_range")

@@ -35,9 +35,9 @@ class Rollout:
     prompt_tokens: jax.Array  # [B, P] int32
     prompt_mask: jax.Array  # [B, P] bool
     response_tokens: jax.Array  # [B, T] int32, 0 where masked
-    response_mask: jax.Array  # [B, T] bool, True up to and including the stop token
+    response_mask: jax.Array  # [B, T] bool, True up to and including the token that ends it
     logprobs: jax.Array  # [B, T] float32, at the sampling temperature, 0 where masked
-    has_eos: jax.Array  # [B] bool, the response ended with a stop token
+    has_eos: jax.Array  # [B] bool, the response ended with a stop token or a stop string
     hidden_states: jax.Array | None = None  # [B, L, D], the trunk's output, when there is a trunk
 
     @property
@@ -103,7 +103,7 @@ class Optimizer:
 @struct.dataclass(kw_only=True)
 class Hyperparameters:
     """Every number of PPO. All leaves are traced: changing one never recompiles, and `jax.vmap`
-    over them trains a sweep as one program.
+    over them trains a sweep as one program. None is no leaf.
 
     `temperature` must be > 0: the logits of the update are divided by it, and at 0 the loss is
     NaN. It is traced, so nothing can refuse a 0 here.
@@ -123,6 +123,7 @@ class Hyperparameters:
     vf_coef: jax.Array | float = 0.1
     entropy_coef: jax.Array | float = 0.0
     missing_eos_score: jax.Array | float = 0.0  # replaces, or is subtracted from, the score
+    stop_kl: jax.Array | float | None = None  # nats a token, see `ppo_update`; None is off
     tis_clip_low: jax.Array | float = 1.0  # limits of the weights of recomputed log-probs; 1 and
     tis_clip_high: jax.Array | float = 1.0  # 1 is no weight, see `importance_weights`
 

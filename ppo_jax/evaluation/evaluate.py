@@ -24,7 +24,14 @@ from ppo_jax.inference.generate import generate, make_sampling
 from ppo_jax.inference.score import score_rows, scores_that_fit
 from ppo_jax.io.model_spec import ModelSpec
 from ppo_jax.io.run_folder import read_results, read_rows, write_results
-from ppo_jax.io.stage_folder import Model, describe_stage, load_source, resolve, source_steps
+from ppo_jax.io.stage_folder import (
+    Model,
+    describe_stage,
+    load_source,
+    resolve,
+    source_steps,
+    split_step,
+)
 from ppo_jax.models.build import policy_network
 from ppo_jax.rollout.decode import response_outputs
 from ppo_jax.training.stage import Stage
@@ -130,7 +137,7 @@ def compared(
     The order is that of training: the last began from the one before it. A stage folder from
     elsewhere that PPO began from is "sft", any other model is "base".
     """
-    origin = config.ppo.init_from
+    origin, _ = split_step(config.ppo.init_from)
     path = resolve(origin, workdir, base)
     sources = {"base": (base, None)} if origin in ("base", "sft") else {}
     if origin != "base":

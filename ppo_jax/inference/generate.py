@@ -16,39 +16,26 @@ from ppo_jax.core.types import Prompts, Rollout
 from ppo_jax.data.decode import BROKEN, TextDecoder
 from ppo_jax.data.encode import encode_prompts, take_prompts, unpadded
 from ppo_jax.distributed.layout import Layout, fetch, one_device
+from ppo_jax.inference.stop_strings import stop_ids, stop_strings
 from ppo_jax.io.hub import model_folder
-from ppo_jax.io.integrity import read_json
 from ppo_jax.io.stage_folder import Model, describe_stage
+from ppo_jax.io.tokenizers import declared_strings, read_declared_stops
 from ppo_jax.models.build import policy_network
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.rollout.rollout import rollout
-from ppo_jax.rollout.sampling import Sampling, choose
+from ppo_jax.rollout.sampling import Sampling, choose, find_stops, init_matched
 
 CHUNK = 4  # tokens that a stream samples in one call
 LEAST_WIDTH = 64  # positions of a streamed prompt; each further width is twice as wide
 
 
-def stop_ids(tokenizer: Any, stop_tokens: Sequence[str] = ()) -> tuple[int, ...]:
-    """Ids that end a response: the tokenizer's EOS and the stop tokens.
-
-    Raises:
-        ValueError: one of them is not a token of the tokenizer.
-    """
-    vocabulary = tokenizer.get_vocab()
-    if unknown := [token for token in stop_tokens if token not in vocabulary]:
-        known = ", ".join(tokenizer.all_special_tokens)
-        raise ValueError(
-            f"ppo.stop_tokens must be among the {len(vocabulary):,} tokens of the tokenizer (such "
-            f"as {known}), got {unknown}"
-        )
-    ids = {tokenizer.eos_token_id} | {vocabulary[token] for token in stop_tokens}
-    return tuple(sorted(ids))
-
-
 def make_sampling(settings: Mapping[str, Any], tokenizer: Any) -> Sampling:
     """The `Sampling` of a rollout from the fields of the ppo section."""
     filters = {name: settings[name] for name in ("response_length", "top_k", "top_p", "min_p")}
-    return Sampling(eos_ids=stop_ids(tokenizer, settings["stop_tokens"]), **filters)
+    stops = settings["stop_tokens"]
+    return Sampling(
+        eos_ids=stop_ids(tokenizer, stops), stop_strings=stop_strings(tokenizer, stops), **filters
+    )
 
 
 def find_sampling(path: str, tokenizer: Any, **asked: Any) -> dict[str, Any]:
@@ -56,7 +43,7 @@ def find_sampling(path: str, tokenizer: Any, **asked: Any) -> dict[str, Any]:
 
     Of temperature, response_length, top_k, top_p and min_p, those that are None or absent are taken
     from the PPO stage of the same run, where the model is a stage's, and else from the defaults of
-    the ppo section. Stop tokens of a generation_config.json count, too.
+    the ppo section. Stop tokens and strings of a generation_config.json count, too.
     """
     asked = {name: value for name, value in asked.items() if value is not None}
     settings = filled_in(PPOSettings, declared_sampling(path, tokenizer) | asked)
@@ -72,14 +59,8 @@ def declared_sampling(path: str, tokenizer: Any) -> dict[str, Any]:
     if stage is not None:
         ppo = stage if stage["stage"] == "ppo" else describe_stage(Path(path).parent / "ppo")
         return with_new_names(PPOSettings, ppo["settings"], warn=False) if ppo else {}
-    file = model_folder(path) / "generation_config.json"
-    ids = read_json(file).get("eos_token_id") if file.is_file() else None
-    ids = [i for i in (ids if isinstance(ids, list) else [ids]) if i is not None]
-    are_ids = all(type(i) is int and 0 <= i < 2**32 for i in ids)
-    tokens = tokenizer.convert_ids_to_tokens(ids) if are_ids else [None]
-    if None in tokens:
-        raise ValueError(f"{file}: eos_token_id must be ids of the tokenizer's tokens, got {ids}")
-    return {"stop_tokens": tokens}
+    folder = model_folder(path)
+    return {"stop_tokens": read_declared_stops(folder, tokenizer) + declared_strings(folder)}
 
 
 def decode_rows(
@@ -203,7 +184,8 @@ def generate(
 def compiled_stream(config: ModelConfig, sampling: Sampling):
     """(prefill, decode): a prompt to the state before its response, and the next `CHUNK` tokens.
 
-    The state is (t, logits [1, V], cache). Compiled once for each width of the prompt.
+    The state is (t, logits [1, V], cache, state of the stop strings). Compiled once for each width
+    of the prompt.
     """
     network = policy_network(config)
 
@@ -212,17 +194,18 @@ def compiled_stream(config: ModelConfig, sampling: Sampling):
         # The last chunk may exceed the response; its surplus is discarded.
         cache = network.init_cache(1, width + sampling.response_length + CHUNK)
         logits, cache = network.decode(params, tokens, mask, cache, first_output=width - 1)
-        return jnp.int32(0), logits[:, 0], cache
+        return jnp.int32(0), logits[:, 0], cache, init_matched(1, sampling)
 
     def decode(params, state, key, temperature):
         row_keys = jax.random.fold_in(key, 0)[None]  # as the first row of a rollout
 
         def step(state, _):
-            t, logits, cache = state
+            t, logits, cache, matched = state
             token, _ = choose(logits, row_keys, t, sampling, temperature)
+            stops, matched = find_stops(token, matched, sampling)
             mask = jnp.ones((1, 1), bool)
             logits, cache = network.decode(params, token[:, None], mask, cache)
-            return (t + 1, logits[:, 0], cache), token[0]
+            return (t + 1, logits[:, 0], cache, matched), (token[0], stops[0])
 
         return jax.lax.scan(step, state, length=CHUNK)
 
@@ -237,7 +220,7 @@ def stream(
     sampling: Sampling,
     temperature: float,
 ) -> Iterator[int]:
-    """The tokens of one response as they are sampled, a stop token included.
+    """The tokens of one response as they are sampled, the one that ends it included.
 
     They are those of a rollout with this prompt alone, whose tokens `ids` and response fit into the
     model's context. For several responses put the policy's parameters on the device first.
@@ -251,9 +234,10 @@ def stream(
     state = prefill(params, tokens, mask)
     for t in range(0, sampling.response_length, CHUNK):
         state, chunk = decode(params, state, key, jnp.float32(temperature))
-        for token in np.asarray(chunk)[: sampling.response_length - t].tolist():
+        rows = np.stack(jax.device_get(chunk), axis=1)[: sampling.response_length - t]
+        for token, stops in rows.tolist():
             yield token
-            if token in sampling.eos_ids:
+            if stops:
                 return
 
 

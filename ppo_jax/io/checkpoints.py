@@ -44,13 +44,20 @@ class Checkpoints:
         directory: made at the first save; this object is its only writer.
         keep: number of complete steps to keep. An older one is removed only when a newer one is
             complete.
+        best: from complete steps, oldest first, to the one that is kept beside those; None is none.
     """
 
-    def __init__(self, directory: str | Path, *, keep: int = 2):
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        keep: int = 2,
+        best: Callable[[list[int]], int] | None = None,
+    ):
         if keep < 1:
             raise ValueError(f"keep must be at least 1, got {keep}.")
         self.directory = Path(directory).absolute()
-        self.keep = keep
+        self.keep, self.best = keep, best
         self._broken: set[int] = set()  # steps that could not be read
         self._verified: int | None = None  # the newest step that was restored or saved
         self._saving: tuple[int, Future] | None = None  # step, done when it is on disk
@@ -170,9 +177,12 @@ class Checkpoints:
         return [step for step, path in folders if path.name.isdigit() and step not in self._broken]
 
     def _remove_old(self) -> None:
-        newest, oldest_kept = self.steps()[-1], self.steps()[-self.keep :][0]
+        steps = self.steps()
+        newest, kept = steps[-1], set(steps[-self.keep :])
+        if self.best is not None:
+            kept.add(self.best(steps))
         for step, path in step_folders(self.directory):
-            if path.name.isdigit() and step < oldest_kept:
+            if path.name.isdigit() and step < newest and step not in kept:
                 # Renamed first: a kill in between must not leave half a step under its name.
                 path = path.rename(path.with_name(f"{step}{UNFINISHED}-old"))
             if UNFINISHED in path.name and step <= newest:

@@ -21,6 +21,7 @@ from ppo_jax.io.stage_folder import (
     describe_stage,
     has_begun,
     resolve,
+    split_step,
     stage_config,
 )
 from ppo_jax.models.build import policy_network, reward_network
@@ -119,7 +120,7 @@ def scratch_shape(settings: ScratchSettings) -> ModelSpec:
 def needs_base(config: Config, stages: Sequence[str]) -> bool:
     """Whether any of the stages that will run reads the base model."""
     starts = [getattr(config, stage).init_from for stage in ("reward", "ppo") if stage in stages]
-    compared = "evaluate" in stages and config.ppo.init_from in ("base", "sft")
+    compared = "evaluate" in stages and split_step(config.ppo.init_from)[0] in ("base", "sft")
     return "sft" in stages or "base" in starts or compared
 
 
@@ -143,8 +144,9 @@ def initial_models(
 
     def spec(field: str, name: str) -> ModelSpec:
         path = resolve(name, workdir, base)
-        if name in STAGE_NAMES and not has_begun(Path(path)):  # a stage of this run
-            return trained[name]
+        stage, _ = split_step(name)
+        if stage in STAGE_NAMES and not has_begun(Path(path)):  # a stage of this run
+            return trained[stage]
         try:
             return read_shape(path, config.model)
         except NotThere as error:

@@ -7,6 +7,7 @@ does not train, written once) and `checkpoints/` (the trained ones, step by step
 import dataclasses
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +71,15 @@ def load_model(
         settings: how to compute with it, see `models.config.computation`; None is float32, or as
             the stage did.
         layout: how its parameters are sharded, straight from the files; None is the host.
-        step: of a stage's checkpoint; None is the newest.
+        step: of a stage's checkpoint, as "@40" behind its folder is; None is the newest.
 
     Raises:
         ValueError: there is no complete model at `path`, or the layout cannot shard it.
     """
+    path, asked = split_step(str(path))
+    if asked is not None:
+        check_step(Path(path), asked)
+    step = asked if step is None else step
     if (Path(path) / "stage.json").is_file():
         model = load_stage(Path(path), layout, step)
         return model if settings is None else compute_as(model, settings)
@@ -140,12 +145,35 @@ def check_tokenizer(tokenizer: Any, config: ModelConfig, path: Any):
         )
 
 
+def split_step(name: str) -> tuple[str, int | None]:
+    """(name, None), or for STAGE@STEP (the stage's name or folder, a step of its checkpoints).
+
+    >>> split_step("sft@200"), split_step("sft"), split_step("someone/model@2")
+    (('sft', 200), ('sft', None), ('someone/model@2', None))
+    """
+    if match := re.fullmatch(r"(.+)@(\d+)", name):
+        if match[1] in STAGE_NAMES or (Path(match[1]) / "stage.json").is_file():
+            return match[1], int(match[2])
+    return name, None
+
+
+def check_step(folder: Path, step: int):
+    """A stage has a checkpoint of this step.
+
+    Raises:
+        ValueError: it has not; with those that it has.
+    """
+    if step not in (steps := Checkpoints(folder / "checkpoints").steps()):
+        raise ValueError(f"{folder} has no checkpoint of step {step}, but of {steps}; see keep")
+
+
 def resolve(name: str, workdir: Path, base: str) -> str:
-    """The path that `init_from` or `reward_model` stands for.
+    """The path that `init_from` or `reward_model` stands for, without a step.
 
     "base" is the base model, the name of a stage is that stage of this workdir, anything else is
     a path of its own.
     """
+    name, _ = split_step(name)
     if name == "base":
         return base
     return str(workdir / name) if name in STAGE_NAMES else name
@@ -248,12 +276,15 @@ def load_source(
         step: from which the run began before, see `source_steps`; None is the newest.
 
     Raises:
-        ValueError: the stage is not complete: half of a training is seldom meant.
+        ValueError: the stage is not complete: half of a training is seldom meant, unless `name`
+            has a step of its own.
     """
-    path = resolve(name, workdir, base)
+    path, asked = resolve(name, workdir, base), split_step(name)[1]
     folder = Path(path)
     if step is not None:
         check_pin(folder, step)
+    elif asked is not None:
+        check_step(folder, step := asked)
     elif describe_stage(folder) is not None:
         if missing := missing_steps(folder):
             raise ValueError(
@@ -319,8 +350,10 @@ def load_stage(folder: Path, layout: Layout | None = None, step: int | None = No
     )
 
 
-def load_adapters(folder: Path) -> tuple[ModelConfig, Params]:
+def load_adapters(folder: Path, step: int | None = None) -> tuple[ModelConfig, Params]:
     """What a stage trained beside the weights: (config of the model, the adapters alone), numpy.
+
+    `step` is of its checkpoint; None is the newest.
 
     Raises:
         ValueError: the stage trained no adapters, or has no complete checkpoint.
@@ -328,5 +361,5 @@ def load_adapters(folder: Path) -> tuple[ModelConfig, Params]:
     description = describe_stage(folder)
     if (trainable := description["settings"].get("trainable")) != "lora":
         raise ValueError(f"{folder} has no adapter: its trainable is {trainable!r}, not 'lora'")
-    trained = load_checkpoint_item(folder / "checkpoints", trained_field(description))
+    trained = load_checkpoint_item(folder / "checkpoints", trained_field(description), step)
     return trained_config(description), split_lora(trained)[1]

@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # slow to import, so each function that needs it does
 
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|pad|>"
+STOP_TOKENS = "declared_stop_tokens"  # of tokenizer_config.json, see `declared_stops`
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -56,6 +57,7 @@ def load_tokenizer(path: str | os.PathLike) -> "PreTrainedTokenizerFast":
     tokenizer = read_tokenizer(folder)
     if tokenizer.eos_token_id is None:
         tokenizer.eos_token = declared_eos(folder, tokenizer)
+    set_declared_stops(tokenizer, read_declared_stops(folder, tokenizer))
     return tokenizer
 
 
@@ -99,16 +101,80 @@ def read_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
 def declared_eos(folder: Path, tokenizer: "PreTrainedTokenizerFast") -> str:
     """The end-of-sequence token of the model's config.json: GPT-2 has it only there."""
     path = folder / "config.json"
-    eos = read_json(path).get("eos_token_id") if path.is_file() else None
-    eos = eos[0] if isinstance(eos, list) and eos else eos
-    known = type(eos) is int and 0 <= eos < 2**32
-    token = tokenizer.convert_ids_to_tokens(eos) if known else None
+    [token, *_] = [*tokens_of(declared_ids(path) or [], tokenizer), None]
     if token is None:
         raise ValueError(
             f"{folder}: the tokenizer has no end-of-sequence token; name one as eos_token in "
             "tokenizer_config.json"
         )
     return token
+
+
+def declared_stops(tokenizer: "PreTrainedTokenizerFast") -> list[str]:
+    """The tokens that end a response by the model's own files, besides the tokenizer's EOS.
+
+    They are kept in tokenizer_config.json wherever the tokenizer is saved.
+    """
+    return getattr(tokenizer, "init_kwargs", {}).get(STOP_TOKENS, [])
+
+
+def set_declared_stops(tokenizer: "PreTrainedTokenizerFast", tokens: Iterable[str]) -> None:
+    """See `declared_stops`."""
+    tokenizer.init_kwargs[STOP_TOKENS] = [x for x in tokens if x != tokenizer.eos_token]
+
+
+def read_declared_stops(folder: Path, tokenizer: "PreTrainedTokenizerFast") -> list[str]:
+    """All tokens of `eos_token_id` in generation_config.json; where there is none, those that were
+    saved with the tokenizer, or else those of config.json.
+
+    Raises:
+        ValueError: they are no tokens; in config.json, where a default remains in many files, those
+            that are none are left out.
+    """
+    path = folder / "generation_config.json"
+    ids = declared_ids(path)
+    if ids is not None:
+        tokens = tokens_of(ids, tokenizer)
+        if None in tokens:
+            raise ValueError(
+                f"{path}: eos_token_id must be ids of the tokenizer's tokens, got {ids}"
+            )
+        return tokens
+    if STOP_TOKENS in tokenizer.init_kwargs:
+        tokens, vocabulary = declared_stops(tokenizer), tokenizer.get_vocab()
+        if not isinstance(tokens, list) or not all(str(token) in vocabulary for token in tokens):
+            path = folder / "tokenizer_config.json"
+            raise ValueError(f"{path}: {STOP_TOKENS} must be tokens, got {short_repr(tokens)}")
+        return tokens
+    tokens = tokens_of(declared_ids(folder / "config.json") or [], tokenizer)
+    return [token for token in tokens if token is not None]
+
+
+def declared_ids(path: Path) -> list[Any] | None:
+    """`eos_token_id` in a JSON file as a list, unchecked; None where there is none."""
+    ids = read_json(path).get("eos_token_id") if path.is_file() else None
+    return ids if isinstance(ids, list | None) else [ids]
+
+
+def tokens_of(ids: list[Any], tokenizer: "PreTrainedTokenizerFast") -> list[str | None]:
+    """The tokens of some ids; None for what is no id of one."""
+    are_ids = [type(i) is int and 0 <= i < 2**32 for i in ids]
+    pairs = zip(ids, are_ids, strict=True)
+    return [tokenizer.convert_ids_to_tokens(i) if is_id else None for i, is_id in pairs]
+
+
+def declared_strings(folder: Path) -> list[str]:
+    """`stop_strings` of a model's generation_config.json.
+
+    Raises:
+        ValueError: they are no texts.
+    """
+    path = folder / "generation_config.json"
+    value = read_json(path).get("stop_strings") if path.is_file() else None
+    texts = [value] if isinstance(value, str) else value or []
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"{path}: stop_strings must be a text or a list of texts, got {value!r}")
+    return texts
 
 
 def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", folder: str | os.PathLike) -> None:
@@ -199,8 +265,9 @@ def trim_vocabulary(
     """Keep the tokens that some texts use, and those that encode any other text.
 
     Kept are the tokens of the encoded texts, every token that they are merged from, all bytes, and
-    all special and added tokens. The texts are encoded as before, with new ids in the old order;
-    whatever other text the full tokenizer can encode the small one can too, in more tokens.
+    all special and added tokens, and those that end a response. The texts are encoded as before,
+    with new ids in the old order; whatever other text the full tokenizer can encode the small one
+    can too, in more tokens.
 
     Returns:
         (the small tokenizer, kept ids [V_small] int, ascending: the old id of each new one).
@@ -220,6 +287,7 @@ def trim_vocabulary(
     check_bpe(spec)
     kept_ids = {i for encoding in backend.encode_batch(texts) for i in encoding.ids}
     kept_ids |= {token["id"] for token in spec["added_tokens"]}
+    kept_ids |= set(tokenizer.convert_tokens_to_ids(declared_stops(tokenizer)))
     model, vocab = spec["model"], spec["model"]["vocab"]
     basic = byte_tokens(model) | {model["unk_token"]}
     words = {token for token, i in vocab.items() if i in kept_ids or token in basic}
@@ -296,6 +364,7 @@ def with_backend(tokenizer: "PreTrainedTokenizerFast", backend: Any) -> "PreTrai
         chat_template=tokenizer.chat_template,
         model_max_length=tokenizer.model_max_length,
         padding_side=tokenizer.padding_side,
+        **{STOP_TOKENS: declared_stops(tokenizer)},
         **tokenizer.special_tokens_map,
     )
 

@@ -28,10 +28,12 @@ from ppo_jax.io.hub import HUB_ID
 from ppo_jax.io.peft import write_adapter
 from ppo_jax.io.stage_folder import (
     Model,
+    check_step,
     describe_stage,
     load_adapters,
     load_model,
     missing_steps,
+    split_step,
     stage_config,
     stage_folder,
 )
@@ -61,7 +63,7 @@ def export_stage(
 
     Args:
         workdir: the run's folder.
-        stage: "sft", "reward" or "ppo".
+        stage: "sft", "reward" or "ppo"; "ppo@40" is its checkpoint of step 40.
         out: the folder to write, which is absent or empty.
         dtype: of the weights, "float32" or "bfloat16", or such a dtype of JAX.
         adapter_of: for the adapter alone, the model that it goes onto: the one that the stage began
@@ -76,16 +78,19 @@ def export_stage(
         raise ValueError(f"dtype must be one of {list(DTYPES)}, got {dtype!r}")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"{out} must be a new or an empty folder, but it holds something already")
-    source = stage_folder(workdir, stage)
-    if missing := missing_steps(source):
+    name, step = split_step(stage)
+    source = stage_folder(workdir, name)
+    if step is not None:
+        check_step(source, step)
+    elif missing := missing_steps(source):
         raise ValueError(f"the stage {source} cannot be exported: {missing}")
     if adapter_of:
-        config, adapters = load_adapters(source)
+        config, adapters = load_adapters(source, step)
         family = check_base(adapter_of, source)
         how = dict(config=config, family=family, adapters=adapters, base=adapter_of)
         write = functools.partial(write_adapter, **how)
     else:
-        model = load_model(source)
+        model = load_model(source, step=step)
         how = find_sampling(str(source), model.tokenizer)
         write = functools.partial(write_model, model=model, **how)
     with atomic_folder(out) as folder:
@@ -202,7 +207,7 @@ def reward_head(config: ModelConfig, params: Params) -> tuple[Params, float]:
 
 def generation_config(tokenizer: Any, sampling: Sampling, temperature: float) -> dict[str, Any]:
     """The content of generation_config.json: sampling as in the run. top_k=0 is off there, too."""
-    padding = tokenizer.pad_token_id
+    padding, strings = tokenizer.pad_token_id, sampling.stop_strings
     return {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": list(sampling.eos_ids),
@@ -213,6 +218,7 @@ def generation_config(tokenizer: Any, sampling: Sampling, temperature: float) ->
         "top_p": sampling.top_p,
         "min_p": sampling.min_p,
         "max_new_tokens": sampling.response_length,
+        **({"stop_strings": list(strings.texts)} if strings else {}),
     }
 
 

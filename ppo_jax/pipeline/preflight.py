@@ -21,7 +21,8 @@ from ppo_jax.data.readers import check_packages, is_hub, is_table, read_rows
 from ppo_jax.data.records import PROMPT_SCHEMAS, load_ratings, load_texts
 from ppo_jax.distributed.layout import Layout, make_layouts
 from ppo_jax.evaluation.evaluate import EVALUATE
-from ppo_jax.inference.generate import stop_ids
+from ppo_jax.inference.generate import make_sampling
+from ppo_jax.inference.stop_strings import stop_strings
 from ppo_jax.io.hub import HUB_ID
 from ppo_jax.io.model_spec import (
     ModelSpec,
@@ -30,11 +31,19 @@ from ppo_jax.io.model_spec import (
     reread_reason,
     scratch_shape,
 )
-from ppo_jax.io.stage_folder import check_pin, describe_stage, missing_steps, source_steps
+from ppo_jax.io.stage_folder import (
+    check_pin,
+    check_step,
+    describe_stage,
+    missing_steps,
+    resolve,
+    source_steps,
+    split_step,
+)
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.lora import check_targets
 from ppo_jax.rollout.sampling import Sampling
-from ppo_jax.training.ppo_setup import critic_source
+from ppo_jax.training.ppo_setup import critic_source, make_options
 from ppo_jax.training.reward_functions import load_reward_function
 from ppo_jax.training.stage import Stage
 from ppo_jax.training.stages import TRAINING_STAGES
@@ -145,10 +154,12 @@ def check_sources(config: Config, workdir: Path, stages: Sequence[str]):
     for stage in stages:
         for field in read.get(stage, []):
             section, name = field.split(".")
-            value = getattr(getattr(config, section), name)
+            value, step = split_step(getattr(getattr(config, section), name))
             pin = source_steps(workdir / section).get(name)
             if pin is not None and value not in STAGE_NAMES:
                 check_pin(Path(value), pin)
+            elif step is not None and value not in stages[: stages.index(stage)]:
+                check_step(Path(resolve(value, workdir, "")), step)
             elif value in STAGE_NAMES:
                 check_stage_name(field, value, workdir, stages[: stages.index(stage)])
             elif value and not (value == "base" and name == "init_from"):
@@ -186,6 +197,7 @@ def check_scratch(config: Config, stages: Sequence[str]):
     """What the stages ask of a model from scratch, before it is made."""
     shape = scratch_shape(config.model.scratch)
     start = {stage: getattr(getattr(config, stage), "init_from", "base") for stage in stages}
+    start = {stage: split_step(name)[0] for stage, name in start.items()}
     mine = [stage for stage in ("sft", "reward", "ppo") if start.get(stage) in ("base", "sft")]
     for stage in mine:
         check_reward(config, shape) if stage == "reward" else check_policy(stage, config, shape)
@@ -202,7 +214,7 @@ def check_data(
         {stage name: what its `read` returns}.
     """
     if "ppo" in starts:
-        stop_ids(starts["ppo"].tokenizer, config.ppo.stop_tokens)
+        stop_strings(starts["ppo"].tokenizer, config.ppo.stop_tokens)
     data: dict[str, Any] = {}
     for stage in chosen(stages):
         start = starts["ppo" if stage.name == "evaluate" else stage.name]
@@ -283,6 +295,12 @@ def check_ppo(settings: PPOSettings, policy: ModelSpec, score: ModelSpec | None)
             f"ppo.max_prompt_length + ppo.response_length must be at most {context} (the models' "
             f"context), got {settings.max_prompt_length} + {settings.response_length}"
         )
+    reads_tokens = score is not None and not reason
+    if reads_tokens and total == score.config.max_length and reads_eos(settings, policy):
+        raise ValueError(
+            "ppo.score_at must be 'last', or ppo.max_prompt_length + ppo.response_length below the "
+            f"reward model's context ({total}): an EOS is put behind the longest response, too"
+        )
     if score is not None and score.kind != "reward":
         raise ValueError(
             f"ppo.reward_model must be a reward model, got the policy {settings.reward_model!r}"
@@ -306,6 +324,12 @@ def check_text_reward(settings: PPOSettings, score: ModelSpec, reason: str):
             f"ppo.response_length must be below {score.config.max_length} (the reward model's "
             f"context), got {settings.response_length}"
         )
+
+
+def reads_eos(settings: PPOSettings, policy: ModelSpec) -> bool:
+    """Whether the reward model reads some responses at an EOS put behind them."""
+    sampling = make_sampling(vars(settings), policy.tokenizer)
+    return make_options(settings, sampling, policy.tokenizer.eos_token_id).score_eos is not None
 
 
 def check_part(field: str, trainable: str | int, lora: LoRASettings, config: ModelConfig):

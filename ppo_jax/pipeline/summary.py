@@ -8,16 +8,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
 from ppo_jax.config.run import STAGE_NAMES, Config
 from ppo_jax.config.stages import LoRASettings, PPOSettings
 from ppo_jax.core.advantages import needs_critic
 from ppo_jax.core.network import merge_params
-from ppo_jax.data.encode import take_prompts, token_rows
+from ppo_jax.data.chat import Chat
+from ppo_jax.data.encode import token_rows, unpadded
 from ppo_jax.data.prompts import PromptData
 from ppo_jax.distributed.layout import Layout, make_layouts
-from ppo_jax.inference.generate import decode_rows
+from ppo_jax.inference.generate import make_sampling
 from ppo_jax.inference.score import encode_responses
 from ppo_jax.io.model_spec import ModelSpec, parameters, reread_reason
 from ppo_jax.models.config import ModelConfig
@@ -25,7 +25,7 @@ from ppo_jax.models.lora import init_lora
 from ppo_jax.models.partition import split_params, start_layer
 from ppo_jax.pipeline.preflight import share_of_a_device
 from ppo_jax.training.common import count_steps
-from ppo_jax.training.ppo_setup import critic_source
+from ppo_jax.training.ppo_setup import critic_source, other_ends
 
 Rows = list[tuple[str, str]]
 
@@ -44,12 +44,14 @@ def summary(
         rows += ppo_rows(config.ppo, starts["ppo"].config)
         rows += memory_rows(config.ppo, starts["ppo"], starts.get("score"))
         rows += text_reward_rows(config.ppo, starts["ppo"], starts.get("score"), data["ppo"])
+        rows += stop_rows(config.ppo, starts["ppo"].tokenizer)
     if "evaluate" in stages:
         rows += [("evaluation", f"{config.evaluate.num_prompts} prompts")]
     width = max(len(label) for label, _ in rows)
     lines = [f"  {label:<{width}}  {value}" for label, value in rows]
     if "ppo" in stages:
         lines += text_reward_lines(config.ppo, starts["ppo"], starts.get("score"), data["ppo"])
+        lines += stop_lines(config.ppo, starts["ppo"].tokenizer, data["ppo"].texts)
     return "\n".join([*lines, *warm_up_lines(config, steps)])
 
 
@@ -142,6 +144,54 @@ def ppo_rows(s: PPOSettings, model: ModelConfig) -> Rows:
     ]
 
 
+def stop_rows(s: PPOSettings, tokenizer: Any) -> Rows:
+    """What ends a response, where it is more than the tokenizer's EOS."""
+    sampling = make_sampling(vars(s), tokenizer)
+    if not other_ends(sampling, tokenizer.eos_token_id):
+        return []
+    tokens = tokenizer.convert_ids_to_tokens(list(sampling.eos_ids))
+    texts = sampling.stop_strings.texts if sampling.stop_strings else ()
+    return [("responses end with", ", ".join([*tokens, *(f"the text {x!r}" for x in texts)]))]
+
+
+def stop_lines(s: PPOSettings, tokenizer: Any, prompts: Sequence[str]) -> list[str]:
+    """Lines for ends that the reward model does not know, and for turns that do not end."""
+    sampling, eos, lines = make_sampling(vars(s), tokenizer), tokenizer.eos_token, []
+    if s.reward_model and other_ends(sampling, tokenizer.eos_token_id):
+        where = {
+            "eos": f"at {eos}, put behind a response that ends otherwise",
+            "last": "at their last token, whatever it is",
+        }
+        lines.append(
+            f"ppo: responses may end with another token than {eos}, with which the reward model's "
+            f"texts end: it reads them {where[s.score_at]} (ppo.score_at)"
+        )
+    end = turn_end(tokenizer, prompts)
+    if end is not None and end not in tokenizer.convert_ids_to_tokens(list(sampling.eos_ids)):
+        lines.append(
+            f"ppo: a turn of the chat template ends with {end}, which ends no response; name it in "
+            "ppo.stop_tokens, or responses go on behind it"
+        )
+    return lines
+
+
+def turn_end(tokenizer: Any, prompts: Sequence[str]) -> str | None:
+    """The token that ends an assistant's turn, where some of the prompts are of the chat template;
+    None where there is no such token."""
+    content, chat = "0123456789", Chat(tokenizer)
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": content}]
+    try:
+        asked = chat.prompt(messages[:1], "").rpartition(content)[2]
+        written = chat.render(messages, "").rpartition(content)[2]
+    except ValueError:  # no template, or one that refuses these messages
+        return None
+    if not asked or not any(prompt.endswith(asked) for prompt in prompts):
+        return None
+    ids = tokenizer(written, add_special_tokens=False)["input_ids"]
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    return next((tokenizer.convert_ids_to_tokens(i) for i in ids if i in special), None)
+
+
 def memory_rows(s: PPOSettings, policy: ModelSpec, score: ModelSpec | None) -> Rows:
     """Float32 parameters of the models. Frozen layers that two of them share count once, unless
     one of the two is trained whole: at most so much, then."""
@@ -188,11 +238,11 @@ def text_reward_rows(
     if score is None or not (reason := reread_reason(policy, score)):
         return []
     lengths = data.prompts.mask.sum(axis=1)
-    sample = np.arange(min(64, len(lengths)))
+    sample = slice(0, 64)
     began = time.perf_counter()
-    prompts = take_prompts(data.prompts, sample)  # in place of responses, too
-    texts = decode_rows(policy.tokenizer, prompts.tokens, prompts.mask, prompts, ())
-    encode_responses(data.texts[: len(texts)], [""] * len(texts), [True] * len(texts), score)
+    prompts = unpadded(data.prompts.tokens[sample], data.prompts.mask[sample])
+    texts = policy.tokenizer.batch_decode(prompts)
+    encode_responses(data.texts[sample], [""] * len(texts), [True] * len(texts), score)
     a_token = (time.perf_counter() - began) / lengths[sample].sum()
     seconds = a_token * s.rollout_batch_size * (lengths.mean() + s.response_length)
     cost = (

@@ -32,7 +32,7 @@ from ppo_jax.inference.generate import prompt_width
 from ppo_jax.io import huggingface as hf
 from ppo_jax.io.base_model import llama_config
 from ppo_jax.io.model_spec import ModelSpec, parameters_of, reread_reason
-from ppo_jax.io.stage_folder import Model, describe_stage, stage_config
+from ppo_jax.io.stage_folder import Model, describe_stage, split_step, stage_config
 from ppo_jax.io.tokenizers import load_tokenizer
 from ppo_jax.models.build import reward_network
 from ppo_jax.models.config import ModelConfig, computation
@@ -135,7 +135,8 @@ def common_layers(config: Config, models: Models) -> int:
         return 0
     configs = {"sft": models.policy, "reward": models.reward}
     policy, reward = (
-        ancestors(config, name, configs) for name in (config.ppo.init_from, config.ppo.reward_model)
+        ancestors(config, split_step(name)[0], configs)
+        for name in (config.ppo.init_from, config.ppo.reward_model)
     )
     return max((min(policy[name], reward[name]) for name in policy.keys() & reward), default=0)
 
@@ -146,13 +147,14 @@ def ancestors(config: Config, name: str, configs: Mapping[str, ModelConfig]) -> 
     shared = {name: depth}
     while settings := name in configs and getattr(config, name):
         depth = min(depth, start_layer(configs[name], settings.trainable) or 0)
-        name = "base" if name == "sft" else settings.init_from
+        name = "base" if name == "sft" else split_step(settings.init_from)[0]
         shared[name] = depth
     return shared
 
 
 def read_model_config(name: str, settings: ModelSettings) -> ModelConfig | None:
     """The config of a stage by its folder, or of a model; None where there is nothing yet."""
+    name, _ = split_step(name)
     if name in ("base", *STAGE_NAMES):  # of the run itself, see `stage_folder.resolve`
         return None
     how = computation(settings)
@@ -259,7 +261,8 @@ def decode_trip_counts(num_rows: int, sampling: Sampling) -> TripCounts:
 def score(state, hyperparameters, rollout, scores=None, *, frozen, networks, options):
     """The work between the rollout and the updates."""
     if scores is None:
-        scores = response_scores(rollout, frozen=frozen, networks=networks)
+        eos_id = options.score_eos
+        scores = response_scores(rollout, frozen=frozen, networks=networks, eos_id=eos_id)
     parts = dict(frozen=frozen, networks=networks, options=options)
     return make_experience(rollout, scores, state, hyperparameters, **parts)
 
@@ -282,9 +285,9 @@ def update(state, hyperparameters, experience, key, **parts):
 
 
 def abstract_options(settings: PPOSettings) -> PPOOptions:
-    """With some stop token: no program depends on which it is."""
+    """With some stop token: which it is changes no program, and others besides it change little."""
     fields = {k: getattr(settings, k) for k in ("response_length", "top_k", "top_p", "min_p")}
-    return make_options(settings, Sampling(eos_ids=(0,), **fields))
+    return make_options(settings, Sampling(eos_ids=(0,), **fields), eos_id=0)
 
 
 class AbstractArguments:

@@ -165,6 +165,7 @@ def admit(
         logits=jnp.where(enters[:, None], logits[source], s.logits),
         active=s.active | enters,
         stopped=s.stopped & ~enters,
+        matched=None if s.matched is None else jnp.where(enters, 0, s.matched),
         mask=s.mask & ~enters[:, None],
         caches=policy.refill_caches(s.caches, fresh, source),
     )

@@ -17,7 +17,7 @@ from ppo_jax.core.distributions import token_statistics
 from ppo_jax.core.network import Network
 from ppo_jax.core.renamed import renamed
 from ppo_jax.core.types import Params, Prompts
-from ppo_jax.rollout.sampling import Sampling, choose, is_eos
+from ppo_jax.rollout.sampling import Sampling, choose, find_stops, init_matched
 
 
 class Policy(NamedTuple):
@@ -69,8 +69,9 @@ class DecodeState:
     first_step: jax.Array  # [S] int32
     keys: jax.Array  # [S] random key of the response
     logits: jax.Array  # [S, V], predict the next token
-    active: jax.Array  # [S] bool, neither a stop token nor T tokens yet
-    stopped: jax.Array  # [S] bool, by a stop token
+    active: jax.Array  # [S] bool, neither stopped nor T tokens yet
+    stopped: jax.Array  # [S] bool, by a stop token or a stop string
+    matched: jax.Array | None  # [S] int32, state of the stop strings, see `find_stops`
     tokens: jax.Array  # [S, T] int32
     logprobs: jax.Array  # [S, T] float32
     mask: jax.Array  # [S, T] bool
@@ -103,6 +104,7 @@ def init_decode(
         logits=logits,
         active=jnp.ones(num_rows, bool),
         stopped=jnp.zeros(num_rows, bool),
+        matched=init_matched(num_rows, sampling),
         tokens=jnp.zeros(shape, jnp.int32),
         logprobs=jnp.zeros(shape, jnp.float32),
         mask=jnp.zeros(shape, bool),
@@ -120,7 +122,8 @@ def decode_step(
     tokens, logprobs = choose(s.logits, s.keys, t, sampling, temperature)
     tokens = jnp.where(s.active, tokens, 0)
     states, logits, caches = policy.forward(tokens[:, None], s.active[:, None], s.caches)
-    stopped = s.active & is_eos(tokens, jnp.asarray(sampling.eos_ids, jnp.int32))
+    stops, matched = find_stops(tokens, s.matched, sampling)
+    stopped = s.active & stops
 
     def write(array, new):
         # A finished response stays as it is, also where its row is kept for a while.
@@ -135,6 +138,7 @@ def decode_step(
         logits=logits,
         active=s.active & ~stopped & (t + 1 < length),
         stopped=s.stopped | stopped,
+        matched=matched,
         tokens=write(s.tokens, tokens[:, None]),
         logprobs=write(s.logprobs, logprobs[:, None]),
         mask=write(s.mask, s.active[:, None]),

@@ -1,6 +1,6 @@
 """One token at a time: which is chosen, and when a response ends.
 
-Dimension key: B sequences, V vocabulary.
+Dimension key: B sequences, V vocabulary, S states and K classes of tokens of stop strings.
 """
 
 import dataclasses
@@ -98,6 +98,37 @@ def _in_nucleus(sorted_logits: jax.Array, top_p: Number) -> jax.Array:
     return before < jnp.where(top_p >= 1, jnp.inf, above_zero)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StopStrings:
+    """An automaton that reads tokens and finds the first occurrence of any of some texts.
+
+    A state is the longest end of the text so far with which one of the texts begins; the last
+    state, S - 1, is that one of them has occurred. Two tokens that lead from each state to the same
+    one are of one class, so that [S, K] numbers do for [S, V].
+
+    Reference: Aho & Corasick 1975, https://doi.org/10.1145/360825.360855, section 3.
+    """
+
+    texts: tuple[str, ...]
+    token_classes: tuple[int, ...]  # V; tokens of class 0 leave every state as it is
+    transitions: tuple[tuple[int, ...], ...]  # S rows of K: the next state
+
+    def advance(self, states: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """One more token each.
+
+        Args:
+            states: [B] int32; 0 is that of an empty text.
+            tokens: [B] int32; an id beyond the vocabulary writes nothing.
+
+        Returns:
+            (the next states [B] int32, whether a text has occurred [B] bool).
+        """
+        classes = jnp.asarray(self.token_classes, jnp.int32)
+        classes = classes.at[tokens].get(mode="fill", fill_value=0)
+        states = jnp.asarray(self.transitions, jnp.int32)[states, classes]
+        return states, states == len(self.transitions) - 1
+
+
 @renamed(slots="max_concurrent", refill="min_free_slots")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -115,6 +146,7 @@ class Sampling:
     samples_per_prompt: int = 1  # responses to each prompt; its keys and values are computed once
     max_concurrent: int = 0  # S, responses decoded at a time (slots); 0 is all
     min_free_slots: int = 0  # G, free slots that the next prompts wait for; 0 is a quarter of S
+    stop_strings: StopStrings | None = None  # a response ends with the token that completes one
 
     def __post_init__(self):
         check_filters(self.top_k, self.top_p, self.min_p)
@@ -132,9 +164,30 @@ class Sampling:
         return max(wanted // self.samples_per_prompt, 1) * self.samples_per_prompt
 
 
-def is_eos(tokens: jax.Array, eos_ids: jax.Array) -> jax.Array:
-    """[B] bool: which tokens are stop tokens."""
-    return (tokens[:, None] == eos_ids[None]).any(axis=1)
+def init_matched(num_rows: int, sampling: Sampling) -> jax.Array | None:
+    """[B] int32, the state of the stop strings before a response; None where there are none."""
+    return None if sampling.stop_strings is None else jnp.zeros(num_rows, jnp.int32)
+
+
+def find_stops(
+    tokens: jax.Array, matched: jax.Array | None, sampling: Sampling
+) -> tuple[jax.Array, jax.Array | None]:
+    """Which tokens end their response: stop tokens, and those that complete a stop string.
+
+    Args:
+        tokens: [B] int32, the next one of each response.
+        matched: [B] int32, from `init_matched` or from here at the token before.
+        sampling: has stop tokens and strings.
+
+    Returns:
+        (stops [B] bool, matched).
+    """
+    eos_ids = jnp.asarray(sampling.eos_ids, jnp.int32)
+    stops = (tokens[:, None] == eos_ids[None]).any(axis=1)
+    if sampling.stop_strings is not None:
+        matched, complete = sampling.stop_strings.advance(matched, tokens)
+        stops |= complete
+    return stops, matched
 
 
 def choose(logits, row_keys, t, sampling: Sampling, temperature) -> tuple[jax.Array, jax.Array]:

@@ -34,6 +34,8 @@ class MetricsWriter:
             None is a start from the beginning: all of them are dropped.
         show: {metric: label} of the figures in the progress, for instance {"kl/ref": "kl"}.
         tokens: (metric, factor): a step's tokens are that metric times the factor.
+        limits: {metric: (most, setting)}: a run ends like one that diverges when a metric is above
+            its limit, and the setting is named.
 
     Every step gets `time/step_s`, the wall seconds from when the metrics of the step before were
     there to when its own are, with all that happens in between (validation, samples, a save), and
@@ -53,8 +55,9 @@ class MetricsWriter:
         restored_step: int | None = None,
         show: Mapping[str, str] | None = None,
         tokens: tuple[str, float] | None = None,
+        limits: Mapping[str, tuple[float, str]] | None = None,
     ):
-        self.stage, self._tokens = stage, tokens
+        self.stage, self._tokens, self._limits = stage, tokens, limits or {}
         self.last_checkpoint = restored_step
         self._path = Path(workdir) / "metrics.jsonl"
         self._pending: tuple[int, Mapping[str, Any]] | None = None
@@ -74,7 +77,8 @@ class MetricsWriter:
         NaN and infinity are null in metrics.jsonl, to keep it JSON, and absent in TensorBoard.
 
         Raises:
-            FloatingPointError: a loss or a gradient norm is not finite; raised after writing.
+            FloatingPointError: a loss or a gradient norm is not finite, or a metric is above its
+                limit; raised after writing.
             ValueError: a metric is not a scalar.
         """
         earlier, self._pending = self._pending, (step, metrics)
@@ -117,7 +121,7 @@ class MetricsWriter:
             append_rows(self._path, [{"stage": self.stage, "step": step, **both}])
             self._tensorboard.write(step, both)
             self._progress.update(step, values)
-        self._check_finite(step, values)
+        self._check(step, values)
 
     def _times(self, step: int, values: Mapping[str, float]) -> dict[str, float]:
         now, compiled = time.perf_counter(), compile_seconds()
@@ -134,16 +138,20 @@ class MetricsWriter:
             times["time/tokens_per_s"] = values[name] * factor / seconds
         return times
 
-    def _check_finite(self, step: int, values: Mapping[str, float]) -> None:
+    def _check(self, step: int, values: Mapping[str, float]) -> None:
         # The gradient too: a finite loss can have a NaN gradient, and the next state is lost.
         watched = {k: v for k, v in values.items() if k.endswith(("loss", "grad_norm"))}
-        bad = [(name, value) for name, value in watched.items() if not math.isfinite(value)]
+        bad = [f"{name} is {value}" for name, value in watched.items() if not math.isfinite(value)]
+        bad += [
+            f"{name} is {values[name]:.6g}, above {setting}={most:g},"
+            for name, (most, setting) in self._limits.items()
+            if values.get(name, 0.0) > most
+        ]
         if not bad:
             return
         last = self.last_checkpoint
         last = "no checkpoint yet" if last is None else f"last checkpoint {last}"
-        named = ", ".join(f"{name} is {value}" for name, value in bad)
-        raise FloatingPointError(f"{named} at step {step}; {last}")
+        raise FloatingPointError(f"{', '.join(bad)} at step {step}; {last}")
 
 
 class _TensorBoard:

@@ -76,7 +76,9 @@ def train_ppo(config: Config, workdir: Path, base: str, data: PromptData):
         PPO,
         num_steps=num_steps,
         save_every=settings.save_every,
+        keep=settings.keep,
         tokens=("response/length", size),
+        limits={"kl/ref": (settings.max_ref_kl, "ppo.max_ref_kl")},
     ) as run:
         state = run.restore(layout, init_ppo, *start, setup.hyperparameters)
         del start
@@ -270,7 +272,8 @@ def make_sampler(
         functools.partial(sample_responses, networks=setup.networks, options=options),
         out_shardings=layout.batch_sharding,
     )
-    score_tokens = jax.jit(functools.partial(response_scores, networks=setup.networks))
+    how = dict(networks=setup.networks, eos_id=setup.options.score_eos)
+    score_tokens = jax.jit(functools.partial(response_scores, **how))
 
     def samples(state: PPOState, step: int) -> list[dict]:
         if not len(chosen):

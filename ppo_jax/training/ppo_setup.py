@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -41,17 +42,29 @@ def make_hyperparameters(settings: PPOSettings) -> Hyperparameters:
     """The numbers of the settings, as float32."""
     names = {field.name for field in dataclasses.fields(Hyperparameters)} - {"optimizer"}
     numbers = {name: np.float32(getattr(settings, name)) for name in names}
+    if settings.stop_kl == math.inf:
+        numbers["stop_kl"] = None  # without the brake in the program
     numbers["clip_range_high"] = np.float32(settings.clip_range_high or settings.clip_range)
     optimizer = make_optimizer(settings.optimizer, settings.num_iterations)
     return Hyperparameters(optimizer=optimizer, **numbers)
 
 
-def make_options(settings: PPOSettings, sampling: Sampling) -> PPOOptions:
-    """The choices of the settings; what shapes the program."""
-    names = {field.name for field in dataclasses.fields(PPOOptions)} - {"sampling"}
+def make_options(settings: PPOSettings, sampling: Sampling, eos_id: int) -> PPOOptions:
+    """The choices of the settings; what shapes the program. `eos_id` is the tokenizer's."""
+    names = {field.name for field in dataclasses.fields(PPOOptions)} - {"sampling", "score_eos"}
     of_rollout = ("samples_per_prompt", "max_concurrent", "min_free_slots")
     sampling = dataclasses.replace(sampling, **{k: getattr(settings, k) for k in of_rollout})
-    return PPOOptions(sampling=sampling, **{name: getattr(settings, name) for name in names})
+    return PPOOptions(
+        sampling=sampling,
+        score_eos=eos_id if settings.score_at == "eos" and other_ends(sampling, eos_id) else None,
+        **{name: getattr(settings, name) for name in names},
+    )
+
+
+def other_ends(sampling: Sampling, eos_id: int) -> bool:
+    """Whether a response may stop at something else than EOS, with which all texts of a reward
+    model's training end."""
+    return set(sampling.eos_ids) > {eos_id} or sampling.stop_strings is not None
 
 
 def same(a: Params, b: Params) -> bool:
@@ -241,6 +254,7 @@ def make_setup(
         text_reward, in_program = reward_network(reward.config, constrain=layout.constrain), None
     starts = network_starts(settings, policy, in_program, critic)
     frozen, trained, value_trained = split_models(settings, policy, reward, critic, starts)
+    sampling = make_sampling(vars(settings), policy.tokenizer)
     setup = Setup(
         networks=make_networks(
             policy.config,
@@ -250,7 +264,7 @@ def make_setup(
             layouts,
             settings.logits_chunk,
         ),
-        options=make_options(settings, make_sampling(vars(settings), policy.tokenizer)),
+        options=make_options(settings, sampling, policy.tokenizer.eos_token_id),
         hyperparameters=layout.replicate(make_hyperparameters(settings)),
         frozen=freeze(frozen, layout, frozen_dtype),
         text_reward=text_reward,

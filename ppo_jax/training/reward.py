@@ -90,7 +90,9 @@ def train_reward(config: Config, workdir: Path, base: str, data: RewardParts):
         params = merge_params(frozen, state.params)
         return all_scores(score, params, texts, inputs, layout, settings.batch_size)
 
-    with StageRun(workdir, REWARD, num_steps=num_steps, save_every=settings.save_every) as run:
+    with StageRun(
+        workdir, REWARD, num_steps=num_steps, save_every=settings.save_every, keep=settings.keep
+    ) as run:
         state = run.restore(layout, init_train_state, trained, optimizer)
         del trained
         step = compile_step(

@@ -106,7 +106,9 @@ def train_sft(config: Config, workdir: Path, base: str, data: Texts):
             "sft/validation_perplexity": math.exp(min(mean, 700.0)),
         }
 
-    with StageRun(workdir, SFT, num_steps=num_steps, save_every=settings.save_every) as run:
+    with StageRun(
+        workdir, SFT, num_steps=num_steps, save_every=settings.save_every, keep=settings.keep
+    ) as run:
         state = run.restore(layout, init_train_state, trained, optimizer)
         del trained
         step = compile_step(

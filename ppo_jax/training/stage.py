@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import math
 import os
+import re
 import signal
 import sys
 import time
@@ -14,18 +16,21 @@ from ppo_jax.config.flags import hint_of, section_of
 from ppo_jax.config.parsing import changeable_fields, filled_in, with_new_names
 from ppo_jax.config.run import Config, ModelSettings
 from ppo_jax.distributed.layout import Layout, abstract, init_sharded
-from ppo_jax.distributed.processes import STOPS, is_primary, preempted, stop_handlers
+from ppo_jax.distributed.processes import STOPS, is_primary, on_primary, preempted, stop_handlers
 from ppo_jax.io.checkpoints import Checkpoints
 from ppo_jax.io.run_folder import (
     config_differences,
     drop_lines_after,
     keep_time,
     read_results,
+    read_rows,
     without_workdir,
 )
 from ppo_jax.io.stage_folder import Model, begin_stage, describe_stage, has_begun, update_stage
 from ppo_jax.models.partition import Parts, split_params, start_layer
 from ppo_jax.training.metrics import MetricsWriter
+
+LOWER_IS_BETTER = re.compile("loss|perplexity|error|kl")  # in the name of a metric
 
 KEEP_TIME_S = 10  # seconds between two times that the time of a stage is written
 
@@ -70,7 +75,9 @@ class StageRun:
         stage: which one.
         num_steps: of the stage.
         save_every: steps between checkpoints; the last step is always saved.
+        keep: how many of them stay, or "best:METRIC": the newest and the best.
         tokens: (metric, factor), as `MetricsWriter` has it.
+        limits: {metric: (most, setting)}, likewise.
     """
 
     def __init__(
@@ -80,16 +87,21 @@ class StageRun:
         *,
         num_steps: int,
         save_every: int,
+        keep: str | int = 2,
         tokens: tuple[str, float] | None = None,
+        limits: Mapping[str, tuple[float, str]] | None = None,
     ):
         self.workdir, self.stage, self.num_steps = Path(workdir), stage.name, num_steps
-        self.save_every, self.show, self.tokens = save_every, stage.progress, tokens
+        self.save_every, self.show = save_every, stage.progress
+        self.tokens, self.limits = tokens, limits
         self.folder = self.workdir / stage.name
         self.unit = stage.step_unit
         self.start = 0
         self.asked_to_stop: signal.Signals | None = None
         self.writer: MetricsWriter | None = None
-        self.checkpoints = Checkpoints(self.folder / "checkpoints")
+        self.best_metric = keep.removeprefix("best:") if isinstance(keep, str) else None
+        number, best = (keep, None) if self.best_metric is None else (1, self.best_step)
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", keep=number, best=best)
         before = read_results(workdir).get(f"time/{stage.name}_s", 0.0)
         self._zero = time.monotonic() - before  # when the stage would have begun in one go
         self._kept = time.monotonic()
@@ -138,8 +150,41 @@ class StageRun:
             restored_step=restored,
             show=self.show,
             tokens=self.tokens,
+            limits=self.limits,
         )
         return state
+
+    def best_step(self, steps: list[int]) -> int:
+        """Which of some saved steps is best by the newest value of `best_metric` up to it; of equal
+        ones, and where there is no value yet, the newest."""
+        rows = self.logged()
+        values = [(row["step"], x) for row in rows if (x := row.get(self.best_metric)) is not None]
+        sign = -1.0 if LOWER_IS_BETTER.search(self.best_metric) else 1.0
+
+        def rank(step: int) -> tuple[float, int]:
+            before = [x for at, x in values if at <= step]
+            return (sign * before[-1] if before else -math.inf, step)
+
+        return max(steps, key=rank)
+
+    def logged(self) -> list[dict[str, Any]]:
+        """The stage's lines of metrics.jsonl, oldest first."""
+        rows, _ = read_rows(self.workdir / "metrics.jsonl")
+        return [row for row in rows if row["stage"] == self.stage]
+
+    def check_best_metric(self, metrics: Mapping[str, Any]):
+        """Refuse a `keep` by a metric that the stage has neither in this step nor in one before.
+
+        Raises:
+            ValueError: with those that it has.
+        """
+        rows = on_primary(self.logged)
+        names = {name for row in [*rows, metrics] for name in row if "/" in name}
+        if self.best_metric not in names:
+            raise ValueError(
+                f"{self.stage}.keep must be 'best:METRIC' with one of {sorted(names)}, got "
+                f"'best:{self.best_metric}'"
+            )
 
     def tell(self, text: str):
         """A line for the user, above the progress."""
@@ -162,13 +207,16 @@ class StageRun:
         """Log a step; save it when its time has come.
 
         Raises:
-            FloatingPointError: a loss is not finite.
+            FloatingPointError: a loss is not finite, or a metric is above its limit.
+            ValueError: `keep` names a metric that the stage has not.
             FileNotFoundError: the folder was removed.
             SystemExit: after SIGTERM (code 143) or Ctrl-C (130; among several processes it is
                 SIGTERM for all, 143), when the state is on disk.
         """
         if not (self.folder / "stage.json").is_file():  # a save would make the folder again
             raise FileNotFoundError(f"{self.folder} was removed while the stage was under way")
+        if self.best_metric and step == self.start + 1:
+            self.check_best_metric(metrics)
         self.writer.write(step, metrics)
         self._keep_time()
         if preempted():

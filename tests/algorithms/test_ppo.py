@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ppo_jax.algorithms.experience import PPONetworks, make_experience
-from ppo_jax.algorithms.ppo import experience_loss
+from ppo_jax.algorithms.ppo import experience_loss, ppo_update
 from ppo_jax.core.advantages import gae
 from ppo_jax.core.distributions import token_logprobs
 from ppo_jax.core.network import Network, merge_params
@@ -230,3 +230,92 @@ def test_the_trunk_gives_the_experience_of_whole_networks():
     states = [run.update(e)[0] for run, e in zip((whole, trunk), (expected, got), strict=True)]
     moments = [mean(state.opt_state) for state in states]
     tiny.leaves_close(moments[1], moments[0], atol=1e-5, rtol=1e-3)
+
+
+# --- the brake on the updates of an iteration -----------------------------------------------------
+
+SIX = tiny.options(num_epochs=6, num_minibatches=1)  # whole batches: an epoch's order is no matter
+
+
+def six_updates(stop_kl=None, chosen=SIX, kind="whole"):
+    return tiny.Run(kind, chosen, stop_kl=stop_kl).update(fixed_experience(kind))
+
+
+@functools.cache
+def kl_without_brake():
+    kl = np.asarray(six_updates()[1]["policy/approx_kl"])
+    assert (np.diff(kl[:4]) > 0).all()  # so that a limit between two of them stops at the later
+    return kl
+
+
+@pytest.mark.parametrize("steps", [1, 3, 6])
+def test_the_updates_end_at_the_minibatch_whose_kl_is_too_large(steps):
+    """The parameters are those of as many updates without a brake."""
+    kl = kl_without_brake()
+    stop_kl = float(kl[steps - 1 : steps + 1].mean()) if steps < 6 else 1e9
+    state, metrics = six_updates(stop_kl)
+    plain = tiny.options(num_epochs=steps, num_minibatches=1)
+    expected, expected_metrics = six_updates(chosen=plain)
+    for name in ("policy_params", "value_params", "opt_state"):
+        tiny.leaves_close(getattr(state, name), getattr(expected, name), rtol=1e-3, atol=2e-5)
+    computed = min(steps + 1, 6)
+    assert metrics["ppo/taken"].tolist() == [1.0] * steps + [0.0] * (6 - steps)
+    assert metrics["ppo/computed"].tolist() == [1.0] * computed + [0.0] * (6 - computed)
+    np.testing.assert_allclose(metrics["policy/approx_kl"][:computed], kl[:computed], rtol=1e-3)
+    assert "ppo/taken" not in expected_metrics
+
+
+def test_the_metrics_of_an_iteration_are_of_what_was_computed():
+    kl, run = kl_without_brake(), tiny.Run("whole", SIX)
+    rollout = run.rollout()
+    scores = run.scores(rollout)
+    braked = tiny.Run("whole", SIX, stop_kl=float(kl[1:3].mean()))
+    _, metrics = braked.update_from_rollout(rollout, scores)
+    assert metrics["ppo/updates"] == 2
+    np.testing.assert_allclose(metrics["policy/approx_kl"], kl[:3].mean(), rtol=1e-3)
+    np.testing.assert_allclose(
+        metrics["policy/learning_rate"], run.numbers.optimizer.learning_rate, rtol=1e-6
+    )
+    assert "ppo/updates" not in run.update_from_rollout(rollout, scores)[1]
+    assert not {"ppo/taken", "ppo/computed"} & metrics.keys()
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_each_lane_of_a_sweep_has_its_own_brake(packing):
+    kl, chosen = kl_without_brake(), tiny.options(num_epochs=6, num_minibatches=1)
+    if packing:
+        chosen = tiny.options(num_epochs=6, num_minibatches=1, num_micro_batches=2, packing=True)
+    run = tiny.Run("whole", chosen)
+    limits = jnp.array([kl[:2].mean(), kl[2:4].mean(), 1e9], jnp.float32)
+
+    def lane(stop_kl):
+        numbers = run.numbers.replace(stop_kl=stop_kl)
+        experience = fixed_experience("whole")
+        return ppo_update(run.state, experience, numbers, tiny.RUN_KEY, **run.parts)
+
+    states, metrics = tiny.jit(jax.vmap(lane))(limits)
+    assert metrics["ppo/taken"].sum(axis=1).tolist() == [1.0, 3.0, 6.0]
+    alone = [six_updates(float(x), chosen)[0].policy_params for x in limits]
+    expected = jax.tree.map(lambda *x: jnp.stack(x), *alone)
+    tiny.leaves_close(states.policy_params, expected, rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("num_minibatches", [1, 2])
+def test_the_brake_is_of_the_whole_batch_on_eight_devices(num_minibatches):
+    """One shard alone would stop elsewhere: the mean is over all of them."""
+    chosen = tiny.options(num_epochs=6 // num_minibatches, num_minibatches=num_minibatches)
+    kl = np.asarray(six_updates(chosen=chosen)[1]["policy/approx_kl"])
+    run = tiny.Run("whole", chosen, stop_kl=float(np.sort(kl)[2:4].mean()))
+    expected, expected_metrics = run.update(fixed_experience("whole"))
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    experience = jax.device_put(fixed_experience("whole"), rows)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    run.state, run.numbers, run.setup = jax.device_put(
+        (run.state, run.numbers, run.setup.frozen), replicated
+    )
+    run.parts["frozen"] = run.setup
+    state, metrics = run.update(experience)
+    assert metrics["ppo/taken"].tolist() == expected_metrics["ppo/taken"].tolist()
+    assert 0 < metrics["ppo/taken"].sum() < 6
+    tiny.leaves_close(state.policy_params, expected.policy_params, rtol=1e-3, atol=2e-5)

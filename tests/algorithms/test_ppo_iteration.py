@@ -44,6 +44,41 @@ def test_a_response_is_scored_like_a_text_that_ends_with_it(kind):
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", tiny.SETUPS)
+def test_a_score_is_read_at_an_eos_behind_other_stop_tokens(kind):
+    """Text by text: those that stopped at 1 or were cut off as they are, the others with 1."""
+    run, reward = tiny.Run(kind), tiny.Run("whole" if kind == "whole" else "frozen")
+    rollout = run.rollout()
+    how = dict(frozen=run.setup.frozen, networks=run.setup.networks)
+    network = tiny.setup().networks.reward
+    expected, changed = [], []
+    for prompt, prompt_mask, response, mask, stopped in zip(
+        *(rollout.prompt_tokens, rollout.prompt_mask),
+        *(rollout.response_tokens, rollout.response_mask, rollout.has_eos),
+        strict=True,
+    ):
+        ids = [*prompt[prompt_mask].tolist(), *response[mask].tolist()]
+        changed.append(bool(stopped) and ids[-1] != 1)
+        ids = jnp.array([[*ids, 1] if changed[-1] else ids])
+        parameters = reward.setup.frozen.reward
+        expected.append(text_scores(network, parameters, ids, jnp.ones_like(ids, bool))[0])
+    got = tiny.response_scores(rollout, **how, eos_id=1)
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+    plain = tiny.response_scores(rollout, **how)
+    np.testing.assert_array_equal(np.abs(got - plain) > 1e-5, changed)
+    assert 0 < sum(changed) < len(changed)
+
+
+def test_an_iteration_reads_its_scores_where_its_options_say():
+    run = tiny.Run("trunk", tiny.options(score_eos=1))
+    rollout = run.rollout(jax.random.split(tiny.RUN_KEY)[0])
+    how = dict(frozen=run.setup.frozen, networks=run.setup.networks)
+    expected = tiny.response_scores(rollout, **how, eos_id=1).mean()
+    score = run.iterate()[1]["reward/score_mean"]
+    np.testing.assert_allclose(score, expected, atol=1e-5)
+    assert abs(score - run.scores(rollout).mean()) > 1e-3
+
+
 def test_with_learning_rate_0_two_iterations_sample_different_responses():
     run = tiny.Run("trunk", optimizer=dict(learning_rate=0.0), value_learning_rate=0.0)
     root = jax.random.key(0)

@@ -37,6 +37,7 @@ BAD = [
     ("ppo.kl_coef", True, "True"),
     ("ppo.stop_tokens", "<end>", "'<end>'"),
     ("ppo.stop_tokens", [1], "[1]"),
+    ("ppo.stop_tokens", ["<end>", ""], "('<end>', '')"),
     ("model.scan_layers", 1, "1"),
     # no number
     ("ppo.kl_coef", math.nan, "finite"),

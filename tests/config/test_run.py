@@ -313,6 +313,7 @@ def test_what_a_resumed_run_may_change():
         "hidden_cache_gb",
         "eval_every",
         "save_every",
+        "keep",
     }
     assert changeable_fields(ModelSettings, "model.") == {"model.remat", "model.attention"}
 

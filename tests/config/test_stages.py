@@ -34,6 +34,7 @@ NUMBERS = dict(
     gamma=0.9,
     tis_clip_low=0.0,
     tis_clip_high=2.0,
+    stop_kl=1e9,
 )
 CHANGES = {
     "learning_rate": 2e-3,
@@ -60,6 +61,7 @@ CHANGES = {
     "missing_eos_score": 2.0,
     "tis_clip_low": 1.5,
     "tis_clip_high": 0.5,
+    "stop_kl": 1e-6,
 }
 
 
@@ -140,9 +142,11 @@ def test_every_option_matters(name):
 def test_there_are_no_other_options():
     # Sampling has tests of its own; micro-batches change the memory, see below, and nothing else,
     # packing the time, see `test_packing`; for advantages without a critic see
-    # `test_critic_free_run`; `any_kl_estimator` lets others be chosen.
+    # `test_critic_free_run`, for where a score is read `test_ppo_iteration`; `any_kl_estimator`
+    # lets others be chosen.
     fields = {f.name for f in dataclasses.fields(PPOOptions)}
-    others = {"sampling", "num_micro_batches", "packing", "advantages", "any_kl_estimator"}
+    others = {"sampling", "num_micro_batches", "packing", "advantages", "score_eos"}
+    others |= {"any_kl_estimator"}
     assert fields == CHOICES.keys() | others
 
 

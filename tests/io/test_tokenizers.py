@@ -16,8 +16,10 @@ from transformers import PreTrainedTokenizerFast
 
 from ppo_jax.io.stage_folder import check_tokenizer
 from ppo_jax.io.tokenizers import (
+    declared_stops,
     load_tokenizer,
     save_tokenizer,
+    set_declared_stops,
     table_size,
     train_tokenizer,
     trim_params,
@@ -145,6 +147,20 @@ def test_a_trimmed_tokenizer_keeps_special_tokens_and_chat_template(full, films)
     assert encode(small, ["<|turn|>"]) == [[len(small) - 1]] and kept[-1] == len(full) - 1
     messages = [{"role": "user", "content": "Hi"}]
     assert small.apply_chat_template(messages, tokenize=False) == "<|turn|>Hi"
+
+
+def test_a_trimmed_tokenizer_keeps_what_ends_a_response(full, films):
+    """As words of the vocabulary, which the texts need not use."""
+    declaring = PreTrainedTokenizerFast(
+        tokenizer_object=full.backend_tokenizer, eos_token="<|endoftext|>"
+    )
+    [rare] = encode(full, [" masterpiece"])[0]
+    assert rare not in trim_vocabulary(declaring, films[:10])[1]
+    set_declared_stops(declaring, declaring.convert_ids_to_tokens([rare]))
+    small, kept = trim_vocabulary(declaring, films[:10])
+    assert declared_stops(small) == declared_stops(declaring) and rare in kept
+    assert small.convert_tokens_to_ids(declared_stops(small)) == [kept.tolist().index(rare)]
+    assert small.decode(encode(small, [" masterpiece"])[0]) == " masterpiece"
 
 
 def test_trimming_renumbers_tokens_that_the_tokenizer_adds_itself(full, films):

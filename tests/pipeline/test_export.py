@@ -10,9 +10,10 @@ import transformers
 
 from ppo_jax.algorithms.supervised import text_scores
 from ppo_jax.config.run import ModelSettings
+from ppo_jax.inference.generate import find_sampling
 from ppo_jax.io import huggingface as hf
-from ppo_jax.io.stage_folder import Model, compute_as
-from ppo_jax.io.tokenizers import load_tokenizer
+from ppo_jax.io.stage_folder import Model, compute_as, load_model
+from ppo_jax.io.tokenizers import load_tokenizer, set_declared_stops
 from ppo_jax.models.build import policy_apply, reward_network
 from ppo_jax.pipeline.export import export_stage, write_weights
 from tests.support import tiny
@@ -186,6 +187,20 @@ def test_tokenizer_template_and_generation_config_are_those_of_the_run(saved, wo
     assert answers.shape[1] == 7 and (answers == 9).any()
     for row in answers.tolist():  # nothing after a stop token
         assert set(row[min([i for i, x in enumerate(row) if x in (0, 9)], default=7) + 1 :]) <= {0}
+
+
+def test_what_ends_a_response_goes_with_the_model(saved, workdir):
+    """What the base model declares stays with stage and export, and stop strings beside it."""
+    model = policy(saved, "llama")
+    set_declared_stops(model.tokenizer, ["w8"])
+    out = exported(workdir, "ppo", model, stop_tokens=["w9", "w3 w4"])
+    stage = find_sampling(str(workdir / "ppo"), load_model(workdir / "ppo").tokenizer)["sampling"]
+    assert stage.eos_ids == (0, 8, 9) and stage.stop_strings.texts == ("w3 w4",)
+    again = find_sampling(str(out), load_model(out).tokenizer, response_length=64)["sampling"]
+    assert again == stage
+    theirs = loaded(transformers.AutoModelForCausalLM, out)
+    how = theirs.generation_config
+    assert (how.eos_token_id, how.stop_strings) == ([0, 8, 9], ["w3 w4"])
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2", "qwen3"])

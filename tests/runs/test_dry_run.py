@@ -7,9 +7,12 @@ import sys
 
 import pytest
 
+from ppo_jax.config.run import from_config_dict
 from ppo_jax.data.records import write_jsonl
 from ppo_jax.pipeline import run as pipeline
+from ppo_jax.pipeline.summary import stop_lines
 from tests.support import tiny_run
+from tests.support.tiny_stage import byte_tokenizer
 
 # A config file that holds the tiny run with every section.
 CONFIG = """
@@ -158,3 +161,47 @@ def test_a_batch_must_hold_whole_rankings(finished, tmp_path):
         for line in (tmp_path / "run" / "metrics.jsonl").read_text().split("\n")[:-1]
     ]
     assert 0 <= rows[-1]["reward_model/validation_accuracy"] <= 1
+
+
+def test_what_ends_a_response_is_shown_where_it_is_more_than_eos(finished, capsys):
+    values = tiny_run.config()
+    pipeline.dry_run(values, finished)
+    assert "responses end with" not in capsys.readouterr().out
+    values["ppo"]["stop_tokens"] = (".", "\n\nHuman:")
+    pipeline.dry_run(values, finished.parent / "other")
+    out = capsys.readouterr().out
+    assert "responses end with    <|endoftext|>, ., the text '\\n\\nHuman:'\n" in out
+    line = "ppo: responses may end with another token than <|endoftext|>, with which the reward "
+    assert f"\n{line}model's texts end: it reads them at <|endoftext|>, put behind" in out
+    values["ppo"]["score_at"] = "last"
+    pipeline.dry_run(values, finished.parent / "other")
+    assert f"\n{line}model's texts end: it reads them at their last" in capsys.readouterr().out
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+ASKED = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt", "stops", "told"),
+    [
+        (CHATML, ASKED, (), True),
+        (CHATML, "hi", (), False),  # no chat
+        (CHATML, ASKED, ("<|im_end|>",), False),
+        (CHATML.replace("<|im_end|>", "<|endoftext|>"), ASKED, (), False),
+        (CHATML.replace("<|im_end|>", "."), ASKED, (), False),  # no token of its own
+        (None, ASKED, (), False),
+        ("{{ raise_exception('no') }}", ASKED, (), False),
+    ],
+)
+def test_a_turn_that_ends_with_no_stop_token_is_told(template, prompt, stops, told):
+    tokenizer = byte_tokenizer(template)
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+    values = tiny_run.config()["ppo"] | {"stop_tokens": stops}
+    settings = from_config_dict({"model": {"path": "x"}, "ppo": values}).ppo
+    lines = [x for x in stop_lines(settings, tokenizer, ["x", prompt]) if "turn" in x]
+    assert len(lines) == told
+    assert all("<|im_end|>" in line and "ppo.stop_tokens" in line for line in lines)

@@ -159,8 +159,6 @@ train_ppo --config.ppo.response_length=25
     ppo.max_prompt_length + ppo.response_length must be at most 48 (...), got 24 + 25
 train_ppo --config.ppo.max_prompt_length=1
     ppo.prompts: {data}/prompts.jsonl: none of the 6 records can ...; see ppo.max_prompt_length
-train_ppo --config.ppo.stop_tokens=<none>
-    ppo.stop_tokens must be among the ... tokens of the tokenizer (...), got ['<none>']
 train_ppo --config.ppo.reward_model= --config.ppo.reward_function=nothing:here
     ppo.reward_function must be 'module:function', got 'nothing:here': No module ..., neither ...
 train_ppo --config.ppo.reward_model= --config.ppo.reward_function=tests/support/tiny_run.py:letters

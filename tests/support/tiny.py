@@ -185,6 +185,7 @@ def program(function):
         return function(*args, **kwargs)
 
     static = ("networks", "options", "policy", "trunk", "sampling", "num_micro_batches", "network")
+    static += ("eos_id",)
     names = inspect.signature(function).parameters
     return jit(counted, static_argnames=[name for name in static if name in names])
 

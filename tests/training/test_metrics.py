@@ -134,6 +134,19 @@ def test_a_loss_that_is_not_finite_stops_the_run_after_it_is_logged(tmp_path, va
     writer.close()
 
 
+def test_a_metric_above_its_limit_stops_the_run_as_a_divergence_does(tmp_path):
+    limits = {"kl/ref": (6.0, "ppo.max_ref_kl"), "x": (1.0, "x")}
+    writer = MetricsWriter(tmp_path, "ppo", total_steps=9, limits=limits)
+    writer.last_checkpoint = 5
+    writer.write(6, {"kl/ref": 6.0})
+    writer.write(7, {"kl/ref": jnp.float32(6.25)})
+    message = r"kl/ref is 6.25, above ppo.max_ref_kl=6, at step 7; last checkpoint 5"
+    with pytest.raises(FloatingPointError, match=f"^{message}$"):
+        writer.flush()
+    assert [row["kl/ref"] for row in rows(tmp_path / "metrics.jsonl")] == [6.0, 6.25]
+    writer.close()
+
+
 def test_a_divergence_before_the_first_checkpoint_says_so(tmp_path):
     writer = MetricsWriter(tmp_path, "ppo", total_steps=9)
     writer.write(1, {"policy/loss": jnp.nan, "value/loss": jnp.inf})

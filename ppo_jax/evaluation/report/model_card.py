@@ -9,7 +9,7 @@ from ppo_jax.evaluation.report import plots
 from ppo_jax.evaluation.report.charts import CHARTS, compared, display_name
 from ppo_jax.evaluation.report.summary import Run, headlines, read_run, verdict
 from ppo_jax.io.hub import HUB_ID
-from ppo_jax.io.stage_folder import describe_stage
+from ppo_jax.io.stage_folder import describe_stage, split_step
 from ppo_jax.training.stages import TRAINING_STAGES, find_stage
 
 PICTURE = "training.png"
@@ -66,12 +66,12 @@ def write_card(
     Args:
         folder: of the exported model.
         workdir: the run's folder.
-        stage: whose model it is.
+        stage: whose model it is, STAGE or STAGE@STEP.
         out: the name that the exported folder will have.
         dtype: of the exported weights.
         adapter_of: the model that an adapter goes onto; "" where the whole model is exported.
     """
-    run = read_run(workdir)
+    run, asked, (stage, step) = read_run(workdir), stage, split_step(stage)
     drawn = {title: draw for title, draw in pictures(run, stage).items() if draw}
     if drawn:
         plots.save_png(drawn, folder / PICTURE, columns=min(len(drawn), 2))
@@ -79,7 +79,7 @@ def write_card(
     names = [stage.name for stage in TRAINING_STAGES]
     before = {name: describe_stage(workdir / name) for name in names[: names.index(stage) + 1]}
     stages = {name: entry["settings"] for name, entry in before.items() if entry}
-    command = f"--workdir={public(str(workdir))} --stage={stage} --out={out} --dtype={dtype}"
+    command = f"--workdir={public(str(workdir))} --stage={asked} --out={out} --dtype={dtype}"
     what, use = find_stage(stage).makes, USE_REWARD if about["kind"] == "reward" else USE_POLICY
     if adapter_of:
         command += f" --adapter_of={public(adapter_of)}"
@@ -92,7 +92,7 @@ def write_card(
         f"![Curves of the run]({PICTURE})\n" if drawn else "",
         f"## Use\n\n```python\n{use}```\n",
         ABOUT_SCORES if about["kind"] == "reward" else "",
-        results(run, stage),
+        results(run, stage) if step is None else results_at(run, stage, step),
         options(stages, stage),
         made_by(run.config, f"ppo-jax export {command}"),
     ]
@@ -101,7 +101,7 @@ def write_card(
 
 def origin(stages: Mapping[str, Mapping[str, Any]], stage: str) -> str:
     """The model that a stage began with, over the stages before it; "" is random weights."""
-    while (name := stages[stage].get("init_from", "base")) in stages:
+    while (name := split_step(stages[stage].get("init_from", "base"))[0]) in stages:
         stage = name
     return stages[stage]["model"]["path"] if name == "base" else name
 
@@ -131,10 +131,7 @@ def pictures(run: Run, stage: str) -> dict[str, plots.Draw | None]:
 
 def results(run: Run, stage: str) -> str:
     """The run's figures, the judges' table, and the last values of the stage's metrics."""
-    last = {}
-    for row in run.rows(stage):
-        last |= {name: x for name, x in row.items() if "/" in name and isinstance(x, int | float)}
-    metrics = [(f"`{name}`", f"{x:.4g}") for name, x in last.items() if "time/" not in name]
+    metrics = last_metrics(run.rows(stage))
     return "\n".join(
         [
             f"## Results\n\n{verdict(run)}\n",
@@ -143,6 +140,21 @@ def results(run: Run, stage: str) -> str:
             folded(f"Metrics of the {stage} stage at its end", table(("metric", "value"), metrics)),
         ]
     )
+
+
+def last_metrics(rows: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """The last value of each metric of some steps, for a table."""
+    last = {}
+    for row in rows:
+        last |= {name: x for name, x in row.items() if "/" in name and isinstance(x, int | float)}
+    return [(f"`{name}`", f"{x:.4g}") for name, x in last.items() if "time/" not in name]
+
+
+def results_at(run: Run, stage: str, step: int) -> str:
+    """The metrics of an earlier checkpoint; the verdict of the run is of its last one."""
+    metrics = last_metrics(row for row in run.rows(stage) if row["step"] <= step)
+    rows = table(("metric", "value"), metrics)
+    return f"## Results\n\nThe checkpoint of step {step}. Metrics there:\n\n{rows}"
 
 
 def judges_table(judges: Sequence[Mapping[str, Any]]) -> str:
@@ -187,7 +199,7 @@ def made_by(record: Mapping[str, Any], command: str) -> str:
 
 def used(settings: Mapping[str, Any]) -> Mapping[str, Any]:
     """The settings without those of a base model that the stage did not begin with."""
-    origin = settings.get("init_from", "base")
+    origin, _ = split_step(settings.get("init_from", "base"))
     if origin == "base" or find_stage(origin):  # which began with it
         return settings
     model = {name: x for name, x in settings["model"].items() if name not in OF_BASE}
