@@ -319,6 +319,11 @@ def check_text_reward(settings: PPOSettings, score: ModelSpec, reason: str):
             "ppo.critic_init_from must be 'policy' or '', got 'reward_model': the critic reads the "
             f"policy's tokens, and the reward model text, as {reason}"
         )
+    if settings.score_at != "eos":
+        raise ValueError(
+            f"ppo.score_at must be 'eos', got {settings.score_at!r}: the reward model reads text, as "
+            f"{reason}, without the policy's stop token"
+        )
     if settings.response_length >= score.config.max_length:
         raise ValueError(
             f"ppo.response_length must be below {score.config.max_length} (the reward model's "

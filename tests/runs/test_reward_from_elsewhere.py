@@ -181,6 +181,7 @@ def test_what_it_cannot_see_of_the_prompts_is_told(workdir, classifier, tmp_path
     ("changes", "match"),
     [
         ({"critic_init_from": "reward_model"}, "critic_init_from must be 'policy' or ''.*own"),
+        ({"score_at": "last"}, "ppo.score_at must be 'eos', got 'last'"),
         ({"value_trainable": "3"}, "ppo.value_trainable must be at most 2"),
         ({"response_length": 64, "max_prompt_length": 4}, "at most 48"),
     ],
