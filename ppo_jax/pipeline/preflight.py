@@ -321,8 +321,8 @@ def check_text_reward(settings: PPOSettings, score: ModelSpec, reason: str):
         )
     if settings.score_at != "eos":
         raise ValueError(
-            f"ppo.score_at must be 'eos', got {settings.score_at!r}: the reward model reads text, as "
-            f"{reason}, without the policy's stop token"
+            f"ppo.score_at must be 'eos', got {settings.score_at!r}: the reward model reads text "
+            f"without the policy's stop token, as {reason}"
         )
     if settings.response_length >= score.config.max_length:
         raise ValueError(
