@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -64,9 +64,15 @@ class ComparisonGroups:
 
 
 def encode_demonstrations(
-    records: Sequence[Demonstration | RatedText], tokenizer: Any, *, max_length: int
+    records: Sequence[Demonstration | RatedText],
+    tokenizer: Any,
+    *,
+    max_length: int,
+    stop_ids: Collection[int] = (),
 ) -> TokenizedTexts:
     """Tokens of the segments of each record and EOS, with the loss on those in it and on EOS.
+
+    Behind one of `stop_ids`, which end a response as EOS does, there is none: nobody would read it.
 
     A segment starts on a token of its own, as a response does; see `token_rows`. The first token of
     a row is never in the loss: nothing precedes it. Records that are rejected, repeated or too
@@ -76,7 +82,7 @@ def encode_demonstrations(
         ValueError: no record, none that is left, or no EOS to append.
     """
     texts = [(i, row) for i, record in enumerate(records) for row in record.rows]
-    rows = token_rows([row for _, row in texts], tokenizer, append_eos=True)
+    rows = token_rows([row for _, row in texts], tokenizer, append_eos=True, stop_ids=stop_ids)
     return _kept_texts(records, [i for i, _ in texts], rows, max_length)[1]
 
 
@@ -272,7 +278,11 @@ class TokenRow(NamedTuple):
 
 
 def token_rows(
-    texts: Sequence[Sequence[Segment]], tokenizer: Any, *, append_eos: bool
+    texts: Sequence[Sequence[Segment]],
+    tokenizer: Any,
+    *,
+    append_eos: bool,
+    stop_ids: Collection[int] = (),
 ) -> list[TokenRow]:
     """The tokens of texts in segments, each text tokenised as a whole as far as that can be.
 
@@ -283,7 +293,8 @@ def token_rows(
     follows is tokenised from the border on, see `continued_ids`. The border is never moved.
 
     The tokenizer's BOS, where it adds one, leads each row, and with `append_eos` EOS, which is in
-    the loss, ends it; a row that has them already does not get them twice.
+    the loss, ends it; a row that has them already does not get them twice, nor EOS behind one of
+    `stop_ids`.
 
     Raises:
         ValueError: no text, or no EOS to append.
@@ -303,7 +314,8 @@ def token_rows(
         ids = [i for part in parts for i in part]
         in_loss = [counts for (_, counts), part in zip(segments, parts, strict=True) for _ in part]
         before = [] if ids[: len(leading)] == leading else leading
-        after = [eos] if append_eos and ids[-1:] != [eos] else []
+        has_ended = bool(ids) and ids[-1] in (eos, *stop_ids)
+        after = [eos] if append_eos and not has_ended else []
         flags = [False] * len(before) + in_loss + [True] * len(after)
         rows.append(TokenRow(before + ids + after, flags))
     return rows

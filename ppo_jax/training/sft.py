@@ -29,6 +29,7 @@ from ppo_jax.data.records import Demonstration, data_files, load_texts, read_spl
 from ppo_jax.distributed.layout import make_layouts
 from ppo_jax.io.model_spec import ModelSpec
 from ppo_jax.io.stage_folder import load_source
+from ppo_jax.io.tokenizers import declared_stops
 from ppo_jax.models.build import policy_network
 from ppo_jax.training.common import (
     compile_step,
@@ -53,10 +54,11 @@ def sft_data(settings: SFTSettings, seed: int, tokenizer: Any) -> Texts:
         return load_texts(path, tokenizer, turns=settings.turns, left_out=left_out[path])
 
     split = read_split(settings, seed, read, lambda record: record.text)
+    stop_ids = tokenizer.convert_tokens_to_ids(declared_stops(tokenizer))
     length, parts = settings.max_length, []
     for (field, path), part in zip(data_files(settings), split, strict=True):
         with naming_data(f"sft.{field}", path, "sft.max_length"):
-            texts = encode_demonstrations(part, tokenizer, max_length=length)
+            texts = encode_demonstrations(part, tokenizer, max_length=length, stop_ids=stop_ids)
         parts.append(with_dropped(texts, count_left_out(left_out.pop(path, []))))
     return tuple(pack(part, max_length=length) if settings.packing else part for part in parts)
 

@@ -15,6 +15,7 @@ from ppo_jax.data.encode import token_rows
 from ppo_jax.data.preferences import load_preferences
 from ppo_jax.data.prompts import prompt_data
 from ppo_jax.data.records import Demonstration, write_jsonl
+from ppo_jax.io.tokenizers import set_declared_stops
 from ppo_jax.training.sft import sft_data
 from tests.support import chat_templates, chats
 from tests.support.chat_templates import CONVERSATIONS, SHAPES, faults, messages, stand_in
@@ -80,6 +81,17 @@ def test_a_template_that_ends_no_turn_gets_eos_at_the_end():
 def test_another_end_of_turn_than_eos_is_learned_before_it():
     texts = encoded(make_tokenizer(eos_token="<|endoftext|>"), turns("Hi", "Yes"))
     assert in_loss(texts) == [ids("Yes,<|im_end|>,<|endoftext|>")]
+
+
+def test_nothing_is_learned_behind_a_stop_token_that_the_model_declares(tmp_path):
+    tokenizer = make_tokenizer(eos_token="<|endoftext|>")
+    set_declared_stops(tokenizer, ["<|im_end|>"])
+    path = tmp_path / "chats.jsonl"
+    write_jsonl(path, [{"messages": turns("Hi", answer)} for answer in ("Yes", "No")])
+    optimizer = OptimizerSettings(learning_rate=1e-3)
+    settings = SFTSettings(data=str(path), validation_data=str(path), optimizer=optimizer)
+    texts, _ = sft_data(settings, 0, tokenizer)
+    assert in_loss(texts) == [ids("Yes,<|im_end|>"), ids("No,<|im_end|>")]
 
 
 def test_a_special_token_that_a_message_contains_ends_nothing():
