@@ -190,7 +190,7 @@ def check_path(field: str, value: str):
     if stages := [stage for stage in STAGE_NAMES if describe_stage(folder / stage) is not None]:
         raise ValueError(f"{field} must be a stage, got the run {value!r}; it has {stages}")
     if not (folder.exists() or value.startswith("package:") or HUB_ID.fullmatch(value)):
-        raise ValueError(f"{field}: there is no folder {value}")
+        raise ValueError(f"{field}: there is no folder or .gguf file {value}")
 
 
 def check_scratch(config: Config, stages: Sequence[str]):

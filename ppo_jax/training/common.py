@@ -37,7 +37,7 @@ def count_steps(settings: TextSettings, num_rows: int) -> int:
     if steps > LARGEST_INT:
         section = "sft" if isinstance(settings, SFTSettings) else "reward"
         raise ValueError(
-            f"{section}.num_epochs must be at most {LARGEST_INT:,} steps, "
+            f"{section}.num_epochs must give at most {LARGEST_INT:,} steps, "
             f"got {settings.num_epochs:g} passes over {num_rows} rows"
         )
     return steps

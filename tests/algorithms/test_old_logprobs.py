@@ -95,7 +95,7 @@ def test_a_run_recomputes_with_the_rounding_of_its_sampling_and_its_update():
         networks=networks, options=RECOMPUTE, hyperparameters=numbers, frozen=run.setup.frozen
     )
     state = jax.device_put(run.state, layout.replicated)
-    iterate = make_iteration(setup, state, None, [], None, layout)
+    iterate = make_iteration(setup, state, None, layout)
     prompts, key = jax.device_put((tiny.prompts(), jax.random.key(0)), layout.replicated)
     _, metrics = iterate(state, None, prompts, key)
     assert metrics["policy/ratio_max"] == 1.0

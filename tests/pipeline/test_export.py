@@ -84,12 +84,18 @@ def scores_of_both(model, folder):
 # --- equal outputs --------------------------------------------------------------------------------
 
 
+# An export has the first family that can hold the model.
+SAME_ARITHMETIC = {"mistral": "llama", "seed_oss": "qwen2"}
+
+
 @pytest.mark.parametrize("name", TINY_MODELS)
 def test_a_policy_gives_equal_logits_and_loads_here_again(saved, workdir, name):
     model = policy(saved, name)
     out = exported(workdir, "ppo", model)
     theirs = loaded(transformers.AutoModelForCausalLM, out)
-    assert theirs.dtype == torch.float32 and theirs.config.model_type == TINY_MODELS[name][0]
+    family = TINY_MODELS[name][0]
+    assert theirs.dtype == torch.float32
+    assert theirs.config.model_type in (family, SAME_ARITHMETIC.get(family))
     ours, other = logits_of_both(model, theirs)
     assert np.abs(ours - other).max() <= 1e-4 < 1.0 < np.abs(ours).max()
     config, params = hf.load_policy(out)

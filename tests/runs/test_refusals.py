@@ -108,7 +108,9 @@ def test_a_policy_gives_no_score_and_a_reward_model_no_text(workdir, tmp_path, s
 def test_a_folder_that_is_not_there_is_missed_before_the_base_model_is_made(tmp_path):
     values = tiny_run.config()
     values["ppo"]["reward_model"] = str(tmp_path / "reward")
-    with pytest.raises(ValueError, match=f"ppo.reward_model: there is no folder {tmp_path}/reward"):
+    with pytest.raises(
+        ValueError, match=f"ppo.reward_model: there is no folder or .gguf file {tmp_path}/reward"
+    ):
         pipeline.run(values, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

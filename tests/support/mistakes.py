@@ -69,7 +69,7 @@ train_sft --flagfile
 train_sft --config.seed=99999999999999999999
     seed must be at most 9,223,372,036,854,775,806, got 99999999999999999999
 train_sft --config.sft.num_epochs=1e30
-    sft.num_epochs must be at most 2,147,483,647 steps, got 1e+30 passes over 47 rows
+    sft.num_epochs must give at most 2,147,483,647 steps, got 1e+30 passes over 47 rows
 train_sft --config.sft.batch_size=99999999999
     sft.batch_size must be at most 2,147,483,647, got 99999999999
 train_sft --config.sft.optimizer.learning_rate=1e300
@@ -152,7 +152,7 @@ train_ppo --config.ppo.reward_model=
 train_ppo --config.ppo.reward_model={sft}
     ppo.reward_model must be a reward model, got the policy '{sft}'
 train_ppo --config.ppo.reward_model={base}
-    ppo.reward_model must be a stage or its folder, got '{base}'
+    ppo.reward_model must be a reward model, got the policy '{base}'
 train_ppo --config.ppo.init_from={reward}
     ppo.init_from must be a policy, got '{reward}', which scores texts
 train_ppo --config.ppo.response_length=25
@@ -172,13 +172,11 @@ train_ppo --config.ppo.reward_model= --config.ppo.reward_function=..:x
 train_ppo --config.ppo.reward_model= --config.ppo.reward_functions=('math:sin','math:sin')
     ppo.reward_functions must be names, each once, got ('math:sin', 'math:sin')
 train_ppo --config.ppo.reward_functions=('math:sin',)
-    ppo needs either a reward_model or a reward_function, got reward_model='...' ... ('math:sin',)
+    ppo needs either a reward_model or a reward_function, got reward_model='...' ...=('math:sin',)
 train_ppo --config.ppo.reward_model= --config.ppo.reward_function=math:sin
     ppo.reward_function must be a function (prompts: list[str], ...) ..., got math:sin with ...
 train_ppo --config.ppo.reward_model= --config.ppo.reward_function=tests.support.users_code:answers
     ppo.reward_function tests.support.users_code:answers asks for 'answer', which ... has not: ...
-train_sft --config.sft.num_epochs=1e30
-    sft.num_epochs must give at most 2,147,483,647 steps, got 1e+30 passes over ...
 train_sft --config.prepare=..:x
     prepare must be 'module:function', got '..:x': the name of the module must not begin ...
 train_ppo --config.ppo.reward_model= --config.ppo.reward_function=math:pi
@@ -192,7 +190,7 @@ train_ppo --config.model.path=package:none
 train_ppo --config.ppo.init_from={tmp}/none
     ppo.init_from: there is no folder or .gguf file {tmp}/none
 train_ppo --config.ppo.reward_model={tmp}/none
-    ppo.reward_model: there is no folder {tmp}/none
+    ppo.reward_model: there is no folder or .gguf file {tmp}/none
 train_reward --config.reward.init_from={tmp}/none
     reward.init_from: there is no folder or .gguf file {tmp}/none
 """

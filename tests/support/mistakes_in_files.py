@@ -22,7 +22,7 @@ train_sft --config.sft.data={lines} # lines {"messages": [{"role": "user"}]}
 train_sft --config.sft.data={lines} # lines {"messages": [{"role": "robot", "content": "a"}]}
     {lines}:1: the role of messages[0] must be one of ['system', ...], got 'robot'
 train_sft --config.sft.data={lines} # lines {"messages": [{"role": "user", "content": "a"}]}
-    {lines}:1: messages must have a turn of the assistant's to learn
+    none of the 1 rows is rendered; {lines}:1: messages must have a turn of the assistant's to learn
 train_sft --config.sft.data={lines} # lines {"text": "\ud800"}
     {lines}:1: text must be valid Unicode, got '...ud800'
 train_sft --config.sft.data={lines} # lines {"text": "café, but not in UTF-8"}

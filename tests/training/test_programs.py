@@ -98,7 +98,7 @@ def one_iteration(settings, policy, reward, critic):
     layouts = make_layouts(MeshSettings())
     setup, *start = ppo_setup.make_setup(settings, policy, reward, critic, layouts)
     state = init_sharded(layouts[0], ppo.init_ppo, *start, setup.hyperparameters)
-    iterate = ppo_loop.make_iteration(setup, state, [], None, layouts[0])
+    iterate = ppo_loop.make_iteration(setup, state, None, layouts[0])
     rng = np.random.default_rng(0)
     tokens = rng.integers(5, 300, size=(8, 8)).astype(np.int32)
     mask = np.arange(8) >= np.arange(8)[:, None]
