@@ -277,7 +277,7 @@ def load_function(name: str, field: str) -> Callable:
         if module_name.startswith("."):
             raise ValueError("the name of the module must not begin with a dot")
         function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, SyntaxError, AttributeError, TypeError, ValueError) as error:
+    except (ImportError, SyntaxError, AttributeError, ValueError) as error:
         where = ""
         if isinstance(error, ModuleNotFoundError) and not hint(name):
             where = ", neither in the current folder nor in one of PYTHONPATH"

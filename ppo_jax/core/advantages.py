@@ -130,7 +130,8 @@ def leave_one_out(rewards: jax.Array, mask: jax.Array, *, group_size: int) -> ja
     totals = rewards.sum(axis=1).reshape(-1, group_size)
     others = (totals.sum(axis=1, keepdims=True) - totals) / (group_size - 1)
     _, variance = jax.vmap(masked_moments)(totals, jnp.ones(totals.shape, bool))
-    advantages = jnp.where(variance[:, None] > 0, totals - others, 0.0)
+    # Not where it is above 0: NaN is none of them, and must not become 0.
+    advantages = jnp.where(variance[:, None] == 0, 0.0, totals - others)
     return jnp.where(mask, advantages.reshape(-1, 1), 0.0)
 
 

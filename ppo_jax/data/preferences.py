@@ -13,9 +13,9 @@ from ppo_jax.data.chat import Chat, Message, as_messages, collect, has_blank_tur
 from ppo_jax.data.readers import Row, read_number, read_rows, read_string, short_repr
 
 PREFERENCE_SCHEMAS = (
+    ("prompt", "responses"),
     ("chosen", "rejected"),
     ("prompt", "chosen", "rejected"),
-    ("prompt", "responses"),
     ("prompt", "responses", "scores"),
 )
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # start of a turn in transcripts, as hh-rlhf's

@@ -61,8 +61,23 @@ def whole_rows(
         for place, row in table_rows(path, table, columns):
             yield place, row, schema
         return
+    counts, total = collections.Counter(), 0
     for place, row in json_lines(path):
-        yield place, row, schema_of(f"{place}: the keys must be", row, schemas)
+        schema = schema_of(f"{place}: the keys must be", row, schemas)
+        counts.update(key for key in row if key not in schema)
+        total += 1
+        yield place, row, schema
+    some = "in {:,} of {:,} rows".format
+    found = {name: "" if x == total else some(x, total) for name, x in counts.items()}
+    _others[_version(path), schemas] = found
+
+
+_others: dict[tuple, dict[str, str]] = {}  # of files of JSON lines, as last read
+
+
+def _version(path: str | os.PathLike) -> tuple[str, int, int]:
+    status = os.stat(path)
+    return str(path), status.st_mtime_ns, status.st_size
 
 
 def other_columns(path: str | os.PathLike, schemas: Schemas) -> dict[str, str]:
@@ -71,12 +86,10 @@ def other_columns(path: str | os.PathLike, schemas: Schemas) -> dict[str, str]:
         columns = open_table(path).columns
         schema = schema_of(f"{path}: the columns must include", columns, schemas)
         return {name: "" for name in columns if name not in schema}
-    counts, total = collections.Counter(), 0
-    for _, row, schema in whole_rows(path, schemas):
-        counts.update(key for key in row if key not in schema)
-        total += 1
-    some = "in {:,} of {:,} rows".format
-    return {name: "" if count == total else some(count, total) for name, count in counts.items()}
+    key = _version(path), schemas
+    if key not in _others:
+        collections.deque(whole_rows(path, schemas), maxlen=0)
+    return _others[key]
 
 
 class NoRecordsLeft(ValueError):

@@ -95,9 +95,14 @@ def _acquire(path: Path) -> int | None:
             path.parent.mkdir(parents=True, exist_ok=True)
             continue
         except OSError as error:
-            if error.errno in NOT_WRITABLE:
-                return None
-            raise
+            if error.errno not in NOT_WRITABLE:
+                raise
+            if path.exists() and os.access(path.parent, os.W_OK):
+                raise ValueError(
+                    f"{path} is another user's: wait for the end of that run, or choose another "
+                    "workdir; where none is under way, remove the file"
+                ) from error
+            return None
         try:
             if _take(lock, path):
                 _held.add(lock)
@@ -159,6 +164,8 @@ def _release(lock: int, path: Path):
 def _beat(lock: int, path: Path):
     while lock in _held:
         with contextlib.suppress(OSError):  # the folder was removed
+            if not os.path.samestat(os.fstat(lock), path.stat()):
+                return  # released, and the number is another file's by now
             os.utime(path)
         time.sleep(BEAT_S)
 

@@ -222,6 +222,8 @@ def end_on_second_signal():
     _wakeup.extend((reader, writer))
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    # A forked process has the same pipe: what it hears would count here, too.
+    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
     threading.Thread(target=_count_stops, args=(reader,), daemon=True).start()
 
 

@@ -217,7 +217,9 @@ def judge_all(settings: EvaluateSettings, workdir: Path, texts: dict[str, list[s
     make_panel = load_function(settings.judges, "evaluate.judges")
     try:
         panel = make_panel(workdir)
-    except SystemExit as error:  # the run is not done
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # SystemExit, too: the run is not done
         raise failure(f"evaluate.judges {settings.judges}", error) from error
     if not isinstance(panel, JudgePanel):
         raise ValueError(

@@ -59,7 +59,8 @@ def score_texts(model: Model, texts: list[str]) -> np.ndarray:
 def score_rollouts(model: Model, rollouts: Sequence[Rollout], count: int) -> np.ndarray:
     """A reward model's scores of sampled responses, [count] float32, read as PPO reads them.
 
-    That is at the last token of each: its stop token, or where it was cut off.
+    That is at the last token of each, where it was cut off or at EOS, which is put behind one that
+    another stop token has ended; see `ppo.score_at`.
 
     Args:
         model: a reward model with the policy's tokenizer.
@@ -69,7 +70,10 @@ def score_rollouts(model: Model, rollouts: Sequence[Rollout], count: int) -> np.
     Raises:
         ValueError: as `score_ids`.
     """
-    rows = [row for r in rollouts for row in unpadded(*fetch((r.tokens, r.mask)))]
+    eos, rows = model.tokenizer.eos_token_id, []
+    for tokens, mask, ended in fetch([(r.tokens, r.mask, r.has_eos) for r in rollouts]):
+        for row, has_ended in zip(unpadded(tokens, mask), ended, strict=True):
+            rows.append([*row, eos] if has_ended and row[-1] != eos else row)
     return score_ids(model, rows[:count])
 
 

@@ -1,6 +1,7 @@
 """The base model of a run where the run makes it: with a trimmed vocabulary, or from scratch."""
 
 import dataclasses
+import itertools
 import json
 import shutil
 from collections.abc import Mapping
@@ -42,8 +43,12 @@ def prepare_base(settings: ModelSettings, folder: Path, seed: int):
     if settings.vocabulary_data and not folder.is_dir():
         tokenizer = None if settings.scratch else base_tokenizer(settings)
         records = load_texts(settings.vocabulary_data, tokenizer, left_out=[])
-        texts = [text for record in records for row in record.rows for text, _ in row]
-        make = trimmed_model if settings.scratch is None else scratch_model
+        rows = [[text for text, _ in row] for record in records for row in record.rows]
+        texts, make = [text for row in rows for text in row], scratch_model
+        if settings.scratch is None:
+            # A row is tokenised up to each border as a whole, and what follows perhaps for itself.
+            texts += [text for row in rows if len(row) > 1 for text in itertools.accumulate(row)]
+            make = trimmed_model
         with atomic_folder(folder) as new:
             make(settings, new, texts, seed)
 

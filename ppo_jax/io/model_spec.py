@@ -158,7 +158,7 @@ def initial_models(
         starts["reward"] = start = spec("reward.init_from", config.reward.init_from)
         depth = config.reward.num_layers or start.config.num_layers
         lower = dataclasses.replace(start.config, num_layers=depth)
-        trained["reward"] = dataclasses.replace(start, kind="reward", config=lower)
+        trained["reward"] = dataclasses.replace(start, kind="reward", config=lower, padding_id=None)
     if "ppo" in stages or "evaluate" in stages:
         starts["ppo"] = spec("ppo.init_from", config.ppo.init_from)
     if "ppo" in stages and config.ppo.reward_model:

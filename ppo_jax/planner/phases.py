@@ -88,7 +88,7 @@ def read_models(config: Config) -> Models:
     reward = None
     if s.reward_model:
         reward = read_model_config(s.reward_model, config.model) or base
-        if s.reward_model == "reward" and config.reward and config.reward.num_layers:
+        if split_step(s.reward_model)[0] == "reward" and config.reward and config.reward.num_layers:
             reward = dataclasses.replace(reward, num_layers=config.reward.num_layers)
     critic, by_text = None, reward is not None and reads_text(config, policy, reward)
     if needs_critic(s.advantages):
@@ -101,10 +101,11 @@ def reads_text(config: Config, policy: ModelConfig, reward: ModelConfig) -> bool
     """Whether the reward model cannot read the policy's tokens; by their numbers of tokens alone,
     where one of the two tokenizers is not here."""
     s, of_run = config.ppo, ("base", *STAGE_NAMES)
-    if s.reward_model in of_run:
+    origin = split_step(s.init_from)[0]
+    if split_step(s.reward_model)[0] in of_run:
         return False
-    path = config.model.path if s.init_from in of_run else s.init_from
-    known = path and not (s.init_from in of_run and config.model.vocabulary_data)  # yet to be made
+    path = config.model.path if origin in of_run else s.init_from
+    known = path and not (origin in of_run and config.model.vocabulary_data)  # yet to be made
     writer, reader = local_spec(path, policy) if known else None, local_spec(s.reward_model, reward)
     if writer is None or reader is None:
         return reward.vocab_size < policy.vocab_size

@@ -18,6 +18,8 @@ from ppo_jax.distributed.runtime import MIN_COMPILE_SECONDS, compile_seconds
 from ppo_jax.io.metric_names import with_former_names
 from ppo_jax.io.run_folder import append_rows, drop_lines_after
 
+FLUSH_S = 30  # seconds that TensorBoard may lag behind
+
 
 class MetricsWriter:
     """Metrics of one stage to metrics.jsonl, TensorBoard and the terminal, one step late.
@@ -176,14 +178,18 @@ class _TensorBoard:
         with naming_file(folder):
             # Two files of one second are not one file.
             self._events = EventsWriter(str(folder / "events"), f".{time.time_ns()}")
+        self._flushed = time.monotonic()
         self._add(purge_step, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             if math.isfinite(value):
                 self._add(step, summary=self._scalar(name, value))
+        if time.monotonic() - self._flushed > FLUSH_S:
+            self.flush()
 
     def flush(self) -> None:
+        self._flushed = time.monotonic()
         with naming_file(self._folder):
             self._events.flush()
 

@@ -35,7 +35,8 @@ class RewardFunction:
     """A function with the name that it has in the config.
 
     It is given prompts and responses, and of columns of the data and `BUILT_IN` those that it names
-    as parameters; all of them with `**others`. A parameter with a default may have no column.
+    as parameters; all of them with `**others`. A parameter with a default may have no column, but
+    not one that some rows lack.
     """
 
     name: str
@@ -84,7 +85,8 @@ class RewardFunction:
         Raises:
             ValueError: a keyword has no column, or one with gaps, or the name of a built-in.
         """
-        chosen = set(columns) - {*TEXTS, *BUILT_IN} if self.takes_all else set()
+        texts = {*TEXTS, *self.texts}  # a column "prompt" may be the name of a parameter
+        chosen = set(columns) - {*texts, *BUILT_IN} if self.takes_all else set()
         if not self.texts_by_name and (clash := {*self.texts[1:]} & {*columns, *gaps}):
             raise ValueError(
                 f"{FIELD} {self.name} has {clash.pop()!r} in the place of the responses, which is "
@@ -127,7 +129,8 @@ class RewardFunction:
             ValueError: it did not give one finite number, or one for each token, a response.
         """
         texts = [list(prompts), list(responses)]
-        named = {k: v for k, v in others.items() if self.takes_all or k in self.keywords}
+        asked = {k: v for k, v in others.items() if self.takes_all or k in self.keywords}
+        named = {k: v for k, v in asked.items() if k not in self.texts}
         named, args = copy.deepcopy(named), texts
         if self.texts_by_name:
             named, args = dict(zip(TEXTS, texts, strict=True)) | named, []

@@ -30,7 +30,8 @@ from ppo_jax.io.stage_folder import Model, begin_stage, describe_stage, has_begu
 from ppo_jax.models.partition import Parts, split_params, start_layer
 from ppo_jax.training.metrics import MetricsWriter
 
-LOWER_IS_BETTER = re.compile("loss|perplexity|error|kl")  # in the name of a metric
+# Of a metric; a user's reward may have any name.
+LOWER_IS_BETTER = re.compile(r"^(?!reward/(?!kl_)).*(?<![a-z])(loss|perplexity|error|kl)(?![a-z])")
 
 KEEP_TIME_S = 10  # seconds between two times that the time of a stage is written
 

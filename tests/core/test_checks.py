@@ -226,7 +226,7 @@ EDGES = [
     # rewards
     (core.token_rewards, "kl_coef [B]", lambda: rewards(kl_coef=ROW), RANK),
     (core.token_rewards, "kl_coef nan", lambda: rewards(kl_coef=math.nan), "kl_coef must be a num"),
-    (core.token_rewards, "scores [B, 1]", lambda: rewards(scores=COLUMN), "assert_rank"),
+    (core.token_rewards, "scores [B, 1]", lambda: rewards(scores=COLUMN), "equal_shape_prefix"),
     (core.missing_eos_scores, "replace [B, 1]", lambda: missing_eos(replace=COLUMN), RANK),
     (core.missing_eos_scores, "penalty [B]", lambda: missing_eos(penalty=ROW), RANK),
     (core.missing_eos_scores, "both", lambda: missing_eos(replace=0, penalty=0), "exclude"),

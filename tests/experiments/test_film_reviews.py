@@ -1,6 +1,7 @@
 """What judges and test prompts are made of has no part in the training. Real texts (2.5 MB)."""
 
 import collections
+import string
 
 import film_reviews
 import jax
@@ -9,6 +10,8 @@ import pytest
 from film_reviews import scorers
 from film_reviews.data import PARTS as SHARES
 from film_reviews.data import PROMPT_WORDS
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from ppo_jax.data.encode import encode_texts
 from ppo_jax.io.stage_folder import Model
@@ -101,14 +104,11 @@ def test_the_test_prompts_are_shuffled(data):
 # --- the gold judge -------------------------------------------------------------------------------
 
 
-class Letters:
+def letters():
     """A tokenizer of small letters, with an EOS and no BOS."""
-
-    bos_token_id, eos_token_id = None, 1
-
-    def __call__(self, texts, add_special_tokens=True):
-        ids = [[5 + ord(c) % 40 for c in text] for text in ([texts] if texts == "" else texts)]
-        return {"input_ids": ids[0] if texts == "" else ids}
+    vocabulary = {"</s>": 1} | {letter: 5 + i for i, letter in enumerate(string.ascii_lowercase)}
+    backend = Tokenizer(models.BPE(vocabulary, []))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
 
 
 @pytest.fixture
@@ -117,7 +117,7 @@ def model(monkeypatch):
     config = tiny.model_config()
     params = tiny.random_params(policy_network(config))
     params = jax.tree.map(np.asarray, params)
-    return Model(kind="policy", config=config, params=params, tokenizer=Letters())
+    return Model(kind="policy", config=config, params=params, tokenizer=letters())
 
 
 def test_hidden_features_are_the_mean_and_the_last_state_of_the_judges_layer(model):

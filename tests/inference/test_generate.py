@@ -241,7 +241,7 @@ def test_a_file_of_prompts_gives_a_file_of_scored_responses(tmp_path, model):
 
 
 def test_a_score_is_that_of_the_tokens_that_were_sampled(tmp_path, model):
-    """Read at the last of them, which for a response that was cut off is no EOS."""
+    """Read at EOS, put behind another stop token; where a response was cut off, at its last one."""
     scorer, asked, out = random_model("reward", max_length=160), tmp_path / "in", tmp_path / "out"
     write_jsonl(asked, [{"prompt": prompt} for prompt in WORDS * 4])
     sampling = Sampling(response_length=10, eos_ids=(0, *range(40, 60)))
@@ -253,9 +253,11 @@ def test_a_score_is_that_of_the_tokens_that_were_sampled(tmp_path, model):
     for prompt, ids, mask in zip(
         WORDS * 4, rollout.response_tokens, rollout.response_mask, strict=True
     ):
-        read = np.array([[*model.tokenizer(prompt)["input_ids"], *np.asarray(ids)[mask]]])
+        read = [*model.tokenizer(prompt)["input_ids"], *np.asarray(ids)[mask].tolist()]
+        ended = read[-1] in sampling.eos_ids
+        read = np.array([[*read, 0] if ended and read[-1] != 0 else read])
         scores = network.apply(scorer.params, read, np.ones(read.shape, bool), first_output=0)
-        expected.append((read[0, -1] in sampling.eos_ids, float(scores[0, -1])))
+        expected.append((ended, float(scores[0, -1])))
     finished, scores = zip(*expected, strict=True)
     assert [row["finished"] for row in rows] == list(finished) and len(set(finished)) == 2
     np.testing.assert_allclose([row["score"] for row in rows], scores, atol=1e-5)

@@ -1,6 +1,7 @@
 """What a run that is begun again may find changed, and what it refuses by name."""
 
 import collections
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -10,11 +11,10 @@ import pytest
 from ppo_jax.config.run import from_config_dict
 from ppo_jax.data import encode, readers
 from ppo_jax.io.checkpoints import Checkpoints, load_checkpoint_item
-from ppo_jax.io.stage_folder import DESCRIPTION
 from ppo_jax.pipeline import run as pipeline
 from ppo_jax.training.resume import check_same_base
 from ppo_jax.training.stage import check_settings, describe
-from tests.support import tiny_run
+from tests.support import tiny, tiny_run
 from tests.support.finished_run import TRAINED, assert_same_bits, finished_run, read_lines
 
 
@@ -160,9 +160,15 @@ def test_a_source_that_goes_on_meanwhile_is_read_at_the_step_that_was_taken(work
 # --- settings -------------------------------------------------------------------------------------
 
 
+WRITTEN = {  # by a stage, whatever it is
+    **{"kind": "policy", "model": dataclasses.asdict(tiny.model_config())},
+    **{"frozen": False, "num_steps": 1},
+}
+
+
 def test_numbers_may_change_on_resume_and_sizes_may_not(tmp_path):
     sizes = {"rollout_batch_size": 8, "kl_coef": 0.1, "optimizer": {"learning_rate": 1e-3}}
-    description = dict.fromkeys(DESCRIPTION) | {"settings": sizes}
+    description = WRITTEN | {"stage": "ppo", "settings": sizes}
     (tmp_path / "stage.json").write_text(json.dumps(description))
     (tmp_path / "checkpoints" / "1").mkdir(parents=True)
     numbers = sizes | {"kl_coef": 0.2, "optimizer": {"learning_rate": 1e-4}}
@@ -182,7 +188,7 @@ def test_remat_and_attention_may_change_on_resume_and_the_dtype_may_not(tmp_path
     """They change memory and time alone; runs from before they were settings had none."""
     made = {"path": "", "vocabulary_data": "x", "dtype": "float32"}
     asked = made | {"remat": "full", "attention": "plain", "scratch": None, "scan_layers": False}
-    description = dict.fromkeys(DESCRIPTION) | {"settings": {"model": made}}
+    description = WRITTEN | {"stage": "sft", "settings": {"model": made}}
     (tmp_path / "sft" / "checkpoints" / "1").mkdir(parents=True)
     (tmp_path / "sft" / "stage.json").write_text(json.dumps(description))
     check_settings(tmp_path / "sft", {"stage": "sft", "settings": {"model": asked}})
