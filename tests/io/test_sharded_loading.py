@@ -16,6 +16,7 @@ from ppo_jax.io.stage_folder import Model, begin_stage, load_model, load_source
 from ppo_jax.models.build import policy_network
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.partition import split_params
+from tests.support import chats
 from tests.support.meshes import MESHES, layout_of
 from tests.support.tiny_hf import assert_same_tree
 from tests.support.weight_files import MODELS, SIZES, count_reads, saver
@@ -159,7 +160,7 @@ def test_a_pretrained_model_is_loaded_into_pieces(saved, tmp_path, monkeypatch):
     folder, *_ = saved("qwen2")
     layout = layout_of((2, 2, 2))
     settings = ModelSettings(path="x", scan_layers=True, remat="full")
-    monkeypatch.setattr(vocabulary, "load_tokenizer", lambda path: range(48))
+    monkeypatch.setattr(vocabulary, "load_tokenizer", lambda path: chats.TOKENIZER)
     host = load_model(folder, settings)
     model = load_source("base", tmp_path, str(folder), settings, layout)
     assert model.config == host.config and model.config.remat == "full"
