@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from ppo_jax.config.parsing import FunctionFailed
 from ppo_jax.evaluation import evaluate as evaluate_module
 from ppo_jax.io.checkpoints import load_checkpoint_item
 from ppo_jax.io.run_folder import drop_lines_after, read_results
@@ -176,6 +177,9 @@ def test_a_start_that_is_killed_leaves_its_seconds(workdir, tmp_path, monkeypatc
 # --- the evaluation -------------------------------------------------------------------------------
 
 
+FAILURES = (FunctionFailed, ZeroDivisionError)  # of a user's code, of our own
+
+
 def test_what_was_found_before_a_judge_fails_is_kept(workdir, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     shutil.copytree(workdir, folder)
@@ -184,7 +188,7 @@ def test_what_was_found_before_a_judge_fails_is_kept(workdir, tmp_path, monkeypa
     names = {"judges": (tiny_run, "judges"), "samples": (evaluate_module, "side_by_side")}
     found = []
     for where in names.values():
-        with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        with monkeypatch.context() as patch, pytest.raises(FAILURES):
             patch.setattr(*where, lambda *_: 1 / 0)
             pipeline.run(tiny_run.config(), folder)
         found.append(json.loads((folder / "results.json").read_text()))
