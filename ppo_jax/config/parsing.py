@@ -254,12 +254,16 @@ def failure(function: str, error: BaseException) -> FunctionFailed:
     return FunctionFailed(f"{function} raised {describe_error(error)}")
 
 
+LONGEST = 300  # characters of an error that is told inside of another
+
+
 def describe_error(error: BaseException) -> str:
-    """Kind and text of an error, whose class may be a user's."""
+    """Kind and text of an error on one line, whose class may be a user's or a library's."""
     try:
-        text = str(error)
+        text = " ".join(str(error).split())
     except Exception:
         text = "(its text cannot be printed)"
+    text = text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
     return f"{type(error).__name__}: {text}".rstrip(": ")
 
 

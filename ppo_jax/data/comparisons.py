@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from ppo_jax.config.stages import RewardSettings
-from ppo_jax.data.chat import count_left_out
 from ppo_jax.data.encode import (
     ComparisonGroups,
     TokenizedTexts,
@@ -17,6 +16,7 @@ from ppo_jax.data.encode import (
     encode_preferences,
     with_dropped,
 )
+from ppo_jax.data.messages import count_left_out
 from ppo_jax.data.preferences import RankedResponses, load_preferences
 from ppo_jax.data.ratings import held_out_pairs, pair_accuracy, rating_pairs
 from ppo_jax.data.readers import naming_data

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ppo_jax.data.chat import Chat, Message, as_messages, collect, has_blank_turn
+from ppo_jax.data.chat import Chat
+from ppo_jax.data.messages import Message, as_messages, collect, has_blank_turn
 from ppo_jax.data.readers import Row, read_number, read_rows, read_string, short_repr
 
 PREFERENCE_SCHEMAS = (
@@ -73,7 +74,7 @@ def load_preferences(
       "\\n\\nHuman: ... \\n\\nAssistant: ...".
 
     The tokenizer's chat template renders messages; without one they are refused. For `left_out`
-    see `chat.collect`.
+    see `messages.collect`.
     """
     parse = functools.partial(parse_ranking, chat=Chat(tokenizer))
     return collect(read_rows(path, PREFERENCE_SCHEMAS), parse, left_out)

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from ppo_jax.core.types import Prompts
-from ppo_jax.data.chat import count_left_out
 from ppo_jax.data.encode import batch_indices, filter_records, pad_prompts, token_rows
+from ppo_jax.data.messages import count_left_out
 from ppo_jax.data.readers import Row, naming_data
 from ppo_jax.data.records import PROMPT_SCHEMAS, load_prompt_rows
 

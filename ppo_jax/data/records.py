@@ -16,9 +16,8 @@ from typing import Any, TypeVar
 
 from ppo_jax.config.stages import RewardSettings, SFTSettings
 from ppo_jax.data.atomic import atomic_write
-from ppo_jax.data.chat import (
-    Chat,
-    Segment,
+from ppo_jax.data.chat import Chat, Segment
+from ppo_jax.data.messages import (
     as_messages,
     assistant_turns,
     collect,
@@ -94,7 +93,7 @@ def load_texts(
 
     Of messages the assistant's turns are in the loss, each with the token that ends it; those of a
     prompt are not, and with turns="last" the last one alone is. The tokenizer's chat template
-    renders them; None takes their contents as they are. For `left_out` see `chat.collect`.
+    renders them; None takes their contents as they are. For `left_out` see `messages.collect`.
     """
     chat = Chat(tokenizer) if tokenizer is not None else None
     parse = functools.partial(parse_demonstration, chat=chat, turns=turns)
@@ -116,7 +115,7 @@ def load_prompts(
 
     Of messages a last turn of the assistant's is dropped: the policy writes its own. The
     tokenizer's chat template renders messages; without one they are refused. A prompt may be "",
-    which has a token where the tokenizer adds a BOS. For `left_out` see `chat.collect`.
+    which has a token where the tokenizer adds a BOS. For `left_out` see `messages.collect`.
     """
     parse = functools.partial(parse_prompt, chat=Chat(tokenizer))
     return collect(read_rows(path, PROMPT_SCHEMAS), parse, left_out)

@@ -34,7 +34,9 @@ def make_sampling(settings: Mapping[str, Any], tokenizer: Any) -> Sampling:
     filters = {name: settings[name] for name in ("response_length", "top_k", "top_p", "min_p")}
     stops = settings["stop_tokens"]
     return Sampling(
-        eos_ids=stop_ids(tokenizer, stops), stop_strings=stop_strings(tokenizer, stops), **filters
+        eos_ids=stop_ids(tokenizer, stops),
+        stop_strings=stop_strings(tokenizer, tuple(stops)),
+        **filters,
     )
 
 

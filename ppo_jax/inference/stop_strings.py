@@ -4,6 +4,7 @@ Dimension key: V vocabulary, S states and K classes of tokens, see `StopStrings`
 """
 
 import collections
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,7 +28,8 @@ def stop_ids(tokenizer: Any, stops: Sequence[str] = ()) -> tuple[int, ...]:
     return tuple(sorted({tokenizer.eos_token_id} | {vocabulary[token] for token in tokens}))
 
 
-def stop_strings(tokenizer: Any, stops: Sequence[str]) -> StopStrings | None:
+@functools.lru_cache(maxsize=4)  # of a large vocabulary it takes seconds
+def stop_strings(tokenizer: Any, stops: tuple[str, ...]) -> StopStrings | None:
     """Those of `stops` that are no token: a response ends with the token that completes one of
     them, in its middle or at its end. None where there are none.
 

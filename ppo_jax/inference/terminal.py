@@ -10,9 +10,10 @@ import jax
 import numpy as np
 
 from ppo_jax.core.types import Rollout
-from ppo_jax.data.chat import Chat, Message
+from ppo_jax.data.chat import Chat
 from ppo_jax.data.decode import printable
 from ppo_jax.data.encode import token_rows
+from ppo_jax.data.messages import Message
 from ppo_jax.data.records import load_prompts, write_jsonl
 from ppo_jax.distributed.layout import fetch
 from ppo_jax.inference.generate import decode_stream, generate, stream

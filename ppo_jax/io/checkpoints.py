@@ -22,6 +22,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 from orbax.checkpoint import v1 as ocp
 
+from ppo_jax.config.parsing import describe_error
 from ppo_jax.data.atomic import system_error
 from ppo_jax.distributed.processes import (
     ProcessMismatch,
@@ -376,7 +377,7 @@ def failures_named(path: Path) -> Iterator[None]:
     except NOT_DAMAGED:
         raise
     except Exception as error:
-        named = OSError(f"{path} cannot be written: {error_summary(error)}")
+        named = OSError(f"{path} cannot be written: {describe_error(error)}")
         raise underlying_error(error, path) or named from error
 
 
@@ -410,8 +411,8 @@ def newest_readable(directory: Path, read: Callable[[int, Path], T]) -> tuple[in
             return step, read(step, path)
         except Exception as error:  # Orbax has no common error for damaged files
             raise_if_not_damage(error, path)
-            damaged.append(f"  {step}: {error_summary(error)}")
-            warnings.warn(f"passed over checkpoint {path}: {error_summary(error)}", stacklevel=4)
+            damaged.append(f"  {step}: {describe_error(error)}")
+            warnings.warn(f"passed over checkpoint {path}: {describe_error(error)}", stacklevel=4)
     if damaged:
         lines = [f"none of the checkpoints in {directory} can be read:", *damaged]
         lines += ["Mend one from a copy, or move the folder away to begin again."]
@@ -426,8 +427,5 @@ def damage_named(what: str, path: Path, advice: str = "") -> Iterator[None]:
         yield
     except Exception as error:
         raise_if_not_damage(error, path)
-        raise ValueError(f"{what} {path} cannot be read: {error_summary(error)}{advice}") from error
-
-
-def error_summary(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}"
+        reason = describe_error(error)
+        raise ValueError(f"{what} {path} cannot be read: {reason}{advice}") from error

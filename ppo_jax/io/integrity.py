@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ppo_jax.config.parsing import describe_error
 from ppo_jax.data.atomic import atomic_write
 from ppo_jax.data.readers import short_repr
 
@@ -142,17 +143,10 @@ def reading_file(path: str | os.PathLike) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         plain = type(error) is ValueError
-        message = " ".join(str(error).split()) if plain else f"cannot be read: {summary(error)}"
+        message = f"cannot be read: {describe_error(error)}"
+        if plain:
+            message = " ".join(str(error).split())
         raise ValueError(message if str(path) in message else f"{path}: {message}") from error
-
-
-def summary(error: BaseException) -> str:
-    """Kind and reason of an error on one line, as far as it can be printed."""
-    try:
-        text = " ".join(str(error).split())
-    except Exception:  # of a library's own __str__
-        text = ""
-    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
 
 
 def _crc32(path: Path) -> int:

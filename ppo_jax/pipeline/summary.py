@@ -179,17 +179,15 @@ def turn_end(tokenizer: Any, prompts: Sequence[str]) -> str | None:
     """The token that ends an assistant's turn, where some of the prompts are of the chat template;
     None where there is no such token."""
     content, chat = "0123456789", Chat(tokenizer)
-    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": content}]
     try:
-        asked = chat.prompt(messages[:1], "").rpartition(content)[2]
-        written = chat.render(messages, "").rpartition(content)[2]
+        asked = chat.prompt([{"role": "user", "content": content}], "").rpartition(content)[2]
+        outline = chat.outline(("user", "assistant"))
     except ValueError:  # no template, or one that refuses these messages
         return None
-    if not asked or not any(prompt.endswith(asked) for prompt in prompts):
+    if outline is None or not any(asked and prompt.endswith(asked) for prompt in prompts):
         return None
-    ids = tokenizer(written, add_special_tokens=False)["input_ids"]
-    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    return next((tokenizer.convert_ids_to_tokens(i) for i in ids if i in special), None)
+    ends = chat.end_tokens(outline.after[: outline.end])
+    return ends[-1].group() if ends else None
 
 
 def memory_rows(s: PPOSettings, policy: ModelSpec, score: ModelSpec | None) -> Rows:

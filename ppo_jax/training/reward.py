@@ -14,10 +14,10 @@ from ppo_jax.config.run import Config
 from ppo_jax.config.stages import RewardSettings
 from ppo_jax.core.network import merge_params
 from ppo_jax.core.types import PreferenceBatch, TrainState
-from ppo_jax.data.chat import count_left_out
 from ppo_jax.data.comparisons import RewardData, reward_data
 from ppo_jax.data.encode import TokenizedTexts, encode_demonstrations, with_dropped
 from ppo_jax.data.hidden_states import Inputs, batch_width
+from ppo_jax.data.messages import count_left_out
 from ppo_jax.data.packing import best_fit
 from ppo_jax.data.readers import naming_data
 from ppo_jax.data.records import load_texts

@@ -14,7 +14,6 @@ from ppo_jax.config.run import Config
 from ppo_jax.config.stages import SFTSettings
 from ppo_jax.core.network import merge_params
 from ppo_jax.core.types import TextBatch
-from ppo_jax.data.chat import count_left_out
 from ppo_jax.data.encode import (
     TokenizedTexts,
     batch_indices,
@@ -23,6 +22,7 @@ from ppo_jax.data.encode import (
     with_dropped,
 )
 from ppo_jax.data.hidden_states import Inputs, batch_width
+from ppo_jax.data.messages import count_left_out
 from ppo_jax.data.packing import pack
 from ppo_jax.data.readers import naming_data
 from ppo_jax.data.records import Demonstration, data_files, load_texts, read_split

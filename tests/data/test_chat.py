@@ -10,8 +10,9 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from ppo_jax.config.stages import OptimizerSettings, SFTSettings
 from ppo_jax.data import chat, encode
 from ppo_jax.data import records as data
-from ppo_jax.data.chat import Chat, NotRendered, read_messages
+from ppo_jax.data.chat import Chat
 from ppo_jax.data.encode import token_rows
+from ppo_jax.data.messages import NotRendered, read_messages
 from ppo_jax.data.preferences import load_preferences
 from ppo_jax.data.prompts import prompt_data
 from ppo_jax.data.records import Demonstration, write_jsonl

@@ -26,6 +26,7 @@ ELSEWHERE = {  # module: where it is tested, since it is a part of what is teste
     "core/network": "algorithms/test_ppo",
     "core/types": "core/test_renamed",
     "data/comparisons": "data/test_preferences",
+    "data/messages": "data/test_chat",
     "data/hidden_states": "runs/test_interruptions",
     "distributed/trees": "distributed/test_layout",
     "evaluation/report/charts": "evaluation/test_report",
