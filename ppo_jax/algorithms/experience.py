@@ -153,9 +153,7 @@ def response_scores(
     start = rollout.prompt_mask.shape[1]
     ended = rollout if eos_id is None else with_eos(rollout, eos_id)
     inputs = ended.hidden_states if networks.reward_on_trunk else ended.tokens
-    if (
-        inputs is None and networks.trunk is not None
-    ):  # the rollout has no state of a token that was not sampled
+    if inputs is None and networks.trunk is not None:  # of an EOS that was not sampled
         inputs = networks.trunk.apply(frozen.trunk, ended.tokens, ended.mask)
     values = networks.reward.apply(frozen.reward, inputs, ended.mask, first_output=start)
     last = last_token_index(ended.response_mask)
