@@ -35,7 +35,7 @@ def make_sampling(settings: Mapping[str, Any], tokenizer: Any) -> Sampling:
     stops = settings["stop_tokens"]
     return Sampling(
         eos_ids=stop_ids(tokenizer, stops),
-        stop_strings=stop_strings(tokenizer, tuple(stops)),
+        stop_strings=stop_strings(tokenizer, stops),
         **filters,
     )
 

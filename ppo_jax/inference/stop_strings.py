@@ -28,8 +28,7 @@ def stop_ids(tokenizer: Any, stops: Sequence[str] = ()) -> tuple[int, ...]:
     return tuple(sorted({tokenizer.eos_token_id} | {vocabulary[token] for token in tokens}))
 
 
-@functools.lru_cache(maxsize=4)  # of a large vocabulary it takes seconds
-def stop_strings(tokenizer: Any, stops: tuple[str, ...]) -> StopStrings | None:
+def stop_strings(tokenizer: Any, stops: Sequence[str]) -> StopStrings | None:
     """Those of `stops` that are no token: a response ends with the token that completes one of
     them, in its middle or at its end. None where there are none.
 
@@ -37,9 +36,13 @@ def stop_strings(tokenizer: Any, stops: tuple[str, ...]) -> StopStrings | None:
         ValueError: the tokenizer writes a text otherwise, or they are too long.
     """
     vocabulary = tokenizer.get_vocab()
-    texts = [stop for stop in stops if stop not in vocabulary]
-    if not texts:
-        return None
+    texts = tuple(stop for stop in stops if stop not in vocabulary)
+    return automaton(tokenizer, texts) if texts else None
+
+
+@functools.lru_cache(maxsize=4)  # of a large vocabulary it takes seconds
+def automaton(tokenizer: Any, texts: tuple[str, ...]) -> StopStrings:
+    """The `StopStrings` of texts, if the tokenizer writes them as they are."""
     written = token_bytes(tokenizer)
     for text in texts:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
