@@ -21,7 +21,7 @@ from ppo_jax.distributed.layout import Layout, fetch, make_layouts
 from ppo_jax.distributed.processes import on_primary, stop_if_asked
 from ppo_jax.evaluation.statistics import Judge, distinct_n, judge_table
 from ppo_jax.inference.generate import generate, make_sampling
-from ppo_jax.inference.score import score_rows, scores_that_fit
+from ppo_jax.inference.score import sampled_scores, score_rows
 from ppo_jax.io.model_spec import ModelSpec
 from ppo_jax.io.run_folder import read_results, read_rows, write_results
 from ppo_jax.io.stage_folder import (
@@ -81,7 +81,7 @@ def evaluate(config: Config, workdir: Path, base: str, data: EvaluationData):
         for name, (path, pin) in compared(config, workdir, base, pins.get("init_from")).items()
     }
     prompts, ratings = data[0].texts[: settings.num_prompts], data[1]
-    responses, results = compare(policies, prompts, config, of_rollout)
+    responses, rollouts, results = compare(policies, prompts, config, of_rollout)
     texts = {
         name: [p + r for p, r in zip(prompts, rows, strict=True)]
         for name, rows in responses.items()
@@ -92,13 +92,14 @@ def evaluate(config: Config, workdir: Path, base: str, data: EvaluationData):
     name = config.ppo.reward_model or ("reward" if config.reward is not None else "")
     pin = pins.get("reward_model") if config.ppo.reward_model else None
     reward = load_source(name, workdir, base, config.model, layout, pin) if name else None
-    add_results(workdir, {"samples": side_by_side(reward, prompts, responses, texts)})
+    scores = first_scores(reward, policies, prompts, responses, rollouts, config.ppo.score_at)
+    add_results(workdir, {"samples": side_by_side(prompts, responses, scores)})
     add_results(workdir, reward_accuracies(reward, ratings, config, workdir))
 
 
 def compare(
     policies: Mapping[str, Model], prompts: list[str], config: Config, layout: Layout
-) -> tuple[dict[str, list[str]], dict[str, float]]:
+) -> tuple[dict[str, list[str]], dict[str, list[Rollout]], dict[str, float]]:
     """Responses of some policies to the same prompts, with their variety and the last one's KL.
 
     Args:
@@ -108,8 +109,9 @@ def compare(
         layout: of the rollout.
 
     Returns:
-        name -> N responses, and `text/distinct2_<name>` of each, `policy/kl_per_response` of the
-        candidate from its reference, and `text/distinct2_ratio` of the two.
+        name -> N responses, name -> the rollouts of their batches, and `text/distinct2_<name>` of
+        each, `policy/kl_per_response` of the candidate from its reference, and
+        `text/distinct2_ratio` of the two.
     """
     responses, rollouts, results = {}, {}, {}
     for name, policy in policies.items():
@@ -122,7 +124,7 @@ def compare(
     )
     variety, before = (results[f"text/distinct2_{name}"] for name in (candidate, reference))
     results["text/distinct2_ratio"] = variety / max(before, 1e-9)
-    return responses, results
+    return responses, rollouts, results
 
 
 def add_results(workdir: Path, results: Mapping[str, Any]):
@@ -243,16 +245,30 @@ def judge_all(settings: EvaluateSettings, workdir: Path, texts: dict[str, list[s
     return results
 
 
-def side_by_side(
+def first_scores(
     reward: Model | None,
+    policies: Mapping[str, Model],
     prompts: list[str],
     responses: dict[str, list[str]],
-    texts: dict[str, list[str]],
+    rollouts: dict[str, list[Rollout]],
+    score_at: str,
+) -> dict[str, dict[int, float]]:
+    """name -> {index: score} of the first responses of each policy, read as in PPO; none without a
+    reward model, or where a response does not fit into its context."""
+    if reward is None:
+        return {}
+    return {
+        name: sampled_scores(
+            reward, policy, prompts[:NUM_SAMPLES], responses[name], rollouts[name], score_at
+        )
+        for name, policy in policies.items()
+    }
+
+
+def side_by_side(
+    prompts: list[str], responses: dict[str, list[str]], scores: dict[str, dict[int, float]]
 ) -> list[dict]:
-    """The first prompts with every policy's response and, with a reward model, its score."""
-    scores = {}
-    if reward is not None:
-        scores = {name: scores_that_fit(reward, rows[:NUM_SAMPLES]) for name, rows in texts.items()}
+    """The first prompts with every policy's response and its score, where it has one."""
     return [
         {
             "prompt": prompts[i],

@@ -13,7 +13,6 @@ from ppo_jax.core.types import Rollout
 from ppo_jax.data.encode import (
     TokenizedTexts,
     encode_all,
-    encode_texts,
     leading_tokens,
     pad_right,
     row_batches,
@@ -22,6 +21,7 @@ from ppo_jax.data.encode import (
 )
 from ppo_jax.data.hidden_states import Inputs, batch_width, make_inputs
 from ppo_jax.distributed.layout import Layout, fetch, one_device
+from ppo_jax.io.model_spec import reread_reason
 from ppo_jax.io.stage_folder import Model
 from ppo_jax.models.build import reward_network
 from ppo_jax.models.config import ModelConfig
@@ -44,52 +44,62 @@ def all_scores(
     return ordered
 
 
-def scores_that_fit(model: Model, texts: list[str]) -> dict[int, float]:
-    """{index: score} of the texts that fit into a reward model's context: a response may have more
-    tokens when its text is tokenised again."""
-    rows = encode_texts(texts, model.tokenizer, max_length=model.config.max_length)
-    return dict(zip(rows.records.tolist(), score_rows(model, rows).tolist(), strict=True))
-
-
 def score_texts(model: Model, texts: list[str]) -> np.ndarray:
     """A reward model's scores of whole texts, [N] float32."""
     return score_rows(model, encode_all(texts, model.tokenizer, max_length=model.config.max_length))
 
 
-def score_rollouts(model: Model, rollouts: Sequence[Rollout], count: int) -> np.ndarray:
-    """A reward model's scores of sampled responses, [count] float32, read as PPO reads them.
+def sampled_scores(
+    reward: Model,
+    policy: Model,
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    rollouts: Sequence[Rollout],
+    score_at: str = "eos",
+) -> dict[int, float]:
+    """{index: score} of sampled responses by a reward model, as PPO reads them.
 
-    That is at the last token of each, where it was cut off or at EOS, which is put behind one that
-    another stop token has ended; see `ppo.score_at`.
+    A reward model with another tokenizer reads their text, see `encode_responses`; any other the
+    tokens that were sampled, of those that fit into its context.
 
     Args:
-        model: a reward model with the policy's tokenizer.
-        rollouts: of the batches.
-        count: responses, the first of all.
-
-    Raises:
-        ValueError: as `score_ids`.
+        reward: a reward model.
+        policy: that the responses are of.
+        prompts: N texts.
+        responses: N texts, without their stop tokens.
+        rollouts: of the batches, with N or more rows.
+        score_at: as `ppo.score_at`.
     """
-    eos, rows = model.tokenizer.eos_token_id, []
+    if reread_reason(policy, reward):
+        ended = np.concatenate(fetch([rollout.has_eos for rollout in rollouts]))[: len(prompts)]
+        return dict(enumerate(score_responses(reward, prompts, responses, ended).tolist()))
+    rows = sampled_rows(rollouts, reward.tokenizer.eos_token_id, score_at)[: len(prompts)]
+    fitting = {i: row for i, row in enumerate(rows) if len(row) <= reward.config.max_length}
+    if not fitting:
+        return {}
+    return dict(zip(fitting, score_ids(reward, list(fitting.values())).tolist(), strict=True))
+
+
+def sampled_rows(rollouts: Sequence[Rollout], eos: int, score_at: str) -> list[list[int]]:
+    """Prompts with their responses, as tokens; the score of each is read at the last one.
+
+    That is the last token of the response, or with `score_at` "eos" an EOS, which is put behind one
+    that another stop token has ended.
+    """
+    rows = []
     for tokens, mask, ended in fetch([(r.tokens, r.mask, r.has_eos) for r in rollouts]):
         for row, has_ended in zip(unpadded(tokens, mask), ended, strict=True):
-            rows.append([*row, eos] if has_ended and row[-1] != eos else row)
-    return score_ids(model, rows[:count])
+            closes = score_at == "eos" and has_ended and row[-1] != eos
+            rows.append([*row, eos] if closes else row)
+    return rows
 
 
 def score_ids(model: Model, rows: Sequence[Sequence[int]]) -> np.ndarray:
     """A reward model's scores of rows of tokens, [N] float32, at the last token of each.
 
-    Raises:
-        ValueError: a row is longer than the model's context.
+    No row is longer than the model's context.
     """
-    longest = max(map(len, rows))
-    if longest > model.config.max_length:
-        raise ValueError(
-            f"a prompt with its response must have at most {model.config.max_length} tokens (the "
-            f"reward model's context), got {longest}"
-        )
-    tokens, mask = pad_right(rows, longest)
+    tokens, mask = pad_right(rows, max(map(len, rows)))
     return score_rows(
         model, TokenizedTexts(tokens, mask, np.zeros_like(mask), np.arange(len(rows)))
     )

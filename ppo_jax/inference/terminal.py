@@ -17,8 +17,7 @@ from ppo_jax.data.messages import Message
 from ppo_jax.data.records import load_prompts, write_jsonl
 from ppo_jax.distributed.layout import fetch
 from ppo_jax.inference.generate import decode_stream, generate, stream
-from ppo_jax.inference.score import score_responses, score_rollouts
-from ppo_jax.io.model_spec import reread_reason
+from ppo_jax.inference.score import sampled_scores
 from ppo_jax.io.stage_folder import Model
 from ppo_jax.rollout.sampling import Sampling
 
@@ -140,14 +139,21 @@ def typed_lines() -> Iterator[str]:
 
 
 def respond_to_file(
-    policy: Model, scorer: Model | None, *, prompts: str, out: str, copies: int, **how: Any
+    policy: Model,
+    scorer: Model | None,
+    *,
+    prompts: str,
+    out: str,
+    copies: int,
+    score_at: str = "eos",
+    **how: Any,
 ) -> None:
     """Write responses to a file of prompts as JSON lines {"prompt", "response"}.
 
     Each prompt has `copies` lines. With a scorer, a reward model, a line says whether a stop token
-    ended the response, "finished", and has the "score" of the tokens that were sampled, as in PPO;
-    a scorer with another tokenizer reads their text. Messages are written as the chat template
-    renders them.
+    ended the response, "finished", and has the "score" of the tokens that were sampled, as in PPO
+    with this `score_at`; a scorer with another tokenizer reads their text. Messages are written as
+    the chat template renders them.
 
     Raises:
         ValueError: `out` exists, the scorer is no reward model, or a prompt is invalid.
@@ -161,11 +167,8 @@ def respond_to_file(
     rows = [{"prompt": p, "response": r} for p, r in zip(texts, responses, strict=True)]
     if scorer is not None:
         finished = np.concatenate(fetch([rollout.has_eos for rollout in rollouts]))[: len(rows)]
-        if reread_reason(policy, scorer):
-            scores = score_responses(scorer, texts, responses, finished)
-        else:
-            scores = score_rollouts(scorer, rollouts, len(rows))
-        more = zip(finished.tolist(), scores.tolist(), strict=True)
+        scores = sampled_scores(scorer, policy, texts, responses, rollouts, score_at)
+        more = zip(finished.tolist(), scores.values(), strict=True)
         rows = [r | {"finished": f, "score": s} for r, (f, s) in zip(rows, more, strict=True)]
     write_jsonl(out, rows)
 

@@ -5,8 +5,14 @@ import json
 import numpy as np
 import pytest
 
+from ppo_jax.algorithms.experience import PPONetworks, response_scores
 from ppo_jax.config.stages import EvaluateSettings
-from ppo_jax.evaluation.evaluate import JudgePanel, judge_all, last_validation
+from ppo_jax.core.types import FrozenParams
+from ppo_jax.evaluation.evaluate import JudgePanel, first_scores, judge_all, last_validation
+from ppo_jax.inference.generate import generate
+from ppo_jax.models.build import reward_network
+from ppo_jax.rollout.sampling import Sampling
+from tests.support.tiny_stage import random_model
 
 TEXTS = {"sft": ["a", "bbb"], "ppo": ["aa", "bb"], "best_of_4": ["aaa", "bbbb"]}
 
@@ -76,3 +82,47 @@ def test_the_last_validation_has_the_newest_value_of_each_metric(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert last_validation(path) == {"reward_model/validation_accuracy": 0.7}
+
+
+# --- scores of the samples ------------------------------------------------------------------------
+
+PROMPTS = ["a film", "a film of few words", "few words of a film " * 4] * 4
+
+
+@pytest.fixture(scope="module")
+def sampled():
+    """(policy, responses, rollouts, sampling): some stopped at a word, some were cut off."""
+    policy = random_model(max_length=160)
+    sampling = Sampling(response_length=10, eos_ids=(0, *range(40, 60)))
+    how = {"sampling": sampling, "max_prompt_length": 150, "batch_size": 5}
+    return policy, *generate(policy, PROMPTS, **how)
+
+
+@pytest.mark.parametrize("score_at", ["eos", "last"])
+def test_samples_have_the_scores_that_ppo_gives_them(sampled, score_at):
+    policy, responses, rollouts = sampled
+    reward, eos_id = random_model("reward", max_length=160), 0 if score_at == "eos" else None
+    networks = PPONetworks(policy=None, reward=reward_network(reward.config))
+    how = dict(frozen=FrozenParams(ref_policy={}, reward=reward.params), networks=networks)
+    expected = [response_scores(rollout, **how, eos_id=eos_id) for rollout in rollouts]
+    ended = np.concatenate([rollout.has_eos for rollout in rollouts])[: len(PROMPTS)]
+    assert 0 < ended.sum() < len(ended)
+    scores = first_scores(
+        reward, {"ppo": policy}, PROMPTS, {"ppo": responses}, {"ppo": rollouts}, score_at
+    )
+    assert list(scores["ppo"]) == list(range(12))
+    got = list(scores["ppo"].values())
+    np.testing.assert_allclose(got, np.concatenate(expected)[:12], atol=1e-5)
+
+
+def test_samples_beyond_the_reward_models_context_have_no_score(sampled):
+    policy, responses, rollouts = sampled
+    rows = {"ppo": responses}, {"ppo": rollouts}
+    lengths = np.concatenate([rollout.mask.sum(axis=1) for rollout in rollouts])[:12]
+    middle = int(np.median(lengths))
+    short = random_model("reward", max_length=middle)
+    scores = first_scores(short, {"ppo": policy}, PROMPTS, *rows, "last")
+    assert set(scores["ppo"]) == set(np.flatnonzero(lengths <= middle)) and len(scores["ppo"]) < 12
+    shortest = random_model("reward", max_length=2)
+    assert first_scores(shortest, {"ppo": policy}, PROMPTS, *rows, "eos") == {"ppo": {}}
+    assert first_scores(None, {"ppo": policy}, PROMPTS, *rows, "eos") == {}
