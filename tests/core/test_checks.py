@@ -38,6 +38,8 @@ def same(value):
 
 
 EVERY = jnp.ones((64, 24), bool)
+# One of them is the next number of float32.
+NEARLY = same(1000.1).at[0, 0].set(np.nextafter(np.float32(1000.1), np.float32(np.inf)))
 ADAM = core.Optimizer(learning_rate=0.1)
 WEIGHTS = {"w": jnp.ones(2)}
 
@@ -178,6 +180,7 @@ EDGES = [
     (core.whiten, "3.3", lambda: core.whiten(same(3.3), EVERY), 0.0),
     (core.whiten, "-1e-7", lambda: core.whiten(same(-1e-7), EVERY), 0.0),
     (core.whiten, "1e18", lambda: core.whiten(same(1e18), EVERY), 0.0),
+    (core.whiten, "equal but for rounding", lambda: core.whiten(NEARLY, EVERY), 0.0),
     (core.whiten, "mean", lambda: core.whiten(same(3.3), EVERY, shift_mean=False), 3.3),
     (core.whiten, "a mask of integers", lambda: core.whiten(ONES, TOKENS), "assert_type"),
     (
@@ -192,7 +195,14 @@ EDGES = [
         lambda: core.explained_variance(ONES, ONES, ~MASK),
         0.0,
     ),
+    (
+        core.explained_variance,
+        "returns equal but for rounding",
+        lambda: core.explained_variance(same(0.0), NEARLY, EVERY),
+        0.0,
+    ),
     (masked_moments, "equal", lambda: masked_moments(same(1000.1), EVERY)[1], 0.0),
+    (masked_moments, "equal but for rounding", lambda: masked_moments(NEARLY, EVERY)[1], 0.0),
     (masked_moments, "nan", lambda: masked_moments(same(jnp.nan), EVERY)[1], jnp.nan),
     (masked_moments, "nothing", lambda: jnp.stack(masked_moments(ONES, ~MASK)), 0.0),
     (
@@ -389,6 +399,18 @@ EDGES = [
         "scores [B, 1]",
         lambda: experienced(jnp.ones((8, 1))),
         "assert_shape",
+    ),
+    (
+        algorithms.make_experience,
+        "equal scores",
+        lambda: experienced(jnp.full(8, 0.1))[1]["reward/score_std"],
+        0.0,
+    ),
+    (
+        algorithms.make_experience,
+        "scores equal but for rounding",
+        lambda: experienced(NEARLY[0, :8])[1]["reward/score_std"],
+        0.0,
     ),
     (
         algorithms.update_from_rollout,

@@ -152,6 +152,16 @@ def test_texts_are_split_as_by_the_models_own_tokenizers(tokenizer, pre):
     assert accents == (pre == "qwen2")  # Qwen composes them
 
 
+def test_a_word_of_llama_3_that_no_merges_make_is_one_token(tokenizer):
+    ids = {}
+    for pre in ("llama-bpe", "gpt-2"):
+        ggml = bpe_metadata(tokenizer, pre) | {"bos_token_id": 0, "add_bos_token": False}
+        ggml["tokens"] = [*ggml["tokens"][:-1], "zqzq"]
+        ggml["merges"] = [x for x in ggml["merges"] if x.replace(" ", "") in ggml["tokens"]]
+        ids[pre] = build_tokenizer(metadata_of(ggml), 300)("zqzq")["input_ids"]
+    assert ids["llama-bpe"] == [299] and len(ids["gpt-2"]) == 4
+
+
 def test_bos_and_eos_are_put_around_a_text_where_the_file_says_so(tokenizer):
     ggml = bpe_metadata(tokenizer) | {"bos_token_id": 5}
     plain = tokenizer("A film")["input_ids"]

@@ -289,6 +289,19 @@ def test_a_wrong_shape_is_told_with_both_shapes(saved, tmp_path):
         hf.load_policy(edit_weights(saved("llama")[1], tmp_path, cut))
 
 
+def test_a_tensor_is_told_by_its_name_in_the_files(saved, tmp_path):
+    """A file that was saved without the model's head leaves out the beginning of the names."""
+
+    def rename(tensors):
+        bare = {key.removeprefix("model."): x for key, x in tensors.items()}
+        tensors.clear()
+        tensors.update(bare, **{"norm.weight": np.zeros(3, np.float32)})
+
+    folder = edit_weights(saved("llama")[1], tmp_path, rename)
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(folder))}: norm\.weight has shape"):
+        hf.load_policy(folder)
+
+
 def test_stored_integers_are_refused(saved, tmp_path):
     def quantise(tensors):
         tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(np.int8)

@@ -8,15 +8,18 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import transformers
 from safetensors.numpy import load_file
 
 from ppo_jax.io import huggingface as hf
 from ppo_jax.models.build import policy_apply
 from ppo_jax.models.config import computation
-from ppo_jax.models.families import read_config, write_config
+from ppo_jax.models.families import FAMILIES, read_config, write_config
 from tests.support.tiny_hf import (
     LENGTH,
     LLAMA3_ROPE,
+    SMALL,
+    SMALL_GPT2,
     TINY_MODELS,
     VOCAB,
     assert_same_tree,
@@ -116,6 +119,15 @@ def test_old_and_new_forms_of_rope_settings_are_the_same(saved, tmp_path):
     config = hf.load_config(folder)
     assert config.rope_theta == 500.0 and config.rope_scaling.factor == 8.0
     assert hf.load_config(old) == config
+
+
+@pytest.mark.parametrize("family", [family.name for family in FAMILIES])
+def test_what_a_config_leaves_out_is_as_in_transformers(family):
+    """Head sizes, biases, tied heads and the rest: each family has defaults of its own."""
+    sizes = SMALL_GPT2 if family == "gpt2" else SMALL
+    sizes = {key: x for key, x in sizes.items() if "eps" not in key}
+    theirs = transformers.AutoConfig.for_model(family, **sizes).to_json_string(use_diff=False)
+    assert read_config({"model_type": family, **sizes}) == read_config(json.loads(theirs))
 
 
 @pytest.mark.parametrize("name", TINY_MODELS)

@@ -12,9 +12,16 @@ from ppo_jax.config.mesh import MeshSettings
 from ppo_jax.config.run import from_config_dict
 from ppo_jax.distributed.layout import make_layouts
 from ppo_jax.distributed.trees import named_leaves
+from ppo_jax.inference.stop_strings import make_stop_strings
 from ppo_jax.io.stage_folder import Model
 from ppo_jax.models.build import policy_network, reward_network
-from ppo_jax.training.ppo_setup import find_trunk, make_critic, make_hyperparameters, make_setup
+from ppo_jax.training.ppo_setup import (
+    find_trunk,
+    make_critic,
+    make_hyperparameters,
+    make_options,
+    make_setup,
+)
 from tests.support import tiny
 from tests.support.tiny_config import changed
 
@@ -107,6 +114,22 @@ def test_the_numbers_of_the_settings_are_float32_on_the_device():
     assert numbers.stop_kl is None  # without a limit the program has none
     for name in own - {"stop_kl"}:
         assert getattr(numbers, name) == np.float32(getattr(settings, name)), name
+
+
+@pytest.mark.parametrize(
+    ("ends", "expected"),
+    [
+        ({"eos_ids": (1,)}, None),  # as all texts of the reward model end
+        ({"eos_ids": (1, 2)}, 1),
+        ({"eos_ids": (1,), "stop_strings": make_stop_strings(["ab"], [b"", b"", b"a", b"b"])}, 1),
+    ],
+)
+def test_a_score_is_read_at_eos_where_responses_may_end_otherwise_unless_the_settings_say_last(
+    ends, expected
+):
+    sampling = tiny.sampling(**ends)
+    assert make_options(ppo_settings(), sampling, 1).score_eos == expected
+    assert make_options(ppo_settings(score_at="last"), sampling, 1).score_eos is None
 
 
 def on_device(kind, seed, **changes):
