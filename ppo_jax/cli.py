@@ -184,7 +184,8 @@ def raised_by_us(error: BaseException) -> bool:
 
 def one_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error.args[0] if error.args else error).splitlines()]
-    return "; ".join(line for line in lines if line not in ("", ";"))
+    text = "; ".join(line for line in lines if line not in ("", ";"))
+    return text.replace(":; ", ": ").replace(".; ", "; ")
 
 
 def stop(message: str, code: int):

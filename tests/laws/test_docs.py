@@ -1,8 +1,12 @@
 """What is written about settings, metrics, files, formats and commands is true, and is all."""
 
+import ast
+import builtins
 import dataclasses
+import errno
 import importlib.util
 import json
+import os
 import re
 import shlex
 import tomllib
@@ -255,6 +259,56 @@ def test_every_script_tells_its_command():
 def test_every_config_file_tells_its_command():
     for path in (ROOT / "configs").glob("*.py"):
         assert f"--config=configs/{path.name}" in path.read_text(), path.name
+
+
+# --- messages -------------------------------------------------------------------------------------
+
+# What the system and your own code say of themselves.
+OF_OTHERS = set(dir(builtins)) | {"nan"}
+OF_OTHERS |= set(" ".join(map(os.strerror, (errno.ENOSPC, errno.EMFILE))).split())
+
+
+def texts_of_the_library():
+    """The texts of its source but docstrings, each as its fixed parts, around the values."""
+    for path in (ROOT / "ppo_jax").rglob("*.py"):
+        todo = [ast.parse(path.read_text())]
+        while todo:
+            node = todo.pop()
+            if isinstance(node, ast.JoinedStr):
+                values = [x.value if isinstance(x, ast.Constant) else "{}" for x in node.values]
+                yield "".join(values).split("{}")
+                todo += [x.value for x in node.values if isinstance(x, ast.FormattedValue)]
+                continue
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value.split("{}")
+            is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+            todo += [] if is_docstring else ast.iter_child_nodes(node)
+
+
+def words_of(text):
+    """All but quotations, paths, numbers and names of settings."""
+    text = re.sub(r"(?<!\w)'[^']*'|\[[^]]*\]|\S*[\d_/@=]\S*|\S+\.\S+", " ", text)
+    return set(re.findall(r"[A-Za-z]{3,}", text))
+
+
+def known_words(message, texts):
+    """Those of the texts that a message has in it, or ends within, with "..."."""
+    last = message.rstrip(". ")[-25:] if message.endswith("...") else None
+    for pattern, parts in texts:
+        if pattern.search(message) or (last and any(last in part for part in parts)):
+            yield from re.findall(r"[A-Za-z]+", " ".join(parts))
+
+
+def test_every_quoted_message_is_of_the_library():
+    """Each of its words stands in a text of the source that the message has as a whole."""
+    quoted = re.findall(r"^\| `([^`]+)` \|", PAGES["errors.md"], re.MULTILINE)
+    texts = [
+        (re.compile(".*?".join(map(re.escape, parts))), parts)
+        for parts in texts_of_the_library()
+        if len("".join(parts)) > 2
+    ]
+    unknown = {x: words_of(x) - set(known_words(x, texts)) - OF_OTHERS for x in quoted}
+    assert len(quoted) > 50 and not {x: words for x, words in unknown.items() if words}
 
 
 # --- the rest -------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from unittest import mock
 
 import pytest
 
+from ppo_jax.cli import one_line
 from ppo_jax.pipeline import run as pipeline
 from tests.support import broken, mistakes
 from tests.support import mistakes_in_files as in_files
@@ -87,6 +88,11 @@ def test_a_mistake_is_told_in_one_line_and_leaves_nothing(places, row):
     after = broken.tree(places.tmp)
     assert {name: after[name] for name in after if name not in mistake.leaves} == before
     assert broken.dates(places.world) == world_before
+
+
+def test_an_error_of_several_lines_is_one():
+    error = ValueError("none of the checkpoints can be read:\n  6: a.\n  3: b.\nMend one.")
+    assert one_line(error) == "none of the checkpoints can be read: 6: a; 3: b; Mend one."
 
 
 @pytest.mark.parametrize("row", AS_PROCESSES)
