@@ -15,7 +15,7 @@ from ppo_jax.distributed import folder_lock
 from ppo_jax.distributed.folder_lock import LOCK, hold_folder
 
 HOLD = """
-import sys, time
+import os, sys, time
 from pathlib import Path
 from ppo_jax.distributed.folder_lock import hold_folder
 with hold_folder(Path(sys.argv[1])):
@@ -75,8 +75,9 @@ def test_two_holders_in_one_process_exclude_each_other(tmp_path):
 
 
 def test_a_forked_process_that_lives_on_holds_nothing(tmp_path):
-    then = "import os; os.fork() or time.sleep(3)"
-    with holder(tmp_path, then) as process:
+    then = "child = os.fork() == 0; child and print('forked', flush=True)"
+    with holder(tmp_path, f"{then}; time.sleep(4 if child else 60)") as process:
+        assert process.stdout.readline() == "forked\n"
         process.kill()
         process.wait()
         with hold_folder(tmp_path):
