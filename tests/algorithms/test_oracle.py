@@ -1,0 +1,196 @@
+"""An iteration of PPO against one that was written without the library, in float64 and by hand.
+
+The policy is a table [V, V] of logits of the next token by the one before it, the critic a table
+[V]: so the gradients are short formulas, too. Only the shuffles are taken from jax.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ppo_jax.algorithms import PPONetworks, PPOOptions, init_ppo, update_from_rollout
+from ppo_jax.core import FrozenParams, Hyperparameters, Network, Optimizer, Rollout
+from ppo_jax.rollout import Sampling
+
+B, P, T, V = 8, 3, 6, 5
+KEY = jax.random.key(7)
+NUMBERS = dict(
+    temperature=0.8, kl_coef=0.1, gamma=0.97, gae_lambda=0.9, clip_range=0.1, vf_coef=0.3
+)
+NUMBERS |= dict(value_clip_range=0.1, entropy_coef=0.02, missing_eos_score=0.7)
+NUMBERS |= dict(value_learning_rate=0.05, target_kl=0.5, kl_horizon=40.0)
+ADAM = dict(learning_rate=0.03, max_grad_norm=0.5, b1=0.8, b2=0.95, eps=1e-4, weight_decay=0.01)
+
+
+def look_up(params, inputs, mask, *, first_output=0):
+    return params["table"][inputs[:, first_output:]]
+
+
+def made_up(seed):
+    """Tables and a rollout of the policy, to whose log-probs some noise is added."""
+    draw = np.random.default_rng(seed)
+    tables = {name: draw.normal(size=(V, V)) for name in ("policy", "reference")}
+    tables["value"] = draw.normal(size=V)
+    tokens = draw.integers(0, V, (B, P + T))
+    lengths = draw.integers(1, T + 1, B)
+    mask = np.arange(T) < lengths[:, None]
+    case = dict(tokens=tokens, mask=mask, has_eos=lengths < T, scores=draw.normal(size=B))
+    logprobs, _, _ = of_policy(tables["policy"], tokens[:, P - 1 : -1], tokens[:, P:])
+    return tables, case | {"logprobs": logprobs + 0.15 * draw.normal(size=(B, T)) * mask}
+
+
+# --- by hand --------------------------------------------------------------------------------------
+
+
+def of_policy(table, before, tokens):
+    """(log-probs of the tokens, all probabilities, entropies)."""
+    z = table[before] / NUMBERS["temperature"]
+    logs = z - np.log(np.exp(z).sum(-1, keepdims=True))
+    probs = np.exp(logs)
+    chosen = np.take_along_axis(logs, tokens[..., None], -1)[..., 0]
+    return chosen, probs, -(probs * logs).sum(-1)
+
+
+def advantages_and_returns(rewards, values, mask):
+    advantages = np.zeros((B, T))
+    for i in range(B):
+        following, ahead = 0.0, 0.0
+        for t in reversed(range(mask[i].sum())):
+            delta = rewards[i, t] + NUMBERS["gamma"] * following - values[i, t]
+            ahead = delta + NUMBERS["gamma"] * NUMBERS["gae_lambda"] * ahead
+            advantages[i, t], following = ahead, values[i, t]
+    whole = advantages[mask]
+    whitened = np.where(mask, (advantages - whole.mean()) / np.sqrt(whole.var() + 1e-8), 0.0)
+    return whitened, advantages + values
+
+
+def against_the_others(rewards, group):
+    totals = rewards.sum(axis=1).reshape(-1, group)
+    others = (totals.sum(axis=1, keepdims=True) - totals) / (group - 1)
+    return np.repeat((totals - others).reshape(-1, 1), T, axis=1)
+
+
+def gradients(tables, batch, clip_high):
+    before, tokens, mask, old, advantages, old_values, returns = batch
+    count = mask.sum()
+    logprobs, probs, entropies = of_policy(tables["policy"], before, tokens)
+    ratio = np.exp(logprobs - old)
+    low, high = 1 - NUMBERS["clip_range"], 1 + clip_high
+    is_clipped = -advantages * np.clip(ratio, low, high) > -advantages * ratio
+    of_logprob = np.where(mask & ~is_clipped, -advantages * ratio, 0.0) / count
+    hit = np.eye(V)[tokens] - probs
+    of_z = of_logprob[..., None] * hit
+    of_entropy = -probs * (np.log(probs) + entropies[..., None])
+    of_z -= NUMBERS["entropy_coef"] * of_entropy * mask[..., None] / count
+    found = {"policy": np.zeros((V, V))}
+    np.add.at(found["policy"], before, of_z / NUMBERS["temperature"])
+    if "value" in tables:
+        values, reach = tables["value"][before], NUMBERS["value_clip_range"]
+        near = np.clip(values, old_values - reach, old_values + reach)
+        stays = (near - returns) ** 2 > (values - returns) ** 2
+        of_value = np.where(mask & ~stays, values - returns, 0.0) * NUMBERS["vf_coef"] / count
+        found["value"] = np.zeros(V)
+        np.add.at(found["value"], before, of_value)
+    return found
+
+
+def by_hand(tables, case, options):
+    """(tables after an iteration, the coefficient of the KL after it)."""
+    mask, before, tokens = case["mask"], case["tokens"][:, P - 1 : -1], case["tokens"][:, P:]
+    reference, old = tables["reference"], case["logprobs"]
+    tables = {name: x.copy() for name, x in tables.items() if name != "reference"}
+    weights = 1.0
+    if options.old_logprobs == "recompute":
+        old = of_policy(tables["policy"], before, tokens)[0]
+        weights = np.clip(np.exp(old - case["logprobs"]), 0.9, 1.1)
+    scores, number = case["scores"], NUMBERS["missing_eos_score"]
+    ends = {"keep": scores, "replace": np.full(B, number), "penalty": scores - number}
+    scores = np.where(case["has_eos"], scores, ends[options.missing_eos])
+    kl = np.where(mask, old - of_policy(reference, before, tokens)[0], 0.0)
+    rewards = -NUMBERS["kl_coef"] * kl
+    rewards[np.arange(B), mask.sum(axis=1) - 1] += scores
+    values = returns = np.zeros((B, T))
+    if options.advantages == "gae":
+        values = np.where(mask, tables["value"][before], 0.0)
+        advantages, returns = advantages_and_returns(rewards, values, mask)
+    else:
+        del tables["value"]
+        advantages = against_the_others(rewards, 2)
+    data = (before, tokens, mask, old, advantages * weights, values, returns)
+    clip_high = 0.3 if options.num_epochs > 1 else NUMBERS["clip_range"]
+    mean, square = ({k: np.zeros_like(x) for k, x in tables.items()} for _ in range(2))
+    rates = {"policy": ADAM["learning_rate"], "value": NUMBERS["value_learning_rate"]}
+    orders = [jax.random.permutation(k, B) for k in jax.random.split(KEY, options.num_epochs)]
+    steps = np.reshape(orders, (options.num_epochs * options.num_minibatches, -1))
+    for step, rows in enumerate(steps, 1):
+        found = gradients(tables, [x[rows] for x in data], clip_high)
+        norm = np.sqrt(sum((x**2).sum() for x in found.values()))
+        for name, g in found.items():
+            g = g * min(1.0, ADAM["max_grad_norm"] / norm)
+            mean[name] = ADAM["b1"] * mean[name] + (1 - ADAM["b1"]) * g
+            square[name] = ADAM["b2"] * square[name] + (1 - ADAM["b2"]) * g**2
+            direction = mean[name] / (1 - ADAM["b1"] ** step)
+            direction /= np.sqrt(square[name] / (1 - ADAM["b2"] ** step)) + ADAM["eps"]
+            change = direction + ADAM["weight_decay"] * tables[name]
+            tables[name] = tables[name] - rates[name] * change
+    error = np.clip(kl.sum(axis=1).mean() / NUMBERS["target_kl"] - 1, -0.2, 0.2)
+    factor = 1 + error * B / NUMBERS["kl_horizon"] if options.kl_control == "adaptive" else 1.0
+    return tables, NUMBERS["kl_coef"] * factor
+
+
+# --- both -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_epochs": 3, "num_minibatches": 4},
+        {"num_epochs": 3, "num_minibatches": 2, "num_micro_batches": 2},
+        {"missing_eos": "replace", "kl_control": "adaptive"},
+        {"missing_eos": "penalty", "num_epochs": 2},
+        {"old_logprobs": "recompute", "num_epochs": 2},
+        {"advantages": "leave_one_out", "num_epochs": 4},
+    ],
+    ids=str,
+)
+def test_an_iteration_is_that_of_float64_by_hand(changes):
+    sampling = Sampling(response_length=T, eos_ids=(), samples_per_prompt=2)
+    options = PPOOptions(sampling=sampling, **{"num_epochs": 1, "num_minibatches": 1} | changes)
+    tables, case = made_up(seed=len(str(changes)))
+    expected, kl_coef = by_hand(tables, case, options)
+
+    single = {name: {"table": jnp.asarray(x, jnp.float32)} for name, x in tables.items()}
+    value = single["value"] if options.advantages == "gae" else None
+    network = Network(None, look_up)
+    numbers = Hyperparameters(
+        optimizer=Optimizer(**ADAM),
+        **NUMBERS,
+        clip_range_high=0.3 if options.num_epochs > 1 else None,
+        tis_clip_low=0.9,
+        tis_clip_high=1.1,
+    )
+    rollout = Rollout(
+        prompt_tokens=jnp.asarray(case["tokens"][:, :P], jnp.int32),
+        prompt_mask=jnp.ones((B, P), bool),
+        response_tokens=jnp.asarray(case["tokens"][:, P:], jnp.int32),
+        response_mask=jnp.asarray(case["mask"]),
+        logprobs=jnp.asarray(case["logprobs"], jnp.float32),
+        has_eos=jnp.asarray(case["has_eos"]),
+    )
+    state, _ = update_from_rollout(
+        init_ppo(single["policy"], value, numbers),
+        numbers,
+        rollout,
+        jnp.asarray(case["scores"], jnp.float32),
+        KEY,
+        frozen=FrozenParams(ref_policy=single["reference"]),
+        networks=PPONetworks(policy=network, value=None if value is None else network),
+        options=options,
+    )
+    np.testing.assert_allclose(state.policy_params["table"], expected["policy"], atol=2e-6)
+    if value is not None:
+        np.testing.assert_allclose(state.value_params["table"], expected["value"], atol=2e-6)
+    np.testing.assert_allclose(state.kl_coef, kl_coef, rtol=1e-6)
+    assert np.abs(expected["policy"] - tables["policy"]).max() > 0.02
