@@ -119,6 +119,22 @@ def test_a_loss_that_is_no_number_stops_the_run_with_its_step(workdir, tmp_path)
     assert [row["step"] for row in read_lines(tmp_path / "metrics.jsonl")] == [0, 1, 2]
 
 
+def test_a_stage_whose_folder_is_removed_says_so_and_does_not_make_it_again(
+    workdir, tmp_path, monkeypatch
+):
+    end_step = StageRun.end_step
+
+    def removed(self, step, *rest):
+        if step == 2:
+            shutil.rmtree(self.folder)
+        end_step(self, step, *rest)
+
+    monkeypatch.setattr(StageRun, "end_step", removed)
+    with pytest.raises(FileNotFoundError, match="/sft was removed while the stage was under way$"):
+        pipeline.run(tiny_run.on_base(workdir, sft={}), tmp_path)
+    assert not (tmp_path / "sft").exists()
+
+
 def test_a_validation_is_not_booked_on_the_step_before(workdir, tmp_path, monkeypatch):
     """The steps before it are logged, with their times, when it begins."""
     logged, row_batches = [], sft_loop.row_batches
