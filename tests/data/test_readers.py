@@ -58,6 +58,16 @@ def test_every_container_holds_the_same_records(here, hold):
 
 
 @pytest.mark.parametrize("hold", CONTAINERS)
+def test_rows_of_sharegpt_are_those_of_messages(here, hold):
+    names = {"user": "human", "assistant": "gpt"}
+    chat = turns("Hi", "Yes", "Ho", "No")
+    talk = [{"from": names[m["role"]], "value": m["content"]} for m in chat]
+    write_jsonl(here / "messages.jsonl", [{"messages": chat}])
+    expected = data.load_texts(here / "messages.jsonl", TOKENIZER)
+    assert data.load_texts(hold(here, [{"conversations": talk, "id": 1}]), TOKENIZER) == expected
+
+
+@pytest.mark.parametrize("hold", CONTAINERS)
 def test_messages_and_rankings_come_through(here, hold):
     chats = [
         {"messages": turns("Hi", "Yes", "Ho", "No", system="Hi")},
