@@ -1,5 +1,6 @@
 """Stop tokens and stop strings: a response ends with the first token that completes one."""
 
+import itertools
 import json
 
 import jax
@@ -296,6 +297,27 @@ def test_a_stream_ends_as_a_rollout_does():
             assert first_complete(stops[:1] + stops[2:], written) == len(tokens)
         lengths.append(len(tokens))
     assert min(lengths) < 40
+
+
+@pytest.mark.parametrize("begin", [0, 7])
+def test_a_stream_ends_with_a_string_that_two_tokens_write(begin):
+    model = random_model(max_length=160)
+    ids, key = model.tokenizer("a film")["input_ids"], jax.random.key(1)
+
+    def tokens(*stops):
+        sampling = make_sampling(SETTINGS | {"stop_tokens": stops}, model.tokenizer)
+        return list(stream(model, ids, key, sampling=sampling, temperature=1.0))
+
+    free = tokens()
+    written = [token_bytes(model.tokenizer)[i] for i in free]
+    borders = [a[-1:] + b[:1] for a, b in itertools.pairwise(written)]
+    place = next(
+        i
+        for i, border in enumerate(borders)
+        if i >= begin and border.isalpha() and border not in b"".join(written[: i + 1])
+        if border not in written[i + 1] and border.decode() not in model.tokenizer.get_vocab()
+    )
+    assert tokens(borders[place].decode()) == free[: place + 2]
 
 
 def test_declared_stops_and_strings_shape_the_sampling():
