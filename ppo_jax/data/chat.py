@@ -3,24 +3,30 @@
 Messages are those of `messages`. A `place`, "file:line", is for errors.
 """
 
-import contextlib
-import datetime
 import functools
-import itertools
-import json
 import os
 import re
-import signal
-import threading
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ppo_jax.config.parsing import describe_error
-from ppo_jax.data.messages import Message, NotRendered, assistant_turns, roles_of
+from ppo_jax.data.messages import (
+    Message,
+    NotRendered,
+    assistant_turns,
+    tool_name,
+    written_texts,
+)
 from ppo_jax.data.readers import short_repr
-
-SECONDS = 5.0  # of processor time that a template may take for a conversation; it needs some 0.001
+from ppo_jax.data.slots import (
+    ASSISTANT,
+    Shape,
+    begins_otherwise,
+    common_beginning,
+    make_slots,
+    shapes,
+    words,
+)
+from ppo_jax.data.templates import Template
 
 Segment = tuple[str, bool]  # text, and whether it is in the loss
 Row = tuple[Segment, ...]
@@ -39,18 +45,19 @@ class Turn(NamedTuple):
 
 
 class Outline(NamedTuple):
-    """What a template writes around the contents, which follows from the roles alone."""
+    """What a template writes around the texts, which follows from the shapes alone."""
 
     excess: int | None  # last characters of the generation prompt that a finished turn lacks;
     # None where the two do not begin alike
     header: str  # of the last turn behind that, which is not for the assistant to write
-    after: str  # behind the content of the last message, the assistant's
+    after: str  # behind the texts of the last message, the assistant's
     end: int  # of the turn, in `after`
-    lost: tuple[int, ...]  # messages that it does not write
+    lost: tuple[tuple[int, str], ...]  # (message, key) of the texts that it does not write
+    loses_tools: bool
 
 
-class Chat:
-    """The chat template of a tokenizer.
+class Chat(Template):
+    """What the chat template of a tokenizer writes, and what the assistant writes of it.
 
     What a model has to write in a turn is all that follows the template's generation prompt, up to
     the first end-of-turn token behind the content. Some templates open the answer in the
@@ -65,8 +72,8 @@ class Chat:
     """
 
     def __init__(self, tokenizer: Any | None):
-        self.tokenizer = tokenizer
-        self._outlines: dict[tuple[str, ...], Outline | None] = {}
+        super().__init__(tokenizer)
+        self._outlines: dict[tuple[bool, tuple[Shape, ...]], Outline | None] = {}
 
     @functools.cached_property
     def special_tokens(self) -> re.Pattern:
@@ -84,8 +91,8 @@ class Chat:
             ValueError: there is no template.
         """
         text = self.render(messages, place, generation_prompt=True)
-        outline = self.outline((*roles_of(messages), "assistant"))
-        check_kept(messages, text, place, outline)
+        outline = self.outline((*shapes(messages), ASSISTANT))
+        self.check_kept(messages, text, place, outline)
         return text + outline.header if outline and not outline.excess else text
 
     def parts(self, messages: Sequence[Message], place: str, *, first: int = 0) -> Row | list[Row]:
@@ -148,84 +155,108 @@ class Chat:
         conversation = [*prompt, *messages]
         opened = self.render(prompt, place, generation_prompt=True)
         text = self.render(conversation, place)
-        check_kept(conversation, text, place, self.outline(roles_of(conversation)), learned)
-        content_end, end = self.ends(conversation, text, place)
-        begun_roles = roles_of(conversation[: len(prompt) + 1])
-        start, begun = self.start(opened, text, begun_roles), self.outline(begun_roles)
-        content = messages[-1]["content"].strip()
+        outline = self.outline(shapes(conversation))
+        self.check_kept(conversation, text, place, outline, learned)
+        content_end, end = self.ends(conversation, text, outline, place)
+        begun = self.outline((*shapes(prompt), ASSISTANT))
+        start, last = self.start(opened, text, begun), messages[-1]
+        content = last["content"].strip()
         if start is None:  # the prompt as it is generated, the turn as it is written
             before = text[:content_end].rstrip()
-            if len(messages) > 1 or not before.endswith(content):
+            is_content = before.endswith(content) and len(written_texts(last, reasoning=True)) == 1
+            if len(messages) > 1 or not is_content:
                 raise NotRendered(
                     f"{place}: the chat template writes the beginning of this conversation "
                     f"otherwise when it goes on, {short_repr(opened[-40:])} is not in it, so that "
                     "the turns cannot be told apart; give it as texts, prompt and completion"
                 )
-            check_kept(prompt, opened, place, None, learned)
+            self.check_kept(prompt, opened, place, None, learned)
             turn = content + text[len(before) : end]
             return Turn(opened + turn, len(opened), len(opened) + len(turn))
         # A content may begin with what the generation prompt ends in.
         earliest = min(start, len(opened) - (begun.excess or 0 if begun else 0))
-        if not contains(text[earliest:content_end], content):
-            raise lost(conversation, len(conversation) - 1, place)
+        check_written(
+            conversation, len(conversation) - 1, squeezed(text[earliest:content_end]), place
+        )
         return Turn(text, start, end)
 
-    def start(self, opened: str, text: str, roles: tuple[str, ...]) -> int | None:
+    def start(self, opened: str, text: str, begun: Outline | None) -> int | None:
         """Where what the assistant writes begins in a finished conversation.
 
         Args:
             opened: the conversation before the turn, with the generation prompt.
             text: the finished one.
-            roles: of the messages up to the turn.
+            begun: the outline where a turn without calls follows.
 
         Returns:
             None where the two begin otherwise.
         """
-        outline = self.outline(roles)
-        if outline and outline.excess is None:
+        if begun is None:
+            return len(opened) if text.startswith(opened) else None
+        if begun.excess is None:
             return None
-        if text.startswith(opened) and not (outline and outline.header):
+        if text.startswith(opened) and not begun.header:
             return len(opened)
-        if outline is None:
-            return None
-        begun = opened[: len(opened) - outline.excess] + outline.header
-        return len(begun) if text.startswith(begun) else None
+        start = opened[: len(opened) - begun.excess] + begun.header
+        # A call may follow the header without a line break.
+        border = common_beginning(start, text)
+        return None if start[border:].strip() else border
 
-    def ends(self, conversation: Sequence[Message], text: str, place: str) -> tuple[int, int]:
-        """(end of the last message's content, end of its turn) in the rendered conversation."""
-        outline = self.outline(roles_of(conversation))
+    def ends(
+        self, conversation: Sequence[Message], text: str, outline: Outline | None, place: str
+    ) -> tuple[int, int]:
+        """(end of the last message's texts, end of its turn) in the rendered conversation."""
         if outline and text.endswith(outline.after):
             content_end = len(text) - len(outline.after)
             return content_end, content_end + outline.end
-        content = conversation[-1]["content"].strip()
+        number, content = len(conversation) - 1, conversation[-1]["content"].strip()
         if content not in text:
-            raise lost(conversation, len(conversation) - 1, place)
+            raise lost(conversation, number, "content", place)
+        if "tool_calls" in conversation[-1]:
+            raise lost(conversation, number, "tool_calls", place)
         content_end = text.rindex(content) + len(content)
         return content_end, content_end + self.end_of_turn(text[content_end:], None, "")
 
-    def outline(self, roles: tuple[str, ...]) -> Outline | None:
+    def outline(self, key: tuple[Shape, ...]) -> Outline | None:
         """The outline of a conversation that ends with the assistant; None where there is none."""
-        if roles not in self._outlines:
+        has_tools = bool(self.tools)
+        if (has_tools, key) not in self._outlines:
             try:
-                self._outlines[roles] = self.find_outline(make_slots(roles))
+                outline = self.find_outline(key)
             except NotRendered:
-                self._outlines[roles] = None
-        return self._outlines[roles]
+                outline = None
+            self._outlines[has_tools, key] = outline
+        return self._outlines[has_tools, key]
 
-    def find_outline(self, slots: list[Message]) -> Outline | None:
-        opened = self.render(slots[:-1], "", generation_prompt=True)
-        before, found, after = self.render(slots, "").rpartition(slots[-1]["content"])
-        if not found:
-            return Outline(None, "", "", 0, (len(slots) - 1,))
-        lost = tuple(i for i, x in enumerate(slots[:-1]) if x["content"] not in before + after)
-        rest = (after, self.end_of_turn(after, self.between(slots), before), lost)
+    def find_outline(self, key: tuple[Shape, ...]) -> Outline | None:
+        *asked, answer = slots = make_slots(key)
+        opened, text = self.render(asked, "", generation_prompt=True), self.render(slots, "")
+        lost = tuple(
+            (i, name)
+            for i, slot in enumerate(slots)
+            for name, (word,) in written_texts(slot, reasoning=slot is answer)
+            if word not in text
+        )
+        rest = (lost, any(tool_name(tool) not in opened for tool in self.tools))
+        if any(i == len(asked) for i, _ in lost):
+            return Outline(None, "", "", 0, *rest)
+        written = [word for _, (word,) in written_texts(answer, reasoning=True)]
+        last = max(written, key=text.rfind)
+        before, _, after = text.rpartition(last)
+        between = self.between(slots, last)
+        if key[-1].calls:
+            begin, end = self.end_of_calls(
+                after, between, before, self.outline((*key[:-1], ASSISTANT))
+            )
+            return Outline(None, "", after[begin:], end - begin, *rest)
+        rest = (after, self.end_of_turn(after, between, before), *rest)
+        if key[-1] != ASSISTANT:  # A prompt does not know what is thought.
+            return Outline(None, "", *rest)
         border = common_beginning(opened, before)
         begun, opener = before[border:], opened[border:]
-        if any(slot["content"] in begun for slot in slots):
+        if any(slot["content"] and slot["content"] in begun for slot in asked):
             return Outline(None, "", *rest)
-        if opened == self.render(
-            slots[:-1], ""
-        ):  # no generation prompt, or one that is always there
+        if opened == self.render(asked, ""):  # none, or one that is always there
             always = words(os.path.commonprefix([opened[::-1], after[::-1]]))
             if always or begun.strip():
                 return Outline(len(opener), begun, *rest)
@@ -236,15 +267,36 @@ class Chat:
             return Outline(None, "", *rest)
         return Outline(len(opener), header, *rest)
 
-    def between(self, slots: list[Message]) -> str | None:
-        """What stands behind the last message where the user goes on; None if that is refused."""
+    def between(self, slots: list[Message], last: str) -> str | None:
+        """What is written behind the last text where the conversation goes on; None if that is
+        refused."""
         more = {"role": "user", "content": "Qz-zQ"}
         try:
-            text = self.render([*slots, more], "").partition(slots[-1]["content"])[2]
+            if calls := slots[-1].get("tool_calls"):
+                more |= {"role": "tool", "tool_call_id": calls[-1]["id"]}
+            text = self.render([*slots, more], "").rpartition(last)[2]
         except NotRendered:
             return None
         between, found, _ = text.partition(more["content"])
         return between if found else None
+
+    def end_of_calls(
+        self, after: str, between: str | None, before: str, plain: Outline | None
+    ) -> tuple[int, int]:
+        """Where the token that ends a turn with calls begins and ends in what follows their texts.
+
+        It is EOS, or ends a turn without calls as well; else see `end_of_turn`. What stands before
+        it belongs to the calls.
+        """
+        shared = after if between is None else os.path.commonprefix([after, between])
+        ends = self.end_tokens(plain.after[: plain.end])[-1:] if plain else []
+        known = {self.tokenizer.eos_token, *(x.group() for x in ends)}
+        for match in self.special_tokens.finditer(shared):
+            if match.group() in known:
+                return match.span()
+        end = self.end_of_turn(after, between, before)
+        tokens = self.end_tokens(after[:end])
+        return (tokens[-1].start() if tokens else len(after[:end].rstrip())), end
 
     def end_of_turn(self, after: str, between: str | None, before: str) -> int:
         """End of a turn in what follows its content: behind its end-of-turn token, if it has one.
@@ -277,202 +329,53 @@ class Chat:
             found.append(match)
         return found
 
-    @functools.cached_property
-    def in_parts(self) -> bool:
-        """Whether the template reads contents only as lists of parts, as some with images do."""
-        slots = make_slots(("user", "assistant"))
-        for form in (False, True):
-            try:
-                text = self.apply(slots, in_parts=form)
-            except TimeoutError:
-                raise
-            except Exception:
-                continue
-            if all(slot["content"] in text for slot in slots):
-                return form
-        return False
-
-    def apply(self, messages: Sequence[Message], *, in_parts: bool, **options: Any) -> str:
-        if in_parts:
-            messages = [
-                {**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages
-            ]
-        with time_limit(SECONDS):
-            return self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, **options, **self.dated
-            )
-
-    def render(
-        self, messages: Sequence[Message], place: str, *, generation_prompt: bool = False
-    ) -> str:
-        """The messages as the template writes them."""
-        template = getattr(self.tokenizer, "chat_template", None)
-        if template is None:
-            raise ValueError(
-                f"{place}: messages need a tokenizer with a chat template, and this one has none: "
-                "start from a chat model, put the template as chat_template.jinja beside the "
-                "model's tokenizer.json, name it as model.chat_template, or give texts, prompt and "
-                "completion"
-            )
-        from jinja2 import TemplateError
-
-        try:
-            return self.apply(
-                messages, in_parts=self.in_parts, add_generation_prompt=generation_prompt
-            )
-        except TimeoutError as error:  # it would take as long for every other row
-            raise ValueError(f"{place}: the chat template fails: {error}") from error
-        except Exception as error:
-            # It raised by itself, or it is faulty: jinja2's own errors are of derived classes.
-            verb, reason = "fails", describe_error(error)
-            if type(error) is TemplateError:
-                verb, reason = "refuses the messages", reason.removeprefix("TemplateError: ")
-            raise NotRendered(f"{place}: the chat template {verb}: {reason}") from error
-
-    def check(self, place: str):
-        """Refuse a template that renders nothing at all; one that refuses a conversation is fine.
-
-        Raises:
-            ValueError: it is no Jinja template, or takes too long.
-        """
-        from jinja2 import TemplateSyntaxError
-
-        try:
-            self.render(make_slots(("user",)), place)
-        except NotRendered as error:
-            if isinstance(error.__cause__, TemplateSyntaxError):
-                raise
-
-    @functools.cached_property
-    def dated(self) -> dict[str, str]:
-        """The template with a fixed date, as an argument; {} where it does not ask for one."""
-        date, template = getattr(self.tokenizer, "chat_date", ""), self.tokenizer.chat_template
-        if not date or "strftime_now" not in str(template):
-            return {}
-        template = self.tokenizer.get_chat_template()
-        return {"chat_template": dated(template, datetime.date.fromisoformat(date))}
-
-
-def read_template(path: str | os.PathLike) -> str:
-    """The chat template in a file, the setting `model.chat_template`.
-
-    Raises:
-        ValueError: there is no such file, or it is not text.
-    """
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"model.chat_template: {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"model.chat_template: {path}: not text in UTF-8: {error}") from error
-
-
-def make_slots(roles: Sequence[str]) -> list[Message]:
-    """Messages with a word each that no template writes by itself."""
-    return [{"role": role, "content": f"Qz{i}zQ"} for i, role in enumerate(roles)]
-
-
-def pieces(text: str) -> list[str]:
-    """The tags, words and other characters of a text."""
-    return re.findall(r"<[^<>\s]*>|\[[^\[\]\s]*\]|\w+|\W", text)
-
-
-def words(text: str) -> list[str]:
-    """The tags and words of a text."""
-    return [piece for piece in pieces(text) if len(piece) > 1]
-
-
-def begins_otherwise(begun: list[str], opener: list[str]) -> bool:
-    """Whether a turn has another header than the generation prompt; one "<think>" or "</think>" is
-    no header."""
-    return bool(begun) and (bool({*begun} & {*opener}) or any(x[0].isalnum() for x in opener))
-
-
-def common_beginning(a: str, b: str, *, spaces: bool = True) -> int:
-    """Length in `a` of the longest common beginning that ends between words and tags.
-
-    Without `spaces` those of the two may differ.
-
-    >>> common_beginning("<user> Hi<think>", "<user> Hi</think>")
-    9
-    >>> common_beginning(" <user>Hi", "<user> Ho", spaces=False)
-    7
-    """
-    lengths = itertools.accumulate(map(len, pieces(a)))
-    mine = [x for x in zip(pieces(a), lengths, strict=True) if spaces or x[0].strip()]
-    other = [piece for piece in pieces(b) if spaces or piece.strip()]
-    common = 0
-    for (piece, end), same in zip(mine, other, strict=False):
-        if piece != same:
-            break
-        common = end
-    return common
-
-
-DIRECTIVES = "aAbBcdDeFgGhHIjklmMnpPrRsStTuUVwWxXyYzZ"
-
-
-def dated(template: str, date: datetime.date) -> str:
-    """The template with a `strftime_now` that gives that date, at midnight, whenever it is asked.
-
-    Templates have no other clock. A macro takes the place of the function that transformers gives.
-    """
-    texts = {f"%{c}": date.strftime(f"%{c}") for c in DIRECTIVES}
-    texts |= {f"%-{c}": text.lstrip("0 ") or "0" for (_, c), text in texts.items()}
-    texts["%%"] = "%"
-    fill = "".join(f"|replace({json.dumps(k)},{json.dumps(v)})" for k, v in texts.items())
-    return "{% macro strftime_now(format) %}{{ format" + fill + " }}{% endmacro %}\n" + template
-
-
-@contextlib.contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """TimeoutError after so many seconds of processor time; in the main thread alone."""
-    if threading.current_thread() is not threading.main_thread() or not hasattr(
-        signal, "setitimer"
+    def check_kept(
+        self,
+        messages: Sequence[Message],
+        text: str,
+        place: str,
+        outline: Outline | None,
+        learned: Sequence[int] = (),
     ):
-        yield
-        return
-
-    def stop(number, frame):
-        raise TimeoutError(f"it takes more than {seconds:g} s")
-
-    former = signal.signal(signal.SIGVTALRM, stop)
-    signal.setitimer(signal.ITIMER_VIRTUAL, seconds, 1.0)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, former)
-
-
-def contains(text: str, part: str) -> bool:
-    """Whether a text has the part, whatever spaces and line breaks stand in either."""
-    return "".join(part.split()) in "".join(text.split())
-
-
-def check_kept(
-    messages: Sequence[Message],
-    text: str,
-    place: str,
-    outline: Outline | None,
-    learned: Sequence[int] = (),
-):
-    """Every message is in the rendered text. Former turns of the assistant's may be rewritten, to
-    drop what it thought; those that are `learned` from another text may be missing.
-    """
-    last = len(messages) - 1
-    missing = [i for i in outline.lost if i == last or i not in learned] if outline else []
-    bare = "".join(text.split())
-    for i, message in enumerate(messages):
-        is_former = message["role"] == "assistant" and i < last
-        if i in missing or not (is_former or "".join(message["content"].split()) in bare):
-            raise lost(messages, i, place)
+        """Every message is in the rendered text, and every tool. Former turns of the assistant's
+        may be rewritten, to drop what it thought; those that are `learned` from another text may be
+        missing.
+        """
+        last = len(messages) - 1
+        for i, key in outline.lost if outline else ():
+            if i <= last and (i == last or i not in learned):
+                raise lost(messages, i, key, place)
+        bare = squeezed(text)
+        for i, message in enumerate(messages):
+            if message["role"] != "assistant" or i == last:
+                check_written(messages, i, bare, place)
+        names = [tool_name(tool) for tool in self.tools]
+        missing = [name for name in names if name not in text]
+        if missing or (outline and outline.loses_tools):
+            raise NotRendered(
+                f"{place}: the chat template loses the tools: {short_repr(missing or names)} is "
+                "not in what it writes of them; leave tools out, or name another template as "
+                "model.chat_template"
+            )
 
 
-def lost(messages: Sequence[Message], i: int, place: str) -> NotRendered:
-    role, content = messages[i]["role"], short_repr(messages[i]["content"])
+def squeezed(text: str) -> str:
+    """A text without spaces and line breaks, which templates change."""
+    return "".join(text.split())
+
+
+def check_written(messages: Sequence[Message], i: int, bare: str, place: str):
+    """Every text of a message is in a rendered one, `bare` without its spaces."""
+    for key, forms in written_texts(messages[i], reasoning=i == len(messages) - 1):
+        if not any(squeezed(form) in bare for form in forms):
+            raise lost(messages, i, key, place)
+
+
+def lost(messages: Sequence[Message], i: int, key: str, place: str) -> NotRendered:
+    role, value = messages[i]["role"], messages[i].get(key)
+    of = "" if key == "content" else f"{key} of "
     return NotRendered(
-        f"{place}: the chat template loses message {i} (counted from 0), of role {role}: {content} "
-        "is not in what it writes; leave the message out, or name another template as "
+        f"{place}: the chat template loses {of}message {i} (counted from 0), of role {role}: "
+        f"{short_repr(value)} is not in what it writes; leave it out, or name another template as "
         "model.chat_template"
     )

@@ -1,17 +1,30 @@
 """Conversations as rows hold them: messages, read and checked.
 
-A message is {"role": ..., "content": text}, the role one of `ROLES`. A `place`, "file:line", is for
-errors. What a chat template makes of them is in `chat`.
+A message is {"role": ..., "content": text}, the role one of `ROLES`; an assistant's may have
+"tool_calls", as chat templates read them: [{"type": "function", "function": {"name": ...,
+"arguments": {...}}}]. Its other keys are for the template. A `place`, "file:line", is for errors.
+What a chat template makes of messages is in `chat`.
 """
 
 import itertools
+import json
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from ppo_jax.data.readers import read_string, short_repr
+from ppo_jax.data.readers import Row, read_string, short_repr
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-SHAREGPT = {"human": "user", "gpt": "assistant", "observation": "tool"}  # "from" -> role
+SHAREGPT = {  # "from" -> role
+    "human": "user",
+    "gpt": "assistant",
+    "function_call": "assistant",  # its value is the JSON text of the call
+    "observation": "tool",
+}
+REASONING = (
+    "reasoning_content",
+    "thinking",
+    "reasoning",
+)  # what the assistant thought: one of them
 
 Message = dict[str, Any]
 
@@ -21,12 +34,10 @@ class NotRendered(ValueError):
 
 
 def read_messages(value: Any, key: str, place: str) -> tuple[Message, ...]:
-    """The messages under a key of a row, checked.
-
-    Keys other than role and content, or from and value, must be None, as the empty fields of a
-    table are.
+    """The messages under a key of a row, checked. A null counts as absent, as those of a table are.
 
     Raises:
+        NotRendered: the arguments of a call are no JSON.
         ValueError: which message is wrong, and why.
     """
     if not isinstance(value, list) or not value:
@@ -35,35 +46,156 @@ def read_messages(value: Any, key: str, place: str) -> tuple[Message, ...]:
 
 
 def read_message(value: Any, key: str, place: str) -> Message:
-    fields = {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else {}
-    if fields.keys() == {"from", "value"}:  # ShareGPT's
-        role = fields["from"]
-        role = SHAREGPT.get(role, role) if isinstance(role, str) else role
-        fields = {"role": role, "content": fields["value"]}
-    if fields.keys() != {"role", "content"}:
+    fields = without_nulls(value) if isinstance(value, dict) else {}
+    if {"from", "value"} <= fields.keys():
+        fields = from_sharegpt(fields)
+    calls = read_calls(fields.pop("tool_calls", []), f"{place}: {key}")
+    if calls:
+        fields.setdefault("content", "")
+    if not {"role", "content"} <= fields.keys():
         raise ValueError(f"{place}: {key} must have role and content, got {short_repr(value)}")
     role = fields["role"]
     if role not in ROLES:
         raise ValueError(
             f"{place}: the role of {key} must be one of {list(ROLES)}, got {short_repr(role)}"
         )
-    return {"role": role, "content": read_content(fields, f"{place}: {key}")}
+    if calls and role != "assistant":
+        raise ValueError(f"{place}: {key} has tool_calls, which only the assistant can, got {role}")
+    fields["content"] = read_content(fields, f"{place}: {key}")
+    if calls:
+        fields["tool_calls"] = calls
+    # Half a surrogate pair may be anywhere, and dates of a table.
+    read_string({key: json.dumps(fields, ensure_ascii=False, default=str)}, key, place)
+    return fields
+
+
+def from_sharegpt(fields: dict[str, Any]) -> dict[str, Any]:
+    role, value = fields.pop("from"), fields.pop("value")
+    name = SHAREGPT.get(role, role) if isinstance(role, str) else role
+    if role == "function_call":
+        return {**fields, "role": name, "tool_calls": value}
+    return {**fields, "role": name, "content": value}
+
+
+def read_calls(value: Any, place: str) -> list[dict[str, Any]]:
+    """The calls of tools, or of one, in the form that templates read.
+
+    Each may be the function alone; the arguments, and all of it, may be JSON texts.
+    """
+    value = parse_json(value, "tool_calls", place)
+    return [read_call(call, place) for call in (value if isinstance(value, list) else [value])]
+
+
+def read_call(call: Any, place: str) -> dict[str, Any]:
+    outer = call if isinstance(call, dict) and "function" in call else {"function": call}
+    function = outer["function"]
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise ValueError(
+            f"{place}: each of tool_calls must be {{'function': {{'name': ..., 'arguments': "
+            f"{{...}}}}}}, got {short_repr(call)}"
+        )
+    arguments = parse_json(function.get("arguments") or {}, "arguments", place)
+    if not isinstance(arguments, dict):
+        raise NotRendered(
+            f"{place}: the arguments of a call must be an object, got {short_repr(arguments)}"
+        )
+    return {"type": "function", **outer, "function": {**function, "arguments": arguments}}
+
+
+def read_tools(row: Row, place: str) -> list[dict[str, Any]]:
+    """The functions that a row lets the assistant call, {"type": "function", "function": schema}.
+
+    Raises:
+        ValueError: they are no schemas.
+    """
+    value = without_nulls(parse_json(row.get("tools") or [], "tools", place))
+    tools = value if isinstance(value, list) else [value]
+    for tool in tools:
+        if not isinstance(tool, dict) or not isinstance(tool_name(tool), str):
+            raise ValueError(
+                f"{place}: tools must be a list of schemas of functions, {{'type': 'function', "
+                f"'function': {{'name': ..., 'parameters': {{...}}}}}}, got {short_repr(tool)}"
+            )
+    return [x if "function" in x else {"type": "function", "function": x} for x in tools]
+
+
+def tool_name(tool: dict[str, Any]) -> Any:
+    function = tool.get("function", tool)
+    return function.get("name") if isinstance(function, dict) else None
+
+
+def parse_json(value: Any, key: str, place: str) -> Any:
+    """A value, or what the JSON text in its place holds."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise NotRendered(
+            f"{place}: {key} must be JSON where they are a text, got {short_repr(value)}"
+        ) from error
+
+
+def without_nulls(value: Any) -> Any:
+    """The value without the fields that are null, in all its objects."""
+    if isinstance(value, dict):
+        return {k: without_nulls(v) for k, v in value.items() if v is not None}
+    return [without_nulls(x) for x in value] if isinstance(value, list) else value
 
 
 def read_content(fields: dict[str, Any], place: str) -> str:
     """The text of a message, whose content may be a list of parts {"type": "text", "text": ...}."""
     if not isinstance(fields["content"], list):
         return read_string(fields, "content", place)
-    texts = []
     for part in fields["content"]:
-        part = {k: v for k, v in part.items() if v is not None} if isinstance(part, dict) else {}
-        if part.keys() != {"type", "text"} or part["type"] != "text":
+        if not isinstance(part, dict) or part.keys() != {"type", "text"} or part["type"] != "text":
             raise ValueError(
                 f"{place}: the parts of a content must be {{'type': 'text', 'text': ...}}, got "
                 f"{short_repr(fields['content'])}"
             )
-        texts.append(read_string(part, "text", place))
-    return "".join(texts)
+    return "".join(read_string(part, "text", place) for part in fields["content"])
+
+
+def written_texts(message: Message, *, reasoning: bool) -> list[tuple[str, set[str]]]:
+    """(key, the forms that one of its texts may take) of what a template has to write of a message.
+
+    The names and arguments of calls are texts, too. With `reasoning` so is what the assistant
+    thought, which many templates leave out of former turns.
+    """
+    texts = [("content", {message["content"]})] if message["content"].strip() else []
+    thought = [key for key in REASONING if reasoning and isinstance(message.get(key), str)]
+    texts += [(key, {message[key]}) for key in thought[:1]]
+    for call in message.get("tool_calls", []):
+        function = call["function"]
+        leaves = [function["name"], *json_leaves(function["arguments"])]
+        texts += [("tool_calls", json_forms(leaf)) for leaf in leaves]
+    return texts
+
+
+def with_json_arguments(message: Message) -> Message:
+    """A message whose calls have the JSON texts of their arguments."""
+    calls = []
+    for call in message["tool_calls"]:
+        text = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+        calls.append({**call, "function": {**call["function"], "arguments": text}})
+    return {**message, "tool_calls": calls}
+
+
+def json_leaves(value: Any) -> list[Any]:
+    """The keys and values in nested lists and objects."""
+    if isinstance(value, dict):
+        return [*value, *json_leaves(list(value.values()))]
+    if isinstance(value, list):
+        return [leaf for item in value for leaf in json_leaves(item)]
+    return [value]
+
+
+def json_forms(leaf: Any) -> set[str]:
+    """What a template may write for a text or number: itself or JSON, with escapes or without."""
+    if not isinstance(leaf, str):
+        return {str(leaf), json.dumps(leaf)}
+    texts = (json.dumps(leaf, ensure_ascii=ascii)[1:-1] for ascii in (True, False))
+    return {leaf, *texts}
 
 
 def as_messages(value: Any, key: str, role: str, place: str) -> tuple[Message, ...]:
@@ -75,10 +207,6 @@ def as_messages(value: Any, key: str, role: str, place: str) -> tuple[Message, .
             f"{place}: {key} must be a string or a list of messages, got {short_repr(value)}"
         )
     return read_messages(value, key, place)
-
-
-def roles_of(messages: Sequence[Message]) -> tuple[str, ...]:
-    return tuple(message["role"] for message in messages)
 
 
 def assistant_turns(messages: Sequence[Message], place: str) -> list[int]:
@@ -98,8 +226,9 @@ def assistant_turns(messages: Sequence[Message], place: str) -> list[int]:
 
 
 def has_blank_turn(messages: Sequence[Message]) -> bool:
-    """Whether the assistant says nothing in one of its turns."""
-    return any(m["role"] == "assistant" and not m["content"].strip() for m in messages)
+    """Whether the assistant says nothing in one of its turns, and calls no tool."""
+    turns = (m for m in messages if m["role"] == "assistant")
+    return any(not m["content"].strip() and "tool_calls" not in m for m in turns)
 
 
 def collect(

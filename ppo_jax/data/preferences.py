@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ppo_jax.data.chat import Chat
-from ppo_jax.data.messages import Message, as_messages, collect, has_blank_turn
+from ppo_jax.data.messages import Message, as_messages, collect, has_blank_turn, read_tools
 from ppo_jax.data.readers import Row, read_number, read_rows, read_string, short_repr
 
 PREFERENCE_SCHEMAS = (
@@ -150,6 +150,7 @@ def split_conversations(
                 "with one (leave prompt out where both are whole conversations), got "
                 f"{short_repr(sides[key])}"
             )
+    chat = chat.with_tools(read_tools(row, place))
     split = [chat.response(prompt, messages, place) for messages in texts]
     responses = (
         "" if has_blank_turn(messages) else response

@@ -39,8 +39,9 @@ def prompt_data(
     """Read prompts; drop those without a token, those repeated and those too long.
 
     None is truncated, since that would change the task. Repeated is a prompt whose other columns
-    are repeated as well: two equal prompts with other answers are two. `field` is the setting that
-    names the file, for errors.
+    are repeated as well: two equal prompts with other answers are two, also where the answer is a
+    last message, which is no part of the prompt but is in the column that functions are given.
+    `field` is the setting that names the file, for errors.
 
     Raises:
         ValueError: a row is malformed, or no prompt is left.
@@ -67,7 +68,11 @@ def prompt_data(
 def other_values(row: Row) -> str:
     """What a row holds besides its prompt, to tell two of them apart."""
     prompt = {key for schema in PROMPT_SCHEMAS for key in schema}
-    return repr(sorted((key, value) for key, value in row.items() if key not in prompt))
+    others = sorted((key, value) for key, value in row.items() if key not in prompt)
+    # The last message may be an answer.
+    return repr(
+        (others, [row[key][-1:] for key in prompt & row.keys() if isinstance(row[key], list)])
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,9 @@ HUB = "hub:"  # "hub:owner/name" or "hub:owner/name:split", through the `dataset
 REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)  # "../x" would be a local folder
 INSTALL = "pip install 'ppo_jax[data]'"
 
+CONVERSATION = {"messages", "prompt", "chosen"}  # a row that has one may have OPTIONAL as well
+OPTIONAL = ("tools",)  # the functions that the assistant may call
+
 Row = dict[str, Any]
 Schemas = Sequence[tuple[str, ...]]  # the sets of keys that a row may have, the simplest first
 
@@ -168,7 +171,7 @@ def short_repr(value: Any) -> str:
 
 
 def schema_of(what: str, names: Iterable[str], schemas: Schemas) -> tuple[str, ...]:
-    """The last, and so the richest, of the schemas whose names are all there.
+    """The last, and so the richest, of the schemas whose names are all there, with OPTIONAL ones.
 
     Raises:
         ValueError: none is; the message begins with `what`.
@@ -176,7 +179,8 @@ def schema_of(what: str, names: Iterable[str], schemas: Schemas) -> tuple[str, .
     names = list(names)
     for schema in reversed(schemas):
         if set(schema) <= set(names):
-            return schema
+            optional = OPTIONAL if CONVERSATION & set(schema) else ()
+            return (*schema, *(name for name in optional if name in names))
     allowed = " or ".join(str(list(schema)) for schema in schemas)
     raise ValueError(f"{what} {allowed}, got {names}")
 

@@ -23,6 +23,7 @@ from ppo_jax.data.messages import (
     collect,
     has_blank_turn,
     read_messages,
+    read_tools,
 )
 from ppo_jax.data.readers import Row, read_number, read_rows, read_string, whole_rows
 
@@ -223,6 +224,7 @@ def parse_demonstration(row: Row, place: str, chat: Chat | None, turns: str) -> 
         )
     if has_blank_turn(messages):
         return Demonstration(())
+    chat = chat.with_tools(read_tools(row, place))
     parts = chat.parts(messages, place, first=first)
     *earlier, last = parts if isinstance(parts, list) else [parts]
     return Demonstration(last, tuple(earlier))
@@ -234,6 +236,7 @@ def parse_prompt(row: Row, place: str, chat: Chat) -> str:
         return read_string(row, key, place)
     messages = read_messages(row[key], key, place)
     assistant_turns(messages, place)
+    chat = chat.with_tools(read_tools(row, place))
     return chat.prompt(messages[:-1] if messages[-1]["role"] == "assistant" else messages, place)
 
 

@@ -17,8 +17,9 @@ import numpy as np
 
 from ppo_jax.config.run import ModelSettings
 from ppo_jax.core.types import Params
-from ppo_jax.data.chat import Chat, read_template
+from ppo_jax.data.chat import Chat
 from ppo_jax.data.readers import short_repr
+from ppo_jax.data.templates import read_template
 from ppo_jax.io.hub import model_folder
 from ppo_jax.io.integrity import file_inside, read_json, reading_file
 

@@ -13,12 +13,12 @@ from ppo_jax.config.parsing import load_function
 from ppo_jax.config.run import STAGE_NAMES, Config
 from ppo_jax.config.stages import LoRASettings, PPOSettings, RewardSettings
 from ppo_jax.core.advantages import needs_critic
-from ppo_jax.data.chat import read_template
 from ppo_jax.data.comparisons import RewardData
 from ppo_jax.data.encode import TokenizedTexts
 from ppo_jax.data.preferences import PREFERENCE_SCHEMAS
 from ppo_jax.data.readers import check_packages, is_hub, is_table, read_rows
 from ppo_jax.data.records import PROMPT_SCHEMAS, load_ratings, load_texts
+from ppo_jax.data.templates import read_template
 from ppo_jax.distributed.layout import Layout, make_layouts
 from ppo_jax.evaluation.evaluate import EVALUATE
 from ppo_jax.inference.generate import make_sampling

@@ -16,6 +16,7 @@ from ppo_jax.core.network import merge_params
 from ppo_jax.data.chat import Chat
 from ppo_jax.data.encode import token_rows, unpadded
 from ppo_jax.data.prompts import PromptData
+from ppo_jax.data.slots import ASSISTANT, USER
 from ppo_jax.distributed.layout import Layout, make_layouts
 from ppo_jax.inference.generate import make_sampling
 from ppo_jax.inference.score import encode_responses
@@ -181,7 +182,7 @@ def turn_end(tokenizer: Any, prompts: Sequence[str]) -> str | None:
     content, chat = "0123456789", Chat(tokenizer)
     try:
         asked = chat.prompt([{"role": "user", "content": content}], "").rpartition(content)[2]
-        outline = chat.outline(("user", "assistant"))
+        outline = chat.outline((USER, ASSISTANT))
     except ValueError:  # no template, or one that refuses these messages
         return None
     if outline is None or not any(asked and prompt.endswith(asked) for prompt in prompts):

@@ -1,6 +1,7 @@
 """Conversations become the tokens of their template, and what the assistant writes is learned."""
 
 import datetime
+import json
 import threading
 import time
 
@@ -8,13 +9,14 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from ppo_jax.config.stages import OptimizerSettings, SFTSettings
-from ppo_jax.data import chat, encode
+from ppo_jax.data import encode, templates
 from ppo_jax.data import records as data
 from ppo_jax.data.chat import Chat
 from ppo_jax.data.encode import token_rows
-from ppo_jax.data.messages import NotRendered, read_messages
-from ppo_jax.data.preferences import load_preferences
+from ppo_jax.data.messages import NotRendered, read_messages, read_tools
+from ppo_jax.data.preferences import PREFERENCE_SCHEMAS, load_preferences
 from ppo_jax.data.prompts import prompt_data
+from ppo_jax.data.readers import other_columns
 from ppo_jax.data.records import Demonstration, write_jsonl
 from ppo_jax.io.tokenizers import set_declared_stops
 from ppo_jax.training.sft import sft_data
@@ -23,6 +25,14 @@ from tests.support.chat_templates import CONVERSATIONS, SHAPES, faults, messages
 from tests.support.chats import TOKENIZER, ids, make_tokenizer, turns
 
 PLACE = "chats.jsonl:3"
+
+
+def call(name, arguments="{}"):
+    return {
+        "id": "abcdef123",
+        "type": "function",
+        "function": {"name": name, "arguments": arguments},
+    }
 
 
 def in_loss(texts):
@@ -142,7 +152,12 @@ def test_a_conversation_that_cannot_be_learned_from_is_refused(template, convers
         ([], "messages must be a list of messages, got \\[\\]"),
         (["Hi"], r"messages\[0\] must have role and content, got 'Hi'"),
         ([{"role": "user"}], r"messages\[0\] must have role and content"),
-        ([{"role": "user", "content": "a", "name": "b"}], "must have role and content"),
+        ([{"role": "user", "content": "a", "name": "\udfff"}], "must be valid Unicode"),
+        ([{"role": "user", "tool_calls": [call("f")]}], "which only the assistant can, got user"),
+        ([{"role": "assistant", "tool_calls": [{"id": "a"}]}], "each of tool_calls must be"),
+        ([{"role": "assistant", "tool_calls": ["f"]}], "each of tool_calls must be"),
+        ([{"role": "assistant", "tool_calls": [call("f", "{")]}], "arguments must be JSON where"),
+        ([{"role": "assistant", "tool_calls": [call("f", "[1]")]}], "arguments of a call must be"),
         ([{"role": "user", "content": None}], "must have role and content"),
         (
             [*turns("Hi"), {"role": "robot", "content": "a"}],
@@ -326,7 +341,7 @@ ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% 
 
 
 def test_a_template_without_end_is_stopped(monkeypatch):
-    monkeypatch.setattr(chat, "SECONDS", 0.2)
+    monkeypatch.setattr(templates, "SECONDS", 0.2)
     began = time.monotonic()
     with pytest.raises(
         ValueError, match=r"^chats\.jsonl:3: .* fails: it takes more than 0.2 s$"
@@ -335,12 +350,26 @@ def test_a_template_without_end_is_stopped(monkeypatch):
     assert time.monotonic() - began < 30 and not isinstance(e.value, NotRendered)
     with pytest.raises(ValueError, match="^here: .* takes more than 0.2 s"):
         Chat(make_tokenizer(ENDLESS)).check("here")
-    # In another thread there is no limit, and the others are as before.
+
+
+def test_a_template_without_end_is_stopped_in_any_thread(monkeypatch):
+    monkeypatch.setattr(templates, "SECONDS", 0.2)
     out = []
-    thread = threading.Thread(target=lambda: out.append(Chat(TOKENIZER).prompt(turns("Hi"), PLACE)))
-    thread.start()
-    thread.join()
-    assert out == [Chat(TOKENIZER).prompt(turns("Hi"), PLACE)]
+
+    def ask(template):
+        try:
+            out.append(Chat(make_tokenizer(template)).prompt(turns("Hi"), PLACE))
+        except ValueError as error:
+            out.append(str(error))
+
+    for template in (ENDLESS, chats.CHATML):
+        thread = threading.Thread(target=ask, args=(template,), daemon=True)
+        thread.start()
+        thread.join(timeout=60)
+    assert out == [
+        f"{PLACE}: the chat template fails: it takes more than 0.2 s",
+        Chat(TOKENIZER).prompt(turns("Hi"), PLACE),
+    ]
 
 
 def test_the_date_of_a_template_is_the_one_that_is_set():
@@ -360,7 +389,9 @@ def test_every_directive_of_a_date_is_python_s(begin):
         begin + "{% if strftime_now is defined %}{% macro now() %}"
         f"{{{{ strftime_now('{asked}') }}}}{{% endmacro %}}{{{{ now() }}}}{{% endif %}}"
     )
-    (text,), _ = render_jinja_template([turns("Hi")], chat_template=chat.dated(body, date.date()))
+    (text,), _ = render_jinja_template(
+        [turns("Hi")], chat_template=templates.dated(body, date.date())
+    )
     # transformers itself, without its clock
     (plain,), _ = render_jinja_template([turns("Hi")], chat_template=begin + "|")
     assert text == plain[:-1] + date.strftime(asked)
@@ -397,6 +428,173 @@ def test_what_a_tool_says_is_never_learned():
     texts = encoded(TOKENIZER, conversation)
     assert in_loss(texts) == [ids("Yes,<|im_end|>,Ho,<|im_end|>")]
     assert "<|im_start|>tool\nNo<|im_end|>" in Chat(TOKENIZER).parts(conversation, PLACE)[2][0]
+
+
+# --- calls of tools -------------------------------------------------------------------------------
+
+CITY = {"city": 'Z\u00fcrich "Nord"', "days": 3}
+TOOLS = [{"name": "get_weather", "parameters": {"type": "object", "properties": {}}}]
+CALLED = [
+    {"role": "user", "content": "How is the sky?"},
+    {"role": "assistant", "content": None, "tool_calls": [call("get_weather", json.dumps(CITY))]},
+    {"role": "tool", "name": "get_weather", "tool_call_id": "abcdef123", "content": "rain"},
+    {"role": "assistant", "content": "Take an umbrella."},
+]
+WRITES_CALLS = (
+    "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.reasoning_content and loop.last %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+    "{{ m.content }}"
+    "{% for c in m.tool_calls %}<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}"
+    "<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def called(**changes):
+    """The messages of CALLED; changes of its second, the call."""
+    return read_messages([CALLED[0], {**CALLED[1], **changes}, *CALLED[2:]], "messages", PLACE)
+
+
+def learned_parts(template, conversation, tools=()):
+    chat_ = Chat(stand_in(template)).with_tools(read_tools({"tools": [*tools]}, PLACE))
+    parts = chat_.parts(conversation, PLACE)
+    rows = parts if isinstance(parts, list) else [parts]
+    return [text for row in rows for text, in_loss in row if in_loss]
+
+
+WRITTEN = (
+    '<tool_call>{"name": "get_weather", "arguments": {"city": "Z\u00fcrich \\"Nord\\"", "days": 3}}'
+    "</tool_call><|im_end|>"
+)
+
+
+def test_a_turn_that_calls_a_tool_is_learned_as_the_template_writes_it():
+    answer = "Take an umbrella.<|im_end|>"
+    assert learned_parts(WRITES_CALLS, called(), TOOLS) == [WRITTEN, answer]
+    assert learned_parts(WRITES_CALLS, called(content="Look:")) == [f"Look:{WRITTEN}", answer]
+    # What the model thought is shown in the last turn alone: there is a row for each.
+    thought = learned_parts(WRITES_CALLS, called(reasoning_content="Hm."), TOOLS)
+    assert thought == [f"<think>Hm.</think>{WRITTEN}", answer]
+
+
+def test_the_end_of_a_call_is_the_token_that_ends_other_turns_too():
+    special = WRITES_CALLS.replace("<tool_call>", "<|call|>").replace("</tool_call>", "<|/call|>\n")
+    assert learned_parts(special, called())[0].endswith("}}<|/call|>\n<|im_end|>")
+    # Or the one that a template keeps for calls.
+    own = (
+        WRITES_CALLS.replace(
+            "<|im_end|>\n{% endfor %}",
+            "<|{{ 'call' if m.tool_calls else 'im_end' }}|>\n{% endfor %}",
+        )
+        + "{# <|call|> #}"
+    )
+    assert [x[-10:] for x in learned_parts(own, called())] == ["l><|call|>", "<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("call_", "tools"),
+    [
+        (CITY, TOOLS),
+        (json.dumps(CITY), [{"type": "function", "function": TOOLS[0]}]),
+    ],
+)
+def test_calls_and_schemas_are_read_in_every_form_that_data_have(call_, tools):
+    function = {"name": "get_weather", "arguments": call_}
+    forms = [[{"function": function}], [function], json.dumps([function]), function]
+    read = {json.dumps(called(tool_calls=form)[1]["tool_calls"]) for form in forms}
+    assert read == {json.dumps([{"type": "function", "function": {**function, "arguments": CITY}}])}
+    wrapped = [{"type": "function", "function": TOOLS[0]}]
+    assert read_tools({"tools": tools}, PLACE) == read_tools({"tools": json.dumps(tools)}, PLACE)
+    assert read_tools({"tools": tools}, PLACE) == wrapped
+    assert read_tools({"tools": None}, PLACE) == read_tools({}, PLACE) == []
+    with pytest.raises(ValueError, match=r"chats.jsonl:3: tools must be a list of schemas .* 'f'$"):
+        read_tools({"tools": ["f"]}, PLACE)
+
+
+def test_sharegpt_s_calls_are_calls():
+    given = [
+        {"from": "human", "value": "How is the sky?"},
+        {"from": "function_call", "value": json.dumps({"name": "get_weather", "arguments": CITY})},
+        {"from": "observation", "value": "rain"},
+        {"from": "gpt", "value": "Take an umbrella."},
+    ]
+    conversation = read_messages(given, "conversations", PLACE)
+    assert learned_parts(WRITES_CALLS, conversation)[0] == WRITTEN
+
+
+@pytest.mark.parametrize("form", ["{{ c.function.arguments }}", "{{ 'x' + c.function.arguments }}"])
+def test_a_template_that_reads_arguments_as_text_gets_json(form):
+    text = WRITES_CALLS.replace("{{ c.function | tojson }}", "{{ c.function.name }}" + form)
+    assert (
+        '{"city": "Z\u00fcrich \\"Nord\\"", "days": 3}</tool_call>'
+        in learned_parts(text, called())[0]
+    )
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("", "loses tool_calls of message 1 .* role assistant"),
+        ("{{ m.tool_calls[0].function.name }}", "loses tool_calls of message 1"),
+        ("{{ m.tool_calls[0].function.arguments | tojson }}", "loses tool_calls of message 1"),
+    ],
+)
+def test_calls_that_the_template_loses_are_an_error(body, message):
+    i, j = WRITES_CALLS.index("{% for c in"), WRITES_CALLS.index("<|im_end|>\n{% endfor %}")
+    loses = WRITES_CALLS[:i] + "{% if m.tool_calls %}" + body + "{% endif %}" + WRITES_CALLS[j:]
+    with pytest.raises(NotRendered, match=rf"^chats.jsonl:3: the chat template {message}"):
+        learned_parts(loses, called(), TOOLS)
+    with pytest.raises(NotRendered, match=message):  # of a prompt that goes on from it
+        Chat(stand_in(loses)).prompt(called()[:3], PLACE)
+    two = called(tool_calls=[call("get_weather"), call("get_time", '{"zone": "CET"}')])
+    first = WRITES_CALLS.replace("in m.tool_calls", "in (m.tool_calls or [])[:1]")
+    with pytest.raises(NotRendered, match="loses tool_calls of message 1"):
+        learned_parts(first, two)
+
+
+def test_thoughts_and_tools_that_the_template_loses_are_an_error():
+    thoughtless = WRITES_CALLS.replace("<think>{{ m.reasoning_content }}", "")
+    for key in ("reasoning_content", "thinking"):
+        with pytest.raises(NotRendered, match=f"loses {key} of message 1 .*: 'Hm.' is not"):
+            learned_parts(thoughtless, called(**{key: "Hm."}))
+    # The name is in the call as well.
+    with pytest.raises(NotRendered, match=r"loses the tools: \['get_weather'\] is not in what it"):
+        learned_parts(WRITES_CALLS.replace("{{ tools | tojson }}", ""), called(), TOOLS)
+    with pytest.raises(NotRendered, match="loses the tools"):
+        Chat(TOKENIZER).with_tools(read_tools({"tools": TOOLS}, PLACE)).prompt(turns("Hi"), PLACE)
+
+
+def test_other_keys_of_messages_are_for_the_template():
+    names = make_tokenizer(chats.CHATML.replace("{{ message.role }}", "{{ message.name }}"))
+    given = [{"role": "user", "name": "Ho", "content": "Hi", "weight": 1, "id": None}]
+    assert read_messages(given, "messages", PLACE) == (
+        {k: given[0][k] for k in list(given[0])[:4]},
+    )
+    assert (
+        Chat(names)
+        .prompt(read_messages(given, "messages", PLACE), PLACE)
+        .startswith("<|im_start|>Ho\nHi<|im_end|>")
+    )
+
+
+def test_rows_of_every_kind_have_tools(tmp_path):
+    path, tokenizer = tmp_path / "rows.jsonl", stand_in(WRITES_CALLS)
+    write_jsonl(path, [{"messages": CALLED, "tools": TOOLS}, {"messages": CALLED, "tools": None}])
+    with_tools, without = data.load_texts(path, tokenizer)
+    assert learned(with_tools) == learned(without) == [WRITTEN, "Take an umbrella.<|im_end|>"]
+    system = f"<|im_start|>system\n{json.dumps(read_tools({'tools': TOOLS}, PLACE))}<|im_end|>\n"
+    assert with_tools.text == system + without.text
+    write_jsonl(path, [{"prompt": CALLED[:1], "tools": json.dumps(TOOLS)}])
+    prompts = prompt_data(path, tokenizer, max_length=999)
+    assert prompts.texts[0].startswith(system) and prompts.columns["tools"] == [json.dumps(TOOLS)]
+    pair = {"chosen": CALLED[:2], "rejected": [CALLED[0], CALLED[3]], "tools": TOOLS}
+    write_jsonl(path, [pair])
+    (ranking,) = load_preferences(path, tokenizer)
+    assert ranking.prompt.startswith(system)
+    assert ranking.responses == (WRITTEN, "Take an umbrella.<|im_end|>")
+    assert ranking.reject_reason == ""
+    assert other_columns(path, PREFERENCE_SCHEMAS) == {}
 
 
 def learned(record):
