@@ -6,8 +6,10 @@ import ctypes
 import datetime
 import functools
 import json
+import math
 import os
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -17,7 +19,7 @@ from ppo_jax.data.messages import Message, NotRendered, with_json_arguments
 from ppo_jax.data.slots import ASSISTANT, USER, Shape, make_slots
 
 SECONDS = 5.0  # that a template may take for a conversation; it needs some 0.001
-TICKS = 20  # of a time limit
+TICK = 0.05  # seconds in which a limit is counted
 
 
 class Template:
@@ -169,6 +171,11 @@ def dated(template: str, date: datetime.date) -> str:
     return "{% macro strftime_now(format) %}{{ format" + fill + " }}{% endmacro %}\n" + template
 
 
+_watch = threading.Lock()
+_left: dict[int, int] = {}  # the ticks that a thread with a limit has left
+_watcher = threading.Thread()
+
+
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
     """TimeoutError in this thread, whichever it is, after so many seconds.
@@ -176,25 +183,35 @@ def time_limit(seconds: float) -> Iterator[None]:
     It comes between two steps of Python: not within a single one, however long that takes. The
     seconds are counted in ticks, of which a process that was stopped meanwhile has but one.
     """
-    thread, left, raising = (
-        ctypes.c_ulong(threading.get_ident()),
-        threading.Event(),
-        threading.Lock(),
-    )
-
-    def watch():
-        for _ in range(TICKS):
-            if left.wait(seconds / TICKS):
-                return
-        with raising:
-            if not left.is_set():
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(TimeoutError))
-
-    threading.Thread(target=watch, daemon=True).start()
+    global _watcher
+    with _watch:
+        _left[threading.get_ident()] = math.ceil(seconds / TICK)
+        if not _watcher.is_alive():  # It has not begun, ended, or was left behind by a fork.
+            _watcher = threading.Thread(target=watch, daemon=True)
+            _watcher.start()
     try:
         yield
     except TimeoutError:
         raise TimeoutError(f"it takes more than {seconds:g} s") from None
     finally:
-        with raising:
-            left.set()
+        with _watch:
+            _left.pop(threading.get_ident(), None)
+
+
+def watch():
+    """Count the ticks of all threads with a limit, until there has been none for a second."""
+    global _watcher
+    idle = 0.0
+    while True:
+        time.sleep(TICK)
+        with _watch:
+            idle = 0.0 if _left else idle + TICK
+            if idle > 1:
+                _watcher = threading.Thread()
+                return
+            for thread in list(_left):
+                _left[thread] -= 1
+                if _left[thread] == 0:
+                    del _left[thread]
+                    error, number = ctypes.py_object(TimeoutError), ctypes.c_ulong(thread)
+                    ctypes.pythonapi.PyThreadState_SetAsyncExc(number, error)

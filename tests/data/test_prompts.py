@@ -3,8 +3,10 @@ import pytest
 
 from ppo_jax.data import prompts as prompt_buckets
 from ppo_jax.data.encode import batch_indices, take_prompts
-from ppo_jax.data.prompts import WINDOW, PromptBuckets
+from ppo_jax.data.prompts import WINDOW, PromptBuckets, prompt_data
+from ppo_jax.data.records import write_jsonl
 from tests.support import tiny
+from tests.support.chats import TOKENIZER, turns
 
 
 def long_tailed(count=3, num_prompts=200, batch_size=8, seed=0) -> PromptBuckets:
@@ -91,3 +93,13 @@ def test_the_batches_of_a_window_are_sorted_together(monkeypatch):
     buckets = PromptBuckets(lengths=lengths, max_length=8, count=2, batch_size=2, seed=0)
     batches = sorted((sorted(rows.tolist()), width) for rows, width in map(buckets.batch, (0, 1)))
     assert batches == [([0, 3], 8), ([1, 2], 4)]
+
+
+def test_prompts_with_other_answers_are_two_also_where_the_answer_is_a_last_message(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    write_jsonl(path, [{"messages": turns("Hi", answer)} for answer in ("Yes", "No", "Yes")])
+    data = prompt_data(path, TOKENIZER, max_length=32)
+    assert data.texts[0] == data.texts[1] and dict(data.dropped) == {"repeated": 1}
+    assert [x[-1]["content"] for x in data.columns["messages"]] == ["Yes", "No"]
+    write_jsonl(path, [{"messages": turns("Hi")}, {"messages": turns("Hi")}])
+    assert dict(prompt_data(path, TOKENIZER, max_length=32).dropped) == {"repeated": 1}
