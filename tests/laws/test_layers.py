@@ -120,7 +120,7 @@ def test_only_the_module_that_is_named_for_it_knows_a_third_party():
         "tqdm": {"training.metrics"},
         "pyarrow": {"data.readers"},
         "datasets": {"data.readers"},
-        "jinja2": {"data.chat", "evaluation.report.report"},
+        "jinja2": {"data.templates", "evaluation.report.report"},
         "matplotlib": {"evaluation.report.plots"},
         "gguf": {"io.gguf.header"},
         "tokenizers": {"io.gguf.tokenizer", "io.tokenizers"},
