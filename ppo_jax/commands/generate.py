@@ -7,8 +7,9 @@ from absl import flags, logging
 
 from ppo_jax import cli
 from ppo_jax.config.parsing import LARGEST_SEED
+from ppo_jax.config.stages import PPOSettings
 from ppo_jax.inference import terminal
-from ppo_jax.inference.generate import find_sampling
+from ppo_jax.inference.generate import find_sampling, run_settings
 from ppo_jax.io.stage_folder import check_step, load_model, split_step, stage_folder
 
 
@@ -73,7 +74,9 @@ def main():
             scorer = load_model(flag.reward_model.value) if flag.reward_model.value else None
             files = {"prompts": flag.prompts.value, "out": flag.out.value}
             copies = flag.num_responses.value
-            terminal.respond_to_file(model, scorer, copies=copies, **files, **how)
+            score_at = run_settings(path).get("score_at", PPOSettings.score_at)
+            files |= {"copies": copies, "score_at": score_at}
+            terminal.respond_to_file(model, scorer, **files, **how)
         else:
             prompts = [p for p in flag.prompt.value for _ in range(flag.num_responses.value)]
             responses, _ = terminal.respond(model, prompts, **how)

@@ -7,7 +7,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ppo_jax.config.parsing import Check, Limit, changeable
 from ppo_jax.core.advantages import CRITIC_FREE, WITH_CRITIC, needs_critic
@@ -176,6 +176,10 @@ class PPOSettings:
         "reward_seconds": "reward_timeout_s",
         "importance_low": "tis_clip_low",
         "importance_high": "tis_clip_high",
+    }
+
+    BEFORE: ClassVar[Mapping[str, Any]] = {  # what runs did before there was the field
+        "score_at": "last",
     }
 
     # Data, models, and what of them is trained

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ppo_jax.config.parsing import convert, filled_in, hints_of, with_new_names
-from ppo_jax.config.stages import PPOSettings
+from ppo_jax.config.stages import OptimizerSettings, PPOSettings
 from ppo_jax.core.types import Prompts, Rollout
 from ppo_jax.data.decode import BROKEN, TextDecoder
 from ppo_jax.data.encode import encode_prompts, take_prompts, unpadded
@@ -25,6 +25,7 @@ from ppo_jax.models.config import ModelConfig
 from ppo_jax.rollout.rollout import rollout
 from ppo_jax.rollout.sampling import Sampling, choose, find_stops, init_matched
 
+SAMPLING = ("temperature", "response_length", "top_k", "top_p", "min_p")
 CHUNK = 4  # tokens that a stream samples in one call
 LEAST_WIDTH = 64  # positions of a streamed prompt; each further width is twice as wide
 
@@ -49,7 +50,7 @@ def find_sampling(path: str, tokenizer: Any, **asked: Any) -> dict[str, Any]:
     """
     asked = {name: value for name, value in asked.items() if value is not None}
     settings = filled_in(PPOSettings, declared_sampling(path, tokenizer) | asked)
-    for name in ("temperature", "response_length", "top_k", "top_p", "min_p"):
+    for name in SAMPLING:
         settings[name] = convert(hints_of(PPOSettings)[name], settings[name], name)
     sampling = make_sampling(settings, tokenizer)
     return {"sampling": sampling, "temperature": settings["temperature"]}
@@ -57,12 +58,42 @@ def find_sampling(path: str, tokenizer: Any, **asked: Any) -> dict[str, Any]:
 
 def declared_sampling(path: str, tokenizer: Any) -> dict[str, Any]:
     """Sampling settings in the files beside a model, under the names of the ppo section."""
-    stage = describe_stage(Path(path))
-    if stage is not None:
-        ppo = stage if stage["stage"] == "ppo" else describe_stage(Path(path).parent / "ppo")
-        return with_new_names(PPOSettings, ppo["settings"], warn=False) if ppo else {}
+    if describe_stage(Path(path)) is not None:
+        return run_settings(path)
     folder = model_folder(path)
     return {"stop_tokens": read_declared_stops(folder, tokenizer) + declared_strings(folder)}
+
+
+def run_settings(path: str) -> dict[str, Any]:
+    """The ppo section of the run that a stage is of; {} without a PPO stage, or of other models."""
+    stage = describe_stage(Path(path))
+    if stage is not None and stage["stage"] != "ppo":
+        stage = describe_stage(Path(path).parent / "ppo")
+    if stage is None:
+        return {}
+    settings = with_new_names(PPOSettings, stage["settings"], warn=False)
+    try:
+        check_sampling(settings)
+    except ValueError as error:
+        raise ValueError(f"{Path(path).parent}/ppo/stage.json: settings.{error}") from error
+    return PPOSettings.BEFORE | settings
+
+
+def check_sampling(settings: Mapping[str, Any]):
+    """What a stage says of the sampling is as a config may have it.
+
+    Raises:
+        ValueError: it is not; names the field.
+    """
+    hints, given = hints_of(PPOSettings), {}
+    for name in (*SAMPLING, "stop_tokens", "score_at"):
+        if name in settings:
+            given[name] = convert(hints[name], settings[name], name)
+    least = {"prompts": "-", "optimizer": OptimizerSettings(learning_rate=0.0)}
+    try:
+        PPOSettings(**least, **given)
+    except ValueError as error:
+        raise ValueError(str(error).removeprefix("ppo.")) from error
 
 
 def decode_rows(

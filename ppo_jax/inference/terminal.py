@@ -18,6 +18,7 @@ from ppo_jax.data.records import load_prompts, write_jsonl
 from ppo_jax.distributed.layout import fetch
 from ppo_jax.inference.generate import decode_stream, generate, stream
 from ppo_jax.inference.score import sampled_scores
+from ppo_jax.io.model_spec import reread_reason
 from ppo_jax.io.stage_folder import Model
 from ppo_jax.rollout.sampling import Sampling
 
@@ -118,6 +119,28 @@ def prompt_room(model: Model, sampling: Sampling) -> int:
     return most - length
 
 
+def scored_room(policy: Model, scorer: Model, sampling: Sampling, score_at: str) -> int:
+    """Tokens that a prompt may have for a reward model to read it with a response of full length.
+
+    One that reads text leaves out what is too long, see `encode_responses`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if reread_reason(policy, scorer):
+        return policy.config.max_length
+    others = set(sampling.eos_ids) > {policy.tokenizer.eos_token_id} or sampling.stop_strings
+    length = sampling.response_length + (1 if others and score_at == "eos" else 0)
+    most = scorer.config.max_length
+    if length >= most:
+        behind = ", with an EOS put behind" if length > sampling.response_length else ""
+        raise ValueError(
+            f"response_length must be below the reward model's {most} tokens{behind}, got "
+            f"{sampling.response_length}"
+        )
+    return most - length
+
+
 def chat_in_terminal(model: Model, **settings: Any) -> None:
     """`chat` on standard input and output."""
     chat(model, typed_lines(), write, **settings)
@@ -156,14 +179,18 @@ def respond_to_file(
     the chat template renders them.
 
     Raises:
-        ValueError: `out` exists, the scorer is no reward model, or a prompt is invalid.
+        ValueError: `out` exists, the scorer is no reward model, or a prompt is invalid or too long
+            for one of the two; before anything is sampled.
     """
     if Path(out).exists():
         raise ValueError(f"the responses go into a new file, but {out} is there already")
     if scorer is not None and scorer.kind != "reward":
         raise ValueError("scores come from a reward model, got a policy")
     texts = [prompt for prompt in load_prompts(prompts, policy.tokenizer) for _ in range(copies)]
-    responses, rollouts = respond(policy, texts, **how)
+    room = prompt_room(policy, how["sampling"])
+    if scorer is not None:
+        room = min(room, scored_room(policy, scorer, how["sampling"], score_at))
+    responses, rollouts = respond(policy, texts, room=room, **how)
     rows = [{"prompt": p, "response": r} for p, r in zip(texts, responses, strict=True)]
     if scorer is not None:
         finished = np.concatenate(fetch([rollout.has_eos for rollout in rollouts]))[: len(rows)]
@@ -174,11 +201,17 @@ def respond_to_file(
 
 
 def respond(
-    model: Model, prompts: list[str], *, sampling: Sampling, **settings: Any
+    model: Model,
+    prompts: list[str],
+    *,
+    sampling: Sampling,
+    room: int | None = None,
+    **settings: Any,
 ) -> tuple[list[str], list[Rollout]]:
     """One response to each prompt, as `generate` gives them.
 
-    A prompt that leaves no room for a whole response is an error.
+    A prompt of more than `room` tokens is an error; None is as many as leave the model room for a
+    whole response.
     """
     return generate(
         model,
@@ -186,5 +219,5 @@ def respond(
         sampling=sampling,
         **settings,
         batch_size=min(len(prompts), BATCH_SIZE),
-        max_prompt_length=prompt_room(model, sampling),
+        max_prompt_length=prompt_room(model, sampling) if room is None else room,
     )

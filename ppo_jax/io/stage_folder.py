@@ -193,6 +193,8 @@ def describe_stage(folder: Path) -> dict | None:
         raise ValueError(f"{path} must be as a stage writes it, but lacks {missing}")
     try:
         build(ModelConfig, description["model"], "model.")
+        if description["kind"] not in ("policy", "reward"):
+            raise ValueError(f"kind must be 'policy' or 'reward', got {description['kind']!r}")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return description

@@ -16,6 +16,16 @@ class RopeScaling:
     high_freq_factor: float
     original_max_length: int
 
+    def __post_init__(self):
+        for field, value in vars(self).items():
+            if not 0 < value < math.inf:
+                raise ValueError(f"model.rope_scaling.{field} must be > 0, got {value!r}")
+        if self.low_freq_factor == self.high_freq_factor:
+            raise ValueError(
+                "model.rope_scaling.high_freq_factor must differ from low_freq_factor, got "
+                f"{self.high_freq_factor!r} for both"
+            )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -68,7 +78,7 @@ class ModelConfig:
         for name in ("norm_eps", "rope_theta"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"model.{name} must be > 0, got {getattr(self, name)!r}")
-        if self.lora_alpha < 0:
+        if not 0 <= self.lora_alpha < math.inf:
             raise ValueError(f"model.lora_alpha must be >= 0, got {self.lora_alpha}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(

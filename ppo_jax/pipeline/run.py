@@ -39,7 +39,7 @@ from ppo_jax.pipeline.preflight import check_mesh, check_named, check_run, chose
 from ppo_jax.pipeline.preview import brackets, colours, data_lines, previews
 from ppo_jax.pipeline.summary import summary
 from ppo_jax.training.resume import check_same_base, check_same_data, drop_outdated_base
-from ppo_jax.training.stage import check_settings, describe
+from ppo_jax.training.stage import as_begun, check_settings, describe
 
 
 def run(
@@ -90,7 +90,7 @@ def planned(
         ValueError: a setting is not usable, or does not fit to what the folder holds.
     """
     only = [only] if isinstance(only, str) else only
-    given = with_date(from_config_dict(settings), workdir)
+    given = as_begun(with_date(from_config_dict(settings), workdir), workdir)
     config = fill_in_workdir(given, workdir)
     stages = [
         stage for stage in STAGE_NAMES if stage in only and getattr(config, stage) is not None

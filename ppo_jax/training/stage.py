@@ -14,7 +14,7 @@ from typing import Any
 
 from ppo_jax.config.flags import hint_of, section_of
 from ppo_jax.config.parsing import changeable_fields, filled_in, with_new_names
-from ppo_jax.config.run import Config, ModelSettings
+from ppo_jax.config.run import STAGE_NAMES, Config, ModelSettings
 from ppo_jax.distributed.layout import Layout, abstract, init_sharded
 from ppo_jax.distributed.processes import STOPS, is_primary, on_primary, preempted, stop_handlers
 from ppo_jax.io.checkpoints import Checkpoints
@@ -314,7 +314,7 @@ def open_stage(
         pins = {field: step for field, step in steps.items() if step is not None}
         begin_stage(folder, model, parts, description | {"sources": pins})
     else:
-        update_stage(folder, description)
+        update_stage(folder, without_younger_fields(stage.name, description, old["settings"]))
     return start, parts
 
 
@@ -342,8 +342,41 @@ def fixed_differences(old: dict, new: dict, may_change: set[str]) -> list[str]:
 
 
 def with_younger_fields(stage: str, settings: dict) -> dict:
-    """A field that is younger than the stage had its default then."""
+    """A field that is younger than the stage had its default then, or what `BEFORE` says."""
     model = filled_in(ModelSettings, settings.get("model", {}))
     section = section_of(hint_of(stage))
-    settings = with_new_names(section, settings, warn=False)
+    settings = before(section) | with_new_names(section, settings, warn=False)
     return filled_in(section, settings) | {"model": model}
+
+
+def before(section: type) -> dict:
+    """What the stages of a section did before there were fields for it."""
+    return dict(getattr(section, "BEFORE", {}))
+
+
+def as_begun(config: Config, workdir: Path) -> Config:
+    """The config with the fields of `BEFORE` that are younger than a stage as the stage began.
+
+    A field that was set to something else than its default stays.
+    """
+    for name in STAGE_NAMES:
+        settings, folder = getattr(config, name), workdir / name
+        if settings is None or not before(type(settings)) or not has_begun(folder):
+            continue
+        old = describe_stage(folder)["settings"]
+        defaults = {x.name: x.default for x in dataclasses.fields(settings)}
+        younger = {
+            field: value
+            for field, value in before(type(settings)).items()
+            if field not in old and getattr(settings, field) == defaults[field]
+        }
+        config = dataclasses.replace(config, **{name: dataclasses.replace(settings, **younger)})
+    return config
+
+
+def without_younger_fields(stage: str, description: dict, old: dict) -> dict:
+    """The description without the fields of `BEFORE` that the `old` settings lack: the next start
+    has to find the stage as old as it is."""
+    younger = before(section_of(hint_of(stage))).keys() - old.keys()
+    kept = {name: x for name, x in description["settings"].items() if name not in younger}
+    return description | {"settings": kept}

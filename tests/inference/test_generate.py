@@ -327,3 +327,42 @@ def test_the_script_chats_and_answers_files(tmp_path, monkeypatch):
 def test_flags_that_do_not_go_together_are_refused(flags, message):
     ended = run_script("generate", *flags)
     assert ended.code == 2 and ended.err.startswith(f"generate.py: {message}")
+
+
+class Sampled(Exception):
+    """A rollout was about to begin."""
+
+
+def test_what_the_reward_model_cannot_read_is_refused_before_anything_is_sampled(
+    tmp_path, model, monkeypatch
+):
+    asked, files = tmp_path / "in", {"prompts": tmp_path / "in", "out": tmp_path / "out"}
+    write_jsonl(asked, [{"prompt": prompt} for prompt in WORDS])
+    longest = max(len(model.tokenizer(prompt)["input_ids"]) for prompt in WORDS)
+    stops = HOW | {"sampling": Sampling(response_length=10, eos_ids=(0, 40))}
+    # (context, how, where scores are read, whether it fits)
+    rows = [
+        (longest + 10, HOW, "eos", True),
+        (longest + 9, HOW, "eos", False),
+        (longest + 11, stops, "eos", True),
+        (longest + 10, stops, "eos", False),
+        (longest + 10, stops, "last", True),
+    ]
+
+    def begins_to_sample(*_):
+        raise Sampled
+
+    monkeypatch.setattr("ppo_jax.inference.generate.compiled_rollout", begins_to_sample)
+    for context, how, score_at, fits in rows:
+        scorer = random_model("reward", max_length=context)
+        with pytest.raises(Sampled if fits else ValueError) as error:
+            respond_to_file(model, scorer, copies=1, score_at=score_at, **files, **how)
+        if not fits:
+            assert f"{longest}" in str(error.value)
+    short = random_model("reward", max_length=10)
+    message = "response_length must be below the reward model's 10 tokens, got 10"
+    with pytest.raises(ValueError, match=message):
+        respond_to_file(model, short, copies=1, **files, **HOW)
+    with pytest.raises(ValueError, match="10 tokens, with an EOS put behind, got 9"):
+        how = stops | {"sampling": Sampling(response_length=9, eos_ids=(0, 40))}
+        respond_to_file(model, short, copies=1, **files, **how)

@@ -128,3 +128,18 @@ def test_of_a_hub_repository_only_weights_config_and_tokenizer_are_fetched(tmp_p
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     assert hub.model_folder("somebody/some-model") == tmp_path
     assert fetched == wanted
+
+
+def test_a_damaged_file_of_weights_in_the_cache_is_noticed(tmp_path, monkeypatch):
+    monkeypatch.setenv("PPO_JAX_CACHE", str(tmp_path))
+    path, whole = tmp_path / "SmolLM2-135M-Instruct.Q4_1.gguf", b"GGUF" + bytes(100)
+    monkeypatch.setattr(hub, "SMOLLM2_SHA256", hashlib.sha256(whole).hexdigest())
+    path.write_bytes(whole)
+    assert hub.smollm2_gguf() == path
+    for damaged in (whole[:-1], b"GGUF" + bytes(99) + b"x"):
+        path.write_bytes(damaged)
+        with pytest.raises(
+            ValueError, match=r"Q4_1\.gguf has SHA-256 .*: delete it and start again"
+        ):
+            hub.package_model("smollm2-135m-instruct")
+    assert [x.name for x in tmp_path.iterdir() if not x.name.startswith(".")] == [path.name]

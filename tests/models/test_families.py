@@ -6,7 +6,10 @@ import json
 import jax
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from ppo_jax.io.huggingface import load_policy, params_to_hf
 from ppo_jax.models import families
@@ -78,3 +81,38 @@ def test_a_family_fills_its_own_fields_alone(family):
 def test_an_unknown_family_is_refused_with_those_there_are():
     with pytest.raises(ValueError, match=r"'mamba' is not supported; choose from \['gpt2',"):
         family_of("mamba")
+
+
+YARN = {"rope_type": "yarn", "factor": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("scaling", "refused"),
+    [
+        (YARN, ""),
+        (YARN | {"beta_fast": 32, "beta_slow": 1, "attention_factor": 1.0, "truncate": False}, ""),
+        (YARN | {"mscale": 0.7, "mscale_all_dim": 2.0}, ""),
+        (YARN | {"original_max_position_embeddings": 16}, ""),
+        ({"type": "dynamic", "factor": 1.0}, ""),
+        ({"type": "linear", "factor": 1.0}, ""),
+        (YARN | {"attention_factor": 1.3}, "'yarn'"),
+        (YARN | {"original_max_position_embeddings": 8}, "'yarn'"),
+        (YARN | {"factor": 2.0}, "'yarn' .* with a factor of 1"),
+        (YARN | {"new_option": 2.0}, "new_option"),
+        ({"type": "dynamic", "factor": 2.0}, "'dynamic' .* with a factor of 1"),
+        ({"type": "longrope", "factor": 1.0}, "'longrope'"),
+    ],
+)
+def test_a_scaling_of_positions_by_one_is_none(scaling, refused):
+    """As transformers computes them: the same frequencies, and attention that is not scaled."""
+    raw = {"model_type": "llama", **SHAPE}
+    if refused:
+        with pytest.raises(ValueError, match=refused):
+            read_config(raw | {"rope_scaling": scaling})
+        return
+    assert read_config(raw | {"rope_scaling": scaling}) == read_config(raw)
+    theirs = []
+    for rope in (None, dict(scaling)):
+        rotary = LlamaRotaryEmbedding(LlamaConfig(**SHAPE, rope_scaling=rope))
+        theirs.append([x.numpy() for x in rotary(torch.zeros(1), torch.arange(16)[None])])
+    np.testing.assert_allclose(theirs[0], theirs[1], atol=1e-6)

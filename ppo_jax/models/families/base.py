@@ -185,11 +185,16 @@ def split_heads(raw: Json, width_key: str, heads_key: str) -> int:
     return width // heads
 
 
+ORIGINAL = "original_max_position_embeddings"
 FACTORS = ("factor", "low_freq_factor", "high_freq_factor")
-NO_SCALING = (
-    "default",
-    "linear",
-)  # kinds of rotary positions that a factor of 1 leaves as they are
+# Kinds of rotary positions that a factor of 1 leaves as they are -> what else they may have then,
+# which has no effect.
+PLAIN_AT_ONE: dict[str, frozenset[str]] = {
+    "default": frozenset(),
+    "linear": frozenset(),
+    "dynamic": frozenset(),
+    "yarn": frozenset({"beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"}),
+}
 
 
 def read_rope(raw: Json) -> tuple[float, RopeScaling | None]:
@@ -200,22 +205,33 @@ def read_rope(raw: Json) -> tuple[float, RopeScaling | None]:
     kind = rope.pop("rope_type", old_kind)
     if rope.pop("partial_rotary_factor", None) not in (None, 1):
         raise ValueError("partial_rotary_factor is not supported: all of a head is rotated")
-    if kind in NO_SCALING and rope.get("factor") == 1:
-        rope.pop("factor")
+    if kind in PLAIN_AT_ONE and is_plain(rope, raw):
+        ignored = {"factor", "attention_factor", ORIGINAL} | PLAIN_AT_ONE[kind]
+        rope = {key: value for key, value in rope.items() if key not in ignored}
     elif kind not in ("default", "llama3"):
-        but = ", or 'linear' with a factor of 1" if kind == "linear" else ""
+        but = f", or {kind!r} with a factor of 1" if kind in PLAIN_AT_ONE else ""
         raise ValueError(
             f"rope_type {kind!r} is not supported; choose from ['default', 'llama3']{but}"
         )
     scaling = None
     if kind == "llama3":
         factors = {key: float(need(rope, key)) for key in FACTORS}
-        length = need(rope, "original_max_position_embeddings")
+        length = need(rope, ORIGINAL)
         scaling = RopeScaling(**factors, original_max_length=length)
-        rope = rope.keys() - {*FACTORS, "original_max_position_embeddings"}
+        rope = rope.keys() - {*FACTORS, ORIGINAL}
     if rope:
         raise ValueError(f"{sorted(rope)} are not understood in the settings of rope type {kind!r}")
     return theta, scaling
+
+
+def is_plain(rope: Json, raw: Json) -> bool:
+    """Whether a scaling is by 1, in the frequencies as in the attention.
+
+    Of another original length the factor would be the ratio of the two.
+    """
+    length = raw.get("max_position_embeddings")
+    same_length = rope.get(ORIGINAL) in (None, length)
+    return rope.get("factor") == 1 and rope.get("attention_factor") in (None, 1) and same_length
 
 
 def write_rope(theta: float, scaling: RopeScaling | None) -> Json:

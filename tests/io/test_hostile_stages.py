@@ -1,0 +1,71 @@
+"""A stage.json with numbers that no stage writes: one line with the file and the field."""
+
+import json
+
+import pytest
+
+from ppo_jax.inference.generate import find_sampling
+from ppo_jax.io.stage_folder import load_model
+from tests.support.tiny_stage import random_model, write_stage
+
+SCALING = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_length": 64,
+}
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory):
+    return write_stage(tmp_path_factory.mktemp("run"), "ppo", random_model(), response_length=4)
+
+
+def changed_stage(stage, section, field, value):
+    old = (stage / "stage.json").read_text()
+    description = json.loads(old)
+    values = description[section] if section else description
+    values[field] = value
+    (stage / "stage.json").write_text(json.dumps(description))
+    return old
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value", "named"),
+    [
+        ("model", "rope_theta", 0, "model.rope_theta"),
+        ("model", "rope_theta", float("nan"), "model.rope_theta"),
+        ("model", "norm_eps", -1e-5, "model.norm_eps"),
+        ("model", "num_layers", "two", "model.num_layers"),
+        ("model", "lora_alpha", float("inf"), "model.lora_alpha"),
+        *(
+            ("model", "rope_scaling", SCALING | change, f"model.rope_scaling.{field}")
+            for field, change in (
+                ("factor", {"factor": 0.0}),
+                ("factor", {"factor": -2.0}),
+                ("factor", {"factor": "8"}),
+                ("low_freq_factor", {"low_freq_factor": 0.0}),
+                ("high_freq_factor", {"low_freq_factor": 4.0}),
+                ("original_max_length", {"original_max_length": 0}),
+            )
+        ),
+        ("settings", "temperature", float("nan"), "settings.temperature"),
+        ("settings", "temperature", -1.0, "settings.temperature"),
+        ("settings", "response_length", "four", "settings.response_length"),
+        ("settings", "response_length", 0, "settings.response_length"),
+        ("settings", "top_p", 1.5, "settings.top_p"),
+        ("settings", "stop_tokens", 3, "settings.stop_tokens"),
+        ("", "kind", "critic", "kind"),
+    ],
+)
+def test_a_number_that_no_stage_writes_is_one_line_with_file_and_field(
+    stage, section, field, value, named
+):
+    old = changed_stage(stage, section, field, value)
+    try:
+        with pytest.raises(ValueError) as error:
+            find_sampling(str(stage), load_model(stage).tokenizer)
+    finally:
+        (stage / "stage.json").write_text(old)
+    message = str(error.value)
+    assert message.startswith(f"{stage}/stage.json: {named} must") and "\n" not in message
