@@ -16,6 +16,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from jax._src import compiler, distributed
 
 from ppo_jax.distributed.trees import named_leaves
 from ppo_jax.io.checkpoints import load_checkpoint_item
@@ -57,6 +58,7 @@ def start(what, workdir, num_processes=2, only=None, num_devices=NUM_DEVICES):
         "--xla_cpu_collective_call_terminate_timeout_seconds=600",
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir or "",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",  # for the next start
         "PYTHONPATH": f"{ROOT}:{ROOT / 'experiments'}",
     }
     what = what if isinstance(what, str) else json.dumps(what)
@@ -162,6 +164,17 @@ def stop_at_the_next_place(processes, asked, folder, told="nothing is lost"):
     assert_stopped(processes, lambda: f"stopped by SIGTERM, {told}")
 
 
+def as_process_0(function):
+    """The function, during whose calls jax takes this process for process 0."""
+
+    def call(*args):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(distributed.global_state, "process_id", 0)
+            return function(*args)
+
+    return call
+
+
 def main(what, workdir, coordinator, num_processes, process_id, *only):
     sys.modules["torch"] = None  # tensorboardX would import it, a second and a half a process
     from ppo_jax import cli
@@ -170,6 +183,8 @@ def main(what, workdir, coordinator, num_processes, process_id, *only):
     from ppo_jax.distributed import processes
     from ppo_jax.pipeline import run as pipeline
 
+    # jax lets process 0 alone write its cache, but on CPUs every process has keys of its own.
+    compiler._cache_write = as_process_0(compiler._cache_write)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background job
 
     def run():
