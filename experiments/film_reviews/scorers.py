@@ -99,22 +99,19 @@ def gold_judge(model: Model, texts: list[str], means: np.ndarray):
 
 
 def make_trunk(model: Model):
-    """tokens, mask -> hidden states of the judge's layer; compiled once for all of its texts."""
+    """A `Trunk` to the judge's layer; compiled once for all of its texts."""
     trunk = trunk_network(model.config, end_layer=JUDGE_LAYER)
     top = model.config.num_layers - JUDGE_LAYER
     parts = split_params(model.config, model.params, top, JUDGE_LAYER)
     run, params = jax.jit(trunk.apply), one_device().shard_params(parts.trunk)
-    return lambda tokens, mask: run(params, tokens, mask)
+    return lambda tokens, mask, segment_ids: run(params, tokens, mask, segment_ids=segment_ids)
 
 
 def hidden_features(model: Model, trunk, texts: list[str]) -> np.ndarray:
     """[N, 2 D]: the mean over a text's tokens, and the state of its last token."""
-    rows = encode_all(texts, model.tokenizer, max_length=model.config.max_length)
+    context = model.config.max_length
+    rows = encode_all(texts, model.tokenizer, max_length=context)
     features = np.zeros((len(texts), 2 * model.config.embed_dim), np.float32)
-
-    def compute(chosen, width):
-        return trunk(rows.tokens[chosen, :width], rows.mask[chosen, :width])
-
-    for row, states in text_states(rows, np.arange(len(texts)), compute):
+    for row, states in text_states(rows, np.arange(len(texts)), trunk, context):
         features[row] = np.concatenate([states.mean(axis=0), states[-1]])
     return features

@@ -23,7 +23,7 @@ from ppo_jax.core.checks import assert_counts, assert_numbers
 from ppo_jax.core.kl import ESTIMATORS, REWARD_ESTIMATORS, REWARD_RULE, kl_estimate
 from ppo_jax.core.losses import explained_variance, probability_ratio
 from ppo_jax.core.masking import last_token_index, masked_mean, masked_moments
-from ppo_jax.core.network import Network, merge_params
+from ppo_jax.core.network import Network, last_outputs, merge_params
 from ppo_jax.core.renamed import renamed
 from ppo_jax.core.rewards import missing_eos_scores, token_rewards, token_scores
 from ppo_jax.core.types import (
@@ -150,14 +150,11 @@ def response_scores(
     """
     if networks.reward is None:
         raise ValueError("response_scores needs a reward model in networks.reward, got None")
-    start = rollout.prompt_mask.shape[1]
     ended = rollout if eos_id is None else with_eos(rollout, eos_id)
     inputs = ended.hidden_states if networks.reward_on_trunk else ended.tokens
     if inputs is None and networks.trunk is not None:  # of an EOS that was not sampled
         inputs = networks.trunk.apply(frozen.trunk, ended.tokens, ended.mask)
-    values = networks.reward.apply(frozen.reward, inputs, ended.mask, first_output=start)
-    last = last_token_index(ended.response_mask)
-    return jnp.take_along_axis(values, last[:, None], axis=1)[:, 0]
+    return last_outputs(networks.reward, frozen.reward, inputs, ended.mask)
 
 
 def with_eos(rollout: Rollout, eos_id: int) -> Rollout:

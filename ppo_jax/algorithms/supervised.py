@@ -13,8 +13,7 @@ import jax.numpy as jnp
 from ppo_jax.core.checks import assert_divides
 from ppo_jax.core.distributions import token_logprobs
 from ppo_jax.core.losses import next_token_loss, preference_loss
-from ppo_jax.core.masking import last_token_index
-from ppo_jax.core.network import Network, merge_params
+from ppo_jax.core.network import Network, last_outputs, merge_params
 from ppo_jax.core.optimizer import apply_gradients, schedule
 from ppo_jax.core.types import Optimizer, Params, PreferenceBatch, TextBatch, TrainState
 
@@ -101,8 +100,7 @@ def text_scores(
         if segment_ids is not None:
             where = dict(segment_ids=segment_ids, output_positions=ends)
             return network.apply(params, inputs, mask, **where)
-        values = network.apply(params, inputs, mask)
-        return jnp.take_along_axis(values, last_token_index(mask)[:, None], axis=1)
+        return last_outputs(network, params, inputs, mask)
 
     rows = inputs, mask, segment_ids, ends
     if num_micro_batches == 1:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ppo_jax.core.masking import last_token_index
 from ppo_jax.core.types import Params
 
 
@@ -42,10 +43,8 @@ class Network(NamedTuple):
 
     Where several texts share a row, `segment_ids` [B, L] int32 numbers the texts of a row 1, 2, ...
     and is 0 in padding: positions then start over with each text, and no text attends to another.
-    `output_positions` [B, T] int32 is then the positions that have an output, in place of
-    `first_output`. Both are given for packed rows alone (`sft.packing`, which needs no
-    `output_positions`, and `ppo.packing`); a network that is not trained on such rows need not take
-    them.
+    `output_positions` [B, T] int32 is the positions that have an output, in place of
+    `first_output`. Both are given to a network that `supports_packing` alone.
     """
 
     init: Callable[[jax.Array], Params]
@@ -55,6 +54,14 @@ class Network(NamedTuple):
     refill: Callable[[Any, Any, jax.Array], Any] | None = None
     token_statistics: Callable[..., tuple[jax.Array, jax.Array]] | None = None
     supports_packing: bool = False
+
+
+def last_outputs(network: Network, params: Params, inputs: jax.Array, mask: jax.Array) -> jax.Array:
+    """The outputs of a value or reward network at the last real position of each row, [B]."""
+    last = last_token_index(mask)[:, None]
+    if network.supports_packing:  # its last layer computes no others
+        return network.apply(params, inputs, mask, output_positions=last)[:, 0]
+    return jnp.take_along_axis(network.apply(params, inputs, mask), last, axis=1)[:, 0]
 
 
 def merge_params(*trees: Params, stacked: bool = False) -> Params:

@@ -13,13 +13,17 @@ import numpy as np
 from ppo_jax.core.network import Network
 from ppo_jax.core.types import Params
 from ppo_jax.data.encode import TokenizedTexts
+from ppo_jax.data.packing import pack
 from ppo_jax.distributed.layout import Layout, one_device
 
 MULTIPLE = 16  # batches are as wide as their longest text, rounded up: few compiled shapes
-TRUNK_BATCH = 32  # texts at a time
+TRUNK_BATCH = 32  # rows at a time
+TRUNK_ROW = 64  # tokens; shorter texts share a row
 
 Rows = np.ndarray
 Inputs = Callable[[Rows, int], jax.Array]
+# tokens, mask and segment_ids, or None for one text a row, each [N, L] -> states [N, L, D]
+Trunk = Callable[[np.ndarray, np.ndarray, np.ndarray | None], jax.Array]
 
 
 def make_inputs(
@@ -28,6 +32,7 @@ def make_inputs(
     trunk_params: Params | None,
     *,
     cache_gb: float,
+    context: int = TRUNK_ROW,
     layout: Layout | None = None,
     used: Rows | None = None,
 ) -> Inputs:
@@ -39,6 +44,7 @@ def make_inputs(
         trunk_params: on the devices.
         cache_gb: the states of all texts are kept where they fit into this much memory; otherwise,
             and with several processes, the trunk runs for each batch.
+        context: tokens that the model can read.
         layout: of the trunk's batches, whose rows it divides.
         used: the rows that will be asked for; None is all.
     """
@@ -46,18 +52,16 @@ def make_inputs(
         return lambda rows, width: texts.tokens[rows, :width]
     run = jax.jit(trunk.apply)
 
-    def compute(rows, width):
-        segment_ids = None if texts.segment_ids is None else texts.segment_ids[rows, :width]
-        batch = (texts.tokens[rows, :width], texts.mask[rows, :width], segment_ids)
-        tokens, mask, segment_ids = layout.shard_batch(batch)
+    def states_of(tokens, mask, segment_ids):
+        tokens, mask, segment_ids = layout.shard_batch((tokens, mask, segment_ids))
         return run(trunk_params, tokens, mask, segment_ids=segment_ids)
 
     shape = jax.eval_shape(trunk.apply, trunk_params, texts.tokens[:1], texts.mask[:1])
     used = np.arange(len(texts.mask)) if used is None else np.unique(used)
     gigabytes = texts.mask[used].sum() * shape.shape[-1] * shape.dtype.itemsize / 1e9
     if gigabytes > cache_gb or jax.process_count() > 1:
-        return compute
-    states = {row: kept.copy() for row, kept in text_states(texts, used, compute, layout)}
+        return lambda rows, width: states_of(*row_arrays(texts, rows, width))
+    states = dict(text_states(texts, used, states_of, context, layout))
 
     def look_up(rows, width):
         out = np.zeros((len(rows), width, shape.shape[-1]), shape.dtype)
@@ -69,21 +73,61 @@ def make_inputs(
 
 
 def text_states(
-    texts: TokenizedTexts, used: Rows, compute: Inputs, layout: Layout | None = None
+    texts: TokenizedTexts, used: Rows, trunk: Trunk, context: int, layout: Layout | None = None
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """(row, the trunk's states [its length, D]) of each used text, sorted by length.
+    """(row, the trunk's states [its length, D]) of each used text, in an order of its own.
 
-    `compute` is (rows [N], width L) -> states [N, L, D]; without a layout it is the first device's.
+    `context` is the tokens that the model can read. Without a layout the trunk runs on the first
+    device.
     """
-    lengths, layout = texts.mask.sum(axis=1), layout or one_device()
-    order = used[np.argsort(lengths[used], kind="stable")]
-    for begin in range(0, len(order), TRUNK_BATCH):
+    layout, lengths = layout or one_device(), texts.mask.sum(axis=1)
+    for source, rows, numbers, width in trunk_batches(texts, used, min(TRUNK_ROW, context)):
         # The last batch is padded with its own first row, so that no new shape is compiled.
-        rows = order[begin : begin + TRUNK_BATCH]
         padded = layout.pad_batch(rows, TRUNK_BATCH)
-        hidden = np.asarray(compute(padded, batch_width(texts, rows)))
-        for i, row in enumerate(rows):
-            yield row, hidden[i, : lengths[row]]
+        states = np.asarray(trunk(*row_arrays(source, padded, width)))[: len(rows)]
+        of_texts = np.split(states[source.mask[rows, :width]], np.cumsum(lengths[numbers])[:-1])
+        yield from zip(numbers.tolist(), of_texts, strict=True)
+
+
+def trunk_batches(
+    texts: TokenizedTexts, used: Rows, shared_row: int
+) -> Iterator[tuple[TokenizedTexts, Rows, Rows, int]]:
+    """(rows to read from, which of them, the texts in these one after the other, their width).
+
+    Texts of at most `shared_row` tokens share rows of so many. Longer ones have one each, sorted by
+    length: little of them is padding, and a kernel of whole rows does not pay for what it masks.
+    """
+    lengths = texts.mask.sum(axis=1)
+    fits = (lengths[used] <= shared_row) & (texts.segment_ids is None)
+    short, long = used[fits], used[~fits]
+    if len(short):
+        packed, texts_of_row = pack_some(texts, short, shared_row)
+        for begin in range(0, len(texts_of_row), TRUNK_BATCH):
+            numbers = texts_of_row[begin : begin + TRUNK_BATCH]
+            rows = np.arange(begin, begin + len(numbers))
+            yield packed, rows, np.concatenate(numbers), packed.mask.shape[1]
+    order = long[np.argsort(lengths[long], kind="stable")]
+    for begin in range(0, len(order), TRUNK_BATCH):
+        rows = order[begin : begin + TRUNK_BATCH]
+        yield texts, rows, rows, batch_width(texts, rows)
+
+
+def pack_some(
+    texts: TokenizedTexts, chosen: Rows, width: int
+) -> tuple[TokenizedTexts, list[np.ndarray]]:
+    """(R packed rows of some texts, which of them are in each)."""
+    tokens, mask, loss_mask = (x[chosen] for x in (texts.tokens, texts.mask, texts.loss_mask))
+    packed = pack(TokenizedTexts(tokens, mask, loss_mask, chosen), max_length=width)
+    counts = packed.segment_ids.max(axis=1)
+    return packed, np.split(packed.records, np.cumsum(counts)[:-1])
+
+
+def row_arrays(
+    texts: TokenizedTexts, rows: Rows, width: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Tokens, mask and segment_ids of some rows, [N, width]."""
+    segment_ids = None if texts.segment_ids is None else texts.segment_ids[rows, :width]
+    return texts.tokens[rows, :width], texts.mask[rows, :width], segment_ids
 
 
 def batch_width(texts: TokenizedTexts, rows: Rows) -> int:

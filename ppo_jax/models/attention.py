@@ -41,6 +41,38 @@ class AttentionFn(struct.PyTreeNode):
         """[B, S, H, K]."""
         return self.fn(q_BSHK, k_BGCK, v_BGCK, self.mask)
 
+    @property
+    def takes_some_queries(self) -> bool:
+        """Whether the keys may be those of more positions than the queries."""
+        return self.fn in (attend, attend_cached)
+
+    def of(self, queries: "Outputs") -> "AttentionFn":
+        """The attention of some queries alone; of all where it takes no fewer."""
+        if queries.are_all:
+            return self
+        if self.fn is attend:
+            return self.replace(mask=queries.take(self.mask))
+        allowed_BSC, filled = self.mask
+        return self.replace(mask=(queries.take(allowed_BSC), filled))
+
+
+class Outputs(struct.PyTreeNode):
+    """The positions of a call whose outputs are read: those from `first` on, or `positions`."""
+
+    positions: jax.Array | None = None  # [B, T] int
+    first: int = struct.field(pytree_node=False, default=0)
+
+    @property
+    def are_all(self) -> bool:
+        return self.positions is None and self.first == 0
+
+    def take(self, x: jax.Array) -> jax.Array:
+        """[B, L, ...] -> [B, T, ...]."""
+        if self.positions is None:
+            return x[:, self.first :]
+        index = self.positions.reshape(*self.positions.shape, *(1,) * (x.ndim - 2))
+        return jnp.take_along_axis(x, index, axis=1)
+
 
 def text_positions(mask_BL, segments_BL) -> jax.Array:
     """[B, L] int32: the number of real positions of its text before each; arbitrary in padding.

@@ -8,6 +8,7 @@ Dimension key: B sequences, L positions, D model, V vocabulary.
 """
 
 import math
+from collections.abc import Sequence
 
 import chex
 import jax
@@ -18,7 +19,7 @@ from ppo_jax.core.distributions import chunked_token_statistics
 from ppo_jax.core.network import Network
 from ppo_jax.core.renamed import renamed
 from ppo_jax.core.types import Params
-from ppo_jax.models.attention import KVCache, refill_cache
+from ppo_jax.models.attention import KVCache, Outputs, refill_cache
 from ppo_jax.models.axes import CACHE, ShardingConstraint, unconstrained
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.transformer import Transformer
@@ -26,24 +27,34 @@ from ppo_jax.models.transformer import Transformer
 OLD_NAMES = dict(start="first_output", segments="segment_ids", at="output_positions")
 
 
-def make_network(config, start, end, head, constrain, head_std=0.0) -> Network:
-    """The functions of one Transformer module."""
-    module = Transformer(config, start, end, head, head_std, constrain)
+def make_network(config, start, end, head, constrain, exits=(), head_std=0.0) -> Network:
+    """The functions of one Transformer module.
+
+    Raises:
+        ValueError: `exits` do not hold the layer at which the trunk ends or this network starts, or
+            they are several, of scanned layers.
+    """
+    here = end if head == "none" else start
+    if exits and (here not in exits or (config.scan_layers and len(exits) > 1)):
+        raise ValueError(
+            f"exits must hold layer {here}, and with scan_layers no other, got {list(exits)}"
+        )
+    module = Transformer(config, start, end, head, head_std, tuple(exits), constrain)
 
     def init(key):
         mask = jnp.ones((1, 1), bool)
-        shape = (1, 1) if start is None else (1, 1, config.embed_dim)
+        shape = (1, 1) if start is None else (1, 1, max(1, len(exits)) * config.embed_dim)
         inputs = jnp.zeros(shape, jnp.int32 if start is None else config.dtype)
         # One row cannot be sharded; the caller shards the parameters.
         free = module.clone(constrain=unconstrained)
-        return free.init(key, inputs, mask, None, None, 0)["params"]
+        return free.init(key, inputs, mask, None, None, Outputs())["params"]
 
     @renamed(**OLD_NAMES)
     def apply(
         params, inputs, mask, *, first_output=0, segment_ids=None, output_positions=None, read=None
     ):
         check_inputs(config, module.start, inputs, mask, segment_ids, output_positions)
-        outputs = first_output if output_positions is None else output_positions
+        outputs = Outputs(output_positions, 0 if output_positions is not None else first_output)
         return module.apply({"params": params}, inputs, mask, segment_ids, None, outputs, read)[0]
 
     def init_cache(batch_size, length):
@@ -64,7 +75,8 @@ def make_network(config, start, end, head, constrain, head_std=0.0) -> Network:
     @renamed(start="first_output")
     def decode(params, inputs, mask, cache, *, first_output=0):
         check_inputs(config, module.start, inputs, mask)
-        return module.apply({"params": params}, inputs, mask, None, cache, first_output)
+        outputs = Outputs(first=first_output)
+        return module.apply({"params": params}, inputs, mask, None, cache, outputs)
 
     def refill(cache, fresh, source):
         cache = refill_cache(cache, fresh, source)
@@ -97,15 +109,18 @@ def policy_network(
     config: ModelConfig,
     *,
     start_layer: int | None = None,
+    exits: Sequence[int] = (),
     constrain: ShardingConstraint = unconstrained,
     logits_chunk: int = 0,
 ) -> Network:
     """Tokens (or hidden states after `start_layer` layers) to logits, float32.
 
+    `exits` are those of the trunk, see `trunk_network`.
+
     With a `logits_chunk` its `token_statistics` hold the logits of so many positions at a time, and
     recompute them in the backward pass.
     """
-    network = make_network(config, start_layer, config.num_layers, "logits", constrain)
+    network = make_network(config, start_layer, config.num_layers, "logits", constrain, exits)
     if not logits_chunk:
         return network
 
@@ -125,6 +140,7 @@ def reward_network(
     config: ModelConfig,
     *,
     start_layer: int | None = None,
+    exits: Sequence[int] = (),
     constrain: ShardingConstraint = unconstrained,
 ) -> Network:
     """One scalar a position; the head starts with std 1 / sqrt(D + 1), bias 0.
@@ -132,24 +148,34 @@ def reward_network(
     Reference: Stiennon et al. 2020, https://arxiv.org/abs/2009.01325 (the released code).
     """
     std = 1.0 / math.sqrt(config.embed_dim + 1)
-    return make_network(config, start_layer, config.num_layers, "scalar", constrain, std)
+    return make_network(config, start_layer, config.num_layers, "scalar", constrain, exits, std)
 
 
 def value_network(
     config: ModelConfig,
     *,
     start_layer: int | None = None,
+    exits: Sequence[int] = (),
     constrain: ShardingConstraint = unconstrained,
 ) -> Network:
     """One scalar a position; the head starts at zero, so that the first values are 0."""
-    return make_network(config, start_layer, config.num_layers, "scalar", constrain)
+    return make_network(config, start_layer, config.num_layers, "scalar", constrain, exits)
 
 
 def trunk_network(
-    config: ModelConfig, *, end_layer: int, constrain: ShardingConstraint = unconstrained
+    config: ModelConfig,
+    *,
+    end_layer: int,
+    exits: Sequence[int] = (),
+    constrain: ShardingConstraint = unconstrained,
 ) -> Network:
-    """Tokens to the hidden states after `end_layer` layers: what networks above it start from."""
-    return make_network(config, None, end_layer, "none", constrain)
+    """Tokens to the hidden states after `end_layer` layers: what networks above it start from.
+
+    Networks that start at different layers share one trunk: its `exits`, ascending and the last of
+    them `end_layer`, are the layers that they start from; its outputs [B, L, E D] are the states
+    after each of the E, side by side. Scanned layers have one exit.
+    """
+    return make_network(config, None, end_layer, "none", constrain, exits)
 
 
 def policy_apply(

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from ppo_jax.core import cpu
 from ppo_jax.models.attention import (
     AttentionFn,
+    Outputs,
     attend_cached,
     cache_mask,
     rotate,
@@ -33,24 +34,28 @@ from ppo_jax.models.layers import Embedding, Head, Norm, Projection
 REMAT = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
 
 
+ALL = Outputs()
+
+
 class Attention(nn.Module):
-    """Causal self-attention; with a cache, over the cached and the new positions."""
+    """Causal self-attention of some positions, `outputs`, over all of them and those in a cache."""
 
     config: ModelConfig
     constrain: ShardingConstraint = unconstrained
 
     @nn.compact
-    def __call__(self, x_BSD, positions_BS, attention_fn, cache, layer, next_slot):
+    def __call__(self, x_BSD, positions_BS, attention_fn, cache, layer, next_slot, outputs):
         c = self.config
         project = functools.partial(Projection, constrain=self.constrain, lora_alpha=c.lora_alpha)
-        q = project((c.num_heads, c.head_dim), c.qkv_bias, name="query")(x_BSD)
+        queries = outputs if attention_fn.takes_some_queries else ALL
+        q = project((c.num_heads, c.head_dim), c.qkv_bias, name="query")(queries.take(x_BSD))
         k = project((c.num_kv_heads, c.head_dim), c.qkv_bias, name="key")(x_BSD)
         v = project((c.num_kv_heads, c.head_dim), c.qkv_bias, name="value")(x_BSD)
         if c.qk_norm:
             q = Norm(c, name="query_norm")(q)
             k = Norm(c, name="key_norm")(k)
         if c.positions == "rotary":
-            q, k = rotate(q, positions_BS, c), rotate(k, positions_BS, c)
+            q, k = rotate(q, queries.take(positions_BS), c), rotate(k, positions_BS, c)
         k, v = (x.swapaxes(1, 2) for x in (k, v))
         if cache is not None:
             cache, (k, v) = update_cache(cache, (k, v), next_slot, layer)
@@ -61,7 +66,8 @@ class Attention(nn.Module):
             std=0.02 / math.sqrt(2 * c.num_layers),
             name="output",
         )
-        return output(attention_fn(q, k, v)), cache
+        attended = attention_fn.of(queries)(q, k, v)
+        return output(attended if queries is outputs else outputs.take(attended)), cache
 
 
 class MLP(nn.Module):
@@ -85,7 +91,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm layer. The order of arguments and results is that of `nn.scan`.
+    """One pre-norm layer, whose result is that at `outputs` alone. The order of arguments and
+    results is that of `nn.scan`.
 
     `cache` is the layer's own, or that of all layers when they are scanned: then `layer` is its
     index, and every layer writes into the one array. Scanned over as an input and an output, it
@@ -96,29 +103,34 @@ class Block(nn.Module):
     constrain: ShardingConstraint = unconstrained
 
     @nn.compact
-    def __call__(self, carry, layer, positions_BS, attention_fn, next_slot):
+    def __call__(self, carry, layer, positions_BS, attention_fn, next_slot, outputs=ALL):
         c, constrain, (x_BSD, cache) = self.config, self.constrain, carry
         normed = Norm(c, name="attention_norm")(x_BSD)
         output, cache = Attention(c, constrain, name="attention")(
-            normed, positions_BS, attention_fn, cache, layer, next_slot
+            normed, positions_BS, attention_fn, cache, layer, next_slot, outputs
         )
-        x_BSD = x_BSD + output
+        x_BSD = outputs.take(x_BSD) + output
         x_BSD = x_BSD + MLP(c, constrain, name="mlp")(Norm(c, name="mlp_norm")(x_BSD))
         return (constrain(x_BSD, HIDDEN), cache), None
 
 
 class Layers(nn.Module):
-    """Layers `start` to `end`, one after the other or as one scanned body."""
+    """Layers `start` to `end`, one after the other or as one scanned body.
+
+    The result is that at `outputs`, after each of the layers in `exits`. What only other positions
+    would read, the last layer does not compute, unless it is scanned.
+    """
 
     config: ModelConfig
     start: int
     end: int
+    exits: tuple[int, ...]
     constrain: ShardingConstraint = unconstrained
 
     @nn.compact
-    def __call__(self, x_BSD, caches, *args):
+    def __call__(self, x_BSD, caches, *args, outputs=ALL):
         if self.start == self.end:
-            return x_BSD, caches
+            return [outputs.take(x_BSD)], caches
         block = Block
         if self.config.remat != "none":
             # Under a scan there is no common subexpression to prevent.
@@ -134,23 +146,27 @@ class Layers(nn.Module):
                 length=count,
             )
             layers = stack(self.config, self.constrain, name="stack")
-            return layers((x_BSD, caches), jnp.arange(count, dtype=jnp.int32), *args)[0]
-        updated = []
+            (x_BSD, caches), _ = layers((x_BSD, caches), jnp.arange(count, dtype=jnp.int32), *args)
+            return [outputs.take(x_BSD)], caches
+        found, updated = [], []
         for i, cache in enumerate(caches or [None] * count, start=self.start):
             layer = block(self.config, self.constrain, name=str(i))
-            (x_BSD, cache), _ = layer((x_BSD, cache), None, *args)
+            read = outputs if i + 1 == self.end else ALL
+            (x_BSD, cache), _ = layer((x_BSD, cache), None, *args, read)
             updated.append(cache)
-        return x_BSD, (None if caches is None else tuple(updated))
+            if i + 1 in self.exits:
+                found.append(x_BSD if i + 1 == self.end else outputs.take(x_BSD))
+        return found, (None if caches is None else tuple(updated))
 
 
 class Transformer(nn.Module):
     """Layers `start` to `end`, with the embedding below and the head above them.
 
     `start=None` reads tokens, a number the hidden states after that many layers. `head` is
-    "logits", "scalar" or "none" (hidden states, no final norm); `outputs` is the first position
-    with an output, or the positions [B, T] that have one. With "logits", `read` may take (the
-    function (weights, hidden states) -> logits, weights, hidden states) and return less than all
-    logits.
+    "logits", "scalar" or "none" (hidden states, no final norm). Hidden states, those that are read
+    as well as those returned, are the ones after each layer in `exits`, side by side on the last
+    axis. With "logits", `read` may take (the function (weights, hidden states) -> logits, weights,
+    hidden states) and return less than all logits.
     """
 
     config: ModelConfig
@@ -158,6 +174,7 @@ class Transformer(nn.Module):
     end: int
     head: str
     head_std: float = 0.0
+    exits: tuple[int, ...] = ()  # () is the one layer at which the trunk ends
     constrain: ShardingConstraint = unconstrained
 
     @nn.compact
@@ -179,23 +196,23 @@ class Transformer(nn.Module):
         if self.start is None:
             x = embed(jnp.where(mask_BS, inputs, 0), positions)
         else:
+            if self.exits:
+                place = self.exits.index(self.start)
+                inputs = inputs[..., place * c.embed_dim : (place + 1) * c.embed_dim]
             x = jnp.where(mask_BS[:, :, None], inputs, 0).astype(c.dtype)
             x = self.constrain(x, HIDDEN)
-        layers = Layers(c, self.start or 0, self.end, self.constrain, name="layers")
+        exits = self.exits if self.head == "none" and self.exits else (self.end,)
+        layers = Layers(c, self.start or 0, self.end, exits, self.constrain, name="layers")
         next_slot = None if cache is None else cache.index % cache.mask.shape[1]
         caches = None if cache is None else cache.layers
-        x, caches = layers(x, caches, positions, attention_fn, next_slot)
+        states, caches = layers(x, caches, positions, attention_fn, next_slot, outputs=outputs)
         if cache is not None:
             cache = cache.replace(layers=caches, index=cache.index + mask_BS.shape[1])
-        if isinstance(outputs, int):
-            x = x[:, outputs:]
-        else:
-            x = jnp.take_along_axis(x, outputs[:, :, None], axis=1)
-        return self.finish(x, embed, read or all_logits), cache
+        if self.head == "none":
+            return jnp.concatenate(states, axis=-1), cache
+        return self.finish(states[-1], embed, read or all_logits), cache
 
     def finish(self, x_BSD, embed, read):
-        if self.head == "none":
-            return x_BSD
         x_BSD = Norm(self.config, name="final_norm")(x_BSD)
         if self.head == "scalar":
             project = Projection((1,), True, 1, self.head_std, self.constrain, name="head")

@@ -146,5 +146,10 @@ def inputs_reader(
     constrain = layout.constrain
     trunk = None if start is None else trunk_network(config, end_layer=start, constrain=constrain)
     return functools.partial(
-        make_inputs, trunk=trunk, trunk_params=trunk_params, layout=layout, cache_gb=cache_gb
+        make_inputs,
+        trunk=trunk,
+        trunk_params=trunk_params,
+        layout=layout,
+        cache_gb=cache_gb,
+        context=config.max_length,
     )

@@ -100,11 +100,12 @@ def find_trunk(
     policy: Model,
     scorers: list[tuple[Model, str | int]],
     shared: Callable[[Model, Model], int | None] = shared_layers,
-):
-    """Where the networks part: (layer at which the trunk ends or None, who is on it).
+) -> tuple[int | None, list[int | None]]:
+    """The layer at which the policy, and each scorer, starts above the trunk; None reads tokens.
 
-    The trunk ends at the lowest layer from which on something is trained or differs. A scorer that
-    has no frozen layers in common with the policy reads tokens and does not count.
+    The trunk is the policy's frozen layers. A scorer starts at the lowest layer from which on
+    something of it is trained or differs from the policy; one that has no frozen layers in common
+    with the policy reads tokens. Scanned layers have one exit: all start at the lowest of these.
 
     Args:
         settings: the ppo section.
@@ -112,15 +113,17 @@ def find_trunk(
         scorers: reward model and critic, each with what is trained of it.
         shared: how many layers two models have in common.
     """
-    start = start_layer(policy.config, settings.trainable)
-    if start is None:
-        return None, [False] * len(scorers)
-    ends = []
+    end = start_layer(policy.config, settings.trainable)
+    if end is None:
+        return None, [None] * len(scorers)
+    starts: list[int | None] = []
     for model, trainable in scorers:
         first, common = start_layer(model.config, trainable), shared(policy, model)
-        ends.append(0 if first is None or common is None else min(first, common))
-    on_trunk = [end > 0 for end in ends]
-    return min([start] + [end for end in ends if end > 0]), on_trunk
+        starts.append(None if first is None or not common else min(first, common, end) or None)
+    if policy.config.scan_layers:
+        end = min([end, *filter(None, starts)])
+        starts = [start and end for start in starts]
+    return end, starts
 
 
 def make_networks(
@@ -142,34 +145,34 @@ def make_networks(
         logits_chunk: see `policy_network`.
     """
     layout, of_rollout = layouts
-    start, value_start, reward_start = starts
     constrain, constrain_rollout = layout.constrain, of_rollout.constrain
+    start, value_start, reward_start = starts
+    exits = () if start is None else sorted({x for x in starts if x is not None})
 
     def trunk(constrain):
         if start is None:
             return None
-        return trunk_network(policy, end_layer=start, constrain=constrain)
+        return trunk_network(policy, end_layer=start, exits=exits, constrain=constrain)
+
+    def make(network, config, start, constrain=constrain, **more):
+        if config is None:
+            return None
+        read = () if start is None else exits
+        return network(config, start_layer=start, exits=read, constrain=constrain, **more)
 
     def reshard(params: Params) -> Params:
         """With the adapters in the weights, a token costs what it costs without them."""
         return of_rollout.decoding_params(merge_lora(policy, params), dtype=policy.dtype)
 
-    value_model = reward_model = None
-    if critic is not None:
-        value_model = value_network(critic, start_layer=value_start, constrain=constrain)
-    if reward is not None:
-        reward_model = reward_network(reward, start_layer=reward_start, constrain=constrain)
     return PPONetworks(
-        policy=policy_network(
-            policy, start_layer=start, constrain=constrain, logits_chunk=logits_chunk
-        ),
-        value=value_model,
-        reward=reward_model,
+        policy=make(policy_network, policy, start, logits_chunk=logits_chunk),
+        value=make(value_network, critic, value_start),
+        reward=make(reward_network, reward, reward_start),
         trunk=trunk(constrain),
         value_on_trunk=value_start is not None,
         reward_on_trunk=reward_start is not None,
         sampler=Sampler(
-            policy=policy_network(policy, start_layer=start, constrain=constrain_rollout),
+            policy=make(policy_network, policy, start, constrain_rollout),
             trunk=trunk(constrain_rollout),
             reshard=reshard,
         ),
@@ -190,8 +193,8 @@ def network_starts(
     """
     both = {"value": (critic, settings.value_trainable), "reward": (reward, "head")}
     scorers = {name: scorer for name, scorer in both.items() if scorer[0] is not None}
-    start, on_trunk = find_trunk(settings, policy, list(scorers.values()), shared)
-    starts = {name: start for name, on in zip(scorers, on_trunk, strict=True) if on}
+    start, others = find_trunk(settings, policy, list(scorers.values()), shared)
+    starts = dict(zip(scorers, others, strict=True))
     return start, starts.get("value"), starts.get("reward")
 
 

@@ -29,7 +29,6 @@ ELSEWHERE = {  # module: where it is tested, since it is a part of what is teste
     "data/messages": "data/test_chat",
     "data/slots": "data/test_chat",
     "data/templates": "data/test_chat",
-    "data/hidden_states": "runs/test_interruptions",
     "distributed/trees": "distributed/test_layout",
     "evaluation/report/charts": "evaluation/test_report",
     "evaluation/report/model_card": "evaluation/test_model_card",

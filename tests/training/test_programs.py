@@ -127,7 +127,7 @@ def test_a_shared_trunk_changes_no_number_of_an_iteration(workdir, monkeypatch, 
     assert on_trunk == expected.get(scorers, (False, False))
     assert setup.networks.trunk is not None and setup.frozen.trunk is not None
 
-    monkeypatch.setattr(ppo_setup, "find_trunk", lambda *_: (None, [False, False]))
+    monkeypatch.setattr(ppo_setup, "find_trunk", lambda *_: (None, [None, None]))
     setup, plain_state, plain = one_iteration(settings, policy, reward, reward)
     assert setup.networks.trunk is None
     assert metrics.keys() == plain.keys()
@@ -237,14 +237,11 @@ def test_the_trunk_ends_where_the_first_network_departs(workdir):
     settings = ppo_settings()
     assert ppo_setup.shared_layers(policy, same) == 2
     assert ppo_setup.shared_layers(policy, differs) == 1
-    assert ppo_setup.find_trunk(settings, policy, [(same, 1), (same, "head")]) == (1, [True, True])
-    assert ppo_setup.find_trunk(settings, policy, [(same, "all")]) == (1, [False])
-    assert ppo_setup.find_trunk(settings, policy, [(same, 2), (differs, "head")]) == (
-        1,
-        [False, True],
-    )
+    assert ppo_setup.find_trunk(settings, policy, [(same, 1), (same, "head")]) == (1, [1, 1])
+    assert ppo_setup.find_trunk(settings, policy, [(same, "all")]) == (1, [None])
+    assert ppo_setup.find_trunk(settings, policy, [(same, 2), (differs, "head")]) == (1, [None, 1])
     everything = dataclasses.replace(settings, trainable="all")
-    assert ppo_setup.find_trunk(everything, policy, [(same, 1)]) == (None, [False])
+    assert ppo_setup.find_trunk(everything, policy, [(same, 1)]) == (None, [None])
 
 
 # --- models and text ------------------------------------------------------------------------------
