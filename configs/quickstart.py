@@ -55,6 +55,7 @@ def default() -> config_dict.ConfigDict:
                 batch_size=32,  # texts
                 pairs_per_batch=256,  # comparisons drawn among them
                 max_length=40,  # tokens
+                packing=True,  # the texts of a batch share rows
                 eval_every=80,  # steps
                 save_every=80,  # steps
                 optimizer=dict(learning_rate=1e-4, warmup_steps=20, weight_decay=0.01),

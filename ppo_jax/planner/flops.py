@@ -58,6 +58,21 @@ def attended_in_row(config: ModelConfig, length: int, platform: str | None) -> f
     return padded * (padded + block) / 2 / length
 
 
+def everywhere_flops(config: ModelConfig, positions: int, platform: str | None) -> tuple[int, bool]:
+    """Of a last layer that is read at O of S positions, what all S need, for one: (projections, is
+    attention among it?).
+
+    Keys and values: 4 D G K. A fused kernel takes the queries of all, 2 D H K, and a stack
+    (`scan_layers`) has no layer of its own kind.
+    """
+    c = config
+    if c.scan_layers:
+        return projection_flops(c), True
+    keys, queries = (2 * c.embed_dim * n * c.head_dim for n in (2 * c.num_kv_heads, c.num_heads))
+    fused = kernel_of(c, platform, positions) != "plain"
+    return keys + fused * queries, fused
+
+
 def forward_flops(
     config: ModelConfig,
     *,
@@ -66,16 +81,23 @@ def forward_flops(
     attended: float,
     outputs: int,
     head: str,
+    platform: str | None = None,
     num_layers: int | None = None,
+    logits: int | None = None,
 ) -> float:
-    """N (S layers (projections + attention over C) + O head).
+    """N (S layers (projections + attention over C) + O head); the last layer is that of S positions
+    in its keys and values alone, see `everywhere_flops`.
 
     `attended` is C, without a cache `attended_in_row`; `outputs` is O; `num_layers` are those that
-    are computed, None is all of the model.
+    are computed, None is all of the model; `logits` is O with the padding of chunks.
     """
-    depth = config.num_layers if num_layers is None else num_layers
-    layer = projection_flops(config) + attention_flops(config, attended)
-    return sequences * (positions * depth * layer + outputs * head_flops(config, head))
+    c, depth = config, config.num_layers if num_layers is None else num_layers
+    attention = attention_flops(c, attended)
+    layer = projection_flops(c) + attention
+    products, attends = everywhere_flops(c, positions, platform)
+    saved = layer - products - attends * attention if depth else 0
+    layers = positions * depth * layer - (positions - outputs) * saved
+    return sequences * (layers + (logits or outputs) * head_flops(c, head))
 
 
 # --- training -------------------------------------------------------------------------------------
@@ -88,22 +110,28 @@ class TrainedParts:
     trunk: int = 0  # the lowest layers: computed elsewhere
     frozen_layers: int = 0  # the lowest above them: forward only
     adapter_flops: int = 0  # of a layer, for one position; its kernels have no gradients then
+    key_adapter_flops: int = 0  # of these, the keys' and values'
     head: bool = True  # the matrix of the outputs has
 
 
 ALL = TrainedParts()
 
 
-def recomputed_flops(config: ModelConfig, attended: float) -> float:
-    """What the backward pass computes again of a layer, for one position, by the model's `remat`.
+def trained_layer_flops(
+    config: ModelConfig, projections: float, attention: float, adapters: float, *, fused: bool
+) -> float:
+    """Forward and backward of a layer, or of a part of it, for one position.
 
-    Nothing for "none"; the attention for "dots", which keeps the products with parameters; for
-    "full" all but the layer's last product, which no gradient needs: projections - 2 F D +
-    attention.
+    3 x forward + what is computed again - what has no gradient. By the model's `remat` the backward
+    pass computes nothing again for "none"; the attention for "dots", which keeps the products with
+    parameters; for "full" all, but for the layer's last product (2 F D, see `training_flops`). The
+    TPU kernel of attention (`fused`) needs 7 products for its 2, as it keeps no scores.
     """
-    c, attention = config, attention_flops(config, attended)
-    layer = projection_flops(c) - 2 * c.mlp_dim * c.embed_dim + attention
-    return {"none": 0, "dots": attention, "full": layer}[c.remat]
+    again = {"none": 0, "dots": attention, "full": projections + attention}[config.remat]
+    flops = 3 * (projections + attention + adapters) + again + fused * 1.5 * attention
+    if adapters:
+        flops += (adapters if config.remat == "full" else 0) - projections
+    return flops
 
 
 def training_flops(
@@ -115,28 +143,36 @@ def training_flops(
     head: str,
     platform: str | None = None,
     trained: TrainedParts = ALL,
+    logits: int | None = None,
 ) -> float:
-    """Forward and backward: 3 x forward + what is computed again - what has no gradient.
+    """Forward and backward of all positions, but in the last layer, see `forward_flops`.
 
     Each product y = x w costs two of the same size in the backward pass, dx = dy w' and
     dw = x' dy; kernels with adapters have no dw. Frozen layers below all trained ones have neither.
     In a stack (`scan_layers`) with trained ones XLA computes their gradients, too, which is more
-    than is counted here. The lowest layer of adapters needs a little less. The TPU kernel of
-    attention needs 7 products for its 2, as it keeps no scores.
+    than is counted here. The lowest layer of adapters needs a little less.
     """
     c, adapters = config, trained.adapter_flops
     attended = attended_in_row(c, positions, platform)
     projections, attention = projection_flops(c), attention_flops(c, attended)
     depth = c.num_layers - trained.trunk - trained.frozen_layers
-    layer = 3 * (projections + attention + adapters) + recomputed_flops(c, attended)
-    if adapters:
-        layer += (adapters if c.remat == "full" else 0) - projections
-    if kernel_of(c, platform, positions) == "splash":
-        layer += 1.5 * attention
-    layers = depth * layer + trained.frozen_layers * (projections + attention)
+    fused = kernel_of(c, platform, positions) == "splash"
+    trained_layer = functools.partial(trained_layer_flops, c, fused=fused)
+    layer = trained_layer(projections, attention, adapters)
+    layers = positions * (depth * layer + trained.frozen_layers * (projections + attention))
+    products, attends = everywhere_flops(c, positions, platform)
+    if depth:
+        if c.remat == "full":  # the last product of a layer is not computed again
+            at_top = positions if c.scan_layers else outputs
+            layers -= 2 * c.mlp_dim * c.embed_dim * (positions * (depth - 1) + at_top)
+        keys = adapters if c.scan_layers else trained.key_adapter_flops
+        saved = layer - trained_layer(products, attends * attention, keys)
+        layers -= (positions - outputs) * saved
+    elif trained.frozen_layers:
+        layers -= (positions - outputs) * (projections + attention - products - attends * attention)
     # Two products: without its own gradient, or without that of a body that has no trained layers.
     head_products = 3 if trained.head and depth else 2
-    return sequences * (positions * layers + outputs * head_products * head_flops(c, head))
+    return sequences * (layers + (logits or outputs) * head_products * head_flops(c, head))
 
 
 # --- the phases of an iteration -------------------------------------------------------------------
@@ -189,7 +225,8 @@ def scoring_flops(
     platform: str | None = None,
     trunks: Sequence[int] = (0, 0, 0),
 ) -> float:
-    """Reference and critic over P + T - 1 positions, the reward model over P + T; T outputs each.
+    """Reference and critic over P + T - 1 positions, with T outputs; the reward model over P + T,
+    with one.
 
     Args:
         policy: the policy and its reference.
@@ -198,10 +235,10 @@ def scoring_flops(
         policy_passes: 2 where the policy's log-probs are computed as well as the reference's.
         trunks: how many lowest layers of each of the three the rollout has computed.
     """
-    length, outputs = prompt_length + response_length, padded_outputs(response_length, logits_chunk)
-    passes = [(policy, length - 1, outputs, "logits", trunks[0])] * policy_passes
+    length, logits = prompt_length + response_length, padded_outputs(response_length, logits_chunk)
+    passes = [(policy, length - 1, response_length, "logits", trunks[0])] * policy_passes
     passes.append((value, length - 1, response_length, "scalar", trunks[1]))
-    passes.append((reward, length, response_length, "scalar", trunks[2]))
+    passes.append((reward, length, 1, "scalar", trunks[2]))
     return sum(
         forward_flops(
             config,
@@ -210,7 +247,9 @@ def scoring_flops(
             attended=attended_in_row(config, positions, platform),
             outputs=outputs,
             head=head,
+            platform=platform,
             num_layers=config.num_layers - trunk,
+            logits=logits if head == "logits" else None,
         )
         for config, positions, outputs, head, trunk in passes
         if config is not None
@@ -238,12 +277,13 @@ def update_flops(
     training = functools.partial(
         training_flops, sequences=sequences, positions=positions, platform=platform
     )
-    outputs = padded_outputs(response_length, logits_chunk)
-    total = training(policy, head="logits", outputs=outputs, trained=trained[0])
+    training = functools.partial(training, outputs=response_length)
+    logits = padded_outputs(response_length, logits_chunk)
+    total = training(policy, head="logits", trained=trained[0], logits=logits)
     if value is not None:
-        total += training(value, head="scalar", outputs=response_length, trained=trained[1])
+        total += training(value, head="scalar", trained=trained[1])
     if logits_chunk:
-        total += sequences * outputs * head_flops(policy, "logits")
+        total += sequences * logits * head_flops(policy, "logits")
     return num_epochs * total
 
 

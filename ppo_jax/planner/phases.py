@@ -418,8 +418,9 @@ def analytic_flops(
             sequences=s.rollout_batch_size,
             positions=width,
             attended=attended_in_row(models.reward, width, platform),
-            outputs=width,
+            outputs=1,
             head="scalar",
+            platform=platform,
         )
     return flops
 
@@ -429,8 +430,13 @@ def trained_parts(
 ) -> TrainedParts:
     """What has gradients in a network above a trunk; its head gives "logits" or a "scalar"."""
     if trainable == "lora":
-        adapters = adapter_flops(config, lora.targets, lora.rank)
-        return TrainedParts(adapter_flops=adapters, head=head == "scalar")
+        adapters, of_keys = (
+            adapter_flops(config, targets, lora.rank)
+            for targets in (lora.targets, sorted({"key", "value"} & set(lora.targets)))
+        )
+        return TrainedParts(
+            adapter_flops=adapters, key_adapter_flops=of_keys, head=head == "scalar"
+        )
     frozen = (start_layer(config, trainable) or 0) - trunk
     frozen_head = head == "logits" and config.tie_embeddings and trainable != "all"
     return TrainedParts(trunk=trunk, frozen_layers=frozen, head=not frozen_head)

@@ -162,13 +162,46 @@ def test_grouped_queries_are_attention_with_repeated_keys():
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
-def test_outputs_begin_at_start():
-    network, params = make("llama")
+@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("family", tiny.SHAPES)
+def test_outputs_and_gradients_of_some_positions_are_theirs_among_all(family, remat):
+    config = tiny.model_config(**tiny.SHAPES[family], remat=remat)
+    network = policy_network(config)
+    params = tiny.random_params(network)
     tokens, mask = tiny.tokens_and_mask(7, 2, 8)
-    apply = tiny.jit(network.apply, static_argnames="first_output")
-    np.testing.assert_allclose(
-        apply(params, tokens, mask, first_output=5), apply(params, tokens, mask)[:, 5:], atol=1e-5
+    positions = jnp.array([[5, 2, 7], [6, 6, 4]])
+    choices = {
+        "first_output": (dict(first_output=5), lambda x: x[:, 5:]),
+        "output_positions": (dict(output_positions=positions), lambda x: take(x, positions)),
+    }
+
+    def run(where, read):
+        def loss(params):
+            logits = read(network.apply(params, tokens, mask, **where))
+            return (logits**2).mean(), logits
+
+        (_, logits), gradients = jax.value_and_grad(loss, has_aux=True)(params)
+        return logits, gradients
+
+    for where, read in choices.values():
+        got = tiny.jit(lambda where=where: run(where, lambda x: x))()
+        expected = tiny.jit(lambda read=read: run({}, read))()
+        tiny.leaves_close(got, expected, atol=1e-5, rtol=1e-4)
+
+
+def take(x, positions):
+    return jnp.take_along_axis(x, positions[:, :, None], axis=1)
+
+
+def test_the_last_layer_computes_nothing_at_positions_that_are_not_read():
+    network, params = make("gpt2")
+    tokens, mask = tiny.tokens_and_mask(7, 2, 8)
+    run = tiny.jit(network.apply, static_argnames="first_output")
+    few, all_ = (
+        run.lower(params, tokens, mask, first_output=n).compile().cost_analysis()["flops"]
+        for n in (7, 0)
     )
+    assert few < 0.7 * all_  # of two layers
 
 
 def test_llama_3_stretches_long_waves_alone():

@@ -71,6 +71,38 @@ def test_the_upper_network_on_the_trunk_is_the_whole_network(layout, trainable, 
     np.testing.assert_allclose(got[mask], expected[mask], atol=1e-5)
 
 
+def test_networks_that_start_at_different_layers_share_a_trunk():
+    config = tiny.model_config(num_layers=3, tie_embeddings=False)
+    params = tiny.random_params(policy_network(config))
+    tokens, mask = tiny.tokens_and_mask(0, 2, 7)
+    exits = (1, 2)
+    trunk = trunk_network(config, end_layer=2, exits=exits)
+
+    def outputs(params):
+        states = trunk.apply(split_params(config, params, 1, 2).trunk, tokens, mask)
+        assert states.shape == (2, 7, 2 * config.embed_dim)
+        for start in exits:
+            _, frozen, trained = split_params(config, params, 1, start)
+            upper = policy_network(config, start_layer=start, exits=exits)
+            shapes = jax.eval_shape(upper.init, jax.random.key(0))
+            assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(
+                jnp.shape, merge_params(frozen, trained)
+            )
+            yield upper.apply(merge_params(frozen, trained), states, mask)
+        yield policy_network(config).apply(params, tokens, mask)
+
+    *got, expected = tiny.jit(lambda params: list(outputs(params)))(params)
+    for logits in got:
+        np.testing.assert_allclose(logits[mask], expected[mask], atol=1e-5)
+
+
+@pytest.mark.parametrize(("exits", "scan_layers"), [((1,), False), ((1, 3), False), ((1, 2), True)])
+def test_exits_that_a_trunk_cannot_have_are_refused(exits, scan_layers):
+    config = tiny.model_config(num_layers=3, scan_layers=scan_layers)
+    with pytest.raises(ValueError, match="exits must hold layer 2"):
+        trunk_network(config, end_layer=2, exits=exits)
+
+
 def test_the_upper_network_has_the_parameters_that_the_split_gives_it():
     for layout in LAYOUTS.values():
         for trainable, start in [("head", 3), (2, 1), (1, 0)]:

@@ -26,7 +26,8 @@ def test_a_forward_pass_by_hand():
     config = tiny.model_config()
     projections = 2 * 32 * (32 + 16 + 16 + 32 + 3 * 48)
     attention = 2 * 3 * 32 + 2 * 3 * 32
-    expected = 3 * 2 * (projections + attention) + 2 * 32 * 50
+    keys = 2 * 32 * (16 + 16)  # of all three; the last layer has no more of the first two
+    expected = (3 + 1) * (projections + attention) + 2 * keys + 2 * 32 * 50
     assert expected == flops.forward_flops(
         config, sequences=1, positions=3, attended=3, outputs=1, head="logits"
     )
@@ -46,10 +47,11 @@ def test_the_forward_pass_of_every_family_is_counted_exactly(family):
     )
 
 
+@pytest.mark.parametrize("scan_layers", [False, True])
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
 @pytest.mark.parametrize("make", [policy_network, reward_network])
-def test_training_is_counted_exactly_with_what_is_computed_again(make, remat):
-    config = tiny.model_config(scan_layers=True, remat=remat)
+def test_training_is_counted_exactly_with_what_is_computed_again(make, remat, scan_layers):
+    config = tiny.model_config(scan_layers=scan_layers, remat=remat)
     network = make(config)
     params = jax.eval_shape(network.init, jax.random.key(0))
     tokens, mask = tiny.tokens_and_mask(0, 4, 12)
@@ -145,6 +147,6 @@ def test_scoring_is_the_reference_the_critic_and_the_reward_model(old_logprobs, 
     assert measured(score, shapes) == pytest.approx(expected, rel=0.01)
     without = flops.scoring_flops(config, config, None, **where)
     last = flops.forward_flops(
-        config, sequences=B, positions=P + T, attended=P + T, outputs=T, head="scalar"
+        config, sequences=B, positions=P + T, attended=P + T, outputs=1, head="scalar"
     )
     assert without == expected - last

@@ -15,6 +15,7 @@ from ppo_jax.distributed.trees import named_leaves
 from ppo_jax.inference.stop_strings import make_stop_strings
 from ppo_jax.io.stage_folder import Model
 from ppo_jax.models.build import policy_network, reward_network
+from ppo_jax.training import ppo_setup
 from ppo_jax.training.ppo_setup import (
     find_trunk,
     make_critic,
@@ -63,6 +64,32 @@ def test_the_critic_is_the_reward_model_or_the_body_of_the_policy():
         shapes = jax.eval_shape(reward_network(policy.config).init, jax.random.key(0))
         assert jax.tree.structure(critic.params) == jax.tree.structure(shapes)
         assert not any(leaf.any() for leaf in jax.tree.leaves(critic.params["head"]))
+
+
+def test_networks_that_leave_the_trunk_at_different_layers_compute_what_they_do_alone(monkeypatch):
+    policy = model()
+    reward = make_critic(ppo_settings(**BY_FUNCTION), policy, None)
+    head = tiny.random_params(reward_network(policy.config), 1)["head"]
+    reward = dataclasses.replace(reward, params={**reward.params, "head": head})
+    settings, layouts = ppo_settings(), make_layouts(MeshSettings())
+
+    def iteration():
+        setup, *start = make_setup(settings, policy, reward, reward, layouts)
+        state = init_ppo(*start, setup.hyperparameters)
+        parts = dict(frozen=setup.frozen, networks=setup.networks, options=setup.options)
+        prompts, key = tiny.prompts(), jax.random.key(0)
+        state, metrics = tiny.iterate(state, setup.hyperparameters, prompts, key, **parts)
+        return setup, metrics, state
+
+    setup, metrics, state = iteration()
+    assert find_trunk(settings, policy, [(reward, 2), (reward, "head")]) == (2, [1, 2])
+    assert setup.networks.trunk is not None
+    monkeypatch.setattr(ppo_setup, "find_trunk", lambda *_: (None, [None, None]))
+    setup, plain, alone = iteration()
+    assert setup.networks.trunk is None
+    tiny.leaves_close(metrics, plain, rtol=1e-4, atol=1e-5)
+    for name in ("policy_params", "value_params"):
+        tiny.leaves_close(getattr(state, name), getattr(alone, name), rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])
