@@ -56,7 +56,7 @@ class Network(NamedTuple):
     supports_packing: bool = False
 
 
-def last_outputs(network: Network, params: Params, inputs: jax.Array, mask: jax.Array) -> jax.Array:
+def last_outputs(network: Network, params: Any, inputs: Any, mask: jax.Array) -> jax.Array:
     """The outputs of a value or reward network at the last real position of each row, [B]."""
     last = last_token_index(mask)[:, None]
     if network.supports_packing:  # its last layer computes no others
