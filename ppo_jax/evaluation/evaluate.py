@@ -53,14 +53,16 @@ class JudgePanel:
     def __post_init__(self):
         if not self.judges:
             raise ValueError("judges must be one or more, got none")
-        names = list(self.judges)
-        if self.headline and self.headline not in names:
+        if self.headline and self.headline not in self.judges:
             raise ValueError(
-                f"headline must be one of the panel's judges {names}, got {self.headline!r}"
+                f"headline must be one of the panel's judges {list(self.judges)}, got "
+                f"{self.headline!r}"
             )
-        if not self.headline:
-            headline = "gold" if "gold" in names else names[0]
-            object.__setattr__(self, "headline", headline)
+
+    @property
+    def headline_judge(self) -> str:
+        """The judge that `headline` names, also of a panel that `dataclasses.replace` gave more."""
+        return self.headline or ("gold" if "gold" in self.judges else next(iter(self.judges)))
 
 
 # The prompts, and the rated texts that measure the reward model.
@@ -238,10 +240,10 @@ def judge_all(settings: EvaluateSettings, workdir: Path, texts: dict[str, list[s
     )
     results = {"judges": table, "reference": dict(panel.reference)}
     for row in table:
-        if row["judge"] == panel.headline:
+        if row["judge"] == panel.headline_judge:
             key = f"win_rate_{candidate}_vs_{reference}"
             results |= {f"gold/{name}": row[name] for name in (key, f"{key}_interval")}
-            results["headline_judge"] = panel.headline
+            results["headline_judge"] = panel.headline_judge
     return results
 
 

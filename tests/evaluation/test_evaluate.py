@@ -1,5 +1,6 @@
 """Any policies are compared: the last with the one before it, by the panel's headline judge."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -34,8 +35,12 @@ def gold_panel(workdir):
 
 
 def test_the_headline_is_gold_or_the_first():
-    assert JudgePanel(judges={"long": length, "gold": length}).headline == "gold"
-    assert JudgePanel(judges={"long": length, "short": length}).headline == "long"
+    assert JudgePanel(judges={"long": length, "gold": length}).headline_judge == "gold"
+    words = JudgePanel(judges={"long": length, "short": length})
+    assert words.headline_judge == "long"
+    # A panel made of another one chooses again, as the quickstart's does.
+    with_gold = dataclasses.replace(words, judges={**words.judges, "gold": length})
+    assert with_gold.headline_judge == "gold"
     with pytest.raises(ValueError, match="judges must be one or more"):
         JudgePanel(judges={})
 
