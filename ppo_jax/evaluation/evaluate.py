@@ -259,12 +259,11 @@ def first_scores(
     reward model, or where a response does not fit into its context."""
     if reward is None:
         return {}
-    return {
-        name: sampled_scores(
-            reward, policy, prompts[:NUM_SAMPLES], responses[name], rollouts[name], score_at
-        )
-        for name, policy in policies.items()
-    }
+    scores = {}
+    for name, policy in policies.items():
+        texts = (x[:NUM_SAMPLES] for x in (prompts, responses[name]))
+        scores[name] = sampled_scores(reward, policy, *texts, rollouts[name], score_at)
+    return scores
 
 
 def side_by_side(

@@ -66,16 +66,18 @@ def declared_sampling(path: str, tokenizer: Any) -> dict[str, Any]:
 
 def run_settings(path: str) -> dict[str, Any]:
     """The ppo section of the run that a stage is of; {} without a PPO stage, or of other models."""
-    stage = describe_stage(Path(path))
+    folder = Path(path)
+    stage = describe_stage(folder)
     if stage is not None and stage["stage"] != "ppo":
-        stage = describe_stage(Path(path).parent / "ppo")
+        folder = folder.parent / "ppo"
+        stage = describe_stage(folder)
     if stage is None:
         return {}
     settings = with_new_names(PPOSettings, stage["settings"], warn=False)
     try:
         check_sampling(settings)
     except ValueError as error:
-        raise ValueError(f"{Path(path).parent}/ppo/stage.json: settings.{error}") from error
+        raise ValueError(f"{folder}/stage.json: settings.{error}") from error
     return PPOSettings.BEFORE | settings
 
 

@@ -129,8 +129,8 @@ def scored_room(policy: Model, scorer: Model, sampling: Sampling, score_at: str)
     """
     if reread_reason(policy, scorer):
         return policy.config.max_length
-    others = set(sampling.eos_ids) > {policy.tokenizer.eos_token_id} or sampling.stop_strings
-    length = sampling.response_length + (1 if others and score_at == "eos" else 0)
+    others = sampling.other_ends(policy.tokenizer.eos_token_id)
+    length = sampling.response_length + (others and score_at == "eos")
     most = scorer.config.max_length
     if length >= most:
         behind = ", with an EOS put behind" if length > sampling.response_length else ""

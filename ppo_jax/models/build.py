@@ -31,14 +31,10 @@ def make_network(config, start, end, head, constrain, exits=(), head_std=0.0) ->
     """The functions of one Transformer module.
 
     Raises:
-        ValueError: `exits` do not hold the layer at which the trunk ends or this network starts, or
-            they are several, of scanned layers.
+        ValueError: the exits do not fit, see `check_exits`.
     """
-    here = end if head == "none" else start
-    if exits and (here not in exits or (config.scan_layers and len(exits) > 1)):
-        raise ValueError(
-            f"exits must hold layer {here}, and with scan_layers no other, got {list(exits)}"
-        )
+    if exits:
+        check_exits(config, exits, end if head == "none" else start, last=head == "none")
     module = Transformer(config, start, end, head, head_std, tuple(exits), constrain)
 
     def init(key):
@@ -85,6 +81,21 @@ def make_network(config, start, end, head, constrain, exits=(), head_std=0.0) ->
 
     functions = dict(init=init, apply=apply, init_cache=init_cache, decode=decode, refill=refill)
     return Network(**functions, supports_packing=True)
+
+
+def check_exits(config: ModelConfig, exits: Sequence[int], layer: int | None, *, last: bool):
+    """A trunk ends with its `last` exit, and a network above it starts at one of them.
+
+    Raises:
+        ValueError: exits are not ascending, from 1 on (or 0 alone), and with scan_layers one.
+    """
+    several_fit = len(exits) == 1 or (exits[0] > 0 and not config.scan_layers)
+    ascend = several_fit and list(exits) == sorted(set(exits))
+    if not ascend or layer not in exits or (last and layer != exits[-1]):
+        raise ValueError(
+            f"exits must hold layer {layer}{' as the last' if last else ''}, be ascending from 1 "
+            f"on, and one alone with scan_layers, got {list(exits)}"
+        )
 
 
 def check_inputs(config, start_layer, inputs, mask, segment_ids=None, output_positions=None):

@@ -26,7 +26,7 @@ from ppo_jax.models.lora import init_lora
 from ppo_jax.models.partition import split_params, start_layer
 from ppo_jax.pipeline.preflight import share_of_a_device
 from ppo_jax.training.common import count_steps
-from ppo_jax.training.ppo_setup import critic_source, other_ends
+from ppo_jax.training.ppo_setup import critic_source
 
 Rows = list[tuple[str, str]]
 
@@ -148,7 +148,7 @@ def ppo_rows(s: PPOSettings, model: ModelConfig) -> Rows:
 def stop_rows(s: PPOSettings, tokenizer: Any) -> Rows:
     """What ends a response, where it is more than the tokenizer's EOS."""
     sampling = make_sampling(vars(s), tokenizer)
-    if not other_ends(sampling, tokenizer.eos_token_id):
+    if not sampling.other_ends(tokenizer.eos_token_id):
         return []
     tokens = tokenizer.convert_ids_to_tokens(list(sampling.eos_ids))
     texts = sampling.stop_strings.texts if sampling.stop_strings else ()
@@ -158,7 +158,7 @@ def stop_rows(s: PPOSettings, tokenizer: Any) -> Rows:
 def stop_lines(s: PPOSettings, tokenizer: Any, prompts: Sequence[str]) -> list[str]:
     """Lines for ends that the reward model does not know, and for turns that do not end."""
     sampling, eos, lines = make_sampling(vars(s), tokenizer), tokenizer.eos_token, []
-    if s.reward_model and other_ends(sampling, tokenizer.eos_token_id):
+    if s.reward_model and sampling.other_ends(tokenizer.eos_token_id):
         where = {
             "eos": f"at {eos}, put behind a response that ends otherwise",
             "last": "at their last token, whatever it is",

@@ -118,7 +118,13 @@ ALL = TrainedParts()
 
 
 def trained_layer_flops(
-    config: ModelConfig, projections: float, attention: float, adapters: float, *, fused: bool
+    config: ModelConfig,
+    projections: float,
+    attention: float,
+    adapters: float,
+    *,
+    frozen: bool,
+    fused: bool,
 ) -> float:
     """Forward and backward of a layer, or of a part of it, for one position.
 
@@ -129,7 +135,7 @@ def trained_layer_flops(
     """
     again = {"none": 0, "dots": attention, "full": projections + attention}[config.remat]
     flops = 3 * (projections + attention + adapters) + again + fused * 1.5 * attention
-    if adapters:
+    if frozen:  # the kernels below the adapters
         flops += (adapters if config.remat == "full" else 0) - projections
     return flops
 
@@ -157,7 +163,7 @@ def training_flops(
     projections, attention = projection_flops(c), attention_flops(c, attended)
     depth = c.num_layers - trained.trunk - trained.frozen_layers
     fused = kernel_of(c, platform, positions) == "splash"
-    trained_layer = functools.partial(trained_layer_flops, c, fused=fused)
+    trained_layer = functools.partial(trained_layer_flops, c, frozen=adapters > 0, fused=fused)
     layer = trained_layer(projections, attention, adapters)
     layers = positions * (depth * layer + trained.frozen_layers * (projections + attention))
     products, attends = everywhere_flops(c, positions, platform)

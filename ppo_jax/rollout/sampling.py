@@ -158,6 +158,11 @@ class Sampling:
             at_least=0, **limits, **{f"eos_ids[{i}]": x for i, x in enumerate(self.eos_ids)}
         )
 
+    def other_ends(self, eos_id: int) -> bool:
+        """Whether a response may stop at something else than EOS, with which all texts of a reward
+        model's training end."""
+        return set(self.eos_ids) > {eos_id} or self.stop_strings is not None
+
     def group(self, max_concurrent: int) -> int:
         """G: a multiple of the samples of a prompt."""
         wanted = self.min_free_slots or max(max_concurrent // 4, 1)

@@ -56,15 +56,9 @@ def make_options(settings: PPOSettings, sampling: Sampling, eos_id: int) -> PPOO
     sampling = dataclasses.replace(sampling, **{k: getattr(settings, k) for k in of_rollout})
     return PPOOptions(
         sampling=sampling,
-        score_eos=eos_id if settings.score_at == "eos" and other_ends(sampling, eos_id) else None,
+        score_eos=eos_id if settings.score_at == "eos" and sampling.other_ends(eos_id) else None,
         **{name: getattr(settings, name) for name in names},
     )
-
-
-def other_ends(sampling: Sampling, eos_id: int) -> bool:
-    """Whether a response may stop at something else than EOS, with which all texts of a reward
-    model's training end."""
-    return set(sampling.eos_ids) > {eos_id} or sampling.stop_strings is not None
 
 
 def same(a: Params, b: Params) -> bool:

@@ -370,6 +370,8 @@ def as_begun(config: Config, workdir: Path) -> Config:
             for field, value in before(type(settings)).items()
             if field not in old and getattr(settings, field) == defaults[field]
         }
+        for field, value in younger.items():
+            print(f"{name}.{field} is {value!r}: {folder} was begun before there was the setting")
         config = dataclasses.replace(config, **{name: dataclasses.replace(settings, **younger)})
     return config
 

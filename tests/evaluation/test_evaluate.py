@@ -11,8 +11,11 @@ from ppo_jax.config.stages import EvaluateSettings
 from ppo_jax.core.types import FrozenParams
 from ppo_jax.evaluation.evaluate import JudgePanel, first_scores, judge_all, last_validation
 from ppo_jax.inference.generate import generate
+from ppo_jax.inference.score import score_responses
+from ppo_jax.io.tokenizers import train_tokenizer
 from ppo_jax.models.build import reward_network
 from ppo_jax.rollout.sampling import Sampling
+from tests.support import tiny
 from tests.support.tiny_stage import random_model
 
 TEXTS = {"sft": ["a", "bbb"], "ppo": ["aa", "bb"], "best_of_4": ["aaa", "bbbb"]}
@@ -118,6 +121,21 @@ def test_samples_have_the_scores_that_ppo_gives_them(sampled, score_at):
     assert list(scores["ppo"]) == list(range(12))
     got = list(scores["ppo"].values())
     np.testing.assert_allclose(got, np.concatenate(expected)[:12], atol=1e-5)
+
+
+def test_samples_are_scored_as_text_by_a_reward_model_with_a_tokenizer_of_its_own(sampled):
+    policy, responses, rollouts = sampled
+    tokenizer = train_tokenizer(["other words of a film"] * 3, 290)
+    config = tiny.model_config(vocab_size=len(tokenizer), max_length=160)
+    reward = dataclasses.replace(random_model("reward"), tokenizer=tokenizer, config=config)
+    reward = dataclasses.replace(reward, params=tiny.random_params(reward_network(config)))
+    ended = np.concatenate([rollout.has_eos for rollout in rollouts])
+    scores = first_scores(
+        reward, {"ppo": policy}, PROMPTS, {"ppo": responses}, {"ppo": rollouts}, "eos"
+    )
+    expected = score_responses(reward, PROMPTS[:12], responses[:12], ended[:12])
+    assert list(scores["ppo"]) == list(range(12))
+    np.testing.assert_allclose(list(scores["ppo"].values()), expected, atol=1e-6)
 
 
 def test_samples_beyond_the_reward_models_context_have_no_score(sampled):

@@ -101,6 +101,8 @@ def test_exits_that_a_trunk_cannot_have_are_refused(exits, scan_layers):
     config = tiny.model_config(num_layers=3, scan_layers=scan_layers)
     with pytest.raises(ValueError, match="exits must hold layer 2"):
         trunk_network(config, end_layer=2, exits=exits)
+    with pytest.raises(ValueError, match="exits must hold layer 3, be ascending"):
+        policy_network(config, start_layer=3, exits=(1, 2))
 
 
 def test_the_upper_network_has_the_parameters_that_the_split_gives_it():

@@ -9,6 +9,7 @@ import pytest
 
 from ppo_jax.algorithms.ppo import init_ppo
 from ppo_jax.algorithms.supervised import accumulate
+from ppo_jax.config.stages import LoRASettings
 from ppo_jax.core.network import merge_params
 from ppo_jax.distributed.layout import Layout, init_sharded, make_mesh
 from ppo_jax.distributed.trees import named_leaves
@@ -166,13 +167,13 @@ def test_adapters_need_less_memory_than_all_parameters():
     )
 
 
-def measured_training(make, config, params, frozen):
+def measured_training(make, config, params, frozen, first_output=3):
     """Flops of the gradient of a network's outputs to its trained leaves, as they are computed."""
     network = make(config)
 
     def gradient(params, frozen, batch):  # no constants: XLA would fold products with them
         def loss(params, piece):
-            outputs = network.apply(merge_params(frozen, params), *piece, first_output=3)
+            outputs = network.apply(merge_params(frozen, params), *piece, first_output=first_output)
             return (outputs**2).sum(), {}
 
         return accumulate(loss, params, batch, 1)
@@ -181,23 +182,46 @@ def measured_training(make, config, params, frozen):
     return cost_analysis(lowered.compile()).flops
 
 
+def adapter_parts(make, config, targets):
+    """(adapters, the parameters below them, what the planner says is trained)."""
+    params = tiny.random_params(make(config), 0)
+    adapters = init_lora(jax.random.key(0), config, params, targets=targets, rank=4)
+    trained = dict(adapters) if make is policy_network else adapters | {"head": params["head"]}
+    head = "logits" if make is policy_network else "scalar"
+    of = phases.trained_parts(config, "lora", 0, LoRASettings(rank=4, targets=targets), head)
+    return trained, params, of
+
+
 @pytest.mark.parametrize("remat", ["none", "full"])
 @pytest.mark.parametrize("make", [policy_network, reward_network])
 def test_training_of_adapters_is_counted(make, remat):
     config = tiny.model_config(scan_layers=True, remat=remat, num_layers=4)
-    params = tiny.random_params(make(config), 0)
-    targets, rank = ("query", "key", "up", "down"), 4
-    adapters = init_lora(jax.random.key(0), config, params, targets=targets, rank=rank)
+    trained, params, of = adapter_parts(make, config, ("query", "key", "up", "down"))
     config = dataclasses.replace(config, lora_alpha=8.0)
-    trained = dict(adapters) if make is policy_network else adapters | {"head": params["head"]}
     head = "logits" if make is policy_network else "scalar"
-    of = flops.TrainedParts(
-        adapter_flops=flops.adapter_flops(config, targets, rank), head=make is reward_network
-    )
     where = dict(sequences=4, positions=12, outputs=9, head=head)
     expected = flops.training_flops(config, trained=of, **where)
     assert expected < 0.9 * flops.training_flops(config, **where)
     assert measured_training(make, config, trained, params) == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize("targets", [("query", "value"), ("query", "output")])
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_adapters_of_the_last_layer_are_counted_where_it_is_read(remat, targets):
+    """By the difference that more outputs make: the lowest layer needs less than is counted."""
+    config = tiny.model_config(remat=remat, num_layers=3)
+    trained, params, of = adapter_parts(reward_network, config, targets)
+    config = dataclasses.replace(config, lora_alpha=8.0)
+    got, expected = (
+        [count(outputs) for outputs in (9, 12)]
+        for count in (
+            lambda n: measured_training(reward_network, config, trained, params, 12 - n),
+            lambda n: flops.training_flops(
+                config, trained=of, sequences=4, positions=12, outputs=n, head="scalar"
+            ),
+        )
+    )
+    assert got[1] - got[0] == pytest.approx(expected[1] - expected[0], rel=0.02)
 
 
 @pytest.mark.parametrize("count", [1, 2])
