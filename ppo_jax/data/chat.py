@@ -13,20 +13,25 @@ from ppo_jax.data.messages import (
     Message,
     NotRendered,
     assistant_turns,
+    is_learned,
+    json_forms,
     tool_name,
     written_texts,
 )
-from ppo_jax.data.readers import short_repr
-from ppo_jax.data.slots import (
+from ppo_jax.data.probes import (
     ASSISTANT,
+    PROBE_TOOL,
     Shape,
     begins_otherwise,
     common_beginning,
-    make_slots,
+    make_probes,
     shapes,
     words,
 )
+from ppo_jax.data.readers import short_repr
 from ppo_jax.data.templates import Template
+
+OUTLINES = 1024  # that are kept, of the shapes seen last
 
 Segment = tuple[str, bool]  # text, and whether it is in the loss
 Row = tuple[Segment, ...]
@@ -96,9 +101,10 @@ class Chat(Template):
         return text + outline.header if outline and not outline.excess else text
 
     def parts(self, messages: Sequence[Message], place: str, *, first: int = 0) -> Row | list[Row]:
-        """The conversation as (text, whether it is in the loss); the assistant's turns are.
+        """The conversation as (text, whether it is in the loss); the assistant's turns are, but for
+        those with a weight of 0.
 
-        Whatever follows the assistant's last turn is dropped, since it adds no loss. Where the
+        Whatever follows the last learned turn is dropped, since it adds no loss. Where the
         template writes a turn otherwise once the conversation goes on, as those that show what the
         assistant thought in its last turn alone, there is a row for each turn, in which it is the
         last one.
@@ -117,6 +123,7 @@ class Chat(Template):
             ValueError: there is no template.
         """
         numbers = [i for i in assistant_turns(messages, place) if i >= first]
+        numbers = [i for i in numbers if is_learned(messages[i])]
         if not numbers:
             raise NotRendered(f"{place}: messages must have a turn of the assistant's to learn")
         turns = [self.turn(messages[:i], messages[i : i + 1], place, numbers) for i in numbers]
@@ -163,8 +170,8 @@ class Chat(Template):
         content = last["content"].strip()
         if start is None:  # the prompt as it is generated, the turn as it is written
             before = text[:content_end].rstrip()
-            is_content = before.endswith(content) and len(written_texts(last, reasoning=True)) == 1
-            if len(messages) > 1 or not is_content:
+            keys = [key for key, _ in written_texts(last, reasoning=True)]
+            if len(messages) > 1 or keys != ["content"] or not before.endswith(content):
                 raise NotRendered(
                     f"{place}: the chat template writes the beginning of this conversation "
                     f"otherwise when it goes on, {short_repr(opened[-40:])} is not in it, so that "
@@ -219,22 +226,28 @@ class Chat(Template):
 
     def outline(self, key: tuple[Shape, ...]) -> Outline | None:
         """The outline of a conversation that ends with the assistant; None where there is none."""
-        has_tools = bool(self.tools)
-        if (has_tools, key) not in self._outlines:
+        known, at = self._outlines, (bool(self.tools), key)
+        if at in known:
+            outline = known.pop(at)
+        else:
+            # What is known is for the tools of any row.
+            chat = self.plain.with_tools([PROBE_TOOL]) if self.tools else self.plain
             try:
-                outline = self.find_outline(key)
+                outline = chat.find_outline(key)
             except NotRendered:
                 outline = None
-            self._outlines[has_tools, key] = outline
-        return self._outlines[has_tools, key]
+        known[at] = outline  # behind all others: the first is the one not seen for longest
+        if len(known) > OUTLINES:
+            del known[next(iter(known))]
+        return outline
 
     def find_outline(self, key: tuple[Shape, ...]) -> Outline | None:
-        *asked, answer = slots = make_slots(key)
-        opened, text = self.render(asked, "", generation_prompt=True), self.render(slots, "")
+        *asked, answer = probes = make_probes(key)
+        opened, text = self.render(asked, "", generation_prompt=True), self.render(probes, "")
         lost = tuple(
             (i, name)
-            for i, slot in enumerate(slots)
-            for name, (word,) in written_texts(slot, reasoning=slot is answer)
+            for i, probe in enumerate(probes)
+            for name, (word,) in written_texts(probe, reasoning=probe is answer)
             if word not in text
         )
         rest = (lost, any(tool_name(tool) not in opened for tool in self.tools))
@@ -243,7 +256,7 @@ class Chat(Template):
         written = [word for _, (word,) in written_texts(answer, reasoning=True)]
         last = max(written, key=text.rfind)
         before, _, after = text.rpartition(last)
-        between = self.between(slots, last)
+        between = self.between(probes, last)
         if key[-1].calls:
             begin, end = self.end_of_calls(
                 after, between, before, self.outline((*key[:-1], ASSISTANT))
@@ -254,7 +267,7 @@ class Chat(Template):
             return Outline(None, "", *rest)
         border = common_beginning(opened, before)
         begun, opener = before[border:], opened[border:]
-        if any(slot["content"] and slot["content"] in begun for slot in asked):
+        if any(probe["content"] and probe["content"] in begun for probe in asked):
             return Outline(None, "", *rest)
         if opened == self.render(asked, ""):  # none, or one that is always there
             always = words(os.path.commonprefix([opened[::-1], after[::-1]]))
@@ -267,14 +280,14 @@ class Chat(Template):
             return Outline(None, "", *rest)
         return Outline(len(opener), header, *rest)
 
-    def between(self, slots: list[Message], last: str) -> str | None:
+    def between(self, probes: list[Message], last: str) -> str | None:
         """What is written behind the last text where the conversation goes on; None if that is
         refused."""
         more = {"role": "user", "content": "Qz-zQ"}
         try:
-            if calls := slots[-1].get("tool_calls"):
+            if calls := probes[-1].get("tool_calls"):
                 more |= {"role": "tool", "tool_call_id": calls[-1]["id"]}
-            text = self.render([*slots, more], "").rpartition(last)[2]
+            text = self.render([*probes, more], "").rpartition(last)[2]
         except NotRendered:
             return None
         between, found, _ = text.partition(more["content"])
@@ -291,7 +304,7 @@ class Chat(Template):
         shared = after if between is None else os.path.commonprefix([after, between])
         ends = self.end_tokens(plain.after[: plain.end])[-1:] if plain else []
         known = {self.tokenizer.eos_token, *(x.group() for x in ends)}
-        for match in self.special_tokens.finditer(shared):
+        for match in self.plain.special_tokens.finditer(shared):
             if match.group() in known:
                 return match.span()
         end = self.end_of_turn(after, between, before)
@@ -313,7 +326,7 @@ class Chat(Template):
         if ends := self.end_tokens(shared):
             eos = self.tokenizer.eos_token
             return next((x.end() for x in ends if x.group() == eos), ends[0].end())
-        last = self.special_tokens.match(after.lstrip())
+        last = self.plain.special_tokens.match(after.lstrip())
         if last and last.group() not in before:
             return len(after) - len(after.lstrip()) + last.end()
         # Of a header that both have, no part is the turn's.
@@ -323,7 +336,7 @@ class Chat(Template):
     def end_tokens(self, text: str) -> list[re.Match]:
         """The first special token of a text, and those that follow it at once."""
         found: list[re.Match] = []
-        for match in self.special_tokens.finditer(text):
+        for match in self.plain.special_tokens.finditer(text):
             if found and match.start() > found[-1].end():
                 break
             found.append(match)
@@ -350,11 +363,12 @@ class Chat(Template):
             if message["role"] != "assistant" or i == last:
                 check_written(messages, i, bare, place)
         names = [tool_name(tool) for tool in self.tools]
-        missing = [name for name in names if name not in text]
-        if missing or (outline and outline.loses_tools):
+        if not outline or not outline.loses_tools:
+            names = [name for name in names if not any(x in text for x in json_forms(name))]
+        if names:
             raise NotRendered(
-                f"{place}: the chat template loses the tools: {short_repr(missing or names)} is "
-                "not in what it writes of them; leave tools out, or name another template as "
+                f"{place}: the chat template loses the tools: {short_repr(names)} is not in what "
+                "it writes of them; leave tools out, or name another template as "
                 "model.chat_template"
             )
 

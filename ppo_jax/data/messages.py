@@ -9,9 +9,9 @@ What a chat template makes of messages is in `chat`.
 import itertools
 import json
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from ppo_jax.data.readers import Row, read_string, short_repr
+from ppo_jax.data.readers import Row, read_string, short_repr, without_nulls
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT = {  # "from" -> role
@@ -29,12 +29,38 @@ REASONING = (
 Message = dict[str, Any]
 
 
+class Form(NamedTuple):
+    """How a template reads messages, of the ways that there are."""
+
+    in_parts: bool = False  # a content as a list of parts
+    json_arguments: bool = False  # the arguments of a call as their JSON text
+    null_content: bool = False  # no content, not an empty one, beside calls
+
+    def of(self, message: Message) -> Message:
+        """The message in this form."""
+        content, calls = message["content"], message.get("tool_calls", [])
+        if self.in_parts:
+            message = {**message, "content": [{"type": "text", "text": content}]}
+        if calls and self.null_content and not content.strip():
+            message = {key: value for key, value in message.items() if key != "content"}
+        if calls and self.json_arguments:
+            message = {**message, "tool_calls": [with_json_arguments(call) for call in calls]}
+        return message
+
+
+def with_json_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    text = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+    return {**call, "function": {**call["function"], "arguments": text}}
+
+
 class NotRendered(ValueError):
     """The chat template makes no text of a row's messages, or none to learn from."""
 
 
 def read_messages(value: Any, key: str, place: str) -> tuple[Message, ...]:
-    """The messages under a key of a row, checked. A null counts as absent, as those of a table are.
+    """The messages under a key of a row, checked.
+
+    A null counts as absent, but in the arguments of a call.
 
     Raises:
         NotRendered: the arguments of a call are no JSON.
@@ -46,7 +72,7 @@ def read_messages(value: Any, key: str, place: str) -> tuple[Message, ...]:
 
 
 def read_message(value: Any, key: str, place: str) -> Message:
-    fields = without_nulls(value) if isinstance(value, dict) else {}
+    fields = without_nulls(value, keep="arguments") if isinstance(value, dict) else {}
     if {"from", "value"} <= fields.keys():
         fields = from_sharegpt(fields)
     calls = read_calls(fields.pop("tool_calls", []), f"{place}: {key}")
@@ -62,6 +88,11 @@ def read_message(value: Any, key: str, place: str) -> Message:
     if calls and role != "assistant":
         raise ValueError(f"{place}: {key} has tool_calls, which only the assistant can, got {role}")
     fields["content"] = read_content(fields, f"{place}: {key}")
+    if fields.get("weight", 1) not in (0, 1):
+        raise ValueError(
+            f"{place}: the weight of {key} must be 1, to learn it, or 0, only to read it, got "
+            f"{short_repr(fields['weight'])}"
+        )
     if calls:
         fields["tool_calls"] = calls
     # Half a surrogate pair may be anywhere, and dates of a table.
@@ -82,8 +113,7 @@ def read_calls(value: Any, place: str) -> list[dict[str, Any]]:
 
     Each may be the function alone; the arguments, and all of it, may be JSON texts.
     """
-    value = parse_json(value, "tool_calls", place)
-    return [read_call(call, place) for call in (value if isinstance(value, list) else [value])]
+    return [read_call(call, place) for call in read_list(value, "tool_calls", place)]
 
 
 def read_call(call: Any, place: str) -> dict[str, Any]:
@@ -108,8 +138,7 @@ def read_tools(row: Row, place: str) -> list[dict[str, Any]]:
     Raises:
         ValueError: they are no schemas.
     """
-    value = without_nulls(parse_json(row.get("tools") or [], "tools", place))
-    tools = value if isinstance(value, list) else [value]
+    tools = read_list(row.get("tools"), "tools", place)
     for tool in tools:
         if not isinstance(tool, dict) or not isinstance(tool_name(tool), str):
             raise ValueError(
@@ -124,6 +153,12 @@ def tool_name(tool: dict[str, Any]) -> Any:
     return function.get("name") if isinstance(function, dict) else None
 
 
+def read_list(value: Any, key: str, place: str) -> list:
+    """A list, or one item of it, or the JSON text of either; what is empty is no item."""
+    value = parse_json(value or [], key, place)
+    return [item for item in (value if isinstance(value, list) else [value]) if item]
+
+
 def parse_json(value: Any, key: str, place: str) -> Any:
     """A value, or what the JSON text in its place holds."""
     if not isinstance(value, str):
@@ -134,13 +169,6 @@ def parse_json(value: Any, key: str, place: str) -> Any:
         raise NotRendered(
             f"{place}: {key} must be JSON where they are a text, got {short_repr(value)}"
         ) from error
-
-
-def without_nulls(value: Any) -> Any:
-    """The value without the fields that are null, in all its objects."""
-    if isinstance(value, dict):
-        return {k: without_nulls(v) for k, v in value.items() if v is not None}
-    return [without_nulls(x) for x in value] if isinstance(value, list) else value
 
 
 def read_content(fields: dict[str, Any], place: str) -> str:
@@ -159,26 +187,21 @@ def read_content(fields: dict[str, Any], place: str) -> str:
 def written_texts(message: Message, *, reasoning: bool) -> list[tuple[str, set[str]]]:
     """(key, the forms that one of its texts may take) of what a template has to write of a message.
 
-    The names and arguments of calls are texts, too. With `reasoning` so is what the assistant
-    thought, which many templates leave out of former turns.
+    The names and arguments of calls are texts, too; a tool's answer may be written as JSON. With
+    `reasoning` a text is what the assistant thought, which many templates leave out of former
+    turns.
     """
-    texts = [("content", {message["content"]})] if message["content"].strip() else []
-    thought = [key for key in REASONING if reasoning and isinstance(message.get(key), str)]
-    texts += [(key, {message[key]}) for key in thought[:1]]
+    content = message["content"]
+    forms = json_forms(content) if message["role"] == "tool" else {content}
+    texts = [("content", forms)] if content.strip() else []
+    thoughts = [(key, message.get(key)) for key in REASONING if reasoning]
+    thoughts = [(key, {x}) for key, x in thoughts if isinstance(x, str) and x.strip()]
+    texts += thoughts[:1]
     for call in message.get("tool_calls", []):
         function = call["function"]
         leaves = [function["name"], *json_leaves(function["arguments"])]
         texts += [("tool_calls", json_forms(leaf)) for leaf in leaves]
     return texts
-
-
-def with_json_arguments(message: Message) -> Message:
-    """A message whose calls have the JSON texts of their arguments."""
-    calls = []
-    for call in message["tool_calls"]:
-        text = json.dumps(call["function"]["arguments"], ensure_ascii=False)
-        calls.append({**call, "function": {**call["function"], "arguments": text}})
-    return {**message, "tool_calls": calls}
 
 
 def json_leaves(value: Any) -> list[Any]:
@@ -223,6 +246,11 @@ def assistant_turns(messages: Sequence[Message], place: str) -> list[int]:
                 "(counted from 0) does not"
             )
     return [i for i, role in enumerate(roles[1:]) if role == "assistant"]
+
+
+def is_learned(message: Message) -> bool:
+    """Whether it is a turn of the assistant's without a weight of 0."""
+    return message["role"] == "assistant" and message.get("weight", 1) != 0
 
 
 def has_blank_turn(messages: Sequence[Message]) -> bool:

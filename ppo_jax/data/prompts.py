@@ -34,28 +34,35 @@ class PromptData:
 
 
 def prompt_data(
-    path: str | os.PathLike, tokenizer: Any, *, max_length: int, field: str = "ppo.prompts"
+    path: str | os.PathLike,
+    tokenizer: Any,
+    *,
+    max_length: int,
+    field: str = "ppo.prompts",
+    columns: bool = True,
 ) -> PromptData:
     """Read prompts; drop those without a token, those repeated and those too long.
 
     None is truncated, since that would change the task. Repeated is a prompt whose other columns
     are repeated as well: two equal prompts with other answers are two, also where the answer is a
     last message, which is no part of the prompt but is in the column that functions are given.
-    `field` is the setting that names the file, for errors.
+    Without `columns` they are one, and no column is kept. `field` is the setting that names the
+    file, for errors.
 
     Raises:
         ValueError: a row is malformed, or no prompt is left.
     """
     left_out: list[str] = []
     places, texts, rows = zip(*load_prompt_rows(path, tokenizer, left_out), strict=True)
+    rows = rows if columns else [{} for _ in rows]
     tokens = token_rows([((text, False),) for text in texts], tokenizer, append_eos=False)
     lengths = [len(row.ids) for row in tokens]
     reject_reasons = ["" if length else "blank" for length in lengths]
     records = [(text, other_values(row)) for text, row in zip(texts, rows, strict=True)]
     with naming_data(field, path, "ppo.max_prompt_length"):
         kept, dropped = filter_records(records, reject_reasons, lengths, max_length)
-    columns = dict.fromkeys(name for i in kept for name in rows[i])
-    gaps = {name: next((places[i] for i in kept if name not in rows[i]), "") for name in columns}
+    names = dict.fromkeys(name for i in kept for name in rows[i])
+    gaps = {name: next((places[i] for i in kept if name not in rows[i]), "") for name in names}
     return PromptData(
         texts=[texts[i] for i in kept],
         prompts=pad_prompts([tokens[i].ids for i in kept], max_length),

@@ -21,6 +21,7 @@ INSTALL = "pip install 'ppo_jax[data]'"
 
 CONVERSATION = {"messages", "prompt", "chosen"}  # a row that has one may have OPTIONAL as well
 OPTIONAL = ("tools",)  # the functions that the assistant may call
+MESSAGES = {*CONVERSATION, "completion", "rejected", "responses", *OPTIONAL}  # may hold objects
 
 Row = dict[str, Any]
 Schemas = Sequence[tuple[str, ...]]  # the sets of keys that a row may have, the simplest first
@@ -160,6 +161,14 @@ def read_number(value: Any, what: str, place: str) -> float:
     return float(value)
 
 
+def without_nulls(value: Any, keep: str = "") -> Any:
+    """The value without the fields that are null, in all its objects but those under `keep`."""
+    if isinstance(value, dict):
+        fields = {k: v for k, v in value.items() if v is not None}
+        return {k: v if k == keep else without_nulls(v, keep) for k, v in fields.items()}
+    return [without_nulls(x, keep) for x in value] if isinstance(value, list) else value
+
+
 def short_repr(value: Any) -> str:
     """A value in a message, truncated to 80 characters; one of a user's may have no text."""
     try:
@@ -247,7 +256,9 @@ def table_rows(
 ) -> Iterator[tuple[str, Row]]:
     number = 0
     for number, row in enumerate(table.rows(columns), start=1):
-        yield f"{path}: row {number}", row
+        # A table has all fields in every row: those that a message or a call lacks are null.
+        filled = {key: without_nulls(row[key]) for key in MESSAGES & row.keys()}
+        yield f"{path}: row {number}", {**row, **filled}
     if not number:
         raise ValueError(f"{path}: the table is empty, at least one row is needed")
 

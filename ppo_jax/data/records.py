@@ -22,6 +22,7 @@ from ppo_jax.data.messages import (
     assistant_turns,
     collect,
     has_blank_turn,
+    is_learned,
     read_messages,
     read_tools,
 )
@@ -216,7 +217,7 @@ def parse_demonstration(row: Row, place: str, chat: Chat | None, turns: str) -> 
     else:
         prompt = as_messages(row["prompt"], "prompt", "user", place)
         messages = prompt + as_messages(row["completion"], "completion", "assistant", place)
-    answers = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i >= len(prompt)]
+    answers = [i for i, m in enumerate(messages) if is_learned(m) and i >= len(prompt)]
     first = answers[-1] if answers and turns == "last" else len(prompt)
     if chat is None:
         return Demonstration(

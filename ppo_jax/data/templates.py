@@ -1,25 +1,26 @@
 """Chat templates: read, run on messages, given a date, and stopped when they do not end."""
 
-import contextlib
 import copy
 import ctypes
 import datetime
 import functools
+import itertools
 import json
 import math
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 from ppo_jax.config.parsing import describe_error
-from ppo_jax.data.messages import Message, NotRendered, with_json_arguments
-from ppo_jax.data.slots import ASSISTANT, USER, Shape, make_slots
+from ppo_jax.data.messages import Form, Message, NotRendered
+from ppo_jax.data.probes import ASSISTANT, USER, Shape, make_probes
 
 SECONDS = 5.0  # that a template may take for a conversation; it needs some 0.001
 TICK = 0.05  # seconds in which a limit is counted
+AGAIN = 1.0  # seconds until a template that went on is stopped again
 
 
 class Template:
@@ -32,61 +33,58 @@ class Template:
     def __init__(self, tokenizer: Any | None):
         self.tokenizer = tokenizer
         self.tools: list[dict[str, Any]] = []
+        self.plain: Self = self  # without tools; what is found out of the template is kept there
 
     def with_tools(self, tools: list[dict[str, Any]]) -> Self:
         """The same, of conversations in which the assistant may call these functions."""
-        other = copy.copy(self)  # What it has found out of the template is shared.
+        other = copy.copy(self)
         other.tools = tools
         return other
 
     @functools.cached_property
-    def in_parts(self) -> bool:
-        """Whether the template reads contents only as lists of parts, as some with images do."""
-        slots = make_slots((USER, ASSISTANT))
-        for form in (False, True):
-            text = self.tried(slots, in_parts=form, json_arguments=False)
-            if all(slot["content"] in text for slot in slots):
+    def form(self) -> Form:
+        """Whether contents are read only as lists of parts, as by some templates with images."""
+        probes = make_probes((USER, ASSISTANT))
+        for form in (Form(), Form(in_parts=True)):
+            text = self.tried(probes, form)
+            if all(probe["content"] in text for probe in probes):
                 return form
-        return False
+        return Form()
 
     @functools.cached_property
-    def json_arguments(self) -> bool:
-        """Whether the template reads the arguments of calls only as JSON texts, as some do."""
-        slots = make_slots((USER, Shape("assistant", (), 1)))
-        arguments = slots[1]["tool_calls"][0]["function"]["arguments"]
-        for form in (False, True):
-            text = self.tried(slots, in_parts=self.in_parts, json_arguments=form)
+    def form_of_calls(self) -> Form:
+        """The same where there are calls, of which there are more ways."""
+        probes = make_probes((USER, Shape("assistant", (), 1)))
+        arguments = probes[1]["tool_calls"][0]["function"]["arguments"]
+        for null_content, json_arguments in itertools.product((False, True), repeat=2):
+            form = Form(self.form.in_parts, json_arguments, null_content)
+            text = self.tried(probes, form)
             # What Python prints of an object is no JSON.
             if all(word in text for word in arguments) and str(arguments) not in text:
                 return form
-        return False
+        return self.form
 
-    def tried(self, slots: Sequence[Message], **forms: bool) -> str:
+    def tried(self, probes: Sequence[Message], form: Form, **options: Any) -> str:
         """What is rendered, or "" where that fails."""
         try:
-            return self.apply(slots, **forms)
+            return self.apply(probes, form, **options)
         except TimeoutError:
             raise
         except Exception:
             return ""
 
-    def apply(
-        self, messages: Sequence[Message], *, in_parts: bool, json_arguments: bool, **options: Any
-    ) -> str:
-        if in_parts:
-            messages = [
-                {**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages
-            ]
-        if json_arguments:
-            messages = [with_json_arguments(m) if "tool_calls" in m else m for m in messages]
-        with time_limit(SECONDS):
-            return self.tokenizer.apply_chat_template(
-                list(messages),
+    def apply(self, messages: Sequence[Message], form: Form, **options: Any) -> str:
+        return within(
+            SECONDS,
+            functools.partial(
+                self.tokenizer.apply_chat_template,
+                [form.of(message) for message in messages],
                 tools=self.tools or None,
                 tokenize=False,
                 **options,
-                **self.dated,
-            )
+                **self.changed(form),
+            ),
+        )
 
     def render(
         self, messages: Sequence[Message], place: str, *, generation_prompt: bool = False
@@ -103,12 +101,9 @@ class Template:
         from jinja2 import TemplateError
 
         try:
-            return self.apply(
-                messages,
-                in_parts=self.in_parts,
-                json_arguments=any("tool_calls" in m for m in messages) and self.json_arguments,
-                add_generation_prompt=generation_prompt,
-            )
+            has_calls = any("tool_calls" in message for message in messages)
+            form = self.plain.form_of_calls if has_calls else self.plain.form
+            return self.apply(messages, form, add_generation_prompt=generation_prompt)
         except TimeoutError as error:  # it would take as long for every other row
             raise ValueError(f"{place}: the chat template fails: {error}") from error
         except Exception as error:
@@ -127,19 +122,21 @@ class Template:
         from jinja2 import TemplateSyntaxError
 
         try:
-            self.render(make_slots((USER,)), place)
+            self.render(make_probes((USER,)), place)
         except NotRendered as error:
             if isinstance(error.__cause__, TemplateSyntaxError):
                 raise
 
-    @property
-    def dated(self) -> dict[str, str]:
-        """The template with a fixed date, as an argument; {} where it does not ask for one."""
+    def changed(self, form: Form) -> dict[str, str]:
+        """The template with a fixed date, and null contents, as an argument; {} without either."""
         date, template = getattr(self.tokenizer, "chat_date", ""), self.tokenizer.chat_template
-        if not date or "strftime_now" not in str(template):
+        if "strftime_now" not in str(template):
+            date = ""
+        if not date and not form.null_content:
             return {}
         template = self.tokenizer.get_chat_template(tools=self.tools or None)
-        return {"chat_template": dated(template, datetime.date.fromisoformat(date))}
+        template = NULL_CONTENTS + template if form.null_content else template
+        return {"chat_template": dated(template, date) if date else template}
 
 
 def read_template(path: str | os.PathLike) -> str:
@@ -156,14 +153,24 @@ def read_template(path: str | os.PathLike) -> str:
         raise ValueError(f"model.chat_template: {path}: not text in UTF-8: {error}") from error
 
 
+# transformers leaves a content out that is null; a template may ask for one that is.
+NULL_CONTENTS = """{% set given = namespace(messages=[]) %}
+{% for m in messages %}
+{% set m = m if "content" in m else dict(m, content=none) %}
+{% set given.messages = given.messages + [m] %}
+{% endfor %}
+{% set messages = given.messages %}
+"""
 DIRECTIVES = "aAbBcdDeFgGhHIjklmMnpPrRsStTuUVwWxXyYzZ"
 
 
-def dated(template: str, date: datetime.date) -> str:
-    """The template with a `strftime_now` that gives that date, at midnight, whenever it is asked.
+@functools.lru_cache(maxsize=16)
+def dated(template: str, day: str) -> str:
+    """The template with a `strftime_now` that gives that day, at midnight, whenever it is asked.
 
     Templates have no other clock. A macro takes the place of the function that transformers gives.
     """
+    date = datetime.date.fromisoformat(day)
     texts = {f"%{c}": date.strftime(f"%{c}") for c in DIRECTIVES}
     texts |= {f"%-{c}": text.lstrip("0 ") or "0" for (_, c), text in texts.items()}
     texts["%%"] = "%"
@@ -176,26 +183,35 @@ _left: dict[int, int] = {}  # the ticks that a thread with a limit has left
 _watcher = threading.Thread()
 
 
-@contextlib.contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """TimeoutError in this thread, whichever it is, after so many seconds.
+def within(seconds: float, run: Callable[[], str]) -> str:
+    """What `run` returns, in this thread, whichever it is.
 
-    It comes between two steps of Python: not within a single one, however long that takes. The
-    seconds are counted in ticks, of which a process that was stopped meanwhile has but one.
+    The error comes between two steps of Python: not within a single one, however long that takes.
+    The seconds are of the clock, counted in ticks, of which a process that was stopped meanwhile
+    has but one.
+
+    Raises:
+        TimeoutError: it takes longer.
     """
-    global _watcher
-    with _watch:
-        _left[threading.get_ident()] = math.ceil(seconds / TICK)
-        if not _watcher.is_alive():  # It has not begun, ended, or was left behind by a fork.
-            _watcher = threading.Thread(target=watch, daemon=True)
-            _watcher.start()
+    thread = threading.get_ident()
     try:
-        yield
+        try:
+            begin_watch(thread, seconds)
+            return run()
+        finally:  # The error may come in here as well.
+            with _watch:
+                _left.pop(thread, None)
     except TimeoutError:
         raise TimeoutError(f"it takes more than {seconds:g} s") from None
-    finally:
-        with _watch:
-            _left.pop(threading.get_ident(), None)
+
+
+def begin_watch(thread: int, seconds: float):
+    global _watcher
+    with _watch:
+        _left[thread] = math.ceil(seconds / TICK)
+        if not _watcher.is_alive():  # It has not begun, or ended.
+            _watcher = threading.Thread(target=watch, daemon=True)
+            _watcher.start()
 
 
 def watch():
@@ -212,6 +228,16 @@ def watch():
             for thread in list(_left):
                 _left[thread] -= 1
                 if _left[thread] == 0:
-                    del _left[thread]
+                    _left[thread] = math.ceil(AGAIN / TICK)  # A destructor may swallow the error.
                     error, number = ctypes.py_object(TimeoutError), ctypes.c_ulong(thread)
                     ctypes.pythonapi.PyThreadState_SetAsyncExc(number, error)
+
+
+def forget_threads():
+    """Of a process that forks only one thread goes on, and the lock may be another's."""
+    global _watch, _watcher
+    _watch, _watcher = threading.Lock(), threading.Thread()
+    _left.clear()
+
+
+os.register_at_fork(after_in_child=forget_threads)

@@ -161,13 +161,14 @@ def evaluation_prompts(config: Config, tokenizer: Any) -> PromptData:
         tokenizer,
         max_length=config.ppo.max_prompt_length,
         field="evaluate.prompts",
+        columns=False,  # Judges are given texts alone: a copy would count as another prompt.
     )
     if len(data.texts) < settings.num_prompts:
         raise ValueError(
             f"evaluate.num_prompts must be at most the {len(data.texts)} prompts of "
             f"{settings.prompts}, got {settings.num_prompts}"
         )
-    return dataclasses.replace(data, columns={}, gaps={})  # judges are given texts alone
+    return data
 
 
 def respond(

@@ -15,8 +15,8 @@ from ppo_jax.core.advantages import needs_critic
 from ppo_jax.core.network import merge_params
 from ppo_jax.data.chat import Chat
 from ppo_jax.data.encode import token_rows, unpadded
+from ppo_jax.data.probes import ASSISTANT, USER
 from ppo_jax.data.prompts import PromptData
-from ppo_jax.data.slots import ASSISTANT, USER
 from ppo_jax.distributed.layout import Layout, make_layouts
 from ppo_jax.inference.generate import make_sampling
 from ppo_jax.inference.score import encode_responses

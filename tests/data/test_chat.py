@@ -2,9 +2,13 @@
 
 import datetime
 import json
+import subprocess
+import sys
 import threading
 import time
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -15,6 +19,7 @@ from ppo_jax.data.chat import Chat
 from ppo_jax.data.encode import token_rows
 from ppo_jax.data.messages import NotRendered, read_messages, read_tools
 from ppo_jax.data.preferences import PREFERENCE_SCHEMAS, load_preferences
+from ppo_jax.data.probes import shapes
 from ppo_jax.data.prompts import prompt_data
 from ppo_jax.data.readers import other_columns
 from ppo_jax.data.records import Demonstration, write_jsonl
@@ -159,6 +164,10 @@ def test_a_conversation_that_cannot_be_learned_from_is_refused(template, convers
         ([{"role": "assistant", "tool_calls": [call("f", "{")]}], "arguments must be JSON where"),
         ([{"role": "assistant", "tool_calls": [call("f", "[1]")]}], "arguments of a call must be"),
         ([{"role": "user", "content": None}], "must have role and content"),
+        (
+            [{"role": "assistant", "content": "a", "weight": 0.5}],
+            r"the weight of messages\[0\] must be 1, to learn it, or 0, only to read it, got 0.5",
+        ),
         (
             [*turns("Hi"), {"role": "robot", "content": "a"}],
             r"role of messages\[1\] must be one of",
@@ -372,6 +381,67 @@ def test_a_template_without_end_is_stopped_in_any_thread(monkeypatch):
     ]
 
 
+def test_a_template_that_goes_on_is_stopped_again(monkeypatch):
+    """The error may come in a `__del__`, where it is swallowed."""
+    monkeypatch.setattr(templates, "AGAIN", 0.1)
+    swallowed = []
+
+    def swallow():
+        try:
+            spend(20)
+        except TimeoutError as error:
+            swallowed.append(error)
+        spend(20)
+
+    with pytest.raises(TimeoutError, match=r"^it takes more than 0.1 s$"):
+        templates.within(0.1, swallow)
+    assert swallowed and not templates._left
+
+
+def spend(seconds):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        time.sleep(0.01)
+
+
+class Late(dict):
+    def pop(self, *args):
+        super().pop(*args)
+        raise TimeoutError
+
+
+def test_a_limit_that_ends_as_the_template_does_has_its_reason(monkeypatch):
+    monkeypatch.setattr(templates, "_left", Late())
+    with pytest.raises(TimeoutError, match=r"^it takes more than 5 s$"):
+        templates.within(5, lambda: "")
+
+
+def test_no_limit_is_left_where_it_could_not_begin(monkeypatch):
+    def fail(*args, **options):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(templates, "_watcher", threading.Thread())
+    monkeypatch.setattr(templates.threading, "Thread", fail)
+    with pytest.raises(RuntimeError, match="start new thread"):
+        templates.within(5, lambda: "")
+    assert not templates._left
+
+
+def test_a_forked_process_counts_only_its_own_threads():
+    code = """
+import os, threading
+from ppo_jax.data import templates
+templates._left[1] = 9
+templates._watch.acquire()  # as by the watcher
+child = os.fork()
+if not child:
+    os._exit(0 if templates.within(5, lambda: dict(templates._left)).keys() == {
+        threading.get_ident()} else 1)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
 def test_the_date_of_a_template_is_the_one_that_is_set():
     tokenizer = make_tokenizer(SHAPES["today"])
     tokenizer.chat_date = "2024-02-09"
@@ -390,7 +460,7 @@ def test_every_directive_of_a_date_is_python_s(begin):
         f"{{{{ strftime_now('{asked}') }}}}{{% endmacro %}}{{{{ now() }}}}{{% endif %}}"
     )
     (text,), _ = render_jinja_template(
-        [turns("Hi")], chat_template=templates.dated(body, date.date())
+        [turns("Hi")], chat_template=templates.dated(body, date.date().isoformat())
     )
     # transformers itself, without its clock
     (plain,), _ = render_jinja_template([turns("Hi")], chat_template=begin + "|")
@@ -563,6 +633,168 @@ def test_thoughts_and_tools_that_the_template_loses_are_an_error():
         learned_parts(WRITES_CALLS.replace("{{ tools | tojson }}", ""), called(), TOOLS)
     with pytest.raises(NotRendered, match="loses the tools"):
         Chat(TOKENIZER).with_tools(read_tools({"tools": TOOLS}, PLACE)).prompt(turns("Hi"), PLACE)
+
+
+def test_a_turn_under_another_header_is_learned_only_if_it_is_a_content_and_no_more():
+    """What the generation prompt does not open cannot be told from the header without words."""
+    other = WRITES_CALLS.replace(
+        "<|im_start|>{{ m.role }}\n", "<|im_start|>{{ 'call' if m.tool_calls else m.role }}\n"
+    )
+    with pytest.raises(NotRendered, match="writes the beginning of this conversation otherwise"):
+        learned_parts(other, called(tool_calls=[call("now")]))
+    thinks = SHAPES["header whether asked or not"].replace(
+        "{{ m.role }}<|end_header_id|>",
+        "{{ 'thinker' if m.thinking else m.role }}<|end_header_id|>{{ m.thinking }}",
+    )
+    thought = [*turns("Hi"), {"role": "assistant", "content": "Yes", "thinking": "Hm."}]
+    with pytest.raises(NotRendered, match="writes the beginning of this conversation otherwise"):
+        learned_parts(thinks, thought)
+
+
+JSON_ANSWERS = WRITES_CALLS.replace(
+    "{{ m.content }}", "{{ m.content | tojson if m.role == 'tool' else m.content }}"
+)
+
+
+@pytest.mark.parametrize("answer", ['{"temp": 20}', "20\ndegrees", "Gen\u00e8ve"])
+def test_what_a_tool_answers_may_be_written_as_json(answer):
+    """As by Llama 3."""
+    conversation = called()[:2] + (CALLED[2] | {"content": answer},) + called()[3:]
+    for template in (WRITES_CALLS, JSON_ANSWERS):
+        assert learned_parts(template, conversation) == [WRITTEN, "Take an umbrella.<|im_end|>"]
+    cuts = WRITES_CALLS.replace(
+        "{{ m.content }}",
+        "{{ m.content[:-2] if m.role == 'tool' and 'Qz' not in m.content else m.content }}",
+    )
+    with pytest.raises(NotRendered, match="loses message 2 .* role tool"):
+        learned_parts(cuts, conversation)
+
+
+def test_an_empty_thought_is_none():
+    for key in ("reasoning_content", "thinking"):
+        assert learned_parts(WRITES_CALLS, called(**{key: ""})) == learned_parts(
+            WRITES_CALLS, called()
+        )
+        plain = [*turns("Hi"), {"role": "assistant", "content": "Yes", key: ""}]
+        assert Chat(TOKENIZER).parts(plain, PLACE) == Chat(TOKENIZER).parts(
+            turns("Hi", "Yes"), PLACE
+        )
+    # Nor is there more than a content then.
+    instructs = Chat(stand_in(SHAPES["an instruction in the generated prompt"]))
+    plain = messages(("user", QUESTION), ("assistant", ANSWER))
+    thoughtless = [plain[0], {**plain[1], "reasoning_content": ""}]
+    assert instructs.parts(thoughtless, PLACE) == instructs.parts(plain, PLACE)
+    # Nor does it stand for one that there is.
+    with pytest.raises(NotRendered, match="loses thinking of message 1"):
+        thought = {"role": "assistant", "content": "Yes", "reasoning_content": "", "thinking": "Hm"}
+        Chat(TOKENIZER).parts([*turns("Hi"), thought], PLACE)
+
+
+@pytest.mark.parametrize(
+    "arguments", ["c.function | tojson", "c.function.name + c.function.arguments"]
+)
+def test_a_template_that_asks_for_no_content_beside_calls_gets_none(arguments):
+    """As that of DeepSeek V3, which takes an empty content for a turn without calls."""
+    i, j = WRITES_CALLS.index("{{ m.content }}"), WRITES_CALLS.index("<|im_end|>\n{% endfor %}")
+    asks = (
+        WRITES_CALLS[:i]
+        + "{% if m.content is none %}"
+        + WRITES_CALLS[i + len("{{ m.content }}") : j].replace("c.function | tojson", arguments)
+        + "{% else %}{{ m.content }}{% endif %}"
+        + WRITES_CALLS[j:]
+    )
+    call_, answer = learned_parts(asks, called(), TOOLS)
+    assert '"city": "Z\u00fcrich' in call_ and answer == "Take an umbrella.<|im_end|>"
+    assert learned_parts(WRITES_CALLS, called(content=""), TOOLS)[0] == WRITTEN
+
+
+def test_tools_of_a_row_say_nothing_of_those_of_the_next():
+    escapes = WRITES_CALLS.replace(
+        "{{ tools | tojson }}", "{{ tools | tojson | replace('\u00fc', '\\\\u00fc') }}"
+    )
+    chat_ = Chat(stand_in(escapes))
+    for name in ("wetter_\u00fc", "get_time"):
+        tools = read_tools({"tools": {"name": name}}, PLACE)
+        assert escaped(name) in chat_.with_tools(tools).prompt(turns("Hi"), PLACE)
+    some = WRITES_CALLS.replace("{{ tools | tojson }}", "{{ tools[:1] | tojson }}")
+    chat_ = Chat(stand_in(some))
+    chat_.with_tools(read_tools({"tools": TOOLS}, PLACE)).prompt(turns("Hi"), PLACE)
+    two = read_tools({"tools": [*TOOLS, {"name": "get_time"}]}, PLACE)
+    with pytest.raises(NotRendered, match=r"loses the tools: \['get_time'\] is not in what it"):
+        chat_.with_tools(two).prompt(turns("Hi"), PLACE)
+
+
+def escaped(text):
+    return json.dumps(text)[1:-1]
+
+
+def test_a_template_is_found_out_once_for_all_rows(monkeypatch):
+    asked = []
+    apply = templates.Template.apply
+    monkeypatch.setattr(
+        templates.Template, "apply", lambda self, *x, **y: asked.append(x) or apply(self, *x, **y)
+    )
+    for tools in ([], TOOLS):
+        chat_ = Chat(stand_in(WRITES_CALLS)).with_tools(read_tools({"tools": tools}, PLACE))
+        chat_.parts(called(), PLACE)
+        for _ in range(2):  # in each of two turns the prompt and the whole
+            asked.clear()
+            chat_.plain.with_tools(chat_.tools).parts(called(), PLACE)
+            assert len(asked) == 4
+
+
+def test_only_the_outlines_that_were_asked_for_last_are_kept(monkeypatch):
+    found = []
+    find = Chat.find_outline
+    monkeypatch.setattr(
+        Chat, "find_outline", lambda self, key: found.append(key) or find(self, key)
+    )
+    monkeypatch.setattr("ppo_jax.data.chat.OUTLINES", 2)
+    chat_, (a, b, c) = Chat(TOKENIZER), [shapes(turns(*["Hi", "Yes"] * n)) for n in (1, 2, 3)]
+    for key in (a, b, a, c, a, b):
+        assert chat_.outline(key)
+    assert found == [a, b, c, b] and len(chat_._outlines) == 2
+
+
+@pytest.mark.parametrize("nothing", [None, "", [], {}, "[]", "{}", "null", [None]])
+def test_empty_calls_and_tools_are_none(nothing):
+    assert read_tools({"tools": nothing}, PLACE) == []
+    message = {"role": "assistant", "content": "Yes"}
+    assert read_messages([{**message, "tool_calls": nothing}], "messages", PLACE) == (message,)
+
+
+def test_nulls_in_arguments_are_kept_where_a_row_has_them_itself(tmp_path):
+    """A table fills arguments that another row has, and so they are dropped there."""
+    days = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"days": None}}]}
+    (message,) = read_messages([days], "messages", PLACE)
+    assert message["tool_calls"][0]["function"]["arguments"] == {"days": None}
+    rows = [{"messages": called(tool_calls=[call("f", {key: 1})])} for key in ("city", "days")]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    read = [
+        [learned(x)[0] for x in data.load_texts(tmp_path / name, stand_in(WRITES_CALLS))]
+        for name in ("rows.parquet", "rows.jsonl")
+    ]
+    assert read[0] == read[1] and '{"city": 1}' in read[0][0] and '{"days": 1}' in read[0][1]
+
+
+def test_turns_of_weight_0_are_read_and_not_learned(tmp_path):
+    """As OpenAI has them."""
+    conversation = turns("Hi", "Yes", "Ho", "No", "Hi", "Ho")
+    for weights, learned_ in [((0, 1, 1), ["No", "Ho"]), ((1, 0, 0), ["Yes"])]:
+        for message, weight in zip(conversation[1::2], weights, strict=True):
+            message["weight"] = weight
+        write_jsonl(tmp_path / "chats.jsonl", [{"messages": conversation}])
+        for turns_, expected in (("all", learned_), ("last", learned_[-1:])):
+            (record,) = data.load_texts(tmp_path / "chats.jsonl", TOKENIZER, turns=turns_)
+            assert learned(record) == [f"{x}<|im_end|>" for x in expected]
+            assert "Yes" in record.text
+            (record,) = data.load_texts(tmp_path / "chats.jsonl", turns=turns_)
+            assert learned(record) == expected
+    for message in conversation:
+        message["weight"] = 0
+    with pytest.raises(NotRendered, match="must have a turn of the assistant's to learn"):
+        Chat(TOKENIZER).parts(conversation, PLACE)
 
 
 def test_other_keys_of_messages_are_for_the_template():

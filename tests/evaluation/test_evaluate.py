@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 
 import numpy as np
 import pytest
@@ -9,13 +10,21 @@ import pytest
 from ppo_jax.algorithms.experience import PPONetworks, response_scores
 from ppo_jax.config.stages import EvaluateSettings
 from ppo_jax.core.types import FrozenParams
-from ppo_jax.evaluation.evaluate import JudgePanel, first_scores, judge_all, last_validation
+from ppo_jax.data.records import write_jsonl
+from ppo_jax.evaluation.evaluate import (
+    JudgePanel,
+    evaluation_prompts,
+    first_scores,
+    judge_all,
+    last_validation,
+)
 from ppo_jax.inference.generate import generate
 from ppo_jax.inference.score import score_responses
 from ppo_jax.io.tokenizers import train_tokenizer
 from ppo_jax.models.build import reward_network
 from ppo_jax.rollout.sampling import Sampling
 from tests.support import tiny
+from tests.support.chats import TOKENIZER, turns
 from tests.support.tiny_stage import random_model
 
 TEXTS = {"sft": ["a", "bbb"], "ppo": ["aa", "bb"], "best_of_4": ["aaa", "bbbb"]}
@@ -149,3 +158,16 @@ def test_samples_beyond_the_reward_models_context_have_no_score(sampled):
     shortest = random_model("reward", max_length=2)
     assert first_scores(shortest, {"ppo": policy}, PROMPTS, *rows, "eos") == {"ppo": {}}
     assert first_scores(None, {"ppo": policy}, PROMPTS, *rows, "eos") == {}
+
+
+def test_prompts_of_one_text_are_one_whatever_their_answers(tmp_path):
+    """Judges are given texts: copies would count as independent."""
+    path = tmp_path / "prompts.jsonl"
+    write_jsonl(path, [{"messages": turns(x, y)} for x in ("Hi", "Ho") for y in ("Yes", "No")])
+    config = types.SimpleNamespace(
+        evaluate=types.SimpleNamespace(prompts=str(path), num_prompts=2),
+        ppo=types.SimpleNamespace(max_prompt_length=32),
+    )
+    data = evaluation_prompts(config, TOKENIZER)  # type: ignore[arg-type]
+    assert len(data.texts) == 2 == len({*data.texts})
+    assert data.dropped == {"repeated": 2} and data.columns == {} == data.gaps

@@ -27,7 +27,7 @@ ELSEWHERE = {  # module: where it is tested, since it is a part of what is teste
     "core/types": "core/test_renamed",
     "data/comparisons": "data/test_preferences",
     "data/messages": "data/test_chat",
-    "data/slots": "data/test_chat",
+    "data/probes": "data/test_chat",
     "data/templates": "data/test_chat",
     "distributed/trees": "distributed/test_layout",
     "evaluation/report/charts": "evaluation/test_report",

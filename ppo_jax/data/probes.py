@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ppo_jax.data.messages import Message
+from ppo_jax.data.messages import REASONING, Message
 
 
 class Shape(NamedTuple):
@@ -17,6 +17,18 @@ class Shape(NamedTuple):
 
 
 USER, ASSISTANT = Shape("user"), Shape("assistant")
+PROBE_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "QzTzQ",
+        "description": "QzTdzQ",
+        "parameters": {
+            "type": "object",
+            "properties": {"QzTpzQ": {"type": "string", "description": "QzTpdzQ"}},
+            "required": ["QzTpzQ"],
+        },
+    },
+}
 
 
 def shapes(messages: Sequence[Message]) -> tuple[Shape, ...]:
@@ -27,23 +39,24 @@ def shapes(messages: Sequence[Message]) -> tuple[Shape, ...]:
 def shape(message: Message) -> Shape:
     calls = len(message.get("tool_calls", ()))
     keys = {key for key, value in message.items() if isinstance(value, str)} - {"role"}
+    keys -= {key for key in keys & {*REASONING} if not message[key].strip()}
     keys -= {"content"} if calls and not message["content"].strip() else set()
     return Shape(message["role"], tuple(sorted(keys)), calls)
 
 
-def make_slots(shapes: Sequence[Shape]) -> list[Message]:
+def make_probes(shapes: Sequence[Shape]) -> list[Message]:
     """Messages whose texts are a word each that no template writes by itself."""
-    return [make_slot(i, shape) for i, shape in enumerate(shapes)]
+    return [make_probe(i, shape) for i, shape in enumerate(shapes)]
 
 
-def make_slot(i: int, shape: Shape) -> Message:
+def make_probe(i: int, shape: Shape) -> Message:
     texts = {key: f"Qz{i}k{n}zQ" for n, key in enumerate(shape.keys)}
     texts |= {key: f"Qz{i}zQ" for key in texts if key == "content"}
     # Some templates count the characters of an id.
     texts |= {key: f"Qz{i:05}zQ" for key in texts if key == "tool_call_id"}
-    slot: Message = {"role": shape.role, "content": "", **texts}
+    probe: Message = {"role": shape.role, "content": "", **texts}
     if shape.calls:
-        slot["tool_calls"] = [
+        probe["tool_calls"] = [
             {
                 "id": f"Qz{i:03}{j:02}zQ",
                 "type": "function",
@@ -51,7 +64,7 @@ def make_slot(i: int, shape: Shape) -> Message:
             }
             for j in range(shape.calls)
         ]
-    return slot
+    return probe
 
 
 def pieces(text: str) -> list[str]:
