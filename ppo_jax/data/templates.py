@@ -64,10 +64,10 @@ class Template:
                 return form
         return self.form
 
-    def tried(self, probes: Sequence[Message], form: Form, **options: Any) -> str:
+    def tried(self, probes: Sequence[Message], form: Form) -> str:
         """What is rendered, or "" where that fails."""
         try:
-            return self.apply(probes, form, **options)
+            return self.apply(probes, form)
         except TimeoutError:
             raise
         except Exception:

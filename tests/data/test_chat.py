@@ -450,6 +450,15 @@ def test_the_date_of_a_template_is_the_one_that_is_set():
         assert text.startswith("<|im_start|>system\nToday is 09 February 2024.<|im_end|>\n")
 
 
+def test_a_date_is_written_into_a_template_once():
+    tokenizer = make_tokenizer(SHAPES["today"])
+    tokenizer.chat_date = "2024-02-10"
+    templates.dated.cache_clear()
+    for _ in range(3):
+        Chat(tokenizer).parts(turns("Hi", "Yes"), PLACE)
+    assert templates.dated.cache_info().misses == 1
+
+
 @pytest.mark.parametrize("begin", ["", "\n", "  {% if true %}a{% endif %}"])
 def test_every_directive_of_a_date_is_python_s(begin):
     date = datetime.datetime(2024, 2, 9)
