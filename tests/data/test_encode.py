@@ -227,8 +227,11 @@ def test_equal_prompts_with_other_columns_are_two_and_the_columns_travel(tmp_pat
     rows = [{"messages": turns("Hi", "Yes"), "prompt": "Ho"}, {"messages": turns("Hi", "No")}]
     write_jsonl(path, rows)
     data = prompt_data(path, chats.TOKENIZER, max_length=16)
+    # A reward function may ask for the messages, and their last answers differ.
+    assert data.texts == load_prompts(path, chats.TOKENIZER) and data.dropped == {}
+    assert data.columns["messages"] == [row["messages"] for row in rows]
+    data = prompt_data(path, chats.TOKENIZER, max_length=16, columns=False)
     assert data.texts == load_prompts(path, chats.TOKENIZER)[:1] and data.dropped == {"repeated": 1}
-    assert data.columns["messages"] == [rows[0]["messages"]]
 
 
 def test_a_tokenizer_without_eos_and_no_text_at_all_are_refused():
