@@ -75,7 +75,7 @@ def make_inputs(
 def text_states(
     texts: TokenizedTexts, used: Rows, trunk: Trunk, context: int, layout: Layout | None = None
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """(row, the trunk's states [its length, D]) of each used text, in an order of its own.
+    """(row, the trunk's states [its length, D]) of each used text, in no particular order.
 
     `context` is the tokens that the model can read. Without a layout the trunk runs on the first
     device.

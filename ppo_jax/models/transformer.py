@@ -148,15 +148,15 @@ class Layers(nn.Module):
             layers = stack(self.config, self.constrain, name="stack")
             (x_BSD, caches), _ = layers((x_BSD, caches), jnp.arange(count, dtype=jnp.int32), *args)
             return [outputs.take(x_BSD)], caches
-        found, updated = [], []
+        states, updated = [], []
         for i, cache in enumerate(caches or [None] * count, start=self.start):
             layer = block(self.config, self.constrain, name=str(i))
             read = outputs if i + 1 == self.end else ALL
             (x_BSD, cache), _ = layer((x_BSD, cache), None, *args, read)
             updated.append(cache)
             if i + 1 in self.exits:
-                found.append(x_BSD if i + 1 == self.end else outputs.take(x_BSD))
-        return found, (None if caches is None else tuple(updated))
+                states.append(x_BSD if i + 1 == self.end else outputs.take(x_BSD))
+        return states, (None if caches is None else tuple(updated))
 
 
 class Transformer(nn.Module):

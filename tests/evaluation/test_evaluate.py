@@ -168,6 +168,6 @@ def test_prompts_of_one_text_are_one_whatever_their_answers(tmp_path):
         evaluate=types.SimpleNamespace(prompts=str(path), num_prompts=2),
         ppo=types.SimpleNamespace(max_prompt_length=32),
     )
-    data = evaluation_prompts(config, TOKENIZER)  # type: ignore[arg-type]
+    data = evaluation_prompts(config, TOKENIZER)
     assert len(data.texts) == 2 == len({*data.texts})
     assert data.dropped == {"repeated": 2} and data.columns == {} == data.gaps

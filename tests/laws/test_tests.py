@@ -28,7 +28,6 @@ ELSEWHERE = {  # module: where it is tested, since it is a part of what is teste
     "data/comparisons": "data/test_preferences",
     "data/messages": "data/test_chat",
     "data/probes": "data/test_chat",
-    "data/templates": "data/test_chat",
     "distributed/trees": "distributed/test_layout",
     "evaluation/report/charts": "evaluation/test_report",
     "evaluation/report/model_card": "evaluation/test_model_card",

@@ -57,3 +57,17 @@ def turns(*contents, system=None):
     first = [] if system is None else [{"role": "system", "content": system}]
     roles = ("user", "assistant")
     return first + [{"role": roles[i % 2], "content": x} for i, x in enumerate(contents)]
+
+
+def call(name, arguments="{}"):
+    """A call of a tool, as messages have it."""
+    return {
+        "id": "abcdef123",
+        "type": "function",
+        "function": {"name": name, "arguments": arguments},
+    }
+
+
+def learned(record):
+    """The texts of a demonstration that are in the loss."""
+    return [text for row in record.rows for text, in_loss in row if in_loss]
