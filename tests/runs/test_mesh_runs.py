@@ -25,6 +25,9 @@ def settings(mesh, **ppo):
     config["mesh"] = mesh
     config["ppo"] |= {"rollout_batch_size": 16, "num_minibatches": 2, **ppo}
     config["ppo"]["optimizer"]["schedule"] = "constant"  # whatever the number of iterations
+    # Adam's first step is almost the sign of a gradient, and a sum's order decides the sign of one
+    # that is 0 but for rounding: with an eps above rounding two meshes agree 100 times closer.
+    config["ppo"]["optimizer"]["eps"] = 1e-3
     return config
 
 
@@ -63,7 +66,7 @@ def test_a_run_on_eight_devices_is_that_of_one(alone, tmp_path, all_devices, cap
         ("ppo", "value/loss"),
     ):
         mine, one = (losses(folder, stage, name) for folder in (tmp_path, alone))
-        np.testing.assert_allclose(mine[1:4], one[1:4], rtol=1e-3)
+        np.testing.assert_allclose(mine[1:4], one[1:4], rtol=1e-4)
     first = [
         [r["response"] for r in lines(f, "samples.jsonl") if r["step"] == 0]
         for f in (tmp_path, alone)
