@@ -104,6 +104,11 @@ class Config:
         if self.evaluate and self.evaluate.ratings and not (self.reward or self.ppo.reward_model):
             raise ValueError("evaluate.ratings must be '' without a reward model to measure")
 
+    @property
+    def ppo_seed(self) -> int:
+        """The seed of the PPO stage: its own, or that of the run."""
+        return self.seed if self.ppo is None or self.ppo.seed < 0 else self.ppo.seed
+
 
 # The stages that a config may have, in the order in which they run.
 STAGE_NAMES = tuple(field.name for field in dataclasses.fields(Config) if field.default is None)

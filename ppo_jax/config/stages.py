@@ -206,6 +206,8 @@ class PPOSettings:
     # An iteration: a rollout and the updates on it
 
     num_iterations: int = changeable(100)  # each is a rollout and the updates on it
+    seed: int = -1  # of adapters, order of prompts and sampling, so that runs with the same SFT and
+    # reward model differ; -1 is the run's seed
     rollout_batch_size: int = 64  # responses an iteration
     num_epochs: int = 4  # passes over a rollout
     num_minibatches: int = 1  # optimizer steps a pass
@@ -284,6 +286,7 @@ class PPOSettings:
         check.each("> 0", "num_iterations", "sample_every", "save_every")
         check_keep(check)
         check.each(">= 0", "num_samples")
+        check.that(self.seed >= -1, "seed", ">= 0, or -1 for the run's seed")
         check_trainable(check, "trainable", "value_trainable")
         with_critic = needs_critic(self.advantages)
         check_lora(check, *(["trainable", "value_trainable"] if with_critic else ["trainable"]))

@@ -346,7 +346,7 @@ def begin_abstract_models(
     settings = config.ppo
     if models.reads_text and models.critic is not None:
         settings = dataclasses.replace(settings, critic_init_from="policy")
-    return begin_models(settings, policy, reward, config.seed, layout, abstract)
+    return begin_models(settings, policy, reward, config.ppo_seed, layout, abstract)
 
 
 def planned_sharing(config: Config, models: Models, policy: Model, other: Model) -> int:

@@ -64,7 +64,7 @@ def train_ppo(config: Config, workdir: Path, base: str, data: PromptData):
     rows = data.prompts
     num_steps, size = settings.num_iterations, settings.rollout_batch_size
     samples_each = settings.samples_per_prompt
-    buckets = make_buckets(settings, rows, config.seed)
+    buckets = make_buckets(settings, rows, config.ppo_seed)
     open_stage(
         PPO,
         config,
@@ -111,7 +111,7 @@ def train_ppo(config: Config, workdir: Path, base: str, data: PromptData):
             widths.add(width)
             prompts = layout.shard_batch(take_prompts(rows, chosen, width))
             chosen = chosen.repeat(samples_each)  # of each response
-            state, metrics = iterate(state, chosen, prompts, layout.key(config.seed, i))
+            state, metrics = iterate(state, chosen, prompts, layout.key(config.ppo_seed, i))
             if settings.prompt_buckets > 1:
                 metrics |= {"ppo/prompt_width": width}
             if (i + 1) % settings.sample_every == 0 or i + 1 == num_steps:
@@ -141,7 +141,7 @@ def find_models(config: Config, workdir: Path, base: str, layout: Layout):
     policy, reward = load(settings.init_from, step=pins.get("init_from")), None
     if settings.reward_model:
         reward = load(settings.reward_model, step=pins.get("reward_model"))
-    return begin_models(settings, policy, reward, config.seed, layout)
+    return begin_models(settings, policy, reward, config.ppo_seed, layout)
 
 
 def tell_what_comes(start: int, settings: PPOSettings, samples: Path):

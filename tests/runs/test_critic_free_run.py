@@ -88,3 +88,17 @@ def test_the_advantages_and_the_networks_must_agree():
         with pytest.raises(ValueError, match=message):
             make_experience(*args, **run.parts | change)
     assert options.advantages == "gae"
+
+
+def test_the_seed_of_ppo_varies_ppo_alone(workdir, tmp_path):
+    """A run of seed 0 whose PPO has the seed 1 is not that of 0, and is PPO of a run of seed 1."""
+
+    def first(name, **seeds):
+        shape = FREE | FROM_BASE | dict(num_iterations=1) | seeds
+        settings = tiny_run.on_base(workdir, ppo={k: v for k, v in shape.items() if k != "run"})
+        settings["seed"] = shape.get("run", 0)
+        pipeline.run(settings, tmp_path / name)
+        return {k: v for k, v in rows(tmp_path / name)[0].items() if not k.startswith("time/")}
+
+    plain, own, whole = first("0"), first("own", seed=1), first("whole", run=1)
+    assert own == whole != plain
