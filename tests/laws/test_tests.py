@@ -34,6 +34,8 @@ ELSEWHERE = {  # module: where it is tested, since it is a part of what is teste
     "evaluation/report/plots": "evaluation/test_plots",
     "evaluation/report/report": "evaluation/test_report",
     "evaluation/report/summary": "evaluation/test_summary",
+    "evaluation/report/sweep_page": "evaluation/test_sweep_page",
+    "evaluation/report/sweep_plots": "evaluation/test_sweep_page",
     "inference/score": "inference/test_generate",
     "inference/terminal": "inference/test_generate",
     "io/base_model": "pipeline/test_run",

@@ -121,14 +121,14 @@ def save_curves_png(workdir: str | Path, path: str | Path) -> None:
 def _result(run: Run) -> dict[str, Any]:
     candidate, reference = map(display_name, compared(run.results))
     figures = [
-        _figure(
+        make_figure(
             "Score against KL",
             plots.trajectory(run.rows("ppo")),
             "Each point is an iteration, from the first (blue) to the last (green). "
             "Further up and to the left is better: more score for less drift.",
             size=WIDE,
         ),
-        _figure(
+        make_figure(
             f"{candidate} against {reference}, by judge",
             plots.win_rates(run.results),
             f"Share of prompts on which the judge prefers {candidate}, ties half. Whiskers: 95% "
@@ -252,7 +252,7 @@ def _group(run: Run, stage: str, group: Group) -> dict[str, Any]:
     charts += _accuracies(run) if stage == "reward" else []
     charts = [chart for chart in charts if chart[1]]
     columns, size = (2, HALF) if len(charts) in (2, 4) else (3, SMALL)
-    figures = [_figure(*chart, size=size) for chart in charts]
+    figures = [make_figure(*chart, size=size) for chart in charts]
     return {"heading": group.heading, "columns": columns, "figures": figures}
 
 
@@ -314,7 +314,7 @@ def _flat(tree: dict, prefix: str = "") -> list[tuple[str, str]]:
     return rows
 
 
-def _figure(
+def make_figure(
     title: str, draw: plots.Draw | None, note: str, *, size: tuple[float, float]
 ) -> Figure | None:
     """None where there is nothing to draw."""
