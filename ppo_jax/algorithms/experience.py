@@ -91,6 +91,8 @@ class PPOOptions:
     kl_estimator: str = "k1"  # of the penalty in the rewards
     any_kl_estimator: bool = False  # take one that leads away from the reference, see `kl_estimate`
     kl_control: str = "fixed"  # or "adaptive"
+    whiten_rewards: bool = False  # to a variance of 1 over the tokens of the batch
+    whiten_advantages: bool = True  # those of "gae", to a mean of 0 and a variance of 1
     missing_eos: str = "keep"  # the score of a response without a stop token, or "replace", or
     # "penalty": see `missing_eos_scores`
     old_logprobs: str = "rollout"  # those of the sampling, or "recompute"
@@ -222,11 +224,15 @@ def make_experience(
         weights, weight_metrics = importance_weights(logprobs, rollout.logprobs, mask, numbers)
         rollout = dataclasses.replace(rollout, logprobs=jnp.where(mask, logprobs, 0.0))
     rewards, metrics = response_rewards(rollout, scores, ref_logprobs, state, numbers, options)
+    if options.whiten_rewards:
+        rewards = whiten(rewards, mask, shift_mean=False)
     critic = dict(value_inputs=None, values=None, returns=None)
     if networks.value is not None:
         advantages, critic, critic_metrics = critic_advantages(
             rollout, rewards, state, numbers, frozen=frozen, networks=networks
         )
+        if options.whiten_advantages:
+            advantages = whiten(advantages, mask)
         metrics |= critic_metrics
     else:
         group_size = options.sampling.samples_per_prompt
@@ -262,7 +268,7 @@ def critic_advantages(
     frozen: FrozenParams,
     networks: PPONetworks,
 ) -> tuple[jax.Array, dict[str, jax.Array], dict[str, jax.Array]]:
-    """Generalised advantages from the critic's values, whitened over the whole batch.
+    """Generalised advantages from the critic's values.
 
     Returns:
         (advantages [B, T] float32, the critic's fields of `Experience`, metrics).
@@ -282,7 +288,7 @@ def critic_advantages(
     )
     critic = dict(value_inputs=value_inputs, values=values, returns=returns)
     metrics = {"value/explained_variance": explained_variance(values, returns, mask)}
-    return whiten(advantages, mask), critic, metrics
+    return advantages, critic, metrics
 
 
 def policy_logprobs(

@@ -198,7 +198,7 @@ class PPOSettings:
     # run ends
     critic_init_from: str = ""  # "reward_model", or "policy": its body and a head of zeros; "" is
     # the reward model, or the policy where scores come from text: of a function, or of a reward
-    # model with a tokenizer of its own
+    # model with a tokenizer of its own. "scratch" is the policy's shape with random weights
     trainable: str | int = "all"  # "all", a number of top layers such as "4", "head" or "lora"
     value_trainable: str | int = "all"  # the same for the layers of the critic
     lora: LoRASettings = LoRASettings()  # of the adapters of policy and critic
@@ -264,7 +264,10 @@ class PPOSettings:
     gae_lambda: float = changeable(0.95)  # 0 is one-step differences, 1 the whole return
     clip_range: float = changeable(0.2)  # of the probability ratio, around 1
     clip_range_high: float = changeable(0.0)  # of the ratio above 1; 0 is the same as clip_range
-    value_clip_range: float = changeable(0.2)  # of the critic's change, in units of reward
+    whiten_rewards: bool = False  # scale the rewards of an iteration's tokens to a variance of 1
+    whiten_advantages: bool = True  # scale those of "gae" to a mean of 0 and a variance of 1
+    value_clip_range: Limit = changeable(0.2)  # of the critic's change, in units of reward; inf is
+    # off
     vf_coef: float = changeable(0.1)  # weight of the value loss; Adam divides it out but for
     # max_grad_norm
     entropy_coef: float = changeable(0.0)  # weight of the entropy, per nat
@@ -377,9 +380,11 @@ class PPOSettings:
         count = len(self.reward_functions)
         rule = f"() or {count} numbers, one for each of reward_functions"
         check.that(len(self.reward_weights) in (0, count), "reward_weights", rule)
-        check.choice("critic_init_from", "", "reward_model", "policy")
+        check.choice("critic_init_from", "", "reward_model", "policy", "scratch")
         possible = bool(self.reward_model) or self.critic_init_from != "reward_model"
-        check.that(possible, "critic_init_from", "'policy' or '' with a reward_function")
+        check.that(possible, "critic_init_from", "'policy', 'scratch' or '' with a reward_function")
+        whole = self.critic_init_from != "scratch" or self.value_trainable == "all"
+        check.that(whole, "value_trainable", "'all' with critic_init_from='scratch'")
         if not needs_critic(self.advantages):
             rule = f"'' with advantages={self.advantages!r}, which has no critic"
             check.that(not self.critic_init_from, "critic_init_from", rule)

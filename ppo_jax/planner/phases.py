@@ -92,7 +92,7 @@ def read_models(config: Config) -> Models:
             reward = dataclasses.replace(reward, num_layers=config.reward.num_layers)
     critic, by_text = None, reward is not None and reads_text(config, policy, reward)
     if needs_critic(s.advantages):
-        of_policy = reward is None or by_text or s.critic_init_from == "policy"
+        of_policy = reward is None or by_text or s.critic_init_from in ("policy", "scratch")
         critic = policy if of_policy else reward
     return Models(policy=policy, critic=critic, reward=reward, reads_text=by_text)
 

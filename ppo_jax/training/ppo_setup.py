@@ -289,8 +289,8 @@ def begin_models(
         settings: the ppo section.
         policy: where the policy starts.
         reward: the reward model, or None with a reward function.
-        seed: of the adapters.
-        layout: where adapters are put.
+        seed: of the adapters, and of a critic from scratch.
+        layout: where these are put.
         make: what makes them, see `with_adapters`.
     """
     adapt = functools.partial(
@@ -298,16 +298,21 @@ def begin_models(
     )
     critic = None
     if needs_critic(settings.advantages):
-        critic = adapt(make_critic(settings, policy, reward), settings.value_trainable)
+        critic = make_critic(settings, policy, reward)
+        if settings.critic_init_from == "scratch":
+            init = functools.partial(value_network(critic.config).init, jax.random.key(seed))
+            body = make(layout, init)
+            critic = dataclasses.replace(critic, params={**body, "head": critic.params["head"]})
+        critic = adapt(critic, settings.value_trainable)
     return adapt(policy, settings.trainable), reward, critic
 
 
 def critic_source(settings: PPOSettings, policy: Any, reward: Any) -> Any:
     """Which of two models, or of their specs, the critic starts from: the reward model if there is
-    one that reads the policy's tokens, but for `critic_init_from="policy"`."""
-    if reward is None or settings.critic_init_from == "policy" or reread_reason(policy, reward):
-        return policy
-    return reward
+    one that reads the policy's tokens, but for `critic_init_from="policy"`; "scratch" has the
+    policy's shape."""
+    of_policy = reward is None or settings.critic_init_from in ("policy", "scratch")
+    return policy if of_policy or reread_reason(policy, reward) else reward
 
 
 def make_critic(settings: PPOSettings, policy: Model, reward: Model | None) -> Model:

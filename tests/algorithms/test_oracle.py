@@ -60,9 +60,12 @@ def advantages_and_returns(rewards, values, mask):
             delta = rewards[i, t] + NUMBERS["gamma"] * following - values[i, t]
             ahead = delta + NUMBERS["gamma"] * NUMBERS["gae_lambda"] * ahead
             advantages[i, t], following = ahead, values[i, t]
-    whole = advantages[mask]
-    whitened = np.where(mask, (advantages - whole.mean()) / np.sqrt(whole.var() + 1e-8), 0.0)
-    return whitened, advantages + values
+    return advantages, advantages + values
+
+
+def whitened(x, mask, shift=True):
+    mean, spread = x[mask].mean(), np.sqrt(x[mask].var() + 1e-8)
+    return np.where(mask, (x - mean) / spread + (0.0 if shift else mean), 0.0)
 
 
 def against_the_others(rewards, group):
@@ -110,10 +113,13 @@ def by_hand(tables, case, options):
     kl = np.where(mask, old - of_policy(reference, before, tokens)[0], 0.0)
     rewards = -NUMBERS["kl_coef"] * kl
     rewards[np.arange(B), mask.sum(axis=1) - 1] += scores
+    if options.whiten_rewards:
+        rewards = whitened(rewards, mask, shift=False)
     values = returns = np.zeros((B, T))
     if options.advantages == "gae":
         values = np.where(mask, tables["value"][before], 0.0)
         advantages, returns = advantages_and_returns(rewards, values, mask)
+        advantages = whitened(advantages, mask) if options.whiten_advantages else advantages
     else:
         del tables["value"]
         advantages = against_the_others(rewards, 2)
@@ -152,6 +158,9 @@ def by_hand(tables, case, options):
         {"missing_eos": "penalty", "num_epochs": 2},
         {"old_logprobs": "recompute", "num_epochs": 2},
         {"advantages": "leave_one_out", "num_epochs": 4},
+        {"whiten_advantages": False, "num_epochs": 2},
+        {"whiten_rewards": True, "num_epochs": 2},
+        {"whiten_rewards": True, "advantages": "leave_one_out"},
     ],
     ids=str,
 )

@@ -199,5 +199,11 @@ def test_a_critic_cannot_start_from_a_reward_model_that_is_not_there():
     by_function = {"ppo.reward_model": "", "ppo.reward_function": "module:function"}
     for source in ("", "policy"):
         assert from_config_dict(changed(by_function | {"ppo.critic_init_from": source}))
-    with pytest.raises(ValueError, match="ppo.critic_init_from must be 'policy' or '' with a"):
+    with pytest.raises(ValueError, match="ppo.critic_init_from must be 'policy', 'scratch' or ''"):
         from_config_dict(changed(by_function | {"ppo.critic_init_from": "reward_model"}))
+
+
+def test_a_critic_from_scratch_is_trained_whole():
+    scratch = {"ppo.critic_init_from": "scratch", "ppo.value_trainable": "2"}
+    with pytest.raises(ValueError, match="ppo.value_trainable must be 'all' with critic_init_from"):
+        from_config_dict(changed(scratch))

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -131,6 +133,20 @@ def test_inside_the_value_range_nothing_counts_as_clipped():
     assert (old_values + (values - old_values) != values).any()
     _, metrics = clipped_value_loss(values, old_values, returns, mask, value_clip_range=10.0)
     assert metrics["value/clip_fraction"] == 0.0
+
+
+def test_a_critic_without_a_clip_has_the_gradient_of_a_plain_squared_error():
+    draw = np.random.default_rng(5)
+    values, old_values, returns = jnp.asarray(draw.normal(size=(3, 4, 6)), jnp.float32)
+    mask = jnp.ones((4, 6), bool)
+
+    def gradient(value_clip_range):
+        loss = functools.partial(clipped_value_loss, value_clip_range=value_clip_range)
+        return jax.grad(lambda v: loss(v, old_values, returns, mask)[0])(values)
+
+    for off in (None, jnp.inf):
+        np.testing.assert_allclose(gradient(off), (values - returns) / 24, rtol=1e-6)
+    assert not np.allclose(gradient(0.1), gradient(None))
 
 
 def test_constants_of_the_losses_get_no_gradient():

@@ -10,13 +10,14 @@ import pytest
 from ppo_jax.algorithms.ppo import init_ppo
 from ppo_jax.config.mesh import MeshSettings
 from ppo_jax.config.run import from_config_dict
-from ppo_jax.distributed.layout import make_layouts
+from ppo_jax.distributed.layout import abstract, make_layouts
 from ppo_jax.distributed.trees import named_leaves
 from ppo_jax.inference.stop_strings import make_stop_strings
 from ppo_jax.io.stage_folder import Model
 from ppo_jax.models.build import policy_network, reward_network
 from ppo_jax.training import ppo_setup
 from ppo_jax.training.ppo_setup import (
+    begin_models,
     find_trunk,
     make_critic,
     make_hyperparameters,
@@ -64,6 +65,24 @@ def test_the_critic_is_the_reward_model_or_the_body_of_the_policy():
         shapes = jax.eval_shape(reward_network(policy.config).init, jax.random.key(0))
         assert jax.tree.structure(critic.params) == jax.tree.structure(shapes)
         assert not any(leaf.any() for leaf in jax.tree.leaves(critic.params["head"]))
+
+
+def test_a_critic_from_scratch_has_the_policys_shape_and_none_of_its_weights():
+    policy, reward = model(), model("reward", seed=1)
+    settings = ppo_settings(critic_init_from="scratch", value_trainable="all")
+    layout = make_layouts(MeshSettings())[0]
+    critics = [begin_models(settings, policy, reward, seed, layout)[2] for seed in (0, 0, 1)]
+    first, same, other = (named_leaves(critic.params) for critic in critics)
+    of_policy = named_leaves(policy.params)
+    assert critics[0].kind == "reward" and critics[0].config == policy.config
+    for name, leaf in first.items():
+        np.testing.assert_array_equal(leaf, same[name])
+        if name.startswith("head"):
+            assert not leaf.any()
+        elif np.ptp(leaf):  # scales begin at 1, biases at 0
+            assert not np.allclose(leaf, other[name]) and not np.allclose(leaf, of_policy[name])
+    planned = begin_models(settings, policy, reward, 0, layout, abstract)[2]
+    assert jax.tree.map(np.shape, planned.params) == jax.tree.map(np.shape, critics[0].params)
 
 
 def test_networks_that_leave_the_trunk_at_different_layers_compute_what_they_do_alone(monkeypatch):
