@@ -17,6 +17,8 @@ from ppo_jax.training.reward_functions import BadScores, read_scores
 Judge = Callable[[Sequence[str]], np.ndarray]
 WORD = r"\w+(?:['’]\w+)*"  # "isn't" is one word: the negation stays visible
 RESAMPLES = 10_000
+LENGTH_RESAMPLES = 1_000  # of fits that control for length
+NEWTON_STEPS = 50  # at most; a handful is the rule
 RATED_PAIRS = 100_000  # that measure a judge, at most
 
 
@@ -58,7 +60,7 @@ def win_rate(scores_a: np.ndarray, scores_b: np.ndarray) -> float:
     >>> win_rate(np.array([1.0, 2.0, 0.0, 5.0]), np.array([0.0, 2.0, 1.0, 4.0]))
     0.625
     """
-    return float(_outcomes(scores_a, scores_b).mean())
+    return float(outcomes_of(scores_a, scores_b).mean())
 
 
 def bootstrap_interval(
@@ -76,14 +78,128 @@ def bootstrap_interval(
 
     Reference: Efron 1979, https://doi.org/10.1214/aos/1176344552.
     """
+    return mean_interval(outcomes_of(scores_a, scores_b), seed=seed, level=level)
+
+
+def mean_interval(outcomes: np.ndarray, *, seed: int, level: float = 0.95) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean of some outcomes in [0, 1], resampling prompts.
+
+    Args:
+        outcomes: [N] float, one a prompt: 0 lost, 0.5 a tie, 1 won, or the mean over some seeds.
+        seed: of the resampling.
+        level: the share of resamples inside the interval, in (0, 1).
+    """
     if not 0 < level < 1:
         raise ValueError(f"level must be in (0, 1), got {level}.")
-    outcomes = _outcomes(scores_a, scores_b)
-    shares = [(outcomes == value).mean() for value in (0.0, 0.5, 1.0)]
+    values = np.union1d(outcomes, [0.0, 0.5, 1.0])
+    shares = (outcomes[:, None] == values).mean(axis=0)
     draws = np.random.default_rng(seed).multinomial(len(outcomes), shares, size=RESAMPLES)
-    rates = draws @ np.array([0.0, 0.5, 1.0]) / len(outcomes)
-    low, high = np.quantile(rates, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(draws @ values / len(outcomes), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def mean_and_stderr(values: np.ndarray) -> tuple[float, float | None]:
+    """The mean over prompts and its standard error, None of a single prompt.
+
+    Args:
+        values: [N] float, one a prompt, or [N, S], of S seeds: a prompt is one observation, the
+            mean over its seeds.
+
+    >>> mean_and_stderr(np.array([[1.0, 3.0], [2.0, 6.0]]))
+    (3.0, 1.0)
+    """
+    values = np.asarray(values, np.float64)
+    values = values.reshape(len(values), -1).mean(axis=1)
+    if len(values) < 2:
+        return float(values.mean()), None
+    return float(values.mean()), float(values.std(ddof=1) / len(values) ** 0.5)
+
+
+def length_controlled_win_rate(
+    outcomes: np.ndarray, length_differences: np.ndarray, *, seed: int, level: float = 0.95
+) -> tuple[float, tuple[float, float]]:
+    """The win rate that two policies would have, did they write at the same length.
+
+    logit P(win) = a + b tanh(d / sd(d)) is fitted by maximum likelihood, where d is how much longer
+    the candidate's response is, and P(win) at d = 0 is reported: sigmoid(a). Ties are half a win
+    and half a loss. b has a ridge penalty b^2 / 2, as lengths that separate wins from losses would
+    send it to infinity; a has none. Where every outcome is the same, so is the rate.
+
+    Args:
+        outcomes: [N] float, one a prompt: 0 lost, 0.5 a tie, 1 won; or [N, S] of S seeds.
+        length_differences: of the same shape, the candidate's length less the reference's.
+        seed: of the bootstrap over prompts, with all seeds of a prompt together.
+        level: the share of resamples inside the interval, in (0, 1).
+
+    Returns:
+        (rate, (low, high)).
+
+    Reference: Dubois et al. 2024, https://arxiv.org/abs/2404.04475, eq. 1 and 2, without the
+    terms of model identity times instruction difficulty, which need many models.
+    """
+    outcomes = np.asarray(outcomes, np.float64).reshape(len(outcomes), -1)
+    differences = np.asarray(length_differences, np.float64).reshape(outcomes.shape)
+    x = np.tanh(differences / max(differences.std(), 1e-12))
+    count = len(outcomes)
+    draws = np.random.default_rng(seed).multinomial(
+        count, np.full(count, 1 / count), size=LENGTH_RESAMPLES
+    )
+    weights = np.concatenate([np.ones((1, count)), draws])
+    rates = fit_at_zero(x, outcomes, weights)
+    low, high = np.quantile(rates[1:], [(1 - level) / 2, (1 + level) / 2])
+    return float(rates[0]), (float(low), float(high))
+
+
+def fit_at_zero(x: np.ndarray, outcomes: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """sigmoid(a) of the fits of `length_controlled_win_rate` to some weightings of the prompts.
+
+    Newton's method, all fits at once; a step is at most 2, for where the start is far off.
+
+    Args:
+        x: [N, S] float, in (-1, 1).
+        outcomes: [N, S] float in [0, 1].
+        weights: [R, N] float, of the prompts in each fit.
+
+    Returns:
+        [R] float64.
+    """
+    weights = np.repeat(weights, x.shape[1], axis=1)
+    x, outcomes = x.ravel(), outcomes.ravel()
+    means = weights @ outcomes / weights.sum(axis=1)
+    certain = (means < 1e-9) | (means > 1 - 1e-9)
+    inside = np.clip(means, 1e-3, 1 - 1e-3)
+    a, b = np.log(inside / (1 - inside)), np.zeros(len(weights))
+    for _ in range(NEWTON_STEPS):
+        p = 1 / (1 + np.exp(-(a[:, None] + b[:, None] * x)))
+        slope, curvature = weights * (outcomes - p), weights * p * (1 - p)
+        of_a, of_b = slope.sum(axis=1), slope @ x - b
+        aa, ab, bb = curvature.sum(axis=1) + 1e-12, curvature @ x, curvature @ (x * x) + 1.0
+        determinant = aa * bb - ab * ab
+        steps = np.stack([bb * of_a - ab * of_b, aa * of_b - ab * of_a]) / determinant
+        steps = np.where(certain, 0.0, np.clip(steps, -2.0, 2.0))
+        a, b = a + steps[0], b + steps[1]
+        if np.abs(steps).max() < 1e-9:
+            break
+    return np.where(certain, means.round(), 1 / (1 + np.exp(-a)))
+
+
+def repetition(texts: Sequence[str], n: int = 3) -> float:
+    """Share of the word n-grams of a response that it has written before, on average over the
+    responses that have an n-gram; 0 when none has.
+
+    >>> repetition(["so good so good so good", "a fine film"], 2)  # 3 of 5, 0 of 2
+    0.3
+    """
+    shares = [1 - len(set(grams)) / len(grams) for text in texts if (grams := word_grams(text, n))]
+    return float(np.mean(shares)) if shares else 0.0
+
+
+def word_grams(text: str, n: int) -> list[tuple[str, ...]]:
+    """The word n-grams of a text, in order, in lower case."""
+    if n < 1:
+        raise ValueError(f"n must be at least 1, got {n}.")
+    words = re.findall(WORD, text.lower())
+    return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
 
 
 def distinct_n(texts: Sequence[str], n: int) -> float:
@@ -96,10 +212,7 @@ def distinct_n(texts: Sequence[str], n: int) -> float:
     >>> distinct_n(["A fine film.", "a fine day"], 2)  # (a fine), (fine film), (fine day) of 4
     0.75
     """
-    if n < 1:
-        raise ValueError(f"n must be at least 1, got {n}.")
-    words = [re.findall(WORD, text.lower()) for text in texts]
-    grams = [tuple(w[i : i + n]) for w in words for i in range(len(w) - n + 1)]
+    grams = [gram for text in texts for gram in word_grams(text, n)]
     return len(set(grams)) / max(len(grams), 1)
 
 
@@ -190,7 +303,8 @@ def _wins(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return (a > b) + 0.5 * (a == b)
 
 
-def _outcomes(scores_a: np.ndarray, scores_b: np.ndarray) -> np.ndarray:
+def outcomes_of(scores_a: np.ndarray, scores_b: np.ndarray) -> np.ndarray:
+    """1 where a scores above b, 0 where below, 0.5 at a tie: [N] float, one a prompt."""
     a = finite_numbers(scores_a, len(scores_a), "scores_a")
     b = finite_numbers(scores_b, len(a), "scores_b")
     if not len(a):

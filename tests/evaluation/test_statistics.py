@@ -127,3 +127,71 @@ def test_a_judge_that_fails_is_named():
 def test_mistakes_are_refused_by_name(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+# --- length control and repetition ----------------------------------------------------------------
+
+
+def by_sklearn(x, outcomes):
+    """The same fit, of each outcome as a share of a win and a share of a loss."""
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    both = np.concatenate([x, x])[:, None]
+    labels = np.repeat([1, 0], len(x))
+    weights = np.concatenate([outcomes, 1 - outcomes])
+    fit = linear_model.LogisticRegression(C=1.0, tol=1e-10, max_iter=10_000)
+    return fit.fit(both, labels, sample_weight=weights).predict_proba([[0.0]])[0, 1]
+
+
+@pytest.mark.parametrize("bias", [-3.0, 0.0, 1.5])
+def test_the_length_controlled_rate_is_that_of_a_logistic_fit_at_equal_length(bias):
+    rng = np.random.default_rng(4)
+    differences = rng.normal(5, 20, 80)
+    outcomes = rng.choice([0.0, 0.5, 1.0], 80)
+    outcomes = np.where(rng.normal(bias, 1, 80) + differences / 10 > 0, 1.0, outcomes)
+    rate, (low, high) = judges.length_controlled_win_rate(outcomes, differences, seed=0)
+    expected = by_sklearn(np.tanh(differences / differences.std()), outcomes)
+    assert rate == pytest.approx(expected, abs=1e-5) and low < rate < high
+
+
+def test_a_judge_that_likes_length_alone_has_no_preference_at_equal_length():
+    """Every win is due to length: the raw rate is 0.8, the controlled one about 0.5."""
+    differences = np.random.default_rng(5).normal(10, 12, 400)
+    outcomes = (differences > 0).astype(float)
+    rate, (low, high) = judges.length_controlled_win_rate(outcomes, differences, seed=0)
+    assert outcomes.mean() > 0.75 and low < 0.5 < high and abs(rate - 0.5) < 0.1
+
+
+def test_without_a_difference_in_length_or_in_outcome_the_rate_is_the_win_rate():
+    outcomes = np.array([1.0, 0.0, 0.5, 1.0])
+    assert judges.length_controlled_win_rate(outcomes, np.full(4, 7.0), seed=0)[0] == (
+        pytest.approx(outcomes.mean())
+    )
+    for same in (0.0, 1.0):
+        result = judges.length_controlled_win_rate(np.full(3, same), np.arange(3.0), seed=0)
+        assert result == (same, (same, same))
+
+
+def test_separated_outcomes_have_a_finite_fit():
+    differences = np.array([-3.0, -2.0, -1.0, 1.0, 2.0, 3.0])
+    rate, _ = judges.length_controlled_win_rate((differences > 0) * 1.0, differences, seed=0)
+    assert rate == pytest.approx(0.5)
+
+
+def test_the_seeds_of_a_prompt_are_one_observation():
+    """Three copies of each outcome are no more evidence than one."""
+    rng = np.random.default_rng(6)
+    outcomes, differences = rng.choice([0.0, 1.0], 60), rng.normal(size=60)
+    _, (low, high) = judges.length_controlled_win_rate(outcomes, differences, seed=0)
+    thrice = [np.repeat(values[:, None], 3, axis=1) for values in (outcomes, differences)]
+    _, (low3, high3) = judges.length_controlled_win_rate(*thrice, seed=0)
+    assert high3 - low3 == pytest.approx(high - low, rel=0.1)
+    assert judges.mean_and_stderr(thrice[0])[1] == judges.mean_and_stderr(outcomes)[1]
+    assert judges.mean_and_stderr(np.array([2.0])) == (2.0, None)
+
+
+def test_repetition_is_within_a_response():
+    assert judges.repetition(["a b c", "a b c"], 2) == 0.0
+    assert judges.repetition(["a b a b a b a"], 2) == pytest.approx(4 / 6)
+    assert judges.repetition(["short", ""], 3) == 0.0
+    with pytest.raises(ValueError, match="n must be at least 1"):
+        judges.repetition(["a"], 0)
