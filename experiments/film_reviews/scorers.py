@@ -13,7 +13,7 @@ from textblob import TextBlob
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from ppo_jax.data.encode import encode_all
-from ppo_jax.data.hidden_states import text_states
+from ppo_jax.data.hidden_states import packed_outputs
 from ppo_jax.distributed.layout import one_device
 from ppo_jax.evaluation.statistics import WORD, Judge, finite_numbers
 from ppo_jax.io.stage_folder import Model
@@ -112,6 +112,6 @@ def hidden_features(model: Model, trunk, texts: list[str]) -> np.ndarray:
     context = model.config.max_length
     rows = encode_all(texts, model.tokenizer, max_length=context)
     features = np.zeros((len(texts), 2 * model.config.embed_dim), np.float32)
-    for row, states in text_states(rows, np.arange(len(texts)), trunk, context):
+    for row, states in packed_outputs(rows, trunk, context):
         features[row] = np.concatenate([states.mean(axis=0), states[-1]])
     return features

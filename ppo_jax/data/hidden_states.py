@@ -5,6 +5,7 @@ A row of packed texts (see `packing`) counts as a text here.
 Dimension key: N texts, L positions, D model.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator
 
 import jax
@@ -14,7 +15,7 @@ from ppo_jax.core.network import Network
 from ppo_jax.core.types import Params
 from ppo_jax.data.encode import TokenizedTexts
 from ppo_jax.data.packing import pack
-from ppo_jax.distributed.layout import Layout, one_device
+from ppo_jax.distributed.layout import Layout, fetch, one_device
 
 MULTIPLE = 16  # batches are as wide as their longest text, rounded up: few compiled shapes
 TRUNK_BATCH = 32  # rows at a time
@@ -22,7 +23,8 @@ TRUNK_ROW = 64  # tokens; shorter texts share a row
 
 Rows = np.ndarray
 Inputs = Callable[[Rows, int], jax.Array]
-# tokens, mask and segment_ids, or None for one text a row, each [N, L] -> states [N, L, D]
+# tokens, mask and segment_ids, or None for one text a row, each [N, L] -> states [N, L, D], or
+# other outputs [N, L]
 Trunk = Callable[[np.ndarray, np.ndarray, np.ndarray | None], jax.Array]
 
 
@@ -61,7 +63,7 @@ def make_inputs(
     gigabytes = texts.mask[used].sum() * shape.shape[-1] * shape.dtype.itemsize / 1e9
     if gigabytes > cache_gb or jax.process_count() > 1:
         return lambda rows, width: states_of(*row_arrays(texts, rows, width))
-    states = dict(text_states(texts, used, states_of, context, layout))
+    states = dict(packed_outputs(texts, states_of, context, layout, used))
 
     def look_up(rows, width):
         out = np.zeros((len(rows), width, shape.shape[-1]), shape.dtype)
@@ -72,20 +74,28 @@ def make_inputs(
     return look_up
 
 
-def text_states(
-    texts: TokenizedTexts, used: Rows, trunk: Trunk, context: int, layout: Layout | None = None
+def packed_outputs(
+    texts: TokenizedTexts,
+    run: Trunk,
+    context: int,
+    layout: Layout | None = None,
+    used: Rows | None = None,
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """(row, the trunk's states [its length, D]) of each used text, in no particular order.
+    """(row, what a network gives at its tokens [its length, ...]) of each used text, in no
+    particular order. Short texts share rows.
 
-    `context` is the tokens that the model can read. Without a layout the trunk runs on the first
-    device.
+    `context` is the tokens that the model can read. Without a layout it runs on the first device.
+    `used` are the rows that are asked for; None is all.
     """
     layout, lengths = layout or one_device(), texts.mask.sum(axis=1)
+    used = np.arange(len(texts.mask)) if used is None else used
     for source, rows, numbers, width in trunk_batches(texts, used, min(TRUNK_ROW, context)):
-        # The last batch is padded with its own first row, so that no new shape is compiled.
-        padded = layout.pad_batch(rows, TRUNK_BATCH)
-        states = np.asarray(trunk(*row_arrays(source, padded, width)))[: len(rows)]
-        of_texts = np.split(states[source.mask[rows, :width]], np.cumsum(lengths[numbers])[:-1])
+        # The last batch is padded with its own first row, so that no new shape is compiled; a few
+        # long rows are not made many.
+        few = source is texts and len(used) <= TRUNK_BATCH
+        padded = layout.pad_batch(rows, 1 << (len(rows) - 1).bit_length() if few else TRUNK_BATCH)
+        outputs = fetch(run(*row_arrays(source, padded, width)))[: len(rows)]
+        of_texts = np.split(outputs[source.mask[rows, :width]], np.cumsum(lengths[numbers])[:-1])
         yield from zip(numbers.tolist(), of_texts, strict=True)
 
 
@@ -115,10 +125,14 @@ def trunk_batches(
 def pack_some(
     texts: TokenizedTexts, chosen: Rows, width: int
 ) -> tuple[TokenizedTexts, list[np.ndarray]]:
-    """(R packed rows of some texts, which of them are in each)."""
+    """(R packed rows of some texts, which of them are in each); rows are at most `width` wide."""
     tokens, mask, loss_mask = (x[chosen] for x in (texts.tokens, texts.mask, texts.loss_mask))
     packed = pack(TokenizedTexts(tokens, mask, loss_mask, chosen), max_length=width)
     counts = packed.segment_ids.max(axis=1)
+    wide = min(-(-packed.mask.shape[1] // MULTIPLE) * MULTIPLE, width)  # few compiled shapes
+    room = ((0, 0), (0, wide - packed.mask.shape[1]))
+    arrays = ("tokens", "mask", "loss_mask", "segment_ids")
+    packed = dataclasses.replace(packed, **{x: np.pad(vars(packed)[x], room) for x in arrays})
     return packed, np.split(packed.records, np.cumsum(counts)[:-1])
 
 

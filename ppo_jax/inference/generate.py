@@ -206,7 +206,7 @@ def generate(
             before_batch()
         numbers = np.arange(begin, begin + batch_size)
         chosen = np.where(numbers < len(prompts), numbers, 0)
-        asked = take_prompts(rows, chosen)
+        asked = take_prompts(rows, chosen, longest)
         batch, numbers = layout.shard_batch((asked, numbers))
         sampled = sample(params, batch, key, temperature=temperature, rows=numbers)
         tokens, mask = fetch((sampled.response_tokens, sampled.response_mask))

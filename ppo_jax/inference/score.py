@@ -1,4 +1,4 @@
-"""Scores of texts by a reward model."""
+"""Scores of texts by a reward model, and log-probabilities of texts by a policy."""
 
 import dataclasses
 import functools
@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from ppo_jax.algorithms.supervised import text_scores
-from ppo_jax.core.types import Rollout
 from ppo_jax.data.encode import (
     TokenizedTexts,
     encode_all,
@@ -17,16 +16,16 @@ from ppo_jax.data.encode import (
     pad_right,
     row_batches,
     token_rows,
-    unpadded,
 )
-from ppo_jax.data.hidden_states import Inputs, batch_width, make_inputs
+from ppo_jax.data.hidden_states import Inputs, batch_width, packed_outputs
 from ppo_jax.distributed.layout import Layout, fetch, one_device
+from ppo_jax.inference.responses import Responses
 from ppo_jax.io.model_spec import reread_reason
 from ppo_jax.io.stage_folder import Model
-from ppo_jax.models.build import reward_network
+from ppo_jax.models.build import policy_network, reward_network
 from ppo_jax.models.config import ModelConfig
 
-BATCH_SIZE = 64  # texts
+LOGITS_CHUNK = 32  # positions whose logits are held at a time
 
 
 def all_scores(
@@ -53,8 +52,7 @@ def sampled_scores(
     reward: Model,
     policy: Model,
     prompts: Sequence[str],
-    responses: Sequence[str],
-    rollouts: Sequence[Rollout],
+    responses: Responses,
     score_at: str = "eos",
 ) -> dict[int, float]:
     """{index: score} of sampled responses by a reward model, as PPO reads them.
@@ -64,34 +62,41 @@ def sampled_scores(
 
     Args:
         reward: a reward model.
-        policy: that the responses are of.
+        policy: that the responses are of, or its spec.
         prompts: N texts.
-        responses: N texts, without their stop tokens.
-        rollouts: of the batches, with N or more rows.
+        responses: N of them.
         score_at: as `ppo.score_at`.
     """
     if reread_reason(policy, reward):
-        ended = np.concatenate(fetch([rollout.has_eos for rollout in rollouts]))[: len(prompts)]
-        return dict(enumerate(score_responses(reward, prompts, responses, ended).tolist()))
-    rows = sampled_rows(rollouts, reward.tokenizer.eos_token_id, score_at)[: len(prompts)]
+        scores = score_responses(reward, prompts, responses.texts, responses.ended)
+        return dict(enumerate(scores.tolist()))
+    rows = closed_rows(responses, reward.tokenizer.eos_token_id, score_at)
     fitting = {i: row for i, row in enumerate(rows) if len(row) <= reward.config.max_length}
     if not fitting:
         return {}
     return dict(zip(fitting, score_ids(reward, list(fitting.values())).tolist(), strict=True))
 
 
-def sampled_rows(rollouts: Sequence[Rollout], eos: int, score_at: str) -> list[list[int]]:
+def closed_rows(responses: Responses, eos: int, score_at: str) -> list[list[int]]:
     """Prompts with their responses, as tokens; the score of each is read at the last one.
 
     That is the last token of the response, or with `score_at` "eos" an EOS, which is put behind one
     that another stop token has ended.
     """
-    rows = []
-    for tokens, mask, ended in fetch([(r.tokens, r.mask, r.has_eos) for r in rollouts]):
-        for row, has_ended in zip(unpadded(tokens, mask), ended, strict=True):
-            closes = score_at == "eos" and has_ended and row[-1] != eos
-            rows.append([*row, eos] if closes else row)
-    return rows
+    both = zip(responses.rows, responses.ended, strict=True)
+    if score_at != "eos":
+        return responses.rows
+    return [[*row, eos] if ended and row[-1] != eos else row for row, ended in both]
+
+
+def row_texts(rows: Sequence[Sequence[int]], lengths: np.ndarray | None = None) -> TokenizedTexts:
+    """Rows of tokens as texts, of which the last `lengths` tokens [N] are to predict; None is no
+    token."""
+    tokens, mask = pad_right(rows, max(map(len, rows)))
+    positions = np.arange(tokens.shape[1])
+    begins = mask.sum(axis=1) - (0 if lengths is None else lengths)
+    loss_mask = mask & (positions >= begins[:, None]) & (positions > 0)
+    return TokenizedTexts(tokens, mask, loss_mask, np.arange(len(rows)))
 
 
 def score_ids(model: Model, rows: Sequence[Sequence[int]]) -> np.ndarray:
@@ -99,10 +104,7 @@ def score_ids(model: Model, rows: Sequence[Sequence[int]]) -> np.ndarray:
 
     No row is longer than the model's context.
     """
-    tokens, mask = pad_right(rows, max(map(len, rows)))
-    return score_rows(
-        model, TokenizedTexts(tokens, mask, np.zeros_like(mask), np.arange(len(rows)))
-    )
+    return score_rows(model, row_texts(rows))
 
 
 def encode_responses(
@@ -159,12 +161,52 @@ def score_responses(
 
 @functools.lru_cache(maxsize=4)
 def compiled_scores(config: ModelConfig, layout: Layout):
-    network = reward_network(config, constrain=layout.constrain)
-    return jax.jit(functools.partial(text_scores, network))
+    """Tokens to the score at each of them, [N, L]."""
+    return jax.jit(reward_network(config, constrain=layout.constrain).apply)
 
 
 def score_rows(model: Model, rows: TokenizedTexts) -> np.ndarray:
-    """A reward model's scores of tokenised texts, [N] float32."""
+    """A reward model's scores of tokenised texts, [N] float32; short ones share rows."""
     layout, rows = model.layout or one_device(), without_padding(rows, model.padding_id)
-    score, inputs = compiled_scores(model.config, layout), make_inputs(rows, None, None, cache_gb=0)
-    return all_scores(score, layout.shard_params(model.params), rows, inputs, layout, BATCH_SIZE)
+    run, params = compiled_scores(model.config, layout), layout.shard_params(model.params)
+
+    def outputs(*arrays):
+        tokens, mask, segment_ids = layout.shard_batch(arrays)
+        return run(params, tokens, mask, segment_ids=segment_ids)
+
+    scores = np.empty(len(rows.mask), np.float32)
+    for row, values in packed_outputs(rows, outputs, model.config.max_length, layout):
+        scores[row] = values[-1]
+    return scores
+
+
+@functools.lru_cache(maxsize=4)
+def compiled_logprobs(config: ModelConfig, layout: Layout):
+    """Tokens to the log-probability, at each, of the token behind it, [N, L]."""
+    network = policy_network(config, constrain=layout.constrain, logits_chunk=LOGITS_CHUNK)
+
+    def logprobs(params, tokens, mask, segment_ids, temperature):
+        following = jnp.roll(tokens, -1, axis=1)  # of the last of a row nothing is asked
+        where = {} if segment_ids is None else {"segment_ids": segment_ids}
+        return network.token_statistics(params, tokens, mask, following, temperature, **where)[0]
+
+    return jax.jit(logprobs)
+
+
+def text_logprobs(model: Model, texts: TokenizedTexts, temperature: float = 1.0) -> np.ndarray:
+    """Log-probability, by a policy, of the tokens in the loss of each text: [N] float64, in nats.
+
+    Short texts share rows, so that padding costs little. `temperature` divides the logits.
+    """
+    layout = model.layout or one_device()
+    run, params = compiled_logprobs(model.config, layout), layout.shard_params(model.params)
+    divisor = layout.replicate(np.float32(temperature))
+
+    def outputs(*arrays):
+        return run(params, *layout.shard_batch(arrays), divisor)
+
+    sums = np.empty(len(texts.mask), np.float64)
+    for row, values in packed_outputs(texts, outputs, model.config.max_length, layout):
+        asked = texts.loss_mask[row, 1 : len(values)]
+        sums[row] = values[:-1][asked].sum(dtype=np.float64)
+    return sums

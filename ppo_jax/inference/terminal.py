@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from ppo_jax.core.types import Rollout
 from ppo_jax.data.chat import Chat
@@ -15,8 +14,8 @@ from ppo_jax.data.decode import printable
 from ppo_jax.data.encode import token_rows
 from ppo_jax.data.messages import Message
 from ppo_jax.data.records import load_prompts, write_jsonl
-from ppo_jax.distributed.layout import fetch
 from ppo_jax.inference.generate import decode_stream, generate, stream
+from ppo_jax.inference.responses import read_rollouts
 from ppo_jax.inference.score import sampled_scores
 from ppo_jax.io.model_spec import reread_reason
 from ppo_jax.io.stage_folder import Model
@@ -193,9 +192,9 @@ def respond_to_file(
     responses, rollouts = respond(policy, texts, room=room, **how)
     rows = [{"prompt": p, "response": r} for p, r in zip(texts, responses, strict=True)]
     if scorer is not None:
-        finished = np.concatenate(fetch([rollout.has_eos for rollout in rollouts]))[: len(rows)]
-        scores = sampled_scores(scorer, policy, texts, responses, rollouts, score_at)
-        more = zip(finished.tolist(), scores.values(), strict=True)
+        sampled = read_rollouts(responses, rollouts)
+        scores = sampled_scores(scorer, policy, texts, sampled, score_at)
+        more = zip(sampled.ended.tolist(), scores.values(), strict=True)
         rows = [r | {"finished": f, "score": s} for r, (f, s) in zip(rows, more, strict=True)]
     write_jsonl(out, rows)
 

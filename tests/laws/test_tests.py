@@ -36,6 +36,7 @@ ELSEWHERE = {  # module: where it is tested, since it is a part of what is teste
     "evaluation/report/summary": "evaluation/test_summary",
     "evaluation/report/sweep_page": "evaluation/test_sweep_page",
     "evaluation/report/sweep_plots": "evaluation/test_sweep_page",
+    "inference/responses": "evaluation/test_compare",
     "inference/score": "inference/test_generate",
     "inference/terminal": "inference/test_generate",
     "io/base_model": "pipeline/test_run",
