@@ -18,6 +18,8 @@ from ppo_jax.config.stages import (
     SFTSettings,
 )
 
+WRITERS = ("tensorboard", "wandb", "trackio")  # of metrics, see training/writers.py
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScratchSettings:
@@ -90,6 +92,8 @@ class Config:
     seed: int = 0  # of initial weights, data order and sampling
     mesh: MeshSettings = MeshSettings()  # how the devices are arranged, see docs/pods.md
     prepare: str = ""  # "module:function": (folder) -> None, writes the run's data files first
+    writers: tuple[str, ...] = changeable(("tensorboard",))  # of metrics, besides metrics.jsonl:
+    # any of "tensorboard", "wandb", "trackio"
 
     # The stages, in the order in which they run; None leaves one out.
     sft: SFTSettings | None = None  # demonstrations
@@ -98,7 +102,11 @@ class Config:
     evaluate: EvaluateSettings | None = None  # the verdict; needs ppo, whose responses it judges
 
     def __post_init__(self):
-        Check(self, "").each(">= 0", "seed")
+        check = Check(self, "")
+        check.each(">= 0", "seed")
+        once = len(set(self.writers)) == len(self.writers)
+        rule = f"any of {list(WRITERS)}, each once"
+        check.that(once and set(self.writers) <= set(WRITERS), "writers", rule)
         if self.evaluate is not None and self.ppo is None:
             raise ValueError("evaluate needs a ppo section, whose responses it judges, got none")
         if self.evaluate and self.evaluate.ratings and not (self.reward or self.ppo.reward_model):

@@ -47,6 +47,7 @@ from ppo_jax.training.ppo_setup import critic_source, make_options
 from ppo_jax.training.reward_functions import load_reward_functions
 from ppo_jax.training.stage import Stage
 from ppo_jax.training.stages import TRAINING_STAGES
+from ppo_jax.training.writers import check_writers
 
 STAGES = (*TRAINING_STAGES, EVALUATE)  # in the order in which they run
 
@@ -60,11 +61,12 @@ def check_named(config: Config, workdir: Path, stages: Sequence[str]):
     """All that the config names is there, or will be: before anything is fetched or made.
 
     Raises:
-        ValueError: a function, a file or a stage is missing.
+        ValueError: a function, a package, a file or a stage is missing.
     """
     if config.model.scratch is not None:
         check_scratch(config, stages)
     check_functions(config, stages)
+    check_writers(config.writers)
     check_template(config, workdir)
     check_files(config, workdir, stages)
     check_sources(config, workdir, stages)

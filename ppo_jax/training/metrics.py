@@ -1,11 +1,11 @@
-"""Metrics of a stage: lines of JSON, TensorBoard events, and the progress that a user sees."""
+"""Metrics of a stage: lines of JSON, the writers' share, and the progress that a user sees."""
 
 import contextlib
 import math
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,14 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from ppo_jax.data.atomic import naming_file
 from ppo_jax.distributed.runtime import MIN_COMPILE_SECONDS, compile_seconds
 from ppo_jax.io.metric_names import with_former_names
 from ppo_jax.io.run_folder import append_rows, drop_lines_after
-
-FLUSH_S = 30  # seconds that TensorBoard may lag behind
+from ppo_jax.training.writers import Writer, make_writers
 
 
 class MetricsWriter:
-    """Metrics of one stage to metrics.jsonl, TensorBoard and the terminal, one step late.
+    """Metrics of one stage to metrics.jsonl, the writers and the terminal, one step late.
 
     The metrics of step n-1 are fetched when those of step n are handed in: the device is at step n
     meanwhile. Call `flush` before a checkpoint is saved, for the run that resumes from it writes
@@ -38,6 +36,7 @@ class MetricsWriter:
         tokens: (metric, factor): a step's tokens are that metric times the factor.
         limits: {metric: (most, setting)}: a run ends like one that diverges when a metric is above
             its limit, and the setting is named.
+        writers: where they go besides, as `config.writers` names them.
 
     Every step gets `time/step_s`, the wall seconds from when the metrics of the step before were
     there to when its own are, with all that happens in between (validation, samples, a save), and
@@ -58,6 +57,7 @@ class MetricsWriter:
         show: Mapping[str, str] | None = None,
         tokens: tuple[str, float] | None = None,
         limits: Mapping[str, tuple[float, str]] | None = None,
+        writers: Sequence[str] = ("tensorboard",),
     ):
         self.stage, self._tokens, self._limits = stage, tokens, limits or {}
         self.last_checkpoint = restored_step
@@ -66,17 +66,20 @@ class MetricsWriter:
         self._there = time.perf_counter()  # when the newest metrics were
         self._compiled = compile_seconds()  # before the first step of this start
         self._first = True
-        self._tensorboard = self._progress = None
+        self._writers: list[Writer] = []
+        self._progress: _Progress | None = None
         if jax.process_index() == 0:
             done = -1 if restored_step is None else restored_step
             drop_lines_after(self._path, stage, restored_step)
-            self._tensorboard = _TensorBoard(Path(workdir) / "tensorboard" / stage, done + 1)
+            self._writers = make_writers(
+                writers, Path(workdir), stage, purge_step=done + 1, tell=self.tell
+            )
             self._progress = _Progress(stage, max(done, 0), total_steps, show or {})
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Take the metrics of a step (scalars, on devices or not); write those of the step before.
 
-        NaN and infinity are null in metrics.jsonl, to keep it JSON, and absent in TensorBoard.
+        NaN and infinity are null in metrics.jsonl, to keep it JSON, and absent elsewhere.
 
         Raises:
             FloatingPointError: a loss or a gradient norm is not finite, or a metric is above its
@@ -92,8 +95,8 @@ class MetricsWriter:
         earlier, self._pending = self._pending, None
         if earlier is not None:
             self._write(*earlier)
-        if self._tensorboard is not None:
-            self._tensorboard.flush()
+        for writer in self._writers:
+            writer.flush()
 
     def tell(self, text: str) -> None:
         """A line for the user, above the progress."""
@@ -107,13 +110,14 @@ class MetricsWriter:
         finally:
             if self._progress is not None:
                 self._progress.close()
-                self._tensorboard.close()
+            for writer in self._writers:
+                writer.close()
 
     def abandon(self) -> None:
         """Close the files as they are, after an error: it is that one which is told."""
-        if self._tensorboard is not None:
+        for writer in self._writers:
             with contextlib.suppress(OSError):
-                self._tensorboard.close()
+                writer.close(failed=True)
 
     def _write(self, step: int, metrics: Mapping[str, Any]) -> None:
         values = {name: _scalar(name, x) for name, x in jax.device_get(dict(metrics)).items()}
@@ -121,7 +125,8 @@ class MetricsWriter:
         if self._progress is not None:
             both = with_former_names(values)
             append_rows(self._path, [{"stage": self.stage, "step": step, **both}])
-            self._tensorboard.write(step, both)
+            for writer in self._writers:
+                writer.write(step, both)
             self._progress.update(step, values)
         self._check(step, values)
 
@@ -154,55 +159,6 @@ class MetricsWriter:
         last = self.last_checkpoint
         last = "no checkpoint yet" if last is None else f"last checkpoint {last}"
         raise FloatingPointError(f"{', '.join(bad)} at step {step}; {last}")
-
-
-class _TensorBoard:
-    """Events of TensorBoard, in a file of this start's own.
-
-    tensorboardX's writer of summaries would hand them to a thread: on a full disk that thread dies,
-    and the run waits for it for ever.
-
-    Args:
-        folder: of the stage.
-        purge_step: this and later steps of older files are forgotten.
-    """
-
-    def __init__(self, folder: Path, purge_step: int):
-        # Where PyTorch is installed this import takes more than a second.
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
-        from tensorboardX.summary import scalar
-
-        folder.mkdir(parents=True, exist_ok=True)
-        self._folder, self._event, self._scalar = folder, Event, scalar
-        with naming_file(folder):
-            # Two files of one second are not one file.
-            self._events = EventsWriter(str(folder / "events"), f".{time.time_ns()}")
-        self._flushed = time.monotonic()
-        self._add(purge_step, session_log=SessionLog(status=SessionLog.START))
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            if math.isfinite(value):
-                self._add(step, summary=self._scalar(name, value))
-        if time.monotonic() - self._flushed > FLUSH_S:
-            self.flush()
-
-    def flush(self) -> None:
-        self._flushed = time.monotonic()
-        with naming_file(self._folder):
-            self._events.flush()
-
-    def close(self) -> None:
-        events, self._events = self._events, None
-        if events is not None:
-            with naming_file(self._folder):
-                events.close()
-
-    def _add(self, step: int, **content: Any) -> None:
-        with naming_file(self._folder):
-            event = self._event(wall_time=time.time(), step=step, **content)
-            self._events.write_event(event)
 
 
 class _Progress:

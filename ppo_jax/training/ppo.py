@@ -94,6 +94,7 @@ def train_ppo(config: Config, workdir: Path, base: str, data: PromptData):
         num_steps=num_steps,
         save_every=settings.save_every,
         keep=settings.keep,
+        writers=config.writers,
         tokens=("response/length", size),
         limits={"kl/ref": (settings.max_ref_kl, "ppo.max_ref_kl")},
     ) as run:

@@ -91,7 +91,12 @@ def train_reward(config: Config, workdir: Path, base: str, data: RewardParts):
         return all_scores(score, params, texts, inputs, layout, settings.batch_size)
 
     with StageRun(
-        workdir, REWARD, num_steps=num_steps, save_every=settings.save_every, keep=settings.keep
+        workdir,
+        REWARD,
+        num_steps=num_steps,
+        save_every=settings.save_every,
+        keep=settings.keep,
+        writers=config.writers,
     ) as run:
         state = run.restore(layout, init_train_state, trained, optimizer)
         del trained

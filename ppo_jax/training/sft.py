@@ -109,7 +109,12 @@ def train_sft(config: Config, workdir: Path, base: str, data: Texts):
         }
 
     with StageRun(
-        workdir, SFT, num_steps=num_steps, save_every=settings.save_every, keep=settings.keep
+        workdir,
+        SFT,
+        num_steps=num_steps,
+        save_every=settings.save_every,
+        keep=settings.keep,
+        writers=config.writers,
     ) as run:
         state = run.restore(layout, init_train_state, trained, optimizer)
         del trained

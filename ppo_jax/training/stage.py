@@ -8,7 +8,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,7 @@ class StageRun:
         keep: how many of them stay, or "best:METRIC": the newest and the best.
         tokens: (metric, factor), as `MetricsWriter` has it.
         limits: {metric: (most, setting)}, likewise.
+        writers: of its metrics, likewise.
     """
 
     is_open = False  # whether a stage of this process is
@@ -93,10 +94,11 @@ class StageRun:
         keep: str | int = 2,
         tokens: tuple[str, float] | None = None,
         limits: Mapping[str, tuple[float, str]] | None = None,
+        writers: Sequence[str] = ("tensorboard",),
     ):
         self.workdir, self.stage, self.num_steps = Path(workdir), stage.name, num_steps
         self.save_every, self.show = save_every, stage.progress
-        self.tokens, self.limits = tokens, limits
+        self.tokens, self.limits, self.writers = tokens, limits, writers
         self.folder = self.workdir / stage.name
         self.unit = stage.step_unit
         self.start = 0
@@ -156,6 +158,7 @@ class StageRun:
             show=self.show,
             tokens=self.tokens,
             limits=self.limits,
+            writers=self.writers,
         )
         return state
 

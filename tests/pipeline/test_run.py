@@ -36,7 +36,7 @@ def workdir(tmp_path_factory):
 def other(workdir, tmp_path_factory):
     """The other form of every stage: completions, preferences, a reward function; all layers."""
     folder = tmp_path_factory.mktemp("other")
-    pipeline.run(other_config(workdir), folder)
+    pipeline.run(other_config(workdir) | {"writers": []}, folder)
     return folder
 
 
@@ -124,11 +124,12 @@ def test_the_last_validation_is_the_result(workdir):
     assert got == row["reward_model/validation_accuracy_margin1"]
 
 
-def test_there_is_a_report_and_tensorboard_files(workdir):
+def test_there_is_a_report_and_tensorboard_files(workdir, other):
     page = (workdir / "report.html").read_text()
     assert "<html" in page and "the film is" not in page[:200] and "gold" in page
     for stage in STAGES:
         assert list((workdir / "tensorboard" / stage).glob("events.out.*"))
+    assert not (other / "tensorboard").exists()  # whose `writers` are none
 
 
 def test_every_stage_is_a_model_that_can_be_loaded(workdir):
