@@ -20,6 +20,7 @@ from ppo_jax.algorithms.experience import (
 from ppo_jax.algorithms.supervised import accumulate, accumulate_while
 from ppo_jax.core.checks import assert_divides, assert_numbers
 from ppo_jax.core.kl import adaptive_kl_coef
+from ppo_jax.core.lanes import any_lane, max_lane
 from ppo_jax.core.losses import ppo_loss
 from ppo_jax.core.network import merge_params
 from ppo_jax.core.optimizer import apply_gradients, init_optimizer, schedule
@@ -211,7 +212,7 @@ def ppo_update(
         (params, opt_state), metrics = jax.lax.scan(step, carry, rows)
     else:
         near = until_far(step, hyperparameters.stop_kl)
-        ((params, opt_state), _), metrics = jax.lax.scan(near, (carry, True), rows)
+        ((params, opt_state), _), metrics = jax.lax.scan(near, (carry, jnp.bool_(True)), rows)
     state = dataclasses.replace(
         state, policy_params=params["policy"], value_params=params.get("value"), opt_state=opt_state
     )
@@ -228,17 +229,18 @@ def until_far(step: Callable[..., tuple[Any, dict]], stop_kl: jax.Array | float)
 
         def compute():
             after, metrics = step(before, rows)
-            near = metrics["policy/approx_kl"] <= stop_kl
+            near = goes_on & (metrics["policy/approx_kl"] <= stop_kl)
             after = jax.tree.map(lambda new, old: jnp.where(near, new, old), after, before)
-            flags = {"ppo/computed": jnp.float32(1.0), "ppo/taken": near.astype(jnp.float32)}
-            return (after, near), metrics | flags
+            metrics = {name: jnp.where(goes_on, x, 0.0) for name, x in metrics.items()}
+            flags = {"ppo/computed": goes_on, "ppo/taken": near}
+            return (after, near), metrics | {k: x.astype(jnp.float32) for k, x in flags.items()}
 
         def skip():
             zeros = {name: jnp.zeros(x.shape, x.dtype) for name, x in shapes.items()}
             flags = {"ppo/computed": jnp.float32(0.0), "ppo/taken": jnp.float32(0.0)}
             return (before, jnp.bool_(False)), zeros | flags
 
-        return jax.lax.cond(goes_on, compute, skip)
+        return jax.lax.cond(any_lane(goes_on), compute, skip)
 
     return step_if_near
 
@@ -274,12 +276,13 @@ def accumulate_packed(
     rows, num_rows = pack_rows(minibatch.mask, minibatch.response_mask)
     size = rows.mask.shape[0] // num_micro_batches
     count = (num_rows + size - 1) // size
+    trips = max_lane(count)  # those beyond its own add 0 to a lane
 
     def micro_batch(i):
         some = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i * size, size), rows)
         return packed_experience(minibatch, some)
 
-    gradients, metrics = accumulate_while(loss, params, micro_batch, count)
+    gradients, metrics = accumulate_while(loss, params, micro_batch, trips)
     real, total = (rows.segment_ids > 0).sum(), count * size * rows.segment_ids.shape[1]
     return gradients, metrics | {"ppo/packing_efficiency": real / total}
 

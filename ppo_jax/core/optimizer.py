@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from ppo_jax.core.checks import Number, assert_numbers
+from ppo_jax.core.lanes import any_lane
 from ppo_jax.core.types import SCHEDULES, Optimizer
 
 __all__ = ["SCHEDULES", "apply_gradients", "global_norm", "init_optimizer", "schedule"]
@@ -70,7 +71,10 @@ def global_norm(tree: Any) -> jax.Array:
         largest = jnp.stack([jnp.max(jnp.abs(x), initial=0.0) for x in jax.tree.leaves(tree)]).max()
         return largest * optax.tree.norm(jax.tree.map(lambda x: x / largest, tree))
 
-    return jax.lax.cond(jnp.isinf(norm), scaled, lambda: norm)
+    overflows = jnp.isinf(norm)
+    return jax.lax.cond(
+        any_lane(overflows), lambda: jnp.where(overflows, scaled(), norm), lambda: norm
+    )
 
 
 def clip_by_norm(norm: jax.Array, limit: Number) -> optax.GradientTransformation:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from ppo_jax.core.lanes import any_lane
 from ppo_jax.core.types import Prompts
 from ppo_jax.rollout.decode import DecodeState, Policy, decode_step, init_decode
 from ppo_jax.rollout.sampling import Sampling
@@ -61,7 +62,7 @@ def decode_with_refills(
 
         def more(slots):
             enough = (admitted > 0) & ((~slots.active).sum() >= admitted)
-            return slots.active.any() & ~enough
+            return any_lane(slots.active.any() & ~enough)
 
         def step(slots):
             return decode_step(policy, slots, sampling, temperature)
@@ -176,7 +177,7 @@ def admit(
         state,
         slots=slots,
         row=jnp.where(enters, row, state.row),
-        waiting=state.waiting + enters.sum(dtype=jnp.int32),
+        waiting=jnp.minimum(state.waiting + group, num_rows),  # there was room for all of them
         prompt_states=prompt_states,
     )
 

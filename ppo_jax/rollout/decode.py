@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from ppo_jax.core.distributions import token_statistics
+from ppo_jax.core.lanes import any_lane
 from ppo_jax.core.network import Network
 from ppo_jax.core.renamed import renamed
 from ppo_jax.core.types import Params, Prompts
@@ -157,7 +158,7 @@ def decode_all(
     """The plain loop: (state in which every response has ended, hidden states of the prompts)."""
     state, prompt_states = init_decode(policy, prompts, keys, sampling)
     state = jax.lax.while_loop(
-        lambda s: s.active.any(),
+        lambda s: any_lane(s.active.any()),
         lambda s: decode_step(policy, s, sampling, temperature),
         state,
     )

@@ -175,32 +175,6 @@ def test_micro_batches_save_memory():
     assert memory(8) < 0.6 * memory(1)
 
 
-@pytest.mark.parametrize("packing", [False, True])
-def test_a_sweep_is_one_program(packing):
-    lanes = [numbers(), numbers(kl_coef=0.5, learning_rate=1e-3, clip_range=0.05)]
-    setup = tiny.setup(1, True)
-    options = tiny.options(packing=packing, num_micro_batches=4 if packing else 1)
-    parts = dict(frozen=setup.frozen, networks=setup.networks, options=options)
-
-    @tiny.jit
-    @functools.partial(jax.vmap, in_axes=(0, 0, None))
-    def iterate(state, hyperparameters, key):
-        return ppo_iteration(state, hyperparameters, tiny.prompts(), key, **parts)
-
-    stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *lanes)
-    states = jax.vmap(setup.start)(stacked)
-    for i in range(3):
-        states, metrics = iterate(states, stacked, jax.random.fold_in(KEY, i))
-    for i, lane in enumerate(lanes):
-        expected, expected_metrics = three_iterations(lane, options)
-        got, got_metrics = jax.tree.map(lambda x, i=i: np.asarray(x)[i], (states, metrics))
-        tiny.leaves_close(got_metrics, expected_metrics[-1], rtol=1e-3, atol=1e-4)
-        # A tenth of the learning rate: Adam turns rounding of small gradients into steps.
-        tiny.leaves_close(got.policy_params, expected.policy_params, atol=3e-4)
-        assert got.episodes == 3 * tiny.BATCH
-    assert metrics["kl/coef"].tolist() == pytest.approx([0.05, 0.5])
-
-
 def test_frozen_parameters_are_arguments_not_constants_of_the_program():
     setup, hyperparameters = tiny.setup(1, True), numbers()
     args = (setup.start(hyperparameters), hyperparameters, tiny.prompts(), KEY)

@@ -23,6 +23,7 @@ ELSEWHERE = {  # module: where it is tested, since it is a part of what is teste
     "config/flags": "config/test_config_errors",
     "config/mesh": "distributed/test_layout",
     "core/cpu": "core/test_distributions",
+    "core/lanes": "algorithms/test_sweep",
     "core/network": "algorithms/test_ppo",
     "core/types": "core/test_renamed",
     "data/comparisons": "data/test_preferences",
