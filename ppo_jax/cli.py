@@ -39,38 +39,64 @@ def run_stages(only: Sequence[str] = STAGE_NAMES):
         "dry_run", False, "Print the plan and the first examples of the data; train nothing."
     )
     flags.DEFINE_alias("dry-run", "dry_run")
-    multihost = flags.DEFINE_boolean(
-        "multihost", False, "This is one of several processes, on a TPU pod for instance."
-    )
-    coordinator = flags.DEFINE_string(
-        "coordinator", None, "HOST:PORT of process 0, where jax does not find it by itself."
-    )
-    num_processes = flags.DEFINE_integer(
-        "num_processes", None, "Number of processes; see --coordinator."
-    )
-    process_id = flags.DEFINE_integer(
-        "process_id", None, "Index of this process; see --coordinator."
-    )
+    multihost = multihost_flags()
     flags.mark_flags_as_required(["config", "workdir"])
-    show_in_help(config, workdir, dry_run, multihost, coordinator, num_processes, process_id)
+    show_in_help(config, workdir, dry_run, *multihost)
 
     def main():
-        addresses = (coordinator.value, num_processes.value, process_id.value)
-        if not multihost.value and any(value is not None for value in addresses):
-            raise ValueError("--coordinator, --num_processes and --process_id need --multihost")
-        if multihost.value and dry_run.value:
+        if multihost[0].value and dry_run.value:
             raise ValueError("--dry_run is for one process: leave --multihost out")
-        if multihost.value:
-            processes.initialize(*addresses)
+        join_processes(*multihost)
         processes.end_on_second_signal()
-        if not isinstance(config.value, config_dict.ConfigDict):
-            name = config_flags.get_config_filename(flags.FLAGS["config"])
-            kind = type(config.value).__name__
-            raise ValueError(f"get_config() of {name} must return a ConfigDict, got a {kind}")
         start = pipeline.dry_run if dry_run.value else pipeline.run
-        start(config.value, workdir.value, only=only)
+        start(config_of(config), workdir.value, only=only)
 
     run(main)
+
+
+def multihost_flags() -> tuple[flags.FlagHolder, ...]:
+    """Define --multihost, --coordinator, --num_processes and --process_id."""
+    about = "This is one of several processes, on a TPU pod for instance."
+    where = "HOST:PORT of process 0, where jax does not find it by itself."
+    return (
+        flags.DEFINE_boolean("multihost", False, about),
+        flags.DEFINE_string("coordinator", None, where),
+        flags.DEFINE_integer("num_processes", None, "Number of processes; see --coordinator."),
+        flags.DEFINE_integer("process_id", None, "Index of this process; see --coordinator."),
+    )
+
+
+def join_processes(multihost: flags.FlagHolder, *addresses: flags.FlagHolder):
+    """Join the others with --multihost, before anything else of jax.
+
+    Args:
+        multihost: the first of `multihost_flags`.
+        addresses: the others.
+
+    Raises:
+        ValueError: an address without --multihost, or none where it is needed.
+    """
+    if multihost.value:
+        processes.initialize(*(flag.value for flag in addresses))
+    elif any(flag.value is not None for flag in addresses):
+        raise ValueError("--coordinator, --num_processes and --process_id need --multihost")
+
+
+def config_of(flag: flags.FlagHolder) -> config_dict.ConfigDict:
+    """The value of --config.
+
+    Raises:
+        ValueError: the file gives something else.
+    """
+    if not isinstance(flag.value, config_dict.ConfigDict):
+        name, kind = config_filename(), type(flag.value).__name__
+        raise ValueError(f"get_config() of {name} must return a ConfigDict, got a {kind}")
+    return flag.value
+
+
+def config_filename() -> str:
+    """What --config names, with its variant."""
+    return config_flags.get_config_filename(flags.FLAGS["config"])
 
 
 def config_flag() -> flags.FlagHolder:
@@ -110,11 +136,16 @@ def run(main: Callable[[], None]):
     Args:
         main: the script.
     """
+    begin_process()
+    sys.exit(app.run(lambda _: call(main), flags_parser=parse_flags))
+
+
+def begin_process():
+    """What every process of ours begins with, before jax has a device."""
     # transformers would say at every start that its models need torch; we use its tokenizers.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     enable_compilation_cache(cache_dir() / "compiled")
     retain_freed_memory()
-    sys.exit(app.run(lambda _: call(main), flags_parser=parse_flags))
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:

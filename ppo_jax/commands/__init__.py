@@ -18,6 +18,7 @@ COMMANDS = {
     "ppo": ("run the ppo stage of a config", "stages"),
     "generate": ("responses to prompts, to a file of prompts, or in a chat", "generate"),
     "export": ("a finished stage as a Hugging Face folder", "export"),
+    "sweep": ("many runs of one config, by points that change it", "sweep"),
     "plan": ("memory and least time of a PPO iteration on a TPU topology", "plan"),
 }
 
@@ -42,7 +43,7 @@ def main():
     module = importlib.import_module(f"ppo_jax.commands.{module_name}")
     # --help prints it above the flags.
     text = f"{about}\n\nppo-jax {name} --FLAG=VALUE ..."
-    if module_name in ("stages", "plan"):
+    if module_name in ("stages", "sweep", "plan"):
         text += "\n\nEvery setting of the config is a flag: --config.SECTION.FIELD=VALUE"
     sys.modules["__main__"].__doc__ = text
     module.main(*([name] if module_name == "stages" else []))

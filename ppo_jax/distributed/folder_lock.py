@@ -16,7 +16,7 @@ import platform
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,10 @@ SETTLE_S = 1  # without `flock`: who is in the file by then has the folder
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 _held: set[int] = set()  # open lock files
+
+
+class FolderInUse(ValueError):
+    """Another process holds the folder."""
 
 
 def _let_go_in_child():
@@ -54,7 +58,8 @@ def hold_folder(folder: Path) -> Iterator[None]:
     that cannot be written to is not held: nothing can be mixed in it.
 
     Raises:
-        ValueError: another process holds the folder, or it cannot be made.
+        FolderInUse: another process holds the folder.
+        ValueError: it cannot be made, or its lock is another user's.
         FileNotFoundError: the folder was removed meanwhile, which made the work in it fail.
     """
     made = _make_folder(folder)
@@ -74,6 +79,28 @@ def hold_folder(folder: Path) -> Iterator[None]:
         for new in made:
             with contextlib.suppress(OSError):  # there is something in it
                 new.rmdir()
+
+
+@contextlib.contextmanager
+def hold_when_free(folder: Path, tell: Callable[[str], None]) -> Iterator[None]:
+    """`hold_folder`, but wait where another process holds it.
+
+    Args:
+        folder: as for `hold_folder`.
+        tell: is called once, with who holds it, if there is a wait.
+    """
+    told = False
+    with contextlib.ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(hold_folder(folder))
+                break
+            except FolderInUse as error:
+                if not told:
+                    tell(str(error).partition(": wait for")[0])
+                told = True
+                time.sleep(POLL_S)
+        yield
 
 
 def _make_folder(folder: Path) -> list[Path]:
@@ -118,13 +145,13 @@ def _take(lock: int, path: Path) -> bool:
     """Whether the open file is our lock now; False where its holder has just removed it.
 
     Raises:
-        ValueError: another process holds it.
+        FolderInUse: another process holds it.
     """
     locked, holder = _flock(lock), _read(lock)
     # With the lock of a process on this machine that process is dead, whatever its record says.
     unsure = holder and not (locked and holder.get("machine") == _machine())
     if locked is None or (unsure and _is_alive(path, holder)):
-        raise ValueError(_refusal(path.parent, holder))
+        raise FolderInUse(_refusal(path.parent, holder))
     if not path.exists() or not os.path.samestat(os.fstat(lock), path.stat()):
         return False
     ours = _record()
@@ -134,7 +161,7 @@ def _take(lock: int, path: Path) -> bool:
     if not locked:
         time.sleep(SETTLE_S)
         if (holder := _read(lock)) != ours:
-            raise ValueError(_refusal(path.parent, holder))
+            raise FolderInUse(_refusal(path.parent, holder))
     return True
 
 

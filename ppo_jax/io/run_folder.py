@@ -87,8 +87,13 @@ def prepare_workdir(workdir: str | Path, config: Mapping[str, Any]) -> None:
         "python": platform.python_version(),
         "devices": {"kind": kind, "count": count, "processes": jax.process_count()},
     }
-    text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
-    atomic_write(Path(workdir) / "config.json", text.encode())
+    write_object(Path(workdir) / "config.json", record)
+
+
+def write_object(path: str | Path, values: Any) -> None:
+    """Write JSON, whole or not at all; infinity is written as "inf"."""
+    text = json.dumps(_plain(values, nonfinite=str), indent=2, ensure_ascii=False)
+    atomic_write(path, text + "\n")
 
 
 def read_record(workdir: str | Path) -> dict[str, Any]:
@@ -236,8 +241,7 @@ def write_results(workdir: str | Path, results: Mapping[str, Any]) -> None:
     """Write results.json, whole or not at all; process 0 only."""
     if jax.process_index() == 0:
         both = with_former_names(_plain(results, nonfinite=lambda x: None))
-        text = json.dumps(both, indent=2, ensure_ascii=False)
-        atomic_write(Path(workdir) / "results.json", (text + "\n").encode())
+        write_object(Path(workdir) / "results.json", both)
 
 
 def keep_time(workdir: str | Path, part: str, seconds: float) -> None:

@@ -55,22 +55,34 @@ def run(
     Raises:
         ValueError: a setting, a data file or a model is not usable; before training begins.
     """
-    logging.set_verbosity(logging.WARNING)  # Orbax logs every file it writes
     workdir = checked_folder(workdir)
-    with contextlib.ExitStack() as held:
-        on_primary(lambda: held.enter_context(hold_folder(workdir)))
-        given, config, stages = planned(settings, workdir, only)
-        complete = on_primary(completeness, config, workdir)
-        todo = [stage for stage in stages if not complete[stage]]
-        if todo:
-            base, data = prepare(config, given, workdir, todo)
-        for stage in stages:
-            if stage in todo:
-                run_stage(stage, config, workdir, base, data.pop(stage))
-            else:
-                print(f"{stage}: complete", flush=True)
-        report = workdir / "report.html"
-        on_primary(lambda: is_current(workdir) or write_report(workdir))
+    with held(workdir):
+        run_held(settings, workdir, only)
+
+
+@contextlib.contextmanager
+def held(workdir: Path) -> Iterator[None]:
+    """Keep other runs out of a folder, for all processes of this one."""
+    with contextlib.ExitStack() as stack:
+        on_primary(lambda: stack.enter_context(hold_folder(workdir)))
+        yield
+
+
+def run_held(settings: config_dict.ConfigDict | dict, workdir: Path, only: Sequence[str]):
+    """`run` in a folder that this run holds already."""
+    logging.set_verbosity(logging.WARNING)  # Orbax logs every file it writes
+    given, config, stages = planned(settings, workdir, only)
+    complete = on_primary(completeness, config, workdir)
+    todo = [stage for stage in stages if not complete[stage]]
+    if todo:
+        base, data = prepare(config, given, workdir, todo)
+    for stage in stages:
+        if stage in todo:
+            run_stage(stage, config, workdir, base, data.pop(stage))
+        else:
+            print(f"{stage}: complete", flush=True)
+    report = workdir / "report.html"
+    on_primary(lambda: is_current(workdir) or write_report(workdir))
     if not todo:
         print("every stage is complete: nothing to do", flush=True)
     print(closing(workdir, report), flush=True)
@@ -87,8 +99,18 @@ def planned(
     """(the config as given, the same with `{workdir}` filled in, the stages that it asks for).
 
     Raises:
-        ValueError: a setting is not usable, or does not fit to what the folder holds.
+        ValueError: a setting is not usable, or does not fit to the devices or to what the folder
+            holds.
     """
+    given, config, stages = checked_settings(settings, workdir, only)
+    make_mesh(config.mesh)  # refused before anything is made
+    return given, config, stages
+
+
+def checked_settings(
+    settings: config_dict.ConfigDict | dict, workdir: Path, only: Sequence[str]
+) -> tuple[Config, Config, list[str]]:
+    """`planned` without a look at the devices, which a process that asks for them takes."""
     only = [only] if isinstance(only, str) else only
     given = as_begun(with_date(from_config_dict(settings), workdir), workdir)
     config = fill_in_workdir(given, workdir)
@@ -98,7 +120,6 @@ def planned(
     if not stages:
         has = [stage for stage in STAGE_NAMES if getattr(config, stage) is not None]
         raise ValueError(f"the config has none of the sections {list(only)}; it has {has}")
-    make_mesh(config.mesh)  # refused before anything is made
     for stage in (stage for stage in stages if stage != "evaluate"):
         check_settings(workdir / stage, describe(stage, config, workdir))
     check_same_base(workdir, dataclasses.asdict(given))

@@ -27,6 +27,7 @@ SCRIPTS = {
     "ppo": "train_ppo",
     "generate": "generate",
     "export": "export_hf",
+    "sweep": "sweep",
     "plan": "plan",
 }
 

@@ -119,7 +119,7 @@ def test_only_the_module_that_is_named_for_it_knows_a_third_party():
         "tensorboardX": {"training.writers"},
         "wandb": {"training.writers"},
         "trackio": {"training.writers"},
-        "tqdm": {"training.metrics"},
+        "tqdm": {"training.metrics", "pipeline.sweep"},
         "pyarrow": {"data.readers"},
         "datasets": {"data.readers"},
         "jinja2": {"data.templates", "evaluation.report.report"},

@@ -1,0 +1,159 @@
+"""Many runs of one config: the points of a grid, of chance, of a search, or of its `sweep()`."""
+
+import functools
+import inspect
+import itertools
+import os
+import re
+import runpy
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from absl import flags, logging
+
+from ppo_jax import cli
+from ppo_jax.config.parsing import describe_error
+from ppo_jax.config.points import (
+    GRID,
+    MOST_POINTS,
+    Point,
+    grid_points,
+    listed_points,
+    parse_grid,
+    random_points,
+)
+from ppo_jax.distributed import layout, processes, shares
+from ppo_jax.pipeline import study, sweep
+
+CHILD = (sys.executable, "-m", "ppo_jax.commands.point")
+
+
+def define_flags() -> SimpleNamespace:
+    """The flags of the command, by name."""
+    text, whole = flags.DEFINE_string, flags.DEFINE_integer
+    found = SimpleNamespace(
+        config=cli.config_flag(),
+        workdir=text("workdir", None, "The sweep's folder; each point has one in it."),
+        grid=text("grid", None, f"The points, {GRID}; otherwise those of the config's sweep()."),
+        random=whole("random", None, "Draw so many points from --grid: its lists, log(a,b) ..."),
+        random_seed=whole("random_seed", 0, "Of --random: the same points again.", lower_bound=0),
+        jobs=whole("jobs", 1, "Points at a time; they share cores, GPUs or chips equally."),
+        retries=whole("retries", 1, "How often a crashed point is retried.", lower_bound=0),
+        shard=text("shard", None, "i/n: every n-th point from the i-th on, from 0 to n - 1."),
+        dry_run=flags.DEFINE_boolean("dry_run", False, "Print the points; run nothing."),
+    )
+    flags.DEFINE_alias("dry-run", "dry_run")
+    found.multihost = cli.multihost_flags()
+    flags.mark_flags_as_required(["config", "workdir"])
+    holders = [x for x in vars(found).values() if not isinstance(x, tuple)]
+    cli.show_in_help(*holders, *found.multihost)
+    return found
+
+
+def main():
+    """Define the flags, parse them, run the points; exit code 1 if one has failed."""
+    flag = define_flags()
+    cli.run(functools.partial(run_points, flag))
+
+
+def run_points(flag: SimpleNamespace):
+    """What the command does."""
+    logging.set_verbosity(logging.WARNING)
+    together = flag.multihost[0].value
+    check_flags(flag, together)
+    settings, workdir = cli.config_of(flag.config).to_dict(), Path(flag.workdir.value)
+    points = find_points(flag)
+    cli.join_processes(*flag.multihost)
+    if together:
+        parts, num_devices = [], len(layout.devices_of_run())
+    else:
+        parts = shares.divide(*shares.find_devices(), flag.jobs.value)
+        num_devices = parts[0].num_devices
+    works = study.plan_sweep(settings, points, workdir, num_devices)
+    works = works[find_shard(flag.shard.value)]
+    if flag.dry_run.value:
+        print(sweep.preview(works, workdir))
+        return
+    processes.end_on_second_signal()
+    processes.on_primary(study.keep_base, settings, workdir)
+    if together:
+        failed = sweep.run_together(works, workdir)
+    else:
+        failed = sweep.Sweep(
+            works, workdir, shares=parts, command=CHILD, retries=flag.retries.value
+        ).run()
+    tell_end(workdir, failed)
+
+
+def check_flags(flag: SimpleNamespace, together: bool):
+    """Refuse flags that do not go together."""
+    if flag.random.value is not None and flag.grid.value is None:
+        raise ValueError("--random draws from --grid, which is missing")
+    if flag.random.value is None and flag.random_seed.present:
+        raise ValueError("--random_seed is of --random, which is missing")
+    if together and (flag.jobs.value > 1 or flag.shard.value or flag.dry_run.value):
+        raise ValueError(
+            "with --multihost all processes run the points together, one after "
+            "another: leave --jobs, --shard and --dry_run out"
+        )
+
+
+def find_points(flag: SimpleNamespace) -> list[Point]:
+    """The points that the flags ask for."""
+    if flag.grid.value is None:
+        return config_points(cli.config_filename())
+    axes = parse_grid(flag.grid.value)
+    if flag.random.value is None:
+        return grid_points(axes)
+    return random_points(axes, flag.random.value, flag.random_seed.value)
+
+
+def config_points(name: str) -> list[Point]:
+    """What `sweep()` of a config file gives; it may take the variant as its argument.
+
+    Raises:
+        ValueError: there is no such function, it raises something, or gives no points.
+    """
+    path, _, variant = name.partition(":")
+    listed, source = runpy.run_path(path).get("sweep"), f"sweep() of {path}"
+    if not callable(listed):
+        raise ValueError(f"{path} has no function sweep(): add one, or give --grid={GRID}")
+    try:
+        takes_variant = bool(inspect.signature(listed).parameters)
+        points: Any = listed(variant) if takes_variant and variant else listed()
+        if isinstance(points, Iterable) and not isinstance(points, Mapping | str):
+            points = list(itertools.islice(points, MOST_POINTS + 1))
+    except Exception as error:  # the user's code
+        raise ValueError(f"{source} raised {describe_error(error)}") from error
+    return listed_points(points, source)
+
+
+def find_shard(text: str | None) -> slice:
+    """The points of this process: of --shard, or of a SLURM array, or all.
+
+    Raises:
+        ValueError: it is no i/n with 0 <= i < n.
+    """
+    if text is None and "SLURM_ARRAY_TASK_ID" in os.environ:
+        array = {"ID": 0, "MIN": 0, "STEP": 1, "COUNT": 1}
+        array = {x: int(os.environ.get(f"SLURM_ARRAY_TASK_{x}") or y) for x, y in array.items()}
+        text = f"{(array['ID'] - array['MIN']) // array['STEP']}/{array['COUNT']}"
+        print(f"--shard={text}, by SLURM_ARRAY_TASK_ID", flush=True)
+    if text is None:
+        return slice(None)
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or int(match[1]) >= int(match[2]):
+        raise ValueError(f"--shard must be i/n with 0 <= i < n, got {text!r}")
+    return slice(int(match[1]), None, int(match[2]))
+
+
+def tell_end(workdir: Path, failed: list[sweep.Task]):
+    """The last lines; exit code 1 with a list where points have failed."""
+    print(f"table: {workdir / 'sweep.csv'}", flush=True)
+    if failed:
+        lines = [f"  {task.work.folder}: {task.error}" for task in failed]
+        print("\n".join([f"{len(failed)} points have failed:", *lines]), file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,152 @@
+"""Sweeps of real runs: killed and started again, by two processes at a time, by two as one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import pytest
+
+from ppo_jax.config.run import with_defaults
+from ppo_jax.pipeline import run as pipeline
+from ppo_jax.pipeline import study, sweep
+from ppo_jax.pipeline.export import export_stage
+from tests.support import tiny_run, two_processes
+from tests.support.command_line import ROOT, run_script
+from tests.support.finished_run import read_lines
+
+pytestmark = pytest.mark.slow
+POINTS = [{"ppo.kl_coef": 0.0}, {"ppo.kl_coef": 0.5}]
+GRID = "--grid=ppo.kl_coef=0,0.5"
+PATIENCE = 240
+
+
+def slow_letters(prompts, responses):
+    """A reward function that leaves time for a kill."""
+    time.sleep(0.3)
+    return tiny_run.letters(prompts, responses)
+
+
+def settings(**ppo):
+    """A short SFT, and PPO with a function: what the points share, and what they do not."""
+    values = tiny_run.config()
+    values = {name: values[name] for name in ("prepare", "model", "sft", "ppo")}
+    values["sft"] |= {"num_epochs": 0.5, "eval_every": 9}
+    values["ppo"] |= {"reward_model": "", "reward_function": f"{__name__}:slow_letters"}
+    values["ppo"] |= {"num_iterations": 4, "save_every": 2, "kl_control": "fixed"} | ppo
+    return with_defaults(values).to_dict()
+
+
+def write_config(folder):
+    path = folder / "config.py"
+    path.write_text(
+        "from ppo_jax.config import with_defaults\n"
+        f"from {__name__} import settings\n\n"
+        "def get_config():\n    return with_defaults(settings())\n"
+    )
+    return path
+
+
+def table(workdir):
+    """sweep.json without what the clock says."""
+    rows = json.loads((workdir / "sweep.json").read_text())
+    for row in rows:
+        row["metrics"] = {k: v for k, v in row["metrics"].items() if not k.startswith("time/")}
+    return rows
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A sweep that nobody interrupts, in this process; nothing may be changed in it."""
+    folder = tmp_path_factory.mktemp("whole") / "sweep"
+    works = study.plan_sweep(settings(), POINTS, folder, 1)
+    assert sweep.run_together(works, folder) == []
+    return folder
+
+
+@pytest.fixture
+def as_children(monkeypatch):
+    """Processes of a test have one device, and the programs of this one's cache."""
+    cache = str(jax.config.jax_compilation_cache_dir)
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", cache)
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+
+
+def test_a_sweep_that_is_killed_and_goes_on_in_two_processes_has_the_same_table(
+    whole, tmp_path, as_children
+):
+    flags = [f"--config={write_config(tmp_path)}", f"--workdir={tmp_path}/sweep", GRID]
+    command = [sys.executable, str(ROOT / "experiments" / "sweep.py"), *flags]
+    folder = tmp_path / "sweep"
+    first, second = folder / "kl_coef=0", folder / "kl_coef=0.5"
+    process = subprocess.Popen(command)
+    end = time.monotonic() + PATIENCE
+    while not (first / "ppo" / "checkpoints" / "2").is_dir():
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.05)
+    child = json.loads((first / ".lock").read_text())["process"]
+    for killed in (child, process.pid):
+        os.kill(killed, signal.SIGKILL)
+    process.wait()
+    assert not (folder / "sweep.json").exists()
+
+    other = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    ended = run_script("sweep", *flags)
+    output, _ = other.communicate(timeout=PATIENCE)
+    assert (ended.code, other.returncode) == (0, 0), (ended, output)
+    assert table(folder) == table(whole)
+    assert f"table: {folder}/sweep.csv" in output
+    logs = {path.parent.name: path.read_text() for path in folder.rglob("log.txt")}
+    (shared,) = (log for name, log in logs.items() if name.startswith("sft-"))
+    assert shared.count("sft: compiling") == 1  # made once, and for both
+    assert logs[first.name].count("ppo: resuming after step 2") == 1
+    assert logs[second.name].count("ppo: compiling") == 1
+    for name in (first.name, second.name):
+        lines = [read_lines(x / name / "metrics.jsonl") for x in (folder, whole)]
+        assert lines[0] == lines[1]
+
+
+def test_a_point_is_an_ordinary_run(whole, tmp_path, capsys):
+    point = whole / "kl_coef=0.5"
+    assert os.readlink(point / "sft") == os.readlink(whole / "kl_coef=0" / "sft")
+    assert {row["stage"] for row in read_lines(point / "metrics.jsonl")} == {"sft", "ppo"}
+    assert "Supervised fine-tuning" in (point / "report.html").read_text()
+    rows = table(whole)
+    assert [row["point"] for row in rows] == POINTS
+    assert all("sft/validation_loss" in row["metrics"] for row in rows)
+    assert rows[0]["metrics"]["kl/coef"] == 0.0 and rows[1]["metrics"]["kl/coef"] == 0.5
+    for stage in ("sft", "ppo"):
+        export_stage(point, stage, tmp_path / stage)
+    works = study.plan_sweep(settings(), POINTS, whole, 1)
+    pipeline.run(works[1].settings, point)
+    assert "every stage is complete: nothing to do" in capsys.readouterr().out
+    shown = sweep.preview(works, whole)
+    assert shown.startswith("2 points, 3 shared parts") and shown.count("complete") == 5
+    more = [*POINTS, {"ppo.kl_coef": 1.0}, {"sft.batch_size": 4}]
+    shown = sweep.preview(study.plan_sweep(settings(), more, whole, 1), whole).splitlines()
+    assert shown[0].startswith("4 points, 4 shared parts")
+    assert [line.split("  ")[-1].strip() for line in shown[-2:]] == ["not begun"] * 2
+    assert sum("of 3 points  complete" in line for line in shown) == 1  # SFT, not that of the last
+
+
+def together(folder):
+    """Two points, in all processes."""
+    values = settings(init_from="base", num_iterations=1, num_samples=0)
+    works = study.plan_sweep(values | {"sft": None}, POINTS, folder / "sweep", 2)
+    assert sweep.run_together(works, folder / "sweep") == []
+
+
+def test_two_processes_run_the_points_together(tmp_path):
+    start = two_processes.start(f"{__name__}:together", tmp_path, num_devices=2)
+    ended = two_processes.finish(start)
+    assert [code for code, _ in ended] == [0, 0], ended
+    assert ["2/2  kl_coef=0.5  complete in" in output for _, output in ended] == [True, False]
+    rows = table(tmp_path / "sweep")
+    assert [(row["point"], row["status"]) for row in rows] == [(x, "complete") for x in POINTS]
+    scores = [row["metrics"]["reward/score_mean"] for row in rows]
+    assert scores[0] == scores[1]  # of the first rollout, from the same model
