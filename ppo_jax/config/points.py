@@ -311,7 +311,7 @@ def point_name(point: Point) -> str:
 
 
 def short_name(name: str) -> str:
-    """A setting without `ppo.`, which most sweeps are about; `ppo.seed` keeps it."""
+    """A setting without its section ppo, which most sweeps are about; `ppo.seed` keeps it."""
     return name if name == "ppo.seed" else name.removeprefix("ppo.")
 
 

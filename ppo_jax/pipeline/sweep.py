@@ -17,7 +17,7 @@ from ppo_jax.distributed.shares import Share
 from ppo_jax.pipeline.children import IN_USE, Child
 from ppo_jax.pipeline.shared_stages import Work, do_work, is_made
 from ppo_jax.pipeline.study import is_complete
-from ppo_jax.pipeline.sweep_table import figures, read_point, write_point, write_table
+from ppo_jax.pipeline.sweep_files import figures, read_point, write_point, write_table
 
 POLL_S = 0.1  # between two looks at the children
 LOOK_S = 2  # between two looks at what other processes do

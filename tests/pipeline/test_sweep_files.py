@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from ppo_jax.pipeline.sweep_table import figures, read_point, write_point, write_table
+from ppo_jax.pipeline import sweep_files
+from ppo_jax.pipeline.sweep_files import figures, read_point, write_point, write_table
 
 
 def make_point(workdir, point, status="complete", error="", **results):
@@ -56,10 +57,16 @@ def test_rows_are_in_the_order_of_their_values_whoever_made_them(tmp_path):
         head, *lines = csv.reader(file)
     assert head[:4] == ["ppo.gamma", "ppo.stop_kl", "workdir", "status"] and len(lines) == 4
     assert lines[0][:4] == ["1.0", "", "1.0", "failed"]
-    assert {path.name for path in tmp_path.iterdir() if path.is_file()} == {
-        "sweep.json",
-        "sweep.csv",
-    }
+    files = {path.name for path in tmp_path.iterdir() if path.is_file()}
+    assert files == {"sweep.json", "sweep.csv", "sweep.html"}
+
+
+def test_a_page_that_cannot_be_made_does_not_end_the_sweep(tmp_path, monkeypatch, capsys):
+    make_point(tmp_path, {"seed": 1})
+    monkeypatch.setattr(sweep_files, "write_sweep_page", lambda *_: 1 / 0)
+    assert len(write_table(tmp_path)) == 1 and (tmp_path / "sweep.csv").exists()
+    told = f"{tmp_path}/sweep.html cannot be made: ZeroDivisionError: division by zero\n"
+    assert capsys.readouterr().out == told
 
 
 def test_a_record_of_another_kind_is_named(tmp_path):

@@ -1,4 +1,4 @@
-"""The table of a sweep, sweep.json and sweep.csv: what its points are, and what came of them.
+"""The table of a sweep, as sweep.json, sweep.csv and sweep.html: its points and their figures.
 
 It is read from the points' folders, so that any process writes the same one.
 """
@@ -10,9 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ppo_jax.config.parsing import describe_error
 from ppo_jax.data.atomic import atomic_write
 from ppo_jax.distributed.folder_lock import hold_when_free
 from ppo_jax.evaluation.report.charts import compared
+from ppo_jax.evaluation.report.sweep_page import write_sweep_page
 from ppo_jax.io.run_folder import KINDS, read_object, read_results, read_rows, write_object
 
 POINT = "point.json"  # of a point's folder
@@ -79,11 +81,15 @@ def is_figure(value: Any) -> bool:
 
 
 def write_table(workdir: Path) -> list[dict[str, Any]]:
-    """Write sweep.json and sweep.csv, each whole or not at all; returns the rows."""
+    """Write sweep.json, sweep.csv and sweep.html, each whole or not at all; returns the rows."""
     with hold_when_free(workdir / ".table", lambda text: None):
         rows = table_rows(workdir)
         write_object(workdir / "sweep.json", rows)
         atomic_write(workdir / "sweep.csv", as_csv(rows))
+        try:
+            write_sweep_page(workdir, rows)
+        except Exception as error:  # the points to come matter more than a page of those that are
+            print(f"{workdir}/sweep.html cannot be made: {describe_error(error)}", flush=True)
     return rows
 
 
