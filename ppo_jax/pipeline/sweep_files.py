@@ -14,7 +14,6 @@ from ppo_jax.config.parsing import describe_error
 from ppo_jax.data.atomic import atomic_write
 from ppo_jax.distributed.folder_lock import hold_when_free
 from ppo_jax.evaluation.report.charts import compared
-from ppo_jax.evaluation.report.sweep_page import write_sweep_page
 from ppo_jax.io.run_folder import KINDS, read_object, read_results, read_rows, write_object
 
 POINT = "point.json"  # of a point's folder
@@ -87,7 +86,10 @@ def write_table(workdir: Path) -> list[dict[str, Any]]:
         write_object(workdir / "sweep.json", rows)
         atomic_write(workdir / "sweep.csv", as_csv(rows))
         try:
-            write_sweep_page(workdir, rows)
+            # It loads SciPy's statistics, a second that a dry run and a refusal need not wait.
+            from ppo_jax.evaluation.report import sweep_page
+
+            sweep_page.write_sweep_page(workdir, rows)
         except Exception as error:  # the points to come matter more than a page of those that are
             print(f"{workdir}/sweep.html cannot be made: {describe_error(error)}", flush=True)
     return rows

@@ -14,7 +14,8 @@ import pytest
 
 from ppo_jax.distributed.folder_lock import hold_folder
 from ppo_jax.distributed.shares import Share
-from ppo_jax.pipeline import sweep, sweep_files
+from ppo_jax.evaluation.report import sweep_page
+from ppo_jax.pipeline import sweep
 from ppo_jax.pipeline.shared_stages import Work
 from ppo_jax.pipeline.sweep import Sweep
 from tests.support.command_line import ROOT
@@ -53,7 +54,7 @@ COMMAND = (sys.executable, "-S", "-c", CHILD)
 def done_by_a_file(monkeypatch):
     for name in ("is_complete", "is_made"):
         monkeypatch.setattr(sweep, name, lambda work: (work.folder / "is_done").exists())
-    monkeypatch.setattr(sweep_files, "write_sweep_page", lambda *_: None)
+    monkeypatch.setattr(sweep_page, "write_sweep_page", lambda *_: None)
     monkeypatch.setattr(sweep, "POLL_S", 0.01)
     monkeypatch.setattr(sweep, "LOOK_S", 0.05)
 
@@ -204,7 +205,7 @@ from pathlib import Path
 from tests.pipeline import test_sweep
 from ppo_jax.pipeline import sweep
 sweep.is_complete = lambda work: False
-test_sweep.sweep_files.write_sweep_page = lambda *_: None
+test_sweep.sweep_page.write_sweep_page = lambda *_: None
 workdir = Path(sys.argv[1])
 test_sweep.run(workdir, [test_sweep.point(workdir, number) for number in range(2)])
 """

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from ppo_jax.pipeline import sweep_files
+from ppo_jax.evaluation.report import sweep_page
 from ppo_jax.pipeline.sweep_files import figures, read_point, write_point, write_table
 
 
@@ -63,7 +63,7 @@ def test_rows_are_in_the_order_of_their_values_whoever_made_them(tmp_path):
 
 def test_a_page_that_cannot_be_made_does_not_end_the_sweep(tmp_path, monkeypatch, capsys):
     make_point(tmp_path, {"seed": 1})
-    monkeypatch.setattr(sweep_files, "write_sweep_page", lambda *_: 1 / 0)
+    monkeypatch.setattr(sweep_page, "write_sweep_page", lambda *_: 1 / 0)
     assert len(write_table(tmp_path)) == 1 and (tmp_path / "sweep.csv").exists()
     told = f"{tmp_path}/sweep.html cannot be made: ZeroDivisionError: division by zero\n"
     assert capsys.readouterr().out == told

@@ -136,6 +136,7 @@ def test_a_point_is_an_ordinary_run(whole, tmp_path, capsys):
 
 def together(folder):
     """Two points, in all processes."""
+    sys.modules.pop("torch")  # `two_processes` leaves it out, which SciPy does not like
     values = settings(init_from="base", num_iterations=1, num_samples=0)
     works = study.plan_sweep(values | {"sft": None}, POINTS, folder / "sweep", 2)
     assert sweep.run_together(works, folder / "sweep") == []
@@ -147,6 +148,7 @@ def test_two_processes_run_the_points_together(tmp_path):
     assert [code for code, _ in ended] == [0, 0], ended
     assert ["2/2  kl_coef=0.5  complete in" in output for _, output in ended] == [True, False]
     rows = table(tmp_path / "sweep")
+    assert (tmp_path / "sweep" / "sweep.html").exists()
     assert [(row["point"], row["status"]) for row in rows] == [(x, "complete") for x in POINTS]
     scores = [row["metrics"]["reward/score_mean"] for row in rows]
     assert scores[0] == scores[1]  # of the first rollout, from the same model
