@@ -1,6 +1,8 @@
 """The panels of judges that the configs name."""
 
 import dataclasses
+import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +10,7 @@ import numpy as np
 from film_reviews.data import OTHER_SETS, film_ratings, stable_order
 from ppo_jax.data.records import load_ratings
 from ppo_jax.evaluation.evaluate import JudgePanel
+from ppo_jax.io.hub import cache_dir
 from ppo_jax.io.stage_folder import load_model
 
 try:
@@ -32,7 +35,10 @@ def judges(workdir: Path) -> JudgePanel:
     """The panel of the quickstart: gold, words, and two lexicons."""
     panel = word_judges(workdir)
     texts, means = rated_texts(workdir, "judge")
-    gold = gold_judge(load_model(BASE_MODEL), texts[:NUM_GOLD], means[:NUM_GOLD])
+    texts, means, rated = texts[:NUM_GOLD], means[:NUM_GOLD], panel.rated[0]
+    about = json.dumps([BASE_MODEL, JUDGE_LAYER, texts, rated])
+    folder = cache_dir() / f"film_judge-{hashlib.sha256(about.encode()).hexdigest()[:12]}"
+    gold = gold_judge(load_model(BASE_MODEL), texts, means, rated=rated, folder=folder)
     note = (
         f"ridge regression on layer {JUDGE_LAYER} of the pretrained model, fitted on {NUM_GOLD} "
         "rated texts of its own; it shares these frozen layers with policy and reward model, and "

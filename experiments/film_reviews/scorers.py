@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -16,6 +17,7 @@ from ppo_jax.data.encode import encode_all
 from ppo_jax.data.hidden_states import packed_outputs
 from ppo_jax.distributed.layout import one_device
 from ppo_jax.evaluation.statistics import WORD, Judge, finite_numbers
+from ppo_jax.io.hub import make_once
 from ppo_jax.io.stage_folder import Model
 from ppo_jax.models.build import trunk_network
 from ppo_jax.models.partition import split_params
@@ -91,11 +93,40 @@ def textblob_judge() -> Judge:
     return lambda texts: np.array([TextBlob(text).sentiment.polarity for text in texts], float)
 
 
-def gold_judge(model: Model, texts: list[str], means: np.ndarray):
-    """A ridge regression on hidden states of a frozen middle layer."""
-    features = functools.partial(hidden_features, model, make_trunk(model))
+def gold_judge(
+    model: Model, texts: list[str], means: np.ndarray, *, rated: Sequence[str] = (), folder: Path
+) -> Judge:
+    """A ridge regression on hidden states of a frozen middle layer.
+
+    Args:
+        model: whose layer it is.
+        texts: N texts to fit it on.
+        means: [N] float, the human mean rating of each.
+        rated: texts that it will be measured on.
+        folder: keeps the features of both, which no run changes: they are computed once.
+    """
+    trunk = functools.cache(lambda: make_trunk(model))
+    features = kept(lambda x: hidden_features(model, trunk(), x), [*texts, *rated], folder)
     predict = fit_ridge(features(texts), means)
     return lambda unseen: predict(features(unseen))
+
+
+def kept(features: Callable, texts: Sequence[str], folder: Path) -> Callable:
+    """The same function of texts, which reads what it gives for some of them from a folder."""
+
+    def write(new: Path):
+        np.save(new / "features.npy", features(texts))
+
+    known = dict(zip(texts, np.load(make_once(folder, write) / "features.npy"), strict=True))
+
+    def look_up(asked: Sequence[str]) -> np.ndarray:
+        if unknown := [text for text in asked if text not in known]:
+            found = known | dict(zip(unknown, features(unknown), strict=True))
+        else:
+            found = known
+        return np.stack([found[text] for text in asked])
+
+    return look_up
 
 
 def make_trunk(model: Model):

@@ -1,16 +1,26 @@
 """Judges of whole texts: what a panel is, and what it says of the responses of some policies."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ppo_jax.config.parsing import failure, load_function
+from ppo_jax.config.run import ModelSettings
 from ppo_jax.data.readers import short_repr
 from ppo_jax.distributed.processes import on_primary
-from ppo_jax.evaluation.statistics import Judge, judge_table
+from ppo_jax.evaluation.statistics import Judge, ask_judge, judge_table, rating_accuracy
+from ppo_jax.inference.responses import Responses
+from ppo_jax.inference.score import sampled_scores
+from ppo_jax.io.model_spec import read_shape
+from ppo_jax.io.stage_folder import check_step, load_model, split_step
+
+FUNCTION = re.compile(r"[\w.]+:\w+")
+MODELS = ("package:", "hub:")  # of names with a colon that are no functions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,3 +99,146 @@ def ask_panel(panel: JudgePanel, texts: Mapping[str, Sequence[str]]) -> dict[str
             results |= {f"gold/{name}": row[name] for name in (key, f"{key}_interval")}
             results["headline_judge"] = panel.headline_judge
     return results
+
+
+# --- judges by name, of an evaluation side by side ------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NamedJudge:
+    """A judge as a flag names it: a function, a panel of them, or a model."""
+
+    name: str  # that of a panel is its function's
+    kind: str  # "function", "panel" or "model"
+    source: str  # "module:function", or the path of a reward model
+
+
+def parse_judges(named: Mapping[str, str]) -> list[NamedJudge]:
+    """Judges from {name: "module:function" or a path}; an entry under its own text is a panel.
+
+    Raises:
+        ValueError: an entry without a name is no function.
+    """
+    judges = []
+    for name, source in named.items():
+        function = FUNCTION.fullmatch(source) is not None and not source.startswith(MODELS)
+        if name == source and not function:
+            raise ValueError(
+                f"--judges must be NAME=PATH, NAME=module:function, or module:function of a "
+                f"JudgePanel, got {source!r}"
+            )
+        kind = "panel" if name == source else "function" if function else "model"
+        judges.append(NamedJudge(name=name, kind=kind, source=source))
+    return judges
+
+
+def check_judge(judge: NamedJudge, run: str) -> None:
+    """A judge is there, and is what it should be; nothing is asked yet.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if judge.kind == "panel" and not run:
+        raise ValueError(
+            f"--judges: {judge.source} makes a panel from a run's folder: give --run; a judge of "
+            f"texts has a name, NAME={judge.source}"
+        )
+    if judge.kind != "model":
+        load_function(judge.source, "--judges")
+        return
+    folder, step = split_step(judge.source)
+    try:
+        spec = read_shape(folder, ModelSettings(path=folder))
+        if step is not None:
+            check_step(Path(folder), step)
+    except ValueError as error:
+        raise ValueError(f"--judges: {judge.name}: {error}") from error
+    if spec.kind != "reward":
+        raise ValueError(
+            f"--judges: {judge.name}={judge.source} is a policy; a judge is a reward model or a "
+            "sequence classifier"
+        )
+
+
+# (spec of the policy, prompts, responses) -> [N] scores
+Rate = Callable[[Any, Sequence[str], Responses], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoadedJudge:
+    """A judge that is ready to be asked."""
+
+    name: str
+    rate: Rate
+    note: str = ""
+    accuracy: Callable[[], float | None] = lambda: None  # on rated texts, where there are some
+
+
+def load_judges(judges: Sequence[NamedJudge], run: str, score_at: str) -> list[LoadedJudge]:
+    """All judges, those of a panel one by one.
+
+    Raises:
+        ValueError: two have the same name, or a panel is none.
+    """
+    loaded: list[LoadedJudge] = []
+    for judge in judges:
+        if judge.kind == "panel":
+            loaded += of_panel(make_panel(judge.source, Path(run), "--judges"))
+        elif judge.kind == "function":
+            function = load_function(judge.source, "--judges")
+            loaded.append(LoadedJudge(name=judge.name, rate=rate_texts(judge.name, function)))
+        else:
+            loaded.append(LoadedJudge(name=judge.name, rate=rate_model(judge, score_at)))
+    names = [judge.name for judge in loaded]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"--judges has {twice[0]!r} twice: a panel has a judge of this name")
+    return loaded
+
+
+def of_panel(panel: JudgePanel) -> list[LoadedJudge]:
+    """The judges of a panel, its headline first."""
+    first = panel.headline_judge
+    names = [first, *(name for name in panel.judges if name != first)]
+
+    def accuracy(name: str) -> float | None:
+        if panel.rated is None or np.ptp(panel.rated[1]) < 1:
+            return None
+        texts, ratings = panel.rated
+        return rating_accuracy(ask_judge(name, panel.judges[name], texts), ratings, gap=1)
+
+    return [
+        LoadedJudge(
+            name=name,
+            rate=rate_texts(name, panel.judges[name]),
+            note=panel.notes.get(name, ""),
+            accuracy=functools.partial(accuracy, name),
+        )
+        for name in names
+    ]
+
+
+def rate_texts(name: str, judge: Judge) -> Rate:
+    """A judge of whole texts."""
+
+    def rate(policy: Any, prompts: Sequence[str], responses: Responses) -> np.ndarray:
+        del policy
+        texts = [p + r for p, r in zip(prompts, responses.texts, strict=True)]
+        return ask_judge(name, judge, texts)
+
+    return rate
+
+
+def rate_model(judge: NamedJudge, score_at: str) -> Rate:
+    """A reward model or classifier, loaded when it is asked first."""
+    load = functools.cache(lambda: load_model(judge.source))
+
+    def rate(policy: Any, prompts: Sequence[str], responses: Responses) -> np.ndarray:
+        scores = sampled_scores(load(), policy, prompts, responses, score_at)
+        if len(scores) < len(prompts):
+            raise ValueError(
+                f"--judges: {judge.name} cannot read {len(prompts) - len(scores)} responses: they "
+                "are longer than its context; lower --response_length or --max_prompt_length"
+            )
+        return np.array([scores[i] for i in range(len(prompts))], np.float64)
+
+    return rate

@@ -246,7 +246,7 @@ def judge_table(
         FunctionFailed: a judge raised something.
     """
     _check_table(judges, responses, candidate, notes or {})
-    judges = {name: functools.partial(_ask, name, judge) for name, judge in judges.items()}
+    judges = {name: functools.partial(ask_judge, name, judge) for name, judge in judges.items()}
     return [
         {
             "judge": name,
@@ -259,7 +259,7 @@ def judge_table(
     ]
 
 
-def _ask(name: str, judge: Judge, texts: Sequence[str]) -> np.ndarray:
+def ask_judge(name: str, judge: Judge, texts: Sequence[str]) -> np.ndarray:
     """What a judge says of N texts, [N] float64: it is a user's function, and may say anything."""
     try:
         return read_scores(judge(list(texts)), len(texts))

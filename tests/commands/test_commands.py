@@ -26,6 +26,7 @@ SCRIPTS = {
     "reward": "train_reward",
     "ppo": "train_ppo",
     "generate": "generate",
+    "evaluate": "evaluate",
     "export": "export_hf",
     "sweep": "sweep",
     "plan": "plan",
@@ -72,6 +73,7 @@ def test_a_config_of_the_working_folder_reaches_the_stages(tmp_path, monkeypatch
         ("export", ["--workdir=run", "--stage=critic", "--out=out"]),
         ("export", ["--workdir=run", "--stage=ppo", "--out=out"]),
         ("plan", ["--fastt"]),
+        ("evaluate", ["--run=absent", "--workdir=out"]),
     ],
 )
 def test_a_mistake_ends_with_the_scripts_line_and_code(tmp_path, monkeypatch, name, flags):

@@ -134,12 +134,25 @@ def test_hidden_features_are_the_mean_and_the_last_state_of_the_judges_layer(mod
         np.testing.assert_allclose(features, expected, atol=1e-5)
 
 
-def test_the_gold_judge_learns_what_its_ratings_say(model):
+def test_the_gold_judge_learns_what_its_ratings_say_and_keeps_the_features(
+    model, tmp_path, monkeypatch
+):
     rng = np.random.default_rng(0)
     texts = ["".join(rng.choice(list("abcdef"), size=8)) for _ in range(200)]
     ratings = np.array([text.count("a") - text.count("b") for text in texts], float)
-    judge = scorers.gold_judge(model, texts[:150], ratings[:150])
-    assert np.corrcoef(judge(texts[150:]), ratings[150:])[0, 1] > 0.8
+    asked = []
+    features = scorers.hidden_features
+    monkeypatch.setattr(
+        scorers, "hidden_features", lambda *x: asked.append(len(x[2])) or features(*x)
+    )
+    how = dict(rated=texts[150:175], folder=tmp_path / "judge")
+    judge = scorers.gold_judge(model, texts[:150], ratings[:150], **how)
+    first = judge(texts[150:])
+    assert np.corrcoef(first, ratings[150:])[0, 1] > 0.8
+    assert asked == [175, 25]  # those of the folder, and those that nobody knew of
+    again = scorers.gold_judge(model, texts[:150], ratings[:150], **how)
+    np.testing.assert_array_equal(again(texts[150:]), first)
+    assert asked == [175, 25, 25]
 
 
 # --- the verifiable task --------------------------------------------------------------------------
