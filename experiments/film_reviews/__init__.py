@@ -14,11 +14,12 @@ import importlib
 from film_reviews.data import prepare
 from film_reviews.rewards import mentions_acting
 
-__all__ = ["judges", "mentions_acting", "prepare", "word_judges", "words_as_gold"]
+__all__ = ["judges", "mentions_acting", "prepare", "textblob", "vader"]
+__all__ += ["word_judges", "words_as_gold"]
 
 
 def __getattr__(name: str):
-    """The panels of judges are loaded when they are asked for: they need the extra `quickstart`."""
+    """The judges are loaded when they are asked for: they need the extra `quickstart`."""
     if name not in __all__:
         raise AttributeError(f"module 'film_reviews' has no attribute {name!r}")
     return getattr(importlib.import_module("film_reviews.panels"), name)

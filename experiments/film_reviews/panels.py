@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,16 @@ def word_judges(workdir: Path) -> JudgePanel:
         rated=(unseen[:NUM_RATED], unseen_means[:NUM_RATED]),
         reference=REFERENCE,
     )
+
+
+def vader(texts: Sequence[str]) -> np.ndarray:
+    """A judge by itself: the lexicon of `vader_judge`."""
+    return vader_judge()(texts)
+
+
+def textblob(texts: Sequence[str]) -> np.ndarray:
+    """A judge by itself: the lexicon of `textblob_judge`."""
+    return textblob_judge()(texts)
 
 
 def words_as_gold(workdir: Path) -> JudgePanel:

@@ -33,7 +33,8 @@ def test_the_tfidf_judge_keeps_a_contraction_as_one_word():
 
 
 def test_the_lexicons_know_good_from_bad_and_give_floats():
-    for judge in (judges.vader_judge(), judges.textblob_judge()):
+    by_name = [load_function(f"film_reviews:{name}", "judges") for name in ("vader", "textblob")]
+    for judge in (judges.vader_judge(), judges.textblob_judge(), *by_name):
         good, bad, nothing = judge(["A great, lovely film!", "A terrible, ugly film.", ""])
         assert -1 <= bad < nothing == 0 < good <= 1
         assert judge(["words"]).dtype == np.float64

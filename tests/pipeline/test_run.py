@@ -19,6 +19,7 @@ from ppo_jax.io.stage_folder import load_model
 from ppo_jax.pipeline import preflight
 from ppo_jax.pipeline import run as pipeline
 from tests.support import tiny_run
+from tests.support.command_line import run_script
 from tests.support.documents import PAGES, python_blocks
 
 STAGES = ("sft", "reward", "ppo")
@@ -52,6 +53,28 @@ def other_config(workdir):
         ppo={"reward_model": "", "reward_function": "tests.support.tiny_run:letters"}
         | {"trainable": "all", "value_trainable": "all", "num_iterations": 2},
     )
+
+
+def test_the_evaluation_side_by_side_of_a_run_has_its_figures(workdir, tmp_path):
+    ended = run_script("evaluate", f"--run={workdir}", f"--workdir={tmp_path / 'out'}")
+    assert (ended.code, ended.err) == (0, "")
+    result = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    run = json.loads((workdir / "results.json").read_text())
+    assert list(result["policies"]) == ["base", "sft", "ppo"]
+    assert result["settings"]["reference"] == "sft"
+    for row in run["judges"]:
+        found = result["judges"][row["judge"]]["policies"]
+        assert found["ppo"]["win_rate"] == row["win_rate_ppo_vs_sft"]
+        assert found["ppo"]["win_rate_interval"] == row["win_rate_ppo_vs_sft_interval"]
+        assert found["base"]["mean"] == pytest.approx(row["mean_base"])
+    ppo = result["policies"]["ppo"]
+    assert ppo["kl"] == pytest.approx(run["policy/kl_per_response"], abs=1e-4)
+    assert ppo["kl_stderr"] == pytest.approx(run["policy/kl_per_response_stderr"], abs=1e-4)
+    assert ppo["perplexity"] > 1  # of the texts that SFT was validated on
+    for ours, theirs in zip(result["samples"], run["samples"], strict=True):
+        assert ours["prompt"] == theirs["prompt"]
+        assert ours["responses"] == {name: theirs[name] for name in ("base", "sft", "ppo")}
+        assert ours["scores"] == pytest.approx(theirs["scores"], abs=1e-4)
 
 
 def read_lines(path):
