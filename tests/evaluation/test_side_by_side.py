@@ -15,7 +15,8 @@ from ppo_jax.io.stage_folder import load_model
 from ppo_jax.models.build import policy_network
 from tests.support import tiny
 from tests.support.command_line import run_script
-from tests.support.tiny_stage import random_model, write_stage
+from tests.support.run_files import write_run
+from tests.support.tiny_stage import exported, random_model, write_stage
 
 PROMPTS = [f"a film of {word}" for word in ("few", "words", "and", "more", "art", "fun")]
 
@@ -47,17 +48,21 @@ def world(tmp_path_factory):
     """Two policies and a reward model as stages, prompts and texts."""
     folder = tmp_path_factory.mktemp("sides")
     policy = random_model(max_length=48)
+    reward = random_model("reward", max_length=48)
     write_stage(folder, "sft", policy)
     write_stage(folder, "ppo", other(policy, 5))
-    write_stage(folder, "reward", random_model("reward", max_length=48))
+    write_stage(folder, "reward", reward)
+    for name, model, stage in (("hf", policy, "sft"), ("classifier", reward, "reward")):
+        run = write_run(folder / f"run_of_{name}", config={})
+        exported(run, stage, model).rename(folder / name)
     write_jsonl(folder / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
     write_jsonl(folder / "texts.jsonl", [{"text": "a film of few words"}, {"text": "a film"}])
     return folder
 
 
 def flags(world, workdir, **changes):
-    policies = f"sft={world}/sft; ppo={world}/ppo@1; best=bon({world}/sft, n=3)"
-    judges = f"letters={__name__}:letters; rm={world}/reward"
+    policies = f"sft={world}/sft; ppo={world}/ppo@1; best=bon({world}/sft, n=3); hf={world}/hf"
+    judges = f"letters={__name__}:letters; rm={world}/reward; hf={world}/classifier"
     asked = dict(policies=policies, judges=judges, reward=f"{world}/reward", num_prompts="6")
     asked |= dict(prompts=f"{world}/prompts.jsonl", texts=f"{world}/texts.jsonl", seeds="0:2")
     asked |= dict(max_prompt_length="32", response_length="6", workdir=str(workdir)) | changes
@@ -115,6 +120,17 @@ def test_the_best_of_n_is_the_best_of_the_first_n_and_a_policy_its_first_sample(
     assert curve["n"] == [1, 2, 3] and curve["kl_bound"][0] == 0.0
     assert curve["score"]["mean"] == sorted(curve["score"]["mean"])
     assert curve["score"]["mean"][-1] == pytest.approx(best["score"])
+
+
+def test_folders_of_hugging_face_are_policies_and_judges_as_their_stages_are(finished):
+    _, result, workdir = finished
+    assert [r.texts for r in kept(workdir, "hf")] == [r.texts[:6] for r in kept(workdir, "sft")]
+    policies = result["policies"]
+    assert policies["hf"]["kl"] == pytest.approx(0.0, abs=1e-4)
+    assert policies["hf"]["perplexity"] == pytest.approx(policies["sft"]["perplexity"])
+    assert result["judges"]["letters"]["policies"]["hf"]["win_rate"] == 0.5
+    for name, row in result["judges"]["hf"]["policies"].items():
+        assert row["mean"] == pytest.approx(result["judges"]["rm"]["policies"][name]["mean"])
 
 
 def test_win_rates_are_over_all_seeds(finished):
