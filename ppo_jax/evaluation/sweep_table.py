@@ -207,8 +207,11 @@ def conclusion(settings: Sequence[Setting], metric: str, label: str) -> str:
     if not alike:
         told = f"Take {best.name}: {label} {value} ({seeds}), better than every other setting"
         return f"{told}{beyond(best, settings)}."
-    others = f"{len(alike)} of the {len(order) - 1} others" if len(order) > 2 else "the other"
     told = f"{best.name} has the best {label}, {value} ({seeds}), but chance may explain its lead"
+    if len(alike) == len(order) - 1:
+        every = "every other setting" if len(alike) > 1 else "the other setting"
+        return f"{told} over {every}: add seeds before a choice{beyond(best, settings)}."
+    others = f"{len(alike)} of the {len(order) - 1} others"
     return f"{told} over {others}: {cheaper(best, alike)}{beyond(best, settings)}."
 
 

@@ -136,6 +136,13 @@ def test_of_those_that_cannot_be_told_apart_the_least_kl_is_taken():
     assert "take kl_coef 0.05, which has the least KL (4.0 nats), or add seeds" in text
 
 
+def test_where_nothing_can_be_told_apart_seeds_are_to_be_added():
+    text = said({0.02: [0.70, 0.80, 0.90], 0.05: [0.69, 0.79, 0.89]})
+    assert "chance may explain its lead over the other setting: add seeds before a choice." in text
+    text = said({0.02: [0.7, 0.9], 0.05: [0.69, 0.89], 0.1: [0.68, 0.88]})
+    assert "over every other setting: add seeds before a choice; nothing was tried below" in text
+
+
 def test_single_runs_are_to_be_repeated():
     assert "in one run each: repeat" in said({0.0: [0.5], 0.1: [0.6]})
 

@@ -1,0 +1,177 @@
+"""The tables of docs/studies.md, from the figures that are kept in results/.
+
+    python experiments/study_tables.py --keep=runs/over_optimisation   # after a study has run
+    python experiments/study_tables.py                                 # write the page again
+
+A study keeps its points, their status and the figures that the tables show; every number of a table
+is a mean over seeds with its 95% interval (Student's t).
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+from film_reviews.panels import REFERENCE
+from studies import over_optimisation, ppo_choices, rate_and_kl, reward_data
+
+from ppo_jax.evaluation.sweep_table import (
+    Setting,
+    by_setting,
+    figure,
+    interval,
+    ranked,
+    spelled,
+)
+from ppo_jax.io.run_folder import read_record
+
+RESULTS = Path(__file__).parent / "studies" / "results"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "studies.md"
+KEPT = (
+    r"gold/win_rate_ppo_vs_sft|policy/kl_per_response|reward/score_mean|text/distinct2_ratio|"
+    r"response/length|reward_model/validation_accuracy|eval/\w+|time/total_s"
+)
+STUDIES = {
+    "over_optimisation": over_optimisation,
+    "reward_data": reward_data,
+    "ppo_choices": ppo_choices,
+    "rate_and_kl": rate_and_kl,
+}
+WIN, KL, PROXY = "gold/win_rate_ppo_vs_sft", "policy/kl_per_response", "reward/score_mean"
+ACCURACY, RATE = "reward_model/validation_accuracy", "ppo.optimizer.learning_rate"
+
+
+def keep(folder: Path) -> Path:
+    """Keep the figures of a study that has run.
+
+    Raises:
+        ValueError: the folder is not the sweep of a study.
+    """
+    table = folder / "sweep.json"
+    if folder.name not in STUDIES or not table.is_file():
+        raise ValueError(f"--keep must be the sweep of one of {list(STUDIES)}, got {folder}")
+    rows = json.loads(table.read_text())
+    record = read_record(folder / Path(rows[0]["workdir"]).name)
+    of = {"model": record["config"]["model"]["path"] or "tiny", "devices": record["devices"]}
+    kept = [
+        {"point": row["point"], "status": row["status"], "metrics": shown(row["metrics"])}
+        for row in rows
+    ]
+    path = RESULTS / f"{folder.name}.json"
+    lines = ",\n".join(json.dumps(row) for row in kept)
+    path.write_text(f'{{"of": {json.dumps(of)},\n"rows": [\n{lines}\n]}}\n')
+    return path
+
+
+def shown(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The figures that the tables show, with six digits."""
+    kept = {name: x for name, x in metrics.items() if re.fullmatch(KEPT, name)}
+    return {name: float(f"{x:.6g}") for name, x in kept.items() if x is not None}
+
+
+def page(text: str) -> str:
+    """The page with its tables made from results/."""
+    for name in STUDIES:
+        path = RESULTS / f"{name}.json"
+        if path.is_file():
+            start, end = f"<!-- table: {name} -->\n", "<!-- end -->"
+            before, rest = text.split(start)
+            text = before + start + table(name, json.loads(path.read_text())) + end
+            text += rest.split(end, 1)[1]
+    return text
+
+
+def table(name: str, study: Mapping[str, Any]) -> str:
+    """A study's table, with what it is of."""
+    settings = by_setting(study["rows"])
+    planned, done = (
+        len(list(STUDIES[name].sweep())),
+        sum(len(s.numbers(METRIC[name])) for s in settings),
+    )
+    model = study["of"]["model"].removeprefix("package:")
+    which = "the tiny model" if model == "tiny" else model
+    note = f"{done} of {planned} points, {which}, {study['of']['devices']['kind']}."
+    return f"\n{note}\n\n{TABLES[name](settings)}\n"
+
+
+def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def cell(setting: Setting, metric: str) -> str:
+    """A mean with its interval; "" where there is none."""
+    estimate = setting.estimate(metric)
+    if estimate is None:
+        return ""
+    between = interval(metric, estimate)
+    return figure(metric, estimate.mean) + (f" ({between})" if between else "")
+
+
+def best_of(settings: Sequence[Setting], metric: str, rate: str) -> list[tuple[Setting, float]]:
+    """Of settings that differ in the learning rate alone the best one, with its rate."""
+    groups: dict[str, list[Setting]] = {}
+    for setting in settings:
+        rest = {k: v for k, v in setting.values.items() if k != rate}
+        groups.setdefault(json.dumps(rest, sort_keys=True), []).append(setting)
+    order = (ranked(group, metric) for group in groups.values())
+    return [(found[0][0], found[0][0].values[rate]) for found in order if found]
+
+
+def of_kl_coef(settings: Sequence[Setting]) -> str:
+    headings = ["KL coefficient", "KL, nats", "proxy score", "gold: preferred to SFT", "distinct-2"]
+    metrics = (KL, PROXY, WIN, "text/distinct2_ratio")
+    rows = [[spelled(s.values["ppo.kl_coef"]), *(cell(s, m) for m in metrics)] for s in settings]
+    return markdown(headings, rows)
+
+
+def of_pairs(settings: Sequence[Setting]) -> str:
+    rows = []
+    for setting, rate in best_of(settings, ACCURACY, "reward.optimizer.learning_rate"):
+        count = int(re.search(r"pairs_(\d+)", setting.values["reward.data"]).group(1))
+        rows.append((count, [f"{count:,}", spelled(rate), cell(setting, ACCURACY)]))
+    rows = [row for _, row in sorted(rows)]
+    rows.append(["a human rater", "", figure(ACCURACY, REFERENCE["human rater"])])
+    return markdown(["comparisons", "best learning rate", "accuracy on unseen pairs"], rows)
+
+
+def of_choices(settings: Sequence[Setting]) -> str:
+    names = {json.dumps(change, sort_keys=True): n for n, change in ppo_choices.CHOICES.items()}
+    rows = {}
+    for setting, rate in best_of(settings, WIN, RATE):
+        change = {k: v for k, v in setting.values.items() if k != RATE}
+        name = names[json.dumps(change, sort_keys=True).replace('"inf"', "Infinity")]
+        rows[name] = [name, spelled(rate), *(cell(setting, m) for m in (WIN, PROXY, KL))]
+    headings = ["", "best learning rate", "gold: preferred to SFT", "proxy score", "KL, nats"]
+    return markdown(headings, [rows[name] for name in ppo_choices.CHOICES if name in rows])
+
+
+def of_rate_and_kl(settings: Sequence[Setting]) -> str:
+    found = {(s.values[RATE], s.values["ppo.kl_coef"]): cell(s, WIN) for s in settings}
+    rows = [
+        [spelled(rate), *(found.get((rate, kl), "") for kl in rate_and_kl.KL_COEFS)]
+        for rate in rate_and_kl.RATES
+    ]
+    return markdown(["learning rate", *map("KL coefficient {}".format, rate_and_kl.KL_COEFS)], rows)
+
+
+TABLES: dict[str, Callable[[Sequence[Setting]], str]] = {
+    "over_optimisation": of_kl_coef,
+    "reward_data": of_pairs,
+    "ppo_choices": of_choices,
+    "rate_and_kl": of_rate_and_kl,
+}
+METRIC = {name: ACCURACY if name == "reward_data" else WIN for name in STUDIES}
+
+
+if __name__ == "__main__":
+    kept = flags.DEFINE_string("keep", None, "The workdir of a study's sweep.")
+
+    def main(_):
+        if kept.value:
+            print(keep(Path(kept.value)))
+        PAGE.write_text(page(PAGE.read_text()))
+
+    app.run(main)
