@@ -13,10 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 from film_reviews.panels import REFERENCE
 from studies import over_optimisation, ppo_choices, rate_and_kl, reward_data
 
+from ppo_jax import cli
 from ppo_jax.evaluation.sweep_table import (
     Setting,
     by_setting,
@@ -169,9 +170,9 @@ METRIC = {name: ACCURACY if name == "reward_data" else WIN for name in STUDIES}
 if __name__ == "__main__":
     kept = flags.DEFINE_string("keep", None, "The workdir of a study's sweep.")
 
-    def main(_):
+    def main():
         if kept.value:
             print(keep(Path(kept.value)))
         PAGE.write_text(page(PAGE.read_text()))
 
-    app.run(main)
+    cli.run(main)

@@ -1,7 +1,7 @@
 """Learning rate and KL coefficient together: sixteen runs of PPO as one program.
 
     python experiments/sweep.py --config=experiments/studies/rate_and_kl.py:tiny \
-        --workdir=runs/rate_and_kl --vectorize
+        --workdir=runs/rate_and_kl
 
 Sixteen pairs of two numbers, all from one SFT and one reward model, trained side by side. Without
 --vectorize they are the same sixteen runs one by one; the page compares the times.
