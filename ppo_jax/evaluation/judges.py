@@ -15,9 +15,12 @@ from ppo_jax.data.readers import short_repr
 from ppo_jax.distributed.processes import on_primary
 from ppo_jax.evaluation.statistics import Judge, ask_judge, judge_table, rating_accuracy
 from ppo_jax.inference.responses import Responses
-from ppo_jax.inference.score import sampled_scores
+from ppo_jax.inference.score import encode_responses, sampled_scores, score_rows
+from ppo_jax.io.hub import model_folder
+from ppo_jax.io.huggingface import load_classifier, read_classifier
 from ppo_jax.io.model_spec import read_shape
-from ppo_jax.io.stage_folder import check_step, load_model, split_step
+from ppo_jax.io.stage_folder import Model, check_step, load_model, split_step
+from ppo_jax.io.tokenizers import load_tokenizer
 
 FUNCTION = re.compile(r"[\w.]+:\w+")
 MODELS = ("package:", "hub:")  # of names with a colon that are no functions
@@ -111,10 +114,13 @@ class NamedJudge:
     name: str  # that of a panel is its function's
     kind: str  # "function", "panel" or "model"
     source: str  # "module:function", or the path of a reward model
+    label: str = ""  # of a classifier with several
 
 
 def parse_judges(named: Mapping[str, str]) -> list[NamedJudge]:
     """Judges from {name: "module:function" or a path}; an entry under its own text is a panel.
+
+    PATH#LABEL is a classifier with several labels, of which this one is what is good.
 
     Raises:
         ValueError: an entry without a name is no function.
@@ -128,7 +134,8 @@ def parse_judges(named: Mapping[str, str]) -> list[NamedJudge]:
                 f"JudgePanel, got {source!r}"
             )
         kind = "panel" if name == source else "function" if function else "model"
-        judges.append(NamedJudge(name=name, kind=kind, source=source))
+        path, _, label = source.partition("#") if kind == "model" else (source, "", "")
+        judges.append(NamedJudge(name=name, kind=kind, source=path, label=label))
     return judges
 
 
@@ -148,6 +155,9 @@ def check_judge(judge: NamedJudge, run: str) -> None:
         return
     folder, step = split_step(judge.source)
     try:
+        if judge.label:
+            read_classifier(model_folder(folder), judge.label)
+            return
         spec = read_shape(folder, ModelSettings(path=folder))
         if step is not None:
             check_step(Path(folder), step)
@@ -188,7 +198,8 @@ def load_judges(judges: Sequence[NamedJudge], run: str, score_at: str) -> list[L
             function = load_function(judge.source, "--judges")
             loaded.append(LoadedJudge(name=judge.name, rate=rate_texts(judge.name, function)))
         else:
-            loaded.append(LoadedJudge(name=judge.name, rate=rate_model(judge, score_at)))
+            rate = rate_label(judge) if judge.label else rate_model(judge, score_at)
+            loaded.append(LoadedJudge(name=judge.name, rate=rate))
     names = [judge.name for judge in loaded]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"--judges has {twice[0]!r} twice: a panel has a judge of this name")
@@ -240,5 +251,25 @@ def rate_model(judge: NamedJudge, score_at: str) -> Rate:
                 "are longer than its context; lower --response_length or --max_prompt_length"
             )
         return np.array([scores[i] for i in range(len(prompts))], np.float64)
+
+    return rate
+
+
+def rate_label(judge: NamedJudge) -> Rate:
+    """A classifier with several labels: the log-odds of one, log p / (1 - p), read as text."""
+
+    @functools.cache
+    def load() -> tuple[list[Model], int]:
+        config, each, number, padding = load_classifier(judge.source, judge.label)
+        how = dict(kind="reward", config=config, tokenizer=load_tokenizer(judge.source))
+        return [Model(**how, params=params, padding_id=padding) for params in each], number
+
+    def rate(policy: Any, prompts: Sequence[str], responses: Responses) -> np.ndarray:
+        del policy
+        models, number = load()
+        rows, _ = encode_responses(prompts, responses.texts, responses.ended, models[0])
+        logits = np.stack([score_rows(model, rows) for model in models])  # [labels, N]
+        others = np.logaddexp.reduce(np.delete(logits, number, axis=0), axis=0)
+        return (logits[number] - others).astype(np.float64)
 
     return rate

@@ -31,6 +31,7 @@ from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.families import family_of, read_config
 
 INDEX = "model.safetensors.index.json"
+SCORE_WEIGHT = "score.weight"  # the head of a sequence classification, [labels, D]
 CLASSIFIES = "ForSequenceClassification"  # in the architectures of a reward model
 
 
@@ -129,6 +130,74 @@ def load_weights(
             return config, read_parameters(stored, shardings)
         except NotFinite as error:
             raise ValueError(f"{folder}: {error}") from error
+
+
+def load_classifier(
+    path: str | os.PathLike, label: str
+) -> tuple[ModelConfig, list[Params], int, int | None]:
+    """A sequence classification with several labels, as a reward model a label.
+
+    Args:
+        path: as of `load_policy`.
+        label: the name of one of them, as id2label of config.json has it, or LABEL_0, ...
+
+    Returns:
+        (config, the parameters for each label, which share all but the head, the label's number,
+        the padding token, see `padding_id`).
+
+    Raises:
+        ValueError: the model is not supported, or has no such label.
+    """
+    folder = model_folder(path)
+    config, raw, number, padding = read_classifier(folder, label)
+    with open_weights(folder) as files, reading_file(folder):
+        head = files[SCORE_WEIGHT]
+        stored = find_weights(config, raw, files | {SCORE_WEIGHT: FirstRow(head)})
+        params = read_parameters(stored, None)
+        heads = np.asarray(head.get_tensor(SCORE_WEIGHT), np.float32)  # [labels, D]
+    each = [{**params, "head": {**params["head"], "kernel": row[:, None]}} for row in heads]
+    return config, each, number, padding
+
+
+def read_classifier(
+    folder: Path, label: str
+) -> tuple[ModelConfig, dict[str, Any], int, int | None]:
+    """(config, config.json as of one label, the label's number, the padding token), no weights."""
+    raw = read_config_json(folder)
+    if CLASSIFIES not in str(raw.get("architectures")):
+        raise ValueError(f"{folder} is no sequence classification: it has no label {label!r}")
+    with open_weights(folder) as files:
+        if SCORE_WEIGHT not in files:
+            raise ValueError(f"{folder} has no tensor {SCORE_WEIGHT}")
+        count = files[SCORE_WEIGHT].get_slice(SCORE_WEIGHT).get_shape()[0]
+    names = raw.get("id2label") or {}
+    labels = [str(names.get(str(i), f"LABEL_{i}")) for i in range(count)]
+    if label not in labels or count < 2:
+        raise ValueError(f"{folder} must have several labels, {label!r} among them, got {labels}")
+    one = {k: v for k, v in raw.items() if k not in ("id2label", "label2id", "num_labels")}
+    with reading_file(folder / "config.json"):
+        return read_config(one), one, labels.index(label), padding_id(one)
+
+
+class FirstRow:
+    """A file of weights whose head has the first of its rows alone."""
+
+    def __init__(self, file: Any):
+        self.file = file
+
+    def get_slice(self, name: str) -> "FirstRow":
+        """The head: the only tensor that is asked of it."""
+        self.tensor = self.file.get_slice(name)
+        return self
+
+    def get_dtype(self) -> str:
+        return self.tensor.get_dtype()
+
+    def get_shape(self) -> list[int]:
+        return [1, *self.tensor.get_shape()[1:]]
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        return self.tensor[:1][index]
 
 
 def find_weights(config: ModelConfig, raw: dict[str, Any], files: Files) -> Params:

@@ -9,7 +9,11 @@ from ppo_jax.data.records import write_jsonl
 from ppo_jax.evaluation import side_by_side as sides
 from ppo_jax.evaluation.compare import log_ratios
 from ppo_jax.evaluation.judges import JudgePanel, load_judges, parse_judges
-from ppo_jax.evaluation.statistics import win_rate
+from ppo_jax.evaluation.statistics import (
+    length_controlled_win_rate,
+    outcomes_of,
+    win_rate,
+)
 from ppo_jax.inference.score import score_responses
 from ppo_jax.io.stage_folder import load_model
 from ppo_jax.models.build import policy_network
@@ -136,16 +140,20 @@ def test_folders_of_hugging_face_are_policies_and_judges_as_their_stages_are(fin
 def test_win_rates_are_over_all_seeds(finished):
     _, result, workdir = finished
     row = result["judges"]["letters"]["policies"]["ppo"]
-    rates = []
+    rates, won, longer = [], [], []
     for ppo, sft in zip(kept(workdir, "ppo"), kept(workdir, "sft"), strict=True):
         texts = [[p + r for p, r in zip(PROMPTS, x.texts[:6], strict=True)] for x in (ppo, sft)]
         rates.append(win_rate(*map(letters, texts)))
+        won.append(outcomes_of(*map(letters, texts)))
+        longer.append([len(a) - len(b) for a, b in zip(*texts, strict=True)])
     assert row["win_rate_by_seed"] == pytest.approx(rates)
     assert row["win_rate"] == pytest.approx(np.mean(rates))
     low, high = row["win_rate_interval"]
     assert low <= row["win_rate"] <= high
     assert "win_rate" not in result["judges"]["letters"]["policies"]["sft"]
-    assert 0 < row["length_controlled_win_rate"] < 1
+    fair, interval = length_controlled_win_rate(np.transpose(won), np.transpose(longer), seed=0)
+    assert row["length_controlled_win_rate"] == pytest.approx(fair)
+    assert row["length_controlled_win_rate_interval"] == pytest.approx(interval)
 
 
 def test_perplexity_is_that_of_the_texts_and_the_same_for_the_same_weights(world, finished):

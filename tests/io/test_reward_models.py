@@ -11,10 +11,13 @@ import transformers
 
 from ppo_jax.algorithms.supervised import text_scores
 from ppo_jax.config.run import ModelSettings
+from ppo_jax.evaluation.judges import NamedJudge, check_judge, rate_label
+from ppo_jax.inference.responses import Responses
 from ppo_jax.inference.score import encode_responses, score_responses, score_texts
 from ppo_jax.io import huggingface as hf
 from ppo_jax.io.model_spec import read_shape, reread_reason
 from ppo_jax.io.stage_folder import Model, load_model
+from ppo_jax.io.tokenizers import load_tokenizer
 from ppo_jax.models.build import reward_network
 from tests.support import tiny
 from tests.support.meshes import layout_of
@@ -253,6 +256,29 @@ def test_several_labels_are_refused_by_their_number(saved, labels):
             ValueError, match=rf"^{folder}/config.json: num_labels must.*got {labels}$"
         ):
             load(folder)
+
+
+@pytest.mark.parametrize(("labels", "label"), [(2, "LABEL_1"), (3, "LABEL_0")])
+def test_a_classifier_with_several_labels_judges_by_the_log_odds_of_one(saved, labels, label):
+    """Those of torch, of texts without a stop token."""
+    model, folder = saved("llama", num_labels=labels)
+    judge = NamedJudge(name="label", kind="model", source=str(folder), label=label)
+    prompts, texts = ["w1 w2 w3", "w4"], [" w5 w6", " w7 w8 w9"]
+    none = np.zeros(2, bool)
+    responses = Responses(texts=texts, rows=[], lengths=none, logprobs=none, ended=none)
+    check_judge(judge, "")
+    got = rate_label(judge)(None, prompts, responses)
+    tokenizer, number = load_tokenizer(folder), int(label[-1])
+    for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+        ids = torch.tensor([tokenizer(prompt + text).input_ids])
+        with torch.no_grad():
+            p = torch.softmax(model(input_ids=ids).logits[0], dim=0)[number]
+        assert got[i] == pytest.approx(float(torch.log(p / (1 - p))), abs=1e-4)
+    for wrong in ("LABEL_9", "label_1"):
+        with pytest.raises(ValueError, match=rf"must have several labels, '{wrong}' among them"):
+            hf.load_classifier(folder, wrong)
+    with pytest.raises(ValueError, match="must have several labels, 'LABEL_0' among them"):
+        hf.load_classifier(saved("llama")[1], "LABEL_0")
 
 
 def test_labels_that_the_config_does_not_tell_are_seen_in_the_head(saved, tmp_path):
