@@ -99,7 +99,9 @@ def ask_panel(panel: JudgePanel, texts: Mapping[str, Sequence[str]]) -> dict[str
     for row in table:
         if row["judge"] == panel.headline_judge:
             key = f"win_rate_{candidate}_vs_{reference}"
-            results |= {f"gold/{name}": row[name] for name in (key, f"{key}_interval")}
+            keys = [f"{kind}{key}" for kind in ("", "length_controlled_")]
+            keys = [name for key in keys for name in (key, f"{key}_interval")]
+            results |= {f"gold/{name}": row[name] for name in keys}
             results["headline_judge"] = panel.headline_judge
     return results
 

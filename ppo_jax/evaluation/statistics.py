@@ -238,7 +238,8 @@ def judge_table(
     Returns:
         Rows with the keys `judge`, `note` (if any), `num_prompts`, `pair_accuracy_margin1` (with
         `rated`), `mean_<stage>` for every stage, and for every stage but the candidate
-        `win_rate_<candidate>_vs_<stage>` and the same with `_interval` (95%, [low, high]).
+        `win_rate_<candidate>_vs_<stage>` and the same with `_interval` (95%, [low, high]), and both
+        behind `length_controlled_`, see `length_controlled_win_rate`.
 
     Raises:
         ValueError: the candidate or a note's judge is unknown, the stages differ in length, or a
@@ -286,6 +287,11 @@ def _comparison(judge: Judge, responses: Mapping, candidate: str, seed: int) -> 
         name = f"win_rate_{candidate}_vs_{stage}"
         row[name] = win_rate(*pair)
         row[f"{name}_interval"] = list(bootstrap_interval(*pair, seed=seed))
+        both = zip(responses[candidate], responses[stage], strict=True)
+        longer = np.array([len(ours) - len(theirs) for ours, theirs in both])
+        fair, interval = length_controlled_win_rate(outcomes_of(*pair), longer, seed=seed)
+        row[f"length_controlled_{name}"] = fair
+        row[f"length_controlled_{name}_interval"] = list(interval)
     return row
 
 

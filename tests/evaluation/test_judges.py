@@ -54,6 +54,7 @@ def test_the_last_policy_is_compared_with_every_other_and_the_one_before_it_is_t
     results = judged("panel")
     assert results["gold/win_rate_best_of_4_vs_ppo"] == 1.0
     assert results["gold/win_rate_best_of_4_vs_ppo_interval"] == [1.0, 1.0]
+    assert results["gold/length_controlled_win_rate_best_of_4_vs_ppo"] == 1.0
     assert results["headline_judge"] == "long"
     assert [row["judge"] for row in results["judges"]] == ["gold", "long"]
     assert {"win_rate_best_of_4_vs_ppo", "win_rate_best_of_4_vs_sft"} <= set(results["judges"][0])

@@ -80,6 +80,9 @@ def test_the_table_has_means_win_rates_and_the_judges_own_accuracy():
     assert (row["mean_base"], row["mean_sft"], row["mean_ppo"]) == (1.0, 3.0, 3.0)
     assert (row["win_rate_ppo_vs_base"], row["win_rate_ppo_vs_sft"]) == (1.0, 0.5)
     assert row["win_rate_ppo_vs_sft_interval"] == [0.0, 1.0]
+    assert row["length_controlled_win_rate_ppo_vs_base"] == 1.0
+    low, high = row["length_controlled_win_rate_ppo_vs_sft_interval"]
+    assert low <= row["length_controlled_win_rate_ppo_vs_sft"] <= high
     assert (row["pair_accuracy_margin1"], row["num_prompts"]) == (1.0, 2)
 
 

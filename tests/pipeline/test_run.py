@@ -67,6 +67,8 @@ def test_the_evaluation_side_by_side_of_a_run_has_its_figures(workdir, tmp_path)
         assert found["ppo"]["win_rate"] == row["win_rate_ppo_vs_sft"]
         assert found["ppo"]["win_rate_interval"] == row["win_rate_ppo_vs_sft_interval"]
         assert found["base"]["mean"] == pytest.approx(row["mean_base"])
+        fair = "length_controlled_win_rate"
+        assert found["ppo"][fair] == pytest.approx(row[f"{fair}_ppo_vs_sft"])
     ppo = result["policies"]["ppo"]
     assert ppo["kl"] == pytest.approx(run["policy/kl_per_response"], abs=1e-4)
     assert ppo["kl_stderr"] == pytest.approx(run["policy/kl_per_response_stderr"], abs=1e-4)

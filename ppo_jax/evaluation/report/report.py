@@ -163,8 +163,10 @@ def _judge_cell(row: dict, key: str) -> tuple[str, str]:
         return "", ""
     if key.startswith("mean_"):
         return f"{row[key]:+.2f}", ""
-    interval = row.get(f"{key}_interval")
-    return f"{row[key]:.1%}", "{:.0%} to {:.0%}".format(*interval) if interval else ""
+    interval, fair = row.get(f"{key}_interval"), row.get(f"length_controlled_{key}")
+    notes = ["{:.0%} to {:.0%}".format(*interval)] if interval else []
+    notes += [f"at equal length {fair:.0%}"] if fair is not None else []
+    return f"{row[key]:.1%}", "; ".join(notes)
 
 
 def _samples(run: Run) -> dict[str, Any]:
