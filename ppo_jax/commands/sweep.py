@@ -7,7 +7,7 @@ import os
 import re
 import runpy
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,7 +27,11 @@ from ppo_jax.config.points import (
 )
 from ppo_jax.distributed import layout, processes, shares
 from ppo_jax.pipeline import study, sweep
+from ppo_jax.pipeline.search import Search, corners, load_optuna
+from ppo_jax.pipeline.shared_stages import Work
+from ppo_jax.training.stage import LOWER_IS_BETTER
 
+DIRECTIONS = ("maximize", "minimize")
 CHILD = (sys.executable, "-m", "ppo_jax.commands.point")
 
 
@@ -39,7 +43,12 @@ def define_flags() -> SimpleNamespace:
         workdir=text("workdir", None, "The sweep's folder; each point has one in it."),
         grid=text("grid", None, f"The points, {GRID}; otherwise those of the config's sweep()."),
         random=whole("random", None, "Draw so many points from --grid: its lists, log(a,b) ..."),
-        random_seed=whole("random_seed", 0, "Of --random: the same points again.", lower_bound=0),
+        random_seed=whole("random_seed", 0, "Of --random and --optimize.", lower_bound=0),
+        optimize=text("optimize", None, "A metric of sweep.json: optuna proposes the points."),
+        trials=whole("trials", None, "Points of --optimize in all, of every start and process."),
+        direction=flags.DEFINE_enum(
+            "direction", None, DIRECTIONS, "Of --optimize; losses, KL ... are minimized by default."
+        ),
         jobs=whole("jobs", 1, "Points at a time; they share cores, GPUs or chips equally."),
         retries=whole("retries", 1, "How often a crashed point is retried.", lower_bound=0),
         shard=text("shard", None, "i/n: every n-th point from the i-th on, from 0 to n - 1."),
@@ -65,7 +74,8 @@ def run_points(flag: SimpleNamespace):
     together = flag.multihost[0].value
     check_flags(flag, together)
     settings, workdir = cli.config_of(flag.config).to_dict(), Path(flag.workdir.value)
-    points = find_points(flag)
+    search = flag.optimize.value is not None
+    points = corners(parse_grid(flag.grid.value)) if search else find_points(flag)
     cli.join_processes(*flag.multihost)
     if together:
         parts, num_devices = [], len(layout.devices_of_run())
@@ -73,32 +83,84 @@ def run_points(flag: SimpleNamespace):
         parts = shares.divide(*shares.find_devices(), flag.jobs.value)
         num_devices = parts[0].num_devices
     works = study.plan_sweep(settings, points, workdir, num_devices)
-    works = works[find_shard(flag.shard.value)]
+    works = works[slice(None) if search else find_shard(flag.shard.value)]
     if flag.dry_run.value:
         print(sweep.preview(works, workdir))
         return
     processes.end_on_second_signal()
     processes.on_primary(study.keep_base, settings, workdir)
+    how = {"shares": parts, "command": CHILD, "retries": flag.retries.value}
     if together:
         failed = sweep.run_together(works, workdir)
+    elif search:
+        plan = functools.partial(plan_one, settings, workdir, num_devices)
+        failed = run_search(flag, workdir, plan, how)
     else:
-        failed = sweep.Sweep(
-            works, workdir, shares=parts, command=CHILD, retries=flag.retries.value
-        ).run()
+        failed = sweep.Sweep(works, workdir, **how).run()
     tell_end(workdir, failed)
+
+
+def plan_one(settings: Mapping, workdir: Path, num_devices: int, point: Point) -> Work:
+    """A point as work."""
+    return study.plan_sweep(settings, [point], workdir, num_devices)[0]
+
+
+def run_search(
+    flag: SimpleNamespace, workdir: Path, plan: Callable[[Point], Work], how: dict[str, Any]
+) -> list[sweep.Task]:
+    """The points of --optimize; returns those that have failed in this start."""
+    metric = flag.optimize.value
+    search = Search(
+        parse_grid(flag.grid.value),
+        metric=metric,
+        direction=flag.direction.value or DIRECTIONS[bool(LOWER_IS_BETTER.search(metric))],
+        trials=flag.trials.value,
+        workdir=workdir,
+        seed=flag.random_seed.value,
+        plan=plan,
+    )
+    total, ended = flag.trials.value, search.finished()
+    run = sweep.Sweep(
+        [], workdir, ask=search.ask, tell=search.tell, total=total, ended=ended, **how
+    )
+    failed = run.run()
+    print(search.best(), flush=True)
+    return failed
 
 
 def check_flags(flag: SimpleNamespace, together: bool):
     """Refuse flags that do not go together."""
     if flag.random.value is not None and flag.grid.value is None:
         raise ValueError("--random draws from --grid, which is missing")
-    if flag.random.value is None and flag.random_seed.present:
-        raise ValueError("--random_seed is of --random, which is missing")
-    if together and (flag.jobs.value > 1 or flag.shard.value or flag.dry_run.value):
+    search = flag.optimize.value is not None
+    if flag.random.value is None and not search and flag.random_seed.present:
+        raise ValueError("--random_seed is of --random and --optimize, which are missing")
+    if not search and (flag.trials.present or flag.direction.present):
+        raise ValueError("--trials and --direction are of --optimize, which is missing")
+    if search:
+        check_search(flag, together)
+    if together and (flag.jobs.value > 1 or flag.dry_run.value):
         raise ValueError(
-            "with --multihost all processes run the points together, one after "
-            "another: leave --jobs, --shard and --dry_run out"
+            "with --multihost all processes run the points together, one after another: leave "
+            "--jobs and --dry_run out"
         )
+
+
+def check_search(flag: SimpleNamespace, together: bool):
+    """Refuse what does not go with --optimize, and a start without optuna."""
+    if flag.grid.value is None or flag.trials.value is None:
+        raise ValueError("--optimize needs --grid, what to choose from, and --trials=N")
+    if flag.trials.value < 1:
+        raise ValueError(f"--trials must be >= 1, got {flag.trials.value}")
+    if together or flag.shard.value or flag.random.value is not None:
+        raise ValueError(
+            "with --optimize leave --random, --shard and --multihost out: processes "
+            "that are started with the same workdir share the trials"
+        )
+    if not re.fullmatch(r"[\w.-]+/\S+", flag.optimize.value):
+        rule = "a metric, reward/score_mean for instance"
+        raise ValueError(f"--optimize must be {rule}, got {flag.optimize.value!r}")
+    load_optuna()
 
 
 def find_points(flag: SimpleNamespace) -> list[Point]:

@@ -38,11 +38,14 @@ class Interval:
     whole: bool = False  # whole numbers alone
 
     def draw(self, generator: np.random.Generator) -> float:
-        """A number of the interval, to four digits."""
+        """A number of the interval by chance."""
         ends = (math.log(self.low), math.log(self.high)) if self.log else (self.low, self.high)
         value = generator.uniform(*ends)
-        value = float(f"{math.exp(value) if self.log else value:.4g}")
-        value = min(max(value, self.low), self.high)
+        return self.rounded(math.exp(value) if self.log else value)
+
+    def rounded(self, value: float) -> float:
+        """A number of the interval with four digits, so that its folder has a short name."""
+        value = min(max(float(f"{value:.4g}"), self.low), self.high)
         return round(value) if self.whole else value
 
 
@@ -204,8 +207,8 @@ def grid_points(axes: Sequence[Axis]) -> list[Point]:
     """
     for axis in axes:
         if isinstance(axis.values, Interval):
-            what = "log" if axis.values.log else "uniform"
-            raise ValueError(f"--grid: {axis.name} is {what}(...), which --random=N draws from")
+            name = f"{axis.name} is {'log' if axis.values.log else 'uniform'}(...)"
+            raise ValueError(f"--grid: {name}, which --random=N or --optimize draws from")
     if (count := math.prod(len(axis.values) for axis in axes)) > MOST_POINTS:
         raise ValueError(f"a sweep has at most {MOST_POINTS:,} points, got {count:,}")
     names = [axis.name for axis in axes]

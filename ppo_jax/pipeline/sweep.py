@@ -47,19 +47,18 @@ class Task:
 class Progress:
     """One line a point, and on a terminal a bar over all."""
 
-    def __init__(self, total: int):
-        self.total, self.ended, self._bar = total, 0, None
+    def __init__(self, total: int, ended: int = 0):
+        self.total, self.ended, self._bar = total, ended, None
         if sys.stdout.isatty() and is_primary():
             columns, lines = shutil.get_terminal_size(fallback=(80, 24))
             shape = {"file": sys.stdout, "ncols": columns, "nrows": lines}
-            self._bar = tqdm(total=total, desc="points", unit="point", **shape)
+            self._bar = tqdm(total=total, initial=ended, desc="points", unit="point", **shape)
 
     def end(self, task: Task, how: str):
         """A point has come to an end."""
         self.ended += 1
         self.tell(f"{self.ended}/{self.total}  {task.title}  {how}")
         if self._bar is not None:
-            self._bar.total = self.total
             self._bar.update(1)
 
     def tell(self, text: str):
@@ -82,6 +81,7 @@ class Sweep:
         retries: how often what crashed is started again.
         ask: gives the next point of a search, or None; called when a process is free.
         total: the number of points in all, where `ask` gives them.
+        ended: how many of them have come to an end before.
         tell: is called with each point that has come to an end.
     """
 
@@ -95,22 +95,23 @@ class Sweep:
         retries: int = 1,
         ask: Callable[[], Work | None] = lambda: None,
         total: int = 0,
+        ended: int = 0,
         tell: Callable[[Task], None] = lambda task: None,
     ):
         self.workdir, self.command, self.retries = workdir, command, retries
         self.ask, self.told = ask, tell
         self.free, self.running = list(shares), {}
         self.tasks: dict[Path, Task] = {}
-        self.progress = Progress(total or len(works))
+        self.progress = Progress(total or len(works), ended)
         self.stopped: signal.Signals | None = None
-        self.points = [self.add(work) for work in works]
+        for work in works:
+            self.add(work)
 
-    def add(self, work: Work) -> Task:
+    def add(self, work: Work):
         """A point, behind the stages that it shares."""
         for one in (*work.needs, work):
             if one.folder not in self.tasks and (one.stages or one is work):
                 self.tasks[one.folder] = Task(one)
-        return self.tasks[work.folder]
 
     def run(self) -> list[Task]:
         """Run all points; returns those that have failed.
@@ -156,11 +157,13 @@ class Sweep:
         for task in list(self.tasks.values()):
             if self.free and self.is_ready(task):
                 self.begin(task)
-        while self.free and not self.stopped and (work := self.ask()) is not None:
-            self.points.append(self.add(work))
+        waits = any(x.is_point and x.state == "todo" for x in self.tasks.values())
+        while self.free and not self.stopped and not waits and (work := self.ask()) is not None:
+            self.add(work)
             for task in list(self.tasks.values()):
                 if self.free and self.is_ready(task):
                     self.begin(task)
+            waits = self.tasks[work.folder].state == "todo"  # for a stage that it shares
 
     def is_ready(self, task: Task) -> bool:
         """Whether a task may begin now; one whose shared stage has failed fails, too."""

@@ -88,7 +88,7 @@ def test_a_grid_that_cannot_be_read_is_told_with_its_setting(text, told):
 def test_a_grid_is_every_combination_and_an_interval_needs_a_draw():
     points = grid_points(parse_grid("ppo.kl_coef=0,0.1; seed=0:2"))
     assert [tuple(point.values()) for point in points] == [(0, 0), (0, 1), (0.1, 0), (0.1, 1)]
-    with pytest.raises(ValueError, match=r"ppo.kl_coef is log\(...\), which --random=N draws"):
+    with pytest.raises(ValueError, match=r"kl_coef is log\(...\), which --random=N or --opt"):
         grid_points(parse_grid("ppo.kl_coef=log(0.1,1)"))
     with pytest.raises(ValueError, match="at most 10,000 points, got 1,000,000"):
         grid_points(parse_grid("seed=0:1000; ppo.seed=0:1000"))

@@ -51,11 +51,11 @@ GRIDS = """
 --grid=ppo.stop_tokens=('a'
     --grid has a quote or a bracket without its other half: "ppo.stop_tokens=('a'"
 --grid=ppo.kl_coef=uniform(0,0.2)
-    --grid: ppo.kl_coef is uniform(...), which --random=N draws from
+    --grid: ppo.kl_coef is uniform(...), which --random=N or --optimize draws from
 --random=3
     --random draws from --grid, which is missing
 --random_seed=3 --grid=seed=1
-    --random_seed is of --random, which is missing
+    --random_seed is of --random and --optimize, which are missing
 --random=0 --grid=ppo.kl_coef=uniform(0,0.2)
     --random must be in [1, 10,000], got 0
 --random=3 --grid=seed=0:2
@@ -96,6 +96,18 @@ GRIDS = """
     flag --retries=-1: -1 is not a non-negative integer (--help lists the flags)
 --grid=seed=1 --multihost --jobs=2
     with --multihost all processes run the points together...
+--grid=seed=1 --trials=3
+    --trials and --direction are of --optimize, which is missing
+--optimize=reward/score_mean --trials=3
+    --optimize needs --grid, what to choose from, and --trials=N
+--optimize=reward/score_mean --grid=seed=1
+    --optimize needs --grid, what to choose from, and --trials=N
+--optimize=reward/score_mean --grid=seed=1 --trials=0
+    --trials must be >= 1, got 0
+--optimize=score --grid=seed=1 --trials=1
+    --optimize must be a metric, reward/score_mean for instance, got 'score'
+--optimize=a/b --grid=seed=1 --trials=1 --random=2
+    with --optimize leave --random, --shard and --multihost out...
 --grid=seed=1 --process_id=1
     --coordinator, --num_processes and --process_id need --multihost
 """
