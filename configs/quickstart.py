@@ -11,6 +11,10 @@ The tiny variant is the same program with a small model from scratch, for a firs
 minutes; expect a win rate of 0.6 or more, and no sense in the texts:
 
     python experiments/rlhf.py --config=configs/quickstart.py:tiny --workdir=runs/tiny
+
+Four KL penalties with three seeds of PPO each, on the same SFT and reward model:
+
+    python experiments/sweep.py --config=configs/quickstart.py:tiny --workdir=runs/tiny_kl
 """
 
 from ml_collections import config_dict
@@ -115,3 +119,10 @@ def tiny() -> config_dict.ConfigDict:
     config.ppo.value_learning_rate = 5e-4
     config.evaluate.judges = "film_reviews:words_as_gold"
     return config
+
+
+def sweep():
+    """For experiments/sweep.py: what the KL penalty does, with one SFT and one reward model."""
+    for kl_coef in (0.0, 0.02, 0.05, 0.2):
+        for seed in range(3):
+            yield {"ppo.kl_coef": kl_coef, "ppo.seed": seed}

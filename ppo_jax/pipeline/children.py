@@ -31,9 +31,12 @@ class Child:
         work: what it does.
         share: of the machine.
         command: that calls `serve`; the folder is put behind it, for a list of processes.
+        all_cores: it is alone, and has those of the others' shares, too.
     """
 
-    def __init__(self, work: Work, share: Share, command: Sequence[str]):
+    def __init__(
+        self, work: Work, share: Share, command: Sequence[str], *, all_cores: bool = False
+    ):
         self.work, self.share = work, share
         work.folder.mkdir(parents=True, exist_ok=True)
         self._log = work.folder / LOG
@@ -51,7 +54,7 @@ class Child:
                 start_new_session=True,  # a Ctrl-C of the terminal comes through this process
             )
         with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.write(pickle.dumps((work, share.cores)))
+            self.process.stdin.write(pickle.dumps((work, () if all_cores else share.cores)))
             self.process.stdin.flush()
 
     def ended(self) -> int | None:

@@ -119,7 +119,7 @@ class Sweep:
         Raises:
             SystemExit: after SIGTERM (143) or Ctrl-C (130), when the children have saved.
         """
-        with self.signals():
+        with self.signals(), self.stopping_on_error():
             while True:
                 for task in [task for task in self.tasks.values() if task.state == "running"]:
                     self.look_at(task)
@@ -152,6 +152,18 @@ class Sweep:
             for number, handler in old.items():
                 signal.signal(number, handler)
 
+    @contextlib.contextmanager
+    def stopping_on_error(self) -> Iterator[None]:
+        """Behind an error no child goes on: all save and end."""
+        try:
+            yield
+        except BaseException:
+            for child in self.running.values():
+                child.stop(signal.SIGTERM)
+            while any(child.ended() is None for child in self.running.values()):
+                time.sleep(POLL_S)
+            raise
+
     def start_ready(self):
         """Start what can be started, as long as there is a share of the machine for it."""
         for task in list(self.tasks.values()):
@@ -179,15 +191,23 @@ class Sweep:
     def begin(self, task: Task):
         """Start a task, unless it is complete or another process is at it."""
         work = task.work
-        if is_complete(work) if task.is_point else is_made(work):
+        if is_done(work):
             self.complete(task, "complete already")
         elif holder := in_use(work.folder):
             self.wait_for(task, holder)
         else:
             if task.is_point:
                 write_point(work.folder, work.point, "running")
+            alone = self.is_alone(task)
             task.state, task.seconds = "running", time.monotonic()
-            self.running[work.folder] = Child(work, self.free.pop(0), self.command)
+            child = Child(work, self.free.pop(0), self.command, all_cores=alone)
+            self.running[work.folder] = child
+
+    def is_alone(self, task: Task) -> bool:
+        """Whether nothing else can run before a task has come to its end."""
+        others = [x for x in self.tasks.values() if x.state in ("todo", "elsewhere") and x != task]
+        needed = [[part.folder for part in other.work.needs] for other in others]
+        return not self.running and all(task.work.folder in folders for folders in needed)
 
     def look_at(self, task: Task):
         """What has become of a task that runs."""
@@ -314,6 +334,14 @@ def state_of(work: Work) -> str:
     if about.get("status") == "failed":
         return f"failed: {about['error']}"
     return "begun" if about else "not begun"
+
+
+def is_done(work: Work) -> bool:
+    """Whether a piece of work is complete; one whose files cannot be read fails when it is run."""
+    try:
+        return is_made(work) if work.point is None else is_complete(work)
+    except ValueError:
+        return False
 
 
 def in_use(folder: Path) -> str:

@@ -26,6 +26,8 @@ import os, pathlib, signal, sys, time
 folder = pathlib.Path(sys.argv[1])
 with open(folder.parent / "started", "a") as file:
     file.write(folder.name + "\\n")
+done = " ".join(sorted(path.parent.name for path in folder.parent.glob("*/is_done")))
+(folder / "done_before").write_text(done)
 orders = folder.parent / f"{folder.name}.orders"
 first, *rest = orders.read_text().splitlines() if orders.exists() else ["done"]
 orders.write_text("\\n".join(rest) or "done")
@@ -197,6 +199,64 @@ def test_a_child_that_finds_its_folder_taken_has_not_failed(tmp_path, capsys):
     order(tmp_path, "seed=0", f"fail {sweep.IN_USE}", f"fail {sweep.IN_USE}")
     assert run(tmp_path, [point(tmp_path, 0)], retries=0) == []
     assert started(tmp_path) == ["seed=0"] * 3
+
+
+def test_what_all_others_wait_for_has_all_cores(tmp_path, monkeypatch):
+    alone = {}
+
+    class Recorded(sweep.Child):
+        def __init__(self, work, *args, all_cores):
+            alone[work.folder.name] = all_cores
+            super().__init__(work, *args, all_cores=all_cores)
+
+    monkeypatch.setattr(sweep, "Child", Recorded)
+    first, second = part(tmp_path, "sft-1"), part(tmp_path, "sft-2")
+    works = [point(tmp_path, 0, first), point(tmp_path, 1, first), point(tmp_path, 2, second)]
+    run(tmp_path, works[:2], jobs=2)
+    assert alone == {"sft-1": True, "seed=0": False, "seed=1": False}
+    assert all("sft-1" in (x.folder / "done_before").read_text() for x in works[:2])
+    run(tmp_path, works, jobs=2)
+    assert alone["sft-2"] and alone["seed=2"]  # nothing else is left to do
+
+
+def test_points_are_asked_for_when_they_can_begin_and_share_stages_as_well(tmp_path):
+    shared, asked = part(tmp_path), []
+
+    def ask():
+        if len(asked) == 3:
+            return None
+        asked.append(started(tmp_path))
+        return point(tmp_path, len(asked), shared)
+
+    assert run(tmp_path, [], jobs=1, ask=ask, total=3) == []
+    names = ["sft-1", "seed=1", "seed=2", "seed=3"]
+    assert started(tmp_path) == names
+    assert asked == [[], names[:2], names[:3]]
+
+
+def test_no_child_goes_on_behind_an_error(tmp_path):
+    order(tmp_path, "seed=0", "wait")
+    (tmp_path / "seed=0").mkdir()
+
+    def tell(task):
+        wait_until((tmp_path / "seed=0" / "waits").exists)
+        raise ValueError("no such metric")
+
+    with pytest.raises(ValueError, match="no such metric"):
+        run(tmp_path, [point(tmp_path, number) for number in range(2)], jobs=2, tell=tell)
+    assert (tmp_path / "seed=0" / "stopped").exists()
+
+
+def test_a_point_whose_files_cannot_be_read_fails_alone(tmp_path, monkeypatch):
+    def damaged(work):
+        if work.name == "seed=0":
+            raise ValueError("none of the checkpoints can be read")
+        return False
+
+    monkeypatch.setattr(sweep, "is_complete", damaged)
+    order(tmp_path, "seed=0", "fail 2")
+    failed = run(tmp_path, [point(tmp_path, number) for number in range(2)])
+    assert [task.title for task in failed] == ["seed=0"]
 
 
 PARENT = """
