@@ -110,12 +110,14 @@ def config_flag() -> flags.FlagHolder:
 
 
 def stage_flag(names: Sequence[str], about: str, **options: bool) -> flags.FlagHolder:
-    """Define --stage, one of `names` or, as NAME@STEP, a checkpoint of it."""
-    about = f"{about}: <{'|'.join(names)}>; NAME@40 is its checkpoint of step 40."
+    """Define --stage, one of `names` or, as NAME@STEP or NAME@best, a checkpoint of it."""
+    about = (
+        f"{about}: <{'|'.join(names)}>; NAME@40 is its checkpoint of step 40, NAME@best its best."
+    )
     holder = flags.DEFINE_string("stage", None, about, **options)
     flags.register_validator(
         "stage",
-        lambda value: value is None or split_step(value)[0] in names,
+        lambda value: value is None or split_step(value.removesuffix("@best"))[0] in names,
         message=f"value should be one of <{'|'.join(names)}>",
     )
     return holder

@@ -10,7 +10,7 @@ from ppo_jax.config.parsing import LARGEST_SEED
 from ppo_jax.config.stages import PPOSettings
 from ppo_jax.inference import terminal
 from ppo_jax.inference.generate import find_sampling, run_settings
-from ppo_jax.io.stage_folder import check_step, load_model, split_step, stage_folder
+from ppo_jax.io.stage_folder import check_step, load_model, split_step, stage_folder, with_step
 
 
 def define_flags() -> SimpleNamespace:
@@ -60,7 +60,8 @@ def main():
     def generate():
         logging.set_verbosity(logging.WARNING)
         check(flag)
-        path, step = split_step(flag.model.value or flag.stage.value)
+        name = flag.model.value or with_step(flag.stage.value, flag.workdir.value)
+        path, step = split_step(name)
         if not flag.model.value:
             path = str(stage_folder(flag.workdir.value, path))
         if step is not None:

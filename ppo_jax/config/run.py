@@ -109,6 +109,11 @@ class Config:
         check.that(once and set(self.writers) <= set(WRITERS), "writers", rule)
         if self.evaluate is not None and self.ppo is None:
             raise ValueError("evaluate needs a ppo section, whose responses it judges, got none")
+        if self.ppo and self.ppo.evaluate_every and not (self.evaluate and self.evaluate.judges):
+            raise ValueError(
+                "ppo.evaluate_every needs an evaluate section with prompts and judges, got "
+                f"{'one without judges' if self.evaluate else 'none'}"
+            )
         if self.evaluate and self.evaluate.ratings and not (self.reward or self.ppo.reward_model):
             raise ValueError("evaluate.ratings must be '' without a reward model to measure")
 

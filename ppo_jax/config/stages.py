@@ -279,6 +279,9 @@ class PPOSettings:
 
     sample_every: int = changeable(10)  # iterations between samples of the same prompts
     num_samples: int = changeable(8)  # prompts in samples.jsonl
+    evaluate_every: int = changeable(0)  # iterations between evaluations by the judges of
+    # `evaluate`, logged as eval/...; 0 is off
+    evaluate_prompts: int = changeable(32)  # prompts of each: the last ones of evaluate.prompts
     save_every: int = changeable(20)  # iterations between checkpoints
     keep: str | int = changeable(2)  # number of newest checkpoints, or "best:METRIC": as sft.keep
 
@@ -288,7 +291,11 @@ class PPOSettings:
         check.that(bool(self.prompts), "prompts", "the path of a data set")
         check.each("> 0", "num_iterations", "sample_every", "save_every")
         check_keep(check)
-        check.each(">= 0", "num_samples")
+        check.each(">= 0", "num_samples", "evaluate_every")
+        check.each("> 0", "evaluate_prompts")
+        by_evaluation = isinstance(self.keep, str) and self.keep.startswith("best:eval/")
+        rule = "by another metric, or ppo.evaluate_every at least 1"
+        check.that(self.evaluate_every > 0 or not by_evaluation, "keep", rule)
         check.that(self.seed >= -1, "seed", ">= 0, or -1 for the run's seed")
         check_trainable(check, "trainable", "value_trainable")
         with_critic = needs_critic(self.advantages)

@@ -21,6 +21,7 @@ from ppo_jax.io.model_spec import ModelSpec
 from ppo_jax.io.run_folder import read_results, read_rows, write_results
 from ppo_jax.io.stage_folder import (
     Model,
+    best_step,
     describe_stage,
     load_source,
     resolve,
@@ -51,6 +52,8 @@ def evaluate(config: Config, workdir: Path, base: str, data: EvaluationData):
         name: load_source(path, workdir, base, config.model, layout, pin)
         for name, (path, pin) in compared(config, workdir, base, pins.get("init_from")).items()
     }
+    if (step := policies["ppo"].step) is not None:
+        print(f"evaluate: ppo is its checkpoint of step {step}, {config.ppo.keep}", flush=True)
     prompts, ratings = data[0].texts[: settings.num_prompts], data[1]
     responses, results = compare(policies, prompts, sampled_as(config), of_rollout)
     # What is measured is on disk before a judge or the reward model can fail.
@@ -126,7 +129,14 @@ def compared(
     sources = {"base": (base, None)} if origin in ("base", "sft") else {}
     if origin != "base":
         sources["base" if describe_stage(Path(path)) is None else "sft"] = (path, pin)
-    return sources | {"ppo": (str(workdir / "ppo"), None)}
+    return sources | {"ppo": (str(workdir / "ppo"), judged_step(workdir))}
+
+
+def judged_step(workdir: Path) -> int | None:
+    """The step of PPO that the verdict is of: its best, where its `keep` is by a metric of the
+    evaluation while it trained; None is the newest."""
+    keep = describe_stage(workdir / "ppo")["settings"].get("keep")
+    return best_step(workdir / "ppo") if str(keep).startswith("best:eval/") else None
 
 
 def evaluation_prompts(config: Config, tokenizer: Any) -> PromptData:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
-from ppo_jax.training.stage import LOWER_IS_BETTER
+from ppo_jax.io.stage_folder import LOWER_IS_BETTER
 
 # What a sweep is about: the first of these that its points have.
 MAIN_METRICS = (

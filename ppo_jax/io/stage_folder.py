@@ -6,8 +6,10 @@ does not train, written once) and `checkpoints/` (the trained ones, step by step
 
 import dataclasses
 import json
+import math
 import os
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ from ppo_jax.io.checkpoints import (
     save_params,
 )
 from ppo_jax.io.hub import model_folder
-from ppo_jax.io.run_folder import read_object
+from ppo_jax.io.run_folder import read_object, read_rows
 from ppo_jax.models.config import ModelConfig, RopeScaling, computation
 from ppo_jax.models.lora import merge_lora, split_lora
 from ppo_jax.models.partition import Parts, stack_layers, unstack_layers
@@ -42,6 +44,9 @@ DESCRIPTION = {  # what stage.json holds
     **{"data": "an object", "sources": "an object of numbers"},
 }
 LATER = {"trained_field", "data", "sources"}  # those that older stages lack
+
+# Of a metric; a user's reward may have any name.
+LOWER_IS_BETTER = re.compile(r"^(?!reward/(?!kl_)).*(?<![a-z])(loss|perplexity|error|kl)(?![a-z])")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -146,7 +151,8 @@ def check_tokenizer(tokenizer: Any, config: ModelConfig, path: Any):
 
 
 def split_step(name: str) -> tuple[str, int | None]:
-    """(name, None), or for STAGE@STEP (the stage's name or folder, a step of its checkpoints).
+    """(name, None), or for STAGE@STEP (the stage's name or folder, a step of its checkpoints); of a
+    folder, FOLDER@best is the step of `best_step`.
 
     >>> split_step("sft@200"), split_step("sft"), split_step("someone/model@2")
     (('sft', 200), ('sft', None), ('someone/model@2', None))
@@ -154,7 +160,53 @@ def split_step(name: str) -> tuple[str, int | None]:
     if match := re.fullmatch(r"(.+)@(\d+)", name):
         if match[1] in STAGE_NAMES or (Path(match[1]) / "stage.json").is_file():
             return match[1], int(match[2])
+    folder = name.removesuffix("@best")
+    if folder != name and (Path(folder) / "stage.json").is_file():
+        return folder, best_step(Path(folder))
     return name, None
+
+
+def with_step(stage: str, workdir: str | Path) -> str:
+    """The name of a stage of a run with its step for "@best"; any other is as it was given."""
+    name = stage.removesuffix("@best")
+    return stage if name == stage else f"{name}@{best_step(stage_folder(workdir, name))}"
+
+
+def best_step(folder: Path) -> int:
+    """The step of the checkpoint that a stage keeps as its best.
+
+    Raises:
+        ValueError: its `keep` is by no metric, or it has no checkpoint, or no value of the metric.
+    """
+    keep = describe_stage(folder)["settings"].get("keep")
+    if not isinstance(keep, str):
+        raise ValueError(f"{folder} has no best checkpoint: its keep is {keep}, not 'best:METRIC'")
+    metric, steps = keep.removeprefix("best:"), Checkpoints(folder / "checkpoints").steps()
+    rows, _ = read_rows(folder.parent / "metrics.jsonl")
+    rows = [row for row in rows if row["stage"] == folder.name and metric in row]
+    if not steps or not rows:
+        what = f"value of {metric} in {folder.parent}/metrics.jsonl" if steps else "checkpoint yet"
+        raise ValueError(f"{folder} has no {what}")
+    return best_of(rows, metric, steps)
+
+
+def best_of(rows: Sequence[Mapping[str, Any]], metric: str, steps: Sequence[int]) -> int:
+    """Which of some saved steps is best by the newest value of a metric up to it; of equal ones,
+    and where there is no value yet, the newest.
+
+    Args:
+        rows: lines of metrics.jsonl of one stage, oldest first.
+        metric: lower is better where `LOWER_IS_BETTER` says so.
+        steps: one or more.
+    """
+    values = [(row["step"], x) for row in rows if (x := row.get(metric)) is not None]
+    sign = -1.0 if LOWER_IS_BETTER.search(metric) else 1.0
+
+    def rank(step: int) -> tuple[float, int]:
+        before = [x for at, x in values if at <= step]
+        return (sign * before[-1] if before else -math.inf, step)
+
+    return max(steps, key=rank)
 
 
 def check_step(folder: Path, step: int):

@@ -36,6 +36,7 @@ from ppo_jax.io.stage_folder import (
     split_step,
     stage_config,
     stage_folder,
+    with_step,
 )
 from ppo_jax.models.config import ModelConfig, computation, dtype_name
 from ppo_jax.models.families import family_of, write_config
@@ -63,7 +64,8 @@ def export_stage(
 
     Args:
         workdir: the run's folder.
-        stage: "sft", "reward" or "ppo"; "ppo@40" is its checkpoint of step 40.
+        stage: "sft", "reward" or "ppo"; "ppo@40" is its checkpoint of step 40,
+            "ppo@best" the one that its `keep` has chosen.
         out: the folder to write, which is absent or empty.
         dtype: of the weights, "float32" or "bfloat16", or such a dtype of JAX.
         adapter_of: for the adapter alone, the model that it goes onto: the one that the stage began
@@ -78,6 +80,7 @@ def export_stage(
         raise ValueError(f"dtype must be one of {list(DTYPES)}, got {dtype!r}")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"{out} must be a new or an empty folder, but it holds something already")
+    stage = with_step(stage, workdir)
     name, step = split_step(stage)
     source = stage_folder(workdir, name)
     if step is not None:

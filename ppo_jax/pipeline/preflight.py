@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from ppo_jax.data.readers import check_packages, is_hub, is_table, read_rows
 from ppo_jax.data.records import PROMPT_SCHEMAS, load_ratings, load_texts
 from ppo_jax.data.templates import read_template
 from ppo_jax.distributed.layout import Layout, make_layouts
+from ppo_jax.evaluation.during_training import make_judging, training_prompts
 from ppo_jax.evaluation.evaluate import EVALUATE
 from ppo_jax.inference.generate import make_sampling
 from ppo_jax.inference.stop_strings import stop_strings
@@ -43,13 +45,19 @@ from ppo_jax.io.stage_folder import (
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.lora import check_targets
 from ppo_jax.rollout.sampling import Sampling
+from ppo_jax.training.ppo import PPO, train_ppo
 from ppo_jax.training.ppo_setup import critic_source, make_options
 from ppo_jax.training.reward_functions import load_reward_functions
 from ppo_jax.training.stage import Stage
 from ppo_jax.training.stages import TRAINING_STAGES
 from ppo_jax.training.writers import check_writers
 
-STAGES = (*TRAINING_STAGES, EVALUATE)  # in the order in which they run
+# In the order in which they run. PPO is judged while it trains by what comes after training.
+STAGES = (
+    *(x for x in TRAINING_STAGES if x is not PPO),
+    dataclasses.replace(PPO, train=functools.partial(train_ppo, judging=make_judging)),
+    EVALUATE,
+)
 
 
 def chosen(names: Sequence[str]) -> list[Stage]:
@@ -99,8 +107,14 @@ def check_functions(config: Config, stages: Sequence[str]):
         load_function(config.prepare, "prepare")
     if "ppo" in stages:
         load_reward_functions(config.ppo)
-    if "evaluate" in stages and config.evaluate.judges:
+    if is_judged(config, stages):
         load_function(config.evaluate.judges, "evaluate.judges")
+
+
+def is_judged(config: Config, stages: Sequence[str]) -> bool:
+    """Whether the judges of the config are asked, be it while PPO trains."""
+    while_training = "ppo" in stages and config.ppo.evaluate_every
+    return bool(while_training or ("evaluate" in stages and config.evaluate.judges))
 
 
 def check_files(config: Config, workdir: Path, stages: Sequence[str]):
@@ -110,6 +124,8 @@ def check_files(config: Config, workdir: Path, stages: Sequence[str]):
         for stage in chosen(stages)
         for field in stage.data_fields
     }
+    if is_judged(config, stages):
+        named["evaluate.prompts"] = config.evaluate.prompts
     if needs_base(config, stages):
         named["model.vocabulary_data"] = config.model.vocabulary_data
     for field, path in named.items():
@@ -222,6 +238,8 @@ def check_data(
         start = starts["ppo" if stage.name == "evaluate" else stage.name]
         data[stage.name] = stage.read(config, start)
         check_sizes(stage.name, config, data[stage.name], start.config.max_length)
+    if "ppo" in stages and config.ppo.evaluate_every:
+        training_prompts(config, starts["ppo"].tokenizer)
     return data
 
 

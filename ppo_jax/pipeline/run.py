@@ -20,6 +20,7 @@ from ppo_jax.data.atomic import PARTIAL, atomic_folder
 from ppo_jax.distributed.folder_lock import hold_folder
 from ppo_jax.distributed.layout import make_mesh
 from ppo_jax.distributed.processes import barrier, on_primary, stop_if_asked
+from ppo_jax.evaluation.evaluate import judged_step
 from ppo_jax.evaluation.report.report import is_current, write_report
 from ppo_jax.evaluation.report.summary import headlines, read_run, verdict
 from ppo_jax.io.base_model import base_path, prepare_base
@@ -329,8 +330,11 @@ def make_data(config: Config, workdir: Path):
 
 
 def evaluation_subject(config: Config, workdir: Path) -> dict:
-    """What a verdict is about: its settings, and the newest step of every stage."""
+    """What a verdict is about: its settings, and the step of every stage, the newest but for
+    `judged_step`."""
     settings = without_workdir(dataclasses.asdict(config.evaluate), workdir)
     folders = [workdir / stage / "checkpoints" for stage in STAGE_NAMES]
     steps = {x.parent.name: Checkpoints(x).latest_step() for x in folders if x.is_dir()}
+    if "ppo" in steps and (best := judged_step(workdir)) is not None:
+        steps["ppo"] = best
     return {"settings": settings, "steps": steps}

@@ -43,6 +43,7 @@ def summary(
         rows += reward_rows(config, starts["reward"], steps["reward"])
     if "ppo" in stages:
         rows += ppo_rows(config.ppo, starts["ppo"].config)
+        rows += evaluation_rows(config)
         rows += memory_rows(config.ppo, starts["ppo"], starts.get("score"))
         rows += text_reward_rows(config.ppo, starts["ppo"], starts.get("score"), data["ppo"])
         rows += stop_rows(config.ppo, starts["ppo"].tokenizer)
@@ -143,6 +144,16 @@ def ppo_rows(s: PPOSettings, model: ModelConfig) -> Rows:
         ("KV cache", f"{size_of(cache)}, {slots} responses at a time"),
         ("logits at a time", size_of(logits)),
     ]
+
+
+def evaluation_rows(config: Config) -> Rows:
+    """What is measured while PPO trains."""
+    s = config.ppo
+    if not s.evaluate_every:
+        return []
+    every = "iteration" if s.evaluate_every == 1 else f"{s.evaluate_every} iterations"
+    what = f"every {every}: {s.evaluate_prompts} prompts, {config.evaluate.judges}"
+    return [("ppo evaluates", what)]
 
 
 def stop_rows(s: PPOSettings, tokenizer: Any) -> Rows:

@@ -25,6 +25,13 @@ from ppo_jax.io.model_spec import ModelSpec
 from ppo_jax.io.run_folder import append_rows
 from ppo_jax.io.stage_folder import Model, load_source, source_steps
 from ppo_jax.training.common import compile_step
+from ppo_jax.training.ppo_evaluation import (
+    Evaluation,
+    Judging,
+    compile_sampler,
+    is_due,
+    make_sample_and_measure,
+)
 from ppo_jax.training.ppo_setup import Setup, begin_models, make_setup
 from ppo_jax.training.resume import fingerprint
 from ppo_jax.training.reward_functions import (
@@ -56,8 +63,11 @@ def used_columns(data: PromptData, functions: Sequence[RewardFunction], path: st
     return dataclasses.replace(data, columns=columns, gaps={})
 
 
-def train_ppo(config: Config, workdir: Path, base: str, data: PromptData):
-    """Align a policy; the result is the stage folder `workdir/ppo`."""
+def train_ppo(
+    config: Config, workdir: Path, base: str, data: PromptData, *, judging: Judging | None = None
+):
+    """Align a policy; the result is the stage folder `workdir/ppo`. `judging` is for
+    `ppo.evaluate_every`."""
     settings, layouts = config.ppo, make_layouts(config.mesh)
     layout = layouts[0]
     policy, reward, critic = find_models(config, workdir, base, layout)
@@ -80,14 +90,17 @@ def train_ppo(config: Config, workdir: Path, base: str, data: PromptData):
         print(f"ppo: {buckets}")
     setup, *start = make_setup(settings, policy, reward, critic, layouts, config.model.frozen_dtype)
     tokenizer = policy.tokenizer
-    score = None  # the reward model is in the program of an iteration
-    if functions := load_reward_functions(settings):
-        stop_ids = setup.options.sampling.eos_ids
-        score = function_scorer(functions, data, tokenizer, stop_ids, layout)
-    elif setup.text_reward is not None:
-        score = text_scorer(setup, reward, data.texts, tokenizer, layout)
-    del policy, reward, critic  # the setup has what is used of them
-    samples = make_sampler(setup, tokenizer, data, settings, score, layout)
+    scorer = functools.partial(make_scorer, settings, setup, reward, tokenizer, layout)
+    score, sampler = scorer(data), compile_sampler(setup, layout)
+    evaluation = None
+    if settings.evaluate_every and judging is not None:
+        prompts, rate = judging(config, workdir, tokenizer)
+        sample = make_sample_and_measure(
+            setup, tokenizer, prompts, scorer(prompts), layout, sampler, config
+        )
+        evaluation = Evaluation(sample, rate)
+    del policy, reward, critic, scorer  # the setup has what is used of them
+    samples = make_sampler(setup, tokenizer, data, settings, score, layout, sampler)
     with StageRun(
         workdir,
         PPO,
@@ -99,6 +112,8 @@ def train_ppo(config: Config, workdir: Path, base: str, data: PromptData):
         limits={"kl/ref": (settings.max_ref_kl, "ppo.max_ref_kl")},
     ) as run:
         state = run.restore(layout, init_ppo, *start, setup.hyperparameters)
+        if evaluation is not None and run.start < num_steps:
+            run.expect(evaluation.begin(dataclasses.replace(state, policy_params=start[0])))
         del start
         iterate = make_iteration(setup, state, score, layout)
         tell_what_comes(run.start, settings, workdir / "samples.jsonl")
@@ -118,6 +133,9 @@ def train_ppo(config: Config, workdir: Path, base: str, data: PromptData):
             if (i + 1) % settings.sample_every == 0 or i + 1 == num_steps:
                 run.finish_step()
                 append_rows(workdir / "samples.jsonl", samples(state, i + 1))
+            if evaluation is not None and is_due(settings, i + 1):
+                run.finish_step()
+                metrics |= evaluation(state)
             run.end_step(i + 1, state, metrics)
 
 
@@ -202,6 +220,23 @@ def local_responses(
     )
     prompts = Prompts(tokens=prompts[0], mask=prompts[1])
     return rows, decode_rows(tokenizer, tokens, mask, prompts, stop_ids)
+
+
+def make_scorer(
+    settings: PPOSettings,
+    setup: Setup,
+    reward: Model | None,
+    tokenizer: Any,
+    layout: Layout,
+    data: PromptData,
+) -> Scorer | None:
+    """What scores responses to some prompts outside of the program of an iteration; None where the
+    reward model is in it."""
+    if functions := load_reward_functions(settings):
+        return function_scorer(functions, data, tokenizer, setup.options.sampling.eos_ids, layout)
+    if setup.text_reward is not None:
+        return text_scorer(setup, reward, data.texts, tokenizer, layout)
+    return None
 
 
 def function_scorer(
@@ -341,19 +376,12 @@ def make_sampler(
     settings: PPOSettings,
     score: Scorer | None,
     layout: Layout,
+    sample: Callable[..., Rollout],
 ):
     """(state, step) -> rows of samples.jsonl: the same prompts and the same key every time."""
     texts = data.texts
     chosen = np.arange(min(settings.num_samples, len(texts)))
     filled = layout.pad_batch(chosen)
-    once = dataclasses.replace(
-        setup.options.sampling, samples_per_prompt=1, max_concurrent=0, min_free_slots=0
-    )
-    options = dataclasses.replace(setup.options, sampling=once)
-    sample = jax.jit(
-        functools.partial(sample_responses, networks=setup.networks, options=options),
-        out_shardings=layout.batch_sharding,
-    )
     how = dict(networks=setup.networks, eos_id=setup.options.score_eos)
     score_tokens = jax.jit(functools.partial(response_scores, **how))
 
@@ -372,7 +400,7 @@ def make_sampler(
         scores, responses = fetch((scores, (rollout.response_tokens, rollout.response_mask)))
         scores = scores.sum(axis=1) if scores.ndim == 2 else scores
         prompts = take_prompts(data.prompts, filled)
-        responses = decode_rows(tokenizer, *responses, prompts, once.eos_ids)
+        responses = decode_rows(tokenizer, *responses, prompts, setup.options.sampling.eos_ids)
         return [
             {"stage": "ppo", "step": step, "prompt": p, "response": r, "score": float(s)}
             for p, r, s in zip((texts[i] for i in chosen), responses, scores, strict=False)
@@ -393,6 +421,7 @@ PPO = Stage(
     extendable=True,
     progress={
         "reward/score_mean": "score",
+        "eval/gold_score": "gold",
         "kl/ref": "kl",
         "policy/clip_fraction": "clip",
         "response/length": "length",

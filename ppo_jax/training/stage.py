@@ -2,13 +2,11 @@
 
 import contextlib
 import dataclasses
-import math
 import os
-import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +24,16 @@ from ppo_jax.io.run_folder import (
     read_rows,
     without_workdir,
 )
-from ppo_jax.io.stage_folder import Model, begin_stage, describe_stage, has_begun, update_stage
+from ppo_jax.io.stage_folder import (
+    Model,
+    begin_stage,
+    best_of,
+    describe_stage,
+    has_begun,
+    update_stage,
+)
 from ppo_jax.models.partition import Parts, split_params, start_layer
 from ppo_jax.training.metrics import MetricsWriter
-
-# Of a metric; a user's reward may have any name.
-LOWER_IS_BETTER = re.compile(r"^(?!reward/(?!kl_)).*(?<![a-z])(loss|perplexity|error|kl)(?![a-z])")
 
 KEEP_TIME_S = 10  # seconds between two times that the time of a stage is written
 
@@ -102,6 +104,7 @@ class StageRun:
         self.folder = self.workdir / stage.name
         self.unit = stage.step_unit
         self.start = 0
+        self.expected: Collection[str] = ()  # metrics that come every few steps
         self.asked_to_stop: signal.Signals | None = None
         self.writer: MetricsWriter | None = None
         self.best_metric = keep.removeprefix("best:") if isinstance(keep, str) else None
@@ -162,18 +165,17 @@ class StageRun:
         )
         return state
 
+    def expect(self, metrics: Mapping[str, float]):
+        """Take the figures from before the first step, of metrics that come every few steps: they
+        are logged where the stage begins, and known where it goes on."""
+        self.expected = metrics.keys()
+        if self.start == 0:
+            self.log_start(metrics)
+
     def best_step(self, steps: list[int]) -> int:
         """Which of some saved steps is best by the newest value of `best_metric` up to it; of equal
         ones, and where there is no value yet, the newest."""
-        rows = self.logged()
-        values = [(row["step"], x) for row in rows if (x := row.get(self.best_metric)) is not None]
-        sign = -1.0 if LOWER_IS_BETTER.search(self.best_metric) else 1.0
-
-        def rank(step: int) -> tuple[float, int]:
-            before = [x for at, x in values if at <= step]
-            return (sign * before[-1] if before else -math.inf, step)
-
-        return max(steps, key=rank)
+        return best_of(self.logged(), self.best_metric, steps)
 
     def logged(self) -> list[dict[str, Any]]:
         """The stage's lines of metrics.jsonl, oldest first."""
@@ -187,7 +189,7 @@ class StageRun:
             ValueError: with those that it has.
         """
         rows = on_primary(self.logged)
-        names = {name for row in [*rows, metrics] for name in row if "/" in name}
+        names = {name for row in [*rows, metrics, self.expected] for name in row if "/" in name}
         if self.best_metric not in names:
             raise ValueError(
                 f"{self.stage}.keep must be 'best:METRIC' with one of {sorted(names)}, got "

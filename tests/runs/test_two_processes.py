@@ -21,6 +21,7 @@ from tests.support.two_processes import (
 from tests.support.users_code import WAITS, wait_if_asked
 
 pytestmark = pytest.mark.slow
+EVALUATED = {"evaluate_every": 3, "evaluate_prompts": 6}
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def one(tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "devices_of_run", jax.devices)
-        pipeline.run(settings(), folder)
+        pipeline.run(settings(**EVALUATED), folder)
     return folder
 
 
@@ -37,7 +38,7 @@ def one(tmp_path_factory):
 def two(tmp_path_factory):
     """The same in two processes."""
     folder = tmp_path_factory.mktemp("two") / "run"  # not there yet
-    for code, output in two_processes.finish(two_processes.start(settings(), folder)):
+    for code, output in two_processes.finish(two_processes.start(settings(**EVALUATED), folder)):
         assert code == 0, output
     return folder
 
@@ -46,20 +47,31 @@ def test_two_processes_run_every_stage_as_one_does(one, two):
     assert_same_numbers(one, two)
     texts = [[row["response"] for row in rows(x, "samples.jsonl")] for x in (one, two)]
     assert texts[0] == texts[1]
+    for name in ("eval/kl", "eval/length", "eval/proxy_score"):
+        mine, theirs = (
+            {row["step"]: row[name] for row in rows(x, "metrics.jsonl") if name in row}
+            for x in (one, two)
+        )
+        assert list(mine) == [0, 3, 6] and mine == pytest.approx(theirs, abs=1e-3), name
 
 
 def test_judges_are_asked_by_one_process_alone(two):
-    assert (two / "judged.txt").read_text().split() == ["0"] * 3  # base, SFT and PPO
+    # Three times while PPO trains, then base, SFT and PPO.
+    assert (two / "judged.txt").read_text().split() == ["0"] * 6
     (row,) = json.loads((two / "results.json").read_text())["judges"]
     assert 0 < row["mean_ppo"] < 1
 
 
 def test_what_two_processes_saved_one_goes_on_with(one, two, tmp_path, all_devices):
     shutil.copytree(two, tmp_path, dirs_exist_ok=True)
-    pipeline.run(settings(num_iterations=8), tmp_path, only=["ppo"])
+    pipeline.run(settings(num_iterations=8, **EVALUATED), tmp_path, only=["ppo"])
     whole = tmp_path / "whole"
     shutil.copytree(one, whole)
-    pipeline.run(settings({"data": 1, "fsdp": 8, **WHOLE}, num_iterations=8), whole, only=["ppo"])
+    pipeline.run(
+        settings({"data": 1, "fsdp": 8, **WHOLE}, num_iterations=8, **EVALUATED),
+        whole,
+        only=["ppo"],
+    )
     assert_same_numbers(whole, tmp_path, ["ppo"])
 
 

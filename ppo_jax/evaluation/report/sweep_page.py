@@ -13,7 +13,7 @@ from ppo_jax.evaluation.report.report import HALF, SMALL, TEMPLATES, Figure, mak
 from ppo_jax.evaluation.report.summary import duration
 from ppo_jax.evaluation.sweep_table import KL_METRICS, Setting, figure, short_name, spelled
 from ppo_jax.io.run_folder import read_rows
-from ppo_jax.training.stage import LOWER_IS_BETTER
+from ppo_jax.io.stage_folder import LOWER_IS_BETTER
 from ppo_jax.training.stages import find_stage
 
 PAGE = "sweep.html"
