@@ -18,6 +18,7 @@ COMMANDS = {
     "ppo": ("run the ppo stage of a config", "stages"),
     "generate": ("responses to prompts, to a file of prompts, or in a chat", "generate"),
     "evaluate": ("policies side by side on unseen prompts, by any judges", "evaluate"),
+    "frontier": ("gold and proxy score against KL, of several runs and best-of-n", "frontier"),
     "export": ("a finished stage as a Hugging Face folder", "export"),
     "sweep": ("many runs of one config, by points that change it", "sweep"),
     "plan": ("memory and least time of a PPO iteration on a TPU topology", "plan"),

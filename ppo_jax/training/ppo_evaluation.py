@@ -81,7 +81,7 @@ class Evaluation:
         return self._metrics(sampled, self._rate(sampled.texts))
 
     def _metrics(self, sampled: Sampled, scores: Mapping[str, np.ndarray]) -> dict[str, float]:
-        metrics = dict(sampled.metrics)
+        metrics = dict(sampled.metrics)  # of the headline: "eval/gold_score", "eval/gold_win_rate"
         for judge, now in scores.items():
             wins = (now > self._start[judge]) + 0.5 * (now == self._start[judge])
             metrics |= {

@@ -27,6 +27,7 @@ SCRIPTS = {
     "ppo": "train_ppo",
     "generate": "generate",
     "evaluate": "evaluate",
+    "frontier": "frontier",
     "export": "export_hf",
     "sweep": "sweep",
     "plan": "plan",

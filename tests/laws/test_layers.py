@@ -123,7 +123,11 @@ def test_only_the_module_that_is_named_for_it_knows_a_third_party():
         "pyarrow": {"data.readers"},
         "datasets": {"data.readers"},
         "jinja2": {"data.templates", "evaluation.report.report"},
-        "matplotlib": {"evaluation.report.plots", "evaluation.report.sweep_plots"},
+        "matplotlib": {
+            "evaluation.report.plots",
+            "evaluation.report.sweep_plots",
+            "evaluation.report.frontier_plots",
+        },
         "scipy": {"evaluation.sweep_table"},
         "gguf": {"io.gguf.header"},
         "tokenizers": {"io.gguf.tokenizer", "io.tokenizers"},

@@ -121,6 +121,41 @@ CHARTS: dict[str, tuple[Group, ...]] = {
             ),
         ),
         Group(
+            "On unseen prompts",
+            (
+                Chart(
+                    "Proxy and gold score",
+                    "score",
+                    "The same unseen prompts each time: the score that is trained for, and the "
+                    "headline judge's. Where they part, the proxy is optimised too far.",
+                    {"eval/proxy_score": "proxy", "eval/gold_score": "gold"},
+                    exact=True,
+                ),
+                Chart(
+                    "Win rate against the start",
+                    "share of prompts",
+                    "How often the headline judge prefers the response to that of the policy "
+                    "before PPO.",
+                    {"eval/gold_win_rate": "gold"},
+                    exact=True,
+                ),
+                Chart(
+                    "KL on unseen prompts",
+                    "nats per response",
+                    "Summed log-ratio of policy and reference over a response, on average.",
+                    {"eval/kl": "KL"},
+                    exact=True,
+                ),
+                Chart(
+                    "Length on unseen prompts",
+                    "tokens",
+                    "On average, the end token included.",
+                    {"eval/length": "length"},
+                    exact=True,
+                ),
+            ),
+        ),
+        Group(
             "Policy update",
             (
                 Chart(

@@ -72,11 +72,18 @@ def svg(draw: Draw, *, size: tuple[float, float], name: str) -> str:
     return _inline(buffer.getvalue())
 
 
-def save_png(draws: Mapping[str, Draw], path: Path, *, columns: int) -> None:
-    """All figures under their titles in one picture on white, `columns` in a row."""
+def save_png(
+    draws: Mapping[str, Draw],
+    path: Path,
+    *,
+    columns: int,
+    size: tuple[float, float] = (4.2, 2.7),
+) -> None:
+    """All figures under their titles in one picture on white, `columns` in a row, each of a size in
+    inches."""
     rows = -(-len(draws) // columns)
     with matplotlib.rc_context(STYLE | _inks("#22272e", "#e3e6ea", "#ffffff")):
-        figure = Figure(figsize=(4.2 * columns, 2.7 * rows), layout="constrained")
+        figure = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained")
         figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
         for i, (title, draw) in enumerate(draws.items(), 1):
             axes = figure.add_subplot(rows, columns, i)
@@ -125,10 +132,10 @@ def trajectory(rows: Sequence[dict]) -> Draw | None:
         line = points[:0]
         if len(points) >= NOISY:
             line = np.stack([smooth(values) for values in points.T], axis=1)
-            axes.plot(*line.T, color=_ink(), lw=0.8, alpha=0.45)
+            axes.plot(*line.T, color=ink(), lw=0.8, alpha=0.45)
         axes.scatter(*points.T, c=np.arange(len(points)), cmap=shades, s=20, lw=0, alpha=0.9)
         ends = points[[0, -1]]
-        axes.scatter(*ends.T, facecolors="none", edgecolors=_ink(), s=34, lw=0.9)
+        axes.scatter(*ends.T, facecolors="none", edgecolors=ink(), s=34, lw=0.9)
         axes.set(xlabel="KL from the reference policy (nats per response)", ylabel="mean score")
         axes.margins(x=0.05, y=0.25)  # room for a label above and below the points
         up = 1 if ends[1, 1] >= ends[0, 1] else -1
@@ -144,12 +151,12 @@ def win_rates(results: dict) -> Draw | None:
     rows = [row for row in results.get("judges", []) if key in row]
 
     def draw(axes: Axes) -> None:
-        axes.axvline(0.5, color=_ink(), lw=0.8, ls=(0, (4, 3)))
+        axes.axvline(0.5, color=ink(), lw=0.8, ls=(0, (4, 3)))
         bars = {row["judge"]: row[key] for row in rows}
         ends = [row.get(f"{key}_interval", [row[key]] * 2) for row in rows]
         _draw_bars(axes, bars, [COLORS["ppo"]] * len(rows), text_at=[high for _, high in ends])
         for at, interval in enumerate(ends):
-            axes.plot(interval, [at, at], color=_ink(), lw=1.0)
+            axes.plot(interval, [at, at], color=ink(), lw=1.0)
         axes.set_xlabel("share of prompts")
 
     return draw if rows else None
@@ -259,7 +266,7 @@ def _draw_bars(
     axes.spines["left"].set_visible(False)
 
 
-def _ink() -> str:
+def ink() -> str:
     return matplotlib.rcParams["text.color"]
 
 

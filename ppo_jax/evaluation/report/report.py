@@ -12,6 +12,7 @@ import numpy as np
 from markupsafe import Markup
 
 from ppo_jax.data.atomic import atomic_write
+from ppo_jax.evaluation.frontier import Curve, points_of_run, sentence
 from ppo_jax.evaluation.report import plots
 from ppo_jax.evaluation.report.charts import (
     CHARTS,
@@ -19,6 +20,7 @@ from ppo_jax.evaluation.report.charts import (
     compared,
     display_name,
 )
+from ppo_jax.evaluation.report.frontier_plots import frontier
 from ppo_jax.evaluation.report.summary import (
     FILES,
     Run,
@@ -135,6 +137,15 @@ def _result(run: Run) -> dict[str, Any]:
             "interval; dashed: no preference.",
             size=TALL,
         ),
+        make_figure(
+            "Over-optimisation",
+            frontier(curves := frontier_of(run)),
+            f"{sentence(curves[0])} Gold (solid) and proxy score (dashed) on the same unseen "
+            "prompts; thin: R = d (alpha - beta log d) fitted to gold; a ring: its highest."
+            if curves
+            else "",
+            size=WIDE,
+        ),
     ]
     rows = run.results.get("judges", [])
     keys = [key for key in (rows or [{}])[0] if key.startswith(("pair_", "mean_", "win_"))]
@@ -147,6 +158,12 @@ def _result(run: Run) -> dict[str, Any]:
             for row in rows
         ],
     }
+
+
+def frontier_of(run: Run) -> list[Curve]:
+    """The run's own way over the frontier, where it was evaluated while PPO trained."""
+    points = points_of_run(run.rows("ppo"))
+    return [Curve("this run", points)] if len(points) > 1 else []
 
 
 def _judge_heading(key: str) -> str:

@@ -1,0 +1,70 @@
+"""The frontier as a figure: gold and proxy score of several settings against sqrt(KL)."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+
+from ppo_jax.evaluation.frontier import (
+    Curve,
+    Point,
+    distance,
+    fit_curve,
+    mean_points,
+    measured_peak,
+    predict,
+)
+from ppo_jax.evaluation.report.plots import COLORS, Draw, ink
+from ppo_jax.evaluation.report.sweep_plots import colours
+
+DASHED = (0, (4, 2.2))
+
+
+def frontier(curves: Sequence[Curve]) -> Draw | None:
+    """Gold as a solid line, proxy as a dashed one, fits of gold as thin ones, peaks as rings.
+
+    Curves of RL have a colour each, from dark to light; best-of-n has one of its own.
+    """
+    shown = [(curve, means) for curve in curves if len(means := mean_points(curve)) > 1]
+    if not shown:
+        return None
+
+    def draw(axes: Axes) -> None:
+        shades = iter(colours(sum(curve.kind == "rl" for curve, _ in shown)))
+        axes.axhline(0, color=ink(), lw=0.6)
+        handles = []
+        for curve, means in shown:
+            color = next(shades) if curve.kind == "rl" else COLORS["evaluate"]
+            draw_curve(axes, curve, means, color)
+            handles.append(Line2D([], [], color=color, lw=1.8, label=curve.name))
+        styles = {"gold": {"lw": 1.8}, "proxy": {"lw": 1.2, "ls": DASHED}}
+        styles["fit of gold"] = {"lw": 0.8, "alpha": 0.8}
+        handles += [Line2D([], [], color=ink(), label=k, **style) for k, style in styles.items()]
+        axes.set(
+            xlabel="√KL from the reference policy (KL in nats per response)",
+            ylabel="score less the starting policy's",
+        )
+        axes.margins(x=0.03, y=0.06)
+        axes.set_xlim(left=0)
+        axes.legend(handles=handles, fontsize=7, handlelength=2.2, loc="best")
+
+    return draw
+
+
+def draw_curve(axes: Axes, curve: Curve, means: Sequence[Point], color: str) -> None:
+    """One setting: the mean over its runs, each run's gold points as dots, the peak of the mean."""
+    d, gold = distance([p.kl for p in means]), [p.gold for p in means]
+    marker = {"marker": "o", "ms": 3.4} if curve.kind == "bon" else {}
+    axes.plot(d, gold, color=color, lw=1.8, zorder=3, **marker)
+    if all(p.proxy is not None for p in means):
+        axes.plot(d, [p.proxy for p in means], color=color, lw=1.2, ls=DASHED)
+    every = distance([p.kl for p in curve.points])
+    axes.scatter(every, [p.gold for p in curve.points], color=[color], s=5, lw=0, alpha=0.45)
+    peak, last = measured_peak(curve)
+    if peak != last and peak.gold > 0:
+        ring = dict(facecolors="none", edgecolors=ink(), s=46, lw=1.0, zorder=4)
+        axes.scatter(distance([peak.kl]), [peak.gold], **ring)
+    if (fit := fit_curve(curve)) is not None:
+        x = np.linspace(0, max(d), 200)
+        axes.plot(x, predict(fit, x), color=color, lw=0.8, alpha=0.8)
