@@ -199,7 +199,7 @@ def find_shard(text: str | None) -> slice:
     Raises:
         ValueError: it is no i/n with 0 <= i < n.
     """
-    if text is None and "SLURM_ARRAY_TASK_ID" in os.environ:
+    if text is None and {"SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"} <= os.environ.keys():
         array = {"ID": 0, "MIN": 0, "STEP": 1, "COUNT": 1}
         array = {x: int(os.environ.get(f"SLURM_ARRAY_TASK_{x}") or y) for x, y in array.items()}
         text = f"{(array['ID'] - array['MIN']) // array['STEP']}/{array['COUNT']}"

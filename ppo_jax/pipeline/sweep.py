@@ -318,7 +318,7 @@ def preview(works: Sequence[Work], workdir: Path) -> str:
         state = "complete" if is_made(users[0]) else "to be made"
         lines.append(f"  shared/{folder.name:{width}}  of {len(users)} points  {state}")
     lines += [""] if parts else []
-    width = max(len(work.name) for work in works)
+    width = max((len(work.name) for work in works), default=0)
     for number, work in enumerate(works, 1):
         lines.append(f"  {number}/{len(works)}  {work.name:{width}}  {state_of(work)}")
     return "\n".join(lines)

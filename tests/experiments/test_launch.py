@@ -42,6 +42,8 @@ def test_a_task_of_an_array_runs_the_sweep(tmp_path):
 def test_a_task_of_an_array_takes_its_shard(monkeypatch):
     points = list(range(10))
     assert points[sweep.find_shard(None)] == points
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "7")  # of no array that says how large it is
+    assert points[sweep.find_shard(None)] == points
     array = {"ID": "7", "MIN": "3", "STEP": "2", "COUNT": "4"}  # --array=3-9:2
     for name, value in array.items():
         monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)

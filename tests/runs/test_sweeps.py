@@ -127,6 +127,7 @@ def test_a_point_is_an_ordinary_run(whole, tmp_path, capsys):
     assert "every stage is complete: nothing to do" in capsys.readouterr().out
     shown = sweep.preview(works, whole)
     assert shown.startswith("2 points, 3 shared parts") and shown.count("complete") == 5
+    assert sweep.preview([], whole).startswith("0 points, 0 shared parts")  # an empty shard
     more = [*POINTS, {"ppo.kl_coef": 1.0}, {"sft.batch_size": 4}]
     shown = sweep.preview(study.plan_sweep(settings(), more, whole, 1), whole).splitlines()
     assert shown[0].startswith("4 points, 4 shared parts")
