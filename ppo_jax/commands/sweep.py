@@ -26,10 +26,10 @@ from ppo_jax.config.points import (
     random_points,
 )
 from ppo_jax.distributed import layout, processes, shares
+from ppo_jax.io.stage_folder import LOWER_IS_BETTER
 from ppo_jax.pipeline import study, sweep
 from ppo_jax.pipeline.search import Search, corners, load_optuna
 from ppo_jax.pipeline.shared_stages import Work
-from ppo_jax.training.stage import LOWER_IS_BETTER
 
 DIRECTIONS = ("maximize", "minimize")
 CHILD = (sys.executable, "-m", "ppo_jax.commands.point")
