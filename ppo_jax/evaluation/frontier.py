@@ -194,7 +194,10 @@ def sentence(curve: Curve) -> str:
         )
     lost = peak.gold - last.gold
     text = f"{name}: the gold score peaked {peak.gold:.2f} above the start at {place(peak)} and "
-    text += f"lost {lost:.2f} ({lost / peak.gold:.0%}) of that by {place(last)}"
+    if last.gold < 0:
+        text += f"lost {lost:.2f}, more than all of that, by {place(last)}"
+    else:
+        text += f"lost {lost:.2f} ({lost / peak.gold:.0%}) of that by {place(last)}"
     if peak.proxy is not None and last.proxy is not None:
         change = last.proxy - peak.proxy
         text += f", while the proxy score {'rose' if change > 0 else 'fell'} by {abs(change):.2f}"

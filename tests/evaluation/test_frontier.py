@@ -107,6 +107,12 @@ def test_gains_are_measured_from_the_starting_policy_and_means_are_over_runs():
             "1.00 (50%) of that by 9.0 nats of KL (step 10), while the proxy score rose by 3.00.",
         ),
         (
+            [0.0, 1.0, -0.5],
+            "x: the gold score peaked 1.00 above the start at 4.0 nats of KL (step 5) and lost "
+            "1.50, more than all of that, by 9.0 nats of KL (step 10), while the proxy score rose "
+            "by 3.00.",
+        ),
+        (
             [0.0, 1.0, 2.0],
             "x: the gold score did not fall; it was highest, 2.00 above the start, at the end, "
             "9.0 nats of KL (step 10).",

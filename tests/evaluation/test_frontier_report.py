@@ -104,6 +104,10 @@ def test_gold_is_solid_and_proxy_dashed_and_the_peak_has_a_ring():
     assert list(gold.get_ydata()) == [0, 1, 2, 1.5, 1, 0.5]
     assert [len(x.get_offsets()) for x in axes.collections] == [6, 1]
     assert axes.collections[1].get_offsets().tolist() == [[2, 2]]
+    assert [text.get_text() for text in axes.texts] == ["iteration 2"]
+    rising = [Point(kl, kl**2, step=i) for i, (kl, _) in enumerate(way)]
+    frontier([Curve("x", rising)])(other := Figure().subplots())
+    assert len(other.lines) == 2 < len(axes.lines)  # no proxy, no fit of what bends upward
     names = [text.get_text() for text in axes.get_legend().get_texts()]
     assert names == ["x", "gold", "proxy", "fit of gold"]
     assert frontier([Curve("x", points[:1])]) is None
@@ -113,7 +117,7 @@ def test_the_report_of_a_run_has_its_own_frontier(runs):
     page = write_report(runs / "kl" / "a").read_text()
     assert "Over-optimisation" in page
     assert (
-        "this run: the gold score peaked 2.00 above the start at 4.0 nats of KL (step 20)" in page
+        "This run: the gold score peaked 2.00 above the start at 4.0 nats of KL (step 20)" in page
     )
     (runs / "kl" / "a" / "metrics.jsonl").write_text("")
     assert "Over-optimisation" not in write_report(runs / "kl" / "a").read_text()

@@ -15,10 +15,12 @@ from ppo_jax.evaluation.frontier import (
     measured_peak,
     predict,
 )
-from ppo_jax.evaluation.report.plots import COLORS, Draw, ink
+from ppo_jax.evaluation.report.plots import COLORS, Draw, ink, smooth
 from ppo_jax.evaluation.report.sweep_plots import colours
+from ppo_jax.training.ppo import PPO
 
 DASHED = (0, (4, 2.2))
+NOISY = 12  # points: from here on a line is smoothed, and the dots alone are what was measured
 
 
 def frontier(curves: Sequence[Curve]) -> Draw | None:
@@ -54,17 +56,27 @@ def frontier(curves: Sequence[Curve]) -> Draw | None:
 
 def draw_curve(axes: Axes, curve: Curve, means: Sequence[Point], color: str) -> None:
     """One setting: the mean over its runs, each run's gold points as dots, the peak of the mean."""
-    d, gold = distance([p.kl for p in means]), [p.gold for p in means]
+    d = way(distance([p.kl for p in means]))
     marker = {"marker": "o", "ms": 3.4} if curve.kind == "bon" else {}
-    axes.plot(d, gold, color=color, lw=1.8, zorder=3, **marker)
+    axes.plot(d, way([p.gold for p in means]), color=color, lw=1.8, zorder=3, **marker)
     if all(p.proxy is not None for p in means):
-        axes.plot(d, [p.proxy for p in means], color=color, lw=1.2, ls=DASHED)
+        axes.plot(d, way([p.proxy for p in means]), color=color, lw=1.2, ls=DASHED)
     every = distance([p.kl for p in curve.points])
-    axes.scatter(every, [p.gold for p in curve.points], color=[color], s=5, lw=0, alpha=0.45)
+    axes.scatter(every, [p.gold for p in curve.points], color=[color], s=7, lw=0, alpha=0.5)
     peak, last = measured_peak(curve)
     if peak != last and peak.gold > 0:
         ring = dict(facecolors="none", edgecolors=ink(), s=46, lw=1.0, zorder=4)
-        axes.scatter(distance([peak.kl]), [peak.gold], **ring)
-    if (fit := fit_curve(curve)) is not None:
+        at = (float(distance(peak.kl)), peak.gold)
+        axes.scatter(*at, **ring)
+        text = f"n = {peak.n}" if peak.step is None else f"{PPO.step_unit} {peak.step}"
+        axes.annotate(text, at, xytext=(0, 8), textcoords="offset points", ha="center", fontsize=7)
+    fit = fit_curve(curve)
+    if fit is not None and fit.beta > 0:  # bent as the form is meant to be
         x = np.linspace(0, max(d), 200)
         axes.plot(x, predict(fit, x), color=color, lw=0.8, alpha=0.8)
+
+
+def way(values: Sequence[float]) -> np.ndarray:
+    """A long way without its noise, from where it began; a short one as it is."""
+    values = np.asarray(values, np.float64)
+    return values if len(values) < NOISY else np.concatenate([values[:1], smooth(values)[1:]])

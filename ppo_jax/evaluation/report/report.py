@@ -163,7 +163,7 @@ def _result(run: Run) -> dict[str, Any]:
 def frontier_of(run: Run) -> list[Curve]:
     """The run's own way over the frontier, where it was evaluated while PPO trained."""
     points = points_of_run(run.rows("ppo"))
-    return [Curve("this run", points)] if len(points) > 1 else []
+    return [Curve("This run", points)] if len(points) > 1 else []
 
 
 def _judge_heading(key: str) -> str:
