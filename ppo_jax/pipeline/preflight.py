@@ -65,8 +65,14 @@ def chosen(names: Sequence[str]) -> list[Stage]:
     return [stage for stage in STAGES if stage.name in names]
 
 
-def check_named(config: Config, workdir: Path, stages: Sequence[str]):
+def check_named(config: Config, workdir: Path, stages: Sequence[str], *, files: bool = True):
     """All that the config names is there, or will be: before anything is fetched or made.
+
+    Args:
+        config: of the run.
+        workdir: the run's folder.
+        stages: those that will run.
+        files: read the data files; not for a point of a sweep whose files another one has, too.
 
     Raises:
         ValueError: a function, a package, a file or a stage is missing.
@@ -76,7 +82,8 @@ def check_named(config: Config, workdir: Path, stages: Sequence[str]):
     check_functions(config, stages)
     check_writers(config.writers)
     check_template(config, workdir)
-    check_files(config, workdir, stages)
+    if files:
+        check_files(config, workdir, stages)
     check_sources(config, workdir, stages)
 
 

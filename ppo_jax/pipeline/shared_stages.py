@@ -77,7 +77,8 @@ def make_part(name: str, config: Config, workdir: Path, needs: tuple[Work, ...])
     }
     text = json.dumps(depends, sort_keys=True).encode()
     folder = workdir / "shared" / f"{name}-{hashlib.sha256(text).hexdigest()[:12]}"
-    sections = {"model", "seed", "mesh", "prepare", name} | {part.name for part in needs}
+    sections = {"model", "seed", "mesh", "prepare", "writers", name}
+    sections |= {part.name for part in needs}
     settings = {key: value for key, value in values.items() if key in sections}
     stages = (name,) if name in TRAINED else ()
     return Work(name=name, folder=folder, settings=settings, stages=stages, needs=needs)

@@ -15,14 +15,7 @@ from ppo_jax.config.run import STAGE_NAMES, Config, from_config_dict
 from ppo_jax.distributed.folder_lock import hold_when_free
 from ppo_jax.distributed.layout import mesh_shape
 from ppo_jax.io.run_folder import config_differences, fill_in_workdir, read_object, write_object
-from ppo_jax.pipeline.preflight import (
-    check_files,
-    check_functions,
-    check_scratch,
-    check_sources,
-    check_template,
-    chosen,
-)
+from ppo_jax.pipeline.preflight import check_named, chosen
 from ppo_jax.pipeline.run import checked_folder, checked_settings, completeness, first_date
 from ppo_jax.pipeline.shared_stages import TRAINED, Work, shared_parts
 
@@ -108,7 +101,9 @@ def plan_point(
     values = apply_point(base, point)
     given, config, stages = checked_settings(values, folder, STAGE_NAMES)
     mesh_shape(config.mesh, num_devices)
-    check_point(given, config, folder, stages, read)
+    files = named_files(given, stages)
+    check_named(config, folder, stages, files=files not in read)
+    read.add(files)
     parts = shared_parts(given, folder.parent, stages)
     shared = [part.name for part in parts if part.name in TRAINED]
     own = tuple(stage for stage in stages if stage not in shared)
@@ -119,22 +114,15 @@ def plan_point(
     return work, given
 
 
-def check_point(given: Config, config: Config, folder: Path, stages: Sequence[str], read: set):
-    """`preflight.check_named`, but files that another point names are not read again."""
-    if config.model.scratch is not None:
-        check_scratch(config, stages)
-    check_functions(config, stages)
-    check_template(config, folder)
+def named_files(given: Config, stages: Sequence[str]) -> tuple:
+    """What `preflight.check_files` depends on."""
     files = tuple(
         getattr(getattr(given, stage.name), field)
         for stage in chosen(stages)
         for field in stage.data_fields
     )
-    key = (files, given.reward and given.reward.format, given.model.vocabulary_data, given.prepare)
-    if key not in read:
-        check_files(config, folder, stages)
-        read.add(key)
-    check_sources(config, folder, stages)
+    how = given.reward and given.reward.format
+    return files, how, given.model.vocabulary_data, given.prepare
 
 
 def is_complete(work: Work) -> bool:

@@ -7,7 +7,7 @@ from unittest import mock
 import pytest
 
 from ppo_jax.config.run import with_defaults
-from ppo_jax.pipeline import study
+from ppo_jax.pipeline import preflight, study
 from ppo_jax.pipeline.sweep import Sweep
 from tests.support import tiny_run
 from tests.support.command_line import run_script
@@ -217,7 +217,11 @@ def test_data_files_are_read_once_for_all_points(tmp_path, monkeypatch):
     tiny_run.prepare(tmp_path / "data")
     (tmp_path / "base").mkdir()
     reads = []
-    monkeypatch.setattr(study, "check_files", lambda config, *_: reads.append(config.ppo.prompts))
+
+    def record(config, *_):
+        reads.append(config.ppo.prompts)
+
+    monkeypatch.setattr(preflight, "check_files", record)
     values = with_defaults(
         tiny_run.on_base(
             tmp_path,
@@ -230,3 +234,10 @@ def test_data_files_are_read_once_for_all_points(tmp_path, monkeypatch):
     study.plan_sweep(values.to_dict(), [*POINTS, *others], tmp_path / "sweep", 1)
     assert [path.split("/")[-1] for path in reads] == ["prompts.jsonl"] * 2 + ["test_prompts.jsonl"]
     assert not (tmp_path / "sweep").exists()
+
+
+def test_points_are_checked_as_runs_are(tmp_path, monkeypatch):
+    """All of `preflight.check_named`, whatever is added to it."""
+    monkeypatch.setattr(preflight, "check_writers", lambda writers: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        study.plan_sweep(settings(), POINTS, tmp_path, 1)
