@@ -124,7 +124,7 @@ def test_a_whole_run_has_every_section_and_every_chart(whole_report):
     sections = ["Result", "Samples", "Stages", "Supervised fine-tuning", "Reward model", "PPO"]
     sections += ["During training", "Environment and configuration"]
     assert [heading for heading in page.headings if heading in sections] == sections
-    figures = sum(len(group.charts) for stage in CHARTS.values() for group in stage) + 4
+    figures = sum(len(group.charts) for stage in CHARTS.values() for group in stage) + 5
     assert page.tags.count("svg") == page.tags.count("figure") == figures
     assert "0123abc" in text and "ppo.kl_coef" in text and "16 min 50 s" in text
 
