@@ -116,6 +116,8 @@ CHOICES = {
     "kl_control": "adaptive",
     "missing_eos": "penalty",
     "old_logprobs": "recompute",
+    "whiten_advantages": False,
+    "whiten_rewards": True,
 }
 
 
