@@ -15,7 +15,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ppo_jax.algorithms.experience import PPONetworks, PPOOptions, sample_responses
+from ppo_jax.algorithms.experience import (
+    PPONetworks,
+    PPOOptions,
+    response_scores,
+    sample_responses,
+)
 from ppo_jax.algorithms.ppo import ppo_iteration, update_from_rollout
 from ppo_jax.core.types import FrozenParams, Hyperparameters, PPOState, Prompts, Rollout
 
@@ -37,6 +42,11 @@ def stack_lanes(lanes: Sequence[Any]) -> Any:
 def take_lane(tree: Any, lane: jax.Array | int) -> Any:
     """One lane of a stacked tree."""
     return jax.tree.map(lambda x: x[lane], tree)
+
+
+def split_lanes(rows: Any, num_lanes: int) -> Any:
+    """Rows of all lanes, lane after lane, [N B, ...] a leaf, as [N, B, ...]."""
+    return jax.tree.map(lambda x: x.reshape(num_lanes, -1, *x.shape[1:]), rows)
 
 
 def stack_frozen(lanes: Sequence[FrozenParams]) -> tuple[FrozenParams, FrozenParams]:
@@ -121,6 +131,21 @@ def sweep_responses(
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rollouts)
 
 
+def sweep_scores(
+    rollout: Rollout,
+    *,
+    frozen: FrozenParams,
+    networks: PPONetworks,
+    axes: LaneAxes,
+    num_lanes: int,
+    eos_id: int | None = None,
+) -> jax.Array:
+    """`response_scores` of what `sweep_responses` gave, [N B] float32."""
+    score = functools.partial(response_scores, networks=networks, eos_id=eos_id)
+    scores = over_lanes(score, axes, 0)(split_lanes(rollout, num_lanes), frozen=frozen)
+    return scores.reshape(-1)
+
+
 def sweep_update(
     states: PPOState,
     hyperparameters: Hyperparameters,
@@ -135,10 +160,7 @@ def sweep_update(
 ) -> tuple[PPOState, dict[str, jax.Array]]:
     """`update_from_rollout` of N lanes, from what `sweep_responses` gave and its scores [N B] or
     [N B, T]; other arguments as for `sweep_iteration`."""
-    num_lanes = len(states.step)
-    rollouts, scores = jax.tree.map(
-        lambda x: x.reshape(num_lanes, -1, *x.shape[1:]), (rollout, scores)
-    )
+    rollouts, scores = split_lanes((rollout, scores), len(states.step))
     update = functools.partial(update_from_rollout, networks=networks, options=options)
     mapped = over_lanes(update, axes, 0, 0, 0, 0, axes.inputs)
     return mapped(states, hyperparameters, rollouts, scores, key, frozen=frozen)

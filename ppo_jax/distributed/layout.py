@@ -172,6 +172,48 @@ class Layout:
         return map_named(decoding, params)
 
 
+def over_lanes(layouts: tuple[Layout, Layout], num_lanes: int) -> "LaneLayout":
+    """How the lanes of a sweep are laid out, whose runs have these layouts.
+
+    They are sharded over the mesh axis `data`, each with the rows of its own batches together,
+    where it divides their number; else every lane is sharded as a run alone.
+    """
+    size = layouts[0].mesh.shape["data"]
+    if size == 1 or num_lanes % size:
+        return LaneLayout(layouts, layouts[0].batch_sharding, None)
+    rules = [x.rules for x in layouts]
+    rows = [tuple(name for name in x.batch if name != "data") for x in rules]
+    inner = [dataclasses.replace(x, batch=names) for x, names in zip(rules, rows, strict=True)]
+    mesh = layouts[0].mesh
+    both = Layout(mesh, inner[0]), Layout(mesh, inner[1])
+    flat = NamedSharding(mesh, PartitionSpec(("data", *both[0].mesh_axes("batch"))))
+    return LaneLayout(both, flat, "data")
+
+
+@dataclasses.dataclass(frozen=True)
+class LaneLayout:
+    """The layouts of lanes that are one program."""
+
+    layouts: tuple[Layout, Layout]  # of a lane, in training and in the rollout
+    batch_sharding: NamedSharding  # of the rows of all lanes, lane after lane
+    mesh_axis: str | None  # that the lanes are sharded over
+
+    def stacked(self, shardings: Any) -> Any:
+        """The shardings of leaves with a first axis of lanes, from those of a lane."""
+        return jax.tree.map(
+            lambda x: NamedSharding(x.mesh, PartitionSpec(self.mesh_axis, *x.spec)), shardings
+        )
+
+    def shard_batch(self, batch: Any) -> Any:
+        """The rows of all lanes, sharded, as `Layout.shard_batch`."""
+        return jax.tree.map(lambda x: device_put(x, self.batch_sharding), batch)
+
+    def put_stacked(self, tree: Any, sharding: NamedSharding) -> Any:
+        """Leaves [N, ...] on the mesh; `sharding` is that of a lane's."""
+        where = self.stacked(sharding)
+        return jax.tree.map(lambda x: device_put(x, where), tree)
+
+
 def fetch(tree: Any) -> Any:
     """Full arrays as numpy on every process: for small ones. A leaf that spans several processes
     is gathered by all of them together, any other is read by this process alone."""

@@ -109,14 +109,17 @@ class Checkpoints:
         if jax.process_index() == 0:
             write_checksums(path)
 
-    def restore(self, example: Any) -> tuple[Any, int, dict[str, Any]] | None:
-        """Load the newest intact step; an unfinished or damaged one is named in a warning.
+    def restore(
+        self, example: Any, step: int | None = None
+    ) -> tuple[Any, int, dict[str, Any]] | None:
+        """Load a step, by default the newest intact one; others are named in a warning.
 
         Several processes load the step whose files process 0 has verified, and no other.
 
         Args:
             example: the state's structure: arrays or `jax.ShapeDtypeStruct`s. Shardings are
                 respected; a leaf without one goes to the first device.
+            step: those after it are replaced when their turn comes; 0 loads nothing.
 
         Returns:
             (state, step, metadata) with dtypes and bits as saved, or None when no step was ever
@@ -135,8 +138,12 @@ class Checkpoints:
             return _load_like(path, example), metadata
 
         self.wait()
-        newest = _load_newest(self.directory, load)
+        if step is None:
+            newest = _load_newest(self.directory, load)
+        else:
+            newest = (step, _load_step(self.directory / str(step), step, load)) if step else None
         if newest is None:
+            self._broken.update(() if step is None else self.steps())
             return None
         self._verified, (state, metadata) = newest
         self._broken.update(step for step in self.steps() if step > self._verified)
@@ -152,6 +159,11 @@ class Checkpoints:
         Warns and raises as `restore` does.
         """
         return on_primary(_newest_step, self.directory, verify_again)
+
+    def finish_write(self) -> None:
+        """Wait until the last `save` is on disk; the older steps stay. Raises as `wait`."""
+        if self._saving is not None:
+            self._saving[1].result()
 
     def wait(self) -> None:
         """Wait until the last `save` is on disk, and remove what `keep` no longer covers.
@@ -218,10 +230,7 @@ def load_checkpoint_item(
 
     directory = Path(directory).absolute()
     if step is not None:
-        path = directory / str(step)
-        with damage_named("checkpoint", path):
-            on_primary(verify_checksums, path)
-            return load(path, *_read_metadata(step, path))
+        return _load_step(directory / str(step), step, load)
     newest = _load_newest(directory, load)
     if newest is None:
         raise ValueError(f"no complete checkpoint in {directory}.")
@@ -265,6 +274,13 @@ def _load_newest(directory: Path, load: Callable[..., T]) -> tuple[int, T] | Non
     advice = "; remove or rename that folder, and the step before it is taken"
     with damage_named("checkpoint", path, advice):
         return step, load(path, *_read_metadata(step, path))
+
+
+def _load_step(path: Path, step: int, load: Callable[..., T]) -> T:
+    """`load(folder, tree of what was saved, metadata)` of one step, whose files are verified."""
+    with damage_named("checkpoint", path):
+        on_primary(verify_checksums, path)
+        return load(path, *_read_metadata(step, path))
 
 
 def _newest_step(directory: Path, verify: Verify = verify_checksums) -> int | None:

@@ -37,6 +37,8 @@ class MetricsWriter:
         limits: {metric: (most, setting)}: a run ends like one that diverges when a metric is above
             its limit, and the setting is named.
         writers: where they go besides, as `config.writers` names them.
+        num_lanes: runs that take their steps together, this one among them: the seconds of a step
+            are this one's share, and the progress is told by them all together.
 
     Every step gets `time/step_s`, the wall seconds from when the metrics of the step before were
     there to when its own are, with all that happens in between (validation, samples, a save), and
@@ -58,7 +60,9 @@ class MetricsWriter:
         tokens: tuple[str, float] | None = None,
         limits: Mapping[str, tuple[float, str]] | None = None,
         writers: Sequence[str] = ("tensorboard",),
+        num_lanes: int | None = None,
     ):
+        self._num_lanes = num_lanes or 1
         self.stage, self._tokens, self._limits = stage, tokens, limits or {}
         self.last_checkpoint = restored_step
         self._path = Path(workdir) / "metrics.jsonl"
@@ -67,14 +71,16 @@ class MetricsWriter:
         self._compiled = compile_seconds()  # before the first step of this start
         self._first = True
         self._writers: list[Writer] = []
-        self._progress: _Progress | None = None
-        if jax.process_index() == 0:
+        self._progress: Progress | None = None
+        self._writes = jax.process_index() == 0
+        if self._writes:
             done = -1 if restored_step is None else restored_step
             drop_lines_after(self._path, stage, restored_step)
             self._writers = make_writers(
                 writers, Path(workdir), stage, purge_step=done + 1, tell=self.tell
             )
-            self._progress = _Progress(stage, max(done, 0), total_steps, show or {})
+            if num_lanes is None:
+                self._progress = Progress(stage, max(done, 0), total_steps, show or {})
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Take the metrics of a step (scalars, on devices or not); write those of the step before.
@@ -89,6 +95,10 @@ class MetricsWriter:
         earlier, self._pending = self._pending, (step, metrics)
         if earlier is not None:
             self._write(*earlier)
+
+    def write_now(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Write the metrics of a step that is over. Raises as `write` does."""
+        self._write(step, metrics)
 
     def flush(self) -> None:
         """Write the metrics that are still held back. Raises as `write` does."""
@@ -122,18 +132,19 @@ class MetricsWriter:
     def _write(self, step: int, metrics: Mapping[str, Any]) -> None:
         values = {name: _scalar(name, x) for name, x in jax.device_get(dict(metrics)).items()}
         values |= self._times(step, values)
-        if self._progress is not None:
+        if self._writes:
             both = with_former_names(values)
             append_rows(self._path, [{"stage": self.stage, "step": step, **both}])
             for writer in self._writers:
                 writer.write(step, both)
+        if self._progress is not None:
             self._progress.update(step, values)
         self._check(step, values)
 
     def _times(self, step: int, values: Mapping[str, float]) -> dict[str, float]:
         now, compiled = time.perf_counter(), compile_seconds()
-        seconds, self._there = now - self._there, now
-        spent, self._compiled = compiled - self._compiled, compiled
+        seconds, self._there = (now - self._there) / self._num_lanes, now
+        spent, self._compiled = (compiled - self._compiled) / self._num_lanes, compiled
         if step == 0:  # figures from before the first step
             return {}
         times = {"time/step_s": seconds}
@@ -161,7 +172,7 @@ class MetricsWriter:
         raise FloatingPointError(f"{', '.join(bad)} at step {step}; {last}")
 
 
-class _Progress:
+class Progress:
     """A bar on a terminal; elsewhere a line about every tenth of the steps, or every 30 seconds,
     and one for each step that has figures which the step before it lacks, of a validation."""
 

@@ -42,8 +42,8 @@ from ppo_jax.training.reward_functions import (
 from ppo_jax.training.stage import Stage, StageRun, open_stage
 
 # (the prompts chosen [B], their rollout) -> (scores on the mesh, [B] float32, or [B, T] of each
-# token; metrics)
-Scorer: TypeAlias = Callable[[np.ndarray, Rollout], tuple[jax.Array, dict[str, Any]]]
+# token; {metric: its number of each response [B], of which the mean is logged})
+Scorer: TypeAlias = Callable[[np.ndarray, Rollout], tuple[jax.Array, dict[str, np.ndarray]]]
 
 
 def read_ppo(config: Config, start: ModelSpec) -> PromptData:
@@ -71,23 +71,11 @@ def train_ppo(
     settings, layouts = config.ppo, make_layouts(config.mesh)
     layout = layouts[0]
     policy, reward, critic = find_models(config, workdir, base, layout)
-    rows = data.prompts
-    num_steps, size = settings.num_iterations, settings.rollout_batch_size
+    rows, num_steps = data.prompts, settings.num_iterations
     samples_each = settings.samples_per_prompt
     buckets = make_buckets(settings, rows, config.ppo_seed)
-    open_stage(
-        PPO,
-        config,
-        workdir,
-        policy,
-        num_steps=num_steps,
-        data=fingerprint(data),
-        sources={"init_from": policy, "reward_model": reward},
-    )
-    if settings.top_k or settings.top_p < 1 or settings.min_p:
-        print("ppo: top_k, top_p and min_p shape what is sampled, not the log-probs of the update")
-    if settings.prompt_buckets > 1:
-        print(f"ppo: {buckets}")
+    open_ppo(config, workdir, policy, reward, data)
+    tell_settings(settings, buckets)
     setup, *start = make_setup(settings, policy, reward, critic, layouts, config.model.frozen_dtype)
     tokenizer = policy.tokenizer
     scorer = functools.partial(make_scorer, settings, setup, reward, tokenizer, layout)
@@ -101,16 +89,7 @@ def train_ppo(
         evaluation = Evaluation(sample, rate)
     del policy, reward, critic, scorer  # the setup has what is used of them
     samples = make_sampler(setup, tokenizer, data, settings, score, layout, sampler)
-    with StageRun(
-        workdir,
-        PPO,
-        num_steps=num_steps,
-        save_every=settings.save_every,
-        keep=settings.keep,
-        writers=config.writers,
-        tokens=("response/length", size),
-        limits={"kl/ref": (settings.max_ref_kl, "ppo.max_ref_kl")},
-    ) as run:
+    with ppo_run(config, workdir) as run:
         state = run.restore(layout, init_ppo, *start, setup.hyperparameters)
         if evaluation is not None and run.start < num_steps:
             run.expect(evaluation.begin(dataclasses.replace(state, policy_params=start[0])))
@@ -139,6 +118,43 @@ def train_ppo(
             run.end_step(i + 1, state, metrics)
 
 
+def open_ppo(config: Config, workdir: Path, policy: Model, reward: Model | None, data: PromptData):
+    """Begin the stage of a run, or make sure that it can go on."""
+    open_stage(
+        PPO,
+        config,
+        workdir,
+        policy,
+        num_steps=config.ppo.num_iterations,
+        data=fingerprint(data),
+        sources={"init_from": policy, "reward_model": reward},
+    )
+
+
+def tell_settings(settings: PPOSettings, buckets: PromptBuckets):
+    """Lines for settings that do something that a user may not expect."""
+    if settings.top_k or settings.top_p < 1 or settings.min_p:
+        print("ppo: top_k, top_p and min_p shape what is sampled, not the log-probs of the update")
+    if settings.prompt_buckets > 1:
+        print(f"ppo: {buckets}")
+
+
+def ppo_run(config: Config, workdir: Path, num_lanes: int | None = None) -> StageRun:
+    """The stage of a run; one of several lanes, where `num_lanes` says so."""
+    settings = config.ppo
+    return StageRun(
+        workdir,
+        PPO,
+        num_steps=settings.num_iterations,
+        save_every=settings.save_every,
+        keep=settings.keep,
+        writers=config.writers,
+        tokens=("response/length", settings.rollout_batch_size),
+        limits={"kl/ref": (settings.max_ref_kl, "ppo.max_ref_kl")},
+        num_lanes=num_lanes,
+    )
+
+
 def make_buckets(settings: PPOSettings, prompts: Prompts, seed: int) -> PromptBuckets:
     """Which prompts are in which iteration."""
     return PromptBuckets(
@@ -150,7 +166,13 @@ def make_buckets(settings: PPOSettings, prompts: Prompts, seed: int) -> PromptBu
     )
 
 
-def find_models(config: Config, workdir: Path, base: str, layout: Layout):
+def find_models(
+    config: Config,
+    workdir: Path,
+    base: str,
+    layout: Layout,
+    load_source: Callable[..., Model] = load_source,
+):
     """(policy, reward model or None, critic) as the run begins, with adapters where it is they that
     are trained. A run that goes on begins from the same steps of other stages."""
     settings, pins = config.ppo, source_steps(workdir / "ppo")
@@ -204,7 +226,7 @@ def make_iteration(
         rollout = sample(state, hyperparameters, prompts, rollout_key, frozen=frozen)
         scores, more = score(chosen, rollout)
         state, metrics = update(state, hyperparameters, rollout, scores, shuffle_key, frozen=frozen)
-        return state, metrics | more
+        return state, metrics | {name: x.mean(dtype=np.float64) for name, x in more.items()}
 
     return iterate
 
@@ -256,13 +278,20 @@ def function_scorer(
 
 
 def text_scorer(
-    setup: Setup, reward: Model, texts: list[str], tokenizer: Any, layout: Layout
+    setup: Setup,
+    reward: Model,
+    texts: list[str],
+    tokenizer: Any,
+    layout: Layout,
+    scores_of: Callable[..., jax.Array] = text_scores,
 ) -> Scorer:
     """The scores of a reward model that reads text: responses are decoded by the policy's tokenizer
-    and tokenised by its own, see `encode_responses`. All processes run the one program."""
+    and tokenised by its own, see `encode_responses`. All processes run the one program.
+
+    `scores_of` is (network, its parameters, tokens, mask) -> scores."""
     reader = dataclasses.replace(reward, params={})  # the setup has them, on the mesh
     program = jax.jit(
-        functools.partial(text_scores, setup.text_reward), out_shardings=layout.batch_sharding
+        functools.partial(scores_of, setup.text_reward), out_shardings=layout.batch_sharding
     )
 
     def score(chosen: np.ndarray, rollout: Rollout):
@@ -277,7 +306,7 @@ def text_scorer(
         more = ((0, 0), (0, width - rows.tokens.shape[1]))
         inputs = layout.shard_batch((np.pad(rows.tokens, more), np.pad(rows.mask, more)))
         scores = program(setup.frozen.reward, *inputs)
-        return scores, {"reward/too_long_fraction": too_long.mean()}
+        return scores, {"reward/too_long_fraction": too_long}
 
     return score
 
@@ -300,7 +329,7 @@ def call_functions(
     rollout: Rollout,
     tokenizer: Any,
     stop_ids: Collection[int],
-) -> tuple[np.ndarray, dict[str, float]]:
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """What the functions give for B responses; every process asks for its own rows.
 
     Args:
@@ -313,7 +342,7 @@ def call_functions(
 
     Returns:
         (the weighted sum of their scores, [B] float32, or [B, T] float32 of each token if one of
-        them scores tokens; {metric: mean score of a response} of each function, without its
+        them scores tokens; {metric: the scores of the responses [B]} of each function, without its
         weight). A function that scores responses then scores their last tokens.
     """
     rows, responses = local_responses(rollout, tokenizer, stop_ids)
@@ -339,7 +368,7 @@ def weighted_sum(
     rows: np.ndarray,
     mask: np.ndarray,
     count: int,
-) -> tuple[np.ndarray, dict[str, float]]:
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """`call_functions`, from each function's scores of this process's rows; gathered by all.
 
     Args:
@@ -362,11 +391,11 @@ def weighted_sum(
             of_tokens[np.arange(len(rows)), last] += function.weight * given
     every = gather_rows(rows, own, count)
     names = metric_names([function.name for function in functions])
-    means = dict(zip(names, every[:, ::2].mean(axis=0, dtype=np.float64).tolist(), strict=True))
+    each = dict(zip(names, every[:, ::2].T, strict=True))
     if every[:, 1::2].any():
-        return gather_rows(rows, of_tokens, count), means
+        return gather_rows(rows, of_tokens, count), each
     weights = np.array([function.weight for function in functions])
-    return (every[:, ::2] @ weights).astype(np.float32), means
+    return (every[:, ::2] @ weights).astype(np.float32), each
 
 
 def make_sampler(
@@ -379,8 +408,7 @@ def make_sampler(
     sample: Callable[..., Rollout],
 ):
     """(state, step) -> rows of samples.jsonl: the same prompts and the same key every time."""
-    texts = data.texts
-    chosen = np.arange(min(settings.num_samples, len(texts)))
+    chosen = np.arange(min(settings.num_samples, len(data.texts)))
     filled = layout.pad_batch(chosen)
     how = dict(networks=setup.networks, eos_id=setup.options.score_eos)
     score_tokens = jax.jit(functools.partial(response_scores, **how))
@@ -397,16 +425,30 @@ def make_sampler(
             scores = score_tokens(rollout, frozen=setup.frozen)
         else:
             scores, _ = score(filled, rollout)
-        scores, responses = fetch((scores, (rollout.response_tokens, rollout.response_mask)))
-        scores = scores.sum(axis=1) if scores.ndim == 2 else scores
-        prompts = take_prompts(data.prompts, filled)
-        responses = decode_rows(tokenizer, *responses, prompts, setup.options.sampling.eos_ids)
-        return [
-            {"stage": "ppo", "step": step, "prompt": p, "response": r, "score": float(s)}
-            for p, r, s in zip((texts[i] for i in chosen), responses, scores, strict=False)
-        ]
+        stop_ids = setup.options.sampling.eos_ids
+        return sample_rows(data, filled, rollout, scores, tokenizer, stop_ids, step)[: len(chosen)]
 
     return samples
+
+
+def sample_rows(
+    data: PromptData,
+    chosen: np.ndarray,
+    rollout: Rollout,
+    scores: jax.Array,
+    tokenizer: Any,
+    stop_ids: Collection[int],
+    step: int,
+) -> list[dict]:
+    """The rows of samples.jsonl of some prompts, `chosen` [B], and their responses."""
+    scores, responses = fetch((scores, (rollout.response_tokens, rollout.response_mask)))
+    scores = scores.sum(axis=1) if scores.ndim == 2 else scores
+    prompts = take_prompts(data.prompts, chosen)
+    responses = decode_rows(tokenizer, *responses, prompts, stop_ids)
+    return [
+        {"stage": "ppo", "step": step, "prompt": p, "response": r, "score": float(s)}
+        for p, r, s in zip((data.texts[i] for i in chosen), responses, scores, strict=True)
+    ]
 
 
 PPO = Stage(

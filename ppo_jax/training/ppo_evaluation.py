@@ -14,6 +14,7 @@ import numpy as np
 
 from ppo_jax.algorithms.experience import (
     PPONetworks,
+    PPOOptions,
     policy_logprobs,
     response_scores,
     sample_responses,
@@ -96,14 +97,17 @@ def compile_sampler(setup: Setup, layout: Layout):
 
     One object for samples and evaluation is one program where they take as many prompts.
     """
-    once = dataclasses.replace(
-        setup.options.sampling, samples_per_prompt=1, max_concurrent=0, min_free_slots=0
-    )
-    options = dataclasses.replace(setup.options, sampling=once)
+    options = sampler_options(setup.options)
     return jax.jit(
         functools.partial(sample_responses, networks=setup.networks, options=options),
         out_shardings=layout.batch_sharding,
     )
+
+
+def sampler_options(options: PPOOptions) -> PPOOptions:
+    """Those by which samples are made: one of each prompt, all at once."""
+    once = dict(samples_per_prompt=1, max_concurrent=0, min_free_slots=0)
+    return dataclasses.replace(options, sampling=dataclasses.replace(options.sampling, **once))
 
 
 def make_sample_and_measure(

@@ -127,6 +127,7 @@ def make_networks(
     starts: tuple[int | None, int | None, int | None],
     layouts: tuple[Layout, Layout],
     logits_chunk: int = 0,
+    merge_adapters: bool = True,
 ) -> PPONetworks:
     """The networks of a run.
 
@@ -137,6 +138,7 @@ def make_networks(
         starts: the layer at which each of the three starts above the trunk; None reads tokens.
         layouts: of the updates, and of the rollout.
         logits_chunk: see `policy_network`.
+        merge_adapters: the rollout adds them to the weights, which are then its own copy.
     """
     layout, of_rollout = layouts
     constrain, constrain_rollout = layout.constrain, of_rollout.constrain
@@ -156,7 +158,8 @@ def make_networks(
 
     def reshard(params: Params) -> Params:
         """With the adapters in the weights, a token costs what it costs without them."""
-        return of_rollout.decoding_params(merge_lora(policy, params), dtype=policy.dtype)
+        params = merge_lora(policy, params) if merge_adapters else params
+        return of_rollout.decoding_params(params, dtype=policy.dtype)
 
     return PPONetworks(
         policy=make(policy_network, policy, start, logits_chunk=logits_chunk),
@@ -246,13 +249,46 @@ def make_setup(
     Returns:
         (setup, the trained leaves of the policy as they start, those of the critic or None).
     """
+    layout, starts = layouts[0], starts_of(settings, policy, reward, critic)
+    frozen, trained, value_trained = split_models(settings, policy, reward, critic, starts)
+    frozen = freeze(frozen, layout, frozen_dtype)
+    setup = setup_of(settings, policy, reward, critic, layouts, starts=starts, frozen=frozen)
+    return (
+        setup,
+        layout.shard_params(trained),
+        None if critic is None else layout.shard_params(value_trained),
+    )
+
+
+def starts_of(
+    settings: PPOSettings, policy: Model, reward: Model | None, critic: Model | None
+) -> tuple[int | None, int | None, int | None]:
+    """`network_starts`, where a reward model that reads text has none."""
+    rereads = reward is not None and reread_reason(policy, reward)
+    return network_starts(settings, policy, None if rereads else reward, critic)
+
+
+def setup_of(
+    settings: PPOSettings,
+    policy: Model,
+    reward: Model | None,
+    critic: Model | None,
+    layouts: tuple[Layout, Layout],
+    *,
+    starts: tuple[int | None, int | None, int | None],
+    frozen: FrozenParams,
+    merge_adapters: bool = True,
+) -> Setup:
+    """The setup of models whose parameters are split already; their shapes are read alone.
+
+    Arguments as for `make_setup`; starts: see `starts_of`; frozen: on the mesh; merge_adapters: see
+    `make_networks`.
+    """
     layout, text_reward, in_program = layouts[0], None, reward
     if reward is not None and reread_reason(policy, reward):
         text_reward, in_program = reward_network(reward.config, constrain=layout.constrain), None
-    starts = network_starts(settings, policy, in_program, critic)
-    frozen, trained, value_trained = split_models(settings, policy, reward, critic, starts)
     sampling = make_sampling(vars(settings), policy.tokenizer)
-    setup = Setup(
+    return Setup(
         networks=make_networks(
             policy.config,
             None if critic is None else critic.config,
@@ -260,16 +296,12 @@ def make_setup(
             starts,
             layouts,
             settings.logits_chunk,
+            merge_adapters,
         ),
         options=make_options(settings, sampling, policy.tokenizer.eos_token_id),
         hyperparameters=layout.replicate(make_hyperparameters(settings)),
-        frozen=freeze(frozen, layout, frozen_dtype),
+        frozen=frozen,
         text_reward=text_reward,
-    )
-    return (
-        setup,
-        layout.shard_params(trained),
-        None if critic is None else layout.shard_params(value_trained),
     )
 
 

@@ -82,6 +82,7 @@ class StageRun:
         tokens: (metric, factor), as `MetricsWriter` has it.
         limits: {metric: (most, setting)}, likewise.
         writers: of its metrics, likewise.
+        num_lanes: runs that take their steps together, see `LanesRun`; None is a run by itself.
     """
 
     is_open = False  # whether a stage of this process is
@@ -97,22 +98,22 @@ class StageRun:
         tokens: tuple[str, float] | None = None,
         limits: Mapping[str, tuple[float, str]] | None = None,
         writers: Sequence[str] = ("tensorboard",),
+        num_lanes: int | None = None,
     ):
         self.workdir, self.stage, self.num_steps = Path(workdir), stage.name, num_steps
         self.save_every, self.show = save_every, stage.progress
         self.tokens, self.limits, self.writers = tokens, limits, writers
         self.folder = self.workdir / stage.name
         self.unit = stage.step_unit
-        self.start = 0
+        self.start, self.num_lanes = 0, num_lanes
         self.expected: Collection[str] = ()  # metrics that come every few steps
         self.asked_to_stop: signal.Signals | None = None
         self.writer: MetricsWriter | None = None
         self.best_metric = keep.removeprefix("best:") if isinstance(keep, str) else None
         number, best = (keep, None) if self.best_metric is None else (1, self.best_step)
         self.checkpoints = Checkpoints(self.folder / "checkpoints", keep=number, best=best)
-        before = read_results(workdir).get(f"time/{stage.name}_s", 0.0)
-        self._zero = time.monotonic() - before  # when the stage would have begun in one go
-        self._kept = time.monotonic()
+        self._before = read_results(workdir).get(f"time/{stage.name}_s", 0.0)
+        self._began = self._kept = time.monotonic()
 
     def __enter__(self) -> "StageRun":
         handlers = stop_handlers(self._stop_soon)
@@ -121,15 +122,23 @@ class StageRun:
         return self
 
     def __exit__(self, *error):
+        self.drop_handlers()
+        self.close(failed=error[0] is not None)
+        if self.asked_to_stop and error[0] is None:  # asked after the last step
+            sys.exit(STOPS[self.asked_to_stop])
+
+    def drop_handlers(self):
+        """From here on a signal ends the process as it does outside of a stage."""
         StageRun.is_open = False
         for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
+
+    def close(self, failed: bool = False):
+        """Close the files when the last save is on disk."""
         with contextlib.ExitStack() as closing:
             closing.callback(self.checkpoints.close)
             if self.writer is not None:
-                closing.callback(self.writer.close if error[0] is None else self.writer.abandon)
-        if self.asked_to_stop and error[0] is None:  # asked after the last step
-            sys.exit(STOPS[self.asked_to_stop])
+                closing.callback(self.writer.abandon if failed else self.writer.close)
 
     def _stop_soon(self, number: int, _):
         if self.asked_to_stop:  # asked twice: at once, without saving
@@ -151,7 +160,11 @@ class StageRun:
             print(f"{self.stage}: resuming after step {self.start}", flush=True)
         if self.start < self.num_steps:
             print(f"{self.stage}: compiling the first {self.unit}", flush=True)
-        restored = None if found is None else self.start
+        self.open_files(None if found is None else self.start)
+        return state
+
+    def open_files(self, restored: int | None):
+        """Open the files of metrics, without their lines after the restored step; None is none."""
         drop_lines_after(self.workdir / "samples.jsonl", self.stage, restored)
         self.writer = MetricsWriter(
             self.workdir,
@@ -162,8 +175,8 @@ class StageRun:
             tokens=self.tokens,
             limits=self.limits,
             writers=self.writers,
+            num_lanes=self.num_lanes,
         )
-        return state
 
     def expect(self, metrics: Mapping[str, float]):
         """Take the figures from before the first step, of metrics that come every few steps: they
@@ -223,35 +236,53 @@ class StageRun:
             SystemExit: after SIGTERM (code 143) or Ctrl-C (130; among several processes it is
                 SIGTERM for all, 143), when the state is on disk.
         """
+        self.check_step(step, metrics)
+        self.writer.write(step, metrics)
+        self.keep_time()
+        if not self.is_due(step):
+            return
+        self.writer.flush()  # a state whose loss is not finite is never saved
+        self.save(step, state)
+        if self.asked_to_stop:
+            self.checkpoints.wait()
+            self.writer.close()  # its last line comes before the next one
+            self.stop(step)
+
+    def check_step(self, step: int, metrics: Mapping[str, Any]):
+        """The folder is still there, and has the metric that `keep` names."""
         if not (self.folder / "stage.json").is_file():  # a save would make the folder again
             raise FileNotFoundError(f"{self.folder} was removed while the stage was under way")
         if self.best_metric and step == self.start + 1:
             self.check_best_metric(metrics)
-        self.writer.write(step, metrics)
-        self._keep_time()
+
+    def is_due(self, step: int) -> bool:
+        """Whether the state after this step is saved."""
         if preempted():
             self.asked_to_stop = signal.SIGTERM
-        if step % self.save_every and step < self.num_steps and not self.asked_to_stop:
-            return
-        self.writer.flush()  # a state whose loss is not finite is never saved
+        return not step % self.save_every or step >= self.num_steps or bool(self.asked_to_stop)
+
+    def save(self, step: int, state: Any):
         self.checkpoints.save(step, state, describe_stage(self.folder))
-        if self.asked_to_stop:
-            self.checkpoints.wait()
-            self.writer.close()  # its last line comes before the next one
-            print(
-                f"{self.stage}: stopped by {self.asked_to_stop.name}, step {step} is saved; "
-                "the same command goes on from there",
-                flush=True,
-            )
-            sys.exit(STOPS[self.asked_to_stop])
         self.writer.last_checkpoint = step
 
-    def _keep_time(self):
+    def stop(self, step: int):
+        """End the process as it was asked to, when the state is on disk."""
+        print(
+            f"{self.stage}: stopped by {self.asked_to_stop.name}, step {step} is saved; "
+            "the same command goes on from there",
+            flush=True,
+        )
+        sys.exit(STOPS[self.asked_to_stop])
+
+    def seconds(self) -> float:
+        """What the stage has taken, with earlier starts; of several lanes a lane's share."""
+        return self._before + (time.monotonic() - self._began) / (self.num_lanes or 1)
+
+    def keep_time(self, at_once: bool = False):
         """Every now and then: what a killed start has taken counts, too."""
-        now = time.monotonic()
-        if is_primary() and now - self._kept >= KEEP_TIME_S:
-            keep_time(self.workdir, self.stage, now - self._zero)
-            self._kept = now
+        if is_primary() and (at_once or time.monotonic() - self._kept >= KEEP_TIME_S):
+            keep_time(self.workdir, self.stage, self.seconds())
+            self._kept = time.monotonic()
 
 
 def _in_forked_process():
