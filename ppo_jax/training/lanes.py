@@ -127,6 +127,7 @@ def train_lanes(lanes: Sequence[Lane]) -> dict[Path, str]:
     layout = over_lanes(make_layouts(config.mesh), len(lanes))
     buckets = [make_buckets(settings, data.prompts, lane.config.ppo_seed) for lane in lanes]
     program, starts, reward, tokenizer = begin(lanes, layout)
+    print(table_of(program, lanes, starts), flush=True)
     tell_settings(settings, buckets[0])
     score = make_scorer(program, lanes, reward, tokenizer)
     samples = make_samplers(program, lanes[0], tokenizer, score)
@@ -211,6 +212,41 @@ def begin(lanes: Sequence[Lane], layout: LaneLayout):
     program = Program(setup, axes, layout, len(lanes))
     reward = models[1] and dataclasses.replace(models[1], params={})
     return program, trained, reward, models[0].tokenizer
+
+
+def table_of(program: Program, lanes: Sequence[Lane], starts: Sequence[tuple]) -> str:
+    """Lines on what the lanes share, and on their memory, in the form of the table of a run."""
+    own = frozenset().union(*(numbers_of(x.config) ^ numbers_of(lanes[0].config) for x in lanes))
+    differ = sorted({name for name, _ in own})
+    frozen, axes = program.setup.frozen, program.axes.frozen
+    parts = {f.name: getattr(frozen, f.name) for f in dataclasses.fields(frozen)}
+    named = {"ref_policy": "reference", "reward": "reward model", "policy": "the policy's base"}
+    shared = [
+        named.get(name, name)
+        for name, part in parts.items()
+        if jax.tree.leaves(part) and not jax.tree.leaves(getattr(axes, name))
+    ]
+    is_shared = jax.tree.map(lambda x: x is None, axes, is_leaf=lambda x: x is None)
+    flags = zip(jax.tree.leaves(is_shared), jax.tree.leaves(frozen), strict=True)
+    once = {id(x): x.nbytes for share, x in flags if share}
+    stacked = sum(x.nbytes for x in jax.tree.leaves(frozen) if id(x) not in once)
+    state = 3 * sum(x.nbytes for x in jax.tree.leaves(starts[0]))
+    each = state + stacked // len(lanes)
+    rows = [
+        ("lanes", f"{len(lanes)} as one program, which differ in {', '.join(differ) or 'nothing'}"),
+        ("lanes share", ", ".join(shared) or "no model"),
+        ("memory, shared", f"{sum(once.values()) / 1e6:.1f} MB"),
+        ("memory, lanes", f"{len(lanes)} x {each / 1e6:.1f} MB, each with Adam's two moments"),
+    ]
+    return "\n".join(f"  {label:<20}  {value}" for label, value in rows)
+
+
+def numbers_of(config: Config) -> frozenset[tuple[str, Any]]:
+    """The (name, value) of all that lanes may differ in."""
+    ppo = config.ppo
+    optimizer = {(f"optimizer.{x}", getattr(ppo.optimizer, x)) for x in OPTIMIZER_NUMBERS}
+    numbers = {(name, getattr(ppo, name)) for name in NUMBERS}
+    return frozenset(numbers | optimizer | {("run's seed", config.seed)})
 
 
 def load_once() -> Callable[..., Model]:

@@ -1,0 +1,153 @@
+"""Lanes of PPO in their folders: each is the ordinary run, saved and resumed as one."""
+
+import dataclasses
+import functools
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from ppo_jax.config.stages import PPOSettings
+from ppo_jax.core.types import Hyperparameters
+from ppo_jax.io.checkpoints import Checkpoints, load_checkpoint_item
+from ppo_jax.pipeline import run as pipeline
+from ppo_jax.pipeline.lanes import make_lanes, run_lanes
+from ppo_jax.training import lane_runs, lanes
+from tests.support import tiny_run
+
+RATE = 1e-2
+NUMBERS = (
+    {"kl_coef": 0.0, "seed": 0},
+    {"kl_coef": 0.1, "seed": 0, "temperature": 0.8},
+    {"kl_coef": 0.1, "seed": 1},
+)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A folder with a run whose SFT and reward model all start from."""
+    folder, config = tmp_path_factory.mktemp("lanes"), tiny_run.config()
+    stages = {name: config[name] for name in ("prepare", "model", "sft", "reward")}
+    pipeline.run(stages, folder / "start")
+    return folder
+
+
+def settings(root, ppo, **changes):
+    start = root / "start"
+    sources = {"init_from": str(start / "sft"), "reward_model": str(start / "reward")}
+    fixed = dict(kl_control="fixed", num_samples=2, **sources)
+    fixed["optimizer"] = tiny_run.optimizer(schedule="constant")
+    return tiny_run.on_base(start, ppo=fixed | ppo) | changes
+
+
+def points(root, name, numbers=NUMBERS, **ppo):
+    return [(settings(root, ppo | own), root / f"{name}{i}") for i, own in enumerate(numbers)]
+
+
+def rows(folder, name="metrics.jsonl"):
+    lines = (folder / name).read_text().splitlines()
+    return [row for row in map(json.loads, lines) if row["stage"] == "ppo"]
+
+
+def params(folder, step=None):
+    return load_checkpoint_item(folder / "ppo" / "checkpoints", "policy_params", step)
+
+
+def assert_same_run(lane, alone, rate=RATE):
+    """Samples as they are; parameters to a tenth of the learning rate, a checkpoint after three."""
+    assert rows(lane, "samples.jsonl")[0] == rows(alone, "samples.jsonl")[0]
+    kept = [Checkpoints(x / "ppo" / "checkpoints").steps() for x in (lane, alone)]
+    assert kept[0] == kept[1]
+    for x, y in zip(*(jax.tree.leaves(params(f, 3)) for f in (lane, alone)), strict=True):
+        np.testing.assert_allclose(x, y, atol=0.1 * rate)
+    for one, other in zip(rows(lane)[:3], rows(alone)[:3], strict=True):
+        assert one.keys() - {"time/compile_s"} == other.keys() - {"time/compile_s"}
+        for name in ("response/length", "response/eos_fraction", "kl/coef"):
+            assert one[name] == other[name]
+
+
+@functools.cache
+def one_program(root):
+    """Three lanes as one program."""
+    chosen = points(root, "lane")
+    assert run_lanes(chosen) == {}
+    return chosen
+
+
+def test_each_lane_is_the_run_alone_in_its_folder(root, capsys):
+    chosen = one_program(root)
+    told = capsys.readouterr().out
+    assert "3 as one program, which differ in kl_coef, seed, temperature" in told
+    assert "lanes share" in told and "reference, reward model, trunk" in told
+    config, folder = chosen[2]
+    pipeline.run(config, root / "alone")
+    assert_same_run(folder, root / "alone")
+    results = json.loads((chosen[0][1] / "results.json").read_text())
+    steps = sum(row["time/step_s"] for row in rows(chosen[0][1]))
+    assert 0.5 * steps < results["time/ppo_s"]  # a lane's share of both
+
+
+def test_a_lane_goes_on_alone_and_a_group_is_resumed_as_one(root, capsys):
+    chosen = one_program(root)
+    copies = [(config, root / f"copy{i}") for i, (config, _) in enumerate(chosen)]
+    for (_, folder), (_, copy) in zip(chosen, copies, strict=True):
+        shutil.copytree(folder, copy)
+    # A kill while step 6 was saved: one lane has it already, the others go on from step 3.
+    for _, copy in copies[1:]:
+        shutil.rmtree(copy / "ppo" / "checkpoints" / "6")
+    longer = [
+        ({**config, "ppo": {**config["ppo"], "num_iterations": 7}}, x) for config, x in copies
+    ]
+    assert run_lanes(longer) == {}
+    told = capsys.readouterr().out
+    assert "set back to step 3" in told and "copy0" in told and "resuming after step 3" in told
+    for (_, folder), (_, copy) in zip(chosen, copies, strict=True):
+        assert [row["step"] for row in rows(copy)] == list(range(1, 8))
+        for x, y in zip(*map(rows, (folder, copy)), strict=False):
+            assert (x["step"], x["policy/loss"]) == (y["step"], y["policy/loss"])
+    # Alone to the eighth: an ordinary run.
+    config, folder = longer[1]
+    pipeline.run({**config, "ppo": {**config["ppo"], "num_iterations": 8}}, folder)
+    assert [row["step"] for row in rows(folder)] == list(range(1, 9))
+
+
+def test_lanes_that_are_far_apart_are_two_programs():
+    assert lane_runs.go_together([[0, 20, 40], [0], [0, 20, 40]]) == [[1], [0, 2]]
+    assert lane_runs.go_together([[0, 3], [0], [0, 3]]) == [[0, 1, 2]]
+
+
+def test_a_lane_that_diverges_leaves_the_others(root, capsys):
+    numbers = (NUMBERS[0], NUMBERS[1] | {"max_ref_kl": 1e-6}, NUMBERS[2])
+    chosen = points(root, "brake", numbers)
+    failed = run_lanes(chosen)
+    assert list(failed) == [chosen[1][1]] and "above ppo.max_ref_kl" in failed[chosen[1][1]]
+    assert "2 of 3 lanes go on" in capsys.readouterr().out
+    assert len(rows(chosen[0][1])) == len(rows(chosen[2][1])) == 6
+    stopped = rows(chosen[1][1])
+    assert len(stopped) < 6 and not Checkpoints(chosen[1][1] / "ppo" / "checkpoints").steps()
+
+
+def test_points_fall_into_groups_of_one_shape(root):
+    changes = [{}, {"kl_coef": 0.3}, {"num_epochs": 1}, {"stop_kl": 0.1}, {"stop_kl": 0.2}]
+    changes += [{"optimizer": tiny_run.optimizer(learning_rate=1.0)}]
+    changes += [{"optimizer": tiny_run.optimizer(schedule="cosine")}]
+    found = [
+        pipeline.planned(*point, ("ppo",))[1:2] + (point[1],)
+        for point in points(root, "shape", changes)
+    ]
+    assert lanes.groups_of_shape(found) == [[0, 1, 5], [2], [3, 4], [6]]
+
+
+def test_every_number_may_differ_and_nothing_else_is_one():
+    settings = {f.name for f in dataclasses.fields(PPOSettings)}
+    assert lanes.NUMBERS <= settings
+    of_program = {f.name for f in dataclasses.fields(Hyperparameters)}
+    assert lanes.NUMBERS - {"seed", "max_ref_kl"} == of_program - {"optimizer"}
+
+
+def test_lanes_of_two_shapes_or_two_data_sets_are_refused(root):
+    two = points(root, "two", ({}, {"num_epochs": 1}))
+    with pytest.raises(ValueError, match="differ in seed and in these of ppo alone: .*kl_coef"):
+        lanes.train_lanes(make_lanes(two))
