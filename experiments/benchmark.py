@@ -5,6 +5,7 @@
 iteration, rollout, update: PPO on random models, in seconds of CPU time.
 packing: an epoch of SFT with `sft.packing` and without, as a ratio of CPU times. Two minutes.
 cpu_tricks: what the forms of `ppo_jax.core.cpu` save, as ratios of CPU times. Three minutes.
+lanes: a sweep as one program beside its lanes one by one, in CPU seconds of an iteration.
 scaling: cost per chip of a PPO iteration on more and more chips; compiled, not run.
 
 --help after a subcommand lists its options.
@@ -24,6 +25,7 @@ SUBCOMMANDS = {
     "update": ("ppo", "update"),
     "packing": ("packing", "main"),
     "cpu_tricks": ("cpu_tricks", "main"),
+    "lanes": ("lanes", "main"),
     "scaling": ("scaling", "main"),
 }
 

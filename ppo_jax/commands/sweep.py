@@ -52,6 +52,9 @@ def define_flags() -> SimpleNamespace:
         jobs=whole("jobs", 1, "Points at a time; they share cores, GPUs or chips equally."),
         retries=whole("retries", 1, "How often a crashed point is retried.", lower_bound=0),
         shard=text("shard", None, "i/n: every n-th point from the i-th on, from 0 to n - 1."),
+        vectorize=flags.DEFINE_boolean(
+            "vectorize", False, "Train PPO of points that differ in numbers alone as one program."
+        ),
         dry_run=flags.DEFINE_boolean("dry_run", False, "Print the points; run nothing."),
     )
     flags.DEFINE_alias("dry-run", "dry_run")
@@ -84,6 +87,10 @@ def run_points(flag: SimpleNamespace):
         num_devices = parts[0].num_devices
     works = study.plan_sweep(settings, points, workdir, num_devices)
     works = works[slice(None) if search else find_shard(flag.shard.value)]
+    groups = []
+    if flag.vectorize.value:
+        groups = processes.on_primary(study.lane_groups, works, workdir)
+        print("\n".join(study.lane_lines(works, groups)), flush=True)
     if flag.dry_run.value:
         print(sweep.preview(works, workdir))
         return
@@ -91,12 +98,12 @@ def run_points(flag: SimpleNamespace):
     processes.on_primary(study.keep_base, settings, workdir)
     how = {"shares": parts, "command": CHILD, "retries": flag.retries.value}
     if together:
-        failed = sweep.run_together(works, workdir)
+        failed = sweep.run_together(works, workdir, groups)
     elif search:
         plan = functools.partial(plan_one, settings, workdir, num_devices)
         failed = run_search(flag, workdir, plan, how)
     else:
-        failed = sweep.Sweep(works, workdir, **how).run()
+        failed = sweep.Sweep(works, workdir, groups=groups, **how).run()
     tell_end(workdir, failed)
 
 
@@ -139,6 +146,8 @@ def check_flags(flag: SimpleNamespace, together: bool):
         raise ValueError("--trials and --direction are of --optimize, which is missing")
     if search:
         check_search(flag, together)
+        if flag.vectorize.value:
+            raise ValueError("--vectorize is not for --optimize, whose points come one by one")
     if together and (flag.jobs.value > 1 or flag.dry_run.value):
         raise ValueError(
             "with --multihost all processes run the points together, one after another: leave "

@@ -10,6 +10,7 @@ from absl import logging
 
 from ppo_jax.config.run import Config
 from ppo_jax.distributed.processes import barrier, on_primary, stop_if_asked
+from ppo_jax.evaluation.report.report import write_report
 from ppo_jax.io.model_spec import initial_models
 from ppo_jax.io.run_folder import prepare_workdir, read_results, write_results
 from ppo_jax.pipeline.preflight import check_named, chosen
@@ -56,6 +57,9 @@ def run_lanes(points: Sequence[tuple[Mapping[str, Any], Path]]) -> dict[Path, st
             except FloatingPointError as error:
                 failed |= {lane.workdir: str(error) for lane in chosen_lanes}
             barrier("the end of a group of lanes")
+            for lane in chosen_lanes:  # with an evaluation, it is the report of that
+                if lane.workdir not in failed and lane.config.evaluate is None:
+                    on_primary(write_report, lane.workdir)
     return failed
 
 

@@ -20,12 +20,21 @@ from ppo_jax.distributed.folder_lock import FolderInUse, hold_when_free
 from ppo_jax.distributed.processes import is_multiprocess, on_primary
 from ppo_jax.io.base_model import prepare_base
 from ppo_jax.io.model_spec import needs_base
-from ppo_jax.io.run_folder import fill_in_workdir, keep_time, prepare_workdir, read_results
+from ppo_jax.io.run_folder import (
+    fill_in_workdir,
+    keep_time,
+    prepare_workdir,
+    read_object,
+    read_results,
+    write_object,
+)
 from ppo_jax.io.stage_folder import has_begun, missing_steps, split_step
+from ppo_jax.pipeline.lanes import run_lanes
 from ppo_jax.pipeline.preflight import chosen
 from ppo_jax.pipeline.run import held, make_data, run_held
 
 TRAINED = ("sft", "reward")  # the parts that are stages
+FAILED = "failed.json"
 SETTINGS = {  # what each part depends on, besides files and other parts
     "data": ("prepare",),
     "base": ("model", "seed"),
@@ -44,6 +53,7 @@ class Work:
     stages: tuple[str, ...]  # to run there; none for data and base model
     needs: tuple["Work", ...] = ()  # the parts that it has links to, in the order of their making
     point: Mapping[str, Any] | None = None  # of a point: what it changes
+    lanes: tuple["Work", ...] = ()  # points whose PPO is trained as one program, see `lanes`
 
 
 def shared_parts(config: Config, workdir: Path, stages: Sequence[str]) -> tuple[Work, ...]:
@@ -113,6 +123,8 @@ def _digest(path: Path, size: int, date: int) -> str:
 
 def is_made(part: Work) -> bool:
     """Whether a part is complete."""
+    if part.lanes:
+        return all(missing_steps(lane.folder / "ppo") is None for lane in part.lanes)
     if part.name in TRAINED:
         return missing_steps(part.folder / part.name) is None
     return (part.folder / part.name).is_dir()
@@ -135,11 +147,30 @@ def do_work(work: Work):
                 if is_multiprocess():  # the others have ended by now
                     raise
     with held(work.folder):
+        if work.lanes:
+            do_lanes(work)
+            return
         on_primary(link_parts, work)
         if work.stages:
             run_held(work.settings, work.folder, work.stages)
         else:
             make_files(work)
+
+
+def do_lanes(group: Work):
+    """PPO of points as one program; those that fail stand in failed.json, with why."""
+    on_primary(write_object, group.folder / FAILED, {"lanes": {}})
+    for lane in group.lanes:
+        lane.folder.mkdir(parents=True, exist_ok=True)
+        on_primary(link_parts, lane)
+    failed = run_lanes([(lane.settings, lane.folder) for lane in group.lanes])
+    names = {folder.name: why for folder, why in failed.items()}
+    on_primary(write_object, group.folder / FAILED, {"lanes": names})
+
+
+def failed_lanes(group: Work) -> dict[str, str]:
+    """{point: why} of the lanes that have failed in the newest start of a group."""
+    return (read_object(group.folder / FAILED, {"lanes": "an object"}) or {"lanes": {}})["lanes"]
 
 
 def wait_for(folder: Path):

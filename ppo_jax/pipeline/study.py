@@ -5,6 +5,7 @@ points share; base.json, the config that they change; sweep.json and sweep.csv.
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,12 @@ from ppo_jax.config.run import STAGE_NAMES, Config, from_config_dict
 from ppo_jax.distributed.folder_lock import hold_when_free
 from ppo_jax.distributed.layout import mesh_shape
 from ppo_jax.io.run_folder import config_differences, fill_in_workdir, read_object, write_object
+from ppo_jax.io.stage_folder import missing_steps
 from ppo_jax.pipeline.preflight import check_named, chosen
 from ppo_jax.pipeline.run import checked_folder, checked_settings, completeness, first_date
 from ppo_jax.pipeline.shared_stages import TRAINED, Work, shared_parts
+from ppo_jax.pipeline.sweep_files import read_point
+from ppo_jax.training.lanes import groups_of_shape
 
 BASE = "base.json"
 # Of the base config, a later call may change where it runs, how long, and what is judged.
@@ -123,6 +127,47 @@ def named_files(given: Config, stages: Sequence[str]) -> tuple:
     )
     how = given.reward and given.reward.format
     return files, how, given.model.vocabulary_data, given.prepare
+
+
+def lane_groups(works: Sequence[Work], workdir: Path) -> list[Work]:
+    """The points that can be trained together, as work that comes before theirs: those of one
+    shape, see `training.lanes.groups_of_shape`, if they are two or more. One that has failed or
+    whose PPO is complete is by itself."""
+    left = [
+        work
+        for work in works
+        if "ppo" in work.stages
+        and read_point(work.folder).get("status") != "failed"
+        and missing_steps(work.folder / "ppo") is not None
+    ]
+    configs = [(from_config_dict(work.settings), work.folder) for work in left]
+    groups = [[left[i] for i in group] for group in groups_of_shape(configs) if len(group) > 1]
+    return [group_work(group, Path(workdir)) for group in groups]
+
+
+def group_work(lanes: Sequence[Work], workdir: Path) -> Work:
+    """Points as the lanes of one program."""
+    names = "\n".join(lane.name for lane in lanes).encode()
+    folder = workdir / "shared" / f"lanes-{hashlib.sha256(names).hexdigest()[:12]}"
+    needs = {part.folder: part for lane in lanes for part in lane.needs}
+    return Work(
+        name=folder.name,
+        folder=folder,
+        settings=lanes[0].settings,
+        stages=("ppo",),
+        needs=tuple(needs.values()),
+        lanes=tuple(lanes),
+    )
+
+
+def lane_lines(works: Sequence[Work], groups: Sequence[Work]) -> list[str]:
+    """What --vectorize says at the start: which points are one program, and which are none."""
+    inside = {lane.folder for group in groups for lane in group.lanes}
+    alone = [work.name for work in works if work.folder not in inside]
+    lines = [f"{x.name}: {', '.join(y.name for y in x.lanes)}" for x in groups]
+    many = f"{len(inside)} of {len(works)} points train PPO as {len(groups)} programs"
+    rest = [f"by themselves: {', '.join(alone)}"] if alone else []
+    return [many, *(f"  {line}" for line in [*lines, *rest])]
 
 
 def is_complete(work: Work) -> bool:

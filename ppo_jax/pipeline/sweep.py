@@ -15,7 +15,7 @@ from ppo_jax.distributed.folder_lock import FolderInUse, hold_folder
 from ppo_jax.distributed.processes import STOPS, is_primary, on_primary
 from ppo_jax.distributed.shares import Share
 from ppo_jax.pipeline.children import IN_USE, Child
-from ppo_jax.pipeline.shared_stages import Work, do_work, is_made
+from ppo_jax.pipeline.shared_stages import Work, do_work, failed_lanes, is_made
 from ppo_jax.pipeline.study import is_complete
 from ppo_jax.pipeline.sweep_files import figures, read_point, write_point, write_table
 
@@ -83,6 +83,7 @@ class Sweep:
         total: the number of points in all, where `ask` gives them.
         ended: how many of them have come to an end before.
         tell: is called with each point that has come to an end.
+        groups: points whose PPO is trained as one program first, see `study.lane_groups`.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class Sweep:
         total: int = 0,
         ended: int = 0,
         tell: Callable[[Task], None] = lambda task: None,
+        groups: Sequence[Work] = (),
     ):
         self.workdir, self.command, self.retries = workdir, command, retries
         self.ask, self.told = ask, tell
@@ -104,8 +106,10 @@ class Sweep:
         self.tasks: dict[Path, Task] = {}
         self.progress = Progress(total or len(works), ended)
         self.stopped: signal.Signals | None = None
-        for work in works:
+        for work in (*groups, *works):
             self.add(work)
+        tasks = {group.folder: self.tasks[group.folder] for group in groups}
+        self.groups = {lane.folder: tasks[x.folder] for x in groups for lane in x.lanes}
 
     def add(self, work: Work):
         """A point, behind the stages that it shares."""
@@ -186,6 +190,9 @@ class Sweep:
             if task.state == "todo":
                 self.fail(task, f"{failed[0].title} has failed: {failed[0].error}")
             return False
+        group = self.groups.get(task.work.folder)
+        if group is not None and group.state not in ("complete", "failed"):
+            return False  # of one that has failed, each point is trained by itself
         return task.state == "todo" and all(need.state == "complete" for need in needs)
 
     def begin(self, task: Task):
@@ -243,6 +250,9 @@ class Sweep:
         if not task.is_point:
             if task.seconds:  # it was made by this start
                 self.progress.tell(f"{task.title}  {how}")
+                for lane in task.work.lanes:
+                    if why := failed_lanes(task.work).get(lane.folder.name):
+                        self.fail(self.tasks[lane.folder], why)
             return
         self.keep(task)
         self.progress.end(task, f"{how}  {figures(task.work.folder)}".rstrip())
@@ -265,7 +275,7 @@ class Sweep:
         self.told(task)
 
 
-def run_together(works: Sequence[Work], workdir: Path) -> list[Task]:
+def run_together(works: Sequence[Work], workdir: Path, groups: Sequence[Work] = ()) -> list[Task]:
     """Run all points one after another in this process, which may be one of several.
 
     A point that diverges is passed over. Any other error ends the run, for the processes may not
@@ -277,9 +287,15 @@ def run_together(works: Sequence[Work], workdir: Path) -> list[Task]:
     points = [Task(work) for work in works]
     progress = Progress(len(points))
     points.sort(key=lambda task: on_primary(read_point, task.work.folder).get("status") == "failed")
+    lost: dict[str, str] = {}
+    for group in groups:
+        do_work(group)
+        lost |= on_primary(failed_lanes, group)
     for task in points:
         work, began = task.work, time.monotonic()
-        if on_primary(is_complete, work):
+        if work.name in lost:
+            task.error = lost[work.name]
+        elif on_primary(is_complete, work):
             how = "complete already"
         else:
             on_primary(write_point, work.folder, work.point, "running")

@@ -71,6 +71,8 @@ ELSEWHERE = {  # module: where it is tested, since it is a part of what is teste
     "rollout/rollout": "rollout/test_decode",
     "rollout/sampling": "core/test_distributions",
     "training/common": "training/test_programs",
+    "pipeline/lanes": "training/test_lanes",
+    "training/lane_runs": "training/test_lanes",
     "training/ppo": "training/test_programs",
     "training/ppo_evaluation": "runs/test_evaluate_every",
     "training/resume": "runs/test_resuming",

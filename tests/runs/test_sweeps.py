@@ -157,3 +157,29 @@ def test_two_processes_run_the_points_together(tmp_path):
     assert [(row["point"], row["status"]) for row in rows] == [(x, "complete") for x in POINTS]
     scores = [row["metrics"]["reward/score_mean"] for row in rows]
     assert scores[0] == scores[1]  # of the first rollout, from the same model
+
+
+def as_lanes(folder):
+    """The same points as one program of all processes, a lane a device."""
+    sys.modules.pop("torch")
+    values = settings(init_from="base", num_iterations=2, save_every=1, num_samples=1)
+    works = study.plan_sweep(values | {"sft": None}, POINTS, folder / "sweep", 2)
+    groups = study.lane_groups(works, folder / "sweep")
+    assert [[lane.name for lane in group.lanes] for group in groups] == [[x.name for x in works]]
+    assert sweep.run_together(works, folder / "sweep", groups) == []
+
+
+def test_two_processes_train_the_points_as_one_program(tmp_path):
+    start = two_processes.start(f"{__name__}:as_lanes", tmp_path, num_devices=2)
+    ended = two_processes.finish(start)
+    assert [code for code, _ in ended] == [0, 0], ended
+    assert "2 as one program, which differ in kl_coef" in ended[0][1]
+    rows = table(tmp_path / "sweep")
+    assert [(row["point"], row["status"]) for row in rows] == [(x, "complete") for x in POINTS]
+    coefs = [row["metrics"]["kl/coef"] for row in rows]
+    assert coefs == [0.0, 0.5]
+    for name in ("kl_coef=0", "kl_coef=0.5"):
+        point = tmp_path / "sweep" / name
+        lines = [row for row in read_lines(point / "metrics.jsonl") if row["stage"] == "ppo"]
+        assert [row["step"] for row in lines] == [1, 2]
+        export_stage(point, "ppo", tmp_path / name)

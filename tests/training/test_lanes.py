@@ -84,6 +84,7 @@ def test_each_lane_is_the_run_alone_in_its_folder(root, capsys):
     config, folder = chosen[2]
     pipeline.run(config, root / "alone")
     assert_same_run(folder, root / "alone")
+    assert (folder / "report.html").is_file()
     results = json.loads((chosen[0][1] / "results.json").read_text())
     steps = sum(row["time/step_s"] for row in rows(chosen[0][1]))
     assert 0.5 * steps < results["time/ppo_s"]  # a lane's share of both
@@ -113,6 +114,30 @@ def test_a_lane_goes_on_alone_and_a_group_is_resumed_as_one(root, capsys):
     assert [row["step"] for row in rows(folder)] == list(range(1, 9))
 
 
+@pytest.mark.slow
+def test_eight_lanes_on_eight_devices_are_those_of_one_device(root, all_devices, monkeypatch):
+    """Each device has a lane of its own."""
+    states = []
+    restore = lane_runs.LaneRuns.restore
+
+    def watched(*args):
+        states.append(restore(*args))
+        return states[-1]
+
+    monkeypatch.setattr(lane_runs.LaneRuns, "restore", watched)
+    numbers = (*NUMBERS, *({"kl_coef": 0.2, "seed": seed} for seed in range(2, 7)))
+    many = points(root, "many", numbers, num_iterations=3)
+    assert run_lanes(many) == {}
+    (leaf, *_) = jax.tree.leaves(states[0].policy_params)
+    assert leaf.sharding.spec[0] == "data" and len(leaf.sharding.device_set) == 8
+    for (_, folder), (_, one_device) in zip(many[:3], one_program(root), strict=True):
+        assert rows(folder, "samples.jsonl")[0] == rows(one_device, "samples.jsonl")[0]
+        for x, y in zip(
+            *(jax.tree.leaves(params(f, 3)) for f in (folder, one_device)), strict=True
+        ):
+            np.testing.assert_allclose(x, y, atol=0.1 * RATE)
+
+
 def test_lanes_that_are_far_apart_are_two_programs():
     assert lane_runs.go_together([[0, 20, 40], [0], [0, 20, 40]]) == [[1], [0, 2]]
     assert lane_runs.go_together([[0, 3], [0], [0, 3]]) == [[0, 1, 2]]
@@ -131,7 +156,7 @@ def test_a_lane_that_diverges_leaves_the_others(root, capsys):
 
 def test_points_fall_into_groups_of_one_shape(root):
     changes = [{}, {"kl_coef": 0.3}, {"num_epochs": 1}, {"stop_kl": 0.1}, {"stop_kl": 0.2}]
-    changes += [{"optimizer": tiny_run.optimizer(learning_rate=1.0)}]
+    changes += [{"optimizer": tiny_run.optimizer(learning_rate=1.0, schedule="constant")}]
     changes += [{"optimizer": tiny_run.optimizer(schedule="cosine")}]
     found = [
         pipeline.planned(*point, ("ppo",))[1:2] + (point[1],)
