@@ -3,7 +3,7 @@ r"""A sweep as one program beside its lanes one by one, in CPU seconds of an ite
     python experiments/benchmark.py lanes --shape=tiny --lanes=8
     python experiments/benchmark.py lanes --shape=lora --lanes=4 --repeats=2
 
-The shapes are those of configs/quickstart.py: `tiny`, trained whole, and `lora`, SmolLM2-135M with a
+The shapes are those of configs/quickstart.py: `tiny`, trained whole, `lora`, SmolLM2-135M with a
 kept vocabulary and adapters of rank 8 for policy and critic; `test` is the smallest. Lanes have one
 seed, or with --own_seeds prompts and keys of their own. The last line is a JSON object:
 `times_the_lanes_per_cpu_second` is what one program does of what one by one does, without the start

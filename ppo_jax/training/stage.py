@@ -82,7 +82,7 @@ class StageRun:
         tokens: (metric, factor), as `MetricsWriter` has it.
         limits: {metric: (most, setting)}, likewise.
         writers: of its metrics, likewise.
-        num_lanes: runs that take their steps together, see `LanesRun`; None is a run by itself.
+        num_lanes: runs that take their steps together, see `LaneRuns`; None is a run by itself.
     """
 
     is_open = False  # whether a stage of this process is
