@@ -154,7 +154,7 @@ def train_lanes(lanes: Sequence[Lane]) -> dict[Path, str]:
                 runs.append_samples(samples(states, hyperparameters, i + 1))
             runs.end_step(i + 1, states, metrics)
             for lane in runs.failed.keys() - replaced if runs.alive else ():
-                states, hyperparameters = replace((states, hyperparameters), lane, runs.alive[0])
+                states, hyperparameters = copy_lane((states, hyperparameters), lane, runs.alive[0])
                 replaced.add(lane)
     if not runs.alive:
         raise FloatingPointError(f"all lanes failed; the last: {list(runs.failed.values())[-1]}")
@@ -226,9 +226,12 @@ def table_of(program: Program, lanes: Sequence[Lane], starts: Sequence[tuple]) -
         for name, part in parts.items()
         if jax.tree.leaves(part) and not jax.tree.leaves(getattr(axes, name))
     ]
-    is_shared = jax.tree.map(lambda x: x is None, axes, is_leaf=lambda x: x is None)
-    flags = zip(jax.tree.leaves(is_shared), jax.tree.leaves(frozen), strict=True)
-    once = {id(x): x.nbytes for share, x in flags if share}
+    once: dict[int, int] = {}
+
+    def count(axis, leaf):  # of what is not there, both are None
+        once.update({id(x): x.nbytes for x in jax.tree.leaves(leaf) if axis is None})
+
+    jax.tree.map(count, axes, frozen, is_leaf=lambda x: x is None)
     stacked = sum(x.nbytes for x in jax.tree.leaves(frozen) if id(x) not in once)
     state = 3 * sum(x.nbytes for x in jax.tree.leaves(starts[0]))
     each = state + stacked // len(lanes)
@@ -275,7 +278,7 @@ def share(frozen: Sequence[FrozenParams], layout: LaneLayout) -> tuple[FrozenPar
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def replace(tree: Any, lane: int, other: int) -> Any:
+def copy_lane(tree: Any, lane: int, other: int) -> Any:
     """A lane that has failed goes on as a copy of another: what it computes is finite, and nobody
     reads it."""
     return jax.tree.map(lambda x: x.at[lane].set(x[other]), tree)

@@ -116,7 +116,7 @@ def test_a_lane_goes_on_alone_and_a_group_is_resumed_as_one(root, capsys):
 
 @pytest.mark.slow
 def test_eight_lanes_on_eight_devices_are_those_of_one_device(root, all_devices, monkeypatch):
-    """Each device has a lane of its own."""
+    """Lanes over `data`, two in each of its four places, and each of those over two devices."""
     states = []
     restore = lane_runs.LaneRuns.restore
 
@@ -127,6 +127,7 @@ def test_eight_lanes_on_eight_devices_are_those_of_one_device(root, all_devices,
     monkeypatch.setattr(lane_runs.LaneRuns, "restore", watched)
     numbers = (*NUMBERS, *({"kl_coef": 0.2, "seed": seed} for seed in range(2, 7)))
     many = points(root, "many", numbers, num_iterations=3)
+    many = [({**config, "mesh": {"data": 4, "model": 2}}, folder) for config, folder in many]
     assert run_lanes(many) == {}
     (leaf, *_) = jax.tree.leaves(states[0].policy_params)
     assert leaf.sharding.spec[0] == "data" and len(leaf.sharding.device_set) == 8
