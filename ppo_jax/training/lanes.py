@@ -172,6 +172,9 @@ def check_lanes(lanes: Sequence[Lane]):
         raise ValueError(
             f"lanes of one program differ in seed and in these of ppo alone: {', '.join(names)}"
         )
+    if lanes[0].config.ppo.evaluate_every:
+        every = lanes[0].config.ppo.evaluate_every
+        raise ValueError(f"ppo.evaluate_every must be 0 in lanes of one program, got {every}")
     if any(fingerprint(lane.data) != fingerprint(lanes[0].data) for lane in lanes):
         raise ValueError("lanes of one program have the same prompts, these have others")
 

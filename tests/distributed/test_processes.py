@@ -162,11 +162,11 @@ def rows_of_a_reward_function(folder):
         rollout = types.SimpleNamespace(
             prompt_tokens=tokens, prompt_mask=mask, response_tokens=tokens, response_mask=mask
         )
-        scores, means = call_functions([score], data, every, rollout, tokenizer, ())
+        scores, each = call_functions([score], data, every, rollout, tokenizer, ())
         both = [RewardFunction("a:score", map_int_of), RewardFunction("a:each", three_each)]
         of_tokens, _ = call_functions(both, data, every, rollout, tokenizer, ())
         rows = [int(row) for row in scored]
-        found[name] = [rows, scores.tolist(), means["reward/b"], of_tokens.tolist()]
+        found[name] = [rows, scores.tolist(), float(each["reward/b"].mean()), of_tokens.tolist()]
     return found
 
 

@@ -127,7 +127,9 @@ def test_eight_lanes_on_eight_devices_are_those_of_one_device(root, all_devices,
     monkeypatch.setattr(lane_runs.LaneRuns, "restore", watched)
     numbers = (*NUMBERS, *({"kl_coef": 0.2, "seed": seed} for seed in range(2, 7)))
     many = points(root, "many", numbers, num_iterations=3)
-    many = [({**config, "mesh": {"data": 4, "model": 2}}, folder) for config, folder in many]
+    whole = {"vocab": ()}  # 317 tokens
+    mesh = {"data": 4, "model": 2, "rules": whole, "rollout_rules": whole}
+    many = [({**config, "mesh": mesh}, folder) for config, folder in many]
     assert run_lanes(many) == {}
     (leaf, *_) = jax.tree.leaves(states[0].policy_params)
     assert leaf.sharding.spec[0] == "data" and len(leaf.sharding.device_set) == 8

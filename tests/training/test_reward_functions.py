@@ -188,7 +188,8 @@ def asked(*functions, texts=("abc", "d"), columns=None, chosen=(0, 1), weights=(
         for name, function, weight in zip("ab", functions, weights, strict=False)
     ]
     data = used_columns(data, functions, "prompts.jsonl")
-    return call_functions(functions, data, np.array(chosen), rollout, letters(), ())
+    scores, each = call_functions(functions, data, np.array(chosen), rollout, letters(), ())
+    return scores, {name: x.mean() for name, x in each.items()}
 
 
 def test_a_function_gets_text():
