@@ -166,7 +166,8 @@ def lane_lines(works: Sequence[Work], groups: Sequence[Work]) -> list[str]:
     inside = {lane.folder for group in groups for lane in group.lanes}
     alone = [work.name for work in works if work.folder not in inside]
     lines = [f"{x.name}: {', '.join(y.name for y in x.lanes)}" for x in groups]
-    many = f"{len(inside)} of {len(works)} points train PPO as {len(groups)} programs"
+    programs = f"{len(groups)} program{'s' * (len(groups) != 1)}"
+    many = f"{len(inside)} of {len(works)} points train PPO as {programs}"
     rest = [f"by themselves: {', '.join(alone)}"] if alone else []
     return [many, *(f"  {line}" for line in [*lines, *rest])]
 

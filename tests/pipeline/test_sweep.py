@@ -15,7 +15,7 @@ import pytest
 from ppo_jax.distributed.folder_lock import hold_folder
 from ppo_jax.distributed.shares import Share
 from ppo_jax.evaluation.report import sweep_page
-from ppo_jax.pipeline import sweep
+from ppo_jax.pipeline import study, sweep
 from ppo_jax.pipeline.shared_stages import Work
 from ppo_jax.pipeline.sweep import Sweep
 from tests.support.command_line import ROOT
@@ -263,7 +263,7 @@ PARENT = """
 import sys
 from pathlib import Path
 from tests.pipeline import test_sweep
-from ppo_jax.pipeline import sweep
+from ppo_jax.pipeline import study, sweep
 sweep.is_complete = lambda work: False
 test_sweep.sweep_page.write_sweep_page = lambda *_: None
 workdir = Path(sys.argv[1])
@@ -285,3 +285,26 @@ def test_a_signal_stops_the_children_and_then_the_sweep(tmp_path, number, code, 
     assert process.returncode == code and f"stopped by {told}; the same command" in output
     assert (tmp_path / "seed=0" / "stopped").read_text() == str(number.value)
     assert started(tmp_path) == ["seed=0"] and statuses(tmp_path) == {}
+
+
+def test_lanes_are_trained_before_their_points_and_one_that_fails_is_passed_over(tmp_path):
+    works = [point(tmp_path, number, part(tmp_path)) for number in range(4)]
+    group = study.group_work(works[:3], tmp_path)
+    assert [need.folder.name for need in group.needs] == ["sft-1"]
+    group.folder.mkdir(parents=True)
+    (group.folder / "failed.json").write_text('{"lanes": {"seed=1": "its loss is nan"}}')
+    assert [task.title for task in run(tmp_path, works, groups=[group])] == ["seed=1"]
+    assert started(tmp_path) == ["sft-1", "seed=0", "seed=2", "seed=3"]
+    assert (group.folder.parent / "started").read_text().split() == [group.name]
+    assert statuses(tmp_path)["seed=1"] == ("failed", "its loss is nan")
+    told = study.lane_lines(works, [group])
+    assert told[0] == "3 of 4 points train PPO as 1 program" and "by themselves: seed=3" in told[2]
+
+
+def test_points_whose_group_fails_are_trained_by_themselves(tmp_path):
+    works = [point(tmp_path, number) for number in range(2)]
+    group = study.group_work(works, tmp_path)
+    group.folder.parent.mkdir()
+    order(group.folder.parent, group.name, "fail 2")
+    assert run(tmp_path, works, groups=[group]) == []
+    assert started(tmp_path) == ["seed=0", "seed=1"]
