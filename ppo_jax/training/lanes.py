@@ -223,7 +223,8 @@ def table_of(program: Program, lanes: Sequence[Lane], starts: Sequence[tuple]) -
     differ = sorted({name for name, _ in own})
     frozen, axes = program.setup.frozen, program.axes.frozen
     parts = {f.name: getattr(frozen, f.name) for f in dataclasses.fields(frozen)}
-    named = {"ref_policy": "reference", "reward": "reward model", "policy": "the policy's base"}
+    named = {"ref_policy": "reference", "reward": "reward model"}
+    named |= {"policy": "what is frozen of the policy", "value": "what is frozen of the critic"}
     shared = [
         named.get(name, name)
         for name, part in parts.items()

@@ -11,6 +11,7 @@ import pytest
 
 from ppo_jax.config.stages import PPOSettings
 from ppo_jax.core.types import Hyperparameters
+from ppo_jax.distributed.layout import make_layouts, over_lanes
 from ppo_jax.io.checkpoints import Checkpoints, load_checkpoint_item
 from ppo_jax.pipeline import run as pipeline
 from ppo_jax.pipeline.lanes import make_lanes, run_lanes
@@ -179,3 +180,19 @@ def test_lanes_of_two_shapes_or_two_data_sets_are_refused(root):
     two = points(root, "two", ({}, {"num_epochs": 1}))
     with pytest.raises(ValueError, match="differ in seed and in these of ppo alone: .*kl_coef"):
         lanes.train_lanes(make_lanes(two))
+
+
+def test_lanes_with_adapters_have_one_base(root):
+    """N lanes take the base once, and N times the adapters."""
+
+    def memory(count):
+        numbers = [{"kl_coef": 0.1 * i} for i in range(count)]
+        lora = dict(trainable="lora", value_trainable="lora")
+        made = make_lanes(points(root, f"lora{count}x", numbers, **lora))
+        layout = over_lanes(make_layouts(made[0].config.mesh), count)
+        program, starts, _, _ = lanes.begin(made, layout)
+        leaves = {id(x): x.nbytes for x in jax.tree.leaves(program.setup.frozen)}
+        return sum(leaves.values()), sum(x.nbytes for x in jax.tree.leaves(starts))
+
+    (base, adapters), (bases, many) = memory(1), memory(3)
+    assert bases == base > adapters and many == 3 * adapters
