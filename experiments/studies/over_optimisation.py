@@ -20,6 +20,8 @@ KL_COEFS = (0.0, 0.02, 0.05, 0.2)
 def get_config(variant: str = "default"):
     config = quickstart(variant)
     config.ppo.num_iterations *= 2  # over-optimisation takes its time
+    config.ppo.evaluate_every = 5  # iterations: the gold score while it rises and falls
+    config.ppo.evaluate_prompts = 64
     return config
 
 

@@ -1,7 +1,7 @@
 """Which of PPO's choices matter here: one changed at a time, with a learning rate of its own.
 
     python experiments/sweep.py --config=experiments/studies/ppo_choices.py:tiny \
-        --workdir=runs/ppo_choices
+        --workdir=runs/ppo_choices --vectorize
 
 The first row is the quickstart; every other row changes one thing of it. Each row gets the same
 three learning rates, three seeds of PPO each, and is judged at its best one. All start from one SFT

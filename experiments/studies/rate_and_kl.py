@@ -1,10 +1,10 @@
 """Learning rate and KL coefficient together: sixteen runs of PPO as one program.
 
     python experiments/sweep.py --config=experiments/studies/rate_and_kl.py:tiny \
-        --workdir=runs/rate_and_kl
+        --workdir=runs/rate_and_kl --vectorize
 
 Sixteen pairs of two numbers, all from one SFT and one reward model, trained side by side. Without
---vectorize they are the same sixteen runs one by one; the page compares the times.
+--vectorize they are the same sixteen runs one by one.
 """
 
 from studies import quickstart

@@ -6,6 +6,7 @@ It is read from the points' folders, so that any process writes the same one.
 import csv
 import io
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,8 @@ def figures(folder: Path) -> str:
         parts.append(f"score {score:.2f}")
     if (kl := metrics.get("policy/kl_per_response", kl)) is not None:
         parts.append(f"kl {kl:.1f}")
-    if not parts and (names := [name for name in metrics if name.endswith("loss")]):
-        parts.append(f"{names[-1]} {metrics[names[-1]]:.3f}")
+    names = [x for x in metrics if re.fullmatch(r"\w+/(validation_accuracy|accuracy|.*loss)", x)]
+    if not parts and names:  # of a sweep without PPO: an accuracy before a loss
+        name = min(names, key=lambda x: x.endswith("loss"))
+        parts.append(f"{name} {metrics[name]:.3f}")
     return "  ".join(parts)
