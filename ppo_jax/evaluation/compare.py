@@ -55,7 +55,7 @@ def respond(policy: Model, prompts: Sequence[str], how: How, layout: Layout | No
         batch_size=batch_size,
         max_prompt_length=how.max_prompt_length,
         layout=layout,
-        before_batch=lambda: stop_if_asked("the same command goes on with the evaluation"),
+        before_batch=lambda: stop_if_asked("the same command takes up the evaluation again"),
     )
     return read_rollouts(texts, rollouts)
 

@@ -101,7 +101,7 @@ def test_after_sigterm_in_an_evaluation_the_same_command_begins_it_anew(
         patch.setenv(WAITS, "1")
         processes = two_processes.start(f"{__name__}:evaluate_with_a_wait", tmp_path)
         wait_until((tmp_path / "reached").exists, processes)
-        told = "the same command starts the evaluation over"
+        told = "the same command takes up the evaluation again"
         stop_at_the_next_place(processes, 1, tmp_path, told)
     assert "evaluated" not in json.loads((tmp_path / "results.json").read_text())
     pipeline.run(fewer_prompts(), tmp_path)
