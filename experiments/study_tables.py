@@ -75,12 +75,12 @@ def shown(metrics: Mapping[str, Any]) -> dict[str, float]:
 def page(text: str) -> str:
     """The page with its tables made from results/."""
     for name in STUDIES:
-        path = RESULTS / f"{name}.json"
+        path, start, end = RESULTS / f"{name}.json", f"<!-- table: {name} -->\n", "<!-- end -->"
+        made = "\nNot run yet.\n\n"
         if path.is_file():
-            start, end = f"<!-- table: {name} -->\n", "<!-- end -->"
-            before, rest = text.split(start)
-            text = before + start + table(name, json.loads(path.read_text())) + end
-            text += rest.split(end, 1)[1]
+            made = table(name, json.loads(path.read_text()))
+        before, rest = text.split(start)
+        text = before + start + made + end + rest.split(end, 1)[1]
     return text
 
 
