@@ -81,7 +81,7 @@ class Checkpoints:
         if step == self._verified:
             return
         # The others wait here while process 0 writes checksums; inside of Orbax they would give up.
-        on_primary(self._check_new, step)
+        on_primary(self._make_room, step)
         # By name, so that the paths are the same whatever types the nodes have.
         tree = unflatten_dict(named_leaves(detach(state)), sep="/")
         # Orbax's transfer to the host is implicit; a caller's guard is for the caller's code.
@@ -89,17 +89,22 @@ class Checkpoints:
             response = ocp.save_async(
                 self.directory / str(step),
                 tree,
-                overwrite=True,  # only a broken step can be in the way
                 custom_metadata={"step": step, "metadata": metadata or {}},
             )
         self._saving = (step, self._background.submit(self._finish, step, response))
 
-    def _check_new(self, step: int) -> None:
+    def _make_room(self, step: int) -> None:
+        """No complete step is in the way; a broken one is put aside until the new one is there.
+
+        Orbax would remove it while the other processes go on to write into its folder."""
         if later := [other for other in self.steps() if other >= step]:
             raise ValueError(
                 f"step {step} cannot be saved in {self.directory}: it holds steps {later}. "
                 "Restore them first, or choose another workdir."
             )
+        path = self.directory / str(step)
+        if path.exists():
+            set_aside(path)
 
     def _finish(self, step: int, response: Any) -> None:
         path = self.directory / str(step)
@@ -197,9 +202,17 @@ class Checkpoints:
         for step, path in step_folders(self.directory):
             if path.name.isdigit() and step < newest and step not in kept:
                 # Renamed first: a kill in between must not leave half a step under its name.
-                path = path.rename(path.with_name(f"{step}{UNFINISHED}-old"))
+                path = set_aside(path)
             if UNFINISHED in path.name and step <= newest:
                 shutil.rmtree(path)
+
+
+def set_aside(path: Path) -> Path:
+    """Give a step's folder the name of an unfinished one, which is removed when it is done with."""
+    aside = path.with_name(f"{path.name}{UNFINISHED}-old")
+    if aside.exists():  # of a run that was killed here
+        shutil.rmtree(aside)
+    return path.rename(aside)
 
 
 def load_checkpoint_item(

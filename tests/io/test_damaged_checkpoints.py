@@ -288,6 +288,28 @@ def test_a_broken_step_can_be_saved_again(tmp_path):
     assert_identical(state, make_state(16))
 
 
+def test_a_broken_step_is_out_of_the_way_when_it_is_saved_again(tmp_path, monkeypatch):
+    """Orbax is never asked to remove a folder that other processes write into."""
+    save_all(tmp_path, [3, 6])
+    flip_a_bit(largest_file(tmp_path / "6"))
+    aside = tmp_path / f"6{UNFINISHED}-old"
+    aside.mkdir()  # of a run that was killed as it put the step aside
+    save, seen = checkpoints_module.ocp.save_async, []
+
+    def save_async(path, *args, **options):
+        seen.append((path.exists(), len(list(aside.iterdir())) > 0))
+        return save(path, *args, **options)
+
+    monkeypatch.setattr(checkpoints_module.ocp, "save_async", save_async)
+    checkpoints = Checkpoints(tmp_path)
+    with pytest.warns(UserWarning, match="passed over"):
+        assert checkpoints.restore(make_state())[1] == 3
+    checkpoints.save(6, make_state(16))
+    checkpoints.close()
+    assert seen == [(False, True)]
+    assert saved_steps(tmp_path) == ["3", "6"] and not aside.exists()
+
+
 def test_one_field_of_the_newest_step_that_can_be_read(tmp_path):
     save_all(tmp_path, [3, 6])
     shutil.rmtree(tmp_path / "6" / "state" / "ocdbt.process_0")
