@@ -199,12 +199,14 @@ class Checkpoints:
         newest, kept = steps[-1], set(steps[-self.keep :])
         if self.best is not None:
             kept.add(self.best(steps))
-        for step, path in step_folders(self.directory):
-            if path.name.isdigit() and step < newest and step not in kept:
-                # Renamed first: a kill in between must not leave half a step under its name.
-                path = set_aside(path)
+        folders = step_folders(self.directory)
+        for step, path in folders:
             if UNFINISHED in path.name and step <= newest:
                 shutil.rmtree(path)
+        for step, path in folders:
+            if path.name.isdigit() and step < newest and step not in kept:
+                # Renamed first: a kill in between must not leave half a step under its name.
+                shutil.rmtree(set_aside(path))
 
 
 def set_aside(path: Path) -> Path:

@@ -5,6 +5,7 @@ import pytest
 
 from ppo_jax.evaluation import statistics as judges
 from ppo_jax.training.reward_functions import FunctionFailed
+from tests.support.documents import PAGES, python_blocks
 
 
 def test_rating_accuracy_equals_the_loop_over_pairs():
@@ -198,3 +199,10 @@ def test_repetition_is_within_a_response():
     assert judges.repetition(["short", ""], 3) == 0.0
     with pytest.raises(ValueError, match="n must be at least 1"):
         judges.repetition(["a"], 0)
+
+
+def test_the_example_of_the_page_on_evaluation_runs_as_it_stands(capsys):
+    (code,) = python_blocks(PAGES["evaluation.md"])
+    exec(compile(code, "docs/evaluation.md", "exec"), {})
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and lines[0].startswith("1 0.0 ")

@@ -310,6 +310,17 @@ def test_a_broken_step_is_out_of_the_way_when_it_is_saved_again(tmp_path, monkey
     assert saved_steps(tmp_path) == ["3", "6"] and not aside.exists()
 
 
+def test_what_a_killed_run_has_put_aside_goes_with_its_step(tmp_path):
+    save_all(tmp_path, [3, 6])
+    shutil.copytree(tmp_path / "3", tmp_path / f"3{UNFINISHED}-old")
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.restore(make_state())[1] == 6
+    checkpoints.save(9, make_state(9))
+    checkpoints.close()
+    assert saved_steps(tmp_path) == ["6", "9"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["6", "9"]
+
+
 def test_one_field_of_the_newest_step_that_can_be_read(tmp_path):
     save_all(tmp_path, [3, 6])
     shutil.rmtree(tmp_path / "6" / "state" / "ocdbt.process_0")
