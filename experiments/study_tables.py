@@ -24,7 +24,7 @@ from ppo_jax.evaluation.sweep_table import (
     figure,
     interval,
     ranked,
-    spelled,
+    short_value,
 )
 from ppo_jax.io.run_folder import read_record
 
@@ -124,7 +124,9 @@ def best_of(settings: Sequence[Setting], metric: str, rate: str) -> list[tuple[S
 def of_kl_coef(settings: Sequence[Setting]) -> str:
     headings = ["KL coefficient", "KL, nats", "proxy score", "gold: preferred to SFT", "distinct-2"]
     metrics = (KL, PROXY, WIN, "text/distinct2_ratio")
-    rows = [[spelled(s.values["ppo.kl_coef"]), *(cell(s, m) for m in metrics)] for s in settings]
+    rows = [
+        [short_value(s.values["ppo.kl_coef"]), *(cell(s, m) for m in metrics)] for s in settings
+    ]
     return markdown(headings, rows)
 
 
@@ -132,7 +134,7 @@ def of_pairs(settings: Sequence[Setting]) -> str:
     rows = []
     for setting, rate in best_of(settings, ACCURACY, "reward.optimizer.learning_rate"):
         count = int(re.search(r"pairs_(\d+)", setting.values["reward.data"]).group(1))
-        rows.append((count, [f"{count:,}", spelled(rate), cell(setting, ACCURACY)]))
+        rows.append((count, [f"{count:,}", short_value(rate), cell(setting, ACCURACY)]))
     rows = [row for _, row in sorted(rows)]
     rows.append(["a human rater", "", figure(ACCURACY, REFERENCE["human rater"])])
     return markdown(["comparisons", "best learning rate", "accuracy on unseen pairs"], rows)
@@ -144,7 +146,7 @@ def of_choices(settings: Sequence[Setting]) -> str:
     for setting, rate in best_of(settings, WIN, RATE):
         change = {k: v for k, v in setting.values.items() if k != RATE}
         name = names[json.dumps(change, sort_keys=True).replace('"inf"', "Infinity")]
-        rows[name] = [name, spelled(rate), *(cell(setting, m) for m in (WIN, PROXY, KL))]
+        rows[name] = [name, short_value(rate), *(cell(setting, m) for m in (WIN, PROXY, KL))]
     headings = ["", "best learning rate", "gold: preferred to SFT", "proxy score", "KL, nats"]
     return markdown(headings, [rows[name] for name in ppo_choices.CHOICES if name in rows])
 
@@ -152,7 +154,7 @@ def of_choices(settings: Sequence[Setting]) -> str:
 def of_rate_and_kl(settings: Sequence[Setting]) -> str:
     found = {(s.values[RATE], s.values["ppo.kl_coef"]): cell(s, WIN) for s in settings}
     rows = [
-        [spelled(rate), *(found.get((rate, kl), "") for kl in rate_and_kl.KL_COEFS)]
+        [short_value(rate), *(found.get((rate, kl), "") for kl in rate_and_kl.KL_COEFS)]
         for rate in rate_and_kl.RATES
     ]
     return markdown(["learning rate", *map("KL coefficient {}".format, rate_and_kl.KL_COEFS)], rows)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ppo_jax.evaluation.sweep_table import mean_interval
+from ppo_jax.evaluation.sweep_table import student_interval
 
 RESAMPLES = 2000
 LEAST_POINTS = 4  # of a fit of two numbers
@@ -100,7 +100,7 @@ def fit_curve(curve: Curve, *, seed: int = 0) -> Fit | None:
         return None
     each = np.array([least_squares(inputs[run], gold[run]) for run in runs])  # [R, 2]
     if len(runs) > 1:
-        alpha, beta = (mean_interval(column) for column in each.T)
+        alpha, beta = (student_interval(column) for column in each.T)
         intervals = (alpha.low, alpha.high), (beta.low, beta.high)
         return Fit(curve.kind, alpha.mean, beta.mean, *intervals, "runs")
     inputs, gold = inputs[runs[0]], gold[runs[0]]

@@ -1,8 +1,9 @@
 """What is asked of an evaluation side by side, checked before anything is sampled."""
 
+import contextlib
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -271,11 +272,9 @@ def check(request: Request) -> Checked:
                 f"--max_prompt_length and --response_length must be at most "
                 f"{spec.config.max_length} tokens together, the context of {name}, got {longest}"
             )
-    judges = (
-        parse_judges(parse_named(request.judges, "judges", unnamed=True))
-        if (request.judges)
-        else []
-    )
+    judges = []
+    if request.judges:
+        judges = parse_judges(parse_named(request.judges, "judges", unnamed=True))
     for judge in judges:
         check_judge(judge, request.run)
     texts: list[Any] = []
@@ -285,18 +284,13 @@ def check(request: Request) -> Checked:
     return Checked(specs=specs, prompts=prompts, judges=judges, reward=reward, texts=texts)
 
 
-class of_flag:
+@contextlib.contextmanager
+def of_flag(flag: str) -> Iterator[None]:
     """An error of what is inside names the flag that it is about."""
-
-    def __init__(self, flag: str):
-        self.flag = flag
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace):
-        if isinstance(error, ValueError):
-            raise ValueError(f"{self.flag}: {error}") from error
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{flag}: {error}") from error
 
 
 def check_reward(request: Request, specs: Mapping[str, ModelSpec]) -> ModelSpec | None:

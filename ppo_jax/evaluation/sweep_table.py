@@ -50,8 +50,8 @@ class Setting(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What the setting changes, with short names, for a reader."""
-        return ", ".join(f"{short_name(k)} {spelled(v)}" for k, v in self.values.items()) or "all"
+        """See `title_of`."""
+        return title_of(self.values)
 
     def numbers(self, metric: str) -> list[float]:
         """A metric of each complete point that has it."""
@@ -59,9 +59,18 @@ class Setting(NamedTuple):
         return [x for metrics in done if (x := number(metrics.get(metric))) is not None]
 
     def estimate(self, metric: str) -> Estimate | None:
-        """See `mean_interval`; None where no point has the metric."""
+        """See `student_interval`; None where no point has the metric."""
         values = self.numbers(metric)
-        return mean_interval(values) if values else None
+        return student_interval(values) if values else None
+
+
+def title_of(values: Mapping[str, Any]) -> str:
+    """What a point or a setting changes, with short names, for a reader.
+
+    >>> title_of({"ppo.kl_coef": 0.05, "ppo.seed": 1})
+    'kl_coef 0.05, seed 1'
+    """
+    return ", ".join(f"{field_name(k)} {short_value(v)}" for k, v in values.items()) or "all"
 
 
 def number(value: Any) -> float | None:
@@ -74,7 +83,7 @@ def number(value: Any) -> float | None:
     return float(value) if plain and math.isfinite(value) else None
 
 
-def mean_interval(values: Sequence[float]) -> Estimate:
+def student_interval(values: Sequence[float]) -> Estimate:
     """Mean of n independent numbers and its 95% interval, mean ± t(n - 1) s / sqrt(n).
 
     Args:
@@ -82,7 +91,7 @@ def mean_interval(values: Sequence[float]) -> Estimate:
 
     Reference: Student 1908, https://doi.org/10.1093/biomet/6.1.1.
 
-    >>> estimate = mean_interval([0.8, 0.9])
+    >>> estimate = student_interval([0.8, 0.9])
     >>> [round(x, 3) for x in estimate[:3]]
     [0.85, 0.215, 1.485]
     """
@@ -116,20 +125,20 @@ def is_seed(name: str) -> bool:
     return name.rsplit(".", 1)[-1] == "seed"
 
 
-def short_name(name: str) -> str:
+def field_name(name: str) -> str:
     """The last part of a dotted name.
 
-    >>> short_name("ppo.optimizer.learning_rate")
+    >>> field_name("ppo.optimizer.learning_rate")
     'learning_rate'
     """
     return name.rsplit(".", 1)[-1]
 
 
-def spelled(value: Any) -> str:
+def short_value(value: Any) -> str:
     """A value for a reader: numbers short.
 
-    >>> spelled(0.00031622776601683794), spelled("gae"), spelled([1, 2]), spelled(True)
-    ('0.000316', 'gae', '[1, 2]', 'true')
+    >>> short_value(0.00031622776601683794), short_value([1, 2]), short_value(True)
+    ('0.000316', '[1, 2]', 'true')
     """
     if isinstance(value, float):
         return f"{value:.3g}"
@@ -234,9 +243,9 @@ def beyond(best: Setting, settings: Sequence[Setting]) -> str:
         if len(values) < 3 or not all(number(v) is not None for v in values):
             continue
         if best.values.get(name) == values[-1]:
-            ends.append(f"above {short_name(name)} {spelled(values[-1])}")
+            ends.append(f"above {field_name(name)} {short_value(values[-1])}")
         elif best.values.get(name) == values[0] and values[0] > 0:
-            ends.append(f"below {short_name(name)} {spelled(values[0])}")
+            ends.append(f"below {field_name(name)} {short_value(values[0])}")
     return f"; nothing was tried {' or '.join(ends)}" if ends else ""
 
 
@@ -254,7 +263,7 @@ def figure(metric: str, value: float) -> str:
 def interval(metric: str, estimate: Estimate) -> str:
     """The interval of an estimate for a reader, "" without one; that of a rate ends at 0 and 1.
 
-    >>> interval("gold/win_rate_ppo_vs_sft", mean_interval([0.7, 0.8, 0.9]))
+    >>> interval("gold/win_rate_ppo_vs_sft", student_interval([0.7, 0.8, 0.9]))
     '55.2% to 100.0%'
     """
     if estimate.low is None or estimate.low == estimate.high:

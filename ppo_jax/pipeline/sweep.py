@@ -197,10 +197,15 @@ class Sweep:
 
     def begin(self, task: Task):
         """Start a task, unless it is complete or another process is at it."""
-        work = task.work
-        if is_done(work):
+        work, holder, done = task.work, "", False
+        try:
+            with alone_in(work.folder):  # what another process writes is half there
+                done = is_done(work)
+        except FolderInUse as error:
+            holder = holder_of(error)
+        if done:
             self.complete(task, "complete already")
-        elif holder := in_use(work.folder):
+        elif holder:
             self.wait_for(task, holder)
         else:
             if task.is_point:
@@ -362,10 +367,24 @@ def is_done(work: Work) -> bool:
 
 def in_use(folder: Path) -> str:
     """Who is at a folder; "" is nobody."""
-    if not folder.is_dir():
-        return ""
     try:
-        with hold_folder(folder):
+        with alone_in(folder):
             return ""
     except FolderInUse as error:
-        return str(error).partition(": wait for")[0]
+        return holder_of(error)
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """No other process is at a folder, which may not be there yet.
+
+    Raises:
+        FolderInUse: one is.
+    """
+    with hold_folder(folder) if folder.is_dir() else contextlib.nullcontext():
+        yield
+
+
+def holder_of(error: FolderInUse) -> str:
+    """Who is at the folder, in words."""
+    return str(error).partition(": wait for")[0]

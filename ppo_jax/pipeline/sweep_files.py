@@ -57,7 +57,8 @@ def table_row(folder: Path) -> dict[str, Any] | None:
     if about.get("status") not in ENDED:
         return None
     metrics = read_metrics(folder)
-    row = {"point": about["point"], "workdir": folder.name, "status": about["status"]}
+    path = str(folder.absolute())  # so that a reader anywhere finds it
+    row = {"point": about["point"], "workdir": path, "status": about["status"]}
     return row | ({"error": about["error"]} if about["error"] else {}) | {"metrics": metrics}
 
 

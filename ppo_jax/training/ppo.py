@@ -39,7 +39,7 @@ from ppo_jax.training.reward_functions import (
     load_reward_functions,
     metric_names,
 )
-from ppo_jax.training.stage import Stage, StageRun, open_stage
+from ppo_jax.training.stage import Stage, StageRun, open_stage, stage_run
 
 # (the prompts chosen [B], their rollout) -> (scores on the mesh, [B] float32, or [B, T] of each
 # token; {metric: its number of each response [B], of which the mean is logged})
@@ -142,13 +142,11 @@ def tell_settings(settings: PPOSettings, buckets: PromptBuckets):
 def ppo_run(config: Config, workdir: Path, num_lanes: int | None = None) -> StageRun:
     """The stage of a run; one of several lanes, where `num_lanes` says so."""
     settings = config.ppo
-    return StageRun(
-        workdir,
+    return stage_run(
         PPO,
-        num_steps=settings.num_iterations,
-        save_every=settings.save_every,
-        keep=settings.keep,
-        writers=config.writers,
+        config,
+        workdir,
+        settings.num_iterations,
         tokens=("response/length", settings.rollout_batch_size),
         limits={"kl/ref": (settings.max_ref_kl, "ppo.max_ref_kl")},
         num_lanes=num_lanes,

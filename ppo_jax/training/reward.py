@@ -37,7 +37,7 @@ from ppo_jax.training.common import (
     with_adapters,
 )
 from ppo_jax.training.resume import fingerprint
-from ppo_jax.training.stage import Stage, StageRun, open_stage
+from ppo_jax.training.stage import Stage, open_stage, stage_run
 
 ROWS = 4  # packed batches have a multiple of so many rows
 
@@ -90,14 +90,7 @@ def train_reward(config: Config, workdir: Path, base: str, data: RewardParts):
         params = merge_params(frozen, state.params)
         return all_scores(score, params, texts, inputs, layout, settings.batch_size)
 
-    with StageRun(
-        workdir,
-        REWARD,
-        num_steps=num_steps,
-        save_every=settings.save_every,
-        keep=settings.keep,
-        writers=config.writers,
-    ) as run:
+    with stage_run(REWARD, config, workdir, num_steps) as run:
         state = run.restore(layout, init_train_state, trained, optimizer)
         del trained
         step = compile_step(

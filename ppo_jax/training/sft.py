@@ -41,7 +41,7 @@ from ppo_jax.training.common import (
     with_adapters,
 )
 from ppo_jax.training.resume import fingerprint
-from ppo_jax.training.stage import Stage, StageRun, open_stage
+from ppo_jax.training.stage import Stage, open_stage, stage_run
 
 Texts = tuple[TokenizedTexts, TokenizedTexts]  # to train on, to validate on
 
@@ -108,14 +108,7 @@ def train_sft(config: Config, workdir: Path, base: str, data: Texts):
             "sft/validation_perplexity": math.exp(min(mean, 700.0)),
         }
 
-    with StageRun(
-        workdir,
-        SFT,
-        num_steps=num_steps,
-        save_every=settings.save_every,
-        keep=settings.keep,
-        writers=config.writers,
-    ) as run:
+    with stage_run(SFT, config, workdir, num_steps) as run:
         state = run.restore(layout, init_train_state, trained, optimizer)
         del trained
         step = compile_step(

@@ -285,6 +285,20 @@ class StageRun:
             self._kept = time.monotonic()
 
 
+def stage_run(stage: Stage, config: Config, workdir: Path, num_steps: int, **more: Any) -> StageRun:
+    """The `StageRun` of a config: it says how often to save, what to keep, where metrics go."""
+    settings = getattr(config, stage.name)
+    return StageRun(
+        workdir,
+        stage,
+        num_steps=num_steps,
+        save_every=settings.save_every,
+        keep=settings.keep,
+        writers=config.writers,
+        **more,
+    )
+
+
 def _in_forked_process():
     """A worker of a process pool, which a reward function may have, ends at a signal: it must not
     take the handlers of the stage for its own, or its pool would wait for it for ever."""

@@ -10,9 +10,9 @@ from ppo_jax.evaluation.sweep_table import (
     conclusion,
     differ,
     main_metric,
-    mean_interval,
     metric_names,
     ranked,
+    student_interval,
     varied,
 )
 
@@ -37,18 +37,18 @@ def sweep(found, kl=None):
 
 def test_an_interval_holds_the_mean_as_often_as_it_says():
     draws = np.random.default_rng(0).normal(3.0, 2.0, size=(2000, 4))
-    inside = [low <= 3.0 <= high for _, low, high, _ in map(mean_interval, draws)]
+    inside = [low <= 3.0 <= high for _, low, high, _ in map(student_interval, draws)]
     assert np.mean(inside) == pytest.approx(0.95, abs=0.015)
 
 
 def test_an_interval_is_that_of_scipy():
     values = [0.3, 0.9, 0.4, 0.45]
     expected = stats.t.interval(0.95, 3, np.mean(values), stats.sem(values))
-    np.testing.assert_allclose(mean_interval(values)[1:3], expected)
+    np.testing.assert_allclose(student_interval(values)[1:3], expected)
 
 
 def test_one_number_has_no_interval():
-    assert mean_interval([2.0])[:3] == (2.0, None, None)
+    assert student_interval([2.0])[:3] == (2.0, None, None)
 
 
 def test_welchs_test_finds_what_is_there_and_seldom_what_is_not():

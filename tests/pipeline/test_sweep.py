@@ -5,6 +5,7 @@ The processes here are small ones that do as a file in their folder says.
 
 import json
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -89,7 +90,9 @@ def started(workdir):
 
 def statuses(workdir):
     rows = json.loads((workdir / "sweep.json").read_text())
-    return {row["workdir"]: (row["status"], row.get("error", "")) for row in rows}
+    return {
+        pathlib.Path(row["workdir"]).name: (row["status"], row.get("error", "")) for row in rows
+    }
 
 
 def test_a_shared_stage_comes_first_and_once_and_what_is_complete_is_skipped(tmp_path, capsys):
@@ -178,15 +181,21 @@ def test_a_point_of_another_process_is_waited_for_and_not_run(tmp_path, capsys, 
     works[0].folder.mkdir()
     holder = hold_folder(works[0].folder)
     holder.__enter__()
-    begin = Sweep.begin
+    begin, is_complete, read = Sweep.begin, sweep.is_complete, []
 
     def begin_and_let_go(self, task):
         begin(self, task)
         if task.title == "seed=1":
+            assert read == ["seed=1"]  # what another process writes is half there
             (works[0].folder / "is_done").touch()
             holder.__exit__(None, None, None)
 
+    def reads(work):
+        read.append(work.name)
+        return is_complete(work)
+
     monkeypatch.setattr(Sweep, "begin", begin_and_let_go)
+    monkeypatch.setattr(sweep, "is_complete", reads)
     assert run(tmp_path, works) == []
     assert started(tmp_path) == ["seed=1"]
     out = capsys.readouterr().out

@@ -35,7 +35,7 @@ def test_a_row_has_the_figures_and_the_last_value_of_each_metric(tmp_path):
     }
     assert row == {
         "point": {"ppo.kl_coef": 0.1, "seed": 1},
-        "workdir": "0.1_1",
+        "workdir": str(tmp_path / "0.1_1"),
         "status": "complete",
         "metrics": metrics,
     }
@@ -56,7 +56,7 @@ def test_rows_are_in_the_order_of_their_values_whoever_made_them(tmp_path):
     with open(tmp_path / "sweep.csv", newline="") as file:
         head, *lines = csv.reader(file)
     assert head[:4] == ["ppo.gamma", "ppo.stop_kl", "workdir", "status"] and len(lines) == 4
-    assert lines[0][:4] == ["1.0", "", "1.0", "failed"]
+    assert lines[0][:4] == ["1.0", "", str(tmp_path / "1.0"), "failed"]
     files = {path.name for path in tmp_path.iterdir() if path.is_file()}
     assert files == {"sweep.json", "sweep.csv", "sweep.html"}
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -53,9 +54,10 @@ def write_config(folder):
 
 
 def table(workdir):
-    """sweep.json without what the clock says."""
+    """sweep.json without what the clock says, and without the place of the sweep."""
     rows = json.loads((workdir / "sweep.json").read_text())
     for row in rows:
+        row["workdir"] = pathlib.Path(row["workdir"]).relative_to(workdir)
         row["metrics"] = {k: v for k, v in row["metrics"].items() if not k.startswith("time/")}
     return rows
 

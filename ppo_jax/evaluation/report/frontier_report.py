@@ -16,7 +16,7 @@ from ppo_jax.evaluation.frontier import (
 )
 from ppo_jax.evaluation.report import plots
 from ppo_jax.evaluation.report.frontier_plots import frontier
-from ppo_jax.evaluation.sweep_table import short_name, spelled
+from ppo_jax.evaluation.sweep_table import field_name, short_value
 from ppo_jax.io.run_folder import read_config, read_object, read_rows
 
 
@@ -69,7 +69,7 @@ def read_curves(patterns: Sequence[str], by: str) -> list[Curve]:
             f"{', '.join(patterns)}"
         )
     order = sorted(points, key=lambda x: (isinstance(x, str), x))
-    return [Curve(f"{short_name(by)} {spelled(value)}", points[value]) for value in order]
+    return [Curve(f"{field_name(by)} {short_value(value)}", points[value]) for value in order]
 
 
 def find_runs(patterns: Sequence[str]) -> list[Path]:

@@ -11,7 +11,14 @@ from ppo_jax.evaluation.report.charts import display_name
 from ppo_jax.evaluation.report.plots import Draw
 from ppo_jax.evaluation.report.report import HALF, SMALL, TEMPLATES, Figure, make_figure
 from ppo_jax.evaluation.report.summary import duration
-from ppo_jax.evaluation.sweep_table import KL_METRICS, Setting, figure, short_name, spelled
+from ppo_jax.evaluation.sweep_table import (
+    KL_METRICS,
+    Setting,
+    field_name,
+    figure,
+    short_value,
+    title_of,
+)
 from ppo_jax.io.run_folder import read_rows
 from ppo_jax.io.stage_folder import LOWER_IS_BETTER
 from ppo_jax.training.stages import find_stage
@@ -65,7 +72,7 @@ def write_sweep_page(folder: str | Path, rows: Sequence[dict]) -> Path:
         cards=cards(settings, rows, metric, label),
         figures=figures,
         curves=curve_figures(settings, runs),
-        varied=[short_name(name) for name in sweep_table.varied(settings)],
+        varied=[field_name(name) for name in sweep_table.varied(settings)],
         columns=[(name, metric_label(name)) for name in columns(settings, metric)],
         main_label=label,
         points=[point(folder, row, metric) for row in rows],
@@ -181,12 +188,10 @@ def failures(rows: Sequence[dict]) -> str:
     failed = [row for row in rows if row["status"] != "complete"]
     if not failed:
         return ""
-    names = "; ".join(point_name(row) for row in failed[:4]) + ("; ..." if failed[4:] else "")
+    names = "; ".join(title_of(row["point"]) for row in failed[:4]) + (
+        "; ..." if failed[4:] else ""
+    )
     return f"{len(failed)} of {len(rows)} points failed: {names}"
-
-
-def point_name(row: dict) -> str:
-    return ", ".join(f"{short_name(k)} {spelled(v)}" for k, v in row["point"].items()) or "all"
 
 
 def cards(
@@ -217,7 +222,7 @@ def point(folder: Path, row: dict, metric: str) -> dict[str, Any]:
     value = sweep_table.number(metrics.get(metric))
     seconds = sweep_table.number(metrics.get("time/total_s"))
     return {
-        "name": point_name(row),
+        "name": title_of(row["point"]),
         "status": row["status"],
         "failed": row["status"] != "complete",
         "error": row.get("error", ""),
@@ -237,8 +242,10 @@ def table_data(settings: Sequence[Setting], metric: str) -> dict[str, Any]:
         values = [setting.values.get(name) for name in varied]
         rows.append(
             {
-                "values": [v if sweep_table.number(v) is not None else spelled(v) for v in values],
-                "names": [spelled(v) for v in values],
+                "values": [
+                    v if sweep_table.number(v) is not None else short_value(v) for v in values
+                ],
+                "names": [short_value(v) for v in values],
                 "seeds": str(len(setting.rows)),
                 "colour": shade,
                 "best": setting is best and len(settings) > 1,
@@ -254,6 +261,11 @@ def table_data(settings: Sequence[Setting], metric: str) -> dict[str, Any]:
         "main": metric,
         "lower": [name for name in names if LOWER_IS_BETTER.search(name)],
     }
+
+
+def sortable(value: Any) -> Any:
+    """A number as it is, anything else as text."""
+    return short_value(value) if sweep_table.number(value) is None else value
 
 
 def cell(metric: str, estimate: sweep_table.Estimate) -> list:

@@ -17,11 +17,11 @@ from ppo_jax.evaluation.report.charts import series
 from ppo_jax.evaluation.report.plots import Draw, smooth
 from ppo_jax.evaluation.sweep_table import (
     Setting,
+    field_name,
     figure,
     number,
     ranked,
-    short_name,
-    spelled,
+    short_value,
     varied,
 )
 
@@ -135,9 +135,9 @@ def estimates(settings: Sequence[Setting], metric: str, label: str) -> Draw | No
             )
             axes.scatter([estimate.mean], [at], color=[shade], s=30, zorder=3)
         axes.set(xlabel=label, yticks=range(len(order)), ylim=(len(order) - 0.4, -0.6))
-        values = [[spelled(s.values.get(name)) for name in names] for s, _ in order]
+        values = [[short_value(s.values.get(name)) for name in names] for s, _ in order]
         axes.set_yticklabels(["  ·  ".join(row) for row in values])
-        axes.set_ylabel("  ·  ".join(map(short_name, names)))
+        axes.set_ylabel("  ·  ".join(map(field_name, names)))
         axes.grid(axis="y", visible=False)
         axes.tick_params(axis="y", length=0)
         frame(axes, [e for _, e in order])
@@ -177,9 +177,9 @@ def heat_map(settings: Sequence[Setting], metric: str, label: str) -> Draw | Non
             text = figure(metric, value) if math.isfinite(value) else "none"
             ink = "#ffffff" if not value > middle else "#101418"
             axes.text(x, y, text, ha="center", va="center", color=ink, fontsize=7.5)
-        axes.set(xticks=range(len(columns)), xticklabels=[spelled(x) for x in columns])
-        axes.set(yticks=range(len(rows)), yticklabels=[spelled(y) for y in rows])
-        axes.set(xlabel=short_name(across), ylabel=short_name(down))
+        axes.set(xticks=range(len(columns)), xticklabels=[short_value(x) for x in columns])
+        axes.set(yticks=range(len(rows)), yticklabels=[short_value(y) for y in rows])
+        axes.set(xlabel=field_name(across), ylabel=field_name(down))
         axes.set_title(label)
         axes.grid(visible=False)
         for spine in axes.spines.values():
@@ -211,7 +211,7 @@ def parallel_coordinates(settings: Sequence[Setting], metric: str, label: str) -
                 axes.text(at + 0.03, height, text, fontsize=7, va="center")
         axes.set(xticks=range(len(scales)), yticks=[], ylim=(-0.06, 1.06))
         axes.set_xlim(-0.1, len(scales) - 1 + 0.35)
-        axes.set_xticklabels([*map(short_name, names), label])
+        axes.set_xticklabels([*map(field_name, names), label])
         axes.grid(visible=False)
         axes.spines[["left", "bottom"]].set_visible(False)
         axes.tick_params(length=0)
@@ -240,4 +240,4 @@ def scale(values: Sequence[Any]):
     def place(value) -> float:
         return float((change(value) - start) / width)
 
-    return place, [(place(x), spelled(float(x))) for x in dict.fromkeys(ticks)]
+    return place, [(place(x), short_value(float(x))) for x in dict.fromkeys(ticks)]
