@@ -34,6 +34,7 @@ from ppo_jax.rollout.sampling import Sampling
 
 flags.DEFINE_enum("shape", "tiny", ["tiny", "lora", "test"], "Of the models.")
 flags.DEFINE_integer("lanes", 8, "How many.", lower_bound=1)
+flags.DEFINE_integer("at_once", None, "How many of them side by side; by default all.")
 flags.DEFINE_bool("own_seeds", False, "Lanes have prompts and keys of their own.")
 
 SIZES = {  # vocabulary, layers, width, heads, key and value heads, head size, MLP
@@ -108,7 +109,7 @@ class Setup:
 
     def lanes(self):
         """The same of all lanes."""
-        axes = LaneAxes(inputs=0 if FLAGS.own_seeds else None)
+        axes = LaneAxes(inputs=0 if FLAGS.own_seeds else None, at_once=FLAGS.at_once)
         parts = dict(networks=self.networks, options=self.options, axes=axes)
 
         def iteration(states, numbers, prompts, key, frozen):
@@ -132,7 +133,9 @@ def main():
     print_json(
         {
             "benchmark": "lanes",
-            "arguments": {name: getattr(FLAGS, name) for name in ("shape", "lanes", "own_seeds")},
+            "arguments": {
+                name: getattr(FLAGS, name) for name in ("shape", "lanes", "at_once", "own_seeds")
+            },
             **{f"one_{name}": x for name, x in alone.items()},
             **{f"lanes_{name}": x for name, x in together.items()},
             "times_the_lanes_per_cpu_second": lanes

@@ -32,6 +32,7 @@ class LaneAxes:
     inputs: int | None = None  # prompts and keys
     frozen: Any = None  # 0 or None for all frozen parameters, or a tree of them, see `stack_frozen`
     mesh_axis: str | None = None  # of the mesh, that the lanes are sharded over
+    at_once: int | None = None  # lanes computed side by side, a divisor of N; None: all of them
 
 
 def stack_lanes(lanes: Sequence[Any]) -> Any:
@@ -70,13 +71,52 @@ def stack_frozen(lanes: Sequence[FrozenParams]) -> tuple[FrozenParams, FrozenPar
 
 
 def over_lanes(function: Callable, axes: LaneAxes, *in_axes: int | None) -> Callable:
-    """`jax.vmap` of `function(*args, frozen=...)`, with the axes of its positional arguments."""
+    """`jax.vmap` of `function(*args, frozen=...)`, with the axes of its positional arguments; of
+    `axes.at_once` lanes, where not all are computed at once."""
 
     def call(frozen, *args):
         return function(*args, frozen=frozen)
 
-    mapped = jax.vmap(call, (axes.frozen, *in_axes), spmd_axis_name=axes.mesh_axis)
+    all_axes = (axes.frozen, *in_axes)
+    mapped = jax.vmap(call, all_axes, spmd_axis_name=axes.mesh_axis)
+    if axes.at_once is not None:
+        mapped = in_turns(call if axes.at_once == 1 else mapped, all_axes, axes.at_once)
     return lambda *args, frozen: mapped(frozen, *args)
+
+
+def in_turns(function: Callable, in_axes: tuple, at_once: int) -> Callable:
+    """A function of `at_once` lanes, of one without an axis of lanes, as a function of N lanes.
+
+    A turn has a lane of each device, where the lanes are sharded over so many devices.
+    """
+
+    def mapped(*args):
+        is_stacked: list[bool] = []
+
+        def note(axis, part):
+            is_stacked.extend([axis is not None] * len(jax.tree.leaves(part)))
+
+        jax.tree.map(note, in_axes, args, is_leaf=lambda axis: axis is None)
+        leaves, structure = jax.tree.flatten(args)
+
+        def turn(stacked):
+            stacked = iter(stacked)
+            pairs = zip(leaves, is_stacked, strict=True)
+            own = [next(stacked) if stacks else x for x, stacks in pairs]
+            return function(*jax.tree.unflatten(structure, own))
+
+        def split(x):  # [N, ...] -> [turns, at_once, ...]
+            return x.reshape(at_once, -1, *x.shape[1:]).swapaxes(0, 1)
+
+        def merge(x):
+            return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
+
+        own = [x for x, stacks in zip(leaves, is_stacked, strict=True) if stacks]
+        if at_once == 1:
+            return jax.lax.map(turn, own)
+        return jax.tree.map(merge, jax.lax.map(turn, jax.tree.map(split, own)))
+
+    return mapped
 
 
 def sweep_iteration(

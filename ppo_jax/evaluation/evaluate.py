@@ -15,9 +15,9 @@ from ppo_jax.evaluation.compare import How, log_ratios, respond, whole_texts
 from ppo_jax.evaluation.judges import JudgePanel, ask_panel, make_panel
 from ppo_jax.evaluation.statistics import distinct_n, mean_and_stderr
 from ppo_jax.inference.generate import make_sampling
-from ppo_jax.inference.responses import Responses
+from ppo_jax.inference.responses import Responses, join
 from ppo_jax.inference.score import sampled_scores, score_rows
-from ppo_jax.io.model_spec import ModelSpec
+from ppo_jax.io.model_spec import ModelSpec, reread_reason
 from ppo_jax.io.run_folder import read_results, read_rows, write_results
 from ppo_jax.io.stage_folder import (
     Model,
@@ -52,7 +52,7 @@ def evaluate(config: Config, workdir: Path, base: str, data: EvaluationData):
         name: load_source(path, workdir, base, config.model, layout, pin)
         for name, (path, pin) in compared(config, workdir, base, pins.get("init_from")).items()
     }
-    if (step := policies["ppo"].step) is not None:
+    if (step := judged_step(workdir)) is not None:
         print(f"evaluate: ppo is its checkpoint of step {step}, {config.ppo.keep}", flush=True)
     prompts, ratings = data[0].texts[: settings.num_prompts], data[1]
     responses, results = compare(policies, prompts, sampled_as(config), of_rollout)
@@ -172,13 +172,19 @@ def first_scores(
     reward model, or where a response does not fit into its context."""
     if reward is None:
         return {}
-    first = range(min(NUM_SAMPLES, len(prompts)))
-    return {
-        name: sampled_scores(
-            reward, policy, prompts[:NUM_SAMPLES], responses[name].take(first), score_at
-        )
-        for name, policy in policies.items()
-    }
+    count = min(NUM_SAMPLES, len(prompts))
+    alike: dict[str | None, list[str]] = {}  # policies whose responses are read in the same way
+    for name, policy in policies.items():
+        alike.setdefault(reread_reason(policy, reward), []).append(name)
+    found: dict[str, dict[int, float]] = {}
+    for names in alike.values():  # together: few rows cost as much as many
+        first = join([responses[name].take(range(count)) for name in names])
+        every = prompts[:count] * len(names)
+        scores = sampled_scores(reward, policies[names[0]], every, first, score_at)
+        for place, name in enumerate(names):
+            rows = range(place * count, (place + 1) * count)
+            found[name] = {i: scores[row] for i, row in enumerate(rows) if row in scores}
+    return found
 
 
 def side_by_side(

@@ -32,6 +32,17 @@ class Responses:
         )
 
 
+def join(parts: Sequence[Responses]) -> Responses:
+    """The responses of several policies, one after another."""
+    return Responses(
+        texts=[text for part in parts for text in part.texts],
+        rows=[row for part in parts for row in part.rows],
+        lengths=np.concatenate([part.lengths for part in parts]),
+        logprobs=np.concatenate([part.logprobs for part in parts]),
+        ended=np.concatenate([part.ended for part in parts]),
+    )
+
+
 def read_rollouts(texts: Sequence[str], rollouts: Sequence[Rollout]) -> Responses:
     """The responses of `generate`, whose last batch may be padded: N texts, N or more rows."""
     rows, lengths, logprobs, ended = [], [], [], []

@@ -158,7 +158,11 @@ def do_work(work: Work):
 
 
 def do_lanes(group: Work):
-    """PPO of points as one program; those that fail stand in failed.json, with why."""
+    """PPO of points as one program; those that fail stand in failed.json, with why.
+
+    What comes behind PPO is done here as well, point after point: the first one's programs are
+    those of all. A point whose evaluation fails is left to its own process, which says why.
+    """
     on_primary(write_object, group.folder / FAILED, {"lanes": {}})
     for lane in group.lanes:
         lane.folder.mkdir(parents=True, exist_ok=True)
@@ -166,6 +170,14 @@ def do_lanes(group: Work):
     failed = run_lanes([(lane.settings, lane.folder) for lane in group.lanes])
     names = {folder.name: why for folder, why in failed.items()}
     on_primary(write_object, group.folder / FAILED, {"lanes": names})
+    if is_multiprocess():  # the points follow in these processes anyway, see `run_together`
+        return
+    for lane in group.lanes:
+        if lane.folder.name not in names:
+            try:
+                do_work(lane)
+            except Exception as error:
+                print(f"{lane.name}: {error}", flush=True)
 
 
 def failed_lanes(group: Work) -> dict[str, str]:

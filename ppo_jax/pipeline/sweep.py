@@ -204,7 +204,9 @@ class Sweep:
         except FolderInUse as error:
             holder = holder_of(error)
         if done:
-            self.complete(task, "complete already")
+            group = self.groups.get(work.folder)
+            by_group = group is not None and group.seconds  # by this start
+            self.complete(task, "complete" if by_group else "complete already")
         elif holder:
             self.wait_for(task, holder)
         else:

@@ -211,10 +211,37 @@ def begin(lanes: Sequence[Lane], layout: LaneLayout):
         setup, hyperparameters=layout.put_stacked(numbers, inner.replicated)
     )
     one_seed = len({lane.config.ppo_seed for lane in lanes}) == 1
-    axes = LaneAxes(inputs=None if one_seed else 0, frozen=axes, mesh_axis=layout.mesh_axis)
+    axes = LaneAxes(
+        inputs=None if one_seed else 0,
+        frozen=axes,
+        mesh_axis=layout.mesh_axis,
+        at_once=lanes_at_once(layout, trained[0][0], axes, stacked),
+    )
     program = Program(setup, axes, layout, len(lanes))
     reward = models[1] and dataclasses.replace(models[1], params={})
     return program, trained, reward, models[0].tokenizer
+
+
+def lanes_at_once(
+    layout: LaneLayout, trained: Params, axes: FrozenParams, frozen: FrozenParams
+) -> int | None:
+    """How many lanes are computed side by side; None: all of them.
+
+    A CPU gains from that where most of a policy is frozen and there once, for the lanes' products
+    with it are one. Else the lanes take turns, one on each device, which is as fast and needs the
+    memory of one (`experiments/benchmark.py lanes --at_once=1`).
+    """
+    mesh = layout.layouts[0].mesh
+    own = sum(x.nbytes for x in jax.tree.leaves(trained))
+    shared = jax.tree.map(
+        lambda axis, x: 0 if axis == 0 else sum(leaf.nbytes for leaf in jax.tree.leaves(x)),
+        (axes.policy, axes.trunk),
+        (frozen.policy, frozen.trunk),
+        is_leaf=lambda axis: axis is None,
+    )
+    if mesh.devices.flat[0].platform != "cpu" or own < sum(jax.tree.leaves(shared)):
+        return None
+    return mesh.shape[layout.mesh_axis] if layout.mesh_axis else 1
 
 
 def table_of(program: Program, lanes: Sequence[Lane], starts: Sequence[tuple]) -> str:
@@ -241,6 +268,7 @@ def table_of(program: Program, lanes: Sequence[Lane], starts: Sequence[tuple]) -
     each = state + stacked // len(lanes)
     rows = [
         ("lanes", f"{len(lanes)} as one program, which differ in {', '.join(differ) or 'nothing'}"),
+        ("lanes at once", f"{program.axes.at_once or len(lanes)}"),
         ("lanes share", ", ".join(shared) or "no model"),
         ("memory, shared", f"{sum(once.values()) / 1e6:.1f} MB"),
         ("memory, lanes", f"{len(lanes)} x {each / 1e6:.1f} MB, each with Adam's two moments"),

@@ -28,12 +28,13 @@ LANES = tuple(
 )
 SEEDS = (3, 4, 5)
 
-# Nothing is shared but the key; rows are packed; rows wait for slots, above a trunk.
-CASES = {
-    "whole": ({}, (3, 3, 3)),
-    "frozen": (dict(packing=True, num_micro_batches=2), (3, 3, 3)),
-    "trunk": (dict(sampling=tiny.sampling(max_concurrent=4, min_free_slots=2)), SEEDS),
-}
+# Nothing is shared but the key; rows are packed; rows wait for slots, above a trunk; one by one.
+CASES = (
+    ("whole", {}, (3, 3, 3), None),
+    ("frozen", dict(packing=True, num_micro_batches=2), (3, 3, 3), None),
+    ("trunk", dict(sampling=tiny.sampling(max_concurrent=4, min_free_slots=2)), SEEDS, None),
+    ("trunk", dict(packing=True), SEEDS, 1),
+)
 
 
 def key_of(seed, i):
@@ -51,10 +52,10 @@ def alone(kind, options, lane, seed, frozen=None, iterations=3):
     return jax.tree.map(np.asarray, (state, sweep.stack_lanes(every)))
 
 
-def together(kind, options, seeds, frozen=None, axes=None, iterations=3):
+def together(kind, options, seeds, frozen=None, axes=None, at_once=None, iterations=3):
     run = tiny.Run(kind, options)
     own_keys = seeds != (seeds[0],) * len(seeds)
-    axes = axes or sweep.LaneAxes(inputs=0 if own_keys else None)
+    axes = axes or sweep.LaneAxes(inputs=0 if own_keys else None, at_once=at_once)
     parts = dict(networks=run.setup.networks, options=options, axes=axes)
     chex.clear_trace_counter()
 
@@ -91,16 +92,33 @@ def assert_equal_lanes(got, expected, rates=LEARNING_RATES):
             tiny.leaves_close(*leaves, atol=0.1 * rate)
 
 
-@pytest.mark.parametrize("kind", CASES)
-def test_each_lane_is_the_run_alone(kind):
-    changes, seeds = CASES[kind]
+@pytest.mark.parametrize("kind, changes, seeds, at_once", CASES)
+def test_each_lane_is_the_run_alone(kind, changes, seeds, at_once):
     options = tiny.options(**changes)
-    got = together(kind, options, seeds)
+    got = together(kind, options, seeds, at_once=at_once)
     expected = [alone(kind, options, *lane) for lane in zip(LANES, seeds, strict=True)]
     assert_equal_lanes(got, expected)
     # The third lane has braked and the others have not.
     taken = [metrics["ppo/updates"].sum() for _, metrics in got]
     assert taken[2] < taken[0] == taken[1] == 3 * 4
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3, 6])
+def test_lanes_in_turns_are_lanes_at_once(at_once):
+    """With shared arguments, parts that are not there, and keys."""
+
+    def function(frozen, x, y, key):
+        noise = jax.random.normal(key, x["a"].shape)
+        return {"sum": x["a"] * frozen["w"] + frozen["b"] + noise, "y": y}
+
+    x = {"a": jnp.arange(12.0).reshape(6, 2), "none": None}
+    frozen = {"w": jnp.arange(6.0), "b": jnp.float32(0.5), "none": None}
+    args = frozen, x, jnp.int32(7), jax.random.split(jax.random.key(0), 6)
+    in_axes = ({"w": 0, "b": None, "none": None}, 0, None, 0)
+    expected = jax.vmap(function, in_axes)(*args)
+    one = function if at_once == 1 else jax.vmap(function, in_axes)
+    got = jax.jit(sweep.in_turns(one, in_axes, at_once))(*args)
+    chex.assert_trees_all_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_the_two_halves_are_those_of_the_run_alone():

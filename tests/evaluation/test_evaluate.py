@@ -61,10 +61,13 @@ def test_samples_have_the_scores_that_ppo_gives_them(sampled, score_at):
     expected = [response_scores(rollout, **how, eos_id=eos_id) for rollout in rollouts]
     ended = np.concatenate([rollout.has_eos for rollout in rollouts])[: len(PROMPTS)]
     assert 0 < ended.sum() < len(ended)
-    scores = first_scores(reward, {"ppo": policy}, PROMPTS, {"ppo": responses}, score_at)
-    assert list(scores["ppo"]) == list(range(12))
-    got = list(scores["ppo"].values())
-    np.testing.assert_allclose(got, np.concatenate(expected)[:12], atol=1e-5)
+    backwards = responses.take(range(11, -1, -1))
+    policies, both = {"sft": policy, "ppo": policy}, {"sft": backwards, "ppo": responses}
+    scores = first_scores(reward, policies, PROMPTS, both, score_at)
+    for name, order in {"sft": slice(None, None, -1), "ppo": slice(None)}.items():
+        assert list(scores[name]) == list(range(12))
+        got = list(scores[name].values())
+        np.testing.assert_allclose(got, np.concatenate(expected)[:12][order], atol=1e-5)
 
 
 def test_samples_are_scored_as_text_by_a_reward_model_with_a_tokenizer_of_its_own(sampled):

@@ -43,14 +43,33 @@ def settings(**ppo):
     return with_defaults(values).to_dict()
 
 
-def write_config(folder):
+def judged():
+    """The same, with an evaluation behind PPO."""
+    return settings() | {"evaluate": with_defaults(tiny_run.config()).evaluate.to_dict()}
+
+
+def write_config(folder, of="settings"):
     path = folder / "config.py"
     path.write_text(
         "from ppo_jax.config import with_defaults\n"
-        f"from {__name__} import settings\n\n"
-        "def get_config():\n    return with_defaults(settings())\n"
+        f"from {__name__} import {of}\n\n"
+        f"def get_config():\n    return with_defaults({of}())\n"
     )
     return path
+
+
+def start_and_kill(command, saved, holder):
+    """Start a sweep, and kill it and the process that holds a folder when that has saved."""
+    process = subprocess.Popen(command, env=os.environ | {WAITS: str(saved)})
+    try:
+        end = time.monotonic() + PATIENCE
+        while not saved.exists():
+            assert process.poll() is None and time.monotonic() < end
+            time.sleep(0.05)
+        os.kill(json.loads((holder / ".lock").read_text())["process"], signal.SIGKILL)
+    finally:
+        process.kill()
+        process.wait()
 
 
 def table(workdir):
@@ -89,16 +108,7 @@ def test_a_sweep_that_is_killed_and_goes_on_in_two_processes_has_the_same_table(
     folder = tmp_path / "sweep"
     first, second = folder / "kl_coef=0", folder / "kl_coef=0.5"
     saved = first / "ppo" / "checkpoints" / "2" / "checksums.json"
-    process = subprocess.Popen(command, env=os.environ | {WAITS: str(saved)})
-    try:
-        end = time.monotonic() + PATIENCE
-        while not saved.exists():
-            assert process.poll() is None and time.monotonic() < end
-            time.sleep(0.05)
-        os.kill(json.loads((first / ".lock").read_text())["process"], signal.SIGKILL)
-    finally:
-        process.kill()
-        process.wait()
+    start_and_kill(command, saved, first)
     assert not (folder / "sweep.json").exists()
 
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
@@ -115,6 +125,29 @@ def test_a_sweep_that_is_killed_and_goes_on_in_two_processes_has_the_same_table(
     for name in (first.name, second.name):
         lines = [read_lines(x / name / "metrics.jsonl") for x in (folder, whole)]
         assert lines[0] == lines[1]
+
+
+def test_lanes_that_are_killed_while_they_save_go_on_as_one_and_are_judged_in_one_process(
+    whole, tmp_path, as_children
+):
+    flags = [f"--config={write_config(tmp_path, 'judged')}", f"--workdir={tmp_path}/sweep", GRID]
+    flags.append("--vectorize")
+    command = [sys.executable, str(ROOT / "experiments" / "sweep.py"), *flags]
+    folder = tmp_path / "sweep"
+    points = [folder / "kl_coef=0", folder / "kl_coef=0.5"]
+    saved = points[0] / "ppo" / "checkpoints" / "2" / "checksums.json"
+    start_and_kill(command, saved, points[0])  # the second lane may have step 2, or not
+    ended = run_script("sweep", *flags)
+    assert ended.code == 0, ended
+    assert "2/2  kl_coef=0.5  complete  " in ended.out
+    assert not any((point / "log.txt").exists() for point in points)  # no process of their own
+    (log,) = [path.read_text() for path in folder.glob("shared/lanes-*/log.txt")]
+    assert log.count("2 as one program") == 2
+    assert log.count("responses of ppo") == 2 and log.count("report: ") == 2
+    for row, alone in zip(table(folder), table(whole), strict=True):
+        assert row["status"] == "complete" and "policy/kl_per_response" in row["metrics"]
+        for name, value in alone["metrics"].items():
+            assert row["metrics"][name] == pytest.approx(value, rel=2e-3, abs=2e-4), name
 
 
 def test_a_point_is_an_ordinary_run(whole, tmp_path, capsys):
