@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 
 from ppo_jax.evaluation.frontier import (
     Curve,
@@ -69,7 +71,11 @@ def draw_curve(axes: Axes, curve: Curve, means: Sequence[Point], color: str) -> 
         at = (float(distance(peak.kl)), peak.gold)
         axes.scatter(*at, **ring)
         text = f"n = {peak.n}" if peak.step is None else f"{PPO.step_unit} {peak.step}"
-        axes.annotate(text, at, xytext=(0, 8), textcoords="offset points", ha="center", fontsize=7)
+        label = axes.annotate(
+            text, at, xytext=(0, 8), textcoords="offset points", ha="center", fontsize=7, zorder=5
+        )
+        paper = matplotlib.rcParams["figure.facecolor"]  # a word stays clear of a line
+        label.set_path_effects([withStroke(linewidth=2.5, foreground=paper)])
     fit = fit_curve(curve)
     if fit is not None and fit.beta > 0:  # bent as the form is meant to be
         x = np.linspace(0, max(d), 200)
