@@ -144,10 +144,10 @@ def check_flags(flag: SimpleNamespace, together: bool):
         raise ValueError("--random_seed is of --random and --optimize, which are missing")
     if not search and (flag.trials.present or flag.direction.present):
         raise ValueError("--trials and --direction are of --optimize, which is missing")
+    if search and flag.vectorize.value:
+        raise ValueError("--vectorize is not for --optimize, whose points come one by one")
     if search:
         check_search(flag, together)
-        if flag.vectorize.value:
-            raise ValueError("--vectorize is not for --optimize, whose points come one by one")
     if together and (flag.jobs.value > 1 or flag.dry_run.value):
         raise ValueError(
             "with --multihost all processes run the points together, one after another: leave "

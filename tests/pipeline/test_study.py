@@ -106,6 +106,8 @@ GRIDS = """
     --trials must be >= 1, got 0
 --optimize=score --grid=seed=1 --trials=1
     --optimize must be a metric, reward/score_mean for instance, got 'score'
+--optimize=a/b --grid=seed=1 --trials=1 --vectorize
+    --vectorize is not for --optimize, whose points come one by one
 --optimize=a/b --grid=seed=1 --trials=1 --random=2
     with --optimize leave --random, --shard and --multihost out...
 --grid=seed=1 --process_id=1

@@ -11,12 +11,15 @@ import pytest
 
 from ppo_jax.config.stages import PPOSettings
 from ppo_jax.core.types import Hyperparameters
+from ppo_jax.data.records import write_jsonl
 from ppo_jax.distributed.layout import make_layouts, over_lanes
 from ppo_jax.io.checkpoints import Checkpoints, load_checkpoint_item
+from ppo_jax.io.tokenizers import train_tokenizer
 from ppo_jax.pipeline import run as pipeline
 from ppo_jax.pipeline.lanes import make_lanes, run_lanes
 from ppo_jax.training import lane_runs, lanes
 from tests.support import tiny_run
+from tests.support.tiny_hf import torch_model
 
 RATE = 1e-2
 NUMBERS = (
@@ -58,7 +61,8 @@ def params(folder, step=None):
 
 def assert_same_run(lane, alone, rate=RATE):
     """Samples as they are; parameters to a tenth of the learning rate, a checkpoint after three."""
-    assert rows(lane, "samples.jsonl")[0] == rows(alone, "samples.jsonl")[0]
+    one, other = (rows(folder, "samples.jsonl")[0] for folder in (lane, alone))
+    assert one == other | {"score": pytest.approx(other["score"], abs=1e-5)}
     kept = [Checkpoints(x / "ppo" / "checkpoints").steps() for x in (lane, alone)]
     assert kept[0] == kept[1]
     for x, y in zip(*(jax.tree.leaves(params(f, 3)) for f in (lane, alone)), strict=True):
@@ -156,6 +160,59 @@ def test_a_lane_that_diverges_leaves_the_others(root, capsys):
     assert len(rows(chosen[0][1])) == len(rows(chosen[2][1])) == 6
     stopped = rows(chosen[1][1])
     assert len(stopped) < 6 and not Checkpoints(chosen[1][1] / "ppo" / "checkpoints").steps()
+
+
+def test_a_lane_whose_loss_is_not_finite_leaves_the_others(root, capsys):
+    """What is not a number stays in its lane: the others are those of the program without it."""
+    rate = tiny_run.optimizer(learning_rate=1e38, schedule="constant")
+    chosen = points(root, "nan", (NUMBERS[0], {"optimizer": rate}, NUMBERS[2]))
+    failed = run_lanes(chosen)
+    assert list(failed) == [chosen[1][1]] and "loss is nan" in failed[chosen[1][1]]
+    assert "2 of 3 lanes go on" in capsys.readouterr().out
+    for lane, whole in ((chosen[0], one_program(root)[0]), (chosen[2], one_program(root)[2])):
+        assert_same_run(lane[1], whole[1])
+
+
+def letters_of_a_column(prompts, responses, response_tokens, letter):
+    """A score for each token: how often the response has the row's letter, at the last one."""
+    counts = [text.count(x) for text, x in zip(responses, letter, strict=True)]
+    return [
+        [0.01 * (token % 7) for token in tokens[:-1]] + [float(count)]
+        for tokens, count in zip(response_tokens, counts, strict=True)
+    ]
+
+
+def token_scores(root):
+    """A reward function of tokens that asks for a column, and prompts that have it."""
+    prompts = root / "letters.jsonl"
+    rows = [{"prompt": f"the {x} is", "letter": x[0]} for x in tiny_run.THINGS]
+    write_jsonl(prompts, rows)
+    function = f"{__name__}:letters_of_a_column"
+    return {"reward_model": "", "reward_function": function, "prompts": str(prompts)}
+
+
+def text_reward(root):
+    """A reward model with a tokenizer of its own, which reads text."""
+    folder = root / "classifier"
+    tokenizer = train_tokenizer(["my good film had a bad end"] * 3, 280)
+    size = dict(vocab_size=len(tokenizer), hidden_size=48, num_hidden_layers=3)
+    labels = dict(num_labels=1, pad_token_id=5)
+    model = torch_model("qwen3", "SequenceClassification", **size, **labels)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return {"reward_model": str(folder)}
+
+
+@pytest.mark.parametrize("source", [token_scores, text_reward])
+def test_rewards_from_outside_the_program_are_those_of_the_run_alone(root, source):
+    chosen = points(root, source.__name__, NUMBERS[:2], **source(root))
+    assert run_lanes(chosen) == {}
+    for config, lane in chosen:
+        alone = lane.with_name(lane.name + "_alone")
+        pipeline.run(config, alone)
+        assert_same_run(lane, alone)
+        for one, other in zip(rows(lane), rows(alone), strict=True):
+            assert one["reward/score_mean"] == pytest.approx(other["reward/score_mean"], abs=1e-4)
 
 
 def test_points_fall_into_groups_of_one_shape(root):
