@@ -1,4 +1,4 @@
-"""The tables of docs/studies.md, from the figures that are kept in results/.
+"""The tables of docs/studies.md and its heat map, from the figures that are kept in results/.
 
     python experiments/study_tables.py --keep=runs/over_optimisation   # after a study has run
     python experiments/study_tables.py                                 # write the page again
@@ -18,6 +18,8 @@ from film_reviews.panels import REFERENCE
 from studies import over_optimisation, ppo_choices, rate_and_kl, reward_data
 
 from ppo_jax import cli
+from ppo_jax.evaluation.report.plots import save_png
+from ppo_jax.evaluation.report.sweep_plots import heat_map
 from ppo_jax.evaluation.sweep_table import (
     Setting,
     by_setting,
@@ -30,6 +32,7 @@ from ppo_jax.io.run_folder import read_record
 
 RESULTS = Path(__file__).parent / "studies" / "results"
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "studies.md"
+FIGURES = PAGE.parent / "figures"
 KEPT = (
     r"gold/win_rate_ppo_vs_sft|policy/kl_per_response|reward/score_mean|text/distinct2_ratio|"
     r"response/length|reward_model/validation_accuracy|eval/\w+|time/total_s"
@@ -157,7 +160,19 @@ def of_rate_and_kl(settings: Sequence[Setting]) -> str:
         [short_value(rate), *(found.get((rate, kl), "") for kl in rate_and_kl.KL_COEFS)]
         for rate in rate_and_kl.RATES
     ]
-    return markdown(["learning rate", *map("KL coefficient {}".format, rate_and_kl.KL_COEFS)], rows)
+    headings = [f"KL coefficient {short_value(kl)}" for kl in rate_and_kl.KL_COEFS]
+    return markdown(["learning rate", *headings], rows)
+
+
+def draw_heat_map():
+    """The picture of the study of two numbers, from the same figures as its table."""
+    path = RESULTS / "rate_and_kl.json"
+    if path.is_file():
+        settings = by_setting(json.loads(path.read_text())["rows"])
+        draw = heat_map(settings, WIN, "gold: preferred to SFT")
+        if draw is not None:
+            picture = {"Learning rate and KL coefficient": draw}
+            save_png(picture, FIGURES / "rate_and_kl.png", columns=1, size=(5.2, 3.4))
 
 
 TABLES: dict[str, Callable[[Sequence[Setting]], str]] = {
@@ -176,5 +191,6 @@ if __name__ == "__main__":
         if kept.value:
             print(keep(Path(kept.value)))
         PAGE.write_text(page(PAGE.read_text()))
+        draw_heat_map()
 
     cli.run(main)

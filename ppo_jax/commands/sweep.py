@@ -92,6 +92,8 @@ def run_points(flag: SimpleNamespace):
         groups = processes.on_primary(study.lane_groups, works, workdir)
         print("\n".join(study.lane_lines(works, groups)), flush=True)
     if flag.dry_run.value:
+        if search:
+            print(f"{flag.trials.value} trials, which optuna will propose; the ends of --grid:")
         print(sweep.preview(works, workdir))
         return
     processes.end_on_second_signal()

@@ -190,12 +190,12 @@ def unknown_setting(section: str, name: str, known: Collection[str]) -> str:
     """What to say of a name that is none of the settings of a section.
 
     >>> unknown_setting("ppo.", "kl_coeff", ["kl_coef", "seed"])
-    "unknown setting ppo.kl_coeff; did you mean 'kl_coef'?"
+    "unknown setting ppo.kl_coeff; did you mean 'ppo.kl_coef'?"
     >>> unknown_setting("ppo.", "beta", ["kl_coef", "seed"])
     "unknown setting ppo.beta; known: ['kl_coef', 'seed']"
     """
     near = difflib.get_close_matches(name, known, n=1)
-    rest = f"did you mean {near[0]!r}?" if near else f"known: {sorted(known)}"
+    rest = f"did you mean {section + near[0]!r}?" if near else f"known: {sorted(known)}"
     return f"unknown setting {section}{name}; {rest}"
 
 

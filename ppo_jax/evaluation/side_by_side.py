@@ -96,9 +96,13 @@ def check_same(old: Mapping[str, Any] | None, settings: Mapping[str, Any], workd
     changed = [name for name in settings if was.get(name) != settings[name]]
     if changed:
         name = changed[0]
+        old, new = was.get(name), settings[name]
+        how = f"{name} was {old!r}, is {new!r}"
+        if isinstance(old, dict) and isinstance(new, dict):
+            other = [x for x in {**old, **new} if old.get(x) != new.get(x)]
+            how = f"{name} differ in {', '.join(other)}"
         raise ValueError(
-            f"{workdir} holds an evaluation with other settings: {name} was {was.get(name)!r}, is "
-            f"{settings[name]!r}; choose another --workdir"
+            f"{workdir} holds an evaluation with other settings: {how}; choose another --workdir"
         )
 
 
@@ -109,11 +113,11 @@ def write_result(workdir: Path, result: Mapping[str, Any]) -> None:
 def figures(request: Request, checked: Checked, workdir: Path) -> dict[str, Any]:
     """All that evaluation.json says besides the settings."""
     pools = find_pools(request)
+    of_judges = load_judges(checked.judges, request.run, request.score_at)
     sampled, perplexities = {}, {}
     for pool in pools:
         sampled[pool], perplexities[pool] = sample(pool, request, checked, workdir)
     ratios = reference_ratios(request, checked, sampled)
-    of_judges = load_judges(checked.judges, request.run, request.score_at)
     scores = proxy_scores(request, checked, sampled)
     rated = {judge.name: rate_all(judge, request, checked, sampled) for judge in of_judges}
     chosen = {name: choose(name, request, sampled, scores) for name in request.policies}

@@ -262,7 +262,7 @@ def figure(metric: str, value: float) -> str:
 
 def interval(metric: str, estimate: Estimate) -> str:
     """The interval of an estimate for a reader, "" without one; that of a rate ends at 0 and 1,
-    that of a ratio at 0.
+    that of a ratio or a time at 0.
 
     >>> interval("gold/win_rate_ppo_vs_sft", student_interval([0.7, 0.8, 0.9]))
     '55.2% to 100.0%'
@@ -272,6 +272,6 @@ def interval(metric: str, estimate: Estimate) -> str:
     ends = np.array([estimate.low, estimate.high])
     if re.search(r"win_rate|accuracy|fraction", metric):
         ends = np.clip(ends, 0, 1)
-    elif metric.endswith("_ratio"):
+    elif re.search(r"_ratio$|^time/", metric):
         ends = np.maximum(ends, 0)
     return " to ".join(figure(metric, float(x)) for x in ends)

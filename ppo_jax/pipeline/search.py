@@ -4,6 +4,7 @@ The trials lie in optuna.db in the sweep's folder, so that several processes and
 on with the same ones. A trial is a point, an ordinary run.
 """
 
+import difflib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,11 @@ class Search:
             return
         numbers = [name for name, value in metrics.items() if not isinstance(value, list)]
         if self.metric not in numbers:
-            raise ValueError(f"--optimize must be one of {numbers}, got {self.metric!r}")
+            near = difflib.get_close_matches(self.metric, numbers, n=3) or sorted(numbers)
+            raise ValueError(
+                f"--optimize: {task.title} is complete and has no metric {self.metric!r}; it has, "
+                f"for instance, {', '.join(near[:12])}; the same command with one of these goes on"
+            )
         study.tell(number, metrics[self.metric], skip_if_finished=True)
 
     def finished(self) -> int:
@@ -131,8 +136,8 @@ class Search:
         if self._loaded is None:
             options = {"connect_args": {"timeout": 60}}  # seconds that another process may write
             path = f"sqlite:///{self.workdir / STORAGE}"
-            storage = self.optuna.storages.RDBStorage(path, engine_kwargs=options)
-            name = {"study_name": "sweep", "storage": storage, "load_if_exists": True}
+            self._storage = self.optuna.storages.RDBStorage(path, engine_kwargs=options)
+            name = {"study_name": "sweep", "storage": self._storage, "load_if_exists": True}
             self._loaded = self.optuna.create_study(direction=self.direction, **name)
         seed = self.seed + 1000 * len(self._loaded.get_trials(deepcopy=False))
         self._loaded.sampler = self.optuna.samplers.TPESampler(seed=seed % 2**32)
@@ -147,10 +152,28 @@ class Search:
         with hold_when_free(self.workdir / ".search", lambda text: None):
             study = self._study()
             old = study.user_attrs.get("about")
+            if old not in (None, about) and self._is_idle(study, old["grid"] == about["grid"]):
+                self.optuna.delete_study(study_name="sweep", storage=self._storage)
+                self._loaded = None
+                old, study = None, self._study()
             if old is None:
                 study.set_user_attr("about", about)
         if old not in (None, about):
-            raise ValueError(f"{self.workdir / STORAGE} is of another search: {old}, now {about}")
+            changed = [name for name in about if old.get(name) != about[name]]
+            raise ValueError(
+                f"{self.workdir / STORAGE} is of a search with another {' and '.join(changed)} "
+                f"(its metric is {old['metric']}, to {old['direction']}): choose another workdir"
+            )
+
+    def _is_idle(self, study: Any, same_grid: bool) -> bool:
+        """Whether no trial has ended and none is under way: its metric was one that no point has.
+
+        The same points are proposed again then, and found complete.
+        """
+        trials = study.get_trials(deepcopy=False)
+        if not same_grid or any(trial.state.is_finished() for trial in trials):
+            return False
+        return not any(in_use(self.plan(self._point(x.params)).folder) for x in trials)
 
     def _distributions(self) -> dict[str, Any]:
         of = self.optuna.distributions

@@ -164,12 +164,15 @@ def group_work(lanes: Sequence[Work], workdir: Path) -> Work:
 def lane_lines(works: Sequence[Work], groups: Sequence[Work]) -> list[str]:
     """What --vectorize says at the start: which points are one program, and which are none."""
     inside = {lane.folder for group in groups for lane in group.lanes}
-    alone = [work.name for work in works if work.folder not in inside]
+    rest = [work for work in works if work.folder not in inside]
+    trained = [x.name for x in rest if missing_steps(x.folder / "ppo") is None]
+    alone = [work.name for work in rest if work.name not in trained]
     lines = [f"{x.name}: {', '.join(y.name for y in x.lanes)}" for x in groups]
     programs = f"{len(groups)} program{'s' * (len(groups) != 1)}"
     many = f"{len(inside)} of {len(works)} points train PPO as {programs}"
-    rest = [f"by themselves: {', '.join(alone)}"] if alone else []
-    return [many, *(f"  {line}" for line in [*lines, *rest])]
+    lines += [f"by themselves: {', '.join(alone)}"] if alone else []
+    lines += [f"trained already: {', '.join(trained)}"] if trained else []
+    return [many, *(f"  {line}" for line in lines)]
 
 
 def is_complete(work: Work) -> bool:

@@ -335,7 +335,8 @@ def preview(works: Sequence[Work], workdir: Path) -> str:
     for work in works:
         for part in work.needs:
             parts.setdefault(part.folder, []).append(part)
-    lines = [f"{len(works)} points, {len(parts)} shared parts in {workdir}", ""]
+    many = f"{len(works)} point{'s' * (len(works) != 1)}"
+    lines = [f"{many}, {len(parts)} shared part{'s' * (len(parts) != 1)} in {workdir}", ""]
     width = max((len(folder.name) for folder in parts), default=0)
     for folder, users in parts.items():
         state = "complete" if is_made(users[0]) else "to be made"

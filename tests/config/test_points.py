@@ -62,7 +62,7 @@ def test_values_are_of_the_type_of_the_field(text, values):
         ("seed=1,0:3", "seed has 1 twice"),
         ("seed=3:3", "seed must be FIRST:END with 1 to 10,000 whole numbers.*got 3:3"),
         ("seed=0:99999999999", "seed must be FIRST:END"),
-        ("ppo.kl_coeff=1", "unknown setting ppo.kl_coeff; did you mean 'kl_coef'?"),
+        ("ppo.kl_coeff=1", "unknown setting ppo.kl_coeff; did you mean 'ppo.kl_coef'?"),
         ("ppo=1", "ppo is a section: a point changes a field of it, ppo.prompts"),
         ("ppo.kl_coef.x=1", "ppo.kl_coef is a setting and has no fields"),
         ("ppo.kl_coef=", "ppo.kl_coef must be a number, got ''"),

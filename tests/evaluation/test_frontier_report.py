@@ -43,7 +43,7 @@ def runs(tmp_path):
     make_run(tmp_path / "kl" / "c", 0.1, [0.0, 0.5, 1.0, 1.2, 1.3, 1.4])
     (tmp_path / "kl" / "log").mkdir()
     (tmp_path / "bon").mkdir()
-    text = json.dumps({"best_of_n": {"sft": POOL}})
+    text = json.dumps({"settings": {"reference": "sft"}, "best_of_n": {"sft": POOL, "ppo": POOL}})
     (tmp_path / "bon" / "evaluation.json").write_text(text)
     return tmp_path
 
@@ -60,6 +60,7 @@ def test_the_command_writes_a_picture_and_the_figures(runs):
     assert "(step 20) and lost 1.50 (71%) of that by 25.0 nats of KL (step 50), while" in said[1]
     assert said[2].startswith("kl_coef 0.1: the gold score did not fall")
     assert said[3].startswith("best of n (sft): the gold score peaked 0.30 above the start at 0.6")
+    assert said[4:] == ["left out: best of n of ppo, whose KL from sft is not known"]
     assert (runs / "new" / "frontier.png").read_bytes().startswith(b"\x89PNG")
     figures = json.loads((runs / "new" / "frontier.json").read_text())
     assert [x["kind"] for x in figures["curves"].values()] == ["rl", "rl", "bon"]
@@ -73,7 +74,7 @@ def test_the_command_writes_a_picture_and_the_figures(runs):
         (["--runs={}/kl", "--by=ppo.clip"], "--by=ppo.clip: .*/a/config.json has no such setting"),
         (
             ["--runs={}/kl", "--evaluation={}/kl"],
-            "--evaluation must have best-of-n of a policy in ",
+            "--evaluation must have best-of-n of its reference policy in ",
         ),
     ],
 )
@@ -87,9 +88,25 @@ def test_what_cannot_be_drawn_is_one_line(runs, flags, message):
 def test_a_run_without_evaluations_is_no_curve(runs):
     lines = [x for x in read_jsonl(runs / "kl" / "a" / "metrics.jsonl") if "kl/ref" in x]
     (runs / "kl" / "a" / "metrics.jsonl").write_text(json.dumps(lines[0]) + "\n")
-    said = write_frontier([f"{runs}/kl/*"], runs / "out")
-    assert said.splitlines()[1].startswith("kl_coef 0: ")  # of one run now
+    said = write_frontier([f"{runs}/kl/*"], runs / "out").splitlines()
+    assert said[1].startswith("kl_coef 0: ")  # of one run now
+    assert said[-1] == "left out, not evaluated from step 0 on: a"
     assert (runs / "out.png").exists() and (runs / "out.json").exists()
+
+
+def test_two_judges_of_gold_are_not_one_scale(runs):
+    path = runs / "bon" / "evaluation.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | {"judges": {"gold": {"note": "of texts"}}}))
+    judges = [{"judge": "tf-idf", "note": "of words"}]
+    (runs / "kl" / "a" / "results.json").write_text(json.dumps({"judges": judges}))
+    said = write_frontier([f"{runs}/kl"], runs / "out", evaluation=str(runs / "bon"))
+    assert "not one scale: gold is by the judge tf-idf in the runs and by another one, gold" in said
+    judges[0]["note"] = "of texts"
+    (runs / "kl" / "a" / "results.json").write_text(json.dumps({"judges": judges}))
+    assert "not one scale" not in write_frontier(
+        [f"{runs}/kl"], runs / "out", evaluation=str(runs / "bon")
+    )
 
 
 def test_gold_is_solid_and_proxy_dashed_and_the_peak_has_a_ring():

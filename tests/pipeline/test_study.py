@@ -27,7 +27,7 @@ GRIDS = """
 --grid=ppo.kl_coef
     --grid must be 'NAME=VALUE,VALUE; NAME=FIRST:END', got 'ppo.kl_coef'
 --grid=ppo.kl_coeff=0,1
-    unknown setting ppo.kl_coeff; did you mean 'kl_coef'?
+    unknown setting ppo.kl_coeff; did you mean 'ppo.kl_coef'?
 --grid=sed=0:3
     unknown setting sed; did you mean 'seed'?
 --grid=ppo=1

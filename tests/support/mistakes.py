@@ -23,7 +23,7 @@ rlhf --config={root}/configs/verifiable.py:tiny
 train_reward --config={root}/configs/reward.py:tiny
     unknown variant 'tiny'; choose from ['default', 'scratch'] (--help lists the flags)
 train_sft --config.sft.batchsize=3
-    unknown setting sft.batchsize; did you mean 'batch_size'? (--help lists the flags)
+    unknown setting sft.batchsize; did you mean 'sft.batch_size'? (--help lists the flags)
 train_sft --config.ppo.kl_coef=0.1
     ppo.kl_coef cannot be set: the config has no section ppo (--help lists the flags)
 train_sft --config.sft=3
@@ -209,7 +209,7 @@ rlhf # code def get_config():\n    return {}
 rlhf # config {"sed": 1}
     unknown setting sed; did you mean 'seed'?
 rlhf # config {"ppo": {"kl_coeff": 0.1}}
-    unknown setting ppo.kl_coeff; did you mean 'kl_coef'?
+    unknown setting ppo.kl_coeff; did you mean 'ppo.kl_coef'?
 rlhf # config {"sft": {"batch_size": "8"}}
     sft.batch_size must be a whole number, got '8'
 rlhf # config {"sft": {"data": ["a.jsonl"]}}

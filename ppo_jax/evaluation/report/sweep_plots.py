@@ -103,7 +103,8 @@ def score_against_kl(settings: Sequence[Setting], runs: Runs, score: str, kl: st
             mean = np.mean([x[: min(map(len, some))] for x in some], axis=0)
             shown = np.array([smooth(x) for x in mean.T]) if len(mean) >= 12 else mean.T
             axes.plot(*shown, color=shades[i], lw=1.7, label=settings[i].name)
-            ends = np.array([x[-min(5, len(x)) :].mean(axis=0) for x in some])
+            last = 5 if len(mean) >= 12 else 1  # of a long run without its noise
+            ends = np.array([x[-last:].mean(axis=0) for x in some])
             axes.scatter(*ends.T, color=[shades[i]], s=16, lw=0, zorder=3)
         axes.set(xlabel="KL from the reference policy (nats per response)", ylabel="mean score")
         name_settings(axes, paths)
