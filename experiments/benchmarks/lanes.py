@@ -34,7 +34,7 @@ from ppo_jax.rollout.sampling import Sampling
 
 flags.DEFINE_enum("shape", "tiny", ["tiny", "lora", "test"], "Of the models.")
 flags.DEFINE_integer("lanes", 8, "How many.", lower_bound=1)
-flags.DEFINE_integer("at_once", None, "How many of them side by side; by default all.")
+flags.DEFINE_integer("at_once", None, "How many side by side; by default all.", lower_bound=1)
 flags.DEFINE_bool("own_seeds", False, "Lanes have prompts and keys of their own.")
 
 SIZES = {  # vocabulary, layers, width, heads, key and value heads, head size, MLP

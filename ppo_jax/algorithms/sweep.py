@@ -22,6 +22,7 @@ from ppo_jax.algorithms.experience import (
     sample_responses,
 )
 from ppo_jax.algorithms.ppo import ppo_iteration, update_from_rollout
+from ppo_jax.core.checks import assert_divides
 from ppo_jax.core.types import FrozenParams, Hyperparameters, PPOState, Prompts, Rollout
 
 
@@ -88,6 +89,9 @@ def in_turns(function: Callable, in_axes: tuple, at_once: int) -> Callable:
     """A function of `at_once` lanes, of one without an axis of lanes, as a function of N lanes.
 
     A turn has a lane of each device, where the lanes are sharded over so many devices.
+
+    Raises:
+        ValueError: when it is called, at_once does not divide N.
     """
 
     def mapped(*args):
@@ -112,6 +116,7 @@ def in_turns(function: Callable, in_axes: tuple, at_once: int) -> Callable:
             return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
 
         own = [x for x, stacks in zip(leaves, is_stacked, strict=True) if stacks]
+        assert_divides(len(own[0]), "lanes", at_once=at_once)
         if at_once == 1:
             return jax.lax.map(turn, own)
         return jax.tree.map(merge, jax.lax.map(turn, jax.tree.map(split, own)))

@@ -198,7 +198,6 @@ def load_judges(judges: Sequence[NamedJudge], run: str, score_at: str) -> list[L
             loaded += of_panel(make_panel(judge.source, Path(run), "--judges"))
         elif judge.kind == "function":
             function = load_function(judge.source, "--judges")
-            ask_judge(judge.name, function, ["a text"])  # one that cannot judge says so now
             loaded.append(LoadedJudge(name=judge.name, rate=rate_texts(judge.name, function)))
         else:
             rate = rate_label(judge) if judge.label else rate_model(judge, score_at)

@@ -113,11 +113,11 @@ def write_result(workdir: Path, result: Mapping[str, Any]) -> None:
 def figures(request: Request, checked: Checked, workdir: Path) -> dict[str, Any]:
     """All that evaluation.json says besides the settings."""
     pools = find_pools(request)
-    of_judges = load_judges(checked.judges, request.run, request.score_at)
     sampled, perplexities = {}, {}
     for pool in pools:
         sampled[pool], perplexities[pool] = sample(pool, request, checked, workdir)
     ratios = reference_ratios(request, checked, sampled)
+    of_judges = load_judges(checked.judges, request.run, request.score_at)
     scores = proxy_scores(request, checked, sampled)
     rated = {judge.name: rate_all(judge, request, checked, sampled) for judge in of_judges}
     chosen = {name: choose(name, request, sampled, scores) for name in request.policies}

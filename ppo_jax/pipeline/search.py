@@ -74,6 +74,7 @@ class Search:
         self.seed, self.plan = seed, plan
         self.mine: dict[Path, int] = {}  # folder: number of the trial
         self._loaded: Any = None
+        self._storage: Any = None
         self._check_same()
 
     def ask(self) -> Work | None:

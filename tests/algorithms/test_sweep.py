@@ -119,6 +119,8 @@ def test_lanes_in_turns_are_lanes_at_once(at_once):
     one = function if at_once == 1 else jax.vmap(function, in_axes)
     got = jax.jit(sweep.in_turns(one, in_axes, at_once))(*args)
     chex.assert_trees_all_close(got, expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match=r"at_once \(4\) must divide the 6 lanes"):
+        sweep.in_turns(one, in_axes, 4)(*args)
 
 
 def test_the_two_halves_are_those_of_the_run_alone():

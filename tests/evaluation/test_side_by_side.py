@@ -191,6 +191,9 @@ def test_a_folder_of_another_evaluation_is_refused(world, finished):
     ended = run_script("evaluate", *flags(world, workdir, seeds="0:3"))
     assert ended.code == 2 and ended.err.count("\n") == 1
     assert "other settings: seeds was [0, 1], is [0, 1, 2]" in ended.err
+    ended = run_script("evaluate", *flags(world, workdir, policies=f"sft={world}/sft"))
+    assert ended.code == 2 and "other settings: policies differ in " in ended.err
+    assert ended.err.count("\n") == 1 and str(world / "ppo") not in ended.err
 
 
 def test_a_panel_is_made_of_the_runs_folder_with_its_headline_first(world):

@@ -146,6 +146,21 @@ def test_eight_lanes_on_eight_devices_are_those_of_one_device(root, all_devices,
             np.testing.assert_allclose(x, y, atol=0.1 * RATE)
 
 
+def test_lanes_that_share_little_take_turns_on_each_device(root, all_devices, capsys):
+    """Whole policies are trained: two turns of four lanes, one in each place of the mesh."""
+    numbers = (*NUMBERS, *({"kl_coef": 0.2, "seed": seed} for seed in range(2, 7)))
+    every = {"trainable": "all", "value_trainable": "all", "num_iterations": 3}
+    one = points(root, "turn", numbers, **every)
+    whole = {"vocab": ()}  # 317 tokens
+    mesh = {"data": 4, "model": 2, "rules": whole, "rollout_rules": whole}
+    one = [({**config, "mesh": mesh}, folder) for config, folder in one]
+    assert run_lanes(one) == {}
+    assert "lanes at once         4" in capsys.readouterr().out
+    config, lane = one[2]
+    pipeline.run(config, root / "turn_alone")
+    assert_same_run(lane, root / "turn_alone")
+
+
 def test_lanes_that_are_far_apart_are_two_programs():
     assert lane_runs.go_together([[0, 20, 40], [0], [0, 20, 40]]) == [[1], [0, 2]]
     assert lane_runs.go_together([[0, 3], [0], [0, 3]]) == [[0, 1, 2]]
