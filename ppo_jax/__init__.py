@@ -25,17 +25,11 @@ from ppo_jax.algorithms.supervised import reward_step, sft_loss, sft_step, text_
 from ppo_jax.core.advantages import gae, leave_one_out, whiten
 from ppo_jax.core.distributions import entropy, token_logprobs
 from ppo_jax.core.kl import adaptive_kl_coef, kl_estimate
-from ppo_jax.core.losses import (
-    clipped_policy_loss,
-    clipped_value_loss,
-    explained_variance,
-    next_token_loss,
-    ppo_loss,
-    preference_loss,
-)
+from ppo_jax.core.losses import next_token_loss, ppo_loss, preference_loss
 from ppo_jax.core.masking import last_token_index, masked_mean, response_mask
 from ppo_jax.core.network import Network, merge_params
 from ppo_jax.core.optimizer import apply_gradients, init_optimizer, schedule
+from ppo_jax.core.policy_losses import clipped_policy_loss
 from ppo_jax.core.rewards import missing_eos_scores, token_rewards
 from ppo_jax.core.types import (
     Experience,
@@ -49,6 +43,7 @@ from ppo_jax.core.types import (
     TextBatch,
     TrainState,
 )
+from ppo_jax.core.value_losses import clipped_value_loss, explained_variance
 from ppo_jax.models.build import (
     policy_apply,
     policy_network,

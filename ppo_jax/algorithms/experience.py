@@ -21,9 +21,9 @@ from ppo_jax.core.advantages import (
 )
 from ppo_jax.core.checks import assert_counts, assert_numbers
 from ppo_jax.core.kl import ESTIMATORS, REWARD_ESTIMATORS, REWARD_RULE, kl_estimate
-from ppo_jax.core.losses import explained_variance, probability_ratio
 from ppo_jax.core.masking import last_token_index, masked_mean, masked_moments
 from ppo_jax.core.network import Network, last_outputs, merge_params
+from ppo_jax.core.policy_losses import probability_ratio
 from ppo_jax.core.renamed import renamed
 from ppo_jax.core.rewards import missing_eos_scores, token_rewards, token_scores
 from ppo_jax.core.types import (
@@ -35,6 +35,7 @@ from ppo_jax.core.types import (
     Prompts,
     Rollout,
 )
+from ppo_jax.core.value_losses import explained_variance
 from ppo_jax.rollout.decode import response_outputs, response_statistics
 from ppo_jax.rollout.rollout import rollout
 from ppo_jax.rollout.sampling import Sampling

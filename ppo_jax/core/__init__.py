@@ -13,17 +13,11 @@ from ppo_jax.core.distributions import (
     token_statistics,
 )
 from ppo_jax.core.kl import ESTIMATORS, adaptive_kl_coef, kl_estimate
-from ppo_jax.core.losses import (
-    clipped_policy_loss,
-    clipped_value_loss,
-    explained_variance,
-    next_token_loss,
-    ppo_loss,
-    preference_loss,
-)
+from ppo_jax.core.losses import next_token_loss, ppo_loss, preference_loss
 from ppo_jax.core.masking import last_token_index, masked_mean, response_mask, zero_padding
 from ppo_jax.core.network import Network, merge_params
 from ppo_jax.core.optimizer import SCHEDULES, apply_gradients, init_optimizer, schedule
+from ppo_jax.core.policy_losses import clipped_policy_loss
 from ppo_jax.core.rewards import missing_eos_scores, token_rewards
 from ppo_jax.core.types import (
     Experience,
@@ -37,6 +31,7 @@ from ppo_jax.core.types import (
     TextBatch,
     TrainState,
 )
+from ppo_jax.core.value_losses import clipped_value_loss, explained_variance
 
 __all__ = [
     "ESTIMATORS",

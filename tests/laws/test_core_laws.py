@@ -12,16 +12,11 @@ import pytest
 from ppo_jax.core.advantages import gae, whiten
 from ppo_jax.core.distributions import entropy, token_logprobs, token_statistics
 from ppo_jax.core.kl import adaptive_kl_coef, kl_estimate
-from ppo_jax.core.losses import (
-    clipped_policy_loss,
-    clipped_value_loss,
-    explained_variance,
-    next_token_loss,
-    ppo_loss,
-    preference_loss,
-)
+from ppo_jax.core.losses import next_token_loss, ppo_loss, preference_loss
 from ppo_jax.core.masking import last_token_index, masked_mean, response_mask
+from ppo_jax.core.policy_losses import clipped_policy_loss
 from ppo_jax.core.rewards import missing_eos_scores, token_rewards
+from ppo_jax.core.value_losses import clipped_value_loss, explained_variance
 from ppo_jax.rollout.sampling import sample
 
 B, T, V = 3, 5, 7

@@ -35,7 +35,7 @@ PACKAGES["commands"] = list(PACKAGES)
 
 # The purity line: nothing below it can touch a file, a clock or a device.
 COMPUTES = {"jax", "flax", "optax", "chex"}
-COMPUTES |= {"collections", "dataclasses", "functools", "math", "operator", "re"}
+COMPUTES |= {"collections", "dataclasses", "functools", "inspect", "math", "operator", "re"}
 COMPUTES |= {"typing", "warnings"}
 # Those that cost a second to load, and that `import ppo_jax` therefore leaves alone.
 HEAVY = ["orbax", "transformers", "tokenizers", "torch", "matplotlib", "sklearn", "tensorboardX"]

@@ -1,0 +1,54 @@
+"""Functions of the user's choice, called with those of some named values that they ask for.
+
+The names of its parameters say what a function needs: an estimator of advantages with a parameter
+`values` needs a critic, one with `group_size` several responses to a prompt.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+def parameters(function: Callable) -> Mapping[str, bool]:
+    """{name of a parameter: whether it must be given}, without those that `*` or `**` collect.
+
+    >>> parameters(lambda scores, *, group_size=2: None)
+    {'scores': True, 'group_size': False}
+    """
+    of_names = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    signature = inspect.signature(function).parameters
+    return {k: p.default is p.empty for k, p in signature.items() if p.kind in of_names}
+
+
+def unknown_parameters(function: Callable, names: Any) -> list[str]:
+    """The parameters that must be given and are none of some names."""
+    return [name for name, needed in parameters(function).items() if needed and name not in names]
+
+
+def call_named(function: Callable, offered: Mapping[str, Any]) -> Any:
+    """function(name=value, ...) with the values that it has a parameter for.
+
+    Raises:
+        ValueError: a parameter that must be given is none of those that are offered.
+
+    >>> call_named(lambda a, *, c=1: a + c, {"a": 1, "b": 2})
+    2
+    """
+    if unknown := unknown_parameters(function, offered):
+        raise ValueError(
+            f"{function_name(function)} asks for {', '.join(unknown)}; "
+            f"there is {', '.join(sorted(offered))}"
+        )
+    return function(**{name: offered[name] for name in parameters(function) if name in offered})
+
+
+def function_name(function: Callable) -> str:
+    """What a function is called in a message.
+
+    >>> function_name(functools.partial(len))
+    'len'
+    """
+    while isinstance(function, functools.partial):
+        function = function.func
+    return getattr(function, "__name__", repr(function))
