@@ -24,6 +24,7 @@ from ppo_jax.algorithms.ppo import (
 from ppo_jax.algorithms.supervised import reward_step, sft_loss, sft_step, text_scores
 from ppo_jax.core.advantages import gae, leave_one_out, whiten
 from ppo_jax.core.distributions import entropy, token_logprobs
+from ppo_jax.core.importance import importance_weights
 from ppo_jax.core.kl import adaptive_kl_coef, kl_estimate
 from ppo_jax.core.losses import next_token_loss, ppo_loss, preference_loss
 from ppo_jax.core.masking import last_token_index, masked_mean, response_mask
@@ -98,6 +99,7 @@ __all__ = [
     "experience_loss",
     "explained_variance",
     "gae",
+    "importance_weights",
     "init_lora",
     "init_optimizer",
     "init_ppo",

@@ -8,7 +8,6 @@ and no Transformer. Start with `ppo`.
 from ppo_jax.algorithms.experience import (
     PPONetworks,
     PPOOptions,
-    importance_weights,
     make_experience,
     policy_logprobs,
     response_scores,
@@ -23,6 +22,7 @@ from ppo_jax.algorithms.ppo import (
     update_from_rollout,
 )
 from ppo_jax.algorithms.supervised import reward_step, sft_loss, sft_step, text_scores
+from ppo_jax.core.importance import importance_weights
 
 __all__ = [
     "PPONetworks",

@@ -19,11 +19,11 @@ from ppo_jax.core.advantages import (
     needs_critic,
     whiten,
 )
-from ppo_jax.core.checks import assert_counts, assert_numbers
+from ppo_jax.core.checks import assert_counts
+from ppo_jax.core.importance import importance_weights
 from ppo_jax.core.kl import ESTIMATORS, REWARD_ESTIMATORS, REWARD_RULE, kl_estimate
-from ppo_jax.core.masking import last_token_index, masked_mean, masked_moments
+from ppo_jax.core.masking import last_token_index, masked_moments
 from ppo_jax.core.network import Network, last_outputs, merge_params
-from ppo_jax.core.policy_losses import probability_ratio
 from ppo_jax.core.renamed import renamed
 from ppo_jax.core.rewards import missing_eos_scores, token_rewards, token_scores
 from ppo_jax.core.types import (
@@ -222,7 +222,8 @@ def make_experience(
     weights, weight_metrics = jnp.float32(1.0), {}
     if options.old_logprobs == "recompute":
         logprobs = policy_logprobs(rollout, state.policy_params, numbers, **parts)
-        weights, weight_metrics = importance_weights(logprobs, rollout.logprobs, mask, numbers)
+        limits = dict(low=numbers.tis_clip_low, high=numbers.tis_clip_high)
+        weights, weight_metrics = importance_weights(logprobs, rollout.logprobs, mask, **limits)
         rollout = dataclasses.replace(rollout, logprobs=jnp.where(mask, logprobs, 0.0))
     rewards, metrics = response_rewards(rollout, scores, ref_logprobs, state, numbers, options)
     if options.whiten_rewards:
@@ -312,42 +313,6 @@ def policy_logprobs(
         temperature=hyperparameters.temperature,
     )
     return logprobs
-
-
-def importance_weights(
-    logprobs: jax.Array,
-    sampled_logprobs: jax.Array,
-    mask: jax.Array,
-    hyperparameters: Hyperparameters,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Truncated importance weights: decoding one token at a time rounds differently, so the tokens
-    come from a slightly different policy.
-
-    w = clip(exp(logprobs - sampled_logprobs), tis_clip_low, tis_clip_high), see `probability_ratio`
-
-    The surrogate loss is linear in the advantages, so it is enough to multiply them by w.
-
-    Args:
-        logprobs: [B, T] float, as the update computes them.
-        sampled_logprobs: [B, T] float, as the rollout computed them.
-        mask: [B, T] bool.
-        hyperparameters: holds the limits; 1 and 1 is no weight.
-
-    Returns:
-        (weights [B, T] float32, finite where masked; metrics of the difference).
-
-    Reference: Espeholt et al. 2018, https://arxiv.org/abs/1802.01561, truncated weights.
-    """
-    chex.assert_equal_shape([logprobs, sampled_logprobs, mask])
-    difference = jnp.where(mask, logprobs - sampled_logprobs, 0.0)
-    low, high = hyperparameters.tis_clip_low, hyperparameters.tis_clip_high
-    assert_numbers(at_least=0, tis_clip_low=low, tis_clip_high=high)
-    weights = jnp.clip(probability_ratio(difference), low, high)
-    return weights, {
-        "policy/rollout_logprob_error": masked_mean(jnp.abs(difference), mask),
-        "policy/rollout_logprob_error_max": jnp.abs(difference).max(),
-        "policy/importance_weight": masked_mean(weights, mask),
-    }
 
 
 def response_rewards(

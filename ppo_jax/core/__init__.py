@@ -12,6 +12,7 @@ from ppo_jax.core.distributions import (
     token_logprobs,
     token_statistics,
 )
+from ppo_jax.core.importance import importance_weights
 from ppo_jax.core.kl import ESTIMATORS, adaptive_kl_coef, kl_estimate
 from ppo_jax.core.losses import next_token_loss, ppo_loss, preference_loss
 from ppo_jax.core.masking import last_token_index, masked_mean, response_mask, zero_padding
@@ -55,6 +56,7 @@ __all__ = [
     "entropy",
     "explained_variance",
     "gae",
+    "importance_weights",
     "init_optimizer",
     "kl_estimate",
     "last_token_index",

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ppo_jax.algorithms.experience import PPONetworks, Sampler, importance_weights
+from ppo_jax.algorithms.experience import PPONetworks, Sampler
 from ppo_jax.config.mesh import MeshSettings
 from ppo_jax.distributed.layout import make_layouts
 from ppo_jax.models.build import policy_network, reward_network, value_network
@@ -52,15 +52,6 @@ def test_advantages_are_times_the_weights_within_their_limits(limits):
     np.testing.assert_allclose(metrics["policy/rollout_logprob_error"], size.mean(), rtol=1e-4)
     np.testing.assert_allclose(metrics["policy/rollout_logprob_error_max"], size.max(), rtol=1e-4)
     np.testing.assert_allclose(metrics["policy/importance_weight"], weights[mask].mean(), rtol=1e-4)
-
-
-def test_padding_has_no_part_in_the_weights():
-    mask = jnp.array([[True, False]])
-    new, old = jnp.array([[-1.0, jnp.nan]]), jnp.array([[-1.5, jnp.inf]])
-    numbers = tiny.hyperparameters(tis_clip_low=0.0, tis_clip_high=2.0)
-    weights, metrics = importance_weights(new, old, mask, numbers)
-    np.testing.assert_allclose(weights, [[np.exp(0.5), 1.0]], rtol=1e-6)
-    np.testing.assert_allclose(metrics["policy/rollout_logprob_error"], 0.5)
 
 
 def test_in_bfloat16_the_two_differ_and_recomputed_ones_begin_at_a_ratio_of_1():

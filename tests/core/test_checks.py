@@ -160,9 +160,8 @@ def iterated(function, **prompts):
 
 
 def weights_of(**numbers):
-    zeros = jnp.zeros((B, T))
-    numbers = tiny.hyperparameters().replace(**numbers)
-    return algorithms.importance_weights(zeros + 200, zeros, MASK, numbers)[0]
+    zeros, limits = jnp.zeros((B, T)), dict(low=0.0, high=1.0)
+    return core.importance_weights(zeros + 200, zeros, MASK, **limits | numbers)[0]
 
 
 def with_networks(function, **missing):
@@ -304,6 +303,12 @@ EDGES = [
     (core.chunked_token_statistics, "t [B]", lambda: chunked(chunk=2, temperature=ROW), RANK),
     (core.entropy, "integers", lambda: core.entropy(TOKENS), "assert_type"),
     (core.entropy, "one token", lambda: core.entropy(jnp.array([0.0, -jnp.inf])), 0.0),
+    # importance weights
+    (core.importance_weights, "e^200", lambda: weights_of(high=jnp.inf), HUGE),
+    (core.importance_weights, "limit [B]", lambda: weights_of(low=ROW), RANK),
+    (core.importance_weights, "limit -1", lambda: weights_of(low=-1), "low must be at least 0"),
+    (core.importance_weights, "level", lambda: weights_of(level="row"), "unknown level 'row'; cho"),
+    (core.importance_weights, "outside", lambda: weights_of(outside="cut"), "unknown outside 'cut"),
     # optimizer
     (core.apply_gradients, "1e20", lambda: stepped(ADAM, 3e20, -4e20), [0.9, 1.1, 5e20]),
     (
@@ -392,8 +397,6 @@ EDGES = [
     (algorithms.ppo_update, "rate [2]", lambda: updated(value_learning_rate=ROW), RANK),
     (algorithms.ppo_update, "vf_coef [2]", lambda: updated(vf_coef=jnp.ones(2)), RANK),
     (algorithms.experience_loss, "clip_range [B]", lambda: updated(clip_range=ROW), RANK),
-    (algorithms.importance_weights, "e^200", lambda: weights_of(tis_clip_high=jnp.inf), HUGE),
-    (algorithms.importance_weights, "limit [B]", lambda: weights_of(tis_clip_low=ROW), RANK),
     (
         algorithms.make_experience,
         "scores [B, 1]",

@@ -11,6 +11,7 @@ import pytest
 
 from ppo_jax.core.advantages import gae, whiten
 from ppo_jax.core.distributions import entropy, token_logprobs, token_statistics
+from ppo_jax.core.importance import LEVELS, OUTSIDE, importance_weights
 from ppo_jax.core.kl import adaptive_kl_coef, kl_estimate
 from ppo_jax.core.losses import next_token_loss, ppo_loss, preference_loss
 from ppo_jax.core.masking import last_token_index, masked_mean, response_mask
@@ -109,6 +110,11 @@ for kind in ("k1", "k2", "k3"):
         Case(f"kl_estimate_{kind}", estimate, TWO, {}, [PADDED] * 2, masks_itself=False),
         Case(f"token_rewards_{kind}", rewards, [SCORES, *TWO], dict(kl_coef=0.1), paddings),
     ]
+for level in LEVELS:
+    for how in OUTSIDE:
+        weights = with_mask(importance_weights, level=level, outside=how)
+        limits = dict(low=0.7, high=1.5)
+        CASES.append(Case(f"importance_{level}_{how}", weights, TWO, limits, [PADDED] * 2))
 PADDED_CASES = [case for case in CASES if case.padding]
 
 
@@ -244,6 +250,7 @@ def test_masks_of_other_types_are_refused():
             lambda m: gae(ones, ones, m),
             lambda m: token_rewards(ones[:, 0], ones, ones, m, kl_coef=0.1),
             lambda m: clipped_policy_loss(ones, ones, ones, m),
+            lambda m: importance_weights(ones, ones, m, low=0, high=1),
             lambda m: clipped_value_loss(ones, ones, ones, m),
             lambda m: explained_variance(ones, ones, m),
             last_token_index,
