@@ -17,9 +17,20 @@ from ppo_jax.core.kl import ESTIMATORS, adaptive_kl_coef, kl_estimate
 from ppo_jax.core.losses import next_token_loss, ppo_loss, preference_loss
 from ppo_jax.core.masking import last_token_index, masked_mean, response_mask, zero_padding
 from ppo_jax.core.network import Network, merge_params
+from ppo_jax.core.off_policy_losses import (
+    cispo_policy_loss,
+    decoupled_policy_loss,
+    dppo_policy_loss,
+)
 from ppo_jax.core.optimizer import SCHEDULES, apply_gradients, init_optimizer, schedule
-from ppo_jax.core.policy_losses import clipped_policy_loss
+from ppo_jax.core.policy_losses import (
+    clipped_policy_loss,
+    dual_clip_policy_loss,
+    kl_penalty_policy_loss,
+    vpg_policy_loss,
+)
 from ppo_jax.core.rewards import missing_eos_scores, token_rewards
+from ppo_jax.core.sequence_losses import aggregation_weights, gspo_policy_loss
 from ppo_jax.core.types import (
     Experience,
     FrozenParams,
@@ -49,16 +60,23 @@ __all__ = [
     "TextBatch",
     "TrainState",
     "adaptive_kl_coef",
+    "aggregation_weights",
     "apply_gradients",
     "chunked_token_statistics",
+    "cispo_policy_loss",
     "clipped_policy_loss",
     "clipped_value_loss",
+    "decoupled_policy_loss",
+    "dppo_policy_loss",
+    "dual_clip_policy_loss",
     "entropy",
     "explained_variance",
     "gae",
+    "gspo_policy_loss",
     "importance_weights",
     "init_optimizer",
     "kl_estimate",
+    "kl_penalty_policy_loss",
     "last_token_index",
     "leave_one_out",
     "masked_mean",
@@ -72,6 +90,7 @@ __all__ = [
     "token_logprobs",
     "token_rewards",
     "token_statistics",
+    "vpg_policy_loss",
     "whiten",
     "zero_padding",
 ]

@@ -52,16 +52,21 @@ def stepped(settings, *gradients):
     return [*params["w"].tolist(), norm.item()]
 
 
-def policy_loss(log_ratio, advantage, **numbers):
+def policy_loss(log_ratio, advantage, function=core.clipped_policy_loss, **numbers):
     """[loss, gradient of logprobs] of one token."""
 
     def loss(logprobs):
         old, mask = jnp.zeros((1, 1)), jnp.ones((1, 1), bool)
         advantages = jnp.full((1, 1), advantage)
-        return core.clipped_policy_loss(logprobs, old, advantages, mask, **numbers)[0]
+        return function(logprobs, old, advantages, mask, **numbers)[0]
 
     value, gradient = jax.value_and_grad(loss)(jnp.full((1, 1), log_ratio))
     return [value.item(), gradient.item()]
+
+
+def of_ones(function, **how):
+    """A loss of the policy at ratio 1 and advantage 1."""
+    return function(ONES, ONES, ONES, MASK, **how)[0]
 
 
 def ppo_loss(**numbers):
@@ -264,6 +269,119 @@ EDGES = [
     ),
     (core.clipped_policy_loss, "clip [B]", lambda: ppo_loss(clip_range=ROW), RANK),
     (core.clipped_policy_loss, "clip < 0", lambda: ppo_loss(clip_range=-0.1), "clip_range must be"),
+    (
+        core.clipped_policy_loss,
+        "no clip, ratio e^89, A = 0",
+        lambda: policy_loss(89.0, 0.0, clip_range=math.inf),
+        0.0,
+    ),
+    (
+        core.clipped_policy_loss,
+        "no clip, ratio e^2",
+        lambda: policy_loss(2.0, 1.0, clip_range=math.inf),
+        [-math.exp(2)] * 2,
+    ),
+    (
+        core.clipped_policy_loss,
+        "weights [B]",
+        lambda: of_ones(core.clipped_policy_loss, weights=ROW),
+        "assert_equal_shape",
+    ),
+    (
+        core.dual_clip_policy_loss,
+        "limit 1",
+        lambda: of_ones(core.dual_clip_policy_loss, clip_range=0.2, dual_clip=1),
+        "dual_clip must be above 1, got 1",
+    ),
+    (
+        core.dual_clip_policy_loss,
+        "ratio e^89, A = -1",
+        lambda: policy_loss(89.0, -1.0, core.dual_clip_policy_loss, clip_range=math.inf),
+        [3, 0],
+    ),
+    (
+        core.dual_clip_policy_loss,
+        "no limit, A = 0",
+        lambda: policy_loss(
+            1.0, 0.0, core.dual_clip_policy_loss, clip_range=math.inf, dual_clip=math.inf
+        ),
+        0.0,
+    ),
+    (
+        core.kl_penalty_policy_loss,
+        "ratio e^89",
+        lambda: policy_loss(89.0, 0.0, core.kl_penalty_policy_loss, penalty_coef=1.0),
+        [HUGE - 21, 0],
+    ),
+    (
+        core.kl_penalty_policy_loss,
+        "coefficient -1",
+        lambda: of_ones(core.kl_penalty_policy_loss, penalty_coef=-1),
+        "penalty_coef must be at least 0",
+    ),
+    (
+        core.vpg_policy_loss,
+        "ratio e^89",
+        lambda: policy_loss(89.0, 2.0, core.vpg_policy_loss),
+        [-178, -2],
+    ),
+    (
+        core.cispo_policy_loss,
+        "no clip, A = 0",
+        lambda: policy_loss(89.0, 0.0, core.cispo_policy_loss, clip_range=math.inf),
+        0.0,
+    ),
+    (
+        core.cispo_policy_loss,
+        "clip [B]",
+        lambda: of_ones(core.cispo_policy_loss, clip_range=ROW),
+        RANK,
+    ),
+    (
+        core.dppo_policy_loss,
+        "limit -1",
+        lambda: of_ones(core.dppo_policy_loss, divergence_limit=-1),
+        "divergence_limit must be at least 0",
+    ),
+    (
+        core.decoupled_policy_loss,
+        "limit 0",
+        lambda: decoupled(behavior_weight_limit=0),
+        "behavior_weight_limit must be above 0",
+    ),
+    (
+        core.decoupled_policy_loss,
+        "behavior [B]",
+        lambda: decoupled(behavior_logprobs=ROW),
+        "assert_equal_shape",
+    ),
+    (
+        core.gspo_policy_loss,
+        "ratio e^89",
+        lambda: policy_loss(89.0, -1.0, core.gspo_policy_loss, clip_range=math.inf),
+        [HUGE, 0],
+    ),
+    (
+        core.gspo_policy_loss,
+        "nothing",
+        lambda: core.gspo_policy_loss(ONES, ONES, ONES, ~MASK, clip_range=0.1)[0],
+        0.0,
+    ),
+    (
+        core.gspo_policy_loss,
+        "segment_ids of floats",
+        lambda: of_ones(core.gspo_policy_loss, clip_range=0.1, segment_ids=ONES),
+        "assert_type",
+    ),
+    (core.aggregation_weights, "how", lambda: aggregated(how="sum"), "unknown how 'sum'; choose"),
+    (core.aggregation_weights, "no length", lambda: aggregated(how="constant"), "length goes with"),
+    (core.aggregation_weights, "length", lambda: aggregated(length=4), "got how='token_mean', len"),
+    (
+        core.aggregation_weights,
+        "length 0",
+        lambda: aggregated(how="constant", length=0),
+        "length must be above 0",
+    ),
     (core.clipped_value_loss, "clip [B]", lambda: ppo_loss(value_clip_range=ROW), RANK),
     (core.clipped_value_loss, "clip < 0", lambda: ppo_loss(value_clip_range=-1), "at least 0"),
     (core.ppo_loss, "vf_coef [2]", lambda: ppo_loss(vf_coef=jnp.ones(2)), RANK),
@@ -473,6 +591,15 @@ EDGES = [
     (assert_divides, "0", lambda: assert_divides(4, "rows", n=0), "n must be at least 1"),
     (assert_ids, "padding", lambda: assert_ids(TOKENS - 1, ~MASK, 8), None),
 ]
+
+
+def decoupled(**how):
+    given = dict(clip_range=0.2, behavior_logprobs=ONES) | how
+    return of_ones(core.decoupled_policy_loss, **given)
+
+
+def aggregated(**how):
+    return core.aggregation_weights(MASK, **how)
 
 
 def k3(d):

@@ -15,8 +15,19 @@ from ppo_jax.core.importance import LEVELS, OUTSIDE, importance_weights
 from ppo_jax.core.kl import adaptive_kl_coef, kl_estimate
 from ppo_jax.core.losses import next_token_loss, ppo_loss, preference_loss
 from ppo_jax.core.masking import last_token_index, masked_mean, response_mask
-from ppo_jax.core.policy_losses import clipped_policy_loss
+from ppo_jax.core.off_policy_losses import (
+    cispo_policy_loss,
+    decoupled_policy_loss,
+    dppo_policy_loss,
+)
+from ppo_jax.core.policy_losses import (
+    clipped_policy_loss,
+    dual_clip_policy_loss,
+    kl_penalty_policy_loss,
+    vpg_policy_loss,
+)
 from ppo_jax.core.rewards import missing_eos_scores, token_rewards
+from ppo_jax.core.sequence_losses import aggregation_weights, gspo_policy_loss
 from ppo_jax.core.value_losses import clipped_value_loss, explained_variance
 from ppo_jax.rollout.sampling import sample
 
@@ -52,6 +63,15 @@ def gae_of_arrays(rewards, values, gamma, bootstrap_values, **numbers):
     return gae(rewards, values, MASK, gamma=gamma, bootstrap_values=bootstrap_values, **numbers)
 
 
+def weighted_loss(logprobs, old_logprobs, advantages, weights, **numbers):
+    return clipped_policy_loss(logprobs, old_logprobs, advantages, MASK, weights=weights, **numbers)
+
+
+def decoupled_loss(logprobs, old_logprobs, behavior_logprobs, advantages, **numbers):
+    given = (logprobs, old_logprobs, advantages, MASK)
+    return decoupled_policy_loss(*given, behavior_logprobs=behavior_logprobs, **numbers)
+
+
 def logprobs_of_tokens(logits, **numbers):
     return token_logprobs(logits, TOKENS, **numbers)
 
@@ -79,7 +99,13 @@ VALUE_CLIP = dict(value_clip_range=0.3, normalizer=11.0)
 PPO = CLIP | VALUE_CLIP | dict(vf_coef=0.5, entropy_coef=0.1)
 KEEP_MEAN = with_mask(whiten, shift_mean=False)
 SCORES = array(10, B)
-ONE, TWO, THREE, SEVEN = (tokenwise(num) for num in (1, 2, 3, 7))
+ONE, TWO, THREE, FOUR, SEVEN = (tokenwise(num) for num in (1, 2, 3, 4, 7))
+IDS = jnp.where(MASK, jnp.array([1, 1, 2, 2, 3], jnp.int32), 0)
+DUAL_CLIP = CLIP | dict(dual_clip=3.0)
+BEHAVIOR = CLIP | dict(behavior_weight_limit=1.5)
+DPPO = dict(divergence_limit=0.1, normalizer=11)
+KL_PENALTY = dict(penalty_coef=0.5, normalizer=11)
+PACKED_GSPO = with_mask(gspo_policy_loss, segment_ids=IDS)
 LOGITS = [array(11, B, T, V)]
 STEPS = [*THREE, array(12, B)]
 
@@ -93,6 +119,15 @@ CASES = [
     Case("missing_eos_replace", with_eos, [SCORES], dict(replace=-1.0), [~np.asarray(HAS_EOS)]),
     Case("missing_eos_penalty", with_eos, [SCORES], dict(penalty=1.0)),
     Case("clipped_policy_loss", with_mask(clipped_policy_loss), THREE, CLIP, [PADDED] * 3),
+    Case("clipped_policy_loss_weighted", weighted_loss, FOUR, CLIP, [PADDED] * 4),
+    Case("dual_clip_policy_loss", with_mask(dual_clip_policy_loss), THREE, DUAL_CLIP, [PADDED] * 3),
+    Case("kl_penalty", with_mask(kl_penalty_policy_loss), THREE, KL_PENALTY, [PADDED] * 3),
+    Case("vpg_policy_loss", with_mask(vpg_policy_loss), THREE, {}, [PADDED] * 3),
+    Case("cispo_policy_loss", with_mask(cispo_policy_loss), THREE, CLIP, [PADDED] * 3),
+    Case("dppo_policy_loss", with_mask(dppo_policy_loss), THREE, DPPO, [PADDED] * 3),
+    Case("decoupled_policy_loss", decoupled_loss, FOUR, BEHAVIOR, [PADDED] * 4),
+    Case("gspo_policy_loss", with_mask(gspo_policy_loss), THREE, CLIP, [PADDED] * 3),
+    Case("gspo_policy_loss_packed", PACKED_GSPO, THREE, CLIP, [PADDED] * 3),
     Case("clipped_value_loss", with_mask(clipped_value_loss), THREE, VALUE_CLIP, [PADDED] * 3),
     Case("ppo_loss", ppo_loss_of_arrays, SEVEN, PPO, [PADDED] * 7),
     Case("next_token_loss", with_mask(next_token_loss), ONE, dict(normalizer=11), [PADDED]),
@@ -220,6 +255,14 @@ def test_the_controller_takes_traced_numbers_without_promotion(strict):
     np.testing.assert_allclose(call(jnp.float32(0.1), jnp.float32(12), **numbers), expected)
 
 
+def test_aggregation_takes_a_traced_length_without_promotion(strict):
+    call = jax.jit(lambda length: aggregation_weights(MASK, how="constant", length=length))
+    expected = aggregation_weights(MASK, how="constant", length=jnp.float32(7))
+    np.testing.assert_allclose(call(7), expected, rtol=1e-6)
+    for how in ("token_mean", "sequence_mean"):
+        assert aggregation_weights(MASK, how=how).dtype == jnp.float32
+
+
 def test_sample_takes_traced_numbers_without_promotion(strict):
     key, logits = jax.random.key(0), array(0, B, V)
     numbers = dict(temperature=0.7, top_p=0.9, min_p=0.1)
@@ -251,6 +294,9 @@ def test_masks_of_other_types_are_refused():
             lambda m: token_rewards(ones[:, 0], ones, ones, m, kl_coef=0.1),
             lambda m: clipped_policy_loss(ones, ones, ones, m),
             lambda m: importance_weights(ones, ones, m, low=0, high=1),
+            lambda m: vpg_policy_loss(ones, ones, ones, m),
+            lambda m: gspo_policy_loss(ones, ones, ones, m, clip_range=0.1),
+            aggregation_weights,
             lambda m: clipped_value_loss(ones, ones, ones, m),
             lambda m: explained_variance(ones, ones, m),
             last_token_index,
