@@ -23,6 +23,12 @@ from ppo_jax.algorithms.ppo import (
 )
 from ppo_jax.algorithms.supervised import reward_step, sft_loss, sft_step, text_scores
 from ppo_jax.core.advantages import gae, leave_one_out, whiten
+from ppo_jax.core.covariance import (
+    clip_cov_weights,
+    kl_cov_mask,
+    kl_cov_policy_loss,
+    token_covariances,
+)
 from ppo_jax.core.distributions import entropy, token_logprobs
 from ppo_jax.core.importance import importance_weights
 from ppo_jax.core.kl import adaptive_kl_coef, kl_estimate
@@ -106,6 +112,7 @@ __all__ = [
     "aggregation_weights",
     "apply_gradients",
     "cispo_policy_loss",
+    "clip_cov_weights",
     "clipped_policy_loss",
     "clipped_value_loss",
     "decoupled_policy_loss",
@@ -120,6 +127,8 @@ __all__ = [
     "init_lora",
     "init_optimizer",
     "init_ppo",
+    "kl_cov_mask",
+    "kl_cov_policy_loss",
     "kl_estimate",
     "kl_penalty_policy_loss",
     "last_token_index",
@@ -149,6 +158,7 @@ __all__ = [
     "sft_step",
     "split_params",
     "text_scores",
+    "token_covariances",
     "token_logprobs",
     "token_rewards",
     "trunk_network",

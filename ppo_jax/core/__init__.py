@@ -6,6 +6,12 @@ Start with `losses` and `advantages`.
 """
 
 from ppo_jax.core.advantages import gae, leave_one_out, whiten
+from ppo_jax.core.covariance import (
+    clip_cov_weights,
+    kl_cov_mask,
+    kl_cov_policy_loss,
+    token_covariances,
+)
 from ppo_jax.core.distributions import (
     chunked_token_statistics,
     entropy,
@@ -64,6 +70,7 @@ __all__ = [
     "apply_gradients",
     "chunked_token_statistics",
     "cispo_policy_loss",
+    "clip_cov_weights",
     "clipped_policy_loss",
     "clipped_value_loss",
     "decoupled_policy_loss",
@@ -75,6 +82,8 @@ __all__ = [
     "gspo_policy_loss",
     "importance_weights",
     "init_optimizer",
+    "kl_cov_mask",
+    "kl_cov_policy_loss",
     "kl_estimate",
     "kl_penalty_policy_loss",
     "last_token_index",
@@ -87,6 +96,7 @@ __all__ = [
     "preference_loss",
     "response_mask",
     "schedule",
+    "token_covariances",
     "token_logprobs",
     "token_rewards",
     "token_statistics",

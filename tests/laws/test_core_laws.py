@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from ppo_jax.core.advantages import gae, whiten
+from ppo_jax.core.covariance import clip_cov_weights, kl_cov_policy_loss, token_covariances
 from ppo_jax.core.distributions import entropy, token_logprobs, token_statistics
 from ppo_jax.core.importance import LEVELS, OUTSIDE, importance_weights
 from ppo_jax.core.kl import adaptive_kl_coef, kl_estimate
@@ -105,6 +106,9 @@ DUAL_CLIP = CLIP | dict(dual_clip=3.0)
 BEHAVIOR = CLIP | dict(behavior_weight_limit=1.5)
 DPPO = dict(divergence_limit=0.1, normalizer=11)
 KL_PENALTY = dict(penalty_coef=0.5, normalizer=11)
+KL_COV = dict(penalty_coef=0.5, covariance_fraction=0.3, normalizer=11)
+CLIP_COV = dict(covariance_fraction=0.3, low=0.01, high=2.0)
+CLIPPED_COV = with_mask(functools.partial(clip_cov_weights, jax.random.key(0)))
 PACKED_GSPO = with_mask(gspo_policy_loss, segment_ids=IDS)
 LOGITS = [array(11, B, T, V)]
 STEPS = [*THREE, array(12, B)]
@@ -126,6 +130,9 @@ CASES = [
     Case("cispo_policy_loss", with_mask(cispo_policy_loss), THREE, CLIP, [PADDED] * 3),
     Case("dppo_policy_loss", with_mask(dppo_policy_loss), THREE, DPPO, [PADDED] * 3),
     Case("decoupled_policy_loss", decoupled_loss, FOUR, BEHAVIOR, [PADDED] * 4),
+    Case("kl_cov_policy_loss", with_mask(kl_cov_policy_loss), THREE, KL_COV, [PADDED] * 3),
+    Case("token_covariances", with_mask(token_covariances), TWO, {}, [PADDED] * 2),
+    Case("clip_cov_weights", CLIPPED_COV, TWO, CLIP_COV, [PADDED] * 2),
     Case("gspo_policy_loss", with_mask(gspo_policy_loss), THREE, CLIP, [PADDED] * 3),
     Case("gspo_policy_loss_packed", PACKED_GSPO, THREE, CLIP, [PADDED] * 3),
     Case("clipped_value_loss", with_mask(clipped_value_loss), THREE, VALUE_CLIP, [PADDED] * 3),
