@@ -29,6 +29,15 @@ from ppo_jax.core.covariance import (
     kl_cov_policy_loss,
     token_covariances,
 )
+from ppo_jax.core.critics import (
+    disputed_states,
+    ensemble_values,
+    explained_variance,
+    explained_variance_by_position,
+    mask_agreed_advantages,
+    value_bias,
+    value_calibration,
+)
 from ppo_jax.core.distributions import entropy, token_logprobs
 from ppo_jax.core.importance import importance_weights
 from ppo_jax.core.kl import adaptive_kl_coef, kl_estimate
@@ -61,7 +70,12 @@ from ppo_jax.core.types import (
     TextBatch,
     TrainState,
 )
-from ppo_jax.core.value_losses import clipped_value_loss, explained_variance
+from ppo_jax.core.value_losses import (
+    classification_value_loss,
+    clipped_value_loss,
+    hl_gauss_targets,
+    hl_gauss_value,
+)
 from ppo_jax.models.build import (
     policy_apply,
     policy_network,
@@ -112,17 +126,23 @@ __all__ = [
     "aggregation_weights",
     "apply_gradients",
     "cispo_policy_loss",
+    "classification_value_loss",
     "clip_cov_weights",
     "clipped_policy_loss",
     "clipped_value_loss",
     "decoupled_policy_loss",
+    "disputed_states",
     "dppo_policy_loss",
     "dual_clip_policy_loss",
+    "ensemble_values",
     "entropy",
     "experience_loss",
     "explained_variance",
+    "explained_variance_by_position",
     "gae",
     "gspo_policy_loss",
+    "hl_gauss_targets",
+    "hl_gauss_value",
     "importance_weights",
     "init_lora",
     "init_optimizer",
@@ -134,6 +154,7 @@ __all__ = [
     "last_token_index",
     "leave_one_out",
     "make_experience",
+    "mask_agreed_advantages",
     "masked_mean",
     "merge_lora",
     "merge_params",
@@ -163,6 +184,8 @@ __all__ = [
     "token_rewards",
     "trunk_network",
     "update_from_rollout",
+    "value_bias",
+    "value_calibration",
     "value_network",
     "vpg_policy_loss",
     "whiten",

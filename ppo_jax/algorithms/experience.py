@@ -20,6 +20,7 @@ from ppo_jax.core.advantages import (
     whiten,
 )
 from ppo_jax.core.checks import assert_counts
+from ppo_jax.core.critics import explained_variance
 from ppo_jax.core.importance import importance_weights
 from ppo_jax.core.kl import ESTIMATORS, REWARD_ESTIMATORS, REWARD_RULE, kl_estimate
 from ppo_jax.core.masking import last_token_index, masked_moments
@@ -35,7 +36,6 @@ from ppo_jax.core.types import (
     Prompts,
     Rollout,
 )
-from ppo_jax.core.value_losses import explained_variance
 from ppo_jax.rollout.decode import response_outputs, response_statistics
 from ppo_jax.rollout.rollout import rollout
 from ppo_jax.rollout.sampling import Sampling

@@ -12,6 +12,15 @@ from ppo_jax.core.covariance import (
     kl_cov_policy_loss,
     token_covariances,
 )
+from ppo_jax.core.critics import (
+    disputed_states,
+    ensemble_values,
+    explained_variance,
+    explained_variance_by_position,
+    mask_agreed_advantages,
+    value_bias,
+    value_calibration,
+)
 from ppo_jax.core.distributions import (
     chunked_token_statistics,
     entropy,
@@ -49,7 +58,12 @@ from ppo_jax.core.types import (
     TextBatch,
     TrainState,
 )
-from ppo_jax.core.value_losses import clipped_value_loss, explained_variance
+from ppo_jax.core.value_losses import (
+    classification_value_loss,
+    clipped_value_loss,
+    hl_gauss_targets,
+    hl_gauss_value,
+)
 
 __all__ = [
     "ESTIMATORS",
@@ -70,16 +84,22 @@ __all__ = [
     "apply_gradients",
     "chunked_token_statistics",
     "cispo_policy_loss",
+    "classification_value_loss",
     "clip_cov_weights",
     "clipped_policy_loss",
     "clipped_value_loss",
     "decoupled_policy_loss",
+    "disputed_states",
     "dppo_policy_loss",
     "dual_clip_policy_loss",
+    "ensemble_values",
     "entropy",
     "explained_variance",
+    "explained_variance_by_position",
     "gae",
     "gspo_policy_loss",
+    "hl_gauss_targets",
+    "hl_gauss_value",
     "importance_weights",
     "init_optimizer",
     "kl_cov_mask",
@@ -88,6 +108,7 @@ __all__ = [
     "kl_penalty_policy_loss",
     "last_token_index",
     "leave_one_out",
+    "mask_agreed_advantages",
     "masked_mean",
     "merge_params",
     "missing_eos_scores",
@@ -100,6 +121,8 @@ __all__ = [
     "token_logprobs",
     "token_rewards",
     "token_statistics",
+    "value_bias",
+    "value_calibration",
     "vpg_policy_loss",
     "whiten",
     "zero_padding",

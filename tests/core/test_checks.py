@@ -174,6 +174,7 @@ def with_networks(function, **missing):
     return function(None, frozen=run.frozen, networks=run.networks._replace(**missing))
 
 
+EDGES_OF_8 = jnp.arange(9.0)
 RIGHT_PADDED = jnp.arange(5)[None] < jnp.array([5, 3, 5, 5, 5, 5, 5, 5])[:, None]
 HUGE = math.exp(20)
 
@@ -205,6 +206,25 @@ EDGES = [
         lambda: core.explained_variance(same(0.0), NEARLY, EVERY),
         0.0,
     ),
+    (core.value_bias, "nothing", lambda: core.value_bias(ONES, ONES, ~MASK), 0.0),
+    (
+        core.value_bias,
+        "a mask of integers",
+        lambda: core.value_bias(ONES, ONES, TOKENS),
+        "assert_t",
+    ),
+    (core.explained_variance_by_position, "equal", lambda: by_position(same(1000.1)), 0.0),
+    (core.explained_variance_by_position, "0", lambda: by_position(NEARLY, 0), "num_bins must be"),
+    (core.value_calibration, "nothing", lambda: calibration(mask=~MASK), jnp.nan),
+    (core.value_calibration, "equal", lambda: calibration(num_bins=3), 1.0),
+    (core.value_calibration, "1.5 bins", lambda: calibration(num_bins=1.5), "num_bins must be at"),
+    (core.ensemble_values, "equal", lambda: core.ensemble_values(same(0.1)[None])[1], 0.0),
+    (core.ensemble_values, "one critic", lambda: core.ensemble_values(ONES), "assert_rank"),
+    (core.mask_agreed_advantages, "fraction 2", lambda: agreed(2), "fraction must be at least 0 a"),
+    (core.mask_agreed_advantages, "fraction [B]", lambda: agreed(ROW), RANK),
+    (core.mask_agreed_advantages, "equal", lambda: agreed(0.9), 1.0),
+    (core.disputed_states, "fraction -1", lambda: disputed(-1), "fraction must be at least 0"),
+    (core.disputed_states, "equal", lambda: disputed(0.9), 0.0),
     (masked_moments, "equal", lambda: masked_moments(same(1000.1), EVERY)[1], 0.0),
     (masked_moments, "equal but for rounding", lambda: masked_moments(NEARLY, EVERY)[1], 0.0),
     (masked_moments, "nan", lambda: masked_moments(same(jnp.nan), EVERY)[1], jnp.nan),
@@ -405,6 +425,22 @@ EDGES = [
     ),
     (core.clipped_value_loss, "clip [B]", lambda: ppo_loss(value_clip_range=ROW), RANK),
     (core.clipped_value_loss, "clip < 0", lambda: ppo_loss(value_clip_range=-1), "at least 0"),
+    (core.classification_value_loss, "nothing", lambda: classified(mask=~MASK), 0.0),
+    (
+        core.classification_value_loss,
+        "7 bins of 8",
+        lambda: classified(bins=EDGES_OF_8[1:]),
+        "assert_sh",
+    ),
+    (core.classification_value_loss, "equal logits", lambda: classified(), math.log(8)),
+    (core.hl_gauss_targets, "sigma 0", lambda: targets(0), "sigma must be above 0, got 0"),
+    (core.hl_gauss_targets, "sigma [B]", lambda: targets(ROW), RANK),
+    (core.hl_gauss_targets, "one edge", lambda: targets(1, [0]), "bins must be at least two"),
+    (core.hl_gauss_targets, "falling", lambda: targets(1, [1, 0]), "increasing edges, got"),
+    (core.hl_gauss_targets, "inf", lambda: targets(1, [0, math.inf]), "finite and increasing"),
+    (core.hl_gauss_targets, "inf of traced sigma 0", lambda: jax.jit(targets)(0.0)[..., -1], 1.0),
+    (core.hl_gauss_value, "bins", lambda: core.hl_gauss_value(LOGITS, bins=ROW), "assert_axis_dim"),
+    (core.hl_gauss_value, "equal", lambda: core.hl_gauss_value(LOGITS, bins=EDGES_OF_8), 4.0),
     (core.ppo_loss, "vf_coef [2]", lambda: ppo_loss(vf_coef=jnp.ones(2)), RANK),
     (core.ppo_loss, "entropy_coef [B]", lambda: ppo_loss(entropy_coef=ROW), RANK),
     (core.ppo_loss, "normalizer [B]", lambda: ppo_loss(normalizer=ROW), RANK),
@@ -621,6 +657,31 @@ def decoupled(**how):
 
 def aggregated(**how):
     return core.aggregation_weights(MASK, **how)
+
+
+def by_position(returns, num_bins=4):
+    return core.explained_variance_by_position(same(0.0), returns, EVERY, num_bins=num_bins)
+
+
+def calibration(mask=MASK, num_bins=2):
+    return jnp.stack(core.value_calibration(ONES, ONES, mask, num_bins=num_bins))
+
+
+def agreed(fraction):
+    return core.mask_agreed_advantages(ONES, ONES, MASK, fraction=fraction)
+
+
+def disputed(fraction):
+    return core.disputed_states(ONES, MASK, fraction=fraction)
+
+
+def classified(mask=MASK, bins=None):
+    bins = EDGES_OF_8 if bins is None else bins
+    return core.classification_value_loss(LOGITS, ONES, mask, bins=bins, sigma=1.0)[0]
+
+
+def targets(sigma, bins=(0, 1, 2)):
+    return core.hl_gauss_targets(jnp.inf * ONES, bins=jnp.array(bins, jnp.float32), sigma=sigma)
 
 
 def k3(d):

@@ -11,6 +11,15 @@ import pytest
 
 from ppo_jax.core.advantages import gae, whiten
 from ppo_jax.core.covariance import clip_cov_weights, kl_cov_policy_loss, token_covariances
+from ppo_jax.core.critics import (
+    disputed_states,
+    ensemble_values,
+    explained_variance,
+    explained_variance_by_position,
+    mask_agreed_advantages,
+    value_bias,
+    value_calibration,
+)
 from ppo_jax.core.distributions import entropy, token_logprobs, token_statistics
 from ppo_jax.core.importance import LEVELS, OUTSIDE, importance_weights
 from ppo_jax.core.kl import adaptive_kl_coef, kl_estimate
@@ -29,7 +38,12 @@ from ppo_jax.core.policy_losses import (
 )
 from ppo_jax.core.rewards import missing_eos_scores, token_rewards
 from ppo_jax.core.sequence_losses import aggregation_weights, gspo_policy_loss
-from ppo_jax.core.value_losses import clipped_value_loss, explained_variance
+from ppo_jax.core.value_losses import (
+    classification_value_loss,
+    clipped_value_loss,
+    hl_gauss_targets,
+    hl_gauss_value,
+)
 from ppo_jax.rollout.sampling import sample
 
 B, T, V = 3, 5, 7
@@ -89,6 +103,18 @@ def with_mask(function, **static):
     return lambda *arrays, **numbers: function(*arrays, MASK, **static, **numbers)
 
 
+def hl_gauss_of_returns(returns, *, sigma):
+    return hl_gauss_targets(returns, bins=BINS, sigma=sigma) @ array(15, V)
+
+
+def product_of_ensemble(values):
+    return jnp.multiply(*ensemble_values(values))
+
+
+def disputed_numbers(stds, mask, **numbers):
+    return disputed_states(stds, mask, **numbers).astype(jnp.float32)
+
+
 def with_eos(scores, **numbers):
     return missing_eos_scores(scores, HAS_EOS, **numbers)
 
@@ -112,6 +138,14 @@ CLIPPED_COV = with_mask(functools.partial(clip_cov_weights, jax.random.key(0)))
 PACKED_GSPO = with_mask(gspo_policy_loss, segment_ids=IDS)
 LOGITS = [array(11, B, T, V)]
 STEPS = [*THREE, array(12, B)]
+BINS = jnp.linspace(-2.0, 2.0, V + 1)
+CLASSIFICATION = with_mask(classification_value_loss, bins=BINS)
+CLASSES, HL_GAUSS = [*LOGITS, *ONE], dict(sigma=0.75, normalizer=11.0)
+VALUE_OF_BINS = functools.partial(hl_gauss_value, bins=BINS)
+BY_POSITION = with_mask(explained_variance_by_position, num_bins=2)
+CALIBRATION = with_mask(value_calibration, num_bins=2)
+ENSEMBLE, PADDED_ENSEMBLE = [array(14, 3, B, T)], np.broadcast_to(PADDED, (3, B, T))
+SHARE = dict(fraction=0.25)
 
 CASES = [
     Case("masked_mean", with_mask(masked_mean), ONE, dict(normalizer=11.0), [PADDED]),
@@ -139,6 +173,15 @@ CASES = [
     Case("ppo_loss", ppo_loss_of_arrays, SEVEN, PPO, [PADDED] * 7),
     Case("next_token_loss", with_mask(next_token_loss), ONE, dict(normalizer=11), [PADDED]),
     Case("explained_variance", with_mask(explained_variance), TWO, {}, [PADDED] * 2),
+    Case("explained_variance_by_position", BY_POSITION, TWO, {}, [PADDED] * 2),
+    Case("value_bias", with_mask(value_bias), TWO, {}, [PADDED] * 2),
+    Case("value_calibration", CALIBRATION, TWO, {}, [PADDED] * 2),
+    Case("classification_value_loss", CLASSIFICATION, CLASSES, HL_GAUSS, [PADDED] * 2),
+    Case("hl_gauss", hl_gauss_of_returns, ONE, dict(sigma=0.75), [PADDED], masks_itself=False),
+    Case("hl_gauss_value", VALUE_OF_BINS, LOGITS, {}, [PADDED], masks_itself=False),
+    Case("ensemble_values", product_of_ensemble, ENSEMBLE, {}, [PADDED_ENSEMBLE], False),
+    Case("mask_agreed", with_mask(mask_agreed_advantages), TWO, SHARE, [PADDED] * 2),
+    Case("disputed_states", with_mask(disputed_numbers), ONE, SHARE, [PADDED]),
     Case("preference_loss", preference_loss, [SCORES, array(13, B)], dict(margin=0.5)),
     Case("entropy", entropy, LOGITS, {}, [PADDED], masks_itself=False),
     Case("token_logprobs", logprobs_of_tokens, LOGITS, dict(temperature=0.7), [PADDED], False),
@@ -306,6 +349,11 @@ def test_masks_of_other_types_are_refused():
             aggregation_weights,
             lambda m: clipped_value_loss(ones, ones, ones, m),
             lambda m: explained_variance(ones, ones, m),
+            lambda m: value_bias(ones, ones, m),
+            lambda m: value_calibration(ones, ones, m, num_bins=2),
+            lambda m: mask_agreed_advantages(ones, ones, m, fraction=0.5),
+            lambda m: disputed_states(ones, m, fraction=0.5),
+            lambda m: classification_value_loss(LOGITS[0], ones, m, bins=BINS, sigma=1.0),
             last_token_index,
         ):
             with pytest.raises(AssertionError, match="assert_type"):
