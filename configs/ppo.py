@@ -64,7 +64,7 @@ def default() -> dict:
             init_from="base",  # or the folder of an SFT stage
             reward_model="runs/reward/reward",  # the folder of a reward stage, or "" and
             reward_function="",  # "module:function"
-            critic_init_from="",  # the reward model, or "policy": its body and a new head
+            critic_init_from="",  # the reward model; "policy": its body and a new head; or a model
             trainable="all",  # or a number of top layers, or "lora"
             value_trainable="all",  # the same for the critic
             num_iterations=200,

@@ -16,6 +16,13 @@ from ppo_jax.core.kl import ESTIMATORS, REWARD_ESTIMATORS, REWARD_RULE
 from ppo_jax.core.optimizer import SCHEDULES
 from ppo_jax.models.lora import TARGETS
 
+CRITIC_STARTS = ("", "reward_model", "policy", "scratch")  # what names no model of its own
+
+
+def names_critic(settings: "PPOSettings") -> bool:
+    """Whether `critic_init_from` names the model that the critic starts from."""
+    return settings.critic_init_from not in CRITIC_STARTS
+
 
 def check_trainable(check: Check, *fields: str):
     """Each field says which parameters of a network are trained."""
@@ -198,7 +205,9 @@ class PPOSettings:
     # run ends
     critic_init_from: str = ""  # "reward_model", or "policy": its body and a head of zeros; "" is
     # the reward model, or the policy where scores come from text: of a function, or of a reward
-    # model with a tokenizer of its own. "scratch" is the policy's shape with random weights
+    # model with a tokenizer of its own. "scratch" is the policy's shape with random weights. Or a
+    # model of any size with the policy's tokenizer: a stage of this workdir, "base", a stage folder
+    # (of PPO its critic) or a model
     trainable: str | int = "all"  # "all", a number of top layers such as "4", "head" or "lora"
     value_trainable: str | int = "all"  # the same for the layers of the critic
     lora: LoRASettings = LoRASettings()  # of the adapters of policy and critic
@@ -387,9 +396,12 @@ class PPOSettings:
         count = len(self.reward_functions)
         rule = f"() or {count} numbers, one for each of reward_functions"
         check.that(len(self.reward_weights) in (0, count), "reward_weights", rule)
-        check.choice("critic_init_from", "", "reward_model", "policy", "scratch")
+        rule = "a stage before ppo, or of another run: this one has no critic yet"
+        own = re.fullmatch(r"ppo(@\w+)?", self.critic_init_from)
+        check.that(own is None, "critic_init_from", rule)
         possible = bool(self.reward_model) or self.critic_init_from != "reward_model"
-        check.that(possible, "critic_init_from", "'policy', 'scratch' or '' with a reward_function")
+        rule = "'policy', 'scratch', '' or a model with a reward_function"
+        check.that(possible, "critic_init_from", rule)
         whole = self.critic_init_from != "scratch" or self.value_trainable == "all"
         check.that(whole, "value_trainable", "'all' with critic_init_from='scratch'")
         if not needs_critic(self.advantages):

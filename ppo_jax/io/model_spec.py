@@ -3,17 +3,19 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from ppo_jax.config.run import STAGE_NAMES, Config, ModelSettings, ScratchSettings
+from ppo_jax.config.stages import names_critic
 from ppo_jax.data.encode import leading_tokens
 from ppo_jax.io import huggingface as hf
 from ppo_jax.io import tokenizers as vocabulary
 from ppo_jax.io.base_model import llama_config
+from ppo_jax.io.critics import critic_config, has_critic
 from ppo_jax.io.hub import NotThere, model_folder
 from ppo_jax.io.integrity import reading_file
 from ppo_jax.io.stage_folder import (
@@ -79,6 +81,19 @@ def read_shape(path: str | os.PathLike, settings: ModelSettings) -> ModelSpec:
     return ModelSpec(kind=kind, config=config, tokenizer=tokenizer, padding_id=padding_id)
 
 
+def read_critic_shape(path: str, settings: ModelSettings) -> ModelSpec:
+    """`read_shape` of what `critic_init_from` names: of a PPO stage it is that of the critic.
+
+    Raises:
+        ValueError: as `read_shape`, or the stage has no critic.
+    """
+    spec = read_shape(path, settings)
+    if not has_critic(describe_stage(Path(path))):
+        return spec
+    config = dataclasses.replace(critic_config(Path(path)), **computation(settings))
+    return dataclasses.replace(spec, kind="reward", config=config)
+
+
 def check_weights(folder: Path, config: ModelConfig):
     """The weight files are whole and hold the tensors of the config, by their headers alone.
 
@@ -120,6 +135,7 @@ def scratch_shape(settings: ScratchSettings) -> ModelSpec:
 def needs_base(config: Config, stages: Sequence[str]) -> bool:
     """Whether any of the stages that will run reads the base model."""
     starts = [getattr(config, stage).init_from for stage in ("reward", "ppo") if stage in stages]
+    starts += [config.ppo.critic_init_from] if "ppo" in stages else []
     compared = "evaluate" in stages and split_step(config.ppo.init_from)[0] in ("base", "sft")
     return "sft" in stages or "base" in starts or compared
 
@@ -136,19 +152,19 @@ def initial_models(
         stages: those that will run, in their order.
 
     Returns:
-        Specs under "sft", "reward" and "ppo" (for the evaluation too), and under "score" that of
-        PPO's reward model.
+        Specs under "sft", "reward" and "ppo" (for the evaluation too), under "score" that of PPO's
+        reward model, and under "critic" that of the model that `ppo.critic_init_from` names.
     """
     starts: dict[str, ModelSpec] = {}
     trained: dict[str, ModelSpec] = {}
 
-    def spec(field: str, name: str) -> ModelSpec:
+    def spec(field: str, name: str, read: Callable[..., ModelSpec] = read_shape) -> ModelSpec:
         path = resolve(name, workdir, base)
         stage, _ = split_step(name)
         if stage in STAGE_NAMES and not has_begun(Path(path)):  # a stage of this run
             return trained[stage]
         try:
-            return read_shape(path, config.model)
+            return read(path, config.model)
         except NotThere as error:
             raise ValueError(f"{'model.path' if name == 'base' else field}: {error}") from error
 
@@ -163,4 +179,7 @@ def initial_models(
         starts["ppo"] = spec("ppo.init_from", config.ppo.init_from)
     if "ppo" in stages and config.ppo.reward_model:
         starts["score"] = spec("ppo.reward_model", config.ppo.reward_model)
+    if "ppo" in stages and names_critic(config.ppo):
+        name = config.ppo.critic_init_from
+        starts["critic"] = spec("ppo.critic_init_from", name, read_critic_shape)
     return starts

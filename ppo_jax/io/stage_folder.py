@@ -42,8 +42,9 @@ DESCRIPTION = {  # what stage.json holds
     **{"stage": "a text", "kind": "a text", "model": "an object", "frozen": "true or false"},
     **{"settings": "an object", "num_steps": "a whole number", "trained_field": "a text"},
     **{"data": "an object", "sources": "an object of numbers"},
+    "critic": "an object",  # of PPO, see `critics.keep_critic`
 }
-LATER = {"trained_field", "data", "sources"}  # those that older stages lack
+LATER = {"trained_field", "data", "sources", "critic"}  # those that other stages lack
 
 # Of a metric; a user's reward may have any name.
 LOWER_IS_BETTER = re.compile(r"^(?!reward/(?!kl_)).*(?<![a-z])(loss|perplexity|error|kl)(?![a-z])")
@@ -245,6 +246,8 @@ def describe_stage(folder: Path) -> dict | None:
         raise ValueError(f"{path} must be as a stage writes it, but lacks {missing}")
     try:
         build(ModelConfig, description["model"], "model.")
+        if critic := description.get("critic"):
+            build(ModelConfig, critic.get("model"), "critic.model.")
         if description["kind"] not in ("policy", "reward"):
             raise ValueError(f"kind must be 'policy' or 'reward', got {description['kind']!r}")
     except ValueError as error:
@@ -333,6 +336,14 @@ def load_source(
         ValueError: the stage is not complete: half of a training is seldom meant, unless `name`
             has a step of its own.
     """
+    path, step = find_source(name, workdir, base, step)
+    return load_model(path, settings, layout, step)
+
+
+def find_source(
+    name: str, workdir: Path, base: str, step: int | None = None
+) -> tuple[str, int | None]:
+    """(path, step) of what a stage starts from, arguments and errors as for `load_source`."""
     path, asked = resolve(name, workdir, base), split_step(name)[1]
     folder = Path(path)
     if step is not None:
@@ -345,7 +356,7 @@ def load_source(
                 f"the stage {path} is not complete: {missing}. Run it to its end first."
             )
         step = Checkpoints(folder / "checkpoints").readable_step()
-    return load_model(path, settings, layout, step)
+    return path, step
 
 
 def stage_folder(workdir: str | os.PathLike, stage: str) -> Path:
@@ -366,7 +377,12 @@ def stage_folder(workdir: str | os.PathLike, stage: str) -> Path:
 
 def trained_config(description: dict) -> ModelConfig:
     """The config of a stage's model as it was trained, from its `stage.json`."""
-    values = dict(description["model"])
+    return model_config(description["model"])
+
+
+def model_config(values: Mapping[str, Any]) -> ModelConfig:
+    """The config of a model from what `stage.json` keeps of it."""
+    values = dict(values)
     scaling = values.pop("rope_scaling")
     return ModelConfig(**values, rope_scaling=RopeScaling(**scaling) if scaling else None)
 

@@ -12,7 +12,7 @@ import jax
 
 from ppo_jax.config.parsing import load_function
 from ppo_jax.config.run import STAGE_NAMES, Config
-from ppo_jax.config.stages import LoRASettings, PPOSettings, RewardSettings
+from ppo_jax.config.stages import LoRASettings, PPOSettings, RewardSettings, names_critic
 from ppo_jax.core.advantages import needs_critic
 from ppo_jax.data.comparisons import RewardData
 from ppo_jax.data.encode import TokenizedTexts
@@ -104,7 +104,7 @@ def check_run(
     if "reward" in stages:
         check_reward(config, starts["reward"])
     if "ppo" in stages:
-        check_ppo(config.ppo, starts["ppo"], starts.get("score"))
+        check_ppo(config.ppo, starts["ppo"], starts.get("score"), starts.get("critic"))
     return check_data(config, starts, stages)
 
 
@@ -180,6 +180,8 @@ def check_sources(config: Config, workdir: Path, stages: Sequence[str]):
         for field in read.get(stage, []):
             section, name = field.split(".")
             value, step = split_step(getattr(getattr(config, section), name))
+            if name == "critic_init_from" and not names_critic(config.ppo):
+                continue
             pin = source_steps(workdir / section).get(name)
             if pin is not None and value not in STAGE_NAMES:
                 check_pin(Path(value), pin)
@@ -187,7 +189,7 @@ def check_sources(config: Config, workdir: Path, stages: Sequence[str]):
                 check_step(Path(resolve(value, workdir, "")), step)
             elif value in STAGE_NAMES:
                 check_stage_name(field, value, workdir, stages[: stages.index(stage)])
-            elif value and not (value == "base" and name == "init_from"):
+            elif value and not (value == "base" and name.endswith("init_from")):
                 check_path(field, value)
     if config.model.path and describe_stage(Path(config.model.path)):
         raise ValueError(
@@ -311,8 +313,14 @@ def check_reward(config: Config, start: ModelSpec):
     check_part("reward.trainable", settings.trainable, settings.lora, lower)
 
 
-def check_ppo(settings: PPOSettings, policy: ModelSpec, score: ModelSpec | None):
-    """Lengths fit the policy; the reward model scores, and reads what the policy writes."""
+def check_ppo(
+    settings: PPOSettings,
+    policy: ModelSpec,
+    score: ModelSpec | None,
+    named: ModelSpec | None = None,
+):
+    """Lengths fit the policy; the reward model scores, and reads what the policy writes, as a
+    critic that is named does."""
     reason = reread_reason(policy, score) if score else ""
     readers = [policy] if score is None or reason else [policy, score]
     context = min(reader.config.max_length for reader in readers)
@@ -334,9 +342,24 @@ def check_ppo(settings: PPOSettings, policy: ModelSpec, score: ModelSpec | None)
         )
     if reason:
         check_text_reward(settings, score, reason)
-    if needs_critic(settings.advantages):
-        critic = critic_source(settings, policy, score)
+    if named is not None:
+        check_critic(settings, policy, named)
+    if needs_critic(settings.advantages) and bool(named) == names_critic(settings):
+        critic = critic_source(settings, policy, score, named)
         check_part("ppo.value_trainable", settings.value_trainable, settings.lora, critic.config)
+
+
+def check_critic(settings: PPOSettings, policy: ModelSpec, critic: ModelSpec):
+    """A critic from elsewhere reads the policy's tokens, as many as there are."""
+    given = "ppo.critic_init_from must be a model with the policy's tokens, got "
+    if reason := reread_reason(policy, dataclasses.replace(critic, padding_id=None)):
+        raise ValueError(f"{given}{settings.critic_init_from!r}: {reason}")
+    total, most = settings.max_prompt_length + settings.response_length, critic.config.max_length
+    if total > most:
+        raise ValueError(
+            f"ppo.max_prompt_length + ppo.response_length must be at most {most} (the context of "
+            f"the critic, {settings.critic_init_from}), got {total}"
+        )
 
 
 def check_text_reward(settings: PPOSettings, score: ModelSpec, reason: str):

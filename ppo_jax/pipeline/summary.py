@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from ppo_jax.config.run import STAGE_NAMES, Config
-from ppo_jax.config.stages import LoRASettings, PPOSettings
+from ppo_jax.config.stages import LoRASettings, PPOSettings, names_critic
 from ppo_jax.core.advantages import needs_critic
 from ppo_jax.core.network import merge_params
 from ppo_jax.data.chat import Chat
@@ -44,7 +44,7 @@ def summary(
     if "ppo" in stages:
         rows += ppo_rows(config.ppo, starts["ppo"].config)
         rows += evaluation_rows(config)
-        rows += memory_rows(config.ppo, starts["ppo"], starts.get("score"))
+        rows += memory_rows(config.ppo, starts["ppo"], starts.get("score"), starts.get("critic"))
         rows += text_reward_rows(config.ppo, starts["ppo"], starts.get("score"), data["ppo"])
         rows += stop_rows(config.ppo, starts["ppo"].tokenizer)
     if "evaluate" in stages:
@@ -202,7 +202,9 @@ def turn_end(tokenizer: Any, prompts: Sequence[str]) -> str | None:
     return ends[-1].group() if ends else None
 
 
-def memory_rows(s: PPOSettings, policy: ModelSpec, score: ModelSpec | None) -> Rows:
+def memory_rows(
+    s: PPOSettings, policy: ModelSpec, score: ModelSpec | None, named: ModelSpec | None = None
+) -> Rows:
     """Float32 parameters of the models. Frozen layers that two of them share count once, unless
     one of the two is trained whole: at most so much, then."""
     params = shapes_with_adapters(parameters(policy), policy.config, s.trainable, s.lora)
@@ -216,15 +218,19 @@ def memory_rows(s: PPOSettings, policy: ModelSpec, score: ModelSpec | None) -> R
     alone = score is None or bool(reread_reason(policy, score))  # shares no layer
     critic_trained = 0
     if needs_critic(s.advantages):
-        critic = critic_source(s, policy, score)
+        critic = critic_source(s, policy, score, named)
         value = parameters(dataclasses.replace(critic, kind="reward"))
         value = shapes_with_adapters(value, critic.config, s.value_trainable, s.lora)
         critic_trained = count_trained(critic.config, value, s.value_trainable)
+        if named is not None:
+            trains += [("critic starts from", f"{s.critic_init_from}: {describe(named)}")]
         trains += [("critic trains", trained(critic.config, value, s.value_trainable))]
         partial = not {s.trainable, s.value_trainable} & {"all", "lora"}  # the top layers of both
         shared = partial or s.value_trainable == "lora"
+        shared = shared and named is None
         memory["critic"] = critic_trained if shared else count(value)
-        scorer = min(scorer, critic_trained) if partial and not alone else scorer
+        if partial and not alone and named is None:
+            scorer = min(scorer, critic_trained)
     else:
         unread = "value_trainable, value_learning_rate, vf_coef, value_clip_range and gae_lambda"
         trains += [("without a critic", f"{unread} are not read")]
@@ -260,7 +266,7 @@ def text_reward_rows(
         f"two programs, about {seconds:.2g} s; no layer is shared"
     )
     rows = [("reward model", describe(score)), ("reward model reads", f"text, as {reason}: {cost}")]
-    if needs_critic(s.advantages):
+    if needs_critic(s.advantages) and not names_critic(s):
         rows.append(("critic starts as", "the policy with a head of zeros: it reads tokens"))
     return rows
 

@@ -24,13 +24,14 @@ from ppo_jax.algorithms.experience import (
 from ppo_jax.algorithms.ppo import init_ppo, ppo_update
 from ppo_jax.algorithms.supervised import text_scores
 from ppo_jax.config.run import STAGE_NAMES, Config, ModelSettings
-from ppo_jax.config.stages import LoRASettings, PPOSettings
+from ppo_jax.config.stages import LoRASettings, PPOSettings, names_critic
 from ppo_jax.core.advantages import needs_critic
 from ppo_jax.core.types import FrozenParams, Hyperparameters, Params, PPOState, Prompts
 from ppo_jax.distributed.layout import Layout, abstract
 from ppo_jax.inference.generate import prompt_width
 from ppo_jax.io import huggingface as hf
 from ppo_jax.io.base_model import llama_config
+from ppo_jax.io.critics import critic_config, has_critic
 from ppo_jax.io.model_spec import ModelSpec, parameters_of, reread_reason
 from ppo_jax.io.stage_folder import Model, describe_stage, split_step, stage_config
 from ppo_jax.io.tokenizers import load_tokenizer
@@ -85,16 +86,26 @@ def read_models(config: Config) -> Models:
         raise ValueError("plan needs a config with a ppo section, got none")
     s, base = config.ppo, read_base_config(config.model)
     policy = read_model_config(s.init_from, config.model) or base
-    reward = None
-    if s.reward_model:
-        reward = read_model_config(s.reward_model, config.model) or base
-        if split_step(s.reward_model)[0] == "reward" and config.reward and config.reward.num_layers:
-            reward = dataclasses.replace(reward, num_layers=config.reward.num_layers)
+    reward = scorer_config(s.reward_model, config, base) if s.reward_model else None
     critic, by_text = None, reward is not None and reads_text(config, policy, reward)
-    if needs_critic(s.advantages):
+    if names_critic(s):
+        critic = scorer_config(s.critic_init_from, config, base)
+    elif needs_critic(s.advantages):
         of_policy = reward is None or by_text or s.critic_init_from in ("policy", "scratch")
         critic = policy if of_policy else reward
     return Models(policy=policy, critic=critic, reward=reward, reads_text=by_text)
+
+
+def scorer_config(name: str, config: Config, base: ModelConfig) -> ModelConfig:
+    """The config of what `reward_model` or `critic_init_from` names; a reward model of this run has
+    the lowest layers of the base model, as many as the config keeps."""
+    folder = Path(split_step(name)[0])
+    if has_critic(describe_stage(folder)):
+        return dataclasses.replace(critic_config(folder), **computation(config.model))
+    found = read_model_config(name, config.model) or base
+    if str(folder) == "reward" and config.reward and config.reward.num_layers:
+        return dataclasses.replace(found, num_layers=config.reward.num_layers)
+    return found
 
 
 def reads_text(config: Config, policy: ModelConfig, reward: ModelConfig) -> bool:
@@ -129,17 +140,15 @@ def local_spec(name: str, config: ModelConfig) -> ModelSpec | None:
     )
 
 
-def common_layers(config: Config, models: Models) -> int:
-    """How many of the lowest layers policy and reward model share as PPO begins: those that the
-    stages of the config do not train; 0 for a reward model from elsewhere, or none."""
-    if models.reward is None:
-        return 0
-    configs = {"sft": models.policy, "reward": models.reward}
-    policy, reward = (
-        ancestors(config, split_step(name)[0], configs)
-        for name in (config.ppo.init_from, config.ppo.reward_model)
+def common_layers(config: Config, models: Models, other: str) -> int:
+    """How many of the lowest layers the policy and another model share as PPO begins: those that
+    the stages of the config do not train; 0 for a model from elsewhere."""
+    configs = {"sft": models.policy}
+    configs |= {"reward": models.reward} if models.reward else {}
+    policy, scorer = (
+        ancestors(config, split_step(name)[0], configs) for name in (config.ppo.init_from, other)
     )
-    return max((min(policy[name], reward[name]) for name in policy.keys() & reward), default=0)
+    return max((min(policy[name], scorer[name]) for name in policy.keys() & scorer), default=0)
 
 
 def ancestors(config: Config, name: str, configs: Mapping[str, ModelConfig]) -> dict[str, int]:
@@ -300,8 +309,8 @@ class AbstractArguments:
         self.hyperparameters = jax.tree.map(lambda x: self.replicated(x.dtype), hyperparameters)
         self.key = self.replicated(jax.random.key(0).dtype)
         abstract_models = begin_abstract_models(config, models, self.layout)
-        shared = functools.partial(planned_sharing, config, models)
         policy, reward, critic = abstract_models
+        shared = functools.partial(planned_sharing, config, models, critic)
         in_program = None if models.reads_text else reward
         self.starts = network_starts(s, policy, in_program, critic, shared)
         policy, reward, critic = (m and m.config for m in (policy, in_program, critic))
@@ -344,16 +353,25 @@ def begin_abstract_models(
         for kind, c in (("policy", models.policy), ("reward", models.reward))
     )
     settings = config.ppo
-    if models.reads_text and models.critic is not None:
+    if models.reads_text and models.critic is not None and not names_critic(settings):
         settings = dataclasses.replace(settings, critic_init_from="policy")
-    return begin_models(settings, policy, reward, config.ppo_seed, layout, abstract)
+    named = None
+    if names_critic(settings):
+        params = parameters_of("reward", models.critic)
+        named = Model(kind="reward", config=models.critic, params=params, tokenizer=None)
+    return begin_models(settings, policy, reward, config.ppo_seed, layout, abstract, named)
 
 
-def planned_sharing(config: Config, models: Models, policy: Model, other: Model) -> int:
+def planned_sharing(
+    config: Config, models: Models, critic: Model | None, policy: Model, other: Model
+) -> int:
     """How many of the lowest layers two models will share, see `shared_layers`."""
     if other.params["embed"] is policy.params["embed"]:  # a critic on the policy's body
         return other.config.num_layers
-    return common_layers(config, models)
+    mine, own = (dataclasses.replace(x.config, num_layers=1) for x in (policy, other))
+    named = other is critic and names_critic(config.ppo)
+    name = config.ppo.critic_init_from if named else config.ppo.reward_model
+    return common_layers(config, models, name) if mine == own else 0
 
 
 def without_remat(models: Models) -> Models:

@@ -30,6 +30,7 @@ from ppo_jax.core.types import FrozenParams, Hyperparameters, Params, PPOState, 
 from ppo_jax.data.encode import take_prompts
 from ppo_jax.data.prompts import PromptData
 from ppo_jax.distributed.layout import LaneLayout, make_layouts, over_lanes
+from ppo_jax.io.critics import keep_critic, load_critic
 from ppo_jax.io.run_folder import without_workdir
 from ppo_jax.io.stage_folder import Model, load_source, resolve, split_step
 from ppo_jax.training.common import compile_step, freeze
@@ -187,16 +188,18 @@ def begin(lanes: Sequence[Lane], layout: LaneLayout):
         model or None, tokenizer). Models are shared by their folders and steps, and of what is
         left each array whose numbers are those of all lanes.
     """
-    inner, load = layout.layouts[0], load_once()
+    inner, loaders = layout.layouts[0], (load_once(load_source), load_once(load_critic))
     settings, dtype = lanes[0].config.ppo, lanes[0].config.model.frozen_dtype
     frozen, trained, places = [], [], []
     for config, workdir, base, data in lanes:
-        models = find_models(config, workdir, base, inner, load)
+        models = find_models(config, workdir, base, inner, *loaders)
         places.append(starts_of(settings, *models))
         own, policy, critic = split_models(settings, *models, places[-1])
         frozen.append(own)
         trained.append((inner.shard_params(policy), critic and inner.shard_params(critic)))
-        open_ppo(config, workdir, models[0], models[1], data)
+        open_ppo(config, workdir, *models, data)
+        if models[2] is not None:
+            keep_critic(workdir / "ppo", models[2].config, own.value, places[-1][1])
     if len(set(places)) > 1:
         raise ValueError(
             f"lanes of one program share as many layers with their reward models; got {places}"
@@ -284,8 +287,9 @@ def numbers_of(config: Config) -> frozenset[tuple[str, Any]]:
     return frozenset(numbers | optimizer | {("run's seed", config.seed)})
 
 
-def load_once() -> Callable[..., Model]:
-    """`load_source` that reads a folder's step once, however many lanes start from it."""
+def load_once(load_source: Callable[..., Model]) -> Callable[..., Model]:
+    """`load_source`, or `load_critic`, that reads a folder's step once, however many lanes start
+    from it."""
     loaded: dict[tuple, Model] = {}
 
     def load(name: str, workdir: Path, base: str, step: int | None = None, **how: Any) -> Model:

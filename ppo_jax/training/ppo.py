@@ -14,13 +14,14 @@ from ppo_jax.algorithms.ppo import init_ppo, ppo_iteration, update_from_rollout
 from ppo_jax.algorithms.supervised import text_scores
 from ppo_jax.config.parsing import FunctionFailed
 from ppo_jax.config.run import Config
-from ppo_jax.config.stages import PPOSettings
+from ppo_jax.config.stages import PPOSettings, names_critic
 from ppo_jax.core.types import PPOState, Prompts, Rollout
 from ppo_jax.data.encode import take_prompts
 from ppo_jax.data.prompts import PromptBuckets, PromptData, prompt_data
 from ppo_jax.distributed.layout import Layout, fetch, gather_rows, local_rows, make_layouts
 from ppo_jax.inference.generate import decode_rows, prompt_width
 from ppo_jax.inference.score import encode_responses
+from ppo_jax.io.critics import keep_critic, load_critic
 from ppo_jax.io.model_spec import ModelSpec
 from ppo_jax.io.run_folder import append_rows
 from ppo_jax.io.stage_folder import Model, load_source, source_steps
@@ -70,13 +71,15 @@ def train_ppo(
     `ppo.evaluate_every`."""
     settings, layouts = config.ppo, make_layouts(config.mesh)
     layout = layouts[0]
-    policy, reward, critic = find_models(config, workdir, base, layout)
+    policy, reward, critic = models = find_models(config, workdir, base, layout)
     rows, num_steps = data.prompts, settings.num_iterations
     samples_each = settings.samples_per_prompt
     buckets = make_buckets(settings, rows, config.ppo_seed)
-    open_ppo(config, workdir, policy, reward, data)
+    open_ppo(config, workdir, *models, data)
     tell_settings(settings, buckets)
-    setup, *start = make_setup(settings, policy, reward, critic, layouts, config.model.frozen_dtype)
+    setup, *start = make_setup(settings, *models, layouts, config.model.frozen_dtype)
+    if critic is not None:
+        keep_critic(workdir / "ppo", critic.config, setup.frozen.value, setup.value_start)
     tokenizer = policy.tokenizer
     scorer = functools.partial(make_scorer, settings, setup, reward, tokenizer, layout)
     score, sampler = scorer(data), compile_sampler(setup, layout)
@@ -87,7 +90,7 @@ def train_ppo(
             setup, tokenizer, prompts, scorer(prompts), layout, sampler, config
         )
         evaluation = Evaluation(sample, rate)
-    del policy, reward, critic, scorer  # the setup has what is used of them
+    del policy, reward, critic, models, scorer  # the setup has what is used of them
     samples = make_sampler(setup, tokenizer, data, settings, score, layout, sampler)
     with ppo_run(config, workdir) as run:
         state = run.restore(layout, init_ppo, *start, setup.hyperparameters)
@@ -118,8 +121,16 @@ def train_ppo(
             run.end_step(i + 1, state, metrics)
 
 
-def open_ppo(config: Config, workdir: Path, policy: Model, reward: Model | None, data: PromptData):
+def open_ppo(
+    config: Config,
+    workdir: Path,
+    policy: Model,
+    reward: Model | None,
+    critic: Model | None,
+    data: PromptData,
+):
     """Begin the stage of a run, or make sure that it can go on."""
+    named = critic if names_critic(config.ppo) else None
     open_stage(
         PPO,
         config,
@@ -127,7 +138,7 @@ def open_ppo(config: Config, workdir: Path, policy: Model, reward: Model | None,
         policy,
         num_steps=config.ppo.num_iterations,
         data=fingerprint(data),
-        sources={"init_from": policy, "reward_model": reward},
+        sources={"init_from": policy, "reward_model": reward, "critic_init_from": named},
     )
 
 
@@ -170,17 +181,19 @@ def find_models(
     base: str,
     layout: Layout,
     load_source: Callable[..., Model] = load_source,
+    load_critic: Callable[..., Model] = load_critic,
 ):
     """(policy, reward model or None, critic) as the run begins, with adapters where it is they that
     are trained. A run that goes on begins from the same steps of other stages."""
     settings, pins = config.ppo, source_steps(workdir / "ppo")
-    load = functools.partial(
-        load_source, workdir=workdir, base=base, settings=config.model, layout=layout
-    )
-    policy, reward = load(settings.init_from, step=pins.get("init_from")), None
-    if settings.reward_model:
-        reward = load(settings.reward_model, step=pins.get("reward_model"))
-    return begin_models(settings, policy, reward, config.ppo_seed, layout)
+
+    def load(field: str, load: Callable[..., Model] = load_source) -> Model:
+        how = dict(settings=config.model, layout=layout, step=pins.get(field))
+        return load(getattr(settings, field), workdir=workdir, base=base, **how)
+
+    policy, reward = load("init_from"), load("reward_model") if settings.reward_model else None
+    named = load("critic_init_from", load_critic) if names_critic(settings) else None
+    return begin_models(settings, policy, reward, config.ppo_seed, layout, named=named)
 
 
 def tell_what_comes(start: int, settings: PPOSettings, samples: Path):
@@ -455,7 +468,7 @@ PPO = Stage(
     label="PPO",
     makes="A language model aligned by PPO with a KL penalty",
     data_fields=("prompts",),
-    source_fields=("init_from", "reward_model"),
+    source_fields=("init_from", "reward_model", "critic_init_from"),
     trained_field="policy_params",
     step_unit="iteration",
     extendable=True,

@@ -36,6 +36,7 @@ class Setup:
     hyperparameters: Hyperparameters
     frozen: FrozenParams
     text_reward: Network | None = None  # a reward model that reads text, of `frozen.reward`
+    value_start: int | None = None  # layers that the critic has in common with the policy's trunk
 
 
 def make_hyperparameters(settings: PPOSettings) -> Hyperparameters:
@@ -302,6 +303,7 @@ def setup_of(
         hyperparameters=layout.replicate(make_hyperparameters(settings)),
         frozen=frozen,
         text_reward=text_reward,
+        value_start=starts[1],
     )
 
 
@@ -312,6 +314,7 @@ def begin_models(
     seed: int,
     layout: Layout,
     make: Callable[..., Any] = init_sharded,
+    named: Model | None = None,
 ) -> tuple[Model, Model | None, Model | None]:
     """(policy, reward model, critic) as PPO begins: adapters are there, where they are trained.
 
@@ -324,13 +327,14 @@ def begin_models(
         seed: of the adapters, and of a critic from scratch.
         layout: where these are put.
         make: what makes them, see `with_adapters`.
+        named: the model that `critic_init_from` names, if it does.
     """
     adapt = functools.partial(
         with_adapters, lora=settings.lora, seed=seed, layout=layout, make=make
     )
     critic = None
     if needs_critic(settings.advantages):
-        critic = make_critic(settings, policy, reward)
+        critic = make_critic(settings, policy, reward, named)
         if settings.critic_init_from == "scratch":
             init = functools.partial(value_network(critic.config).init, jax.random.key(seed))
             body = make(layout, init)
@@ -339,18 +343,24 @@ def begin_models(
     return adapt(policy, settings.trainable), reward, critic
 
 
-def critic_source(settings: PPOSettings, policy: Any, reward: Any) -> Any:
-    """Which of two models, or of their specs, the critic starts from: the reward model if there is
-    one that reads the policy's tokens, but for `critic_init_from="policy"`; "scratch" has the
-    policy's shape."""
+def critic_source(settings: PPOSettings, policy: Any, reward: Any, named: Any = None) -> Any:
+    """Which of some models, or of their specs, the critic starts from: the one that
+    `critic_init_from` names, or the reward model if there is one that reads the policy's tokens,
+    but for "policy"; "scratch" has the policy's shape."""
+    if named is not None:
+        return named
     of_policy = reward is None or settings.critic_init_from in ("policy", "scratch")
     return policy if of_policy or reread_reason(policy, reward) else reward
 
 
-def make_critic(settings: PPOSettings, policy: Model, reward: Model | None) -> Model:
-    """Where the critic starts: the reward model, or the policy's body with a head of zeros."""
-    if critic_source(settings, policy, reward) is reward:
-        return reward
-    width = policy.config.embed_dim
+def make_critic(
+    settings: PPOSettings, policy: Model, reward: Model | None, named: Model | None = None
+) -> Model:
+    """Where the critic starts: a reward model or another critic as it is, or the body of a policy
+    with a head of zeros."""
+    source = critic_source(settings, policy, reward, named)
+    if source.kind == "reward":
+        return source
+    width = source.config.embed_dim
     head = {"kernel": np.zeros((width, 1), np.float32), "bias": np.zeros(1, np.float32)}
-    return dataclasses.replace(policy, kind="reward", params={**policy.params, "head": head})
+    return dataclasses.replace(source, kind="reward", params={**source.params, "head": head})

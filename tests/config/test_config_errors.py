@@ -116,7 +116,7 @@ BAD = [
     ("ppo.kl_estimator", "k3", "push the policy away from the reference"),
     ("ppo.kl_control", "none", "adaptive"),
     ("ppo.old_logprobs", "sampled", "recompute"),
-    ("ppo.critic_init_from", "sft", "reward_model"),
+    ("ppo.critic_init_from", "ppo@3", "a stage before ppo"),
     ("sft.trainable", "top", "'head'"),
     ("sft.trainable", "0", ">= 1"),
     ("sft.trainable", -1, ">= 1"),
@@ -199,7 +199,9 @@ def test_a_critic_cannot_start_from_a_reward_model_that_is_not_there():
     by_function = {"ppo.reward_model": "", "ppo.reward_function": "module:function"}
     for source in ("", "policy"):
         assert from_config_dict(changed(by_function | {"ppo.critic_init_from": source}))
-    with pytest.raises(ValueError, match="ppo.critic_init_from must be 'policy', 'scratch' or ''"):
+    with pytest.raises(
+        ValueError, match="ppo.critic_init_from must be 'policy', 'scratch', '' or a model"
+    ):
         from_config_dict(changed(by_function | {"ppo.critic_init_from": "reward_model"}))
 
 

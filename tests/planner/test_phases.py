@@ -9,7 +9,7 @@ import pytest
 
 from ppo_jax.algorithms.ppo import init_ppo
 from ppo_jax.algorithms.supervised import accumulate
-from ppo_jax.config.stages import LoRASettings
+from ppo_jax.config.stages import LoRASettings, names_critic
 from ppo_jax.core.network import merge_params
 from ppo_jax.distributed.layout import Layout, init_sharded, make_mesh
 from ppo_jax.distributed.trees import named_leaves
@@ -41,6 +41,7 @@ RUNS = {
     "all three on the trunk": dict(ppo=TOP, reward=REWARD),
     "a reward model from elsewhere": dict(ppo=TOP),
     "the critic's top alone": dict(ppo=dict(value_trainable=1)),
+    "a critic from elsewhere": dict(ppo=TOP | dict(critic_init_from="elsewhere")),
     "no critic": dict(ppo=dict(advantages="leave_one_out", samples_per_prompt=2)),
     "no critic, one trunk": dict(
         ppo=BY_FUNCTION | dict(trainable=1, advantages="leave_one_out", samples_per_prompt=2)
@@ -77,7 +78,8 @@ def begun(config, models, layouts):
         )
         params = {**reward.params, "layers": layers, "embed": policy.params["embed"]}
         reward = dataclasses.replace(reward, params=layout.shard_params(params))
-    found = begin_models(config.ppo, policy, reward, config.seed, layout)
+    named = model("reward", models.critic, 2) if names_critic(config.ppo) else None
+    found = begin_models(config.ppo, policy, reward, config.seed, layout, named=named)
     setup, *start = make_setup(config.ppo, *found, layouts, config.model.frozen_dtype)
     return setup, init_sharded(layout, init_ppo, *start, setup.hyperparameters)
 
@@ -149,7 +151,7 @@ def test_what_policy_and_reward_model_have_in_common_by_the_stages_before(stages
     scratch = tiny_plan.SCRATCH | dict(num_layers=3)
     ppo = sections.get("ppo", {}) | dict(init_from="sft" if "sft" in sections else "base")
     config = settings(**sections | dict(model=dict(scratch=scratch), ppo=ppo))
-    assert common_layers(config, planner.read_models(config)) == expected
+    assert common_layers(config, planner.read_models(config), config.ppo.reward_model) == expected
 
 
 def test_adapters_need_less_memory_than_all_parameters():
@@ -291,3 +293,14 @@ def test_a_plan_compares_the_tokenizers_that_are_here(elsewhere):
     edit_config(reward, reward, vocab_size=32)
     assert reads_text(policy, reward)
     assert not reads_text(policy, "reward")
+
+
+def test_a_critic_of_another_size_is_planned_with_its_size(tmp_path):
+    torch_model("qwen3", "CausalLM", hidden_size=48, num_hidden_layers=3).save_pretrained(tmp_path)
+    config = settings(ppo=TOP | dict(critic_init_from=str(tmp_path)))
+    models = planner.read_models(config)
+    assert (models.critic.num_layers, models.critic.embed_dim) == (3, 48)
+    assert models.policy.embed_dim == models.reward.embed_dim != 48
+    same = planner.read_models(settings(ppo=TOP))
+    own, plain = (phases.analytic_flops(config.ppo, x) for x in (models, same))
+    assert own["scoring"] > plain["scoring"] and own["rollout"] == plain["rollout"]

@@ -9,19 +9,22 @@ import jax
 import numpy as np
 import pytest
 
+from ppo_jax.config.run import ModelSettings
 from ppo_jax.config.stages import PPOSettings
 from ppo_jax.core.types import Hyperparameters
 from ppo_jax.data.records import write_jsonl
 from ppo_jax.distributed.layout import make_layouts, over_lanes
 from ppo_jax.io.checkpoints import Checkpoints, load_checkpoint_item
+from ppo_jax.io.critics import load_critic
 from ppo_jax.io.tokenizers import train_tokenizer
 from ppo_jax.pipeline import run as pipeline
 from ppo_jax.pipeline.lanes import make_lanes, run_lanes
 from ppo_jax.training import lane_runs, lanes
-from tests.support import tiny_run
+from tests.support import tiny, tiny_run
 from tests.support.tiny_hf import torch_model
 
 RATE = 1e-2
+FLOAT32 = ModelSettings(path="nowhere", dtype="float32")
 NUMBERS = (
     {"kl_coef": 0.0, "seed": 0},
     {"kl_coef": 0.1, "seed": 0, "temperature": 0.8},
@@ -90,6 +93,9 @@ def test_each_lane_is_the_run_alone_in_its_folder(root, capsys):
     pipeline.run(config, root / "alone")
     assert_same_run(folder, root / "alone")
     assert (folder / "report.html").is_file()
+    critics = [load_critic(str(x / "ppo"), x, "", FLOAT32) for x in (folder, root / "alone")]
+    assert critics[0].config == critics[1].config
+    tiny.leaves_close(critics[0].params, critics[1].params, rtol=0.0, atol=0.1 * RATE)
     results = json.loads((chosen[0][1] / "results.json").read_text())
     steps = sum(row["time/step_s"] for row in rows(chosen[0][1]))
     assert 0.5 * steps < results["time/ppo_s"]  # a lane's share of both
