@@ -22,12 +22,21 @@ from ppo_jax.algorithms.ppo import (
     update_from_rollout,
 )
 from ppo_jax.algorithms.supervised import reward_step, sft_loss, sft_step, text_scores
-from ppo_jax.core.advantages import gae, leave_one_out, whiten
+from ppo_jax.core.advantages import gae, length_adaptive_lambda, whiten
 from ppo_jax.core.covariance import (
     clip_cov_weights,
     kl_cov_mask,
     kl_cov_policy_loss,
     token_covariances,
+)
+from ppo_jax.core.critic_free import (
+    grpo_advantages,
+    leave_one_out,
+    reinforce_advantages,
+    reinforce_plus_plus_advantages,
+    remax_advantages,
+    rloo_advantages,
+    running_baseline,
 )
 from ppo_jax.core.critics import (
     disputed_states,
@@ -140,6 +149,7 @@ __all__ = [
     "explained_variance",
     "explained_variance_by_position",
     "gae",
+    "grpo_advantages",
     "gspo_policy_loss",
     "hl_gauss_targets",
     "hl_gauss_value",
@@ -153,6 +163,7 @@ __all__ = [
     "kl_penalty_policy_loss",
     "last_token_index",
     "leave_one_out",
+    "length_adaptive_lambda",
     "make_experience",
     "mask_agreed_advantages",
     "masked_mean",
@@ -166,12 +177,17 @@ __all__ = [
     "ppo_loss",
     "ppo_update",
     "preference_loss",
+    "reinforce_advantages",
+    "reinforce_plus_plus_advantages",
+    "remax_advantages",
     "response_mask",
     "response_outputs",
     "response_scores",
     "reward_network",
     "reward_step",
+    "rloo_advantages",
     "rollout",
+    "running_baseline",
     "sample",
     "sample_responses",
     "schedule",

@@ -15,11 +15,11 @@ from ppo_jax.core.advantages import (
     CRITIC_FREE,
     WITH_CRITIC,
     gae,
-    leave_one_out,
     needs_critic,
     whiten,
 )
 from ppo_jax.core.checks import assert_counts
+from ppo_jax.core.critic_free import leave_one_out
 from ppo_jax.core.critics import explained_variance
 from ppo_jax.core.importance import importance_weights
 from ppo_jax.core.kl import ESTIMATORS, REWARD_ESTIMATORS, REWARD_RULE, kl_estimate

@@ -5,12 +5,21 @@ critic as plain functions. Pure: imports jax, flax, optax, chex and nothing of t
 Start with `losses` and `advantages`.
 """
 
-from ppo_jax.core.advantages import gae, leave_one_out, whiten
+from ppo_jax.core.advantages import gae, length_adaptive_lambda, whiten
 from ppo_jax.core.covariance import (
     clip_cov_weights,
     kl_cov_mask,
     kl_cov_policy_loss,
     token_covariances,
+)
+from ppo_jax.core.critic_free import (
+    grpo_advantages,
+    leave_one_out,
+    reinforce_advantages,
+    reinforce_plus_plus_advantages,
+    remax_advantages,
+    rloo_advantages,
+    running_baseline,
 )
 from ppo_jax.core.critics import (
     disputed_states,
@@ -97,6 +106,7 @@ __all__ = [
     "explained_variance",
     "explained_variance_by_position",
     "gae",
+    "grpo_advantages",
     "gspo_policy_loss",
     "hl_gauss_targets",
     "hl_gauss_value",
@@ -108,6 +118,7 @@ __all__ = [
     "kl_penalty_policy_loss",
     "last_token_index",
     "leave_one_out",
+    "length_adaptive_lambda",
     "mask_agreed_advantages",
     "masked_mean",
     "merge_params",
@@ -115,7 +126,12 @@ __all__ = [
     "next_token_loss",
     "ppo_loss",
     "preference_loss",
+    "reinforce_advantages",
+    "reinforce_plus_plus_advantages",
+    "remax_advantages",
     "response_mask",
+    "rloo_advantages",
+    "running_baseline",
     "schedule",
     "token_covariances",
     "token_logprobs",

@@ -4,7 +4,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from ppo_jax.core.checks import Number
+from ppo_jax.core.checks import Number, assert_numbers
 from ppo_jax.core.masking import masked_moments, zero_padding
 
 WITH_CRITIC, CRITIC_FREE = ("gae",), ("leave_one_out",)  # the estimators, as settings name them
@@ -41,7 +41,7 @@ def gae(
         values: [B, T] float, of the state before step t.
         mask: [B, T] bool, True on the steps that count.
         gamma: discount per step, a number or [B, T].
-        gae_lambda: 0 is one-step TD, 1 is Monte Carlo; a number, [B] or [B, T].
+        gae_lambda: 0 is one-step TD, 1 is Monte Carlo; a number, [B], [B, 1] or [B, T].
         bootstrap_values: value of the state after the last True step, a number or [B]; 0 for
             text, which ends with its last token.
 
@@ -65,6 +65,8 @@ def gae(
     chex.assert_equal_shape([rewards, values, mask])
     chex.assert_type([rewards, values, mask], [float, float, bool])
 
+    if jnp.shape(gae_lambda) == (len(mask), 1):  # as `length_adaptive_lambda` gives it
+        gae_lambda = jnp.asarray(gae_lambda)[:, 0]
     discounts, lambdas = (spread(x, mask.shape) for x in (gamma, gae_lambda))
     bootstrap = spread(bootstrap_values, mask.shape[:1])
     rewards, values, discounts, lambdas = zero_padding(mask, rewards, values, discounts, lambdas)
@@ -94,45 +96,35 @@ def spread(x: Number, shape: tuple[int, ...]) -> jax.Array:
     return jnp.broadcast_to(x.reshape(x.shape + (1,) * (len(shape) - x.ndim)), shape)
 
 
-def leave_one_out(rewards: jax.Array, mask: jax.Array, *, group_size: int) -> jax.Array:
-    """Advantages without a critic: a response against the others to the same prompt.
+def length_adaptive_lambda(mask: jax.Array, *, alpha: Number) -> jax.Array:
+    """A λ of the policy's advantages for each response, nearer to 1 the longer it is.
 
-    A_i = R_i - mean of R_j over the other responses j of the group, the same for each token;
-    R_i is the sum of the rewards of response i. A group of equal sums has A = 0, exactly: see
-    `masked_moments`.
+    λ = max(0, 1 - 1 / (alpha max(l, 1))), with l the True steps of the row. The weights λ^k of the
+    steps ahead then add up to 1 / (1 - λ) = alpha l: they reach as far into any response.
 
     Args:
-        rewards: [B, T] float, for taking step t.
         mask: [B, T] bool, True on the steps that count.
-        group_size: responses to each prompt, at least 2; those of one prompt follow each other.
+        alpha: how far, in lengths of the response; 0.05 in the paper, where λ is 0 up to 20 steps.
 
     Returns:
-        [B, T] float32, zero where mask is False.
+        [B, 1] float32, from 0 to below 1, for `gae`.
 
     Raises:
-        ValueError: the group size is less than 2, or does not divide B.
+        ValueError: alpha is known and not above 0.
 
-    Reference: Ahmadian et al. 2024, https://arxiv.org/abs/2402.14740, section 3.2 (RLOO).
+    Reference: Yue et al. 2025, https://arxiv.org/abs/2504.05118 (VAPO), section 4.2.
 
-    >>> rewards = jnp.array([[1.0, 2.0], [0.0, 9.0]])
-    >>> leave_one_out(rewards, jnp.array([[True, True], [True, False]]), group_size=2).tolist()
-    [[3.0, 3.0], [-3.0, 0.0]]
+    >>> mask = jnp.arange(40)[None] < jnp.array([[40], [10]])
+    >>> length_adaptive_lambda(mask, alpha=0.05).tolist()
+    [[0.5], [0.0]]
     """
-    chex.assert_rank(rewards, 2)
-    chex.assert_equal_shape([rewards, mask])
-    chex.assert_type([rewards, mask], [float, bool])
-    if group_size < 2 or len(rewards) % group_size:
-        raise ValueError(
-            f"group_size must be at least 2 and divide the {len(rewards)} responses, "
-            f"got {group_size}"
-        )
-    (rewards,) = zero_padding(mask, rewards)
-    totals = rewards.sum(axis=1).reshape(-1, group_size)
-    others = (totals.sum(axis=1, keepdims=True) - totals) / (group_size - 1)
-    _, variance = jax.vmap(masked_moments)(totals, jnp.ones(totals.shape, bool))
-    # Not where it is above 0: NaN is none of them, and must not become 0.
-    advantages = jnp.where(variance[:, None] == 0, 0.0, totals - others)
-    return jnp.where(mask, advantages.reshape(-1, 1), 0.0)
+    chex.assert_rank(mask, 2)
+    chex.assert_type(mask, bool)
+    assert_numbers(above=0, alpha=alpha)
+    lengths = jnp.sum(mask, axis=1, keepdims=True, dtype=jnp.int32).astype(jnp.float32)
+    return jnp.maximum(
+        0.0, 1.0 - 1.0 / (jnp.asarray(alpha, jnp.float32) * jnp.maximum(lengths, 1.0))
+    )
 
 
 def whiten(x: jax.Array, mask: jax.Array, *, shift_mean: bool = True) -> jax.Array:

@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ppo_jax.core.advantages import gae, leave_one_out, whiten
+from ppo_jax.core.advantages import gae, length_adaptive_lambda, whiten
 
 
 def gae_loop(rewards, values, mask, *, gamma, gae_lambda, bootstrap):
@@ -141,28 +141,23 @@ def test_whiten_of_equal_numbers_or_of_none_is_zero():
     assert (whiten(x, jnp.zeros((2, 2), bool)) == 0.0).all()
 
 
-def test_leave_one_out_equals_the_loop_over_the_other_responses():
-    rewards, _, mask = random_inputs(5)
-    got = leave_one_out(jnp.asarray(rewards), jnp.asarray(mask), group_size=3)
-    totals = np.where(mask, rewards, 0.0).sum(axis=1)
-    for i in range(6):
-        group = range(i // 3 * 3, i // 3 * 3 + 3)
-        others = np.mean([totals[j] for j in group if j != i])
-        expected = np.where(mask[i], totals[i] - others, 0.0)
-        np.testing.assert_allclose(got[i], expected, rtol=1e-5, atol=1e-5)
+def test_a_lambda_for_each_response_by_its_length():
+    rng = np.random.default_rng(10)
+    mask = rng.random((5, 60)) < np.array([[0.9], [0.5], [0.1], [0.0], [1.0]])
+    got = length_adaptive_lambda(jnp.asarray(mask), alpha=0.1)
+    expected = [[max(0.0, 1 - 1 / (0.1 * max(row.sum(), 1)))] for row in mask]
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+    assert got[2, 0] == got[3, 0] == 0.0 and got.shape == (5, 1)
+    # VAPO's alpha by hand: 1 - 1 / (0.05 x 60) = 2 / 3, and below 20 tokens nothing is traced.
+    assert round(length_adaptive_lambda(jnp.asarray(mask), alpha=0.05)[4, 0].item(), 6) == 0.666667
+    assert length_adaptive_lambda(jnp.ones((1, 19), bool), alpha=0.05).item() == 0.0
 
 
-def test_padding_changes_no_leave_one_out_advantage():
-    rewards, _, mask = random_inputs(6)
-    clean = leave_one_out(jnp.asarray(rewards), jnp.asarray(mask), group_size=2)
-    dirty = jnp.where(mask, rewards, jnp.nan)
-    assert (leave_one_out(dirty, jnp.asarray(mask), group_size=2) == clean).all()
-
-
-@pytest.mark.parametrize("group_size", [1, 4])
-def test_a_group_that_cannot_be_is_refused(group_size):
-    rewards, _, mask = random_inputs(7)
-    with pytest.raises(
-        ValueError, match=f"at least 2 and divide the 6 responses, got {group_size}"
-    ):
-        leave_one_out(jnp.asarray(rewards), jnp.asarray(mask), group_size=group_size)
+def test_gae_takes_a_lambda_for_each_row_as_a_column_too():
+    rewards, values, mask = map(jnp.asarray, random_inputs(11))
+    lambdas = length_adaptive_lambda(mask, alpha=0.5)
+    got = gae(rewards, values, mask, gae_lambda=lambdas)
+    for i, gae_lambda in enumerate(lambdas[:, 0]):
+        alone = gae(*(x[i : i + 1] for x in (rewards, values, mask)), gae_lambda=gae_lambda)
+        for x, y in zip(got, alone, strict=True):
+            np.testing.assert_allclose(x[i], y[0], rtol=1e-6)

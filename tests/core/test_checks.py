@@ -74,6 +74,18 @@ def ppo_loss(**numbers):
     return core.ppo_loss(ONES, ONES, ONES, MASK, **given | numbers)
 
 
+def grpo(scores, **how):
+    return core.grpo_advantages(scores, **dict(group_size=4) | how)
+
+
+def reinforce(baseline=0.0, mask=MASK, **how):
+    return core.reinforce_advantages(ONES, mask, baseline, **how)
+
+
+def by_length(mask=MASK, alpha=0.5):
+    return core.length_adaptive_lambda(mask, alpha=alpha)
+
+
 def gae_with(gae_lambda, gamma=1.0):
     rewards = jnp.array([[1.0, 2.0], [3.0, 4.0]])
     mask = jnp.ones((2, 2), bool)
@@ -247,6 +259,38 @@ EDGES = [
         lambda: core.leave_one_out(ONES, MASK, group_size=3),
         "divide the 4",
     ),
+    (core.rloo_advantages, "equal", lambda: core.rloo_advantages(same(0.1)[0], group_size=8), 0.0),
+    (core.rloo_advantages, "[B, 1]", lambda: core.rloo_advantages(COLUMN, group_size=2), "rank"),
+    (core.grpo_advantages, "equal", lambda: grpo(same(1000.1)[0], eps=0), 0.0),
+    (core.grpo_advantages, "equal but for rounding", lambda: grpo(NEARLY[0], eps=0), 0.0),
+    (core.grpo_advantages, "eps -1", lambda: grpo(ROW, eps=-1), "eps must be at least 0"),
+    (core.grpo_advantages, "eps [B]", lambda: grpo(ROW, eps=ROW), RANK),
+    (core.grpo_advantages, "ddof 2", lambda: grpo(ROW, ddof=2), "got 2"),
+    (core.grpo_advantages, "3 of 4", lambda: grpo(ROW, group_size=3), "divide the 4"),
+    (
+        core.reinforce_plus_plus_advantages,
+        "no token",
+        lambda: core.reinforce_plus_plus_advantages(ONES, ~MASK),
+        0.0,
+    ),
+    (
+        core.reinforce_plus_plus_advantages,
+        "groups of 1",
+        lambda: core.reinforce_plus_plus_advantages(ONES, MASK, group_size=1),
+        "at least 2",
+    ),
+    (core.remax_advantages, "one", lambda: core.remax_advantages(ROW, ROW[:1]), "equal_shape"),
+    (core.reinforce_advantages, "no token", lambda: reinforce(mask=~MASK), 0.0),
+    (core.reinforce_advantages, "baseline [B]", lambda: reinforce(baseline=ROW), "assert_rank"),
+    (core.reinforce_advantages, "baseline nan", lambda: reinforce(math.nan), [[0, -1, -2, -3]]),
+    (core.reinforce_advantages, "gamma [B]", lambda: reinforce(gamma=ROW), RANK),
+    (core.running_baseline, "first", lambda: core.running_baseline(math.nan, ROW, decay=1), 1.0),
+    (core.running_baseline, "all new", lambda: core.running_baseline(9.0, ROW, decay=0), 1.0),
+    (core.running_baseline, "2", lambda: core.running_baseline(0, ROW, decay=2), "decay must be"),
+    (core.length_adaptive_lambda, "no token", lambda: by_length(mask=~MASK), 0.0),
+    (core.length_adaptive_lambda, "4 tokens", lambda: by_length(), 0.5),
+    (core.length_adaptive_lambda, "alpha 0", lambda: by_length(alpha=0), "alpha must be above 0"),
+    (core.length_adaptive_lambda, "alpha [B]", lambda: by_length(alpha=ROW), RANK),
     # KL
     (core.kl_estimate, "numpy", lambda: core.kl_estimate(NUMPY, 0 * NUMPY), 1.0),
     (core.kl_estimate, "k3 of -1e3", lambda: k3(-1e3), math.exp(20) - 21),
@@ -272,6 +316,7 @@ EDGES = [
         lambda: gae_with(jnp.array([[0.5, 9], [0.25, 9]])),
         [[2, 2], [4, 4]],
     ),
+    (core.gae, "lambda [B, 1]", lambda: gae_with(jnp.array([[0.0], [1.0]])), [[1, 2], [7, 4]]),
     (core.gae, "lambda [1, T]", lambda: gae_with(jnp.ones((1, 2))), "assert_shape"),
     (core.gae, "lambda [3]", lambda: gae_with(jnp.ones(3)), "assert_shape"),
     (core.gae, "gamma [B, 1]", lambda: gae_with(1.0, gamma=jnp.ones((2, 1))), "assert_shape"),

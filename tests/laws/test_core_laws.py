@@ -9,8 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ppo_jax.core.advantages import gae, whiten
+from ppo_jax.core.advantages import gae, length_adaptive_lambda, whiten
 from ppo_jax.core.covariance import clip_cov_weights, kl_cov_policy_loss, token_covariances
+from ppo_jax.core.critic_free import (
+    grpo_advantages,
+    leave_one_out,
+    reinforce_advantages,
+    reinforce_plus_plus_advantages,
+    remax_advantages,
+    rloo_advantages,
+    running_baseline,
+)
 from ppo_jax.core.critics import (
     disputed_states,
     ensemble_values,
@@ -147,6 +156,12 @@ CALIBRATION = with_mask(value_calibration, num_bins=2)
 ENSEMBLE, PADDED_ENSEMBLE = [array(14, 3, B, T)], np.broadcast_to(PADDED, (3, B, T))
 SHARE = dict(fraction=0.25)
 
+GROUP = dict(group_size=B)
+GRPO = functools.partial(grpo_advantages, **GROUP)
+GROUPED_RPP = with_mask(reinforce_plus_plus_advantages, **GROUP)
+BASELINE = dict(baseline=0.3, gamma=0.9)
+RUNNING = dict(baseline=0.3, decay=0.4)
+
 CASES = [
     Case("masked_mean", with_mask(masked_mean), ONE, dict(normalizer=11.0), [PADDED]),
     Case("masked_mean_of_count", with_mask(masked_mean), ONE, {}, [PADDED]),
@@ -154,6 +169,15 @@ CASES = [
     Case("whiten_keeping_the_mean", KEEP_MEAN, ONE, {}, [PADDED]),
     Case("gae", with_mask(gae), TWO, GAE, [PADDED] * 2),
     Case("gae_per_step", gae_of_arrays, STEPS, dict(gae_lambda=0.8), [PADDED] * 3 + [EMPTY_ROWS]),
+    Case("rloo_advantages", functools.partial(rloo_advantages, **GROUP), [SCORES], {}),
+    Case("grpo_advantages", GRPO, [SCORES], dict(eps=0.1)),
+    Case("dr_grpo", functools.partial(GRPO, scale_by_std=False), [SCORES], {}),
+    Case("leave_one_out", with_mask(leave_one_out, **GROUP), ONE, {}, [PADDED]),
+    Case("reinforce_plus_plus", with_mask(reinforce_plus_plus_advantages), ONE, {}, [PADDED]),
+    Case("reinforce_plus_plus_grouped", GROUPED_RPP, ONE, {}, [PADDED]),
+    Case("remax_advantages", remax_advantages, [SCORES, array(13, B)], {}),
+    Case("reinforce_advantages", with_mask(reinforce_advantages), ONE, BASELINE, [PADDED]),
+    Case("running_baseline", lambda x, **how: running_baseline(scores=x, **how), [SCORES], RUNNING),
     Case("missing_eos_replace", with_eos, [SCORES], dict(replace=-1.0), [~np.asarray(HAS_EOS)]),
     Case("missing_eos_penalty", with_eos, [SCORES], dict(penalty=1.0)),
     Case("clipped_policy_loss", with_mask(clipped_policy_loss), THREE, CLIP, [PADDED] * 3),
@@ -313,6 +337,14 @@ def test_aggregation_takes_a_traced_length_without_promotion(strict):
         assert aggregation_weights(MASK, how=how).dtype == jnp.float32
 
 
+def test_a_lambda_by_length_takes_a_traced_number_without_promotion(strict):
+    call = jax.jit(length_adaptive_lambda)
+    for alpha in (0.5, jnp.float32(0.5)):
+        got, expected = call(MASK, alpha=alpha), length_adaptive_lambda(MASK, alpha=alpha)
+        np.testing.assert_allclose(got, expected)
+        assert got.dtype == jnp.float32
+
+
 def test_sample_takes_traced_numbers_without_promotion(strict):
     key, logits = jax.random.key(0), array(0, B, V)
     numbers = dict(temperature=0.7, top_p=0.9, min_p=0.1)
@@ -355,6 +387,9 @@ def test_masks_of_other_types_are_refused():
             lambda m: disputed_states(ones, m, fraction=0.5),
             lambda m: classification_value_loss(LOGITS[0], ones, m, bins=BINS, sigma=1.0),
             last_token_index,
+            lambda m: reinforce_advantages(ones, m, 0.0),
+            lambda m: reinforce_plus_plus_advantages(ones, m),
+            lambda m: length_adaptive_lambda(m, alpha=0.1),
         ):
             with pytest.raises(AssertionError, match="assert_type"):
                 call(wrong)
