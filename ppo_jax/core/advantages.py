@@ -112,7 +112,7 @@ def length_adaptive_lambda(mask: jax.Array, *, alpha: Number) -> jax.Array:
     Raises:
         ValueError: alpha is known and not above 0.
 
-    Reference: Yue et al. 2025, https://arxiv.org/abs/2504.05118 (VAPO), section 4.2.
+    Reference: Yue et al. 2025, https://arxiv.org/abs/2504.05118 (VAPO).
 
     >>> mask = jnp.arange(40)[None] < jnp.array([[40], [10]])
     >>> length_adaptive_lambda(mask, alpha=0.05).tolist()

@@ -156,7 +156,7 @@ def reinforce_plus_plus_advantages(
     Raises:
         ValueError: the group size is less than 2, or does not divide B.
 
-    Reference: Hu et al. 2025, https://arxiv.org/abs/2501.03262, sections 3.1 and 3.2; with groups
+    Reference: Hu et al. 2025, https://arxiv.org/abs/2501.03262 (REINFORCE++); with groups
     as in verl's reinforce_plus_plus_baseline.
 
     >>> rewards, mask = jnp.array([[2.0, 1.0]]), jnp.array([[True, True]])
@@ -183,7 +183,7 @@ def remax_advantages(scores: jax.Array, greedy_scores: jax.Array) -> jax.Array:
     Returns:
         [B] float32.
 
-    Reference: Li et al. 2023, https://arxiv.org/abs/2310.10505, algorithm 2.
+    Reference: Li et al. 2023, https://arxiv.org/abs/2310.10505 (ReMax).
 
     >>> remax_advantages(jnp.array([3.0, 1.0]), jnp.array([2.0, 2.0])).tolist()
     [1.0, -1.0]

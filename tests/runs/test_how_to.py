@@ -42,12 +42,12 @@ def is_one_ratio_for_a_response(names, lines):
     assert numbers(" ".join(lines[1:])) == pytest.approx([0, 0, 0, 1 / 6, 1 / 6, 1 / 6], abs=1e-6)
 
 
-def is_a_score_by_the_standard_of_its_group(names, lines):
-    high, low = 2**0.5, -(0.5**0.5)  # of 1, 0, 0: mean 1/3, deviation sqrt(2)/3
-    expected = [[high, high], [low, 0], [low, low], [0, 0], [0, 0], [0, 0]]
-    np.testing.assert_allclose(names["advantages"], expected, atol=1e-3)
-    again = names["group_relative"](3 * names["rewards"], names["mask"], group_size=3)
-    np.testing.assert_allclose(again, expected, atol=1e-3)
+def is_a_score_against_a_mean_by_length(names, lines):
+    # Of 1, 0, 0 with 2, 1, 1 tokens: 2 / 4.
+    expected = np.array([[0.5, 0.5], [-0.5, 0], [-0.5, 0], [0, 0], [0, 0], [0, 0]])
+    np.testing.assert_allclose(names["advantages"], expected, atol=1e-6)
+    again = names["length_weighted"](3 * names["rewards"], names["mask"], group_size=3)
+    np.testing.assert_allclose(again, 3 * expected, atol=1e-6)
 
 
 def shows_the_bias_of_each_estimator(names, lines):
@@ -92,7 +92,7 @@ def agrees_with_the_equations(names, lines):
 
 DOES = {
     "how-to/loss.md": is_one_ratio_for_a_response,
-    "how-to/advantage.md": is_a_score_by_the_standard_of_its_group,
+    "how-to/advantage.md": is_a_score_against_a_mean_by_length,
     "how-to/kl-estimator.md": shows_the_bias_of_each_estimator,
     "how-to/metric.md": is_the_share_that_weighting_leaves,
     "how-to/schedule.md": stays_and_then_falls,
