@@ -49,7 +49,7 @@ from ppo_jax.core.critics import (
 )
 from ppo_jax.core.distributions import entropy, token_logprobs
 from ppo_jax.core.importance import importance_weights
-from ppo_jax.core.kl import adaptive_kl_coef, kl_estimate
+from ppo_jax.core.kl import adaptive_kl_coef, adaptive_penalty_coef, kl_estimate, kl_loss
 from ppo_jax.core.losses import next_token_loss, ppo_loss, preference_loss
 from ppo_jax.core.masking import last_token_index, masked_mean, response_mask
 from ppo_jax.core.network import Network, merge_params
@@ -132,6 +132,7 @@ __all__ = [
     "TextBatch",
     "TrainState",
     "adaptive_kl_coef",
+    "adaptive_penalty_coef",
     "aggregation_weights",
     "apply_gradients",
     "cispo_policy_loss",
@@ -160,6 +161,7 @@ __all__ = [
     "kl_cov_mask",
     "kl_cov_policy_loss",
     "kl_estimate",
+    "kl_loss",
     "kl_penalty_policy_loss",
     "last_token_index",
     "leave_one_out",

@@ -37,7 +37,14 @@ from ppo_jax.core.distributions import (
     token_statistics,
 )
 from ppo_jax.core.importance import importance_weights
-from ppo_jax.core.kl import ESTIMATORS, adaptive_kl_coef, kl_estimate
+from ppo_jax.core.kl import (
+    ESTIMATORS,
+    LOSS_ESTIMATORS,
+    adaptive_kl_coef,
+    adaptive_penalty_coef,
+    kl_estimate,
+    kl_loss,
+)
 from ppo_jax.core.losses import next_token_loss, ppo_loss, preference_loss
 from ppo_jax.core.masking import last_token_index, masked_mean, response_mask, zero_padding
 from ppo_jax.core.network import Network, merge_params
@@ -79,6 +86,7 @@ __all__ = [
     "Experience",
     "FrozenParams",
     "Hyperparameters",
+    "LOSS_ESTIMATORS",
     "Network",
     "Optimizer",
     "PPOState",
@@ -89,6 +97,7 @@ __all__ = [
     "TextBatch",
     "TrainState",
     "adaptive_kl_coef",
+    "adaptive_penalty_coef",
     "aggregation_weights",
     "apply_gradients",
     "chunked_token_statistics",
@@ -115,6 +124,7 @@ __all__ = [
     "kl_cov_mask",
     "kl_cov_policy_loss",
     "kl_estimate",
+    "kl_loss",
     "kl_penalty_policy_loss",
     "last_token_index",
     "leave_one_out",

@@ -13,25 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from ppo_jax.core.checks import Number, assert_numbers
-from ppo_jax.core.kl import LOG_RATIO_LIMIT
+from ppo_jax.core.kl import LOG_RATIO_LIMIT, probability_ratio
 from ppo_jax.core.masking import masked_mean, zero_padding
 
 Metrics = dict[str, jax.Array]
-
-
-def probability_ratio(log_ratio: jax.Array) -> jax.Array:
-    """exp(log_ratio) with a log-ratio within ±20: finite, and without a gradient beyond.
-
-    Args:
-        log_ratio: float of any shape, in nats.
-
-    Returns:
-        float of the same shape, within exp(±20).
-
-    >>> probability_ratio(jnp.array([0.0, 1000.0])).round().tolist()
-    [1.0, 485165184.0]
-    """
-    return jnp.exp(jnp.clip(log_ratio, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
 
 
 def clipped_policy_loss(

@@ -86,6 +86,10 @@ def by_length(mask=MASK, alpha=0.5):
     return core.length_adaptive_lambda(mask, alpha=alpha)
 
 
+def of_kl(d, estimator, **arrays):
+    return core.kl_loss(d, 0 * d, MASK, estimator=estimator, **arrays)[0]
+
+
 def gae_with(gae_lambda, gamma=1.0):
     rewards = jnp.array([[1.0, 2.0], [3.0, 4.0]])
     mask = jnp.ones((2, 2), bool)
@@ -292,6 +296,23 @@ EDGES = [
     (core.length_adaptive_lambda, "alpha 0", lambda: by_length(alpha=0), "alpha must be above 0"),
     (core.length_adaptive_lambda, "alpha [B]", lambda: by_length(alpha=ROW), RANK),
     # KL
+    (core.kl_loss, "k1", lambda: of_kl(ONES, "k1"), "got 'k1': its gradient in a loss is 0 on ave"),
+    (core.kl_loss, "nothing", lambda: core.kl_loss(ONES, ONES, ~MASK, estimator="k3")[0], 0.0),
+    (core.kl_loss, "k3 of -1e3", lambda: of_kl(-1e3 * ONES, "k3"), math.exp(20) - 21),
+    (core.kl_loss, "ratio e^89", lambda: of_kl(ONES, "k2", old_logprobs=-88 * ONES), HUGE / 2),
+    (core.kl_loss, "weights [B]", lambda: of_kl(ONES, "k2", weights=ROW), "assert_equal_shape"),
+    (
+        core.adaptive_penalty_coef,
+        "target 0",
+        lambda: core.adaptive_penalty_coef(1.0, 1.0, target_kl=0),
+        "target_kl must be above 0",
+    ),
+    (
+        core.adaptive_penalty_coef,
+        "a row",
+        lambda: core.adaptive_penalty_coef(1.0, ROW, target_kl=1),
+        "assert_rank",
+    ),
     (core.kl_estimate, "numpy", lambda: core.kl_estimate(NUMPY, 0 * NUMPY), 1.0),
     (core.kl_estimate, "k3 of -1e3", lambda: k3(-1e3), math.exp(20) - 21),
     (core.kl_estimate, "shapes", lambda: core.kl_estimate(ONES, ROW), "assert_equal_shape"),

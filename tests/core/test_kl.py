@@ -3,7 +3,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ppo_jax.core.kl import ESTIMATORS, REWARD_ESTIMATORS, adaptive_kl_coef, kl_estimate
+from ppo_jax.core.kl import (
+    ESTIMATORS,
+    LOSS_ESTIMATORS,
+    REWARD_ESTIMATORS,
+    adaptive_kl_coef,
+    adaptive_penalty_coef,
+    kl_estimate,
+    kl_loss,
+)
 
 
 @pytest.mark.parametrize(
@@ -128,3 +136,75 @@ def test_no_horizon_turns_the_coefficient_negative(horizon):
         np.testing.assert_allclose(following, coefficient * factor, rtol=1e-5)
         coefficient = following
     assert coefficient > 0
+
+
+def loss_inputs(seed):
+    """logprobs, ref_logprobs, old_logprobs, weights, mask with a hole and an empty row"""
+    arrays = np.random.default_rng(seed).normal(size=(4, 3, 5)).astype(np.float32)
+    mask = np.arange(5) < np.array([5, 3, 0])[:, None]
+    mask[1, 1] = False
+    return *arrays, mask
+
+
+@pytest.mark.parametrize("estimator", LOSS_ESTIMATORS)
+@pytest.mark.parametrize("on_policy", [True, False])
+def test_a_loss_and_its_gradient_equal_the_loop_over_tokens(estimator, on_policy):
+    logprobs, reference, old, weights, mask = loss_inputs(0)
+    loss, expected = 0.0, np.zeros(mask.shape)
+    for b, t in np.argwhere(mask):
+        d = float(logprobs[b, t]) - float(reference[b, t])
+        w = weights[b, t] * (1.0 if on_policy else np.exp(float(logprobs[b, t] - old[b, t])))
+        loss += w * (d**2 / 2 if estimator == "k2" else np.exp(-d) - 1 + d) / 11
+        expected[b, t] = w * d / 11
+
+    def call(logprobs):
+        given = dict(estimator=estimator, weights=jnp.asarray(weights), normalizer=11)
+        given |= {} if on_policy else dict(old_logprobs=jnp.asarray(old))
+        return kl_loss(logprobs, jnp.asarray(reference), jnp.asarray(mask), **given)
+
+    (got, metrics), gradient = jax.value_and_grad(call, has_aux=True)(jnp.asarray(logprobs))
+    np.testing.assert_allclose(got, loss, rtol=1e-5)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-7)
+    assert metrics == {"kl/loss": got}
+
+
+def test_the_gradient_of_k3_is_that_of_the_weighted_formula_through_the_weight():
+    logprobs, reference, old, _, mask = map(jnp.asarray, loss_inputs(1))
+
+    def formula(logprobs):
+        d = logprobs - reference
+        return jnp.sum(jnp.where(mask, jnp.exp(logprobs - old) * (jnp.exp(-d) - 1 + d), 0)) / 7
+
+    def call(logprobs):
+        return kl_loss(logprobs, reference, mask, estimator="k3", old_logprobs=old)[0]
+
+    assert mask.sum() == 7
+    got, expected = jax.value_and_grad(call)(logprobs), jax.value_and_grad(formula)(logprobs)
+    for x, y in zip(got, expected, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("estimator", LOSS_ESTIMATORS)
+def test_the_gradient_of_a_loss_is_right_where_the_policy_all_but_excludes_a_token(estimator):
+    one = jnp.ones((1, 1))
+    for d in (-15.0, -100.0):
+        loss = lambda x: kl_loss(x, 0 * one, one > 0, estimator=estimator)[0]  # noqa: E731
+        np.testing.assert_allclose(jax.grad(loss)(d * one), d, rtol=1e-6)
+
+
+def test_a_loss_without_the_gradient_of_the_kl_is_refused():
+    one = jnp.ones((1, 1))
+    with pytest.raises(
+        ValueError, match=r"one of \['k2', 'k3'\], got 'k1': its gradient in a loss"
+    ):
+        kl_loss(one, one, one > 0, estimator="k1")
+    with pytest.raises(ValueError, match=r"one of \['k2', 'k3'\], got 'k4'$"):
+        kl_loss(one, one, one > 0, estimator="k4")
+
+
+@pytest.mark.parametrize(
+    ("kl", "factor"),
+    [(0.0, 0.5), (0.0066, 0.5), (0.0067, 1), (0.01, 1), (0.0149, 1), (0.0151, 2), (9.0, 2)],
+)
+def test_the_coefficient_of_the_penalty_is_doubled_or_halved(kl, factor):
+    assert adaptive_penalty_coef(3.0, kl, target_kl=0.01).item() == 3 * factor

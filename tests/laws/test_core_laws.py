@@ -31,7 +31,13 @@ from ppo_jax.core.critics import (
 )
 from ppo_jax.core.distributions import entropy, token_logprobs, token_statistics
 from ppo_jax.core.importance import LEVELS, OUTSIDE, importance_weights
-from ppo_jax.core.kl import adaptive_kl_coef, kl_estimate
+from ppo_jax.core.kl import (
+    LOSS_ESTIMATORS,
+    adaptive_kl_coef,
+    adaptive_penalty_coef,
+    kl_estimate,
+    kl_loss,
+)
 from ppo_jax.core.losses import next_token_loss, ppo_loss, preference_loss
 from ppo_jax.core.masking import last_token_index, masked_mean, response_mask
 from ppo_jax.core.off_policy_losses import (
@@ -122,6 +128,11 @@ def product_of_ensemble(values):
 
 def disputed_numbers(stds, mask, **numbers):
     return disputed_states(stds, mask, **numbers).astype(jnp.float32)
+
+
+def kl_loss_of_arrays(logprobs, reference, old_logprobs, weights, *, estimator, **numbers):
+    given = dict(estimator=estimator, old_logprobs=old_logprobs, weights=weights)
+    return kl_loss(logprobs, reference, MASK, **given, **numbers)
 
 
 def with_eos(scores, **numbers):
@@ -218,6 +229,13 @@ for kind in ("k1", "k2", "k3"):
     CASES += [
         Case(f"kl_estimate_{kind}", estimate, TWO, {}, [PADDED] * 2, masks_itself=False),
         Case(f"token_rewards_{kind}", rewards, [SCORES, *TWO], dict(kl_coef=0.1), paddings),
+    ]
+for kind in LOSS_ESTIMATORS:
+    of_kind = functools.partial(kl_loss_of_arrays, estimator=kind)
+    on_policy = with_mask(kl_loss, estimator=kind)
+    CASES += [
+        Case(f"kl_loss_{kind}", of_kind, FOUR, dict(normalizer=11), [PADDED] * 4),
+        Case(f"kl_loss_{kind}_on_policy", on_policy, TWO, {}, [PADDED] * 2),
     ]
 for level in LEVELS:
     for how in OUTSIDE:
@@ -329,6 +347,15 @@ def test_the_controller_takes_traced_numbers_without_promotion(strict):
     np.testing.assert_allclose(call(jnp.float32(0.1), jnp.float32(12), **numbers), expected)
 
 
+def test_the_controller_of_the_penalty_takes_traced_numbers_without_promotion(strict):
+    call = jax.jit(adaptive_penalty_coef)
+    for given in ((0.1, 2.0), (jnp.float32(0.1), jnp.float32(2.0))):
+        got = call(*given, target_kl=1)
+        assert got == adaptive_penalty_coef(*given, target_kl=1.0) and got.dtype == jnp.float32
+    sweep = jax.vmap(lambda target_kl: adaptive_penalty_coef(1.0, 2.0, target_kl=target_kl))
+    assert sweep(jnp.array([1.0, 2.0, 4.0])).tolist() == [2.0, 1.0, 0.5]
+
+
 def test_aggregation_takes_a_traced_length_without_promotion(strict):
     call = jax.jit(lambda length: aggregation_weights(MASK, how="constant", length=length))
     expected = aggregation_weights(MASK, how="constant", length=jnp.float32(7))
@@ -387,6 +414,7 @@ def test_masks_of_other_types_are_refused():
             lambda m: disputed_states(ones, m, fraction=0.5),
             lambda m: classification_value_loss(LOGITS[0], ones, m, bins=BINS, sigma=1.0),
             last_token_index,
+            lambda m: kl_loss(ones, ones, m, estimator="k2"),
             lambda m: reinforce_advantages(ones, m, 0.0),
             lambda m: reinforce_plus_plus_advantages(ones, m),
             lambda m: length_adaptive_lambda(m, alpha=0.1),
