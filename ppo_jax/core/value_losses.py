@@ -93,7 +93,7 @@ def classification_value_loss(
         returns: [B, T] float; a constant.
         mask: [B, T] bool, True counts; what the others hold elsewhere has no effect.
         bins: [N + 1] float, the edges of the bins, increasing.
-        sigma: how far the target spreads; 0.75 of the width of a bin is the usual choice.
+        sigma: how far the target spreads; 0.75 of the width of a bin is usual.
         normalizer: what the sum is divided by; None is the count of the mask.
 
     Returns:
@@ -103,7 +103,7 @@ def classification_value_loss(
     Raises:
         ValueError: as `hl_gauss_targets`.
 
-    Reference: Farebrother et al. 2024, https://arxiv.org/abs/2403.03950, section 3.1.
+    Reference: Farebrother et al. 2024, https://arxiv.org/abs/2403.03950.
 
     >>> loss, _ = classification_value_loss(
     ...     logits=jnp.zeros((1, 1, 4)),
@@ -152,7 +152,7 @@ def hl_gauss_targets(returns: jax.Array, *, bins: jax.Array, sigma: Number) -> j
     Raises:
         ValueError: sigma is not above 0, or the edges are not finite and increasing.
 
-    Reference: Farebrother et al. 2024, https://arxiv.org/abs/2403.03950, section 3.1.
+    Reference: Farebrother et al. 2024, https://arxiv.org/abs/2403.03950.
 
     >>> hl_gauss_targets(jnp.array([1.0]), bins=jnp.arange(4.0), sigma=1e-3).tolist()
     [[0.5, 0.5, 0.0]]
