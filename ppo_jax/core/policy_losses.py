@@ -213,8 +213,8 @@ def kl_penalty_policy_loss(
         mask: [B, T] bool, True counts; what the others hold elsewhere has no effect.
         weights: [B, T] float, see `clipped_policy_loss`; a constant.
         normalizer: what the sum is divided by; None is the count of the mask.
-        penalty_coef: weight of the penalty, in loss per nat; for its adaptation by the measured
-            KL see section 4 of the paper.
+        penalty_coef: weight of the penalty, in loss per nat; `adaptive_penalty_coef` adapts it to
+            the measured KL.
 
     Returns:
         (loss, metrics): those of `clipped_policy_loss`, and policy/penalty_kl = mean d.

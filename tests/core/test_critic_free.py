@@ -83,6 +83,15 @@ def test_goldens_of_peers():
     np.testing.assert_allclose(baselines[:4], [1 / 3, 1 / 3, 1 / 3, 0.0], atol=1e-6)
     scores = jnp.array([1.0, 2.0, 3.0, 4.0])
     assert (scores - rloo_advantages(scores, group_size=4))[0] == 3.0
+    # tests/unit/algorithms/test_grpo.py of the same: test_calculate_baseline_and_std_per_prompt_
+    # basic, and test_grpo_advantage_estimator_zero_std, _small_nonzero_std (std of a sample).
+    scores = jnp.arange(1.0, 7.0)
+    baselines = scores - rloo_advantages(scores, group_size=3)
+    np.testing.assert_allclose(baselines, [2.5, 2.0, 1.5, 5.5, 5.0, 4.5], rtol=1e-5)
+    scores = jnp.array([2.0, 2.0, 1.0, 3.0, 1.0, 1.01])
+    got = grpo_advantages(scores, group_size=2, ddof=1)
+    half = np.sqrt(0.5)
+    np.testing.assert_allclose(got, [0, 0, -half, half, -half, half], rtol=1e-3)
 
 
 def test_grpo_by_hand():
