@@ -4,6 +4,7 @@ import contextlib
 import io
 import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -124,3 +125,18 @@ def test_the_figure_of_the_clip_is_equation_7(advantage):
     flat = ratios > limits[1] if advantage > 0 else ratios < limits[0]
     np.testing.assert_allclose(gradients, np.where(flat, 0.0, advantage), atol=1e-5)
     assert flat.any() and not flat.all() and clip.PAGE.exists()
+
+
+def test_the_figure_of_the_fixed_points_is_what_its_page_says():
+    figure = load_script(DOCS / "figures" / "fixed_points.py")
+    betas = jnp.array([0.5, 2.0])
+    right, standard, unweighted = figure.curves(betas).values()
+    expected = np.asarray(jax.vmap(figure.tilted)(betas))
+    np.testing.assert_allclose(right, expected, atol=1e-3)
+    assert standard[0, 0] > 0.99 and standard[1, 0] > expected[1, 0] + 0.1
+    # E[r] - β KL(reference || policy) is highest where π (r - E r) = β (π - reference).
+    probs, reference = np.asarray(unweighted), np.exp(np.asarray(figure.REF[:, 0]))
+    centred = np.asarray(figure.SCORES) - (probs @ np.asarray(figure.SCORES))[:, None]
+    slope = probs * centred - np.asarray(betas)[:, None] * (probs - reference)
+    np.testing.assert_allclose(slope, 0.0, atol=1e-4)
+    assert figure.PAGE.exists()
