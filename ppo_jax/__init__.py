@@ -24,6 +24,7 @@ from ppo_jax.algorithms.ppo import (
 from ppo_jax.algorithms.supervised import reward_step, sft_loss, sft_step, text_scores
 from ppo_jax.core.advantages import gae, length_adaptive_lambda, whiten
 from ppo_jax.core.covariance import (
+    adaptive_entropy_coef,
     clip_cov_weights,
     kl_cov_mask,
     kl_cov_policy_loss,
@@ -52,7 +53,7 @@ from ppo_jax.core.importance import importance_weights
 from ppo_jax.core.kl import adaptive_kl_coef, adaptive_penalty_coef, kl_estimate, kl_loss
 from ppo_jax.core.losses import next_token_loss, ppo_loss, preference_loss
 from ppo_jax.core.masking import last_token_index, masked_mean, response_mask
-from ppo_jax.core.network import Network, merge_params
+from ppo_jax.core.network import Network, average_params, merge_params
 from ppo_jax.core.off_policy_losses import (
     cispo_policy_loss,
     decoupled_policy_loss,
@@ -67,6 +68,19 @@ from ppo_jax.core.policy_losses import (
 )
 from ppo_jax.core.rewards import missing_eos_scores, token_rewards
 from ppo_jax.core.sequence_losses import aggregation_weights, gspo_policy_loss
+from ppo_jax.core.shaping import (
+    Moments,
+    best_and_worst,
+    clip_scores,
+    ensemble_scores,
+    groups_with_variance,
+    length_penalty,
+    normalize_scores,
+    overlong_penalty,
+    par_scores,
+    threshold_scores,
+    update_moments,
+)
 from ppo_jax.core.types import (
     Experience,
     FrozenParams,
@@ -119,6 +133,7 @@ __all__ = [
     "FrozenParams",
     "Hyperparameters",
     "ModelConfig",
+    "Moments",
     "Network",
     "Optimizer",
     "PPONetworks",
@@ -131,25 +146,31 @@ __all__ = [
     "Sampling",
     "TextBatch",
     "TrainState",
+    "adaptive_entropy_coef",
     "adaptive_kl_coef",
     "adaptive_penalty_coef",
     "aggregation_weights",
     "apply_gradients",
+    "average_params",
+    "best_and_worst",
     "cispo_policy_loss",
     "classification_value_loss",
     "clip_cov_weights",
+    "clip_scores",
     "clipped_policy_loss",
     "clipped_value_loss",
     "decoupled_policy_loss",
     "disputed_states",
     "dppo_policy_loss",
     "dual_clip_policy_loss",
+    "ensemble_scores",
     "ensemble_values",
     "entropy",
     "experience_loss",
     "explained_variance",
     "explained_variance_by_position",
     "gae",
+    "groups_with_variance",
     "grpo_advantages",
     "gspo_policy_loss",
     "hl_gauss_targets",
@@ -166,6 +187,7 @@ __all__ = [
     "last_token_index",
     "leave_one_out",
     "length_adaptive_lambda",
+    "length_penalty",
     "make_experience",
     "mask_agreed_advantages",
     "masked_mean",
@@ -173,6 +195,9 @@ __all__ = [
     "merge_params",
     "missing_eos_scores",
     "next_token_loss",
+    "normalize_scores",
+    "overlong_penalty",
+    "par_scores",
     "policy_apply",
     "policy_network",
     "ppo_iteration",
@@ -197,11 +222,13 @@ __all__ = [
     "sft_step",
     "split_params",
     "text_scores",
+    "threshold_scores",
     "token_covariances",
     "token_logprobs",
     "token_rewards",
     "trunk_network",
     "update_from_rollout",
+    "update_moments",
     "value_bias",
     "value_calibration",
     "value_network",

@@ -7,6 +7,7 @@ Start with `losses` and `advantages`.
 
 from ppo_jax.core.advantages import gae, length_adaptive_lambda, whiten
 from ppo_jax.core.covariance import (
+    adaptive_entropy_coef,
     clip_cov_weights,
     kl_cov_mask,
     kl_cov_policy_loss,
@@ -47,7 +48,7 @@ from ppo_jax.core.kl import (
 )
 from ppo_jax.core.losses import next_token_loss, ppo_loss, preference_loss
 from ppo_jax.core.masking import last_token_index, masked_mean, response_mask, zero_padding
-from ppo_jax.core.network import Network, merge_params
+from ppo_jax.core.network import Network, average_params, merge_params
 from ppo_jax.core.off_policy_losses import (
     cispo_policy_loss,
     decoupled_policy_loss,
@@ -62,6 +63,19 @@ from ppo_jax.core.policy_losses import (
 )
 from ppo_jax.core.rewards import missing_eos_scores, token_rewards
 from ppo_jax.core.sequence_losses import aggregation_weights, gspo_policy_loss
+from ppo_jax.core.shaping import (
+    Moments,
+    best_and_worst,
+    clip_scores,
+    ensemble_scores,
+    groups_with_variance,
+    length_penalty,
+    normalize_scores,
+    overlong_penalty,
+    par_scores,
+    threshold_scores,
+    update_moments,
+)
 from ppo_jax.core.types import (
     Experience,
     FrozenParams,
@@ -87,6 +101,7 @@ __all__ = [
     "FrozenParams",
     "Hyperparameters",
     "LOSS_ESTIMATORS",
+    "Moments",
     "Network",
     "Optimizer",
     "PPOState",
@@ -96,25 +111,31 @@ __all__ = [
     "SCHEDULES",
     "TextBatch",
     "TrainState",
+    "adaptive_entropy_coef",
     "adaptive_kl_coef",
     "adaptive_penalty_coef",
     "aggregation_weights",
     "apply_gradients",
+    "average_params",
+    "best_and_worst",
     "chunked_token_statistics",
     "cispo_policy_loss",
     "classification_value_loss",
     "clip_cov_weights",
+    "clip_scores",
     "clipped_policy_loss",
     "clipped_value_loss",
     "decoupled_policy_loss",
     "disputed_states",
     "dppo_policy_loss",
     "dual_clip_policy_loss",
+    "ensemble_scores",
     "ensemble_values",
     "entropy",
     "explained_variance",
     "explained_variance_by_position",
     "gae",
+    "groups_with_variance",
     "grpo_advantages",
     "gspo_policy_loss",
     "hl_gauss_targets",
@@ -129,11 +150,15 @@ __all__ = [
     "last_token_index",
     "leave_one_out",
     "length_adaptive_lambda",
+    "length_penalty",
     "mask_agreed_advantages",
     "masked_mean",
     "merge_params",
     "missing_eos_scores",
     "next_token_loss",
+    "normalize_scores",
+    "overlong_penalty",
+    "par_scores",
     "ppo_loss",
     "preference_loss",
     "reinforce_advantages",
@@ -143,10 +168,12 @@ __all__ = [
     "rloo_advantages",
     "running_baseline",
     "schedule",
+    "threshold_scores",
     "token_covariances",
     "token_logprobs",
     "token_rewards",
     "token_statistics",
+    "update_moments",
     "value_bias",
     "value_calibration",
     "vpg_policy_loss",

@@ -1,8 +1,8 @@
-"""Control of the entropy by the few tokens that reduce it: those where log-prob and advantage are
-high, or low, together. Dimensions: B sequences, T response tokens.
+"""Control of the entropy, by its coefficient or by the few tokens that reduce it: those where
+log-prob and advantage are high, or low, together. Dimensions: B sequences, T response tokens.
 
-Each takes its means and shares over the arrays that it is given: mostly a whole minibatch.
-Reference: Cui et al. 2025, https://arxiv.org/abs/2505.22617.
+What is of tokens takes its means and shares over the arrays that it is given: mostly a whole
+minibatch. Reference: Cui et al. 2025, https://arxiv.org/abs/2505.22617.
 """
 
 import chex
@@ -194,3 +194,37 @@ def is_top(scores: jax.Array, mask: jax.Array, fraction: Number) -> jax.Array:
     count = jnp.floor(fraction * jnp.sum(mask).astype(jnp.float32)).astype(jnp.int32)
     ranks = jnp.argsort(jnp.argsort(-scores.ravel())).reshape(scores.shape)
     return ranks < jnp.maximum(count, 1)
+
+
+def adaptive_entropy_coef(
+    coef: Number, entropy: Number, *, target: Number, step: Number
+) -> jax.Array:
+    """Next coefficient of the entropy bonus, which rises while the entropy is below its target.
+
+    coef' = max(0, coef + step) where entropy < target,  max(0, coef - step) where it is above.
+
+    Args:
+        coef: coefficient of this iteration, that of `ppo_loss`.
+        entropy: of the policy in this iteration, in nats per token: its metric policy/entropy.
+        target: entropy to hold, in nats per token.
+        step: by how much the coefficient moves in an iteration, at least 0.
+
+    Returns:
+        A float32 scalar, at least 0.
+
+    Raises:
+        ValueError: step is known and below 0.
+
+    Reference: He et al. 2025, https://arxiv.org/abs/2505.22312 (Skywork-OR1, adaptive entropy
+    control), which in addition gives no bonus while the entropy is above its target.
+
+    >>> [adaptive_entropy_coef(0.5, h, target=0.2, step=0.25).item() for h in (0.1, 0.3)]
+    [0.75, 0.25]
+    """
+    chex.assert_rank([coef, entropy], 0)
+    assert_numbers(target=target)
+    assert_numbers(at_least=0, step=step)
+    coef, entropy, target, step = (
+        jnp.asarray(x, jnp.float32) for x in (coef, entropy, target, step)
+    )
+    return jnp.maximum(0.0, coef + step * jnp.sign(target - entropy))

@@ -2,7 +2,8 @@
 
 Dimension key: B sequences, L positions, D model, V vocabulary."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -81,3 +82,43 @@ def merge_params(*trees: Params, stacked: bool = False) -> Params:
             else:
                 merged[name] = value
     return merged
+
+
+def average_params(trees: Sequence[Params], weights: Sequence[float] | None = None) -> Params:
+    """The weighted mean of the parameters of several networks: one network in place of them all.
+
+    θ = Σ w_k θ_k / Σ w_k, summed in float32. It works for networks that were trained from one
+    start, as reward models from one SFT model with other data or seeds: their own mean is then as
+    good as the mean of their scores, at the cost of one.
+
+    Args:
+        trees: parameters of the same structure and shapes, one or more.
+        weights: of each, at least 0 and not all 0; None are equal ones.
+
+    Returns:
+        The same structure, each leaf in the dtype of the first tree's.
+
+    Raises:
+        ValueError: there is no tree, they differ in structure or shapes, or the weights are others.
+
+    Reference: Ramé et al. 2024, https://arxiv.org/abs/2401.12187 (WARM).
+
+    >>> average_params([{"w": jnp.array([1.0])}, {"w": jnp.array([5.0])}], [3.0, 1.0])["w"].tolist()
+    [2.0]
+    """
+    shapes = [jax.tree.map(jnp.shape, tree) for tree in trees]
+    if not shapes or any(shape != shapes[0] for shape in shapes):
+        got = f"{len(shapes)} that differ" if shapes else "none"
+        raise ValueError(f"trees must be one or more of equal structure and shapes, got {got}")
+    weights = [1.0] * len(trees) if weights is None else [float(w) for w in weights]
+    if len(weights) != len(trees) or not min(weights) >= 0 or not 0 < sum(weights) < math.inf:
+        raise ValueError(
+            f"weights must be {len(trees)} numbers of at least 0, and not all 0, got {weights}"
+        )
+    shares = [w / sum(weights) for w in weights]
+
+    def mean(*leaves: jax.Array) -> jax.Array:
+        total = sum(w * jnp.asarray(x, jnp.float32) for w, x in zip(shares, leaves, strict=True))
+        return jnp.asarray(total, jnp.asarray(leaves[0]).dtype)
+
+    return jax.tree.map(mean, *trees)

@@ -42,6 +42,7 @@ EVERY = jnp.ones((64, 24), bool)
 NEARLY = same(1000.1).at[0, 0].set(np.nextafter(np.float32(1000.1), np.float32(np.inf)))
 ADAM = core.Optimizer(learning_rate=0.1)
 WEIGHTS = {"w": jnp.ones(2)}
+NONE_YET = core.Moments()
 
 
 def stepped(settings, *gradients):
@@ -550,6 +551,79 @@ EDGES = [
     (core.importance_weights, "limit -1", lambda: weights_of(low=-1), "low must be at least 0"),
     (core.importance_weights, "level", lambda: weights_of(level="row"), "unknown level 'row'; cho"),
     (core.importance_weights, "outside", lambda: weights_of(outside="cut"), "unknown outside 'cut"),
+    # shaping of scores
+    (core.ensemble_scores, "how", lambda: ensemble(ONES, "max"), "unknown rule 'max'; choose"),
+    (core.ensemble_scores, "k [B]", lambda: ensemble(ONES, "mean", k=ROW), RANK),
+    (core.ensemble_scores, "one model", lambda: ensemble(ONES[:1], "mean_minus_std"), ROW),
+    (core.ensemble_scores, "no model", lambda: ensemble(ONES[:0], "min"), "reward_models must be"),
+    (core.ensemble_scores, "nearly", lambda: ensemble(NEARLY[:2], "mean_minus_std", k=1e9), 1000.1),
+    (core.ensemble_scores, "scores [B]", lambda: ensemble(ROW, "mean"), "assert_rank"),
+    (core.par_scores, "references [1]", lambda: core.par_scores(ROW, ROW[:1]), "assert_equal_sha"),
+    (core.par_scores, "inf", lambda: core.par_scores(-jnp.inf * ROW, ROW), 0.0),
+    (core.clip_scores, "limit 0", lambda: core.clip_scores(ROW, limit=0), "limit must be above 0"),
+    (core.clip_scores, "limit [B]", lambda: core.clip_scores(ROW, limit=ROW), RANK),
+    (core.clip_scores, "limit inf", lambda: core.clip_scores(9 * ROW, limit=math.inf), 9.0),
+    (core.update_moments, "no scores", lambda: moments_of(jnp.zeros(0)), [0, 0, 0]),
+    (core.update_moments, "integers", lambda: moments_of(TOKENS), "assert_type"),
+    (core.normalize_scores, "equal scores", lambda: normalized(same(0.1)), 0.0),
+    (core.normalize_scores, "nearly", lambda: normalized(NEARLY), 0.0),
+    (core.normalize_scores, "with the mean", lambda: normalized(ROW, shift_mean=False), 1.0),
+    (core.normalize_scores, "nothing before", lambda: core.normalize_scores(ROW, NONE_YET), 0.0),
+    (core.length_penalty, "empty", lambda: core.length_penalty(~MASK, coef=1.0), 0.0),
+    (core.length_penalty, "coef [B]", lambda: core.length_penalty(MASK, coef=ROW), RANK),
+    (core.length_penalty, "coef inf", lambda: core.length_penalty(~MASK, coef=math.inf), 0.0),
+    (
+        core.length_penalty,
+        "free -1",
+        lambda: core.length_penalty(MASK, coef=1.0, free_tokens=-1),
+        "free_tokens must be at least 0",
+    ),
+    (core.overlong_penalty, "cache 0", lambda: overlong(cache_length=0), "cache_length must be at"),
+    (core.overlong_penalty, "length [B]", lambda: overlong(max_length=ROW), RANK),
+    (core.overlong_penalty, "beyond", lambda: overlong(max_length=2), -1.0),
+    (core.overlong_penalty, "empty", lambda: overlong(~MASK), 0.0),
+    (
+        core.overlong_penalty,
+        "a traced cache of 0",
+        lambda: jax.jit(lambda c: overlong(cache_length=c))(0.0),
+        -1.0,
+    ),
+    (core.threshold_scores, "at it", lambda: ruled(threshold=1.0), 2.0),
+    (core.threshold_scores, "below", lambda: ruled(threshold=1.5), 1.0),
+    (core.threshold_scores, "of safety", lambda: ruled(threshold=0, is_safety=HAS_EOS), [1, 2] * 2),
+    (core.threshold_scores, "[1]", lambda: ruled(threshold=0, is_safety=HAS_EOS[:1]), "assert_equ"),
+    (core.threshold_scores, "threshold [B]", lambda: ruled(threshold=ROW), RANK),
+    (core.best_and_worst, "keep 0", lambda: extremes(keep=0), "keep must be at least 1"),
+    (
+        core.best_and_worst,
+        "keep 3 of 4",
+        lambda: extremes(keep=3),
+        "at most half of the group_size",
+    ),
+    (core.best_and_worst, "groups of 3", lambda: extremes(group_size=3), "divide the 4 responses"),
+    (core.best_and_worst, "ties", lambda: extremes(), [True, False, False, True]),
+    (core.groups_with_variance, "nearly", lambda: varied(NEARLY[0]), False),
+    (core.groups_with_variance, "nan", lambda: varied(jnp.nan * NEARLY[0]), True),
+    (core.groups_with_variance, "[B, 1]", lambda: varied(COLUMN), "assert_rank"),
+    (core.adaptive_entropy_coef, "at the target", lambda: entropy_coef(2.0), 0.5),
+    (core.adaptive_entropy_coef, "at 0", lambda: entropy_coef(3.0, coef=0.1), 0.0),
+    (core.adaptive_entropy_coef, "step -1", lambda: entropy_coef(0.0, step=-1), "step must be at"),
+    (core.average_params, "none", lambda: core.average_params([]), "one or more .*, got none"),
+    (core.average_params, "shapes", lambda: averaged({"w": jnp.ones(3)}), "got 2 that differ"),
+    (core.average_params, "names", lambda: averaged({"v": jnp.ones(2)}), "got 2 that differ"),
+    (
+        core.average_params,
+        "weight -1",
+        lambda: averaged(WEIGHTS, [2, -1]),
+        "of at least 0, and not",
+    ),
+    (core.average_params, "weights 0", lambda: averaged(WEIGHTS, [0, 0]), "not all 0, got"),
+    (
+        core.average_params,
+        "one weight",
+        lambda: averaged(WEIGHTS, [1]),
+        "weights must be 2 numbers",
+    ),
     # optimizer
     (core.apply_gradients, "1e20", lambda: stepped(ADAM, 3e20, -4e20), [0.9, 1.1, 5e20]),
     (
@@ -719,6 +793,42 @@ EDGES = [
 def decoupled(**how):
     given = dict(clip_range=0.2, behavior_logprobs=ONES) | how
     return of_ones(core.decoupled_policy_loss, **given)
+
+
+def ensemble(scores, how, **numbers):
+    return core.ensemble_scores(scores, how=how, **numbers)
+
+
+def moments_of(scores):
+    return jnp.stack([*map(jnp.float32, jax.tree.leaves(core.update_moments(NONE_YET, scores)))])
+
+
+def normalized(scores, **how):
+    return core.normalize_scores(scores, core.update_moments(NONE_YET, scores), **how)
+
+
+def overlong(mask=MASK, **lengths):
+    return core.overlong_penalty(mask, **dict(max_length=4, cache_length=2) | lengths)
+
+
+def ruled(**how):
+    return core.threshold_scores(ROW, 2 * ROW, **how)
+
+
+def extremes(**how):
+    return core.best_and_worst(ROW, **dict(group_size=4, keep=1) | how)
+
+
+def varied(scores):
+    return core.groups_with_variance(scores, group_size=4)
+
+
+def entropy_coef(entropy, coef=0.5, step=0.25):
+    return core.adaptive_entropy_coef(coef, entropy, target=2.0, step=step)
+
+
+def averaged(other, weights=None):
+    return core.average_params([WEIGHTS, other], weights)
 
 
 def aggregated(**how):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from ppo_jax.core.covariance import (
+    adaptive_entropy_coef,
     clip_cov_weights,
     kl_cov_mask,
     kl_cov_policy_loss,
@@ -97,3 +98,12 @@ def test_the_quota_is_that_of_verl():
         for x, a, m in zip(*(jnp.split(x, 8) for x in (logprobs, advantages, mask)), strict=True)
     ]
     assert sum(part.sum() for part in parts) == 8
+
+
+def test_the_coefficient_follows_the_entropy_and_stays_above_0():
+    coef = jnp.float32(0.0)
+    path = []
+    for entropy in (1.0, 1.0, 3.0, 2.0, 3.0, 3.0):
+        coef = adaptive_entropy_coef(coef, entropy, target=2.0, step=0.25)
+        path.append(coef.item())
+    assert path == [0.25, 0.5, 0.25, 0.25, 0.0, 0.0]

@@ -10,7 +10,12 @@ import numpy as np
 import pytest
 
 from ppo_jax.core.advantages import gae, length_adaptive_lambda, whiten
-from ppo_jax.core.covariance import clip_cov_weights, kl_cov_policy_loss, token_covariances
+from ppo_jax.core.covariance import (
+    adaptive_entropy_coef,
+    clip_cov_weights,
+    kl_cov_policy_loss,
+    token_covariances,
+)
 from ppo_jax.core.critic_free import (
     grpo_advantages,
     leave_one_out,
@@ -53,6 +58,18 @@ from ppo_jax.core.policy_losses import (
 )
 from ppo_jax.core.rewards import missing_eos_scores, token_rewards
 from ppo_jax.core.sequence_losses import aggregation_weights, gspo_policy_loss
+from ppo_jax.core.shaping import (
+    ENSEMBLE_RULES,
+    Moments,
+    clip_scores,
+    ensemble_scores,
+    length_penalty,
+    normalize_scores,
+    overlong_penalty,
+    par_scores,
+    threshold_scores,
+    update_moments,
+)
 from ppo_jax.core.value_losses import (
     classification_value_loss,
     clipped_value_loss,
@@ -139,6 +156,15 @@ def with_eos(scores, **numbers):
     return missing_eos_scores(scores, HAS_EOS, **numbers)
 
 
+def moments_of(scores):
+    moments = update_moments(Moments(), scores)
+    return moments.mean, moments.m2
+
+
+def normalized(scores, **how):
+    return normalize_scores(scores, update_moments(Moments(), scores), **how)
+
+
 HAS_EOS = jnp.array([True, True, False])
 GAE = dict(gamma=0.9, gae_lambda=0.8, bootstrap_values=0.5)
 CLIP = dict(clip_range=0.2, clip_range_high=0.3, normalizer=11)
@@ -217,11 +243,19 @@ CASES = [
     Case("ensemble_values", product_of_ensemble, ENSEMBLE, {}, [PADDED_ENSEMBLE], False),
     Case("mask_agreed", with_mask(mask_agreed_advantages), TWO, SHARE, [PADDED] * 2),
     Case("disputed_states", with_mask(disputed_numbers), ONE, SHARE, [PADDED]),
+    Case("par_scores", par_scores, [SCORES, array(13, B, 2)], {}),
+    Case("clip_scores", clip_scores, [SCORES], dict(limit=0.5)),
+    Case("update_moments", moments_of, [SCORES], {}),
+    Case("normalize_scores", normalized, [SCORES], {}),
+    Case("threshold_scores", threshold_scores, [SCORES, array(13, B)], dict(threshold=0.1)),
     Case("preference_loss", preference_loss, [SCORES, array(13, B)], dict(margin=0.5)),
     Case("entropy", entropy, LOGITS, {}, [PADDED], masks_itself=False),
     Case("token_logprobs", logprobs_of_tokens, LOGITS, dict(temperature=0.7), [PADDED], False),
     Case("token_statistics", product_of_statistics, LOGITS, dict(temperature=0.7), [PADDED], False),
 ]
+for how in ENSEMBLE_RULES:
+    rule = functools.partial(ensemble_scores, how=how)
+    CASES.append(Case(f"ensemble_scores_{how}", rule, [array(16, 4, B)], dict(k=0.5)))
 for kind in ("k1", "k2", "k3"):
     estimate = functools.partial(kl_estimate, estimator=kind)
     rewards = with_mask(token_rewards, estimator=kind)
@@ -370,6 +404,27 @@ def test_a_lambda_by_length_takes_a_traced_number_without_promotion(strict):
         got, expected = call(MASK, alpha=alpha), length_adaptive_lambda(MASK, alpha=alpha)
         np.testing.assert_allclose(got, expected)
         assert got.dtype == jnp.float32
+
+
+def test_penalties_of_lengths_take_traced_numbers_without_promotion(strict):
+    for function, numbers in (
+        (length_penalty, dict(coef=0.5, free_tokens=1)),
+        (overlong_penalty, dict(max_length=5, cache_length=2)),
+    ):
+        call = jax.jit(functools.partial(function, MASK))
+        strong = {name: jnp.float32(x) for name, x in numbers.items()}
+        got, expected = call(**numbers), function(MASK, **strong)
+        np.testing.assert_allclose(got, expected)
+        assert got.dtype == jnp.float32 and float(got.min()) < 0
+        sweep = jax.vmap(call)(**{name: jnp.stack([x, x]) for name, x in strong.items()})
+        np.testing.assert_allclose(sweep[1], expected)
+
+
+def test_the_controller_of_the_entropy_takes_traced_numbers_without_promotion(strict):
+    call = jax.jit(adaptive_entropy_coef)
+    for given in ((0.5, 1.0), (jnp.float32(0.5), jnp.float32(1.0))):
+        got = call(*given, target=2, step=0.25)
+        assert got == 0.75 and got.dtype == jnp.float32
 
 
 def test_sample_takes_traced_numbers_without_promotion(strict):

@@ -28,7 +28,6 @@ ELSEWHERE = {  # module: where it is tested, since it is a part of what is teste
     "config/mesh": "distributed/test_layout",
     "core/cpu": "core/test_distributions",
     "core/lanes": "algorithms/test_sweep",
-    "core/network": "algorithms/test_ppo",
     "core/types": "core/test_renamed",
     "data/comparisons": "data/test_preferences",
     "data/messages": "data/test_chat",
