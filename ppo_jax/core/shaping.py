@@ -53,8 +53,7 @@ def ensemble_scores(scores: jax.Array, *, how: str, k: Number = 1.0) -> jax.Arra
     if how == "mean_minus_var":
         return mean - k * variance
     if how == "mean_minus_std":
-        agree = variance == 0  # the gradient of a root is infinite at 0
-        return mean - k * jnp.where(agree, 0.0, jnp.sqrt(jnp.where(agree, 1.0, variance)))
+        return mean - k * jnp.sqrt(variance)
     return mean
 
 

@@ -93,10 +93,10 @@ def test_normalised_scores_are_in_standard_deviations_of_all_so_far():
     np.testing.assert_allclose(kept, expected + seen.mean(), rtol=1e-4)
 
 
-def test_equal_scores_of_several_batches_are_exactly_0():
-    moments = Moments()
-    for size in (3, 7, 11):
-        scores = jnp.full(size, 0.1)
+def test_scores_that_are_equal_but_for_rounding_are_exactly_0():
+    moments, after = Moments(), np.nextafter(np.float32(1000.1), np.float32(np.inf))
+    for value in (np.float32(1000.1), after):
+        scores = jnp.full(7, value)
         moments = update_moments(moments, scores)
         assert (normalize_scores(scores, moments) == 0).all()
 
