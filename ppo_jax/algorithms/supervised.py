@@ -134,7 +134,8 @@ def reward_step(
             num_micro_batches=num_micro_batches,
         )
         chosen, rejected = scores[batch.pairs[:, 0]], scores[batch.pairs[:, 1]]
-        return preference_loss(chosen, rejected, mask=batch.valid)
+        margin = 0.0 if batch.margins is None else batch.margins
+        return preference_loss(chosen, rejected, margin=margin, mask=batch.valid)
 
     (_, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(state.params)
     return apply_update(state, gradients, metrics, optimizer, "reward_model")

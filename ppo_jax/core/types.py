@@ -184,5 +184,6 @@ class PreferenceBatch:
     mask: jax.Array  # [N, L] bool
     pairs: jax.Array  # [M, 2] int32, texts (the preferred, the other)
     valid: jax.Array  # [M] bool, False where the pair was a tie
+    margins: jax.Array | None = None  # [M] float32, see `preference_loss`; None is 0
     segment_ids: jax.Array | None = None  # [N, L] int32, as `Network` has it
     ends: jax.Array | None = None  # [N, K] int32, position of each text's last token; else 0

@@ -41,7 +41,7 @@ class RewardData:
         return len(self.ratings) if self.groups is None else self.groups.rows.size
 
     def batch(self, seed: int, step: int, settings: RewardSettings):
-        """(rows [N], pairs [M, 2] within them, valid [M]) of a training step.
+        """(rows [N], pairs [M, 2] within them, valid [M], margins [M] or None) of a training step.
 
         All responses to a prompt are in one batch, with all pairs among them.
         """
@@ -50,14 +50,16 @@ class RewardData:
                 seed, step, num_examples=len(self.ratings), batch_size=settings.batch_size
             )
             ratings = [self.ratings[row] for row in rows]
-            return rows, *rating_pairs(ratings, seed, step, num_pairs=settings.pairs_per_batch)
+            pairs = rating_pairs(ratings, seed, step, num_pairs=settings.pairs_per_batch)
+            return rows, *pairs, None
         groups, size = self.groups, self.groups.rows.shape[1]
         chosen = batch_indices(
             seed, step, num_examples=len(groups.rows), batch_size=settings.batch_size // size
         )
         firsts = np.arange(len(chosen), dtype=np.int32) * size
         pairs = (groups.pairs[chosen] + firsts[:, None, None]).reshape(-1, 2)
-        return groups.rows[chosen].reshape(-1), pairs, groups.valid[chosen].reshape(-1)
+        margins = None if groups.margins is None else groups.margins[chosen].reshape(-1)
+        return groups.rows[chosen].reshape(-1), pairs, groups.valid[chosen].reshape(-1), margins
 
     def accuracy(self, scores: np.ndarray, seed: int) -> dict[str, float]:
         """Share of unseen pairs in the right order, and how many they are.

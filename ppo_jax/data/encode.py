@@ -55,6 +55,8 @@ class ComparisonGroups:
     rows: np.ndarray  # [R, K] int32, of the texts
     pairs: np.ndarray  # [R, K(K-1)/2, 2] int32, (better, worse) among the K
     valid: np.ndarray  # [R, K(K-1)/2] bool, False where there is no such pair
+    # [R, K(K-1)/2] float32, by how much the better should score higher; None is 0 for all
+    margins: np.ndarray | None = field(default=None, metadata={"added_later": True})
 
     @property
     def row_pairs(self) -> np.ndarray:
@@ -245,7 +247,10 @@ def _groups(rankings: Sequence[RankedResponses]) -> ComparisonGroups:
     for i, ranking in enumerate(rankings):
         pairs[i, : len(ranking.pairs)] = ranking.pairs
         valid[i, : len(ranking.pairs)] = True
-    return ComparisonGroups(rows=rows.astype(np.int32), pairs=pairs, valid=valid)
+    margins = None
+    if any(ranking.margin for ranking in rankings):
+        margins = np.float32([ranking.margin for ranking in rankings])[:, None] * valid
+    return ComparisonGroups(rows.astype(np.int32), pairs, valid, margins)
 
 
 def _kept_texts(records, owners, rows, max_length) -> tuple[list[int], TokenizedTexts]:

@@ -18,6 +18,8 @@ PREFERENCE_SCHEMAS = (
     ("chosen", "rejected"),
     ("prompt", "chosen", "rejected"),
     ("prompt", "responses", "scores"),
+    ("chosen", "rejected", "margin"),
+    ("prompt", "chosen", "rejected", "margin"),
 )
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # start of a turn in transcripts, as hh-rlhf's
 
@@ -30,6 +32,7 @@ class RankedResponses:
     responses: tuple[str, ...]
     scores: tuple[float, ...]  # of each response; only their order counts, equal is a tie
     first_turn: str = field(default="", compare=False)  # of messages: the user's first
+    margin: float = 0.0  # by how much the score of the better one should be larger
 
     @property
     def conversation(self) -> str:
@@ -72,6 +75,7 @@ def load_preferences(
     - {"chosen", "rejected"}: two conversations. What they have in common before two different turns
       of the assistant's is the prompt. They are messages, or transcripts of the form
       "\\n\\nHuman: ... \\n\\nAssistant: ...".
+    - Both forms of chosen and rejected with "margin": by how much the chosen is to score higher.
 
     The tokenizer's chat template renders messages; without one they are refused. For `left_out`
     see `messages.collect`.
@@ -82,15 +86,27 @@ def load_preferences(
 
 def parse_ranking(row: Row, place: str, chat: Chat) -> RankedResponses:
     sides, scores = read_responses(row, place)
+    margin = read_margin(row, place)
     if all(isinstance(x, str) for x in [row.get("prompt", ""), *sides.values()]):
         sides = {key: read_string(sides, key, place) for key in sides}
         if "prompt" in row:
             prompt, responses = read_string(row, "prompt", place), tuple(sides.values())
         else:
             prompt, responses = split_transcripts(tuple(sides.values()), place)
-        return RankedResponses(prompt, responses, scores)
+        return RankedResponses(prompt, responses, scores, margin=margin)
     prompt, responses, first_turn = split_conversations(row, sides, chat, place)
-    return RankedResponses(prompt, responses, scores, first_turn)
+    return RankedResponses(prompt, responses, scores, first_turn, margin)
+
+
+def read_margin(row: Row, place: str) -> float:
+    """The margin of a pair, 0 where there is none."""
+    margin = read_number(row.get("margin", 0.0), "margin", place)
+    if margin < 0:
+        raise ValueError(
+            f"{place}: margin must be at least 0, got {margin:g}: by how much the chosen response "
+            "should score higher (exchange chosen and rejected where it is the other)"
+        )
+    return margin
 
 
 def read_responses(row: Row, place: str) -> tuple[dict[str, Any], tuple[float, ...]]:

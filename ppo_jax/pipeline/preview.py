@@ -87,6 +87,8 @@ def group_examples(data: RewardData, number: int, tokenizer: Any, mark: Mark) ->
         others = [str(worse + 1) for better, worse in pairs if better == place]
         title = f"prompt {number + 1}, response {place + 1}"
         title += f", better than {', '.join(others)}" if others else ""
+        if others and groups.margins is not None:
+            title += f" by a margin of {groups.margins[number, 0]:g}"
         mask = data.texts.mask[row]
         tokens, in_loss = data.texts.tokens[row][mask], data.texts.loss_mask[row][mask]
         yield example(title, TokenRow(tokens.tolist(), in_loss.tolist()), tokenizer, mark)

@@ -135,7 +135,7 @@ def preference_batch(
     settings: RewardSettings,
     layout: Layout,
 ) -> PreferenceBatch:
-    rows, pairs, valid = data.batch(seed, step, settings)
+    rows, pairs, valid, margins = data.batch(seed, step, settings)
     width = batch_width(data.texts, rows)
     # Each micro-batch is sharded; no pair has what fills the batch up.
     multiple = settings.num_micro_batches * layout.num_shards("batch")
@@ -146,8 +146,8 @@ def preference_batch(
     else:
         rows = layout.pad_batch(rows, multiple)
         parts = dict(inputs=inputs(rows, width), mask=data.texts.mask[rows, :width])
-    pairs, valid = layout.replicate((pairs, valid))
-    return PreferenceBatch(pairs=pairs, valid=valid, **layout.shard_batch(parts))
+    of_pairs = layout.replicate(dict(pairs=pairs, valid=valid, margins=margins))
+    return PreferenceBatch(**of_pairs, **layout.shard_batch(parts))
 
 
 def packed_rows(

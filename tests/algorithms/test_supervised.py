@@ -275,6 +275,17 @@ def test_ties_do_not_count():
     tiny.leaves_close(metrics, expected_metrics, rtol=1e-5)
 
 
+def test_a_margin_is_what_the_loss_asks_of_the_difference():
+    state, margins = start(REWARD), np.float32([0, 3, 0.5, 1, 2, 0])
+    batch = preferences(ALL_PAIRS).replace(margins=margins)
+    scores = np.float64(text_scores(REWARD, state.params, batch.inputs, batch.mask))
+    gaps = np.array([scores[i] - scores[j] for i, j in ALL_PAIRS])
+    _, metrics = reward(state, batch, PLAIN, network=REWARD, frozen={})
+    expected = np.mean(np.log1p(np.exp(margins - gaps)))
+    np.testing.assert_allclose(metrics["reward_model/loss"], expected, rtol=1e-5)
+    np.testing.assert_allclose(metrics["reward_model/margin"], gaps.mean(), atol=1e-6)
+
+
 def test_the_reward_model_learns_an_order():
     state = start(REWARD, optimizer=TRAIN)
     batch = preferences([(2, 0), (2, 3), (2, 1), (0, 3), (0, 1), (3, 1)])

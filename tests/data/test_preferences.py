@@ -1,5 +1,7 @@
 """Preferences and rankings: every form gives the same records, and all pairs but the ties."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -10,9 +12,11 @@ from ppo_jax.data.preferences import RankedResponses, load_preferences
 from ppo_jax.data.records import write_jsonl
 from ppo_jax.io.tokenizers import train_tokenizer
 from ppo_jax.pipeline.preflight import check_rankings
+from ppo_jax.training.resume import checksum
 from tests.support.chats import TOKENIZER, ids, turns
 
 OPENED = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+GOOD_PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
 SIDES = ("Yes<|im_end|>", "No<|im_end|>")
 HI, YES, NO = turns("Hi"), turns("Hi", "Yes")[1:], turns("Hi", "No")[1:]
 
@@ -31,6 +35,7 @@ def loaded(tmp_path, *rows):
         {"prompt": "Hi", "chosen": YES, "rejected": NO},
         {"prompt": "Hi", "chosen": HI + YES, "rejected": HI + NO},
         {"chosen": HI + YES, "rejected": HI + NO},
+        {"prompt": HI, "chosen": YES, "rejected": NO, "margin": 0},
         {"prompt": HI, "responses": [YES, "No"]},
     ],
     ids=lambda row: "-".join(f"{key}:{type(value).__name__}" for key, value in row.items()),
@@ -118,6 +123,8 @@ def test_a_ranking_has_all_pairs_but_ties(tmp_path):
         ({"prompt": None, "chosen": "a", "rejected": "b"}, "prompt must be a string or a list"),
         ({"prompt": "p", "chosen": 1, "rejected": "b"}, "chosen must be a string or a list"),
         ({"prompt": "p", "chosen": "a"}, "the keys must be"),
+        (GOOD_PAIR | {"margin": -1}, "margin must be at least 0, got -1: by how much"),
+        (GOOD_PAIR | {"margin": "much"}, "margin must be a finite number up to 1e30, got 'much'"),
         ({"prompt": "p", "responses": ["a"]}, "responses must be a list of two or more"),
         ({"prompt": "p", "responses": "ab"}, "responses must be a list of two or more"),
         ({"prompt": "p", "responses": ["a", 3]}, r"responses\[1\] must be a string or a list"),
@@ -129,9 +136,38 @@ def test_a_ranking_has_all_pairs_but_ties(tmp_path):
     ],
 )
 def test_a_bad_row_is_named(tmp_path, row, message):
-    good = {"prompt": "p", "chosen": "a", "rejected": "b"}
     with pytest.raises(ValueError, match=rf"(?s)pairs\.jsonl:2: .*{message}"):
-        loaded(tmp_path, good, row)
+        loaded(tmp_path, GOOD_PAIR, row)
+
+
+def test_margins_go_with_their_pairs_into_the_batches(tmp_path):
+    texts = {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}
+    records = loaded(
+        tmp_path,
+        GOOD_PAIR,
+        {"prompt": HI, "chosen": YES, "rejected": NO, "margin": 2},
+        texts | {"margin": 0.5},
+        {"prompt": "p", "responses": ["a", "b", "c"], "margin": 7},  # not read
+    )
+    assert [record.margin for record in records] == [0.0, 2.0, 0.5, 0.0]
+    _, groups = encode.encode_preferences(records[:2] + records[3:], TOKENIZER, max_length=40)
+    assert groups.margins.tolist() == [[0, 0, 0], [2, 0, 0], [0, 0, 0]]
+    encoded, groups = encode.encode_preferences(records[:2], TOKENIZER, max_length=40)
+    data = RewardData(texts=encoded, groups=groups)
+    rows, pairs, valid, margins = data.batch(0, 0, settings(batch_size=4))
+    assert margins.dtype == np.float32 and valid.all()
+    assert dict(zip(rows[pairs[:, 0]].tolist(), margins.tolist(), strict=True)) == {0: 0.0, 2: 2.0}
+
+
+def test_without_a_margin_the_checksum_is_that_of_runs_from_before(tmp_path):
+    texts, groups = encode.encode_preferences(loaded(tmp_path, GOOD_PAIR), TOKENIZER, max_length=8)
+    assert groups.margins is None
+    before = 0
+    for part in (groups.rows, groups.pairs, groups.valid):
+        before = checksum(part, before)
+    assert checksum(groups) == before
+    with_margin = dataclasses.replace(groups, margins=np.ones((1, 1), np.float32))
+    assert checksum(with_margin) != before
 
 
 def rankings():
@@ -181,7 +217,8 @@ def test_a_batch_holds_whole_rankings_with_all_their_pairs():
     assert data.num_rows == 9
     seen = []
     for step in range(3):  # an epoch: a ranking a step
-        rows, pairs, valid = data.batch(0, step, settings(batch_size=3 * 2))
+        rows, pairs, valid, margins = data.batch(0, step, settings(batch_size=3 * 2))
+        assert margins is None
         assert rows.shape == (6,) and pairs.shape == (6, 2) and valid.shape == (6,)
         assert (pairs[:3] < 3).all() and (pairs[3:][valid[3:]] >= 3).all()
         seen += rows[pairs[valid]].tolist()
@@ -253,7 +290,7 @@ def test_a_batch_holds_whole_rankings_whether_its_size_is_even_or_odd(batch_size
     texts, groups = encode.encode_preferences(rankings(), TOKENIZER, max_length=8)
     data, chosen = RewardData(texts=texts, groups=groups), settings(batch_size=batch_size)
     check_rankings(chosen, data)
-    rows, pairs, valid = data.batch(0, 0, chosen)
+    rows, pairs, valid, _ = data.batch(0, 0, chosen)
     assert rows.shape == (batch_size,) and len(pairs) == len(valid) == batch_size
     message = (
         "reward.batch_size must be a multiple of 3, the most responses to a prompt of x, got 8"

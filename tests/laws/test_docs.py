@@ -181,7 +181,7 @@ READ = {
 }
 MESSAGES = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
 VALUES = {"messages": MESSAGES, "responses": ["good", "bad"], "scores": [2, 1]}
-VALUES |= {"ratings": [1, 2.5], "rating": 3}
+VALUES |= {"ratings": [1, 2.5], "rating": 3, "margin": 0.5}
 TALKS = {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}
 
 
@@ -194,8 +194,8 @@ def documented_schemas():
 
 def example_of(keys):
     """A row with these keys; two conversations have the prompt in them."""
-    if keys == ("chosen", "rejected"):
-        return TALKS
+    if "chosen" in keys and "prompt" not in keys:
+        return {key: VALUES.get(key) for key in keys} | TALKS
     return {key: VALUES.get(key, f"some {key}") for key in keys}
 
 

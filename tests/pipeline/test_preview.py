@@ -86,6 +86,15 @@ def test_all_responses_of_a_ranking_are_shown_in_their_order():
     assert preview.reward_preview(data, TOKENIZER, preview.brackets) == RANKED
 
 
+def test_the_margin_of_a_pair_is_shown():
+    ranking = RankedResponses("Hi", ("Yes", "No"), (1.0, 0.0), margin=0.5)
+    texts, groups = encode.encode_preferences([ranking], TOKENIZER, max_length=8)
+    shown = preview.reward_preview(
+        RewardData(texts=texts, groups=groups), TOKENIZER, preview.brackets
+    )
+    assert "response 1, better than 2 by a margin of 0.5: " in shown
+
+
 def test_rated_texts_are_shown_with_their_ratings():
     texts = encode.encode_texts(["Hi", "Ho", "No"], TOKENIZER, max_length=8)
     data = RewardData(texts=texts, ratings=[(1.0, -0.5), (2.0,), (3.0,)])

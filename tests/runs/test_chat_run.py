@@ -4,6 +4,7 @@ import copy
 import datetime
 import functools
 import json
+import math
 
 import pyarrow
 import pyarrow.parquet
@@ -112,7 +113,7 @@ def test_every_stage_learns_from_chats(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     datasets.disable_progress_bars()
     chats = [{"messages": turns(x, "good", x, "fine")} for x in ASKED for _ in range(2)]
-    pairs = [{"chosen": turns(x, "good"), "rejected": turns(x, "bad")} for x in ASKED]
+    pairs = [{"chosen": turns(x, "good"), "rejected": turns(x, "bad"), "margin": 2} for x in ASKED]
     make_model(tmp_path)
     (tmp_path / "owner" / "name").mkdir(parents=True)
     write = pyarrow.parquet.write_table
@@ -134,3 +135,10 @@ def test_every_stage_learns_from_chats(tmp_path, monkeypatch):
     opened = f"user: {ASKED[0]}<|endoftext|>\nassistant: good<|endoftext|>\nuser: {ASKED[0]}"
     assert row["prompt"] == opened + "<|endoftext|>\nassistant: "
     assert load_model(tmp_path / "run" / "ppo").tokenizer.chat_template == TEMPLATE
+    steps = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [  # of a batch of one pair, with the margin of its row
+        (step["reward_model/loss"], math.log1p(math.exp(2 - step["reward_model/margin"])))
+        for step in steps
+        if "reward_model/loss" in step
+    ]
+    assert losses and all(got == pytest.approx(expected, rel=1e-4) for got, expected in losses)
