@@ -27,6 +27,7 @@ from ppo_jax.core.masking import last_token_index, masked_moments
 from ppo_jax.core.network import Network, last_outputs, merge_params
 from ppo_jax.core.renamed import renamed
 from ppo_jax.core.rewards import missing_eos_scores, token_rewards, token_scores
+from ppo_jax.core.shaping import clip_scores, overlong_penalty
 from ppo_jax.core.types import (
     Experience,
     FrozenParams,
@@ -326,8 +327,8 @@ def response_rewards(
     """The reward of each token: its score, or that of the response at the last one, minus the KL
     penalty at each.
 
-    Of scores [B, T] the missing-EOS rule and the metrics `reward/...score...` see the sum over a
-    response. What the rule changes is changed at the last token; what it replaces is 0 before.
+    Of scores [B, T] the shaping and the metrics `reward/...score...` see the sum over a response.
+    What it changes is changed at the last token; what the missing-EOS rule replaces is 0 before.
 
     Returns:
         (rewards [B, T] float32, 0 where masked; metrics of scores, KL and responses).
@@ -336,7 +337,7 @@ def response_rewards(
     if scores.ndim == 2:
         of_tokens = token_scores(scores, mask)
         scores = of_tokens.sum(axis=1)
-    adjusted = adjust_scores(scores, rollout.has_eos, hyperparameters, options)
+    adjusted = shape_scores(scores, mask, rollout.has_eos, hyperparameters, options)
     kl_coef = hyperparameters.kl_coef if options.kl_control == "fixed" else state.kl_coef
     credited = adjusted
     if of_tokens is not None:
@@ -363,6 +364,24 @@ def response_rewards(
         "response/eos_fraction": rollout.has_eos.astype(jnp.float32).mean(),
     }
     return rewards, metrics
+
+
+def shape_scores(
+    scores: jax.Array,
+    mask: jax.Array,
+    has_eos: jax.Array,
+    hyperparameters: Hyperparameters,
+    options: PPOOptions,
+) -> jax.Array:
+    """Scores [B] as PPO learns from them: clipped, by the missing-EOS rule, and less what a
+    response loses near its length limit, the T of the mask [B, T]."""
+    if hyperparameters.score_clip is not None:
+        scores = clip_scores(scores, limit=hyperparameters.score_clip)
+    scores = adjust_scores(scores, has_eos, hyperparameters, options)
+    if hyperparameters.overlong_tokens is None:
+        return scores
+    lengths = dict(max_length=mask.shape[1], cache_length=hyperparameters.overlong_tokens)
+    return scores + overlong_penalty(mask, **lengths)
 
 
 def adjust_scores(scores, has_eos, hyperparameters: Hyperparameters, options: PPOOptions):

@@ -16,6 +16,8 @@ from ppo_jax.core.kl import ESTIMATORS, REWARD_ESTIMATORS, REWARD_RULE
 from ppo_jax.core.optimizer import SCHEDULES
 from ppo_jax.models.lora import TARGETS
 
+# Numbers of PPO, each with the value at which it is no part of the program.
+LEFT_OUT = {"stop_kl": math.inf, "score_clip": math.inf, "overlong_tokens": 0}
 CRITIC_STARTS = ("", "reward_model", "policy", "scratch")  # what names no model of its own
 
 
@@ -248,6 +250,10 @@ class PPOSettings:
     # last token
     missing_eos: str = "keep"  # the score of a response that was cut off: or "penalty", "replace"
     missing_eos_score: float = changeable(1.0)  # what is subtracted from it, or put in its place
+    score_clip: Limit = changeable(math.inf)  # scores are cut to at most this far from 0, before
+    # missing_eos; inf is off
+    overlong_tokens: int = changeable(0)  # the last tokens of response_length, over which a
+    # response loses up to 1, the more it reaches into them; 0 is off
 
     # Log-probabilities that the ratio starts from
 
@@ -349,6 +355,9 @@ class PPOSettings:
         check.each("in [0, 1]", "min_p")
         check.choice("missing_eos", "keep", "penalty", "replace")
         check.choice("score_at", "eos", "last")
+        check.each("> 0", "score_clip")
+        rule = f"from 0, which is off, to response_length ({self.response_length})"
+        check.that(0 <= self.overlong_tokens <= self.response_length, "overlong_tokens", rule)
         check.that(all(self.stop_tokens), "stop_tokens", "texts of at least one character")
 
     def _check_old_logprobs(self, check: Check):

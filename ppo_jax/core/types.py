@@ -123,6 +123,8 @@ class Hyperparameters:
     vf_coef: jax.Array | float = 0.1
     entropy_coef: jax.Array | float = 0.0
     missing_eos_score: jax.Array | float = 0.0  # replaces, or is subtracted from, the score
+    score_clip: jax.Array | float | None = None  # scores are within it of 0; None is off
+    overlong_tokens: jax.Array | float | None = None  # see `overlong_penalty`; None is off
     stop_kl: jax.Array | float | None = None  # nats a token, see `ppo_update`; None is off
     tis_clip_low: jax.Array | float = 1.0  # limits of the weights of recomputed log-probs; 1 and
     tis_clip_high: jax.Array | float = 1.0  # 1 is no weight, see `importance_weights`

@@ -25,7 +25,7 @@ from ppo_jax.algorithms.sweep import (
     sweep_update,
 )
 from ppo_jax.config.run import Config
-from ppo_jax.config.stages import OptimizerSettings
+from ppo_jax.config.stages import LEFT_OUT, OptimizerSettings
 from ppo_jax.core.types import FrozenParams, Hyperparameters, Params, PPOState, Prompts
 from ppo_jax.data.encode import take_prompts
 from ppo_jax.data.prompts import PromptData
@@ -86,13 +86,13 @@ class Program(NamedTuple):
 def shape_of(config: Config, workdir: Path) -> str:
     """What the lanes of one program have in common: the config without the numbers, as a text.
 
-    `stop_kl` counts as it is in the program or not.
+    Of the numbers, those of `LEFT_OUT` count as they are in the program or not.
     """
     values = without_workdir(dataclasses.asdict(config), workdir)
     ppo = values["ppo"]
-    brake = ppo["stop_kl"] != float("inf")
+    left_out = {f"without {name}": ppo[name] == value for name, value in LEFT_OUT.items()}
     values.pop("seed")
-    values["ppo"] = {name: x for name, x in ppo.items() if name not in NUMBERS} | {"brake": brake}
+    values["ppo"] = {name: x for name, x in ppo.items() if name not in NUMBERS} | left_out
     optimizer = values["ppo"]["optimizer"]
     values["ppo"]["optimizer"] = {
         name: x for name, x in optimizer.items() if name not in OPTIMIZER_NUMBERS

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ppo_jax.algorithms.experience import PPONetworks, PPOOptions, Sampler
-from ppo_jax.config.stages import PPOSettings
+from ppo_jax.config.stages import LEFT_OUT, PPOSettings
 from ppo_jax.core.advantages import needs_critic
 from ppo_jax.core.network import Network, merge_params
 from ppo_jax.core.types import FrozenParams, Hyperparameters, Params
@@ -43,8 +42,8 @@ def make_hyperparameters(settings: PPOSettings) -> Hyperparameters:
     """The numbers of the settings, as float32."""
     names = {field.name for field in dataclasses.fields(Hyperparameters)} - {"optimizer"}
     numbers = {name: np.float32(getattr(settings, name)) for name in names}
-    if settings.stop_kl == math.inf:
-        numbers["stop_kl"] = None  # without the brake in the program
+    off = {name for name, value in LEFT_OUT.items() if getattr(settings, name) == value}
+    numbers |= dict.fromkeys(off)
     numbers["clip_range_high"] = np.float32(settings.clip_range_high or settings.clip_range)
     optimizer = make_optimizer(settings.optimizer, settings.num_iterations)
     return Hyperparameters(optimizer=optimizer, **numbers)

@@ -338,6 +338,30 @@ def test_scores_of_tokens_are_credited_to_their_tokens_and_counted_as_their_sum(
         chex.assert_trees_all_equal(same_metrics, metrics)
 
 
+@pytest.mark.parametrize("of_tokens", [False, True])
+def test_scores_are_clipped_then_the_eos_rule_then_the_penalty_of_length(of_tokens):
+    numbers = dict(score_clip=2.0, overlong_tokens=4.0, missing_eos_score=-5.0, kl_coef=0.0)
+    run = tiny.Run("whole", **numbers)
+    options, rollout = tiny.options(missing_eos="replace"), run.rollout()
+    width, count = rollout.response_mask.shape[1], len(rollout.has_eos)
+    lengths = width - np.arange(count) % 6
+    mask = jnp.arange(width)[None] < lengths[:, None]
+    has_eos = jnp.arange(count) != 1
+    rollout = dataclasses.replace(rollout, response_mask=mask, has_eos=has_eos)
+    given = np.linspace(-4.0, 4.0, count).astype(np.float32)
+    scores = token_scores(jnp.asarray(given), mask) if of_tokens else jnp.asarray(given)
+    rewards, metrics = response_rewards(
+        rollout, scores, rollout.logprobs, run.state, run.numbers, options
+    )
+    expected = np.clip(given, -2.0, 2.0)
+    expected[1] = -5.0
+    expected -= np.clip((lengths - (width - 4)) / 4, 0.0, 1.0)
+    np.testing.assert_allclose(rewards.sum(axis=1), expected, atol=1e-5)
+    np.testing.assert_allclose(rewards[np.arange(count), lengths - 1], expected, atol=1e-5)
+    assert metrics["reward/adjusted_score_mean"] == pytest.approx(expected.mean(), abs=1e-5)
+    assert metrics["reward/score_mean"] == pytest.approx(given.mean(), abs=1e-5)  # as it came
+
+
 @pytest.mark.parametrize("missing_eos", ["keep", "penalty", "replace"])
 def test_the_missing_eos_rule_sees_the_sum_of_a_responses_token_scores(missing_eos):
     run = tiny.Run("whole", missing_eos_score=3.0, kl_coef=0.0)

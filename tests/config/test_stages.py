@@ -35,6 +35,8 @@ NUMBERS = dict(
     tis_clip_low=0.0,
     tis_clip_high=2.0,
     stop_kl=1e9,
+    score_clip=1e9,
+    overlong_tokens=1.0,
 )
 CHANGES = {
     "learning_rate": 2e-3,
@@ -62,6 +64,8 @@ CHANGES = {
     "tis_clip_low": 1.5,
     "tis_clip_high": 0.5,
     "stop_kl": 1e-6,
+    "score_clip": 0.01,
+    "overlong_tokens": 8.0,
 }
 
 

@@ -51,7 +51,8 @@ def other_config(workdir):
         | {"validation_data": "", "validation_fraction": 0.4, "reference_data": ""}
         | {"num_layers": 1, "num_epochs": 0.4},
         ppo={"reward_model": "", "reward_function": "tests.support.tiny_run:letters"}
-        | {"trainable": "all", "value_trainable": "all", "num_iterations": 2},
+        | {"trainable": "all", "value_trainable": "all", "num_iterations": 2}
+        | {"score_clip": 0.5, "overlong_tokens": 8},
     )
 
 
@@ -201,6 +202,10 @@ def test_sft_on_completions_reward_on_preferences_and_ppo_on_a_function(workdir,
     # A sample's score is what the function says of its text.
     for row in read_lines(other / "samples.jsonl"):
         assert row["score"] == tiny_run.letters([""], [row["response"]])[0]
+    for row in rows_of(other, "ppo"):  # a response of n of 8 tokens loses n / 8
+        lost = row["response/length"] / 8
+        assert -lost < row["reward/adjusted_score_mean"] <= 0.5 - lost
+        assert row["reward/score_mean"] > 0.5
     assert load_model(other / "reward").config.num_layers == 1
     assert load_model(other / "sft").config.num_layers == 2
 

@@ -240,11 +240,12 @@ def test_points_fall_into_groups_of_one_shape(root):
     changes = [{}, {"kl_coef": 0.3}, {"num_epochs": 1}, {"stop_kl": 0.1}, {"stop_kl": 0.2}]
     changes += [{"optimizer": tiny_run.optimizer(learning_rate=1.0, schedule="constant")}]
     changes += [{"optimizer": tiny_run.optimizer(schedule="cosine")}]
+    changes += [{"score_clip": 5.0}, {"overlong_tokens": 4}, {"overlong_tokens": 8}]
     found = [
         pipeline.planned(*point, ("ppo",))[1:2] + (point[1],)
         for point in points(root, "shape", changes)
     ]
-    assert lanes.groups_of_shape(found) == [[0, 1, 5], [2], [3, 4], [6]]
+    assert lanes.groups_of_shape(found) == [[0, 1, 5], [2], [3, 4], [6], [7], [8, 9]]
 
 
 def test_every_number_may_differ_and_nothing_else_is_one():

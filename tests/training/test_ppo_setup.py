@@ -10,6 +10,7 @@ import pytest
 from ppo_jax.algorithms.ppo import init_ppo
 from ppo_jax.config.mesh import MeshSettings
 from ppo_jax.config.run import from_config_dict
+from ppo_jax.config.stages import LEFT_OUT
 from ppo_jax.distributed.layout import abstract, make_layouts
 from ppo_jax.distributed.trees import named_leaves
 from ppo_jax.inference.stop_strings import make_stop_strings
@@ -158,8 +159,9 @@ def test_the_numbers_of_the_settings_are_float32_on_the_device():
     assert {leaf.dtype for leaf in jax.tree.leaves(numbers)} == {np.dtype("float32")}
     assert numbers.optimizer.total_steps == 7
     own = {field.name for field in dataclasses.fields(numbers)} - {"optimizer", "clip_range_high"}
-    assert numbers.stop_kl is None  # without a limit the program has none
-    for name in own - {"stop_kl"}:
+    for name in LEFT_OUT:  # what is off is not in the program
+        assert getattr(numbers, name) is None
+    for name in own - LEFT_OUT.keys():
         assert getattr(numbers, name) == np.float32(getattr(settings, name)), name
 
 
