@@ -12,7 +12,7 @@ import pytest
 from ppo_jax.config.run import STAGE_NAMES
 from ppo_jax.data.records import load_texts
 from ppo_jax.distributed.folder_lock import hold_folder
-from ppo_jax.inference.score import score_texts
+from ppo_jax.inference.score import score_responses, score_texts
 from ppo_jax.io import huggingface as hf
 from ppo_jax.io.checkpoints import Checkpoints
 from ppo_jax.io.stage_folder import load_model
@@ -208,6 +208,21 @@ def test_sft_on_completions_reward_on_preferences_and_ppo_on_a_function(workdir,
         assert row["reward/score_mean"] > 0.5
     assert load_model(other / "reward").config.num_layers == 1
     assert load_model(other / "sft").config.num_layers == 2
+
+
+def test_several_reward_models_are_a_function_as_the_docs_have_it(workdir):
+    (code,) = (x for x in python_blocks(PAGES["training.md"]) if "ensemble_scores" in x)
+    for number, step in enumerate((3, 6)):
+        code = code.replace(f"runs/rm{number}/reward", f"{workdir}/reward@{step}")
+    names = {}
+    exec(compile(code, "docs/training.md", "exec"), names)
+    asked = (["the film is"] * 2, [" good", " bad and dull"], [True, False])
+    first, second = (score_responses(model, *asked) for model in names["MODELS"])
+    assert np.abs(first - second).min() > 1e-4
+    doubted = np.minimum(first, second)  # of two, the mean less the deviation
+    np.testing.assert_allclose(names["score"](*asked), doubted, atol=1e-5)
+    averaged = np.array(names["averaged"](*asked))
+    assert np.abs(averaged - (first + second) / 2).max() < np.abs(first - second).max()
 
 
 # --- what is not done again -----------------------------------------------------------------------
