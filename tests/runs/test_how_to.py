@@ -38,9 +38,9 @@ def numbers(line):
     return [float(x) for x in re.findall(r"-?\d+(?:\.\d*)?(?:e-?\d+)?", line)]
 
 
-def is_one_ratio_for_a_response(names, lines):
-    assert numbers(lines[0]) == pytest.approx([-0.1], abs=1e-6)
-    assert numbers(" ".join(lines[1:])) == pytest.approx([0, 0, 0, 1 / 6, 1 / 6, 1 / 6], abs=1e-6)
+def fades_out_as_the_ratio_leaves_1(names, lines):
+    gate = 1 / (1 + np.exp(-2))  # at a ratio of 3: 4 σ'(2) x 3, of two tokens
+    assert numbers(lines[0]) == pytest.approx([-0.5, -4 * gate * (1 - gate) * 3 / 2, 0], abs=1e-5)
 
 
 def is_a_score_against_a_mean_by_length(names, lines):
@@ -92,7 +92,7 @@ def agrees_with_the_equations(names, lines):
 
 
 DOES = {
-    "how-to/loss.md": is_one_ratio_for_a_response,
+    "how-to/loss.md": fades_out_as_the_ratio_leaves_1,
     "how-to/advantage.md": is_a_score_against_a_mean_by_length,
     "how-to/kl-estimator.md": shows_the_bias_of_each_estimator,
     "how-to/metric.md": is_the_share_that_weighting_leaves,
