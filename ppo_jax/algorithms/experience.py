@@ -11,22 +11,23 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from ppo_jax.core.advantages import (
-    CRITIC_FREE,
-    WITH_CRITIC,
-    gae,
-    needs_critic,
-    whiten,
-)
+from ppo_jax.core.advantages import gae, length_adaptive_lambda, whiten
 from ppo_jax.core.checks import assert_counts
-from ppo_jax.core.critic_free import leave_one_out
 from ppo_jax.core.critics import explained_variance
 from ppo_jax.core.importance import importance_weights
-from ppo_jax.core.kl import ESTIMATORS, REWARD_ESTIMATORS, REWARD_RULE, kl_estimate
+from ppo_jax.core.kl import (
+    ESTIMATORS,
+    REWARD_ESTIMATORS,
+    REWARD_RULE,
+    kl_estimate,
+)
 from ppo_jax.core.masking import last_token_index, masked_moments
+from ppo_jax.core.named import call_named, fields_of, function_name, parameters
 from ppo_jax.core.network import Network, last_outputs, merge_params
+from ppo_jax.core.policy_losses import clipped_policy_loss
 from ppo_jax.core.renamed import renamed
 from ppo_jax.core.rewards import missing_eos_scores, token_rewards, token_scores
+from ppo_jax.core.sequence_losses import AGGREGATIONS
 from ppo_jax.core.shaping import clip_scores, overlong_penalty
 from ppo_jax.core.types import (
     Experience,
@@ -67,7 +68,7 @@ class PPONetworks(NamedTuple):
 
 
 CHOICES = {
-    "advantages": (*WITH_CRITIC, *CRITIC_FREE),
+    "aggregation": AGGREGATIONS,
     "kl_control": ("adaptive", "fixed"),
     "kl_estimator": tuple(ESTIMATORS),
     "missing_eos": ("keep", "penalty", "replace"),
@@ -89,12 +90,16 @@ class PPOOptions:
     num_minibatches: int  # optimizer steps a pass
     num_micro_batches: int = 1  # of a minibatch, in memory one after the other
     packing: bool = False  # responses share rows in the update; empty micro-batches are skipped
-    advantages: str = "gae"  # of the critic's values, or "leave_one_out": of the other responses
+    advantage: Callable = gae  # called by the names of its parameters, see `estimate_advantages`
+    loss: Callable = clipped_policy_loss  # of the policy, likewise, see `experience_loss`
+    aggregation: str = "token_mean"  # of the tokens' losses, see `aggregation_weights`
+    value_updates: int = 1  # passes of a critic with an optimizer of its own, a pass of the policy
+    value_num_minibatches: int = 0  # of such a pass; 0: num_minibatches
     kl_estimator: str = "k1"  # of the penalty in the rewards
     any_kl_estimator: bool = False  # take one that leads away from the reference, see `kl_estimate`
     kl_control: str = "fixed"  # or "adaptive"
     whiten_rewards: bool = False  # to a variance of 1 over the tokens of the batch
-    whiten_advantages: bool = True  # those of "gae", to a mean of 0 and a variance of 1
+    whiten_advantages: bool = True  # those of a critic, to a mean of 0 and a variance of 1
     missing_eos: str = "keep"  # the score of a response without a stop token, or "replace", or
     # "penalty": see `missing_eos_scores`
     old_logprobs: str = "rollout"  # those of the sampling, or "recompute"
@@ -106,8 +111,9 @@ class PPOOptions:
                 raise ValueError(
                     f"unknown {name} {getattr(self, name)!r}; choose from {list(allowed)}"
                 )
-        counts = ("num_epochs", "num_minibatches", "num_micro_batches")
+        counts = ("num_epochs", "num_minibatches", "num_micro_batches", "value_updates")
         assert_counts(**{name: getattr(self, name) for name in counts})
+        assert_counts(at_least=0, value_num_minibatches=self.value_num_minibatches)
         if not self.any_kl_estimator and self.kl_estimator not in REWARD_ESTIMATORS:
             raise ValueError(f"kl_estimator must be {REWARD_RULE}, got {self.kl_estimator!r}")
 
@@ -213,7 +219,7 @@ def make_experience(
         ValueError: the advantages need a critic and networks or state have none, or the other way
             round.
     """
-    check_critic(options.advantages, networks, state)
+    check_critic(options, networks, state)
     chex.assert_rank(scores, {1, 2})
     chex.assert_shape(scores, rollout.response_mask.shape[: scores.ndim])
     mask, numbers = rollout.response_mask, hyperparameters
@@ -229,17 +235,13 @@ def make_experience(
     rewards, metrics = response_rewards(rollout, scores, ref_logprobs, state, numbers, options)
     if options.whiten_rewards:
         rewards = whiten(rewards, mask, shift_mean=False)
-    critic = dict(value_inputs=None, values=None, returns=None)
+    critic = dict(value_inputs=None, values=None)
     if networks.value is not None:
-        advantages, critic, critic_metrics = critic_advantages(
-            rollout, rewards, state, numbers, frozen=frozen, networks=networks
-        )
-        if options.whiten_advantages:
-            advantages = whiten(advantages, mask)
-        metrics |= critic_metrics
-    else:
-        group_size = options.sampling.samples_per_prompt
-        advantages = leave_one_out(rewards, mask, group_size=group_size)
+        critic = critic_values(rollout, state, frozen=frozen, networks=networks)
+    values = critic["values"]
+    advantages, returns = estimate_advantages(rewards, values, mask, numbers, options)
+    if values is not None and returns is not None:
+        metrics["value/explained_variance"] = explained_variance(values, returns, mask)
     experience = Experience(
         policy_inputs=policy_inputs,
         mask=rollout.mask,
@@ -247,36 +249,38 @@ def make_experience(
         response_mask=mask,
         logprobs=rollout.logprobs,
         advantages=advantages * weights,
+        returns=returns,
+        ref_logprobs=None if numbers.kl_loss_coef is None else jnp.where(mask, ref_logprobs, 0.0),
         **critic,
     )
     return experience, metrics | weight_metrics
 
 
-def check_critic(advantages: str, networks: PPONetworks, state: PPOState) -> None:
-    """Networks and state have a critic where the advantages need one, and nowhere else."""
-    needed = needs_critic(advantages)
-    rule = "need a critic" if needed else "need no critic"
-    if needed != (networks.value is not None):
-        raise ValueError(f"advantages={advantages!r} {rule}: see networks.value")
-    if needed != (state.value_params is not None):
-        raise ValueError(f"advantages={advantages!r} {rule}: see state.value_params")
+def needs_critic(advantage: Callable) -> bool:
+    """Whether an estimator of advantages reads the values of a critic: it has a parameter `values`.
 
-
-def critic_advantages(
-    rollout: Rollout,
-    rewards: jax.Array,
-    state: PPOState,
-    hyperparameters: Hyperparameters,
-    *,
-    frozen: FrozenParams,
-    networks: PPONetworks,
-) -> tuple[jax.Array, dict[str, jax.Array], dict[str, jax.Array]]:
-    """Generalised advantages from the critic's values.
-
-    Returns:
-        (advantages [B, T] float32, the critic's fields of `Experience`, metrics).
+    >>> needs_critic(gae)
+    True
     """
-    mask, numbers = rollout.response_mask, hyperparameters
+    return "values" in parameters(advantage)
+
+
+def check_critic(options: PPOOptions, networks: PPONetworks, state: PPOState) -> None:
+    """Networks and state have a critic where the advantages need one, and nowhere else."""
+    needed, name = needs_critic(options.advantage), function_name(options.advantage)
+    rule = "needs a critic" if needed else "needs no critic"
+    if needed != (networks.value is not None):
+        raise ValueError(f"{name} {rule}: see networks.value")
+    if needed != (state.value_params is not None):
+        raise ValueError(f"{name} {rule}: see state.value_params")
+
+
+def critic_values(
+    rollout: Rollout, state: PPOState, *, frozen: FrozenParams, networks: PPONetworks
+) -> dict[str, jax.Array]:
+    """What the critic reads, and its values [B, T] float32, 0 where masked: fields of
+    `Experience`."""
+    mask = rollout.response_mask
     value_inputs = rollout.hidden_states if networks.value_on_trunk else rollout.tokens
     values = response_outputs(
         networks.value,
@@ -285,13 +289,52 @@ def critic_advantages(
         rollout.mask,
         response_length=mask.shape[1],
     )
-    values = jnp.where(mask, values, 0.0)
-    advantages, returns = gae(
-        rewards, values, mask, gamma=numbers.gamma, gae_lambda=numbers.gae_lambda
+    return dict(value_inputs=value_inputs, values=jnp.where(mask, values, 0.0))
+
+
+def estimate_advantages(
+    rewards: jax.Array,
+    values: jax.Array | None,
+    mask: jax.Array,
+    hyperparameters: Hyperparameters,
+    options: PPOOptions,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Advantages by `options.advantage`, and what the critic learns.
+
+    The estimator is given what it has parameters for: `rewards` [B, T]; `values` [B, T], 0 where
+    masked; `mask` [B, T]; `scores` [B], the sum of the rewards of a response; `group_size`, the
+    responses to a prompt, which follow each other; and each number of `Hyperparameters` by its
+    name. It returns the advantages, [B], one a response, or [B, T]; or (advantages, returns).
+
+    Returns:
+        (advantages [B, T] float32, 0 where masked, whitened if they are a critic's and the options
+        say so; returns [B, T], None without a critic: the estimator's own, or those of `gae` with
+        `value_gae_lambda` where that is a number).
+    """
+    numbers = hyperparameters
+    offered = fields_of(numbers) | dict(
+        rewards=rewards,
+        mask=mask,
+        scores=jnp.where(mask, rewards, 0.0).sum(axis=1),
+        group_size=options.sampling.samples_per_prompt,
     )
-    critic = dict(value_inputs=value_inputs, values=values, returns=returns)
-    metrics = {"value/explained_variance": explained_variance(values, returns, mask)}
-    return advantages, critic, metrics
+    if numbers.gae_lambda_alpha is not None:
+        offered["gae_lambda"] = length_adaptive_lambda(mask, alpha=numbers.gae_lambda_alpha)
+    if values is not None:
+        offered["values"] = values
+    estimated = call_named(options.advantage, offered)
+    advantages, returns = estimated if isinstance(estimated, tuple) else (estimated, None)
+    chex.assert_shape(advantages, mask.shape[: advantages.ndim])
+    chex.assert_type(advantages, float)
+    if advantages.ndim == 1:
+        advantages = advantages[:, None]
+    advantages = jnp.where(mask, advantages.astype(jnp.float32), 0.0)
+    if values is None:
+        return advantages, None
+    if numbers.value_gae_lambda is not None or returns is None:
+        trace = numbers.gae_lambda if numbers.value_gae_lambda is None else numbers.value_gae_lambda
+        _, returns = gae(rewards, values, mask, gamma=numbers.gamma, gae_lambda=trace)
+    return whiten(advantages, mask) if options.whiten_advantages else advantages, returns
 
 
 def policy_logprobs(

@@ -4,6 +4,7 @@ Dimension key: B responses, T response tokens.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,21 +20,26 @@ from ppo_jax.algorithms.experience import (
 )
 from ppo_jax.algorithms.supervised import accumulate, accumulate_while
 from ppo_jax.core.checks import assert_divides, assert_numbers
-from ppo_jax.core.kl import adaptive_kl_coef
+from ppo_jax.core.kl import adaptive_kl_coef, kl_loss
 from ppo_jax.core.lanes import any_lane, max_lane
 from ppo_jax.core.losses import ppo_loss
+from ppo_jax.core.named import fields_of
 from ppo_jax.core.network import merge_params
 from ppo_jax.core.optimizer import apply_gradients, init_optimizer, schedule
+from ppo_jax.core.policy_losses import clipped_policy_loss
 from ppo_jax.core.renamed import renamed
+from ppo_jax.core.sequence_losses import aggregation_weights
 from ppo_jax.core.types import (
     Experience,
     FrozenParams,
     Hyperparameters,
+    Optimizer,
     Params,
     PPOState,
     Prompts,
     Rollout,
 )
+from ppo_jax.core.value_losses import clipped_value_loss
 from ppo_jax.rollout.decode import response_outputs, response_statistics
 from ppo_jax.rollout.packing import pack_rows, packed_experience
 
@@ -52,9 +58,24 @@ def init_ppo(
         episodes=jnp.int32(0),
         policy_params=trained["policy"],
         value_params=trained.get("value"),
-        opt_state=init_optimizer(hyperparameters.optimizer, trained),
+        opt_state=init_optimizers(trained, hyperparameters),
         kl_coef=jnp.array(hyperparameters.kl_coef, jnp.float32),  # a copy: donated as well
     )
+
+
+def init_optimizers(trained: dict[str, Params], hyperparameters: Hyperparameters) -> Any:
+    """The optimizer state of what is trained: one, or one of each, see `value_optimizer`."""
+    if not has_own_optimizer(trained, hyperparameters):
+        return init_optimizer(hyperparameters.optimizer, trained)
+    return {
+        "policy": init_optimizer(hyperparameters.optimizer, {"policy": trained["policy"]}),
+        "value": init_optimizer(hyperparameters.value_optimizer, {"value": trained["value"]}),
+    }
+
+
+def has_own_optimizer(trained: dict[str, Params], hyperparameters: Hyperparameters) -> bool:
+    """Whether there is a critic that takes optimizer steps of its own."""
+    return "value" in trained and hyperparameters.value_optimizer is not None
 
 
 def trained_params(policy_params: Params, value_params: Params | None) -> dict[str, Params]:
@@ -71,9 +92,15 @@ def experience_loss(
     *,
     frozen: FrozenParams,
     networks: PPONetworks,
+    options: PPOOptions | None = None,
     normalizer: jax.Array | None = None,
+    num_sequences: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The PPO loss of some experience.
+    """The PPO loss of some experience: that of the policy, and of the critic where it is trained.
+
+    The loss of the policy, `options.loss`, is given what it has parameters for: `logprobs`,
+    `old_logprobs`, `advantages`, `mask`, [B, T] each; `weights` and `segment_ids`, [B, T] or None;
+    `normalizer`; and each number of `Hyperparameters` by its name.
 
     Args:
         params: the trained leaves, see `trained_params`.
@@ -81,7 +108,9 @@ def experience_loss(
         hyperparameters: clip ranges and coefficients; a temperature of 0 counts as 1.
         frozen: the untrained leaves of policy and critic.
         networks: policy and critic are called.
+        options: the losses of policy and KL; None is the clipped one, without a KL.
         normalizer: [] float, the token count to divide by; by default this experience's own.
+        num_sequences: [] float, that of responses, for a loss of whole responses.
 
     Returns:
         (loss, metrics).
@@ -98,16 +127,9 @@ def experience_loss(
         **packed,
     )
     values = None
-    if networks.value is not None:
-        values = response_outputs(
-            networks.value,
-            merge_params(frozen.value, params["value"]),
-            e.value_inputs,
-            e.mask,
-            response_length=mask.shape[1],
-            **packed,
-        )
-    return ppo_loss(
+    if "value" in params:
+        values = values_of(params, e, frozen=frozen, networks=networks)
+    loss, metrics = ppo_loss(
         logprobs,
         values,
         entropies,
@@ -116,13 +138,74 @@ def experience_loss(
         old_values=e.values,
         advantages=e.advantages,
         returns=e.returns,
-        clip_range=hyperparameters.clip_range,
-        clip_range_high=hyperparameters.clip_range_high,
-        value_clip_range=hyperparameters.value_clip_range,
-        vf_coef=hyperparameters.vf_coef,
-        entropy_coef=hyperparameters.entropy_coef,
+        policy_loss=clipped_policy_loss if options is None else options.loss,
+        weights=e.weights,
+        segment_ids=response_numbers(e),
+        normalizer=normalizer,
+        num_sequences=num_sequences,
+        **fields_of(hyperparameters),
+    )
+    if options is None or hyperparameters.kl_loss_coef is None:
+        return loss, metrics
+    kl, kl_metrics = kl_loss(
+        logprobs,
+        e.ref_logprobs,
+        mask,
+        estimator="k3",  # k2 has the same gradient, and is no estimate of the KL as a value
+        old_logprobs=e.logprobs,
+        weights=e.weights,
         normalizer=normalizer,
     )
+    loss = loss + hyperparameters.kl_loss_coef * kl
+    return loss, metrics | kl_metrics | {"ppo/loss": jax.lax.stop_gradient(loss)}
+
+
+def values_of(
+    params: Params, experience: Experience, *, frozen: FrozenParams, networks: PPONetworks
+) -> jax.Array:
+    """The values of the critic that is trained, [B, T] float32, undefined where masked."""
+    e = experience
+    return response_outputs(
+        networks.value,
+        merge_params(frozen.value, params["value"]),
+        e.value_inputs,
+        e.mask,
+        response_length=e.response_mask.shape[1],
+        segment_ids=e.segment_ids,
+        output_positions=e.output_positions,
+    )
+
+
+def value_loss(
+    params: Params,
+    experience: Experience,
+    hyperparameters: Hyperparameters,
+    *,
+    frozen: FrozenParams,
+    networks: PPONetworks,
+    normalizer: jax.Array | None = None,
+    num_sequences: jax.Array | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The loss of a critic that takes steps of its own; arguments as for `experience_loss`."""
+    e = experience
+    return clipped_value_loss(
+        values_of(params, e, frozen=frozen, networks=networks),
+        e.values,
+        e.returns,
+        e.response_mask,
+        value_clip_range=hyperparameters.value_clip_range,
+        normalizer=normalizer,
+    )
+
+
+def response_numbers(experience: Experience) -> jax.Array | None:
+    """Which response of its row a response token belongs to, [B, T] int32: 1, 2, .., 0 where
+    masked; None where a row holds one."""
+    e = experience
+    if e.segment_ids is None:
+        return None
+    numbers = jnp.take_along_axis(e.segment_ids, e.output_positions, axis=1)
+    return jnp.where(e.response_mask, numbers, 0)
 
 
 @renamed(recipe="options")
@@ -142,6 +225,9 @@ def ppo_update(
     mean (logprobs - old_logprobs)² / 2 > stop_kl, `policy/approx_kl`, takes no step, and those
     after it are skipped.
 
+    A critic with `hyperparameters.value_optimizer` takes steps of its own after those of the
+    policy: num_epochs x value_updates passes, each of value_num_minibatches steps.
+
     Args:
         state: parameters and optimizer state are updated, step and episode counts are not.
         experience: B responses; num_minibatches x num_micro_batches divides B.
@@ -149,17 +235,64 @@ def ppo_update(
         key: consumed; seeds the shuffles.
         frozen: the untrained leaves of policy and critic.
         networks: policy and critic are called.
-        options: epochs, minibatches, micro-batches and packing are read.
+        options: losses, epochs, minibatches, micro-batches and packing are read.
 
     Returns:
-        (state, metrics of each optimizer step [num_epochs * num_minibatches], in their order). With
-        stop_kl `ppo/computed` is 1 where a minibatch was computed, `ppo/taken` where its step was
-        taken; the metrics of the others are 0.
+        (state, metrics of each optimizer step [num_epochs * num_minibatches], in their order, and
+        of each of the critic's own). With stop_kl `ppo/computed` is 1 where a minibatch was
+        computed, `ppo/taken` where its step was taken; the metrics of the others are 0.
 
     Raises:
         ValueError: packing, with a network that does not support it; a batch that the minibatches
-            and micro-batches do not divide.
+            and micro-batches do not divide; several updates of a critic without an optimizer of its
+            own.
     """
+    check_packing(networks, options)
+    trained, opt_state = trained_params(state.policy_params, state.value_params), state.opt_state
+    numbers, rates = hyperparameters, learning_rates(state, hyperparameters)
+    parts = dict(frozen=frozen, networks=networks)
+    loss = functools.partial(experience_loss, hyperparameters=numbers, options=options, **parts)
+    steps = functools.partial(take_steps, experience=experience, options=options)
+    policy_steps = functools.partial(
+        steps,
+        loss=loss,
+        optimizer=numbers.optimizer,
+        num_minibatches=options.num_minibatches,
+        stop_kl=numbers.stop_kl,
+    )
+    if not has_own_optimizer(trained, numbers):
+        if options.value_updates > 1 or options.value_num_minibatches:
+            raise ValueError("value_updates and value_num_minibatches need a value_optimizer")
+        keys = jax.random.split(key, options.num_epochs)
+        trained, opt_state, metrics = policy_steps(trained, opt_state, rates, keys)
+    else:
+        keys = jax.random.split(key, options.num_epochs * (1 + options.value_updates))
+        policy, value = {"policy": trained["policy"]}, {"value": trained["value"]}
+        policy, opt_policy, metrics = policy_steps(
+            policy, opt_state["policy"], rates, keys[: options.num_epochs]
+        )
+        value, opt_value, value_metrics = steps(
+            value,
+            opt_state["value"],
+            rates,
+            keys[options.num_epochs :],
+            loss=functools.partial(value_loss, hyperparameters=numbers, **parts),
+            optimizer=numbers.value_optimizer,
+            num_minibatches=options.value_num_minibatches or options.num_minibatches,
+        )
+        trained, opt_state = policy | value, {"policy": opt_policy, "value": opt_value}
+        metrics |= value_metrics
+    state = dataclasses.replace(
+        state,
+        policy_params=trained["policy"],
+        value_params=trained.get("value"),
+        opt_state=opt_state,
+    )
+    return state, metrics
+
+
+def check_packing(networks: PPONetworks, options: PPOOptions) -> None:
+    """The networks that are trained support packing, where it is asked for."""
     trained = {"policy": networks.policy, "value": networks.value}
     packs = {k: network.supports_packing for k, network in trained.items() if network is not None}
     if options.packing and not all(packs.values()):
@@ -168,56 +301,95 @@ def ppo_update(
             "(Network.supports_packing), got "
             + ", ".join(f"{name} {value}" for name, value in packs.items())
         )
-    batch_size = experience.mask.shape[0]
-    counts = dict(
-        num_minibatches=options.num_minibatches, num_micro_batches=options.num_micro_batches
+
+
+def learning_rates(state: PPOState, hyperparameters: Hyperparameters) -> dict[str, jax.Array]:
+    """The rates of policy and critic in an iteration."""
+    numbers = hyperparameters
+    assert_numbers(
+        at_least=0,
+        value_learning_rate=numbers.value_learning_rate,
+        critic_warmup=numbers.critic_warmup,
     )
-    assert_divides(batch_size, "responses", **counts)
-    assert_numbers(at_least=0, value_learning_rate=hyperparameters.value_learning_rate)
-    factor = schedule(hyperparameters.optimizer, state.step)
-    rates = {
-        "policy": hyperparameters.optimizer.learning_rate * factor,
-        "value": hyperparameters.value_learning_rate * factor,
-    }
-    rates = {name: rate for name, rate in rates.items() if name in packs}
-    orders = jax.vmap(lambda k: jax.random.permutation(k, batch_size))(
-        jax.random.split(key, options.num_epochs)
+    factor = schedule(numbers.optimizer, state.step)
+    value = numbers.value_learning_rate * factor
+    if numbers.value_optimizer is not None:
+        own = numbers.value_optimizer
+        value = own.learning_rate * schedule(own, state.step)
+    moves = (state.step >= numbers.critic_warmup).astype(jnp.float32)
+    return {"policy": numbers.optimizer.learning_rate * factor * moves, "value": value}
+
+
+def take_steps(
+    params: dict[str, Params],
+    opt_state: Any,
+    rates: dict[str, jax.Array],
+    keys: jax.Array,
+    *,
+    experience: Experience,
+    loss: Callable[..., tuple[jax.Array, dict]],
+    optimizer: Optimizer,
+    num_minibatches: int,
+    options: PPOOptions,
+    stop_kl: jax.Array | float | None = None,
+) -> tuple[dict[str, Params], Any, dict[str, jax.Array]]:
+    """num_minibatches optimizer steps for each key, which shuffles the responses.
+
+    Args:
+        params: what is trained, of `trained_params`.
+        opt_state: of `optimizer` for these.
+        rates: of policy and critic.
+        keys: [E], consumed.
+        experience: B responses.
+        loss: (params, experience, normalizer=, num_sequences=) -> (loss, metrics).
+        optimizer: its numbers.
+        num_minibatches: of an epoch.
+        options: micro-batches, packing and aggregation are read.
+        stop_kl: see `ppo_update`.
+
+    Returns:
+        (params, opt_state, metrics of each step).
+    """
+    batch_size, first = experience.mask.shape[0], next(iter(params))
+    assert_divides(
+        batch_size,
+        "responses",
+        num_minibatches=num_minibatches,
+        num_micro_batches=options.num_micro_batches,
     )
+    orders = jax.vmap(lambda k: jax.random.permutation(k, batch_size))(keys)
+    rates = {name: rates[name] for name in params}
 
     def step(carry, rows):
         params, opt_state = carry
         minibatch = jax.tree.map(lambda x: x[rows], experience)
-        normalizer = minibatch.response_mask.sum().astype(jnp.float32)
-
-        def loss(params, micro_batch):
-            return experience_loss(
-                params,
-                micro_batch,
-                hyperparameters,
-                frozen=frozen,
-                networks=networks,
-                normalizer=normalizer,
-            )
-
-        sums = accumulate_packed if options.packing else accumulate
-        gradients, metrics = sums(loss, params, minibatch, options.num_micro_batches)
-        params, opt_state, norm = apply_gradients(
-            hyperparameters.optimizer, gradients, opt_state, params, rates
+        mask = minibatch.response_mask
+        if options.aggregation != "token_mean":
+            length = mask.shape[1] if options.aggregation == "constant" else None
+            weights = aggregation_weights(mask, how=options.aggregation, length=length)
+            minibatch = dataclasses.replace(minibatch, weights=weights)
+        counts = dict(
+            normalizer=mask.sum().astype(jnp.float32),
+            num_sequences=mask.any(axis=1).sum().astype(jnp.float32),
         )
-        return (params, opt_state), metrics | {"policy/grad_norm": norm}
+        sums = accumulate_packed if options.packing else accumulate
+        gradients, metrics = sums(
+            lambda params, rows: loss(params, rows, **counts),
+            params,
+            minibatch,
+            options.num_micro_batches,
+        )
+        params, opt_state, norm = apply_gradients(optimizer, gradients, opt_state, params, rates)
+        return (params, opt_state), metrics | {f"{first}/grad_norm": norm}
 
-    carry = (trained_params(state.policy_params, state.value_params), state.opt_state)
-    rows = orders.reshape(options.num_epochs * options.num_minibatches, -1)
-    if hyperparameters.stop_kl is None:
-        (params, opt_state), metrics = jax.lax.scan(step, carry, rows)
+    rows = orders.reshape(len(keys) * num_minibatches, -1)
+    if stop_kl is None:
+        (params, opt_state), metrics = jax.lax.scan(step, (params, opt_state), rows)
     else:
-        near = until_far(step, hyperparameters.stop_kl)
-        ((params, opt_state), _), metrics = jax.lax.scan(near, (carry, jnp.bool_(True)), rows)
-    state = dataclasses.replace(
-        state, policy_params=params["policy"], value_params=params.get("value"), opt_state=opt_state
-    )
+        carry = ((params, opt_state), jnp.bool_(True))
+        ((params, opt_state), _), metrics = jax.lax.scan(until_far(step, stop_kl), carry, rows)
     rates = {f"{name}/learning_rate": jnp.full(len(rows), x) for name, x in rates.items()}
-    return state, metrics | rates
+    return params, opt_state, metrics | rates
 
 
 def until_far(step: Callable[..., tuple[Any, dict]], stop_kl: jax.Array | float):
@@ -245,11 +417,13 @@ def until_far(step: Callable[..., tuple[Any, dict]], stop_kl: jax.Array | float)
     return step_if_near
 
 
-def average_updates(updates: dict[str, jax.Array]) -> dict[str, jax.Array]:
+def average_updates(
+    updates: dict[str, jax.Array], critic_apart: bool = False
+) -> dict[str, jax.Array]:
     """The metrics of `ppo_update` over its steps: means, and maxima of those named `*_max`.
 
-    With stop_kl they are of the minibatches that were computed; `ppo/updates` is the number of
-    steps that were taken.
+    With stop_kl they are of the minibatches that were computed, but for those of a critic that
+    takes steps of its own; `ppo/updates` is the number of steps that were taken.
     """
     updates = dict(updates)
     computed, taken = (updates.pop(f"ppo/{name}", None) for name in ("computed", "taken"))
@@ -257,7 +431,9 @@ def average_updates(updates: dict[str, jax.Array]) -> dict[str, jax.Array]:
     def average(name, x):
         if name.endswith("_max"):
             return x.max()
-        return x.mean() if computed is None else (x * computed).sum() / computed.sum()
+        if computed is None or critic_apart and name.startswith("value/"):
+            return x.mean()
+        return (x * computed).sum() / computed.sum()
 
     averages = {name: average(name, x) for name, x in updates.items()}
     return averages if taken is None else averages | {"ppo/updates": taken.sum()}
@@ -303,7 +479,8 @@ def update_from_rollout(
     parts = dict(frozen=frozen, networks=networks, options=options)
     experience, metrics = make_experience(rollout, scores, state, hyperparameters, **parts)
     state, updates = ppo_update(state, experience, hyperparameters, key, **parts)
-    metrics |= average_updates(updates)
+    trained = trained_params(state.policy_params, state.value_params)
+    metrics |= average_updates(updates, has_own_optimizer(trained, hyperparameters))
     batch_size = scores.shape[0]
     kl_coef = state.kl_coef
     if options.kl_control == "adaptive":

@@ -9,15 +9,30 @@ import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from ppo_jax.config.objectives import (
+    advantage_function,
+    loss_function,
+    needs_critic,
+    needs_groups,
+)
 from ppo_jax.config.parsing import Check, Limit, changeable
-from ppo_jax.core.advantages import CRITIC_FREE, WITH_CRITIC, needs_critic
 from ppo_jax.core.distributions import MIN_TEMPERATURE
 from ppo_jax.core.kl import ESTIMATORS, REWARD_ESTIMATORS, REWARD_RULE
+from ppo_jax.core.named import parameters
 from ppo_jax.core.optimizer import SCHEDULES
+from ppo_jax.core.sequence_losses import AGGREGATIONS
 from ppo_jax.models.lora import TARGETS
 
+RATIO_RULE = "in (0, 1), or inf"
 # Numbers of PPO, each with the value at which it is no part of the program.
-LEFT_OUT = {"stop_kl": math.inf, "score_clip": math.inf, "overlong_tokens": 0}
+LEFT_OUT = {
+    "stop_kl": math.inf,
+    "score_clip": math.inf,
+    "overlong_tokens": 0,
+    "gae_lambda_alpha": 0,
+    "value_gae_lambda": -1,
+    "kl_loss_coef": 0,
+}
 CRITIC_STARTS = ("", "reward_model", "policy", "scratch")  # what names no model of its own
 
 
@@ -103,6 +118,28 @@ class OptimizerSettings:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ValueOptimizerSettings:
+    """Adam of the critic alone: where any of these is given, or ppo.value_updates or
+    ppo.value_num_minibatches. Its rate is ppo.value_learning_rate. -1 is what ppo.optimizer has."""
+
+    max_grad_norm: Limit = -1.0  # over the critic's parameters; without any of these
+    # fields there is one norm over those of policy and critic
+    schedule: str = ""  # of value_learning_rate: "cosine", "linear" or "constant"; ""
+    # is that of ppo.optimizer
+    warmup_steps: int = -1  # iterations from a tenth of the rate to all of it
+    final_fraction: float = -1.0  # of the rate, at the last iteration
+    weight_decay: float = -1.0  # decoupled, per step and times the rate
+    b1: float = -1.0  # decay a step of the mean gradient
+    b2: float = -1.0  # decay a step of the mean squared gradient
+    eps: float = -1.0  # added to the root of the mean squared gradient
+
+    def over(self, optimizer: OptimizerSettings, learning_rate: float) -> OptimizerSettings:
+        """The critic's optimizer: what is given here, else what the policy's has."""
+        own = {k: x for k, x in dataclasses.asdict(self).items() if x not in (-1, "")}
+        return dataclasses.replace(optimizer, learning_rate=learning_rate, **own)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LoRASettings:
     """Low-rank adapters, where "lora" is what is trained: weights W become W + alpha / rank A B."""
 
@@ -180,6 +217,7 @@ class PPOSettings:
     """Proximal policy optimization with a KL penalty against the policy it starts from."""
 
     FORMERLY: ClassVar[Mapping[str, str]] = {  # names until 0.1, taken with a warning in 0.2
+        "advantages": "advantage",  # until 0.2
         "slots": "max_concurrent",
         "refill": "min_free_slots",
         "reward_seconds": "reward_timeout_s",
@@ -196,6 +234,7 @@ class PPOSettings:
     prompts: str  # rows of {"prompt"} or {"messages"}
     optimizer: OptimizerSettings  # of the policy; max_grad_norm is over policy and critic
     value_learning_rate: float = changeable(1e-5)  # of the critic, on the same schedule
+    value_optimizer: ValueOptimizerSettings = ValueOptimizerSettings()  # of the critic alone
     init_from: str = "sft"  # the policy: a stage of this workdir, "base", a stage folder or a model
     reward_model: str = "reward"  # a stage of this workdir, a stage folder or a sequence
     # classification with one label; "" with a function
@@ -265,8 +304,13 @@ class PPOSettings:
 
     # Rewards, advantages and losses
 
-    advantages: str = "gae"  # by the critic's values; or "leave_one_out": against the other samples
-    # of a prompt, without a critic
+    advantage: str = "gae"  # by the critic's values; or without a critic: "rloo", "grpo",
+    # "dr_grpo", "reinforce_plus_plus_baseline" against the other samples of a prompt,
+    # "reinforce_plus_plus" over all tokens; or "module:function", see "How to add an advantage"
+    loss: str = "clip"  # of the policy; or "dual_clip", "gspo", "cispo", "dppo", "kl_penalty",
+    # "policy_gradient"; or "module:function", see "How to add a loss"
+    aggregation: str = "token_mean"  # of the tokens' losses: their mean; or "sequence_mean", the
+    # mean of the means of responses; or "constant", their sum by responses x response_length
     kl_coef: float = changeable(0.05)  # reward per nat
     kl_estimator: str = "k1"  # of the penalty; or, with any_kl_estimator, "k2", "k3"
     any_kl_estimator: bool = changeable(False)  # take k2 and k3, which as a reward push the policy
@@ -277,7 +321,11 @@ class PPOSettings:
     # rollout_batch_size
     gamma: float = changeable(1.0)  # discount a token
     gae_lambda: float = changeable(0.95)  # 0 is one-step differences, 1 the whole return
-    clip_range: float = changeable(0.2)  # of the probability ratio, around 1
+    gae_lambda_alpha: float = changeable(0.0)  # above 0: of a response of l tokens gae_lambda is
+    # max(0, 1 - 1 / (alpha l)); 0.05 is usual for long ones
+    value_gae_lambda: float = changeable(-1.0)  # of the returns that the critic learns; -1 is that
+    # of the advantages
+    clip_range: Limit = changeable(0.2)  # of the probability ratio, around 1; inf is no clip
     clip_range_high: float = changeable(0.0)  # of the ratio above 1; 0 is the same as clip_range
     whiten_rewards: bool = False  # scale the rewards of an iteration's tokens to a variance of 1
     whiten_advantages: bool = True  # scale those of "gae" to a mean of 0 and a variance of 1
@@ -286,6 +334,15 @@ class PPOSettings:
     vf_coef: float = changeable(0.1)  # weight of the value loss; Adam divides it out but for
     # max_grad_norm
     entropy_coef: float = changeable(0.0)  # weight of the entropy, per nat
+    dual_clip: float = changeable(3.0)  # with loss="dual_clip": most that a ratio counts where the
+    # advantage is below 0
+    penalty_coef: float = changeable(1.0)  # with loss="kl_penalty": of the KL from the old policy
+    divergence_limit: float = changeable(0.15)  # with loss="dppo": of the change of a probability
+    kl_loss_coef: float = changeable(0.0)  # of a KL from the reference in the loss, per nat: k3,
+    # weighted by the ratio; 0 is off
+    critic_warmup: int = changeable(0)  # iterations, the first, in which the policy stays as it is
+    value_updates: int = 1  # passes of the critic over a rollout, for each of the policy's
+    value_num_minibatches: int = 0  # optimizer steps of such a pass; 0 is num_minibatches
     stop_kl: Limit = changeable(math.inf)  # nats a token: the updates of an iteration end at the
     # minibatch whose policy/approx_kl is above it; inf is off, 0.02 is usual
     max_ref_kl: Limit = changeable(math.inf)  # nats a response: above it, kl/ref ends the run
@@ -313,12 +370,14 @@ class PPOSettings:
         check.that(self.evaluate_every > 0 or not by_evaluation, "keep", rule)
         check.that(self.seed >= -1, "seed", ">= 0, or -1 for the run's seed")
         check_trainable(check, "trainable", "value_trainable")
-        with_critic = needs_critic(self.advantages)
+        with_critic = needs_critic(self.advantage)
         check_lora(check, *(["trainable", "value_trainable"] if with_critic else ["trainable"]))
         self._check_batches(check)
         self._check_sampling(check)
         self._check_old_logprobs(check)
         self._check_objective(check)
+        self._check_methods(check)
+        self._check_critic(check)
         self._check_scores(check)
 
     def _check_batches(self, check: Check):
@@ -373,7 +432,7 @@ class PPOSettings:
         check.each("> 0", "target_kl", "kl_horizon", "value_clip_range", "stop_kl", "max_ref_kl")
         check.each(">= 0", "kl_coef", "vf_coef", "entropy_coef", "value_learning_rate")
         check.each("in [0, 1]", "gamma", "gae_lambda")
-        check.each("in (0, 1)", "clip_range")
+        check.that(0 < self.clip_range < 1 or self.clip_range == math.inf, "clip_range", RATIO_RULE)
         high, rule = self.clip_range_high, f"0 or at least clip_range ({self.clip_range})"
         check.that(high == 0 or high >= self.clip_range, "clip_range_high", rule)
         check.choice("kl_estimator", *ESTIMATORS)
@@ -384,12 +443,57 @@ class PPOSettings:
         rule = f">= {least:g}, a fifth of rollout_batch_size: the coefficient changes sign below"
         unread = self.kl_control == "fixed" and self.kl_horizon == type(self).kl_horizon
         check.that(unread or self.kl_horizon >= least, "kl_horizon", rule)
-        check.choice("advantages", *WITH_CRITIC, *CRITIC_FREE)
-        if self.advantages == "leave_one_out":
-            rule = "at least 2 with advantages='leave_one_out'"
+
+    def _check_methods(self, check: Check):
+        """What the estimator and the loss do not take is left as it is."""
+        advantage, loss = (
+            parameters(advantage_function(self.advantage)),
+            parameters(loss_function(self.loss)),
+        )
+        if needs_groups(self.advantage):
+            rule = f"at least 2 with advantage={self.advantage!r}"
             check.that(self.samples_per_prompt >= 2, "samples_per_prompt", rule)
-            rule = "1 with advantages='leave_one_out', which compares whole responses"
+        if "gamma" not in advantage:
+            rule = f"1 with advantage={self.advantage!r}, which compares whole responses"
             check.that(self.gamma == 1, "gamma", rule)
+        for field in ("dual_clip", "penalty_coef", "divergence_limit"):
+            rule = f"{getattr(type(self), field):g} unless the loss takes it"
+            unread = getattr(self, field) == getattr(type(self), field)
+            check.that(field in loss or unread, field, rule)
+        check.that(self.dual_clip > 1, "dual_clip", "> 1")
+        check.each(">= 0", "penalty_coef", "divergence_limit", "kl_loss_coef")
+        check.choice("aggregation", *AGGREGATIONS)
+        rule = f"'token_mean' with loss={self.loss!r}, which takes no weights"
+        check.that("weights" in loss or self.aggregation == "token_mean", "aggregation", rule)
+
+    @property
+    def critic_has_optimizer(self) -> bool:
+        """Whether the critic takes optimizer steps of its own."""
+        given = self.value_optimizer != ValueOptimizerSettings()
+        return given or self.value_updates > 1 or self.value_num_minibatches > 0
+
+    def _check_critic(self, check: Check):
+        check.each("> 0", "value_updates")
+        check.each(">= 0", "critic_warmup", "value_num_minibatches", "gae_lambda_alpha")
+        own = self.value_gae_lambda
+        check.that(own == -1 or 0 <= own <= 1, "value_gae_lambda", "in [0, 1], or -1")
+        steps = (self.value_num_minibatches or self.num_minibatches) * self.num_micro_batches
+        words = "value_num_minibatches x num_micro_batches"
+        check.multiple("rollout_batch_size", steps, words)
+        optimizer = self.value_optimizer.over(self.optimizer, self.value_learning_rate)
+        check_optimizer(Check(optimizer, "ppo.value_optimizer"))
+        if self.critic_has_optimizer:
+            rule = f"{type(self).vf_coef:g}: a critic with an optimizer of its own has no weight"
+            check.that(self.vf_coef == type(self).vf_coef, "vf_coef", rule)
+        if needs_critic(self.advantage):
+            return
+        defaults = {"critic_warmup": 0, "value_updates": 1, "value_num_minibatches": 0}
+        defaults |= {"gae_lambda_alpha": 0, "value_gae_lambda": -1}
+        for field, default in defaults.items():
+            rule = f"{default} with advantage={self.advantage!r}, which has no critic"
+            check.that(getattr(self, field) == default, field, rule)
+        rule = f"left out with advantage={self.advantage!r}, which has no critic"
+        check.that(not self.critic_has_optimizer, "value_optimizer", rule)
 
     def _check_scores(self, check: Check):
         """Scores come from a model or a function, and the critic from what there is."""
@@ -413,8 +517,8 @@ class PPOSettings:
         check.that(possible, "critic_init_from", rule)
         whole = self.critic_init_from != "scratch" or self.value_trainable == "all"
         check.that(whole, "value_trainable", "'all' with critic_init_from='scratch'")
-        if not needs_critic(self.advantages):
-            rule = f"'' with advantages={self.advantages!r}, which has no critic"
+        if not needs_critic(self.advantage):
+            rule = f"'' with advantage={self.advantage!r}, which has no critic"
             check.that(not self.critic_init_from, "critic_init_from", rule)
 
 

@@ -7,17 +7,6 @@ import jax.numpy as jnp
 from ppo_jax.core.checks import Number, assert_numbers
 from ppo_jax.core.masking import masked_moments, zero_padding
 
-WITH_CRITIC, CRITIC_FREE = ("gae",), ("leave_one_out",)  # the estimators, as settings name them
-
-
-def needs_critic(advantages: str) -> bool:
-    """Whether an estimator reads the values of a critic.
-
-    >>> needs_critic("gae"), needs_critic("leave_one_out")
-    (True, False)
-    """
-    return advantages in WITH_CRITIC
-
 
 def gae(
     rewards: jax.Array,

@@ -4,12 +4,16 @@ Dimensions: B sequences, T response tokens. They add up over micro-batches as th
 `policy_losses` do.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
 
 from ppo_jax.core.checks import Number, assert_numbers
 from ppo_jax.core.masking import masked_mean, zero_padding
+from ppo_jax.core.named import call_named, parameters
 from ppo_jax.core.policy_losses import Metrics, clipped_policy_loss
 from ppo_jax.core.value_losses import clipped_value_loss
 
@@ -24,12 +28,16 @@ def ppo_loss(
     old_values: jax.Array | None,
     advantages: jax.Array,
     returns: jax.Array | None,
+    policy_loss: Callable = clipped_policy_loss,
     clip_range: Number = 0.2,
     clip_range_high: Number | None = None,
     value_clip_range: Number | None = 0.2,
     vf_coef: Number = 0.1,
     entropy_coef: Number = 0.0,
+    weights: jax.Array | None = None,
     normalizer: Number | None = None,
+    num_sequences: Number | None = None,
+    **of_policy_loss: Any,
 ) -> tuple[jax.Array, Metrics]:
     """The whole loss of a PPO update: policy, critic and entropy bonus.
 
@@ -44,12 +52,19 @@ def ppo_loss(
         old_values: [B, T] float, when the tokens were sampled; None without a critic.
         advantages: [B, T] float.
         returns: [B, T] float; None without a critic.
+        policy_loss: the loss of the policy, called by the names of its parameters.
         clip_range: see `clipped_policy_loss`.
         clip_range_high: see `clipped_policy_loss`.
         value_clip_range: see `clipped_value_loss`.
         vf_coef: weight of the value loss.
         entropy_coef: weight of the entropy bonus, in loss per nat.
+        weights: [B, T] float, of the terms of policy and entropy; None is 1, see
+            `aggregation_weights`.
         normalizer: what the sums are divided by; None is the count of the mask.
+        num_sequences: the same for a policy loss of whole sequences, one with a parameter
+            `segment_ids`.
+        **of_policy_loss: further arguments of `policy_loss`; those that it has no parameter for
+            have no effect.
 
     Returns:
         (loss, metrics): ppo/loss, policy/entropy, and the metrics of both losses.
@@ -70,18 +85,33 @@ def ppo_loss(
     chex.assert_type(entropies, float)
     assert_numbers(vf_coef=vf_coef, entropy_coef=entropy_coef)
 
-    clip = {"clip_range": clip_range, "clip_range_high": clip_range_high, "normalizer": normalizer}
-    policy_loss, policy_metrics = clipped_policy_loss(
-        logprobs, old_logprobs, advantages, mask, **clip
+    offered = dict(
+        logprobs=logprobs,
+        old_logprobs=old_logprobs,
+        advantages=advantages,
+        mask=mask,
+        clip_range=clip_range,
+        clip_range_high=clip_range_high,
+        weights=weights,
+        normalizer=num_sequences if "segment_ids" in parameters(policy_loss) else normalizer,
     )
+    loss_of_policy, policy_metrics = call_named(policy_loss, offered | of_policy_loss)
+    if "policy/approx_kl" not in policy_metrics:  # the brake of an update reads it
+        moved = jnp.square(jnp.subtract(*zero_padding(mask, logprobs, old_logprobs)))
+        policy_metrics |= {
+            "policy/approx_kl": 0.5 * masked_mean(moved, mask, normalizer=normalizer)
+        }
     mean_entropy = masked_mean(entropies, mask, normalizer=normalizer)
+    bonus = mean_entropy
+    if weights is not None:
+        bonus = masked_mean(entropies * weights, mask, normalizer=normalizer)
     value_loss, value_metrics = 0.0, {}
     if values is not None:
         if old_values is None or returns is None:
             raise ValueError("values need old_values and returns, got None")
         clip = {"value_clip_range": value_clip_range, "normalizer": normalizer}
         value_loss, value_metrics = clipped_value_loss(values, old_values, returns, mask, **clip)
-    loss = policy_loss + vf_coef * value_loss - entropy_coef * mean_entropy
+    loss = loss_of_policy + vf_coef * value_loss - entropy_coef * bonus
     metrics = {"ppo/loss": loss, "policy/entropy": mean_entropy}
     return loss, jax.lax.stop_gradient(metrics | policy_metrics | value_metrics)
 

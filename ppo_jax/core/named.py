@@ -4,21 +4,31 @@ The names of its parameters say what a function needs: an estimator of advantage
 `values` needs a critic, one with `group_size` several responses to a prompt.
 """
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+# What is offered to an estimator of advantages and to a loss of the policy, beside the numbers of
+# `Hyperparameters`. See `estimate_advantages` and `experience_loss`.
+ADVANTAGE_INPUTS = ("rewards", "values", "mask", "scores", "group_size")
+LOSS_INPUTS = ("logprobs", "old_logprobs", "advantages", "mask", "weights", "segment_ids")
+LOSS_INPUTS += ("normalizer",)
+
 
 def parameters(function: Callable) -> Mapping[str, bool]:
-    """{name of a parameter: whether it must be given}, without those that `*` or `**` collect.
+    """{name of a parameter: whether it must be given}, without those that `*` or `**` collect or
+    that a `functools.partial` has bound.
 
     >>> parameters(lambda scores, *, group_size=2: None)
     {'scores': True, 'group_size': False}
     """
     of_names = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     signature = inspect.signature(function).parameters
-    return {k: p.default is p.empty for k, p in signature.items() if p.kind in of_names}
+    bound = function.keywords if isinstance(function, functools.partial) else {}
+    free = {k: p for k, p in signature.items() if p.kind in of_names and k not in bound}
+    return {name: p.default is p.empty for name, p in free.items()}
 
 
 def unknown_parameters(function: Callable, names: Any) -> list[str]:
@@ -41,6 +51,16 @@ def call_named(function: Callable, offered: Mapping[str, Any]) -> Any:
             f"there is {', '.join(sorted(offered))}"
         )
     return function(**{name: offered[name] for name in parameters(function) if name in offered})
+
+
+def fields_named(cls: type) -> tuple[str, ...]:
+    """The names of the fields of a dataclass."""
+    return tuple(field.name for field in dataclasses.fields(cls))
+
+
+def fields_of(struct: Any) -> dict[str, Any]:
+    """The fields of a dataclass by their names."""
+    return {field.name: getattr(struct, field.name) for field in dataclasses.fields(struct)}
 
 
 def function_name(function: Callable) -> str:

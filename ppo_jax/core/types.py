@@ -69,8 +69,10 @@ class Experience:
     response_mask: jax.Array  # [B, T] bool
     logprobs: jax.Array  # [B, T] float32, of the behaviour policy
     values: jax.Array | None  # [B, T] float32, before token t is emitted; None without a critic
-    advantages: jax.Array  # [B, T] float32, see `PPOOptions.advantages`
+    advantages: jax.Array  # [B, T] float32, see `PPOOptions.advantage`
     returns: jax.Array | None  # [B, T] float32; None without a critic
+    ref_logprobs: jax.Array | None = None  # [B, T] float32, where the loss has a KL in it
+    weights: jax.Array | None = None  # [B, T] float32 of a token's term of the loss; None is 1
     segment_ids: jax.Array | None = None  # [B, L - 1] int32, as in `TextBatch`
     output_positions: jax.Array | None = None  # [B, T] int32, predict the response tokens
 
@@ -110,18 +112,28 @@ class Hyperparameters:
     """
 
     optimizer: Optimizer
+    value_optimizer: Optimizer | None = None  # of the critic alone, which then takes steps of its
+    # own; None: those of `optimizer`, one norm over both, at value_learning_rate
     value_learning_rate: jax.Array | float = 1e-5  # of the critic, where there is one
+    critic_warmup: jax.Array | float = 0.0  # iterations, the first, at a policy's rate of 0
     temperature: jax.Array | float = 1.0  # > 0; divides the logits, in sampling and in training
     kl_coef: jax.Array | float = 0.05  # fixed control, and where adaptive control starts
     target_kl: jax.Array | float = 6.0  # nats per response, adaptive control
     kl_horizon: jax.Array | float = 10_000.0  # episodes, adaptive control
     gamma: jax.Array | float = 1.0
     gae_lambda: jax.Array | float = 0.95
+    gae_lambda_alpha: jax.Array | float | None = None  # in place of gae_lambda that of the length,
+    # see `length_adaptive_lambda`; None is off
+    value_gae_lambda: jax.Array | float | None = None  # of the critic's returns; None: gae_lambda
     clip_range: jax.Array | float = 0.2  # of the probability ratio, below 1
     clip_range_high: jax.Array | float | None = None  # above 1; None is the same as clip_range
     value_clip_range: jax.Array | float = 0.2
     vf_coef: jax.Array | float = 0.1
     entropy_coef: jax.Array | float = 0.0
+    kl_loss_coef: jax.Array | float | None = None  # of a KL in the loss; None is off
+    dual_clip: jax.Array | float = 3.0  # see `dual_clip_policy_loss`
+    penalty_coef: jax.Array | float = 1.0  # see `kl_penalty_policy_loss`
+    divergence_limit: jax.Array | float = 0.15  # see `dppo_policy_loss`
     missing_eos_score: jax.Array | float = 0.0  # replaces, or is subtracted from, the score
     score_clip: jax.Array | float | None = None  # scores are within it of 0; None is off
     overlong_tokens: jax.Array | float | None = None  # see `overlong_penalty`; None is off

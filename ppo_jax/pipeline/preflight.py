@@ -10,10 +10,10 @@ from typing import Any
 
 import jax
 
+from ppo_jax.config.objectives import needs_critic
 from ppo_jax.config.parsing import load_function
 from ppo_jax.config.run import STAGE_NAMES, Config
 from ppo_jax.config.stages import LoRASettings, PPOSettings, RewardSettings, names_critic
-from ppo_jax.core.advantages import needs_critic
 from ppo_jax.data.comparisons import RewardData
 from ppo_jax.data.encode import TokenizedTexts
 from ppo_jax.data.preferences import PREFERENCE_SCHEMAS
@@ -344,7 +344,7 @@ def check_ppo(
         check_text_reward(settings, score, reason)
     if named is not None:
         check_critic(settings, policy, named)
-    if needs_critic(settings.advantages) and bool(named) == names_critic(settings):
+    if needs_critic(settings.advantage) and bool(named) == names_critic(settings):
         critic = critic_source(settings, policy, score, named)
         check_part("ppo.value_trainable", settings.value_trainable, settings.lora, critic.config)
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import jax
 
+from ppo_jax.config.objectives import needs_critic
 from ppo_jax.config.run import STAGE_NAMES, Config
 from ppo_jax.config.stages import LoRASettings, PPOSettings, names_critic
-from ppo_jax.core.advantages import needs_critic
 from ppo_jax.core.network import merge_params
 from ppo_jax.data.chat import Chat
 from ppo_jax.data.encode import token_rows, unpadded
@@ -217,7 +217,7 @@ def memory_rows(
     scorer = 0 if score is None else count(parameters(score))
     alone = score is None or bool(reread_reason(policy, score))  # shares no layer
     critic_trained = 0
-    if needs_critic(s.advantages):
+    if needs_critic(s.advantage):
         critic = critic_source(s, policy, score, named)
         value = parameters(dataclasses.replace(critic, kind="reward"))
         value = shapes_with_adapters(value, critic.config, s.value_trainable, s.lora)
@@ -266,7 +266,7 @@ def text_reward_rows(
         f"two programs, about {seconds:.2g} s; no layer is shared"
     )
     rows = [("reward model", describe(score)), ("reward model reads", f"text, as {reason}: {cost}")]
-    if needs_critic(s.advantages) and not names_critic(s):
+    if needs_critic(s.advantage) and not names_critic(s):
         rows.append(("critic starts as", "the policy with a head of zeros: it reads tokens"))
     return rows
 

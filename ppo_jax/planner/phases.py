@@ -23,9 +23,9 @@ from ppo_jax.algorithms.experience import (
 )
 from ppo_jax.algorithms.ppo import init_ppo, ppo_update
 from ppo_jax.algorithms.supervised import text_scores
+from ppo_jax.config.objectives import needs_critic
 from ppo_jax.config.run import STAGE_NAMES, Config, ModelSettings
 from ppo_jax.config.stages import LoRASettings, PPOSettings, names_critic
-from ppo_jax.core.advantages import needs_critic
 from ppo_jax.core.types import FrozenParams, Hyperparameters, Params, PPOState, Prompts
 from ppo_jax.distributed.layout import Layout, abstract
 from ppo_jax.inference.generate import prompt_width
@@ -90,7 +90,7 @@ def read_models(config: Config) -> Models:
     critic, by_text = None, reward is not None and reads_text(config, policy, reward)
     if names_critic(s):
         critic = scorer_config(s.critic_init_from, config, base)
-    elif needs_critic(s.advantages):
+    elif needs_critic(s.advantage):
         of_policy = reward is None or by_text or s.critic_init_from in ("policy", "scratch")
         critic = policy if of_policy else reward
     return Models(policy=policy, critic=critic, reward=reward, reads_text=by_text)

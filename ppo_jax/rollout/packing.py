@@ -128,6 +128,8 @@ def packed_experience(experience: Experience, rows: PackedRows) -> Experience:
         values=of_tokens(e.values),
         advantages=of_tokens(e.advantages),
         returns=of_tokens(e.returns),
+        ref_logprobs=of_tokens(e.ref_logprobs),
+        weights=of_tokens(e.weights),
         segment_ids=rows.segment_ids,
         output_positions=rows.output_positions,
     )

@@ -60,7 +60,8 @@ from ppo_jax.training.resume import fingerprint
 from ppo_jax.training.reward_functions import load_reward_functions
 
 # What lanes of one program may differ in: the numbers of an iteration, and what the host compares.
-NUMBERS = {field.name for field in dataclasses.fields(Hyperparameters)} - {"optimizer"}
+NUMBERS = {field.name for field in dataclasses.fields(Hyperparameters)}
+NUMBERS -= {"optimizer", "value_optimizer"}
 NUMBERS |= {"seed", "max_ref_kl"}
 OPTIMIZER_NUMBERS = {field.name for field in dataclasses.fields(OptimizerSettings)} - {"schedule"}
 
@@ -91,12 +92,12 @@ def shape_of(config: Config, workdir: Path) -> str:
     values = without_workdir(dataclasses.asdict(config), workdir)
     ppo = values["ppo"]
     left_out = {f"without {name}": ppo[name] == value for name, value in LEFT_OUT.items()}
+    left_out |= {"critic_has_optimizer": config.ppo.critic_has_optimizer}
     values.pop("seed")
     values["ppo"] = {name: x for name, x in ppo.items() if name not in NUMBERS} | left_out
-    optimizer = values["ppo"]["optimizer"]
-    values["ppo"]["optimizer"] = {
-        name: x for name, x in optimizer.items() if name not in OPTIMIZER_NUMBERS
-    }
+    for section in ("optimizer", "value_optimizer"):
+        numbers = values["ppo"][section]
+        values["ppo"][section] = {k: x for k, x in numbers.items() if k not in OPTIMIZER_NUMBERS}
     return json.dumps(values, sort_keys=True, default=str)
 
 
@@ -283,6 +284,10 @@ def numbers_of(config: Config) -> frozenset[tuple[str, Any]]:
     """The (name, value) of all that lanes may differ in."""
     ppo = config.ppo
     optimizer = {(f"optimizer.{x}", getattr(ppo.optimizer, x)) for x in OPTIMIZER_NUMBERS}
+    optimizer |= {
+        (f"value_optimizer.{x}", getattr(ppo.value_optimizer, x))
+        for x in OPTIMIZER_NUMBERS - {"learning_rate"}
+    }
     numbers = {(name, getattr(ppo, name)) for name in NUMBERS}
     return frozenset(numbers | optimizer | {("run's seed", config.seed)})
 

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ppo_jax.algorithms.experience import PPONetworks, PPOOptions, Sampler
+from ppo_jax.config.objectives import advantage_function, loss_function, needs_critic
 from ppo_jax.config.stages import LEFT_OUT, PPOSettings
-from ppo_jax.core.advantages import needs_critic
 from ppo_jax.core.network import Network, merge_params
 from ppo_jax.core.types import FrozenParams, Hyperparameters, Params
 from ppo_jax.distributed.layout import Layout, init_sharded
@@ -40,10 +40,14 @@ class Setup:
 
 def make_hyperparameters(settings: PPOSettings) -> Hyperparameters:
     """The numbers of the settings, as float32."""
-    names = {field.name for field in dataclasses.fields(Hyperparameters)} - {"optimizer"}
+    names = {field.name for field in dataclasses.fields(Hyperparameters)}
+    names -= {"optimizer", "value_optimizer"}
     numbers = {name: np.float32(getattr(settings, name)) for name in names}
     off = {name for name, value in LEFT_OUT.items() if getattr(settings, name) == value}
     numbers |= dict.fromkeys(off)
+    if settings.critic_has_optimizer:
+        own = settings.value_optimizer.over(settings.optimizer, settings.value_learning_rate)
+        numbers["value_optimizer"] = make_optimizer(own, settings.num_iterations)
     numbers["clip_range_high"] = np.float32(settings.clip_range_high or settings.clip_range)
     optimizer = make_optimizer(settings.optimizer, settings.num_iterations)
     return Hyperparameters(optimizer=optimizer, **numbers)
@@ -51,11 +55,14 @@ def make_hyperparameters(settings: PPOSettings) -> Hyperparameters:
 
 def make_options(settings: PPOSettings, sampling: Sampling, eos_id: int) -> PPOOptions:
     """The choices of the settings; what shapes the program. `eos_id` is the tokenizer's."""
-    names = {field.name for field in dataclasses.fields(PPOOptions)} - {"sampling", "score_eos"}
+    names = {field.name for field in dataclasses.fields(PPOOptions)}
+    names -= {"sampling", "score_eos", "advantage", "loss"}
     of_rollout = ("samples_per_prompt", "max_concurrent", "min_free_slots")
     sampling = dataclasses.replace(sampling, **{k: getattr(settings, k) for k in of_rollout})
     return PPOOptions(
         sampling=sampling,
+        advantage=advantage_function(settings.advantage),
+        loss=loss_function(settings.loss),
         score_eos=eos_id if settings.score_at == "eos" and sampling.other_ends(eos_id) else None,
         **{name: getattr(settings, name) for name in names},
     )
@@ -332,7 +339,7 @@ def begin_models(
         with_adapters, lora=settings.lora, seed=seed, layout=layout, make=make
     )
     critic = None
-    if needs_critic(settings.advantages):
+    if needs_critic(settings.advantage):
         critic = make_critic(settings, policy, reward, named)
         if settings.critic_init_from == "scratch":
             init = functools.partial(value_network(critic.config).init, jax.random.key(seed))

@@ -4,6 +4,8 @@ The policy is a table [V, V] of logits of the next token by the one before it, t
 [V]: so the gradients are short formulas, too. Only the shuffles are taken from jax.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,8 @@ import pytest
 
 from ppo_jax.algorithms import PPONetworks, PPOOptions, init_ppo, update_from_rollout
 from ppo_jax.core import FrozenParams, Hyperparameters, Network, Optimizer, Rollout
+from ppo_jax.core.advantages import gae
+from ppo_jax.core.critic_free import rloo_advantages
 from ppo_jax.rollout import Sampling
 
 B, P, T, V = 8, 3, 6, 5
@@ -20,6 +24,8 @@ NUMBERS = dict(
 )
 NUMBERS |= dict(value_clip_range=0.1, entropy_coef=0.02, missing_eos_score=0.7)
 NUMBERS |= dict(value_learning_rate=0.05, target_kl=0.5, kl_horizon=40.0)
+VALUE_ADAM = dict(learning_rate=0.04, max_grad_norm=0.2, b1=0.7, b2=0.9, eps=1e-3)
+VALUE_ADAM |= dict(weight_decay=0.02)
 ADAM = dict(learning_rate=0.03, max_grad_norm=0.5, b1=0.8, b2=0.95, eps=1e-4, weight_decay=0.01)
 
 
@@ -52,13 +58,13 @@ def of_policy(table, before, tokens):
     return chosen, probs, -(probs * logs).sum(-1)
 
 
-def advantages_and_returns(rewards, values, mask):
-    advantages = np.zeros((B, T))
-    for i in range(B):
+def advantages_and_returns(rewards, values, mask, trace=NUMBERS["gae_lambda"]):
+    advantages = np.zeros(mask.shape)
+    for i in range(len(mask)):
         following, ahead = 0.0, 0.0
         for t in reversed(range(mask[i].sum())):
             delta = rewards[i, t] + NUMBERS["gamma"] * following - values[i, t]
-            ahead = delta + NUMBERS["gamma"] * NUMBERS["gae_lambda"] * ahead
+            ahead = delta + NUMBERS["gamma"] * trace * ahead
             advantages[i, t], following = ahead, values[i, t]
     return advantages, advantages + values
 
@@ -74,32 +80,52 @@ def against_the_others(rewards, group):
     return np.repeat((totals - others).reshape(-1, 1), T, axis=1)
 
 
-def gradients(tables, batch, clip_high):
+def gradients(tables, batch, clip_high, options, value_weight):
     before, tokens, mask, old, advantages, old_values, returns = batch
     count = mask.sum()
+    shares = mask / count  # of a token in the loss of the policy
+    if options.aggregation == "sequence_mean":
+        shares = mask / mask.sum(axis=1, keepdims=True) / len(mask)
     logprobs, probs, entropies = of_policy(tables["policy"], before, tokens)
     ratio = np.exp(logprobs - old)
     low, high = 1 - NUMBERS["clip_range"], 1 + clip_high
     is_clipped = -advantages * np.clip(ratio, low, high) > -advantages * ratio
-    of_logprob = np.where(mask & ~is_clipped, -advantages * ratio, 0.0) / count
+    of_logprob = np.where(mask & ~is_clipped, -advantages * ratio, 0.0) * shares
     hit = np.eye(V)[tokens] - probs
     of_z = of_logprob[..., None] * hit
     of_entropy = -probs * (np.log(probs) + entropies[..., None])
-    of_z -= NUMBERS["entropy_coef"] * of_entropy * mask[..., None] / count
+    of_z -= NUMBERS["entropy_coef"] * of_entropy * shares[..., None]
     found = {"policy": np.zeros((V, V))}
     np.add.at(found["policy"], before, of_z / NUMBERS["temperature"])
     if "value" in tables:
         values, reach = tables["value"][before], NUMBERS["value_clip_range"]
         near = np.clip(values, old_values - reach, old_values + reach)
         stays = (near - returns) ** 2 > (values - returns) ** 2
-        of_value = np.where(mask & ~stays, values - returns, 0.0) * NUMBERS["vf_coef"] / count
+        of_value = np.where(mask & ~stays, values - returns, 0.0) * value_weight / count
         found["value"] = np.zeros(V)
         np.add.at(found["value"], before, of_value)
     return found
 
 
-def by_hand(tables, case, options):
-    """(tables after an iteration, the coefficient of the KL after it)."""
+def adam(tables, names, steps, gradient, adam, rates):
+    """`tables`, those of `names` after the steps of Adam on minibatches of these rows."""
+    mean, square = ({k: np.zeros_like(tables[k]) for k in names} for _ in range(2))
+    for step, rows in enumerate(steps, 1):
+        found = {name: g for name, g in gradient(tables, rows).items() if name in names}
+        norm = np.sqrt(sum((x**2).sum() for x in found.values()))
+        for name, g in found.items():
+            g = g * min(1.0, adam["max_grad_norm"] / norm)
+            mean[name] = adam["b1"] * mean[name] + (1 - adam["b1"]) * g
+            square[name] = adam["b2"] * square[name] + (1 - adam["b2"]) * g**2
+            direction = mean[name] / (1 - adam["b1"] ** step)
+            direction /= np.sqrt(square[name] / (1 - adam["b2"] ** step)) + adam["eps"]
+            change = direction + adam["weight_decay"] * tables[name]
+            tables = tables | {name: tables[name] - rates[name] * change}
+    return tables
+
+
+def by_hand(tables, case, options, own):
+    """(tables after an iteration, the KL coefficient after it); `own`: numbers of the case."""
     mask, before, tokens = case["mask"], case["tokens"][:, P - 1 : -1], case["tokens"][:, P:]
     reference, old = tables["reference"], case["logprobs"]
     tables = {name: x.copy() for name, x in tables.items() if name != "reference"}
@@ -116,30 +142,43 @@ def by_hand(tables, case, options):
     if options.whiten_rewards:
         rewards = whitened(rewards, mask, shift=False)
     values = returns = np.zeros((B, T))
-    if options.advantages == "gae":
+    if options.advantage is gae:
         values = np.where(mask, tables["value"][before], 0.0)
         advantages, returns = advantages_and_returns(rewards, values, mask)
+        if "value_gae_lambda" in own:
+            _, returns = advantages_and_returns(rewards, values, mask, own["value_gae_lambda"])
+        if alpha := own.get("gae_lambda_alpha"):
+            each = [
+                advantages_and_returns(r, v, m, max(0.0, 1 - 1 / (alpha * m.sum())))
+                for r, v, m in zip(rewards[:, None], values[:, None], mask[:, None], strict=True)
+            ]
+            advantages = np.concatenate([x for x, _ in each])
         advantages = whitened(advantages, mask) if options.whiten_advantages else advantages
     else:
         del tables["value"]
         advantages = against_the_others(rewards, 2)
     data = (before, tokens, mask, old, advantages * weights, values, returns)
     clip_high = 0.3 if options.num_epochs > 1 else NUMBERS["clip_range"]
-    mean, square = ({k: np.zeros_like(x) for k, x in tables.items()} for _ in range(2))
+    apart = "value_optimizer" in own
+    weight = 1.0 if apart else NUMBERS["vf_coef"]
+
+    def gradient(tables, rows):
+        return gradients(tables, [x[rows] for x in data], clip_high, options, weight)
+
     rates = {"policy": ADAM["learning_rate"], "value": NUMBERS["value_learning_rate"]}
-    orders = [jax.random.permutation(k, B) for k in jax.random.split(KEY, options.num_epochs)]
-    steps = np.reshape(orders, (options.num_epochs * options.num_minibatches, -1))
-    for step, rows in enumerate(steps, 1):
-        found = gradients(tables, [x[rows] for x in data], clip_high)
-        norm = np.sqrt(sum((x**2).sum() for x in found.values()))
-        for name, g in found.items():
-            g = g * min(1.0, ADAM["max_grad_norm"] / norm)
-            mean[name] = ADAM["b1"] * mean[name] + (1 - ADAM["b1"]) * g
-            square[name] = ADAM["b2"] * square[name] + (1 - ADAM["b2"]) * g**2
-            direction = mean[name] / (1 - ADAM["b1"] ** step)
-            direction /= np.sqrt(square[name] / (1 - ADAM["b2"] ** step)) + ADAM["eps"]
-            change = direction + ADAM["weight_decay"] * tables[name]
-            tables[name] = tables[name] - rates[name] * change
+    if own.get("critic_warmup"):
+        rates["policy"] = 0.0
+    epochs, minibatches = options.num_epochs, options.num_minibatches
+    num_passes = epochs * (1 + options.value_updates) if apart else epochs
+    orders = np.array([jax.random.permutation(k, B) for k in jax.random.split(KEY, num_passes)])
+    steps = orders[:epochs].reshape(epochs * minibatches, -1)
+    if apart:
+        tables = adam(tables, ["policy"], steps, gradient, ADAM, rates)
+        steps = orders[epochs:].reshape(-1, B // (options.value_num_minibatches or minibatches))
+        rates = {"value": VALUE_ADAM["learning_rate"]}
+        tables = adam(tables, ["value"], steps, gradient, VALUE_ADAM, rates)
+    else:
+        tables = adam(tables, list(tables), steps, gradient, ADAM, rates)
     error = np.clip(kl.sum(axis=1).mean() / NUMBERS["target_kl"] - 1, -0.2, 0.2)
     factor = 1 + error * B / NUMBERS["kl_horizon"] if options.kl_control == "adaptive" else 1.0
     return tables, NUMBERS["kl_coef"] * factor
@@ -157,21 +196,32 @@ def by_hand(tables, case, options):
         {"missing_eos": "replace", "kl_control": "adaptive"},
         {"missing_eos": "penalty", "num_epochs": 2},
         {"old_logprobs": "recompute", "num_epochs": 2},
-        {"advantages": "leave_one_out", "num_epochs": 4},
+        {"advantage": rloo_advantages, "num_epochs": 4},
         {"whiten_advantages": False, "num_epochs": 2},
         {"whiten_rewards": True, "num_epochs": 2},
-        {"whiten_rewards": True, "advantages": "leave_one_out"},
+        {"whiten_rewards": True, "advantage": rloo_advantages},
+        {"aggregation": "sequence_mean", "num_epochs": 2, "num_minibatches": 2},
+        {"value_gae_lambda": 1.0, "num_epochs": 2},
+        {"gae_lambda_alpha": 0.6, "value_gae_lambda": 0.8, "whiten_advantages": False},
+        {"critic_warmup": 1, "num_epochs": 2},
+        {"value_optimizer": VALUE_ADAM, "num_epochs": 2, "num_minibatches": 2},
+        {"value_optimizer": VALUE_ADAM, "value_updates": 2, "value_num_minibatches": 4},
     ],
-    ids=str,
+    ids=lambda changes: " ".join(changes) or "default",
 )
 def test_an_iteration_is_that_of_float64_by_hand(changes):
     sampling = Sampling(response_length=T, eos_ids=(), samples_per_prompt=2)
-    options = PPOOptions(sampling=sampling, **{"num_epochs": 1, "num_minibatches": 1} | changes)
-    tables, case = made_up(seed=len(str(changes)))
-    expected, kl_coef = by_hand(tables, case, options)
+    names = {field.name for field in dataclasses.fields(Hyperparameters)}
+    own = {name: value for name, value in changes.items() if name in names}
+    chosen = {name: value for name, value in changes.items() if name not in names}
+    options = PPOOptions(sampling=sampling, **{"num_epochs": 1, "num_minibatches": 1} | chosen)
+    tables, case = made_up(seed=len(str(sorted(changes))))
+    expected, kl_coef = by_hand(tables, case, options, own)
+    if "value_optimizer" in own:
+        own["value_optimizer"] = Optimizer(**own["value_optimizer"])
 
     single = {name: {"table": jnp.asarray(x, jnp.float32)} for name, x in tables.items()}
-    value = single["value"] if options.advantages == "gae" else None
+    value = single["value"] if options.advantage is gae else None
     network = Network(None, look_up)
     numbers = Hyperparameters(
         optimizer=Optimizer(**ADAM),
@@ -179,6 +229,7 @@ def test_an_iteration_is_that_of_float64_by_hand(changes):
         clip_range_high=0.3 if options.num_epochs > 1 else None,
         tis_clip_low=0.9,
         tis_clip_high=1.1,
+        **own,
     )
     rollout = Rollout(
         prompt_tokens=jnp.asarray(case["tokens"][:, :P], jnp.int32),
@@ -202,4 +253,5 @@ def test_an_iteration_is_that_of_float64_by_hand(changes):
     if value is not None:
         np.testing.assert_allclose(state.value_params["table"], expected["value"], atol=2e-6)
     np.testing.assert_allclose(state.kl_coef, kl_coef, rtol=1e-6)
-    assert np.abs(expected["policy"] - tables["policy"]).max() > 0.02
+    moved = np.abs(expected["policy"] - tables["policy"]).max()
+    assert (moved == 0.0) if "critic_warmup" in own else (moved > 0.02)

@@ -10,7 +10,9 @@ import pytest
 
 from ppo_jax.algorithms.experience import PPOOptions, make_experience, sample_responses
 from ppo_jax.algorithms.ppo import ppo_iteration
+from ppo_jax.core.off_policy_losses import cispo_policy_loss, dppo_policy_loss
 from ppo_jax.core.optimizer import schedule
+from ppo_jax.core.policy_losses import dual_clip_policy_loss, kl_penalty_policy_loss
 from ppo_jax.core.types import Hyperparameters, Optimizer
 from tests.support import tiny
 
@@ -37,6 +39,8 @@ NUMBERS = dict(
     stop_kl=1e9,
     score_clip=1e9,
     overlong_tokens=1.0,
+    value_gae_lambda=0.9,
+    kl_loss_coef=0.1,
 )
 CHANGES = {
     "learning_rate": 2e-3,
@@ -66,6 +70,16 @@ CHANGES = {
     "stop_kl": 1e-6,
     "score_clip": 0.01,
     "overlong_tokens": 8.0,
+    "critic_warmup": 2.0,
+    "value_gae_lambda": 0.3,
+    "kl_loss_coef": 0.5,
+}
+OF_CHOICES = {  # numbers that one choice reads: (it, a value, another)
+    "dual_clip": (dict(loss=dual_clip_policy_loss), 1.001, 1.2),
+    "penalty_coef": (dict(loss=kl_penalty_policy_loss), 0.1, 2.0),
+    "divergence_limit": (dict(loss=dppo_policy_loss), 1e-4, 0.5),
+    "gae_lambda_alpha": ({}, 0.3, 1.0),
+    "value_optimizer": ({}, Optimizer(learning_rate=1e-3), Optimizer(learning_rate=2e-3)),
 }
 
 
@@ -93,7 +107,17 @@ base_run = functools.cache(lambda: three_iterations(numbers()))
 
 def test_the_changes_name_every_number():
     fields = [*dataclasses.fields(Hyperparameters), *dataclasses.fields(Optimizer)]
-    assert CHANGES.keys() == {f.name for f in fields} - {"optimizer", "schedule"}
+    of_choices = OF_CHOICES.keys() | {"optimizer", "schedule"}
+    assert CHANGES.keys() == {f.name for f in fields} - of_choices
+
+
+@pytest.mark.parametrize("name", OF_CHOICES)
+def test_every_number_of_a_choice_matters(name):
+    choice, *values = OF_CHOICES[name]
+    options = dataclasses.replace(EVERYTHING, **choice)
+    (one, _), (other, _) = (three_iterations(numbers(**{name: value}), options) for value in values)
+    trained = [(s.policy_params, s.value_params) for s in (one, other)]
+    assert tiny.leaves_differ(*trained)
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -113,6 +137,11 @@ def test_the_kind_of_schedule_matters(kind):
     assert schedule(changed, 2) != schedule(base, 2)
 
 
+def later_less(rewards, values, mask, *, gamma):
+    """An estimator of the user's: with a critic, and without returns of its own."""
+    return 0.5 * (rewards - values) * mask + gamma
+
+
 CHOICES = {
     "num_epochs": 3,
     "num_minibatches": 4,
@@ -122,13 +151,18 @@ CHOICES = {
     "old_logprobs": "recompute",
     "whiten_advantages": False,
     "whiten_rewards": True,
+    "advantage": later_less,
+    "loss": cispo_policy_loss,
+    "aggregation": "sequence_mean",
+    "value_updates": 2,
+    "value_num_minibatches": 4,
 }
 
 
 @functools.cache
 def learned(**choice):
     setup, options = tiny.setup(1, True), tiny.options(any_kl_estimator=True, **choice)
-    hyperparameters = numbers(schedule="constant")
+    hyperparameters = numbers(schedule="constant", value_optimizer=Optimizer(learning_rate=1e-3))
     parts = dict(frozen=setup.frozen, networks=setup.networks)
     state = setup.start(hyperparameters)
     rollout = tiny.sample_responses(
@@ -147,11 +181,10 @@ def test_every_option_matters(name):
 
 def test_there_are_no_other_options():
     # Sampling has tests of its own; micro-batches change the memory, see below, and nothing else,
-    # packing the time, see `test_packing`; for advantages without a critic see
-    # `test_critic_free_run`, for where a score is read `test_ppo_iteration`; `any_kl_estimator`
-    # lets others be chosen.
+    # packing the time, see `test_packing`; for where a score is read see `test_ppo_iteration`;
+    # `any_kl_estimator` lets others be chosen.
     fields = {f.name for f in dataclasses.fields(PPOOptions)}
-    others = {"sampling", "num_micro_batches", "packing", "advantages", "score_eos"}
+    others = {"sampling", "num_micro_batches", "packing", "score_eos"}
     others |= {"any_kl_estimator"}
     assert fields == CHOICES.keys() | others
 

@@ -79,7 +79,7 @@ def test_a_score_that_is_nan_is_seen_in_its_group_alone(estimator, how, _):
 
 def test_goldens_of_peers():
     # NeMo-RL, tests/unit/algorithms/test_grpo_group_identity.py: leave-one-out baselines of two
-    # prompts, 4 responses each; its other rewards 1, 2, 3, 4 have 3 as the first baseline.
+    # prompts, 4 responses each. The row 1, 2, 3, 4, whose first baseline is 3, is by hand.
     scores = jnp.array([0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0])
     baselines = scores - rloo_advantages(scores, group_size=4)
     np.testing.assert_allclose(baselines[:4], [1 / 3, 1 / 3, 1 / 3, 0.0], atol=1e-6)

@@ -42,9 +42,9 @@ RUNS = {
     "a reward model from elsewhere": dict(ppo=TOP),
     "the critic's top alone": dict(ppo=dict(value_trainable=1)),
     "a critic from elsewhere": dict(ppo=TOP | dict(critic_init_from="elsewhere")),
-    "no critic": dict(ppo=dict(advantages="leave_one_out", samples_per_prompt=2)),
+    "no critic": dict(ppo=dict(advantage="rloo", samples_per_prompt=2)),
     "no critic, one trunk": dict(
-        ppo=BY_FUNCTION | dict(trainable=1, advantages="leave_one_out", samples_per_prompt=2)
+        ppo=BY_FUNCTION | dict(trainable=1, advantage="rloo", samples_per_prompt=2)
     ),
 }
 

@@ -6,11 +6,12 @@ import math
 import jax.numpy as jnp
 import pytest
 
-from ppo_jax import make_experience
+from ppo_jax import gae, make_experience
+from ppo_jax.core.critic_free import rloo_advantages
 from ppo_jax.pipeline import run as pipeline
 from tests.support import tiny, tiny_run
 
-FREE = dict(advantages="leave_one_out", samples_per_prompt=2)
+FREE = dict(advantage="rloo", samples_per_prompt=2)
 FROM_BASE = dict(
     init_from="base", reward_function="tests.support.tiny_run:letters", reward_model=""
 )
@@ -71,15 +72,15 @@ def test_the_advantages_and_the_networks_must_agree():
     args = rollout, jnp.zeros(len(rollout.tokens)), run.state, run.numbers
     networks, options = run.parts["networks"], run.parts["options"]
     changes = [
-        ("'gae' need a critic: see net", dict(networks=networks._replace(value=None))),
+        ("gae needs a critic: see networks", dict(networks=networks._replace(value=None))),
         (
-            "'leave_one_out' need no critic: see networks",
-            dict(options=tiny.options(advantages="leave_one_out")),
+            "rloo_advantages needs no critic: see networks",
+            dict(options=tiny.options(advantage=rloo_advantages)),
         ),
         (
-            "'leave_one_out' need no critic: see state",
+            "rloo_advantages needs no critic: see state",
             dict(
-                options=tiny.options(advantages="leave_one_out"),
+                options=tiny.options(advantage=rloo_advantages),
                 networks=networks._replace(value=None),
             ),
         ),
@@ -87,7 +88,7 @@ def test_the_advantages_and_the_networks_must_agree():
     for message, change in changes:
         with pytest.raises(ValueError, match=message):
             make_experience(*args, **run.parts | change)
-    assert options.advantages == "gae"
+    assert options.advantage is gae
 
 
 def test_the_seed_of_ppo_varies_ppo_alone(workdir, tmp_path):

@@ -159,10 +159,22 @@ def test_the_numbers_of_the_settings_are_float32_on_the_device():
     assert {leaf.dtype for leaf in jax.tree.leaves(numbers)} == {np.dtype("float32")}
     assert numbers.optimizer.total_steps == 7
     own = {field.name for field in dataclasses.fields(numbers)} - {"optimizer", "clip_range_high"}
-    for name in LEFT_OUT:  # what is off is not in the program
+    off = LEFT_OUT.keys() | {"value_optimizer"}
+    for name in off:  # what is off is not in the program
         assert getattr(numbers, name) is None
-    for name in own - LEFT_OUT.keys():
+    for name in own - off:
         assert getattr(numbers, name) == np.float32(getattr(settings, name)), name
+
+
+def test_a_critic_has_an_optimizer_of_its_own_where_something_of_it_is_given():
+    own = make_hyperparameters(ppo_settings(**{"value_optimizer.b1": 0.5}))
+    shared = ppo_settings().optimizer
+    assert own.value_optimizer.b1 == np.float32(0.5)
+    assert own.value_optimizer.eps == np.float32(shared.eps)
+    assert own.value_optimizer.learning_rate == own.value_learning_rate
+    assert own.value_optimizer.schedule == shared.schedule
+    for steps in (dict(value_updates=2), dict(value_num_minibatches=2)):
+        assert make_hyperparameters(ppo_settings(**steps)).value_optimizer is not None
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,93 @@
+"""The functions that `ppo.advantage` and `ppo.loss` name: the library's, or one of the user's."""
+
+import functools
+from collections.abc import Callable, Mapping
+
+from ppo_jax.config.parsing import load_function
+from ppo_jax.core.advantages import gae
+from ppo_jax.core.critic_free import (
+    grpo_advantages,
+    reinforce_plus_plus_advantages,
+    rloo_advantages,
+)
+from ppo_jax.core.named import (
+    ADVANTAGE_INPUTS,
+    LOSS_INPUTS,
+    fields_named,
+    parameters,
+    unknown_parameters,
+)
+from ppo_jax.core.off_policy_losses import cispo_policy_loss, dppo_policy_loss
+from ppo_jax.core.policy_losses import (
+    clipped_policy_loss,
+    dual_clip_policy_loss,
+    kl_penalty_policy_loss,
+    vpg_policy_loss,
+)
+from ppo_jax.core.sequence_losses import gspo_policy_loss
+from ppo_jax.core.types import Hyperparameters
+
+ADVANTAGES: Mapping[str, Callable] = {
+    "gae": gae,
+    "rloo": rloo_advantages,
+    "grpo": grpo_advantages,
+    "dr_grpo": functools.partial(grpo_advantages, scale_by_std=False),
+    "reinforce_plus_plus": functools.partial(reinforce_plus_plus_advantages, group_size=None),
+    "reinforce_plus_plus_baseline": reinforce_plus_plus_advantages,
+    "leave_one_out": rloo_advantages,  # its name until 0.2
+}
+LOSSES: Mapping[str, Callable] = {
+    "clip": clipped_policy_loss,
+    "dual_clip": dual_clip_policy_loss,
+    "gspo": gspo_policy_loss,
+    "cispo": cispo_policy_loss,
+    "dppo": dppo_policy_loss,
+    "kl_penalty": kl_penalty_policy_loss,
+    "policy_gradient": vpg_policy_loss,
+}
+NUMBERS = fields_named(Hyperparameters)
+
+
+def advantage_function(name: str) -> Callable:
+    """The estimator of advantages that `ppo.advantage` names.
+
+    Raises:
+        ValueError: there is none, or it asks for what no estimator is given.
+    """
+    return resolve(name, ADVANTAGES, "ppo.advantage", (*ADVANTAGE_INPUTS, *NUMBERS))
+
+
+def loss_function(name: str) -> Callable:
+    """The loss of the policy that `ppo.loss` names; raises as `advantage_function` does."""
+    return resolve(name, LOSSES, "ppo.loss", (*LOSS_INPUTS, *NUMBERS))
+
+
+def resolve(name: str, known: Mapping[str, Callable], field: str, offered: tuple) -> Callable:
+    if name in known:
+        return known[name]
+    if ":" not in name:
+        raise ValueError(f"{field} must be one of {list(known)} or 'module:function', got {name!r}")
+    function = load_function(name, field)
+    if unknown := unknown_parameters(function, offered):
+        raise ValueError(
+            f"{field} {name} asks for {', '.join(unknown)}; there is {', '.join(sorted(offered))}"
+        )
+    return function
+
+
+def needs_critic(advantage: str) -> bool:
+    """Whether the estimator that a setting names reads the values of a critic.
+
+    >>> needs_critic("gae"), needs_critic("rloo")
+    (True, False)
+    """
+    return "values" in parameters(advantage_function(advantage))
+
+
+def needs_groups(advantage: str) -> bool:
+    """Whether it compares the responses to a prompt.
+
+    >>> needs_groups("gae"), needs_groups("rloo"), needs_groups("reinforce_plus_plus")
+    (False, True, False)
+    """
+    return "group_size" in parameters(advantage_function(advantage))

@@ -1,0 +1,155 @@
+"""Names of estimators and losses, and functions of the user's in their place."""
+
+import itertools
+import math
+
+import pytest
+
+from ppo_jax.config.objectives import (
+    ADVANTAGES,
+    LOSSES,
+    advantage_function,
+    loss_function,
+    needs_critic,
+    needs_groups,
+)
+from ppo_jax.config.run import from_config_dict
+from ppo_jax.core.masking import masked_mean
+from ppo_jax.pipeline import run as pipeline
+from tests.support import tiny_run
+from tests.support.run_files import read_jsonl
+from tests.support.tiny_config import changed
+
+HERE = __name__
+
+
+def half(rewards, values, mask, *, gamma):
+    """An estimator of the user's, with a critic and without returns."""
+    return 0.5 * (rewards + gamma - values) * mask
+
+
+def plain(logprobs, advantages, mask, *, normalizer):
+    """A loss of the user's, without weights."""
+    return -masked_mean(logprobs * advantages, mask, normalizer=normalizer), {}
+
+
+def greedy(scores, reference_text):
+    return scores
+
+
+def test_what_an_estimator_needs_is_known_from_its_parameters():
+    assert [name for name in ADVANTAGES if needs_critic(name)] == ["gae"]
+    of_tokens = {"gae", "reinforce_plus_plus"}
+    assert {name for name in ADVANTAGES if not needs_groups(name)} == of_tokens
+    assert needs_critic(f"{HERE}:half") and not needs_groups(f"{HERE}:half")
+    assert advantage_function(f"{HERE}:half") is half and loss_function(f"{HERE}:plain") is plain
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"advantage": "grpo"}, "ppo.samples_per_prompt must be at least 2 with advantage='grpo'"),
+        ({"advantage": f"{HERE}:greedy"}, "greedy asks for reference_text; there is "),
+        ({"advantage": f"{HERE}:nowhere"}, "ppo.advantage must be 'module:function'"),
+        ({"loss": "nowhere:loss"}, "ppo.loss must be 'module:function'"),
+        ({"loss": f"{HERE}:plain", "aggregation": "constant"}, "which takes no weights"),
+        ({"loss": "gspo", "aggregation": "sequence_mean"}, "'token_mean' with loss='gspo'"),
+        ({"dual_clip": 2.0}, "ppo.dual_clip must be 3 unless the loss takes it, got 2.0"),
+        ({"loss": "dual_clip", "dual_clip": 1.0}, "ppo.dual_clip must be > 1"),
+        ({"penalty_coef": 2.0}, "unless the loss takes it"),
+        ({"kl_loss_coef": -0.1}, ">= 0"),
+        ({"value_gae_lambda": 1.5}, r"in \[0, 1\], or -1"),
+        ({"value_updates": 0}, "> 0"),
+        ({"value_num_minibatches": 5}, "value_num_minibatches x num_micro_batches"),
+        ({"value_updates": 2, "vf_coef": 0.5}, "an optimizer of its own has no weight"),
+        ({"value_optimizer.b1": 1.5}, r"ppo.value_optimizer.b1 must be in \[0, 1\)"),
+        ({"value_optimizer.schedule": "step"}, "ppo.value_optimizer.schedule must be one of"),
+        ({"clip_range": -math.inf}, "finite"),
+    ],
+    ids=str,
+)
+def test_what_does_not_go_together_is_one_line(changes, message):
+    with pytest.raises(ValueError, match=message):
+        from_config_dict(changed({f"ppo.{name}": value for name, value in changes.items()}))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("critic_warmup", 2),
+        ("value_updates", 2),
+        ("value_num_minibatches", 2),
+        ("gae_lambda_alpha", 0.05),
+        ("value_gae_lambda", 1.0),
+        ("value_optimizer.b1", 0.5),
+        ("critic_init_from", "policy"),
+    ],
+)
+def test_a_setting_of_the_critic_without_one_is_one_line(field, value):
+    free = {"ppo.advantage": "rloo", "ppo.samples_per_prompt": 2, f"ppo.{field}": value}
+    with pytest.raises(ValueError, match="which has no critic"):
+        from_config_dict(changed(free))
+
+
+def test_the_old_name_of_the_setting_is_taken_with_a_warning():
+    config = changed({"ppo.samples_per_prompt": 2})
+    config["ppo"]["advantages"] = "leave_one_out"
+    with pytest.warns(FutureWarning, match="ppo.advantages is now ppo.advantage"):
+        assert from_config_dict(config).ppo.advantage == "leave_one_out"
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """A run with a base model and a prompts file alone."""
+    folder = tmp_path_factory.mktemp("start")
+    config = tiny_run.config()
+    pipeline.run({name: config[name] for name in ("prepare", "model", "sft")}, folder)
+    return folder
+
+
+METHODS = [
+    {"advantage": "grpo", "aggregation": "sequence_mean", "kl_loss_coef": 0.1},
+    {"advantage": "dr_grpo", "aggregation": "constant", "loss": "dual_clip"},
+    {"advantage": "reinforce_plus_plus", "loss": "cispo"},
+    {"advantage": "reinforce_plus_plus_baseline", "loss": "gspo", "num_micro_batches": 2},
+    {"advantage": "rloo", "loss": "policy_gradient", "packing": True, "num_micro_batches": 2},
+    {"advantage": f"{HERE}:half", "loss": f"{HERE}:plain"},
+    {"loss": "kl_penalty", "clip_range": math.inf, "critic_warmup": 1, "value_gae_lambda": 1.0},
+    {"loss": "dppo", "value_updates": 2, "gae_lambda_alpha": 0.5},
+]
+
+
+def test_the_methods_are_all_there():
+    used = set(itertools.chain.from_iterable(x.items() for x in METHODS))
+    assert {x for name, x in used if name == "advantage"} >= ADVANTAGES.keys() - {
+        "gae",
+        "leave_one_out",
+    }
+    assert {x for name, x in used if name == "loss"} >= LOSSES.keys() - {"clip"}
+
+
+OF_RUN = dict(
+    init_from="base",
+    reward_model="",
+    reward_function="tests.support.tiny_run:letters",
+    samples_per_prompt=2,
+    num_iterations=2,
+    num_samples=0,
+)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda x: " ".join(map(str, x.values())))
+def test_a_run_by_each_method_is_finite_and_has_a_critic_where_it_needs_one(
+    start, tmp_path, method
+):
+    pipeline.run(tiny_run.on_base(start, ppo=OF_RUN | method), tmp_path)
+    rows = [row for row in read_jsonl(tmp_path / "metrics.jsonl") if row["stage"] == "ppo"]
+    assert len(rows) == 2
+    assert all(math.isfinite(x) for row in rows for x in row.values() if isinstance(x, float))
+    with_critic = needs_critic(method.get("advantage", "gae"))
+    assert ("value/loss" in rows[0]) == with_critic
+    assert ("kl/loss" in rows[0]) == ("kl_loss_coef" in method)
+    assert rows[1]["policy/approx_kl"] > 0 or "critic_warmup" in method
+    if "critic_warmup" in method:
+        assert rows[0]["policy/learning_rate"] == 0 < rows[1]["policy/learning_rate"]
+        assert rows[0]["policy/approx_kl"] < 1e-8 and rows[0]["value/learning_rate"] > 0
