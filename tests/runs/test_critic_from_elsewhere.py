@@ -111,12 +111,12 @@ def test_what_cannot_be_a_critic_is_refused_in_a_line(workdir, other_family, tmp
     assert f"{name}: there is no folder" in refused(settings(workdir, tmp_path / "none"), run)
     assert f"{name} must be a stage before ppo" in refused(settings(workdir, "ppo@3"), run)
     assert f"{name} must be a stage, got the run" in refused(settings(workdir, workdir), run)
-    free = dict(advantages="leave_one_out", samples_per_prompt=2)
+    free = dict(advantage="rloo", samples_per_prompt=2)
     assert f"{name} must be '' with" in refused(settings(workdir, other_family, **free), run)
 
 
 def test_a_run_without_a_critic_has_none_to_start_from(workdir, tmp_path):
-    free = dict(advantages="leave_one_out", samples_per_prompt=2, num_iterations=1, num_samples=0)
+    free = dict(advantage="rloo", samples_per_prompt=2, num_iterations=1, num_samples=0)
     values = settings(workdir, "", **free)
     pipeline.run(values, tmp_path / "free")
     message = refused(settings(workdir, tmp_path / "free" / "ppo"), tmp_path / "run")
