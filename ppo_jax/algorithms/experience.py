@@ -22,7 +22,7 @@ from ppo_jax.core.kl import (
     kl_estimate,
 )
 from ppo_jax.core.masking import last_token_index, masked_moments
-from ppo_jax.core.named import call_named, fields_of, function_name, parameters
+from ppo_jax.core.named import call_named, fields_of, function_name, reads_values
 from ppo_jax.core.network import Network, last_outputs, merge_params
 from ppo_jax.core.policy_losses import clipped_policy_loss
 from ppo_jax.core.renamed import renamed
@@ -256,18 +256,9 @@ def make_experience(
     return experience, metrics | weight_metrics
 
 
-def needs_critic(advantage: Callable) -> bool:
-    """Whether an estimator of advantages reads the values of a critic: it has a parameter `values`.
-
-    >>> needs_critic(gae)
-    True
-    """
-    return "values" in parameters(advantage)
-
-
 def check_critic(options: PPOOptions, networks: PPONetworks, state: PPOState) -> None:
     """Networks and state have a critic where the advantages need one, and nowhere else."""
-    needed, name = needs_critic(options.advantage), function_name(options.advantage)
+    needed, name = reads_values(options.advantage), function_name(options.advantage)
     rule = "needs a critic" if needed else "needs no critic"
     if needed != (networks.value is not None):
         raise ValueError(f"{name} {rule}: see networks.value")
@@ -308,8 +299,8 @@ def estimate_advantages(
 
     Returns:
         (advantages [B, T] float32, 0 where masked, whitened if they are a critic's and the options
-        say so; returns [B, T], None without a critic: the estimator's own, or those of `gae` with
-        `value_gae_lambda` where that is a number).
+        say so; returns [B, T], None without a critic: the estimator's own, or those of `gae` where
+        it has none or `value_gae_lambda` is a number).
     """
     numbers = hyperparameters
     offered = fields_of(numbers) | dict(
@@ -332,7 +323,8 @@ def estimate_advantages(
     if values is None:
         return advantages, None
     if numbers.value_gae_lambda is not None or returns is None:
-        trace = numbers.gae_lambda if numbers.value_gae_lambda is None else numbers.value_gae_lambda
+        own = numbers.value_gae_lambda
+        trace = offered["gae_lambda"] if own is None else own
         _, returns = gae(rewards, values, mask, gamma=numbers.gamma, gae_lambda=trace)
     return whiten(advantages, mask) if options.whiten_advantages else advantages, returns
 

@@ -15,6 +15,7 @@ from ppo_jax.core.named import (
     LOSS_INPUTS,
     fields_named,
     parameters,
+    reads_values,
     unknown_parameters,
 )
 from ppo_jax.core.off_policy_losses import cispo_policy_loss, dppo_policy_loss
@@ -81,7 +82,7 @@ def needs_critic(advantage: str) -> bool:
     >>> needs_critic("gae"), needs_critic("rloo")
     (True, False)
     """
-    return "values" in parameters(advantage_function(advantage))
+    return reads_values(advantage_function(advantage))
 
 
 def needs_groups(advantage: str) -> bool:

@@ -5,6 +5,8 @@ What is of tokens takes its means and shares over the arrays that it is given: m
 minibatch. Reference: Cui et al. 2025, https://arxiv.org/abs/2505.22617.
 """
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -176,10 +178,7 @@ def kl_cov_policy_loss(
     is_penalised = mask & penalty_mask
     ratio = probability_ratio(log_ratio)
     penalty = jnp.where(is_penalised, penalty_coef * jnp.abs(log_ratio), 0.0)
-
-    def mean(x):
-        return masked_mean(x, mask, normalizer=normalizer)
-
+    mean = functools.partial(masked_mean, mask=mask, normalizer=normalizer)
     loss = mean(weighted(-advantages * ratio + penalty, weights))
     return loss, surrogate_metrics(loss, is_penalised, log_ratio, ratio, mask, mean)
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from ppo_jax.core.checks import Number, assert_numbers
 from ppo_jax.core.masking import masked_mean, zero_padding
-from ppo_jax.core.named import call_named, parameters
+from ppo_jax.core.named import call_named, is_of_sequences
 from ppo_jax.core.policy_losses import Metrics, clipped_policy_loss
 from ppo_jax.core.value_losses import clipped_value_loss
 
@@ -93,7 +93,7 @@ def ppo_loss(
         clip_range=clip_range,
         clip_range_high=clip_range_high,
         weights=weights,
-        normalizer=num_sequences if "segment_ids" in parameters(policy_loss) else normalizer,
+        normalizer=num_sequences if is_of_sequences(policy_loss) else normalizer,
     )
     loss_of_policy, policy_metrics = call_named(policy_loss, offered | of_policy_loss)
     if "policy/approx_kl" not in policy_metrics:  # the brake of an update reads it
@@ -104,7 +104,8 @@ def ppo_loss(
     mean_entropy = masked_mean(entropies, mask, normalizer=normalizer)
     bonus = mean_entropy
     if weights is not None:
-        bonus = masked_mean(entropies * weights, mask, normalizer=normalizer)
+        terms = jnp.multiply(*zero_padding(mask, entropies, jax.lax.stop_gradient(weights)))
+        bonus = masked_mean(terms, mask, normalizer=normalizer)
     value_loss, value_metrics = 0.0, {}
     if values is not None:
         if old_values is None or returns is None:

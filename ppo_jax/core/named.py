@@ -31,6 +31,24 @@ def parameters(function: Callable) -> Mapping[str, bool]:
     return {name: p.default is p.empty for name, p in free.items()}
 
 
+def reads_values(advantage: Callable) -> bool:
+    """Whether an estimator of advantages needs a critic: it has a parameter `values`.
+
+    >>> reads_values(lambda values, mask: values), reads_values(lambda scores: scores)
+    (True, False)
+    """
+    return "values" in parameters(advantage)
+
+
+def is_of_sequences(loss: Callable) -> bool:
+    """Whether a loss of the policy is one of whole responses: it has a parameter `segment_ids`.
+
+    >>> is_of_sequences(lambda logprobs, segment_ids: logprobs)
+    True
+    """
+    return "segment_ids" in parameters(loss)
+
+
 def unknown_parameters(function: Callable, names: Any) -> list[str]:
     """The parameters that must be given and are none of some names."""
     return [name for name, needed in parameters(function).items() if needed and name not in names]

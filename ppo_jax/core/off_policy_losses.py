@@ -4,6 +4,8 @@ Dimensions: B sequences, T response tokens. They add up over micro-batches as th
 `policy_losses` do.
 """
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -66,10 +68,7 @@ def cispo_policy_loss(
     assert_numbers(at_least=0, clip_range=clip_range, clip_range_high=clip_range_high)
     high = clip_range if clip_range_high is None else clip_range_high
     clipped = jnp.clip(ratio, 1.0 - clip_range, 1.0 + high)
-
-    def mean(x):
-        return masked_mean(x, mask, normalizer=normalizer)
-
+    mean = functools.partial(masked_mean, mask=mask, normalizer=normalizer)
     loss = mean(weighted(-jax.lax.stop_gradient(clipped) * advantages * logprobs, weights))
     return loss, surrogate_metrics(loss, clipped != ratio, log_ratio, ratio, mask, mean)
 
@@ -123,10 +122,7 @@ def dppo_policy_loss(
     is_dropped = jnp.where(
         advantages > 0, change > divergence_limit, (advantages < 0) & (-change > divergence_limit)
     )
-
-    def mean(x):
-        return masked_mean(x, mask, normalizer=normalizer)
-
+    mean = functools.partial(masked_mean, mask=mask, normalizer=normalizer)
     loss = mean(weighted(jnp.where(is_dropped, 0.0, -advantages * ratio), weights))
     return loss, surrogate_metrics(loss, is_dropped, log_ratio, ratio, mask, mean)
 

@@ -6,6 +6,7 @@ the gradients and the metrics add up to those of the minibatch; `policy/ratio_ma
 maximum. Metrics carry no gradient, and are means over tokens whatever the `weights` of the loss.
 """
 
+import functools
 from collections.abc import Callable
 
 import chex
@@ -68,10 +69,7 @@ def clipped_policy_loss(
     )
     ratio = probability_ratio(log_ratio)
     unclipped, clipped = clipped_terms(ratio, advantages, clip_range, clip_range_high)
-
-    def mean(x):
-        return masked_mean(x, mask, normalizer=normalizer)
-
+    mean = functools.partial(masked_mean, mask=mask, normalizer=normalizer)
     loss = mean(weighted(jnp.maximum(unclipped, clipped), weights))
     return loss, surrogate_metrics(loss, clipped > unclipped, log_ratio, ratio, mask, mean)
 
@@ -181,10 +179,7 @@ def dual_clip_policy_loss(
     unclipped, clipped = clipped_terms(ratio, advantages, clip_range, clip_range_high)
     terms = jnp.maximum(unclipped, clipped)
     limit = jnp.where(advantages < 0, -dual_clip * advantages, jnp.inf)
-
-    def mean(x):
-        return masked_mean(x, mask, normalizer=normalizer)
-
+    mean = functools.partial(masked_mean, mask=mask, normalizer=normalizer)
     loss = mean(weighted(jnp.minimum(terms, limit), weights))
     metrics = surrogate_metrics(loss, clipped > unclipped, log_ratio, ratio, mask, mean)
     fraction = mean((terms > limit).astype(jnp.float32))
@@ -235,10 +230,7 @@ def kl_penalty_policy_loss(
     ratio = probability_ratio(log_ratio)
     limited = jnp.clip(log_ratio, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     divergence = jnp.expm1(limited) - limited
-
-    def mean(x):
-        return masked_mean(x, mask, normalizer=normalizer)
-
+    mean = functools.partial(masked_mean, mask=mask, normalizer=normalizer)
     loss = mean(weighted(-advantages * ratio + penalty_coef * divergence, weights))
     metrics = surrogate_metrics(loss, jnp.zeros_like(mask), log_ratio, ratio, mask, mean)
     return loss, metrics | {"policy/penalty_kl": jax.lax.stop_gradient(mean(divergence))}
@@ -278,10 +270,7 @@ def vpg_policy_loss(
     logprobs, log_ratio, advantages, weights = checked_tokens(
         logprobs, old_logprobs, advantages, mask, weights
     )
-
-    def mean(x):
-        return masked_mean(x, mask, normalizer=normalizer)
-
+    mean = functools.partial(masked_mean, mask=mask, normalizer=normalizer)
     loss = mean(weighted(-advantages * logprobs, weights))
     ratio = probability_ratio(log_ratio)
     return loss, surrogate_metrics(loss, jnp.zeros_like(mask), log_ratio, ratio, mask, mean)

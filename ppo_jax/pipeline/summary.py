@@ -139,11 +139,21 @@ def ppo_rows(s: PPOSettings, model: ModelConfig) -> Rows:
             "ppo update",
             f"{steps} optimizer steps of {minibatch} episodes, {micro_batch} {unit}at a time",
         ),
+        *critic_rows(s),
         ("ppo in all", f"{episodes} episodes, {steps * s.num_iterations} optimizer steps"),
         ("ppo tokens a step", f"{minibatch * s.response_length} response tokens at most"),
         ("KV cache", f"{size_of(cache)}, {slots} responses at a time"),
         ("logits at a time", size_of(logits)),
     ]
+
+
+def critic_rows(s: PPOSettings) -> Rows:
+    """The steps of a critic that takes some of its own."""
+    if not s.critic_has_optimizer:
+        return []
+    minibatches = s.value_num_minibatches or s.num_minibatches
+    steps, size = s.num_epochs * s.value_updates * minibatches, s.rollout_batch_size // minibatches
+    return [("critic update", f"{steps} optimizer steps of its own, of {size} episodes")]
 
 
 def evaluation_rows(config: Config) -> Rows:

@@ -148,6 +148,12 @@ def tell_settings(settings: PPOSettings, buckets: PromptBuckets):
         print("ppo: top_k, top_p and min_p shape what is sampled, not the log-probs of the update")
     if settings.prompt_buckets > 1:
         print(f"ppo: {buckets}")
+    if (alpha := settings.gae_lambda_alpha) and settings.response_length < 2 / alpha:
+        print(
+            f"ppo: gae_lambda_alpha={alpha:g} makes lambda less than 0.5 up to {2 / alpha:g} "
+            f"tokens, and response_length is {settings.response_length}: advantages look a few "
+            "tokens ahead"
+        )
 
 
 def ppo_run(config: Config, workdir: Path, num_lanes: int | None = None) -> StageRun:

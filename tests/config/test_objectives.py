@@ -115,7 +115,7 @@ METHODS = [
     {"advantage": "rloo", "loss": "policy_gradient", "packing": True, "num_micro_batches": 2},
     {"advantage": f"{HERE}:half", "loss": f"{HERE}:plain"},
     {"loss": "kl_penalty", "clip_range": math.inf, "critic_warmup": 1, "value_gae_lambda": 1.0},
-    {"loss": "dppo", "value_updates": 2, "gae_lambda_alpha": 0.5},
+    {"loss": "dppo", "value_updates": 2, "gae_lambda_alpha": 0.05},
 ]
 
 
@@ -140,9 +140,14 @@ OF_RUN = dict(
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda x: " ".join(map(str, x.values())))
 def test_a_run_by_each_method_is_finite_and_has_a_critic_where_it_needs_one(
-    start, tmp_path, method
+    start, tmp_path, capsys, method
 ):
     pipeline.run(tiny_run.on_base(start, ppo=OF_RUN | method), tmp_path)
+    output = capsys.readouterr().out
+    assert ("critic update" in output) == ("value_updates" in method)
+    assert ("makes lambda less than 0.5 up to 40 tokens" in output) == (
+        method.get("gae_lambda_alpha") == 0.05
+    )
     rows = [row for row in read_jsonl(tmp_path / "metrics.jsonl") if row["stage"] == "ppo"]
     assert len(rows) == 2
     assert all(math.isfinite(x) for row in rows for x in row.values() if isinstance(x, float))

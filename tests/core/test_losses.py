@@ -83,6 +83,26 @@ def test_the_ppo_loss_is_the_weighted_sum_of_its_parts():
     assert metrics == policy_metrics | value_metrics
 
 
+def test_weights_count_for_policy_and_entropy_and_hold_nothing_in_padding():
+    (logprobs, values, entropies, mask), c = ppo_inputs(8)
+    mask = mask & (jnp.arange(mask.shape[1]) < mask.shape[1] - 1)[None]
+    weights = jnp.where(mask, 1.5, jnp.nan)
+
+    def loss(logprobs, entropies, **how):
+        return ppo_loss(logprobs, values, entropies, mask, **c, entropy_coef=0.25, **how)[0]
+
+    def both(*arrays, **how):
+        return jax.value_and_grad(loss, argnums=(0, 1))(*arrays, **how)
+
+    entropies = jnp.where(mask, entropies, jnp.nan)
+    found, gradients = both(logprobs, entropies, weights=weights)
+    plain, expected = both(logprobs, jnp.where(mask, entropies, 0.0))
+    value_loss = 0.1 * clipped_value_loss(values, c["old_values"], c["returns"], mask)[0]
+    np.testing.assert_allclose(found - value_loss, 1.5 * (plain - value_loss), rtol=1e-5)
+    for got, one in zip(gradients, expected, strict=True):
+        np.testing.assert_allclose(got, 1.5 * one, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("parts", [1, 2, 3])
 def test_micro_batches_add_up_to_the_minibatch(parts):
     arrays, constants = ppo_inputs(7)
