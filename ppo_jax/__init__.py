@@ -15,13 +15,12 @@ from ppo_jax.algorithms.experience import (
     sample_responses,
 )
 from ppo_jax.algorithms.ppo import (
-    experience_loss,
     init_ppo,
     ppo_iteration,
-    ppo_update,
     update_from_rollout,
 )
 from ppo_jax.algorithms.supervised import reward_step, sft_loss, sft_step, text_scores
+from ppo_jax.algorithms.update import experience_loss, ppo_update
 from ppo_jax.core.advantages import gae, length_adaptive_lambda, whiten
 from ppo_jax.core.covariance import (
     adaptive_entropy_coef,

@@ -13,7 +13,9 @@ from collections.abc import Iterator
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "configuration.md"
-SOURCES = [ROOT / "ppo_jax" / "config" / name for name in ("run.py", "stages.py", "mesh.py")]
+SOURCES = [
+    ROOT / "ppo_jax" / "config" / name for name in ("run.py", "stages.py", "ppo.py", "mesh.py")
+]
 
 HEAD = """# Configuration
 

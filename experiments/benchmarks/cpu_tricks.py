@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from benchmarks.ppo import time_rollout, time_score
 from benchmarks.workload import FLAGS, Workload, arguments, print_json
 from ppo_jax.algorithms.experience import sample_responses
-from ppo_jax.algorithms.ppo import ppo_update
+from ppo_jax.algorithms.update import ppo_update
 from ppo_jax.core import cpu
 
 

@@ -26,7 +26,8 @@ from benchmarks.workload import (
     response_tokens,
 )
 from ppo_jax.algorithms.experience import make_experience, response_scores, sample_responses
-from ppo_jax.algorithms.ppo import ppo_iteration, ppo_update
+from ppo_jax.algorithms.ppo import ppo_iteration
+from ppo_jax.algorithms.update import ppo_update
 
 
 def rollout():

@@ -1,8 +1,8 @@
 """Training steps: SFT, reward model, and the PPO iteration.
 
 `supervised` has the steps on texts and preferences, `experience` goes from prompts to advantages,
-`ppo` is the update and one whole iteration. Pure: imports `core` and `rollout`; knows a `Network`
-and no Transformer. Start with `ppo`.
+`update` takes the optimizer steps, `ppo` is one whole iteration. Pure: imports `core` and
+`rollout`; knows a `Network` and no Transformer. Start with `ppo`.
 """
 
 from ppo_jax.algorithms.experience import (
@@ -14,14 +14,12 @@ from ppo_jax.algorithms.experience import (
     sample_responses,
 )
 from ppo_jax.algorithms.ppo import (
-    experience_loss,
     init_ppo,
     ppo_iteration,
-    ppo_update,
-    trained_params,
     update_from_rollout,
 )
 from ppo_jax.algorithms.supervised import reward_step, sft_loss, sft_step, text_scores
+from ppo_jax.algorithms.update import experience_loss, ppo_update, trained_params
 from ppo_jax.core.importance import importance_weights
 
 __all__ = [

@@ -7,7 +7,7 @@ from absl import flags, logging
 
 from ppo_jax import cli
 from ppo_jax.config.parsing import LARGEST_SEED
-from ppo_jax.config.stages import PPOSettings
+from ppo_jax.config.ppo import PPOSettings
 from ppo_jax.inference import terminal
 from ppo_jax.inference.generate import find_sampling, run_settings
 from ppo_jax.io.stage_folder import check_step, load_model, split_step, stage_folder, with_step

@@ -11,12 +11,8 @@ from ml_collections import config_dict
 
 from ppo_jax.config.mesh import MeshSettings
 from ppo_jax.config.parsing import Check, Dtype, build, changeable, filled_in
-from ppo_jax.config.stages import (
-    EvaluateSettings,
-    PPOSettings,
-    RewardSettings,
-    SFTSettings,
-)
+from ppo_jax.config.ppo import PPOSettings
+from ppo_jax.config.stages import EvaluateSettings, RewardSettings, SFTSettings
 
 WRITERS = ("tensorboard", "wandb", "trackio")  # of metrics, see training/writers.py
 

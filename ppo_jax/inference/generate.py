@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ppo_jax.config.parsing import convert, filled_in, hints_of, with_new_names
-from ppo_jax.config.stages import OptimizerSettings, PPOSettings
+from ppo_jax.config.ppo import PPOSettings
+from ppo_jax.config.stages import OptimizerSettings
 from ppo_jax.core.types import Prompts, Rollout
 from ppo_jax.data.decode import BROKEN, TextDecoder
 from ppo_jax.data.encode import encode_prompts, take_prompts, unpadded

@@ -9,8 +9,8 @@ from typing import Any
 
 import jax
 
+from ppo_jax.config.ppo import names_critic
 from ppo_jax.config.run import STAGE_NAMES, Config, ModelSettings, ScratchSettings
-from ppo_jax.config.stages import names_critic
 from ppo_jax.data.encode import leading_tokens
 from ppo_jax.io import huggingface as hf
 from ppo_jax.io import tokenizers as vocabulary

@@ -12,8 +12,9 @@ import jax
 
 from ppo_jax.config.objectives import needs_critic
 from ppo_jax.config.parsing import load_function
+from ppo_jax.config.ppo import PPOSettings, names_critic
 from ppo_jax.config.run import STAGE_NAMES, Config
-from ppo_jax.config.stages import LoRASettings, PPOSettings, RewardSettings, names_critic
+from ppo_jax.config.stages import LoRASettings, RewardSettings
 from ppo_jax.data.comparisons import RewardData
 from ppo_jax.data.encode import TokenizedTexts
 from ppo_jax.data.preferences import PREFERENCE_SCHEMAS

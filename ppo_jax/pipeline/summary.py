@@ -10,8 +10,9 @@ from typing import Any
 import jax
 
 from ppo_jax.config.objectives import needs_critic
+from ppo_jax.config.ppo import PPOSettings, names_critic
 from ppo_jax.config.run import STAGE_NAMES, Config
-from ppo_jax.config.stages import LoRASettings, PPOSettings, names_critic
+from ppo_jax.config.stages import LoRASettings
 from ppo_jax.core.network import merge_params
 from ppo_jax.data.chat import Chat
 from ppo_jax.data.encode import token_rows, unpadded

@@ -21,11 +21,13 @@ from ppo_jax.algorithms.experience import (
     response_scores,
     sample_responses,
 )
-from ppo_jax.algorithms.ppo import init_ppo, ppo_update
+from ppo_jax.algorithms.ppo import init_ppo
 from ppo_jax.algorithms.supervised import text_scores
+from ppo_jax.algorithms.update import ppo_update
 from ppo_jax.config.objectives import needs_critic
+from ppo_jax.config.ppo import PPOSettings, names_critic
 from ppo_jax.config.run import STAGE_NAMES, Config, ModelSettings
-from ppo_jax.config.stages import LoRASettings, PPOSettings, names_critic
+from ppo_jax.config.stages import LoRASettings
 from ppo_jax.core.types import FrozenParams, Hyperparameters, Params, PPOState, Prompts
 from ppo_jax.distributed.layout import Layout, abstract
 from ppo_jax.inference.generate import prompt_width

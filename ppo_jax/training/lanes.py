@@ -24,8 +24,9 @@ from ppo_jax.algorithms.sweep import (
     sweep_scores,
     sweep_update,
 )
+from ppo_jax.config.ppo import LEFT_OUT
 from ppo_jax.config.run import Config
-from ppo_jax.config.stages import LEFT_OUT, OptimizerSettings
+from ppo_jax.config.stages import OptimizerSettings
 from ppo_jax.core.types import FrozenParams, Hyperparameters, Params, PPOState, Prompts
 from ppo_jax.data.encode import take_prompts
 from ppo_jax.data.prompts import PromptData

@@ -13,8 +13,8 @@ from ppo_jax.algorithms.experience import PPOOptions, response_scores, sample_re
 from ppo_jax.algorithms.ppo import init_ppo, ppo_iteration, update_from_rollout
 from ppo_jax.algorithms.supervised import text_scores
 from ppo_jax.config.parsing import FunctionFailed
+from ppo_jax.config.ppo import PPOSettings, names_critic
 from ppo_jax.config.run import Config
-from ppo_jax.config.stages import PPOSettings, names_critic
 from ppo_jax.core.types import PPOState, Prompts, Rollout
 from ppo_jax.data.encode import take_prompts
 from ppo_jax.data.prompts import PromptBuckets, PromptData, prompt_data

@@ -19,8 +19,8 @@ from ppo_jax.algorithms.experience import (
     response_scores,
     sample_responses,
 )
+from ppo_jax.config.ppo import PPOSettings
 from ppo_jax.config.run import Config
-from ppo_jax.config.stages import PPOSettings
 from ppo_jax.core.types import FrozenParams, Hyperparameters, PPOState, Rollout
 from ppo_jax.data.encode import take_prompts
 from ppo_jax.data.prompts import PromptData

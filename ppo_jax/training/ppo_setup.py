@@ -11,7 +11,7 @@ import numpy as np
 
 from ppo_jax.algorithms.experience import PPONetworks, PPOOptions, Sampler
 from ppo_jax.config.objectives import advantage_function, loss_function, needs_critic
-from ppo_jax.config.stages import LEFT_OUT, PPOSettings
+from ppo_jax.config.ppo import LEFT_OUT, PPOSettings
 from ppo_jax.core.network import Network, merge_params
 from ppo_jax.core.types import FrozenParams, Hyperparameters, Params
 from ppo_jax.distributed.layout import Layout, init_sharded

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ppo_jax.config.parsing import FunctionFailed, describe_error, failure, load_function
-from ppo_jax.config.stages import PPOSettings
+from ppo_jax.config.ppo import PPOSettings
 from ppo_jax.data.readers import short_repr
 
 FIELD = "ppo.reward_function"

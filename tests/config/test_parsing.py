@@ -9,8 +9,8 @@ import pytest
 
 from ppo_jax.config.flags import checked_flags
 from ppo_jax.config.parsing import RULES, Check, Limit, build, filled_in
+from ppo_jax.config.ppo import PPOSettings
 from ppo_jax.config.run import from_config_dict, with_defaults
-from ppo_jax.config.stages import PPOSettings
 from tests.support.command_line import ROOT, run_script
 from tests.support.tiny_config import whole
 

@@ -17,6 +17,7 @@ from ml_collections import config_dict
 from ppo_jax.algorithms.experience import PPOOptions
 from ppo_jax.config.mesh import RolloutRules
 from ppo_jax.config.parsing import changeable_fields, hints_of, options
+from ppo_jax.config.ppo import PPOSettings, ValueOptimizerSettings
 from ppo_jax.config.run import (
     Config,
     ModelSettings,
@@ -28,10 +29,8 @@ from ppo_jax.config.stages import (
     EvaluateSettings,
     LoRASettings,
     OptimizerSettings,
-    PPOSettings,
     RewardSettings,
     SFTSettings,
-    ValueOptimizerSettings,
 )
 from ppo_jax.core.types import Hyperparameters, Optimizer
 from ppo_jax.distributed import layout as sharding

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ppo_jax.algorithms import ppo
+from ppo_jax.algorithms.update import experience_loss
 from ppo_jax.core.types import Experience, FrozenParams
 from ppo_jax.models.build import policy_network, value_network
 from ppo_jax.rollout.decode import response_statistics
@@ -44,9 +44,7 @@ def loss_program(kind, chunk):
         returns=numbers[3],
     )
     networks = tiny.setup().networks._replace(policy=policy, value=value)
-    loss = functools.partial(
-        ppo.experience_loss, frozen=FrozenParams(ref_policy={}), networks=networks
-    )
+    loss = functools.partial(experience_loss, frozen=FrozenParams(ref_policy={}), networks=networks)
     grad = jax.jit(jax.value_and_grad(loss, has_aux=True))
     args = parts, experience, tiny.hyperparameters(temperature=0.8)
     compiled = grad.lower(*args).compile()

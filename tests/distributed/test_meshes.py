@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from ppo_jax.algorithms import experience, ppo
+from ppo_jax.algorithms.update import experience_loss, ppo_update
 from ppo_jax.config.mesh import ROLLOUT_RULES
 from ppo_jax.core.types import FrozenParams
 from ppo_jax.distributed.layout import Layout, init_sharded
@@ -141,7 +142,7 @@ def test_one_sgd_update_on_a_fixed_experience_is_that_of_one_device(shape):
             return jax.tree.map(lambda x, g: x - 0.1 * g, params, gradient)
 
         loss = functools.partial(
-            ppo.experience_loss,
+            experience_loss,
             hyperparameters=run.numbers,
             frozen=run.frozen,
             networks=run.networks,
@@ -162,7 +163,7 @@ def test_an_update_of_packed_rows_is_that_of_one_device(shape):
             num_epochs=1, num_minibatches=1, num_micro_batches=4, packing=True
         )
         shardings = jax.tree.map(lambda leaf: leaf.sharding, run.state), run.layout.replicated
-        step = run.compile(ppo.ppo_update, out_shardings=shardings)
+        step = run.compile(ppo_update, out_shardings=shardings)
         args = run.state, run.layout.shard_batch(ragged_experience()), run.numbers
         return jax.device_get(step(*args, run.layout.key(0, 0), frozen=run.frozen))
 

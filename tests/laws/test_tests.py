@@ -14,7 +14,7 @@ MODULES = sorted(
     if path.name != "__init__.py"
 )
 ELSEWHERE = {  # module: where it is tested, since it is a part of what is tested there
-    "algorithms/experience": "algorithms/test_ppo_iteration",
+    "algorithms/experience": "algorithms/test_ppo",
     "cli": "runs/test_mistakes",
     "commands/evaluate": "evaluation/test_side_by_side",
     "commands/export": "commands/test_commands",
@@ -27,6 +27,7 @@ ELSEWHERE = {  # module: where it is tested, since it is a part of what is teste
     "config/flags": "config/test_config_errors",
     "config/mesh": "distributed/test_layout",
     "core/cpu": "core/test_distributions",
+    "config/ppo": "config/test_objectives",
     "core/lanes": "algorithms/test_sweep",
     "core/types": "core/test_renamed",
     "data/comparisons": "data/test_preferences",

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ppo_jax.algorithms import experience, ppo
+from ppo_jax.algorithms import experience
+from ppo_jax.algorithms.update import ppo_update
 from ppo_jax.models.build import policy_network, reward_network
 from ppo_jax.planner import flops
 from ppo_jax.planner.hlo.cost import cost_analysis
@@ -97,7 +98,7 @@ def test_an_update_is_counted_whatever_it_is_cut_into(packing):
         networks=setup.networks,
         options=tiny.options(num_micro_batches=2, packing=packing),
     )
-    update = functools.partial(ppo.ppo_update, **parts)
+    update = functools.partial(ppo_update, **parts)
     args = setup.start(numbers), fresh_experience(setup), numbers, jax.random.key(0)
     config = tiny.model_config()
     where = dict(sequences=B, prompt_length=P, response_length=T, num_epochs=2)
@@ -113,7 +114,7 @@ def test_logits_in_chunks_are_computed_once_more():
     policy = policy_network(config, logits_chunk=chunk)
     networks = setup.networks._replace(policy=policy)
     update = functools.partial(
-        ppo.ppo_update, frozen=setup.frozen, networks=networks, options=tiny.options()
+        ppo_update, frozen=setup.frozen, networks=networks, options=tiny.options()
     )
     args = setup.start(numbers), fresh_experience(setup), numbers, jax.random.key(0)
     where = dict(sequences=B, prompt_length=P, response_length=T, num_epochs=2)

@@ -9,7 +9,8 @@ import pytest
 
 from ppo_jax.algorithms.ppo import init_ppo
 from ppo_jax.algorithms.supervised import accumulate
-from ppo_jax.config.stages import LoRASettings, names_critic
+from ppo_jax.config.ppo import names_critic
+from ppo_jax.config.stages import LoRASettings
 from ppo_jax.core.network import merge_params
 from ppo_jax.distributed.layout import Layout, init_sharded, make_mesh
 from ppo_jax.distributed.trees import named_leaves

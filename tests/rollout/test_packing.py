@@ -8,8 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from ppo_jax.algorithms import ppo
 from ppo_jax.algorithms.experience import PPONetworks
+from ppo_jax.algorithms.update import accumulate_packed, experience_loss, ppo_update
 from ppo_jax.core.network import Network
 from ppo_jax.core.optimizer import init_optimizer
 from ppo_jax.core.types import Experience, FrozenParams, PPOState
@@ -220,12 +220,12 @@ def test_as_many_micro_batches_are_computed_as_there_are_rows_for(num_micro_batc
 
     def loss(params, micro_batch):
         numbers = tiny.hyperparameters()
-        return ppo.experience_loss(
+        return experience_loss(
             params, micro_batch, numbers, frozen=FrozenParams(ref_policy={}), networks=networks
         )
 
     args = loss, params, e, num_micro_batches
-    jax.block_until_ready(tiny.jit(lambda: ppo.accumulate_packed(*args))())
+    jax.block_until_ready(tiny.jit(lambda: accumulate_packed(*args))())
     jax.effects_barrier()
     used, size = int(pack(e.mask, e.response_mask)[1]), B // num_micro_batches
     assert used < B - 2 and len(calls) == -(-used // size)
@@ -253,7 +253,7 @@ def test_a_network_that_does_not_take_packed_rows_is_refused():
     with pytest.raises(
         ValueError, match=r"Network.supports_packing\), got policy True, value False"
     ):
-        ppo.ppo_update(
+        ppo_update(
             None,
             None,
             None,

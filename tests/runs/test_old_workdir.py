@@ -6,7 +6,7 @@ import tarfile
 import numpy as np
 import pytest
 
-from ppo_jax.config.stages import PPOSettings
+from ppo_jax.config.ppo import PPOSettings
 from ppo_jax.io.metric_names import with_new_names
 from ppo_jax.pipeline import run as pipeline
 from tests.support import old_run

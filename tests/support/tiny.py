@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ppo_jax.algorithms import experience, ppo
+from ppo_jax.algorithms.update import ppo_update
 from ppo_jax.core.network import Network, merge_params
 from ppo_jax.core.types import FrozenParams, Hyperparameters, Optimizer, Params, Prompts
 from ppo_jax.models.build import policy_network, reward_network, trunk_network, value_network
@@ -194,7 +195,7 @@ sample = program(rollout)
 sample_responses = program(experience.sample_responses)
 response_scores = program(experience.response_scores)
 make_experience = program(experience.make_experience)
-update = program(ppo.ppo_update)
+update = program(ppo_update)
 update_from_rollout = program(ppo.update_from_rollout)
 iterate = program(ppo.ppo_iteration)
 

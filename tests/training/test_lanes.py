@@ -9,8 +9,8 @@ import jax
 import numpy as np
 import pytest
 
+from ppo_jax.config.ppo import PPOSettings
 from ppo_jax.config.run import ModelSettings
-from ppo_jax.config.stages import PPOSettings
 from ppo_jax.core.types import Hyperparameters
 from ppo_jax.data.records import write_jsonl
 from ppo_jax.distributed.layout import make_layouts, over_lanes

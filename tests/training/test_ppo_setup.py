@@ -9,8 +9,8 @@ import pytest
 
 from ppo_jax.algorithms.ppo import init_ppo
 from ppo_jax.config.mesh import MeshSettings
+from ppo_jax.config.ppo import LEFT_OUT
 from ppo_jax.config.run import from_config_dict
-from ppo_jax.config.stages import LEFT_OUT
 from ppo_jax.distributed.layout import abstract, make_layouts
 from ppo_jax.distributed.trees import named_leaves
 from ppo_jax.inference.stop_strings import make_stop_strings

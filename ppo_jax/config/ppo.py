@@ -1,0 +1,379 @@
+"""Settings of PPO: what the section `ppo` of a config holds, and which of it goes together.
+
+Every number has its unit in a comment, and every rule its check.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from ppo_jax.config.objectives import (
+    advantage_function,
+    loss_function,
+    needs_critic,
+    needs_groups,
+)
+from ppo_jax.config.parsing import Check, Limit, changeable
+from ppo_jax.config.stages import (
+    LoRASettings,
+    OptimizerSettings,
+    check_keep,
+    check_lora,
+    check_optimizer,
+    check_trainable,
+)
+from ppo_jax.core.distributions import MIN_TEMPERATURE
+from ppo_jax.core.kl import ESTIMATORS, REWARD_ESTIMATORS, REWARD_RULE
+from ppo_jax.core.named import parameters
+from ppo_jax.core.sequence_losses import AGGREGATIONS
+
+RATIO_RULE = "in (0, 1), or inf"
+# Numbers of PPO, each with the value at which it is no part of the program.
+LEFT_OUT = {
+    "stop_kl": math.inf,
+    "score_clip": math.inf,
+    "overlong_tokens": 0,
+    "gae_lambda_alpha": 0,
+    "value_gae_lambda": -1,
+    "kl_loss_coef": 0,
+}
+CRITIC_STARTS = ("", "reward_model", "policy", "scratch")  # what names no model of its own
+
+
+def names_critic(settings: "PPOSettings") -> bool:
+    """Whether `critic_init_from` names the model that the critic starts from."""
+    return settings.critic_init_from not in CRITIC_STARTS
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ValueOptimizerSettings:
+    """Adam of the critic alone: where any of these is given, or ppo.value_updates or
+    ppo.value_num_minibatches. Its rate is ppo.value_learning_rate. -1 is what ppo.optimizer has."""
+
+    max_grad_norm: Limit = -1.0  # over the critic's parameters; without any of these
+    # fields there is one norm over those of policy and critic
+    schedule: str = ""  # of value_learning_rate: "cosine", "linear" or "constant"; ""
+    # is that of ppo.optimizer
+    warmup_steps: int = -1  # iterations from a tenth of the rate to all of it
+    final_fraction: float = -1.0  # of the rate, at the last iteration
+    weight_decay: float = -1.0  # decoupled, per step and times the rate
+    b1: float = -1.0  # decay a step of the mean gradient
+    b2: float = -1.0  # decay a step of the mean squared gradient
+    eps: float = -1.0  # added to the root of the mean squared gradient
+
+    def over(self, optimizer: OptimizerSettings, learning_rate: float) -> OptimizerSettings:
+        """The critic's optimizer: what is given here, else what the policy's has."""
+        own = {k: x for k, x in dataclasses.asdict(self).items() if x not in (-1, "")}
+        return dataclasses.replace(optimizer, learning_rate=learning_rate, **own)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PPOSettings:
+    """Proximal policy optimization with a KL penalty against the policy it starts from."""
+
+    FORMERLY: ClassVar[Mapping[str, str]] = {  # names until 0.1, taken with a warning in 0.2
+        "advantages": "advantage",  # until 0.2
+        "slots": "max_concurrent",
+        "refill": "min_free_slots",
+        "reward_seconds": "reward_timeout_s",
+        "importance_low": "tis_clip_low",
+        "importance_high": "tis_clip_high",
+    }
+
+    BEFORE: ClassVar[Mapping[str, Any]] = {  # what runs did before there was the field
+        "score_at": "last",
+    }
+
+    # Data, models, and what of them is trained
+
+    prompts: str  # rows of {"prompt"} or {"messages"}
+    optimizer: OptimizerSettings  # of the policy; max_grad_norm is over policy and critic
+    value_learning_rate: float = changeable(1e-5)  # of the critic, on the same schedule
+    value_optimizer: ValueOptimizerSettings = ValueOptimizerSettings()  # of the critic alone
+    init_from: str = "sft"  # the policy: a stage of this workdir, "base", a stage folder or a model
+    reward_model: str = "reward"  # a stage of this workdir, a stage folder or a sequence
+    # classification with one label; "" with a function
+    reward_function: str = ""  # "module:function": (prompts, responses, ...) -> one number a
+    # response or one list of numbers, a number a token; see "Reward functions"
+    reward_functions: tuple[str, ...] = ()  # several, in place of the one: their weighted sum
+    reward_weights: tuple[float, ...] = changeable(())  # of reward_functions; () is 1 each
+    reward_timeout_s: Limit = changeable(math.inf)  # that a call of a function may take, else the
+    # run ends
+    critic_init_from: str = ""  # "reward_model", or "policy": its body and a head of zeros; "" is
+    # the reward model, or the policy where scores come from text: of a function, or of a reward
+    # model with a tokenizer of its own. "scratch" is the policy's shape with random weights. Or a
+    # model of any size with the policy's tokenizer: a stage of this workdir, "base", a stage folder
+    # (of PPO its critic) or a model
+    trainable: str | int = "all"  # "all", a number of top layers such as "4", "head" or "lora"
+    value_trainable: str | int = "all"  # the same for the layers of the critic
+    lora: LoRASettings = LoRASettings()  # of the adapters of policy and critic
+
+    # An iteration: a rollout and the updates on it
+
+    num_iterations: int = changeable(100)  # each is a rollout and the updates on it
+    seed: int = -1  # of adapters, order of prompts and sampling, so that runs with the same SFT and
+    # reward model differ; -1 is the run's seed
+    rollout_batch_size: int = 64  # responses an iteration
+    num_epochs: int = 4  # passes over a rollout
+    num_minibatches: int = 1  # optimizer steps a pass
+    num_micro_batches: int = changeable(1)  # parts of a minibatch, in memory one after another
+    packing: bool = changeable(False)  # responses share rows in the updates: the same gradient.
+    # Empty micro-batches are skipped, so that many small ones save the most
+    logits_chunk: int = 0  # response positions whose logits are held at a time; 0 is all. For a
+    # large vocabulary that does not fit: the backward pass computes them again
+    samples_per_prompt: int = 1  # responses of an iteration to each of its prompts
+    max_concurrent: int = 0  # responses decoded at a time; 0 is all. Fewer save work where lengths
+    # differ much, and a KV cache of so many rows: when a response ends, the next prompt enters
+    min_free_slots: int = 0  # free rows that prompts wait for, to enter together; 0 is a quarter
+
+    # Prompts, responses and how they are sampled
+
+    max_prompt_length: int = 64  # tokens; longer prompts are left out and counted
+    prompt_buckets: int = 1  # widths in tokens that prompts are padded to: the longest one's, its
+    # half, its quarter, ...; more than 1 puts prompts of like length into a batch
+    response_length: int = 64  # tokens at most
+    stop_tokens: tuple[str, ...] = ()  # what ends a response besides EOS and the tokens that the
+    # model's files declare: tokens as they are spelled in the vocabulary, and any other text, such
+    # as "\n\nHuman:", with the token that completes it
+    temperature: float = changeable(1.0)  # divides the logits, in sampling and in training
+    top_k: int = 0  # the likeliest tokens; 0 is off
+    top_p: float = 1.0  # 1 is off
+    min_p: float = 0.0  # 0 is off
+    score_at: str = "eos"  # where the reward model reads a response that has stopped at another
+    # token than EOS, with which its training texts end: at an EOS put behind it, or "last", at its
+    # last token
+    missing_eos: str = "keep"  # the score of a response that was cut off: or "penalty", "replace"
+    missing_eos_score: float = changeable(1.0)  # what is subtracted from it, or put in its place
+    score_clip: Limit = changeable(math.inf)  # scores are cut to at most this far from 0, before
+    # missing_eos; inf is off
+    overlong_tokens: int = changeable(0)  # the last tokens of response_length, over which a
+    # response loses up to 1, the more it reaches into them; 0 is off
+
+    # Log-probabilities that the ratio starts from
+
+    old_logprobs: str = changeable("rollout")  # what ratio and KL start from: the log-probs of the
+    # sampling, or "recompute", one pass more, as the update computes them: in bfloat16 they differ
+    tis_clip_low: float = changeable(1.0)  # with "recompute": the least weight of a token, which is
+    # the ratio of the two probabilities, times its advantage
+    tis_clip_high: float = changeable(1.0)  # the greatest; 1 and 1 is off, 0 and 2 is usual
+
+    # Rewards, advantages and losses
+
+    advantage: str = "gae"  # by the critic's values; or without a critic: "rloo", "grpo",
+    # "dr_grpo", "reinforce_plus_plus_baseline" against the other samples of a prompt,
+    # "reinforce_plus_plus" over all tokens; or "module:function", see "How to add an advantage"
+    loss: str = "clip"  # of the policy; or "dual_clip", "gspo", "cispo", "dppo", "kl_penalty",
+    # "policy_gradient"; or "module:function", see "How to add a loss"
+    aggregation: str = "token_mean"  # of the tokens' losses: their mean; or "sequence_mean", the
+    # mean of the means of responses; or "constant", their sum by responses x response_length
+    kl_coef: float = changeable(0.05)  # reward per nat
+    kl_estimator: str = "k1"  # of the penalty; or, with any_kl_estimator, "k2", "k3"
+    any_kl_estimator: bool = changeable(False)  # take k2 and k3, which as a reward push the policy
+    # away from the reference
+    kl_control: str = "fixed"  # or "adaptive"
+    target_kl: float = changeable(6.0)  # nats per response, adaptive only
+    kl_horizon: float = changeable(10_000.0)  # episodes, adaptive only; at least 0.2 of
+    # rollout_batch_size
+    gamma: float = changeable(1.0)  # discount a token
+    gae_lambda: float = changeable(0.95)  # 0 is one-step differences, 1 the whole return
+    gae_lambda_alpha: float = changeable(0.0)  # above 0: of a response of l tokens gae_lambda is
+    # max(0, 1 - 1 / (alpha l)); 0.05 is usual for long ones
+    value_gae_lambda: float = changeable(-1.0)  # of the returns that the critic learns; -1 is that
+    # of the advantages
+    clip_range: Limit = changeable(0.2)  # of the probability ratio, around 1; inf is no clip
+    clip_range_high: float = changeable(0.0)  # of the ratio above 1; 0 is the same as clip_range
+    whiten_rewards: bool = False  # scale the rewards of an iteration's tokens to a variance of 1
+    whiten_advantages: bool = True  # scale those of "gae" to a mean of 0 and a variance of 1
+    value_clip_range: Limit = changeable(0.2)  # of the critic's change, in units of reward; inf is
+    # off
+    vf_coef: float = changeable(0.1)  # weight of the value loss; Adam divides it out but for
+    # max_grad_norm
+    entropy_coef: float = changeable(0.0)  # weight of the entropy, per nat
+    dual_clip: float = changeable(3.0)  # with loss="dual_clip": most that a ratio counts where the
+    # advantage is below 0
+    penalty_coef: float = changeable(1.0)  # with loss="kl_penalty": of the KL from the old policy
+    divergence_limit: float = changeable(0.15)  # with loss="dppo": of the change of a probability
+    kl_loss_coef: float = changeable(0.0)  # of a KL from the reference in the loss, per nat: k3,
+    # weighted by the ratio; 0 is off
+    critic_warmup: int = changeable(0)  # iterations, the first, in which the policy stays as it is
+    value_updates: int = 1  # passes of the critic over a rollout, for each of the policy's
+    value_num_minibatches: int = 0  # optimizer steps of such a pass; 0 is num_minibatches
+    stop_kl: Limit = changeable(math.inf)  # nats a token: the updates of an iteration end at the
+    # minibatch whose policy/approx_kl is above it; inf is off, 0.02 is usual
+    max_ref_kl: Limit = changeable(math.inf)  # nats a response: above it, kl/ref ends the run
+
+    # Output
+
+    sample_every: int = changeable(10)  # iterations between samples of the same prompts
+    num_samples: int = changeable(8)  # prompts in samples.jsonl
+    evaluate_every: int = changeable(0)  # iterations between evaluations by the judges of
+    # `evaluate`, logged as eval/...; 0 is off
+    evaluate_prompts: int = changeable(32)  # prompts of each: the last ones of evaluate.prompts
+    save_every: int = changeable(20)  # iterations between checkpoints
+    keep: str | int = changeable(2)  # number of newest checkpoints, or "best:METRIC": as sft.keep
+
+    def __post_init__(self):
+        check = Check(self, "ppo")
+        check_optimizer(Check(self.optimizer, "ppo.optimizer"))
+        check.that(bool(self.prompts), "prompts", "the path of a data set")
+        check.each("> 0", "num_iterations", "sample_every", "save_every")
+        check_keep(check)
+        check.each(">= 0", "num_samples", "evaluate_every")
+        check.each("> 0", "evaluate_prompts")
+        by_evaluation = isinstance(self.keep, str) and self.keep.startswith("best:eval/")
+        rule = "by another metric, or ppo.evaluate_every at least 1"
+        check.that(self.evaluate_every > 0 or not by_evaluation, "keep", rule)
+        check.that(self.seed >= -1, "seed", ">= 0, or -1 for the run's seed")
+        check_trainable(check, "trainable", "value_trainable")
+        with_critic = needs_critic(self.advantage)
+        check_lora(check, *(["trainable", "value_trainable"] if with_critic else ["trainable"]))
+        self._check_batches(check)
+        self._check_sampling(check)
+        self._check_old_logprobs(check)
+        self._check_objective(check)
+        self._check_methods(check)
+        self._check_critic(check)
+        self._check_scores(check)
+
+    def _check_batches(self, check: Check):
+        check.each("> 0", "rollout_batch_size", "num_epochs", "num_minibatches")
+        check.each("> 0", "num_micro_batches", "samples_per_prompt")
+        check.each(">= 0", "logits_chunk")
+        most = (2**31 - 1) // self.rollout_batch_size
+        rule = f"at most {most:,}: the state counts responses in int32"
+        check.that(self.num_iterations <= most, "num_iterations", rule)
+        parts, samples = self.num_minibatches * self.num_micro_batches, self.samples_per_prompt
+        check.multiple("rollout_batch_size", parts, "num_minibatches x num_micro_batches")
+        check.multiple("rollout_batch_size", samples, "samples_per_prompt")
+        possible = self.num_micro_batches > 1 or not self.packing
+        rule = "False unless num_micro_batches > 1: it saves whole micro-batches"
+        check.that(possible, "packing", rule)
+        for field, most, of in (
+            ("max_concurrent", self.rollout_batch_size, "rollout_batch_size"),
+            ("min_free_slots", self.max_concurrent, "max_concurrent"),
+        ):
+            value = getattr(self, field)
+            rule = f"0, or a multiple of samples_per_prompt ({samples}) up to {of} ({most})"
+            holds = 0 <= value <= most and value % samples == 0
+            check.that(holds, field, rule if most else f"0 without {of}")
+
+    def _check_sampling(self, check: Check):
+        check.each("> 0", "max_prompt_length", "response_length", "prompt_buckets", "temperature")
+        rule = f">= {MIN_TEMPERATURE:g}"
+        check.that(self.temperature >= MIN_TEMPERATURE, "temperature", rule)
+        most = self.max_prompt_length.bit_length()
+        rule = f"<= {most}, halves of max_prompt_length"
+        check.that(self.prompt_buckets <= most, "prompt_buckets", rule)
+        check.each(">= 0", "top_k")
+        check.each("in (0, 1]", "top_p")
+        check.each("in [0, 1]", "min_p")
+        check.choice("missing_eos", "keep", "penalty", "replace")
+        check.choice("score_at", "eos", "last")
+        check.each("> 0", "score_clip")
+        rule = f"from 0, which is off, to response_length ({self.response_length})"
+        check.that(0 <= self.overlong_tokens <= self.response_length, "overlong_tokens", rule)
+        check.that(all(self.stop_tokens), "stop_tokens", "texts of at least one character")
+
+    def _check_old_logprobs(self, check: Check):
+        check.choice("old_logprobs", "rollout", "recompute")
+        low, high = self.tis_clip_low, self.tis_clip_high
+        check.that(0 <= low <= 1, "tis_clip_low", "in [0, 1]")
+        check.that(high >= 1, "tis_clip_high", ">= 1")
+        recomputed, rule = self.old_logprobs == "recompute", '1 unless old_logprobs is "recompute"'
+        check.that(recomputed or low == 1, "tis_clip_low", rule)
+        check.that(recomputed or high == 1, "tis_clip_high", rule)
+
+    def _check_objective(self, check: Check):
+        check.each("> 0", "target_kl", "kl_horizon", "value_clip_range", "stop_kl", "max_ref_kl")
+        check.each(">= 0", "kl_coef", "vf_coef", "entropy_coef", "value_learning_rate")
+        check.each("in [0, 1]", "gamma", "gae_lambda")
+        check.that(0 < self.clip_range < 1 or self.clip_range == math.inf, "clip_range", RATIO_RULE)
+        high, rule = self.clip_range_high, f"0 or at least clip_range ({self.clip_range})"
+        check.that(high == 0 or high >= self.clip_range, "clip_range_high", rule)
+        check.choice("kl_estimator", *ESTIMATORS)
+        holds = self.any_kl_estimator or self.kl_estimator in REWARD_ESTIMATORS
+        check.that(holds, "kl_estimator", REWARD_RULE)
+        check.choice("kl_control", "fixed", "adaptive")
+        least = 0.2 * self.rollout_batch_size
+        rule = f">= {least:g}, a fifth of rollout_batch_size: the coefficient changes sign below"
+        unread = self.kl_control == "fixed" and self.kl_horizon == type(self).kl_horizon
+        check.that(unread or self.kl_horizon >= least, "kl_horizon", rule)
+
+    def _check_methods(self, check: Check):
+        """What the estimator and the loss do not take is left as it is."""
+        advantage, loss = (
+            parameters(advantage_function(self.advantage)),
+            parameters(loss_function(self.loss)),
+        )
+        if needs_groups(self.advantage):
+            rule = f"at least 2 with advantage={self.advantage!r}"
+            check.that(self.samples_per_prompt >= 2, "samples_per_prompt", rule)
+        if "gamma" not in advantage:
+            rule = f"1 with advantage={self.advantage!r}, which compares whole responses"
+            check.that(self.gamma == 1, "gamma", rule)
+        for field in ("dual_clip", "penalty_coef", "divergence_limit"):
+            rule = f"{getattr(type(self), field):g} unless the loss takes it"
+            unread = getattr(self, field) == getattr(type(self), field)
+            check.that(field in loss or unread, field, rule)
+        check.that(self.dual_clip > 1, "dual_clip", "> 1")
+        check.each(">= 0", "penalty_coef", "divergence_limit", "kl_loss_coef")
+        check.choice("aggregation", *AGGREGATIONS)
+        rule = f"'token_mean' with loss={self.loss!r}, which takes no weights"
+        check.that("weights" in loss or self.aggregation == "token_mean", "aggregation", rule)
+
+    @property
+    def critic_has_optimizer(self) -> bool:
+        """Whether the critic takes optimizer steps of its own."""
+        given = self.value_optimizer != ValueOptimizerSettings()
+        return given or self.value_updates > 1 or self.value_num_minibatches > 0
+
+    def _check_critic(self, check: Check):
+        check.each("> 0", "value_updates")
+        check.each(">= 0", "critic_warmup", "value_num_minibatches", "gae_lambda_alpha")
+        own = self.value_gae_lambda
+        check.that(own == -1 or 0 <= own <= 1, "value_gae_lambda", "in [0, 1], or -1")
+        steps = (self.value_num_minibatches or self.num_minibatches) * self.num_micro_batches
+        words = "value_num_minibatches x num_micro_batches"
+        check.multiple("rollout_batch_size", steps, words)
+        optimizer = self.value_optimizer.over(self.optimizer, self.value_learning_rate)
+        check_optimizer(Check(optimizer, "ppo.value_optimizer"))
+        if self.critic_has_optimizer:
+            rule = f"{type(self).vf_coef:g}: a critic with an optimizer of its own has no weight"
+            check.that(self.vf_coef == type(self).vf_coef, "vf_coef", rule)
+        if needs_critic(self.advantage):
+            return
+        defaults = {"critic_warmup": 0, "value_updates": 1, "value_num_minibatches": 0}
+        defaults |= {"gae_lambda_alpha": 0, "value_gae_lambda": -1}
+        for field, default in defaults.items():
+            rule = f"{default} with advantage={self.advantage!r}, which has no critic"
+            check.that(getattr(self, field) == default, field, rule)
+        rule = f"left out with advantage={self.advantage!r}, which has no critic"
+        check.that(not self.critic_has_optimizer, "value_optimizer", rule)
+
+    def _check_scores(self, check: Check):
+        """Scores come from a model or a function, and the critic from what there is."""
+        check.each("> 0", "reward_timeout_s")
+        sources = {name: getattr(self, name) for name in ("reward_model", "reward_function")}
+        if self.reward_functions:
+            sources["reward_functions"] = self.reward_functions
+        if sum(map(bool, sources.values())) != 1:
+            got = " and ".join(f"{name}={value!r}" for name, value in sources.items())
+            raise ValueError(f"ppo needs either a reward_model or a reward_function, got {got}")
+        once = len(set(self.reward_functions)) == len(self.reward_functions)
+        check.that(once and all(self.reward_functions), "reward_functions", "names, each once")
+        count = len(self.reward_functions)
+        rule = f"() or {count} numbers, one for each of reward_functions"
+        check.that(len(self.reward_weights) in (0, count), "reward_weights", rule)
+        rule = "a stage before ppo, or of another run: this one has no critic yet"
+        own = re.fullmatch(r"ppo(@\w+)?", self.critic_init_from)
+        check.that(own is None, "critic_init_from", rule)
+        possible = bool(self.reward_model) or self.critic_init_from != "reward_model"
+        rule = "'policy', 'scratch', '' or a model with a reward_function"
+        check.that(possible, "critic_init_from", rule)
+        whole = self.critic_init_from != "scratch" or self.value_trainable == "all"
+        check.that(whole, "value_trainable", "'all' with critic_init_from='scratch'")
+        if not needs_critic(self.advantage):
+            rule = f"'' with advantage={self.advantage!r}, which has no critic"
+            check.that(not self.critic_init_from, "critic_init_from", rule)
