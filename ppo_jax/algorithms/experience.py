@@ -4,7 +4,7 @@ Dimension key: B responses, P prompt tokens, T response tokens, L = P + T.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import chex
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from ppo_jax.core.advantages import gae, length_adaptive_lambda, whiten
 from ppo_jax.core.checks import assert_counts
+from ppo_jax.core.critic_free import running_baseline
 from ppo_jax.core.critics import explained_variance
 from ppo_jax.core.importance import importance_weights
 from ppo_jax.core.kl import (
@@ -238,8 +239,12 @@ def make_experience(
     critic = dict(value_inputs=None, values=None)
     if networks.value is not None:
         critic = critic_values(rollout, state, frozen=frozen, networks=networks)
-    values = critic["values"]
-    advantages, returns = estimate_advantages(rewards, values, mask, numbers, options)
+    values, more = critic["values"], {}
+    if (baseline := state.adaptive.get("baseline")) is not None:
+        totals, more = rewards.sum(axis=1), {"baseline": baseline}
+        metrics["reward/total_mean"] = totals.mean()
+        metrics["reward/baseline"] = running_baseline(baseline, totals, decay=1.0)
+    advantages, returns = estimate_advantages(rewards, values, mask, numbers, options, more)
     if values is not None and returns is not None:
         metrics["value/explained_variance"] = explained_variance(values, returns, mask)
     experience = Experience(
@@ -289,13 +294,15 @@ def estimate_advantages(
     mask: jax.Array,
     hyperparameters: Hyperparameters,
     options: PPOOptions,
+    more: Mapping[str, jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Advantages by `options.advantage`, and what the critic learns.
 
     The estimator is given what it has parameters for: `rewards` [B, T]; `values` [B, T], 0 where
     masked; `mask` [B, T]; `scores` [B], the sum of the rewards of a response; `group_size`, the
-    responses to a prompt, which follow each other; and each number of `Hyperparameters` by its
-    name. It returns the advantages, [B], one a response, or [B, T]; or (advantages, returns).
+    responses to a prompt, which follow each other; each number of `Hyperparameters` by its name;
+    and what is in `more`: `baseline`, with `Hyperparameters.baseline_decay`. It returns the
+    advantages, [B], one a response, or [B, T]; or (advantages, returns).
 
     Returns:
         (advantages [B, T] float32, 0 where masked, whitened if they are a critic's and the options
@@ -313,6 +320,7 @@ def estimate_advantages(
         offered["gae_lambda"] = length_adaptive_lambda(mask, alpha=numbers.gae_lambda_alpha)
     if values is not None:
         offered["values"] = values
+    offered |= more or {}
     estimated = call_named(options.advantage, offered)
     advantages, returns = estimated if isinstance(estimated, tuple) else (estimated, None)
     chex.assert_shape(advantages, mask.shape[: advantages.ndim])

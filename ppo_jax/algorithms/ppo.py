@@ -8,10 +8,19 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from ppo_jax.algorithms.adaptation import (
+    adapted_numbers,
+    init_adaptive,
+    init_reference,
+    moved_reference,
+    next_adaptive,
+    next_reference,
+)
 from ppo_jax.algorithms.experience import (
     PPONetworks,
     PPOOptions,
     make_experience,
+    policy_logprobs,
     response_scores,
     sample_responses,
 )
@@ -22,9 +31,11 @@ from ppo_jax.algorithms.update import (
     ppo_update,
     trained_params,
 )
-from ppo_jax.core.kl import adaptive_kl_coef
+from ppo_jax.core.kl import adaptive_kl_coef, kl_estimate
+from ppo_jax.core.masking import masked_mean
 from ppo_jax.core.renamed import renamed
 from ppo_jax.core.types import (
+    Experience,
     FrozenParams,
     Hyperparameters,
     Params,
@@ -50,6 +61,8 @@ def init_ppo(
         value_params=trained.get("value"),
         opt_state=init_optimizers(trained, hyperparameters),
         kl_coef=jnp.array(hyperparameters.kl_coef, jnp.float32),  # a copy: donated as well
+        adaptive=init_adaptive(hyperparameters),
+        ref_params=init_reference(policy_params, hyperparameters),
     )
 
 
@@ -66,11 +79,16 @@ def update_from_rollout(
     options: PPOOptions,
 ) -> tuple[PPOState, dict[str, jax.Array]]:
     """What follows the scores in an iteration: experience, update, KL control. Key consumed."""
-    parts = dict(frozen=frozen, networks=networks, options=options)
-    experience, metrics = make_experience(rollout, scores, state, hyperparameters, **parts)
-    state, updates = ppo_update(state, experience, hyperparameters, key, **parts)
+    parts = dict(frozen=moved_reference(frozen, state), networks=networks, options=options)
+    numbers = adapted_numbers(hyperparameters, state)
+    experience, metrics = make_experience(rollout, scores, state, numbers, **parts)
+    state, updates = ppo_update(state, experience, numbers, key, **parts)
     trained = trained_params(state.policy_params, state.value_params)
     metrics |= average_updates(updates, has_own_optimizer(trained, hyperparameters))
+    if numbers.penalty_target_kl is not None:
+        metrics["policy/old_kl"] = kl_of_update(rollout, experience, state, numbers, **parts)
+    coefs = {f"policy/{name}": x for name, x in state.adaptive.items() if name.endswith("_coef")}
+    metrics |= coefs
     batch_size = scores.shape[0]
     kl_coef = state.kl_coef
     if options.kl_control == "adaptive":
@@ -81,10 +99,40 @@ def update_from_rollout(
             horizon=hyperparameters.kl_horizon,
             batch_size=batch_size,
         )
+    step = state.step + 1
     state = dataclasses.replace(
-        state, step=state.step + 1, episodes=state.episodes + batch_size, kl_coef=kl_coef
+        state,
+        step=step,
+        episodes=state.episodes + batch_size,
+        kl_coef=kl_coef,
+        adaptive=next_adaptive(state.adaptive, metrics, hyperparameters),
+        ref_params=next_reference(state.ref_params, state.policy_params, step, hyperparameters),
     )
     return state, metrics | {"reward/episodes": state.episodes}
+
+
+def kl_of_update(
+    rollout: Rollout,
+    experience: Experience,
+    state: PPOState,
+    hyperparameters: Hyperparameters,
+    *,
+    frozen: FrozenParams,
+    networks: PPONetworks,
+    options: PPOOptions,
+) -> jax.Array:
+    """KL(old || new) in nats a token, [] float32: of the policy before an update, which gave the
+    experience, from that after it, by k3 on the sampled tokens. It is one more forward pass."""
+    new = policy_logprobs(
+        rollout,
+        state.policy_params,
+        hyperparameters,
+        policy_inputs=experience.policy_inputs,
+        frozen=frozen,
+        networks=networks,
+    )
+    kl = kl_estimate(experience.logprobs, new, estimator="k3")
+    return masked_mean(kl, experience.response_mask)
 
 
 @renamed(recipe="options")

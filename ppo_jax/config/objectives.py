@@ -7,6 +7,7 @@ from ppo_jax.config.parsing import load_function
 from ppo_jax.core.advantages import gae
 from ppo_jax.core.critic_free import (
     grpo_advantages,
+    reinforce_advantages,
     reinforce_plus_plus_advantages,
     rloo_advantages,
 )
@@ -35,6 +36,7 @@ ADVANTAGES: Mapping[str, Callable] = {
     "dr_grpo": functools.partial(grpo_advantages, scale_by_std=False),
     "reinforce_plus_plus": functools.partial(reinforce_plus_plus_advantages, group_size=None),
     "reinforce_plus_plus_baseline": reinforce_plus_plus_advantages,
+    "reinforce": reinforce_advantages,
     "leave_one_out": rloo_advantages,  # its name until 0.2
 }
 LOSSES: Mapping[str, Callable] = {
@@ -83,6 +85,15 @@ def needs_critic(advantage: str) -> bool:
     (True, False)
     """
     return reads_values(advantage_function(advantage))
+
+
+def keeps_baseline(advantage: str) -> bool:
+    """Whether it takes off a running mean of the scores, which is then kept in the state.
+
+    >>> keeps_baseline("reinforce"), keeps_baseline("rloo")
+    (True, False)
+    """
+    return "baseline" in parameters(advantage_function(advantage))
 
 
 def needs_groups(advantage: str) -> bool:

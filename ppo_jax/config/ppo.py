@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from ppo_jax.config.objectives import (
     advantage_function,
+    keeps_baseline,
     loss_function,
     needs_critic,
     needs_groups,
@@ -38,6 +39,10 @@ LEFT_OUT = {
     "gae_lambda_alpha": 0,
     "value_gae_lambda": -1,
     "kl_loss_coef": 0,
+    "penalty_target_kl": 0,
+    "target_entropy": 0,
+    "ref_ema_decay": 1,
+    "ref_reset_every": 0,
 }
 CRITIC_STARTS = ("", "reward_model", "policy", "scratch")  # what names no model of its own
 
@@ -163,7 +168,8 @@ class PPOSettings:
 
     advantage: str = "gae"  # by the critic's values; or without a critic: "rloo", "grpo",
     # "dr_grpo", "reinforce_plus_plus_baseline" against the other samples of a prompt,
-    # "reinforce_plus_plus" over all tokens; or "module:function", see "How to add an advantage"
+    # "reinforce_plus_plus" over all tokens, "reinforce" against a running mean; or
+    # "module:function", see "How to add an advantage"
     loss: str = "clip"  # of the policy; or "dual_clip", "gspo", "cispo", "dppo", "kl_penalty",
     # "policy_gradient"; or "module:function", see "How to add a loss"
     aggregation: str = "token_mean"  # of the tokens' losses: their mean; or "sequence_mean", the
@@ -172,6 +178,9 @@ class PPOSettings:
     kl_estimator: str = "k1"  # of the penalty; or, with any_kl_estimator, "k2", "k3"
     any_kl_estimator: bool = changeable(False)  # take k2 and k3, which as a reward push the policy
     # away from the reference
+    ref_ema_decay: float = 1.0  # what stays of the reference after an iteration; the rest of it is
+    # the policy's. 1 keeps the one that the run began with
+    ref_reset_every: int = 0  # iterations after which the policy becomes the reference; 0 is never
     kl_control: str = "fixed"  # or "adaptive"
     target_kl: float = changeable(6.0)  # nats per response, adaptive only
     kl_horizon: float = changeable(10_000.0)  # episodes, adaptive only; at least 0.2 of
@@ -182,6 +191,8 @@ class PPOSettings:
     # max(0, 1 - 1 / (alpha l)); 0.05 is usual for long ones
     value_gae_lambda: float = changeable(-1.0)  # of the returns that the critic learns; -1 is that
     # of the advantages
+    baseline_decay: float = changeable(0.9)  # with advantage="reinforce": what stays of the running
+    # mean of the scores after an iteration
     clip_range: Limit = changeable(0.2)  # of the probability ratio, around 1; inf is no clip
     clip_range_high: float = changeable(0.0)  # of the ratio above 1; 0 is the same as clip_range
     whiten_rewards: bool = False  # scale the rewards of an iteration's tokens to a variance of 1
@@ -191,9 +202,14 @@ class PPOSettings:
     vf_coef: float = changeable(0.1)  # weight of the value loss; Adam divides it out but for
     # max_grad_norm
     entropy_coef: float = changeable(0.0)  # weight of the entropy, per nat
+    target_entropy: float = 0.0  # nats a token: entropy_coef rises by entropy_coef_step after an
+    # iteration with less entropy and falls by it, to 0 at least, after one with more; 0 is off
+    entropy_coef_step: float = changeable(0.005)  # of that, per nat
     dual_clip: float = changeable(3.0)  # with loss="dual_clip": most that a ratio counts where the
     # advantage is below 0
     penalty_coef: float = changeable(1.0)  # with loss="kl_penalty": of the KL from the old policy
+    penalty_target_kl: float = 0.0  # nats a token: penalty_coef doubles after an iteration that has
+    # moved the policy by more than 1.5 of it, halves after one by less than 1 / 1.5; 0 is off
     divergence_limit: float = changeable(0.15)  # with loss="dppo": of the change of a probability
     kl_loss_coef: float = changeable(0.0)  # of a KL from the reference in the loss, per nat: k3,
     # weighted by the ratio; 0 is off
@@ -296,10 +312,21 @@ class PPOSettings:
         holds = self.any_kl_estimator or self.kl_estimator in REWARD_ESTIMATORS
         check.that(holds, "kl_estimator", REWARD_RULE)
         check.choice("kl_control", "fixed", "adaptive")
+        self._check_adaptation(check)
         least = 0.2 * self.rollout_batch_size
         rule = f">= {least:g}, a fifth of rollout_batch_size: the coefficient changes sign below"
         unread = self.kl_control == "fixed" and self.kl_horizon == type(self).kl_horizon
         check.that(unread or self.kl_horizon >= least, "kl_horizon", rule)
+
+    def _check_adaptation(self, check: Check):
+        check.each(">= 0", "target_entropy", "penalty_target_kl", "ref_reset_every")
+        check.each("in [0, 1]", "ref_ema_decay")
+        once = self.ref_ema_decay == 1 or self.ref_reset_every == 0
+        check.that(once, "ref_reset_every", "0 unless ref_ema_decay is 1: one or the other")
+        unread = self.entropy_coef_step == type(self).entropy_coef_step
+        rule = f"{type(self).entropy_coef_step:g} without target_entropy"
+        check.that(self.target_entropy > 0 or unread, "entropy_coef_step", rule)
+        check.each("> 0", "entropy_coef_step")
 
     def _check_methods(self, check: Check):
         """What the estimator and the loss do not take is left as it is."""
@@ -317,6 +344,13 @@ class PPOSettings:
             rule = f"{getattr(type(self), field):g} unless the loss takes it"
             unread = getattr(self, field) == getattr(type(self), field)
             check.that(field in loss or unread, field, rule)
+        rule = "0 unless the loss takes a penalty_coef"
+        possible = "penalty_coef" in loss or self.penalty_target_kl == 0
+        check.that(possible, "penalty_target_kl", rule)
+        unread = self.baseline_decay == type(self).baseline_decay
+        rule = f"{type(self).baseline_decay:g} unless the advantage takes a baseline"
+        check.that(keeps_baseline(self.advantage) or unread, "baseline_decay", rule)
+        check.each("in [0, 1]", "baseline_decay")
         check.that(self.dual_clip > 1, "dual_clip", "> 1")
         check.each(">= 0", "penalty_coef", "divergence_limit", "kl_loss_coef")
         check.choice("aggregation", *AGGREGATIONS)

@@ -130,9 +130,15 @@ class Hyperparameters:
     value_clip_range: jax.Array | float = 0.2
     vf_coef: jax.Array | float = 0.1
     entropy_coef: jax.Array | float = 0.0
+    target_entropy: jax.Array | float | None = None  # nats a token that it adapts to; None: no
+    entropy_coef_step: jax.Array | float = 0.005  # of that, see `adaptive_entropy_coef`
+    baseline_decay: jax.Array | float | None = None  # see `running_baseline`; None keeps none
+    ref_ema_decay: jax.Array | float | None = None  # see `next_reference`; None is off
+    ref_reset_every: jax.Array | float | None = None  # iterations, likewise
     kl_loss_coef: jax.Array | float | None = None  # of a KL in the loss; None is off
     dual_clip: jax.Array | float = 3.0  # see `dual_clip_policy_loss`
     penalty_coef: jax.Array | float = 1.0  # see `kl_penalty_policy_loss`
+    penalty_target_kl: jax.Array | float | None = None  # nats a token that it adapts to; None: no
     divergence_limit: jax.Array | float = 0.15  # see `dppo_policy_loss`
     missing_eos_score: jax.Array | float = 0.0  # replaces, or is subtracted from, the score
     score_clip: jax.Array | float | None = None  # scores are within it of 0; None is off
@@ -161,6 +167,8 @@ class PPOState:
     value_params: Params | None  # None without a critic
     opt_state: Any
     kl_coef: jax.Array  # [] float32, moved by adaptive control alone
+    adaptive: dict[str, jax.Array] = struct.field(default_factory=dict)  # see `init_adaptive`
+    ref_params: Params | None = None  # the reference, where it moves; None: that of `FrozenParams`
 
 
 @struct.dataclass(kw_only=True)

@@ -10,7 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from ppo_jax.algorithms.experience import PPONetworks, PPOOptions, Sampler
-from ppo_jax.config.objectives import advantage_function, loss_function, needs_critic
+from ppo_jax.config.objectives import (
+    advantage_function,
+    keeps_baseline,
+    loss_function,
+    needs_critic,
+)
 from ppo_jax.config.ppo import LEFT_OUT, PPOSettings
 from ppo_jax.core.network import Network, merge_params
 from ppo_jax.core.types import FrozenParams, Hyperparameters, Params
@@ -44,6 +49,8 @@ def make_hyperparameters(settings: PPOSettings) -> Hyperparameters:
     names -= {"optimizer", "value_optimizer"}
     numbers = {name: np.float32(getattr(settings, name)) for name in names}
     off = {name for name, value in LEFT_OUT.items() if getattr(settings, name) == value}
+    if not keeps_baseline(settings.advantage):
+        off.add("baseline_decay")
     numbers |= dict.fromkeys(off)
     if settings.critic_has_optimizer:
         own = settings.value_optimizer.over(settings.optimizer, settings.value_learning_rate)

@@ -377,13 +377,26 @@ def check_settings(folder: Path, description: dict):
     both = (with_younger_fields(stage, x["settings"]) for x in (old, description))
     may_change = changeable_fields(section_of(hint_of(stage)))
     may_change |= changeable_fields(ModelSettings, "model.")
-    if description["settings"].get("kl_control") == "adaptive":
-        may_change.discard("kl_coef")  # where the control began; its state has moved on
+    may_change -= started_coefficients(description["settings"])
     if fixed := fixed_differences(*both, may_change):
         raise ValueError(
             f"{folder} was begun with other settings: {'; '.join(fixed)}. "
             "Set them back, or choose another workdir."
         )
+
+
+def started_coefficients(settings: dict) -> set[str]:
+    """Settings from which a control began: its state has moved on, and they are read no more.
+
+    >>> started_coefficients({"kl_control": "adaptive", "target_entropy": 0.0})
+    {'kl_coef'}
+    """
+    moved = {
+        "kl_coef": settings.get("kl_control") == "adaptive",
+        "penalty_coef": settings.get("penalty_target_kl", 0) > 0,
+        "entropy_coef": settings.get("target_entropy", 0) > 0,
+    }
+    return {name for name, moves in moved.items() if moves}
 
 
 def fixed_differences(old: dict, new: dict, may_change: set[str]) -> list[str]:

@@ -39,7 +39,7 @@ def greedy(scores, reference_text):
 
 def test_what_an_estimator_needs_is_known_from_its_parameters():
     assert [name for name in ADVANTAGES if needs_critic(name)] == ["gae"]
-    of_tokens = {"gae", "reinforce_plus_plus"}
+    of_tokens = {"gae", "reinforce", "reinforce_plus_plus"}
     assert {name for name in ADVANTAGES if not needs_groups(name)} == of_tokens
     assert needs_critic(f"{HERE}:half") and not needs_groups(f"{HERE}:half")
     assert advantage_function(f"{HERE}:half") is half and loss_function(f"{HERE}:plain") is plain
@@ -57,6 +57,20 @@ def test_what_an_estimator_needs_is_known_from_its_parameters():
         ({"dual_clip": 2.0}, "ppo.dual_clip must be 3 unless the loss takes it, got 2.0"),
         ({"loss": "dual_clip", "dual_clip": 1.0}, "ppo.dual_clip must be > 1"),
         ({"penalty_coef": 2.0}, "unless the loss takes it"),
+        (
+            {"penalty_target_kl": 0.01},
+            "must be 0 unless the loss takes a penalty_coef",
+        ),
+        (
+            {"baseline_decay": 0.5},
+            "must be 0.9 unless the advantage takes a baseline",
+        ),
+        ({"advantage": "reinforce", "baseline_decay": 1.5}, r"in \[0, 1\]"),
+        ({"target_entropy": -1.0}, "target_entropy must be >= 0"),
+        ({"entropy_coef_step": 0.1}, "entropy_coef_step must be 0.005 without target_entropy"),
+        ({"target_entropy": 1.0, "entropy_coef_step": 0.0}, "entropy_coef_step must be > 0"),
+        ({"ref_ema_decay": 1.5}, r"ref_ema_decay must be in \[0, 1\]"),
+        ({"ref_ema_decay": 0.9, "ref_reset_every": 2}, "0 unless ref_ema_decay is 1"),
         ({"kl_loss_coef": -0.1}, ">= 0"),
         ({"value_gae_lambda": 1.5}, r"in \[0, 1\], or -1"),
         ({"value_updates": 0}, "> 0"),
@@ -115,6 +129,7 @@ METHODS = [
     {"advantage": "rloo", "loss": "policy_gradient", "packing": True, "num_micro_batches": 2},
     {"advantage": f"{HERE}:half", "loss": f"{HERE}:plain"},
     {"loss": "kl_penalty", "clip_range": math.inf, "critic_warmup": 1, "value_gae_lambda": 1.0},
+    {"advantage": "reinforce", "baseline_decay": 0.5, "gamma": 0.9, "ref_ema_decay": 0.9},
     {"loss": "dppo", "value_updates": 2, "gae_lambda_alpha": 0.05},
 ]
 
