@@ -1,7 +1,8 @@
 """Training steps: SFT, reward model, and the PPO iteration.
 
 `supervised` has the steps on texts and preferences, `experience` goes from prompts to advantages,
-`update` takes the optimizer steps, `ppo` is one whole iteration. Pure: imports `core` and
+`update` takes the optimizer steps, `adaptation` moves what moves from one iteration to the next,
+`ppo` is one whole iteration. Pure: imports `core` and
 `rollout`; knows a `Network` and no Transformer. Start with `ppo`.
 """
 

@@ -18,6 +18,9 @@ from ppo_jax.core.critic_free import running_baseline
 from ppo_jax.core.kl import adaptive_penalty_coef
 from ppo_jax.core.types import FrozenParams, Hyperparameters, Params, PPOState
 
+# Those of `init_adaptive` that stand in place of a hyperparameter, and their metrics.
+COEFFICIENTS = {"penalty_coef": "policy/penalty_coef", "entropy_coef": "policy/entropy_coef"}
+
 
 def init_adaptive(hyperparameters: Hyperparameters) -> dict[str, jax.Array]:
     """The numbers that move, [] float32 each, before the first iteration; those that do not move
@@ -41,7 +44,7 @@ def init_reference(policy_params: Params, hyperparameters: Hyperparameters) -> P
 
 def adapted_numbers(hyperparameters: Hyperparameters, state: PPOState) -> Hyperparameters:
     """The hyperparameters of an iteration: its own coefficients in place of those of the start."""
-    coefs = {name: x for name, x in state.adaptive.items() if name.endswith("_coef")}
+    coefs = {name: x for name, x in state.adaptive.items() if name in COEFFICIENTS}
     return dataclasses.replace(hyperparameters, **coefs)
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ppo_jax.algorithms.adaptation import (
+    COEFFICIENTS,
     adapted_numbers,
     init_adaptive,
     init_reference,
@@ -87,8 +88,7 @@ def update_from_rollout(
     metrics |= average_updates(updates, has_own_optimizer(trained, hyperparameters))
     if numbers.penalty_target_kl is not None:
         metrics["policy/old_kl"] = kl_of_update(rollout, experience, state, numbers, **parts)
-    coefs = {f"policy/{name}": x for name, x in state.adaptive.items() if name.endswith("_coef")}
-    metrics |= coefs
+    metrics |= {COEFFICIENTS[k]: x for k, x in state.adaptive.items() if k in COEFFICIENTS}
     batch_size = scores.shape[0]
     kl_coef = state.kl_coef
     if options.kl_control == "adaptive":

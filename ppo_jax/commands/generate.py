@@ -24,6 +24,9 @@ def define_flags() -> SimpleNamespace:
         interactive=boolean("interactive", False, "Instead: a chat by the tokenizer's template."),
         out=text("out", None, "A new JSONL of {prompt, response}, for --prompts."),
         reward_model=text("reward_model", None, "Stage folder or classifier: --out has scores."),
+        keep_best=boolean(
+            "keep_best", False, "--out has the best of each prompt's responses alone, as SFT data."
+        ),
         template=boolean("template", True, "False: a chat just continues each line."),
         workdir=text("workdir", None, "A run's folder; needs --stage."),
         stage=cli.stage_flag(["sft", "ppo"], "Which policy of the run"),
@@ -76,7 +79,7 @@ def main():
             files = {"prompts": flag.prompts.value, "out": flag.out.value}
             copies = flag.num_responses.value
             score_at = run_settings(path).get("score_at", PPOSettings.score_at)
-            files |= {"copies": copies, "score_at": score_at}
+            files |= {"copies": copies, "score_at": score_at, "keep_best": flag.keep_best.value}
             terminal.respond_to_file(model, scorer, **files, **how)
         else:
             prompts = [p for p in flag.prompt.value for _ in range(flag.num_responses.value)]
@@ -95,6 +98,8 @@ def check(flag: SimpleNamespace):
     """
     if bool(flag.model.value) == bool(flag.workdir.value and flag.stage.value):
         raise ValueError("give either --model, or --workdir and --stage")
+    if flag.keep_best.value and not flag.reward_model.value:
+        raise ValueError("--keep_best needs --reward_model, whose scores say which is the best")
     in_file = bool(flag.prompts.value or flag.out.value or flag.reward_model.value)
     num_modes = bool(flag.prompt.value) + in_file + flag.interactive.value
     if flag.prompt.value and not all(flag.prompt.value):

@@ -105,6 +105,7 @@ class SFTSettings:
 
     data: str  # rows of {"text"}, {"prompt", "completion"} or {"messages"}, see docs/data.md
     optimizer: OptimizerSettings  # of all trained parameters
+    init_from: str = "base"  # the base model; or a policy: a stage folder of another run, a model
     validation_data: str = ""  # rows as of data; "" holds out validation_fraction of the data
     validation_fraction: float = 0.05  # of the data's texts
     trainable: str | int = "all"  # "all", a number of top layers such as "4", "head" or "lora"
@@ -126,6 +127,9 @@ class SFTSettings:
         check = Check(self, "sft")
         check_training(check)
         check.choice("turns", "all", "last")
+        own, _, _ = self.init_from.partition("@")
+        rule = "'base', a stage folder or a model: no stage of this run comes before sft"
+        check.that(own not in ("", "sft", "reward", "ppo"), "init_from", rule)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from ppo_jax.evaluation.statistics import distinct_n, mean_and_stderr
 from ppo_jax.inference.generate import make_sampling
 from ppo_jax.inference.responses import Responses, join
 from ppo_jax.inference.score import sampled_scores, score_rows
-from ppo_jax.io.model_spec import ModelSpec, reread_reason
+from ppo_jax.io.model_spec import ModelSpec, before_sft, reread_reason
 from ppo_jax.io.run_folder import read_results, read_rows, write_results
 from ppo_jax.io.stage_folder import (
     Model,
@@ -125,8 +125,12 @@ def compared(
     elsewhere that PPO began from is "sft", any other model is "base".
     """
     origin, _ = split_step(config.ppo.init_from)
-    path = resolve(origin, workdir, base)
-    sources = {"base": (base, None)} if origin in ("base", "sft") else {}
+    path, first = resolve(origin, workdir, base), {"base": "base", "sft": before_sft(config)}
+    sources = {}
+    if origin in first:
+        name, step = split_step(first[origin])
+        step = source_steps(workdir / "sft").get("init_from") if origin == "sft" else step
+        sources["base"] = (resolve(name, workdir, base), step)
     if origin != "base":
         sources["base" if describe_stage(Path(path)) is None else "sft"] = (path, pin)
     return sources | {"ppo": (str(workdir / "ppo"), judged_step(workdir))}

@@ -2,7 +2,7 @@
 
 import dataclasses
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from ppo_jax.data.chat import Chat
 from ppo_jax.data.decode import printable
 from ppo_jax.data.encode import token_rows
 from ppo_jax.data.messages import Message
-from ppo_jax.data.records import load_prompts, write_jsonl
+from ppo_jax.data.records import load_prompt_rows, write_jsonl
 from ppo_jax.inference.generate import decode_stream, generate, stream
 from ppo_jax.inference.responses import read_rollouts
 from ppo_jax.inference.score import sampled_scores
@@ -168,6 +168,7 @@ def respond_to_file(
     out: str,
     copies: int,
     score_at: str = "eos",
+    keep_best: bool = False,
     **how: Any,
 ) -> None:
     """Write responses to a file of prompts as JSON lines {"prompt", "response"}.
@@ -175,17 +176,20 @@ def respond_to_file(
     Each prompt has `copies` lines. With a scorer, a reward model, a line says whether a stop token
     ended the response, "finished", and has the "score" of the tokens that were sampled, as in PPO
     with this `score_at`; a scorer with another tokenizer reads their text. Messages are written as
-    the chat template renders them.
+    the chat template renders them. With `keep_best` the lines are `best_demonstrations` instead.
 
     Raises:
-        ValueError: `out` exists, the scorer is no reward model, or a prompt is invalid or too long
-            for one of the two; before anything is sampled.
+        ValueError: `out` exists, the scorer is no reward model or is missing for the best, or a
+            prompt is invalid or too long for one of the two; before anything is sampled.
     """
     if Path(out).exists():
         raise ValueError(f"the responses go into a new file, but {out} is there already")
     if scorer is not None and scorer.kind != "reward":
         raise ValueError("scores come from a reward model, got a policy")
-    texts = [prompt for prompt in load_prompts(prompts, policy.tokenizer) for _ in range(copies)]
+    if keep_best and scorer is None:
+        raise ValueError("the best responses are those of a reward model, got none")
+    asked = load_prompt_rows(prompts, policy.tokenizer)
+    texts = [prompt for _, prompt, _ in asked for _ in range(copies)]
     room = prompt_room(policy, how["sampling"])
     if scorer is not None:
         room = min(room, scored_room(policy, scorer, how["sampling"], score_at))
@@ -196,7 +200,53 @@ def respond_to_file(
         scores = sampled_scores(scorer, policy, texts, sampled, score_at)
         more = zip(sampled.ended.tolist(), scores.values(), strict=True)
         rows = [r | {"finished": f, "score": s} for r, (f, s) in zip(rows, more, strict=True)]
+    if keep_best:
+        rows = best_demonstrations([row for _, _, row in asked], rows, copies)
+        left_out = len(asked) - len(rows)
+        print(f"{len(rows)} prompts; {left_out} left out, of which no response ended")
     write_jsonl(out, rows)
+
+
+def best_demonstrations(
+    asked: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]], copies: int
+) -> list[dict[str, Any]]:
+    """The best response to each prompt as data for SFT: rejection sampling.
+
+    Of equal scores the first. A response that was cut off is never it: SFT would end it with EOS.
+    A prompt whose responses all were is left out.
+
+    Args:
+        asked: P rows of prompts: {"prompt"}, a text or messages, or {"messages"}.
+        rows: P x copies of {"response", "finished", "score"}, those of a prompt side by side.
+        copies: responses to a prompt.
+
+    Returns:
+        [{"prompt", "completion", "score"}], or {"messages", "score"} of messages, with the answer
+        behind them; at most P.
+
+    Reference: Touvron et al. 2023, https://arxiv.org/abs/2307.09288, section 3.2.3.
+
+    >>> said = [dict(response=r, finished=True, score=s) for r, s in ((" no", 0.0), (" yes", 1.0))]
+    >>> best_demonstrations([{"prompt": "well:"}], said, 2)
+    [{'prompt': 'well:', 'completion': ' yes', 'score': 1.0}]
+    """
+    found = []
+    for number, row in enumerate(asked):
+        ended = [x for x in rows[number * copies : (number + 1) * copies] if x["finished"]]
+        if ended:
+            best = max(ended, key=lambda x: x["score"])
+            found.append(demonstration(row, best["response"]) | {"score": best["score"]})
+    return found
+
+
+def demonstration(row: Mapping[str, Any], response: str) -> dict[str, Any]:
+    """A prompt's row with a response to it, as data for SFT."""
+    prompt = row["prompt"] if "prompt" in row else row["messages"]
+    if not isinstance(prompt, list):
+        return {"prompt": prompt, "completion": response}
+    asked = prompt[:-1] if prompt[-1]["role"] == "assistant" else prompt
+    more = {"tools": row["tools"]} if row.get("tools") else {}
+    return {"messages": [*asked, {"role": "assistant", "content": response}], **more}
 
 
 def respond(

@@ -134,10 +134,18 @@ def scratch_shape(settings: ScratchSettings) -> ModelSpec:
 
 def needs_base(config: Config, stages: Sequence[str]) -> bool:
     """Whether any of the stages that will run reads the base model."""
-    starts = [getattr(config, stage).init_from for stage in ("reward", "ppo") if stage in stages]
+    trained = [stage for stage in ("sft", "reward", "ppo") if stage in stages]
+    starts = [getattr(config, stage).init_from for stage in trained]
     starts += [config.ppo.critic_init_from] if "ppo" in stages else []
-    compared = "evaluate" in stages and split_step(config.ppo.init_from)[0] in ("base", "sft")
-    return "sft" in stages or "base" in starts or compared
+    if "evaluate" in stages:
+        origin, _ = split_step(config.ppo.init_from)
+        starts.append(before_sft(config) if origin == "sft" else origin)
+    return "base" in starts
+
+
+def before_sft(config: Config) -> str:
+    """The name of the model that SFT starts from."""
+    return "base" if config.sft is None else config.sft.init_from
 
 
 def initial_models(
@@ -169,7 +177,7 @@ def initial_models(
             raise ValueError(f"{'model.path' if name == 'base' else field}: {error}") from error
 
     if "sft" in stages:
-        starts["sft"] = trained["sft"] = spec("model.path", "base")
+        starts["sft"] = trained["sft"] = spec("sft.init_from", config.sft.init_from)
     if "reward" in stages:
         starts["reward"] = start = spec("reward.init_from", config.reward.init_from)
         depth = config.reward.num_layers or start.config.num_layers

@@ -195,7 +195,7 @@ def check_sources(config: Config, workdir: Path, stages: Sequence[str]):
     if config.model.path and describe_stage(Path(config.model.path)):
         raise ValueError(
             f"model.path must be a model, got the stage folder {config.model.path!r}: name it as "
-            "reward.init_from or ppo.init_from"
+            "sft.init_from, reward.init_from or ppo.init_from"
         )
 
 
@@ -294,7 +294,7 @@ def check_policy(stage: str, config: Config, start: ModelSpec):
     trainable = getattr(config, stage).trainable
     if start.kind != "policy":
         name = getattr(getattr(config, stage), "init_from", "base")
-        field = "ppo.init_from"
+        field = f"{stage}.init_from"
         if name == "base":
             field, name = "model.path", config.model.path
         raise ValueError(f"{field} must be a policy, got {name!r}, which scores texts")

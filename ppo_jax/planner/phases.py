@@ -159,7 +159,7 @@ def ancestors(config: Config, name: str, configs: Mapping[str, ModelConfig]) -> 
     shared = {name: depth}
     while settings := name in configs and getattr(config, name):
         depth = min(depth, start_layer(configs[name], settings.trainable) or 0)
-        name = "base" if name == "sft" else split_step(settings.init_from)[0]
+        name, _ = split_step(settings.init_from)
         shared[name] = depth
     return shared
 

@@ -28,7 +28,7 @@ from ppo_jax.data.readers import naming_data
 from ppo_jax.data.records import Demonstration, data_files, load_texts, read_split
 from ppo_jax.distributed.layout import make_layouts
 from ppo_jax.io.model_spec import ModelSpec
-from ppo_jax.io.stage_folder import load_source
+from ppo_jax.io.stage_folder import load_source, source_steps
 from ppo_jax.io.tokenizers import declared_stops
 from ppo_jax.models.build import policy_network
 from ppo_jax.training.common import (
@@ -70,12 +70,19 @@ def read_sft(config: Config, start: ModelSpec) -> Texts:
 def train_sft(config: Config, workdir: Path, base: str, data: Texts):
     """Fine-tune the base model on texts; the result is the stage folder `workdir/sft`."""
     settings, (layout, _) = config.sft, make_layouts(config.mesh)
-    model = load_source("base", workdir, base, config.model, layout)
+    pin = source_steps(workdir / "sft").get("init_from")
+    model = load_source(settings.init_from, workdir, base, config.model, layout, pin)
     texts, unseen = data
     num_steps = count_steps(settings, len(texts.tokens))
     model = with_adapters(model, settings.trainable, settings.lora, config.seed, layout)
     start, parts = open_stage(
-        SFT, config, workdir, model, num_steps=num_steps, data=fingerprint(texts), sources={}
+        SFT,
+        config,
+        workdir,
+        model,
+        num_steps=num_steps,
+        data=fingerprint(texts),
+        sources={"init_from": model},
     )
     network = policy_network(model.config, start_layer=start, constrain=layout.constrain)
     trunk_params, frozen = freeze((parts.trunk, parts.frozen), layout, config.model.frozen_dtype)
@@ -148,6 +155,7 @@ SFT = Stage(
     label="SFT",
     makes="A language model after supervised fine-tuning",
     data_fields=("data", "validation_data"),
+    source_fields=("init_from",),
     progress={"sft/loss": "loss", "sft/validation_loss": "validation"},
     outcome={"sft/validation_perplexity": "validation perplexity {:.4g} → {:.4g}"},
     read=read_sft,

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from ppo_jax.data.records import write_jsonl
+from ppo_jax.data.records import load_texts, write_jsonl
 from ppo_jax.inference import terminal
 from ppo_jax.inference.generate import (
     compiled_stream,
@@ -20,7 +20,12 @@ from ppo_jax.inference.generate import (
     stream,
 )
 from ppo_jax.inference.score import score_ids
-from ppo_jax.inference.terminal import chat, newest_turns, respond_to_file
+from ppo_jax.inference.terminal import (
+    best_demonstrations,
+    chat,
+    newest_turns,
+    respond_to_file,
+)
 from ppo_jax.io import tokenizers as vocabulary
 from ppo_jax.models.build import reward_network
 from ppo_jax.rollout.sampling import Sampling
@@ -366,3 +371,38 @@ def test_what_the_reward_model_cannot_read_is_refused_before_anything_is_sampled
     with pytest.raises(ValueError, match="10 tokens, with an EOS put behind, got 9"):
         how = stops | {"sampling": Sampling(response_length=9, eos_ids=(0, 40))}
         respond_to_file(model, short, copies=1, **files, **how)
+
+
+def test_the_best_responses_are_data_for_sft(tmp_path, model):
+    """The highest score of those that ended, of a text or of messages."""
+    scorer, asked = random_model("reward", max_length=160), tmp_path / "in.jsonl"
+    write_jsonl(asked, [{"prompt": prompt} for prompt in WORDS])
+    how = HOW | {"sampling": Sampling(response_length=10, eos_ids=(0, *range(40, 60)))}
+    files = dict(prompts=asked, copies=4)
+    respond_to_file(model, scorer, out=tmp_path / "all", **files, **how)
+    respond_to_file(model, scorer, out=tmp_path / "best", keep_best=True, **files, **how)
+    expected = []
+    for prompt in WORDS:
+        rows = [row for row in read_jsonl(tmp_path / "all") if row["prompt"] == prompt]
+        if ended := [row for row in rows if row["finished"]]:
+            best = max(ended, key=lambda row: row["score"])
+            kept = {"completion": best["response"], "score": best["score"]}
+            expected.append({"prompt": prompt, **kept})
+    assert read_jsonl(tmp_path / "best") == expected and expected
+    assert load_texts(tmp_path / "best", left_out=[])[0].text.startswith(WORDS[0])
+    with pytest.raises(ValueError, match="the best responses are those of a reward model"):
+        respond_to_file(model, None, out=tmp_path / "c", keep_best=True, **files, **how)
+
+
+def test_the_best_response_to_messages_is_their_next_turn():
+    user, answer = {"role": "user", "content": "well?"}, {"role": "assistant", "content": "old"}
+    said = [
+        {"response": "cut", "finished": False, "score": 9.0},
+        {"response": "no", "finished": True, "score": 1.0},
+        {"response": "first", "finished": True, "score": 2.0},
+        {"response": "second", "finished": True, "score": 2.0},
+    ]
+    new = {"role": "assistant", "content": "first"}
+    for row in ({"messages": [user, answer]}, {"prompt": [user]}):
+        assert best_demonstrations([row], said, 4) == [{"messages": [user, new], "score": 2.0}]
+    assert best_demonstrations([{"prompt": "a"}], said[:1], 1) == []
