@@ -1,0 +1,94 @@
+"""Every loss and every estimator of the settings: on a mesh, in micro-batches and packed, the
+numbers of one device."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ppo_jax.algorithms.experience import estimate_advantages
+from ppo_jax.algorithms.supervised import accumulate
+from ppo_jax.algorithms.update import accumulate_packed, experience_loss
+from ppo_jax.config.objectives import ADVANTAGES, LOSSES, keeps_baseline, needs_critic
+from tests.distributed.test_meshes import BATCH, Run, ragged_experience
+from tests.support import tiny
+
+ONE, MESH = (1, 1, 1), (2, 2, 2)
+GROUP = 16  # responses to a prompt: more than a shard of the batch holds
+
+
+def moved_experience():
+    """Responses of several lengths to a policy that has moved since: ratios around 1."""
+    e, draw = ragged_experience(), np.random.default_rng(0)
+
+    def noise(scale):
+        return (scale * draw.normal(size=e.logprobs.shape) * e.response_mask).astype(np.float32)
+
+    return e.replace(logprobs=e.logprobs + noise(0.2), advantages=noise(1.0), weights=None)
+
+
+@functools.cache
+def gradients(shape, packing):
+    """{loss: the gradient of an experience}; in four micro-batches where it is packed."""
+    run = Run(shape, dual_clip=1.1, divergence_limit=0.01)
+    params = {"policy": run.state.policy_params, "value": run.state.value_params}
+    e = run.layout.shard_batch(moved_experience())
+
+    def gradient(params, e, loss):
+        counts = dict(
+            normalizer=e.response_mask.sum().astype(jnp.float32), num_sequences=jnp.float32(BATCH)
+        )
+        parts = dict(frozen=run.frozen, networks=run.networks, options=tiny.options(loss=loss))
+
+        def of_rows(params, rows):
+            return experience_loss(params, rows, run.numbers, **parts, **counts)
+
+        sums, count = (accumulate_packed, 4) if packing else (accumulate, 1)
+        return sums(of_rows, params, e, count)[0]
+
+    def every(params, e):
+        return {name: gradient(params, e, loss) for name, loss in LOSSES.items()}
+
+    return jax.device_get(tiny.jit(every)(params, e))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("shape", [ONE, MESH], ids=str)
+def test_the_gradient_of_packed_rows_on_a_mesh_is_that_of_one_device(shape, name):
+    expected, got = gradients(ONE, False)[name], gradients(shape, True)[name]
+    largest = max(float(np.abs(x).max()) for x in jax.tree.leaves(expected["policy"]))
+    tiny.leaves_close(got["policy"], expected["policy"], rtol=1e-4, atol=1e-5 * largest)
+    tiny.leaves_close(got["value"], expected["value"], rtol=1e-4, atol=1e-5)
+    others = {other: gradients(ONE, False)[other]["policy"] for other in LOSSES if other != name}
+    assert largest > 0 and all(tiny.leaves_differ(expected["policy"], x) for x in others.values())
+
+
+def advantages(shape):
+    """{estimator: advantages and returns}."""
+    layout, draw = Run(shape).layout, np.random.default_rng(1)
+    mask = np.arange(8) < draw.integers(1, 9, BATCH)[:, None]
+    rewards, values = (draw.normal(size=mask.shape).astype(np.float32) for _ in range(2))
+    numbers = tiny.hyperparameters(gamma=0.9)
+
+    def every(rewards, values, mask):
+        return {
+            name: estimate_advantages(
+                rewards,
+                values if needs_critic(name) else None,
+                mask,
+                numbers,
+                tiny.options(advantage=function, sampling=tiny.sampling(samples_per_prompt=GROUP)),
+                {"baseline": jnp.float32(0.5)} if keeps_baseline(name) else {},
+            )
+            for name, function in ADVANTAGES.items()
+        }
+
+    args = layout.shard_batch((rewards * mask, values * mask, mask))
+    return jax.device_get(jax.jit(every)(*args))
+
+
+def test_the_advantages_of_a_sharded_batch_are_those_of_one_device():
+    tiny.leaves_close(advantages(MESH), advantages(ONE), rtol=1e-5, atol=1e-5)
