@@ -11,9 +11,9 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from ppo_jax.algorithms.critics import critic_metrics
 from ppo_jax.core.advantages import gae, length_adaptive_lambda, whiten
 from ppo_jax.core.checks import assert_counts
-from ppo_jax.core.critics import explained_variance
 from ppo_jax.core.importance import importance_weights
 from ppo_jax.core.kl import (
     ESTIMATORS,
@@ -241,7 +241,7 @@ def make_experience(
     values = critic["values"]
     advantages, returns = estimate_advantages(rewards, values, mask, numbers, options)
     if values is not None and returns is not None:
-        metrics["value/explained_variance"] = explained_variance(values, returns, mask)
+        metrics |= critic_metrics(values, returns, mask)
     experience = Experience(
         policy_inputs=policy_inputs,
         mask=rollout.mask,
