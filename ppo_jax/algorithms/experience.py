@@ -11,10 +11,10 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from ppo_jax.algorithms.critics import critic_metrics
 from ppo_jax.core.advantages import gae, length_adaptive_lambda, whiten
 from ppo_jax.core.checks import assert_counts
 from ppo_jax.core.critic_free import running_baseline
-from ppo_jax.core.critics import explained_variance
 from ppo_jax.core.importance import importance_weights
 from ppo_jax.core.kl import (
     ESTIMATORS,
@@ -246,7 +246,7 @@ def make_experience(
         metrics["reward/baseline"] = running_baseline(baseline, totals, decay=1.0)
     advantages, returns = estimate_advantages(rewards, values, mask, numbers, options, more)
     if values is not None and returns is not None:
-        metrics["value/explained_variance"] = explained_variance(values, returns, mask)
+        metrics |= critic_metrics(values, returns, mask)
     experience = Experience(
         policy_inputs=policy_inputs,
         mask=rollout.mask,

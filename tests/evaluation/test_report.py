@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from ppo_jax.evaluation.report import plots, report
+from ppo_jax.evaluation.report import critic_plots, plots, report
 from ppo_jax.evaluation.report.charts import CHARTS, Chart, series
 from ppo_jax.evaluation.report.summary import read_run
 from tests.support.run_files import write_run
@@ -55,7 +55,8 @@ RESULTS = {
 
 def metric_rows(stage, steps=30):
     names = [name for group in CHARTS[stage] for chart in group.charts for name in chart.metrics]
-    names += ["reward/score_std"] if stage == "ppo" else []
+    if stage == "ppo":
+        names += ["reward/score_std", *critic_plots.QUARTERS, *sum(critic_plots.FIFTHS, [])]
     return [
         {"stage": stage, "step": step}
         | {name: 1.0 + step / (i + 2) for i, name in enumerate(names)}
@@ -124,7 +125,7 @@ def test_a_whole_run_has_every_section_and_every_chart(whole_report):
     sections = ["Result", "Samples", "Stages", "Supervised fine-tuning", "Reward model", "PPO"]
     sections += ["During training", "Environment and configuration"]
     assert [heading for heading in page.headings if heading in sections] == sections
-    figures = sum(len(group.charts) for stage in CHARTS.values() for group in stage) + 5
+    figures = sum(len(group.charts) for stage in CHARTS.values() for group in stage) + 7
     assert page.tags.count("svg") == page.tags.count("figure") == figures
     assert "0123abc" in text and "ppo.kl_coef" in text and "16 min 50 s" in text
 

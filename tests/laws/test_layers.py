@@ -127,6 +127,7 @@ def test_only_the_module_that_is_named_for_it_knows_a_third_party():
             "evaluation.report.plots",
             "evaluation.report.sweep_plots",
             "evaluation.report.frontier_plots",
+            "evaluation.report.critic_plots",
         },
         "scipy": {"evaluation.sweep_table"},
         "gguf": {"io.gguf.header"},

@@ -37,6 +37,7 @@ ELSEWHERE = {  # module: where it is tested, since it is a part of what is teste
     "evaluation/report/charts": "evaluation/test_report",
     "evaluation/report/comparison_page": "evaluation/test_side_by_side",
     "evaluation/report/comparison_plots": "evaluation/test_side_by_side",
+    "evaluation/report/critic_plots": "evaluation/test_critic_plots",
     "evaluation/report/frontier_plots": "evaluation/test_frontier_report",
     "evaluation/report/frontier_report": "evaluation/test_frontier_report",
     "evaluation/report/model_card": "evaluation/test_model_card",

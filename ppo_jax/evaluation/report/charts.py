@@ -215,6 +215,12 @@ CHARTS: dict[str, tuple[Group, ...]] = {
                     {"value/explained_variance": "share"},
                 ),
                 Chart(
+                    "Bias",
+                    "reward",
+                    "Mean value minus mean return: above 0 the critic hopes for too much.",
+                    {"value/bias": "bias"},
+                ),
+                Chart(
                     "Value clip fraction",
                     "share of tokens",
                     "Tokens whose value moved by more than the clip range.",

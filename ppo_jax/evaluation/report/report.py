@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from ppo_jax.data.atomic import atomic_write
 from ppo_jax.evaluation.frontier import Curve, points_of_run, sentence
-from ppo_jax.evaluation.report import plots
+from ppo_jax.evaluation.report import critic_plots, plots
 from ppo_jax.evaluation.report.charts import (
     CHARTS,
     Group,
@@ -269,6 +269,7 @@ def _group(run: Run, stage: str, group: Group) -> dict[str, Any]:
     """The figures of a group: two or four of them in two columns, else in three."""
     charts = [(c.title, plots.curves(run.rows(stage), stage, c), c.note) for c in group.charts]
     charts += _accuracies(run) if stage == "reward" else []
+    charts += _critic(run) if group.heading == "Critic" else []
     charts = [chart for chart in charts if chart[1]]
     columns, size = (2, HALF) if len(charts) in (2, 4) else (3, SMALL)
     figures = [make_figure(*chart, size=size) for chart in charts]
@@ -287,6 +288,24 @@ def _accuracies(run: Run) -> list[tuple[str, plots.Draw | None, str]]:
             "Accuracy among references",
             plots.references(run.results),
             "The same at a gap of 1 or more, beside other ways to order the same texts.",
+        ),
+    ]
+
+
+def _critic(run: Run) -> list[tuple[str, plots.Draw | None, str]]:
+    rows = run.rows("ppo")
+    return [
+        (
+            "Explained variance by position",
+            critic_plots.by_position(rows),
+            "Of the tokens in each quarter of the responses. With a score at the end the last "
+            "quarter is learned first.",
+        ),
+        (
+            "Calibration",
+            critic_plots.calibration(rows),
+            "Each point is a fifth of the tokens, from the lowest values to the highest. Dashed: "
+            "values that are right on average; below it they are too high.",
         ),
     ]
 
