@@ -11,6 +11,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from ppo_jax.algorithms.scores import moment_metrics, shape_scores
 from ppo_jax.core.advantages import gae, length_adaptive_lambda, whiten
 from ppo_jax.core.checks import assert_counts
 from ppo_jax.core.critics import explained_variance
@@ -26,9 +27,9 @@ from ppo_jax.core.named import call_named, fields_of, function_name, reads_value
 from ppo_jax.core.network import Network, last_outputs, merge_params
 from ppo_jax.core.policy_losses import clipped_policy_loss
 from ppo_jax.core.renamed import renamed
-from ppo_jax.core.rewards import missing_eos_scores, token_rewards, token_scores
+from ppo_jax.core.rewards import token_rewards, token_scores
 from ppo_jax.core.sequence_losses import AGGREGATIONS
-from ppo_jax.core.shaping import clip_scores, overlong_penalty
+from ppo_jax.core.shaping import score_deviation
 from ppo_jax.core.types import (
     Experience,
     FrozenParams,
@@ -206,7 +207,8 @@ def make_experience(
     Args:
         rollout: B responses.
         scores: [B] float, one a response, or [B, T] float, one a token.
-        state: holds the critic, if there is one, and the coefficient of adaptive KL control.
+        state: holds the critic, if there is one, the coefficient of adaptive KL control, and the
+            moments of all scores with these among them, where they are normalized.
         hyperparameters: the numbers of rewards and advantages.
         frozen: holds the reference.
         networks: policy and critic are called.
@@ -363,7 +365,8 @@ def response_rewards(
     penalty at each.
 
     Of scores [B, T] the shaping and the metrics `reward/...score...` see the sum over a response.
-    What it changes is changed at the last token; what the missing-EOS rule replaces is 0 before.
+    What it changes is changed at the last token; what the missing-EOS rule replaces is 0 before,
+    and where scores are normalized those of tokens are divided by the same deviation.
 
     Returns:
         (rewards [B, T] float32, 0 where masked; metrics of scores, KL and responses).
@@ -372,10 +375,13 @@ def response_rewards(
     if scores.ndim == 2:
         of_tokens = token_scores(scores, mask)
         scores = of_tokens.sum(axis=1)
-    adjusted = shape_scores(scores, mask, rollout.has_eos, hyperparameters, options)
+    how = dict(missing_eos=options.missing_eos)
+    adjusted = shape_scores(scores, mask, rollout.has_eos, state, hyperparameters, **how)
     kl_coef = hyperparameters.kl_coef if options.kl_control == "fixed" else state.kl_coef
     credited = adjusted
     if of_tokens is not None:
+        if state.score_moments is not None:
+            of_tokens = of_tokens / score_deviation(state.score_moments)
         if options.missing_eos == "replace":
             of_tokens = jnp.where(rollout.has_eos[:, None], of_tokens, 0.0)
         credited = of_tokens + token_scores(adjusted - of_tokens.sum(axis=1), mask)
@@ -398,34 +404,4 @@ def response_rewards(
         "response/length": mask.sum(axis=1).astype(jnp.float32).mean(),
         "response/eos_fraction": rollout.has_eos.astype(jnp.float32).mean(),
     }
-    return rewards, metrics
-
-
-def shape_scores(
-    scores: jax.Array,
-    mask: jax.Array,
-    has_eos: jax.Array,
-    hyperparameters: Hyperparameters,
-    options: PPOOptions,
-) -> jax.Array:
-    """Scores [B] as PPO learns from them: clipped, by the missing-EOS rule, and less what a
-    response loses near its length limit, the T of the mask [B, T]."""
-    if hyperparameters.score_clip is not None:
-        scores = clip_scores(scores, limit=hyperparameters.score_clip)
-    scores = adjust_scores(scores, has_eos, hyperparameters, options)
-    if hyperparameters.overlong_tokens is None:
-        return scores
-    lengths = dict(max_length=mask.shape[1], cache_length=hyperparameters.overlong_tokens)
-    return scores + overlong_penalty(mask, **lengths)
-
-
-def adjust_scores(scores, has_eos, hyperparameters: Hyperparameters, options: PPOOptions):
-    """`options.missing_eos` applied to responses without a stop token."""
-    number = hyperparameters.missing_eos_score
-    match options.missing_eos:
-        case "keep":
-            return scores
-        case "replace":
-            return missing_eos_scores(scores, has_eos, replace=number)
-        case _:
-            return missing_eos_scores(scores, has_eos, penalty=number)
+    return rewards, metrics | moment_metrics(state)

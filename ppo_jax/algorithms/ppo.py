@@ -15,6 +15,7 @@ from ppo_jax.algorithms.experience import (
     response_scores,
     sample_responses,
 )
+from ppo_jax.algorithms.scores import count_scores
 from ppo_jax.algorithms.update import (
     average_updates,
     has_own_optimizer,
@@ -24,6 +25,7 @@ from ppo_jax.algorithms.update import (
 )
 from ppo_jax.core.kl import adaptive_kl_coef
 from ppo_jax.core.renamed import renamed
+from ppo_jax.core.shaping import Moments
 from ppo_jax.core.types import (
     FrozenParams,
     Hyperparameters,
@@ -35,14 +37,21 @@ from ppo_jax.core.types import (
 
 
 def init_ppo(
-    policy_params: Params, value_params: Params | None, hyperparameters: Hyperparameters
+    policy_params: Params,
+    value_params: Params | None,
+    hyperparameters: Hyperparameters,
+    *,
+    score_normalization: bool = False,
 ) -> PPOState:
     """The state before the first iteration; `value_params` is None without a critic.
+
+    With `score_normalization` it has the moments by which scores are normalized.
 
     The parameters are copied: the loops donate the state, so it shares no buffer with the reference
     or the reward model.
     """
     trained = jax.tree.map(jnp.copy, trained_params(policy_params, value_params))
+    zeros = dict(count=jnp.int32(0), mean=jnp.float32(0.0), m2=jnp.float32(0.0))
     return PPOState(
         step=jnp.int32(0),
         episodes=jnp.int32(0),
@@ -50,6 +59,7 @@ def init_ppo(
         value_params=trained.get("value"),
         opt_state=init_optimizers(trained, hyperparameters),
         kl_coef=jnp.array(hyperparameters.kl_coef, jnp.float32),  # a copy: donated as well
+        score_moments=Moments(**zeros) if score_normalization else None,
     )
 
 
@@ -66,6 +76,7 @@ def update_from_rollout(
     options: PPOOptions,
 ) -> tuple[PPOState, dict[str, jax.Array]]:
     """What follows the scores in an iteration: experience, update, KL control. Key consumed."""
+    state = count_scores(state, scores, rollout.response_mask)
     parts = dict(frozen=frozen, networks=networks, options=options)
     experience, metrics = make_experience(rollout, scores, state, hyperparameters, **parts)
     state, updates = ppo_update(state, experience, hyperparameters, key, **parts)

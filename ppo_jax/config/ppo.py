@@ -35,6 +35,7 @@ LEFT_OUT = {
     "stop_kl": math.inf,
     "score_clip": math.inf,
     "overlong_tokens": 0,
+    "length_penalty": 0,
     "gae_lambda_alpha": 0,
     "value_gae_lambda": -1,
     "kl_loss_coef": 0,
@@ -146,8 +147,13 @@ class PPOSettings:
     # last token
     missing_eos: str = "keep"  # the score of a response that was cut off: or "penalty", "replace"
     missing_eos_score: float = changeable(1.0)  # what is subtracted from it, or put in its place
+    score_normalization: bool = False  # scores less the mean of all scores of the run so far, in
+    # their standard deviations; score_clip, missing_eos and the penalties come after it
     score_clip: Limit = changeable(math.inf)  # scores are cut to at most this far from 0, before
     # missing_eos; inf is off
+    length_penalty: float = changeable(0.0)  # what a response loses for each of its tokens; 0 is
+    # off
+    length_penalty_free: int = changeable(0)  # tokens of a response that cost nothing
     overlong_tokens: int = changeable(0)  # the last tokens of response_length, over which a
     # response loses up to 1, the more it reaches into them; 0 is off
 
@@ -274,6 +280,15 @@ class PPOSettings:
         check.each("> 0", "score_clip")
         rule = f"from 0, which is off, to response_length ({self.response_length})"
         check.that(0 <= self.overlong_tokens <= self.response_length, "overlong_tokens", rule)
+        check.each(">= 0", "length_penalty")
+        free, rule = (
+            self.length_penalty_free,
+            f"from 0 to below response_length ({self.response_length})",
+        )
+        check.that(0 <= free < self.response_length, "length_penalty_free", rule)
+        check.that(
+            free == 0 or self.length_penalty > 0, "length_penalty_free", "0 without length_penalty"
+        )
         check.that(all(self.stop_tokens), "stop_tokens", "texts of at least one character")
 
     def _check_old_logprobs(self, check: Check):
