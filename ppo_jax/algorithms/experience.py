@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from ppo_jax.algorithms.scores import moment_metrics, shape_scores
+from ppo_jax.algorithms.selection import extreme_responses, keep_responses
 from ppo_jax.core.advantages import gae, length_adaptive_lambda, whiten
 from ppo_jax.core.checks import assert_counts
 from ppo_jax.core.critics import explained_variance
@@ -105,6 +106,7 @@ class PPOOptions:
     # "penalty": see `missing_eos_scores`
     old_logprobs: str = "rollout"  # those of the sampling, or "recompute"
     score_eos: int | None = None  # the `eos_id` of `response_scores`
+    keep_samples: int = 0  # of a prompt, that are learned from, see `extreme_responses`; 0: all
 
     def __post_init__(self):
         for name, allowed in CHOICES.items():
@@ -115,6 +117,11 @@ class PPOOptions:
         counts = ("num_epochs", "num_minibatches", "num_micro_batches", "value_updates")
         assert_counts(**{name: getattr(self, name) for name in counts})
         assert_counts(at_least=0, value_num_minibatches=self.value_num_minibatches)
+        samples, kept = self.sampling.samples_per_prompt, self.keep_samples
+        if kept and not (0 < kept < samples and kept % 2 == 0):
+            raise ValueError(
+                f"keep_samples must be 0, or even and from 2 to below {samples}, got {kept}"
+            )
         if not self.any_kl_estimator and self.kl_estimator not in REWARD_ESTIMATORS:
             raise ValueError(f"kl_estimator must be {REWARD_RULE}, got {self.kl_estimator!r}")
 
@@ -204,6 +211,10 @@ def make_experience(
 ) -> tuple[Experience, dict[str, jax.Array]]:
     """Rewards, advantages and returns of a rollout.
 
+    With `options.keep_samples` it is that of the kept responses alone. The estimator of advantages
+    still sees all of them, so that one that compares the samples of a prompt compares them all;
+    advantages are then whitened over the tokens of those that are kept.
+
     Args:
         rollout: B responses.
         scores: [B] float, one a response, or [B, T] float, one a token.
@@ -241,7 +252,11 @@ def make_experience(
     if networks.value is not None:
         critic = critic_values(rollout, state, frozen=frozen, networks=networks)
     values = critic["values"]
-    advantages, returns = estimate_advantages(rewards, values, mask, numbers, options)
+    kept = None
+    if options.keep_samples:
+        groups = dict(group_size=options.sampling.samples_per_prompt)
+        kept = extreme_responses(scores, mask, keep_samples=options.keep_samples, **groups)
+    advantages, returns = estimate_advantages(rewards, values, mask, numbers, options, kept)
     if values is not None and returns is not None:
         metrics["value/explained_variance"] = explained_variance(values, returns, mask)
     experience = Experience(
@@ -255,6 +270,9 @@ def make_experience(
         ref_logprobs=None if numbers.kl_loss_coef is None else jnp.where(mask, ref_logprobs, 0.0),
         **critic,
     )
+    if kept is not None:
+        count = len(mask) // options.sampling.samples_per_prompt * options.keep_samples
+        experience = keep_responses(experience, kept, count)
     return experience, metrics | weight_metrics
 
 
@@ -291,6 +309,7 @@ def estimate_advantages(
     mask: jax.Array,
     hyperparameters: Hyperparameters,
     options: PPOOptions,
+    kept: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Advantages by `options.advantage`, and what the critic learns.
 
@@ -298,6 +317,8 @@ def estimate_advantages(
     masked; `mask` [B, T]; `scores` [B], the sum of the rewards of a response; `group_size`, the
     responses to a prompt, which follow each other; and each number of `Hyperparameters` by its
     name. It returns the advantages, [B], one a response, or [B, T]; or (advantages, returns).
+
+    `kept` [B] bool is True on the responses whose tokens are whitened, None on all.
 
     Returns:
         (advantages [B, T] float32, 0 where masked, whitened if they are a critic's and the options
@@ -328,7 +349,9 @@ def estimate_advantages(
         own = numbers.value_gae_lambda
         trace = offered["gae_lambda"] if own is None else own
         _, returns = gae(rewards, values, mask, gamma=numbers.gamma, gae_lambda=trace)
-    return whiten(advantages, mask) if options.whiten_advantages else advantages, returns
+    if not options.whiten_advantages:
+        return advantages, returns
+    return whiten(advantages, mask if kept is None else mask & kept[:, None]), returns
 
 
 def policy_logprobs(

@@ -428,7 +428,12 @@ def analytic_flops(
         ),
         "scoring": scoring + positions * adapters,
         "update": update_flops(
-            policy, critic, num_epochs=s.num_epochs, trained=trained, **kernels, **sizes
+            policy,
+            critic,
+            num_epochs=s.num_epochs,
+            trained=trained,
+            **kernels,
+            **sizes | {"sequences": s.update_batch_size},
         ),
     }
     if models.reads_text:

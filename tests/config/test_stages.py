@@ -159,12 +159,14 @@ CHOICES = {
     "aggregation": "sequence_mean",
     "value_updates": 2,
     "value_num_minibatches": 4,
+    "keep_samples": 2,
 }
 
 
 @functools.cache
 def learned(**choice):
-    setup, options = tiny.setup(1, True), tiny.options(any_kl_estimator=True, **choice)
+    groups = dict(sampling=tiny.sampling(samples_per_prompt=4), any_kl_estimator=True)
+    setup, options = tiny.setup(1, True), tiny.options(**groups, **choice)
     hyperparameters = numbers(schedule="constant", value_optimizer=Optimizer(learning_rate=1e-3))
     parts = dict(frozen=setup.frozen, networks=setup.networks)
     state = setup.start(hyperparameters)
