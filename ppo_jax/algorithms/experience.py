@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from ppo_jax.algorithms.critics import critic_metrics
+from ppo_jax.algorithms.scores import moment_metrics, shape_scores
+from ppo_jax.algorithms.selection import extreme_responses, keep_responses
 from ppo_jax.core.advantages import gae, length_adaptive_lambda, whiten
 from ppo_jax.core.checks import assert_counts
 from ppo_jax.core.critic_free import running_baseline
@@ -27,9 +29,9 @@ from ppo_jax.core.named import call_named, fields_of, function_name, reads_value
 from ppo_jax.core.network import Network, last_outputs, merge_params
 from ppo_jax.core.policy_losses import clipped_policy_loss
 from ppo_jax.core.renamed import renamed
-from ppo_jax.core.rewards import missing_eos_scores, token_rewards, token_scores
+from ppo_jax.core.rewards import token_rewards, token_scores
 from ppo_jax.core.sequence_losses import AGGREGATIONS
-from ppo_jax.core.shaping import clip_scores, overlong_penalty
+from ppo_jax.core.shaping import score_deviation
 from ppo_jax.core.types import (
     Experience,
     FrozenParams,
@@ -105,6 +107,7 @@ class PPOOptions:
     # "penalty": see `missing_eos_scores`
     old_logprobs: str = "rollout"  # those of the sampling, or "recompute"
     score_eos: int | None = None  # the `eos_id` of `response_scores`
+    keep_samples: int = 0  # of a prompt, that are learned from, see `extreme_responses`; 0: all
 
     def __post_init__(self):
         for name, allowed in CHOICES.items():
@@ -115,6 +118,11 @@ class PPOOptions:
         counts = ("num_epochs", "num_minibatches", "num_micro_batches", "value_updates")
         assert_counts(**{name: getattr(self, name) for name in counts})
         assert_counts(at_least=0, value_num_minibatches=self.value_num_minibatches)
+        samples, kept = self.sampling.samples_per_prompt, self.keep_samples
+        if kept and not (0 < kept < samples and kept % 2 == 0):
+            raise ValueError(
+                f"keep_samples must be 0, or even and from 2 to below {samples}, got {kept}"
+            )
         if not self.any_kl_estimator and self.kl_estimator not in REWARD_ESTIMATORS:
             raise ValueError(f"kl_estimator must be {REWARD_RULE}, got {self.kl_estimator!r}")
 
@@ -204,10 +212,15 @@ def make_experience(
 ) -> tuple[Experience, dict[str, jax.Array]]:
     """Rewards, advantages and returns of a rollout.
 
+    With `options.keep_samples` it is that of the kept responses alone. The estimator of advantages
+    still sees all of them, so that one that compares the samples of a prompt compares them all;
+    advantages are then whitened over the tokens of those that are kept.
+
     Args:
         rollout: B responses.
         scores: [B] float, one a response, or [B, T] float, one a token.
-        state: holds the critic, if there is one, and the coefficient of adaptive KL control.
+        state: holds the critic, if there is one, the coefficient of adaptive KL control, and the
+            moments of all scores with these among them, where they are normalized.
         hyperparameters: the numbers of rewards and advantages.
         frozen: holds the reference.
         networks: policy and critic are called.
@@ -239,12 +252,17 @@ def make_experience(
     critic = dict(value_inputs=None, values=None)
     if networks.value is not None:
         critic = critic_values(rollout, state, frozen=frozen, networks=networks)
-    values, more = critic["values"], {}
+    values, more, kept = critic["values"], {}, None
     if (baseline := state.adaptive.get("baseline")) is not None:
         totals, more = rewards.sum(axis=1), {"baseline": baseline}
         metrics["reward/total_mean"] = totals.mean()
         metrics["reward/baseline"] = running_baseline(baseline, totals, decay=1.0)
-    advantages, returns = estimate_advantages(rewards, values, mask, numbers, options, more)
+    if options.keep_samples:
+        groups = dict(group_size=options.sampling.samples_per_prompt)
+        kept = extreme_responses(scores, mask, keep_samples=options.keep_samples, **groups)
+    advantages, returns = estimate_advantages(
+        rewards, values, mask, numbers, options, kept=kept, more=more
+    )
     if values is not None and returns is not None:
         metrics |= critic_metrics(values, returns, mask)
     experience = Experience(
@@ -258,6 +276,9 @@ def make_experience(
         ref_logprobs=None if numbers.kl_loss_coef is None else jnp.where(mask, ref_logprobs, 0.0),
         **critic,
     )
+    if kept is not None:
+        count = len(mask) // options.sampling.samples_per_prompt * options.keep_samples
+        experience = keep_responses(experience, kept, count)
     return experience, metrics | weight_metrics
 
 
@@ -294,6 +315,7 @@ def estimate_advantages(
     mask: jax.Array,
     hyperparameters: Hyperparameters,
     options: PPOOptions,
+    kept: jax.Array | None = None,
     more: Mapping[str, jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Advantages by `options.advantage`, and what the critic learns.
@@ -303,6 +325,8 @@ def estimate_advantages(
     responses to a prompt, which follow each other; each number of `Hyperparameters` by its name;
     and what is in `more`: `baseline`, with `Hyperparameters.baseline_decay`. It returns the
     advantages, [B], one a response, or [B, T]; or (advantages, returns).
+
+    `kept` [B] bool is True on the responses whose tokens are whitened, None on all.
 
     Returns:
         (advantages [B, T] float32, 0 where masked, whitened if they are a critic's and the options
@@ -334,7 +358,9 @@ def estimate_advantages(
         own = numbers.value_gae_lambda
         trace = offered["gae_lambda"] if own is None else own
         _, returns = gae(rewards, values, mask, gamma=numbers.gamma, gae_lambda=trace)
-    return whiten(advantages, mask) if options.whiten_advantages else advantages, returns
+    if not options.whiten_advantages:
+        return advantages, returns
+    return whiten(advantages, mask if kept is None else mask & kept[:, None]), returns
 
 
 def policy_logprobs(
@@ -371,7 +397,8 @@ def response_rewards(
     penalty at each.
 
     Of scores [B, T] the shaping and the metrics `reward/...score...` see the sum over a response.
-    What it changes is changed at the last token; what the missing-EOS rule replaces is 0 before.
+    What it changes is changed at the last token; what the missing-EOS rule replaces is 0 before,
+    and where scores are normalized those of tokens are divided by the same deviation.
 
     Returns:
         (rewards [B, T] float32, 0 where masked; metrics of scores, KL and responses).
@@ -380,10 +407,13 @@ def response_rewards(
     if scores.ndim == 2:
         of_tokens = token_scores(scores, mask)
         scores = of_tokens.sum(axis=1)
-    adjusted = shape_scores(scores, mask, rollout.has_eos, hyperparameters, options)
+    how = dict(missing_eos=options.missing_eos)
+    adjusted = shape_scores(scores, mask, rollout.has_eos, state, hyperparameters, **how)
     kl_coef = hyperparameters.kl_coef if options.kl_control == "fixed" else state.kl_coef
     credited = adjusted
     if of_tokens is not None:
+        if state.score_moments is not None:
+            of_tokens = of_tokens / score_deviation(state.score_moments)
         if options.missing_eos == "replace":
             of_tokens = jnp.where(rollout.has_eos[:, None], of_tokens, 0.0)
         credited = of_tokens + token_scores(adjusted - of_tokens.sum(axis=1), mask)
@@ -406,34 +436,4 @@ def response_rewards(
         "response/length": mask.sum(axis=1).astype(jnp.float32).mean(),
         "response/eos_fraction": rollout.has_eos.astype(jnp.float32).mean(),
     }
-    return rewards, metrics
-
-
-def shape_scores(
-    scores: jax.Array,
-    mask: jax.Array,
-    has_eos: jax.Array,
-    hyperparameters: Hyperparameters,
-    options: PPOOptions,
-) -> jax.Array:
-    """Scores [B] as PPO learns from them: clipped, by the missing-EOS rule, and less what a
-    response loses near its length limit, the T of the mask [B, T]."""
-    if hyperparameters.score_clip is not None:
-        scores = clip_scores(scores, limit=hyperparameters.score_clip)
-    scores = adjust_scores(scores, has_eos, hyperparameters, options)
-    if hyperparameters.overlong_tokens is None:
-        return scores
-    lengths = dict(max_length=mask.shape[1], cache_length=hyperparameters.overlong_tokens)
-    return scores + overlong_penalty(mask, **lengths)
-
-
-def adjust_scores(scores, has_eos, hyperparameters: Hyperparameters, options: PPOOptions):
-    """`options.missing_eos` applied to responses without a stop token."""
-    number = hyperparameters.missing_eos_score
-    match options.missing_eos:
-        case "keep":
-            return scores
-        case "replace":
-            return missing_eos_scores(scores, has_eos, replace=number)
-        case _:
-            return missing_eos_scores(scores, has_eos, penalty=number)
+    return rewards, metrics | moment_metrics(state)

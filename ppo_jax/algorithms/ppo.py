@@ -25,6 +25,7 @@ from ppo_jax.algorithms.experience import (
     response_scores,
     sample_responses,
 )
+from ppo_jax.algorithms.scores import count_scores
 from ppo_jax.algorithms.update import (
     average_updates,
     has_own_optimizer,
@@ -35,6 +36,7 @@ from ppo_jax.algorithms.update import (
 from ppo_jax.core.kl import adaptive_kl_coef, kl_estimate
 from ppo_jax.core.masking import masked_mean
 from ppo_jax.core.renamed import renamed
+from ppo_jax.core.shaping import Moments
 from ppo_jax.core.types import (
     Experience,
     FrozenParams,
@@ -47,14 +49,21 @@ from ppo_jax.core.types import (
 
 
 def init_ppo(
-    policy_params: Params, value_params: Params | None, hyperparameters: Hyperparameters
+    policy_params: Params,
+    value_params: Params | None,
+    hyperparameters: Hyperparameters,
+    *,
+    score_normalization: bool = False,
 ) -> PPOState:
     """The state before the first iteration; `value_params` is None without a critic.
+
+    With `score_normalization` it has the moments by which scores are normalized.
 
     The parameters are copied: the loops donate the state, so it shares no buffer with the reference
     or the reward model.
     """
     trained = jax.tree.map(jnp.copy, trained_params(policy_params, value_params))
+    zeros = dict(count=jnp.int32(0), mean=jnp.float32(0.0), m2=jnp.float32(0.0))
     return PPOState(
         step=jnp.int32(0),
         episodes=jnp.int32(0),
@@ -64,6 +73,7 @@ def init_ppo(
         kl_coef=jnp.array(hyperparameters.kl_coef, jnp.float32),  # a copy: donated as well
         adaptive=init_adaptive(hyperparameters),
         ref_params=init_reference(policy_params, hyperparameters),
+        score_moments=Moments(**zeros) if score_normalization else None,
     )
 
 
@@ -80,6 +90,7 @@ def update_from_rollout(
     options: PPOOptions,
 ) -> tuple[PPOState, dict[str, jax.Array]]:
     """What follows the scores in an iteration: experience, update, KL control. Key consumed."""
+    state = count_scores(state, scores, rollout.response_mask)
     parts = dict(frozen=moved_reference(frozen, state), networks=networks, options=options)
     numbers = adapted_numbers(hyperparameters, state)
     experience, metrics = make_experience(rollout, scores, state, numbers, **parts)

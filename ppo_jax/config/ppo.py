@@ -36,6 +36,7 @@ LEFT_OUT = {
     "stop_kl": math.inf,
     "score_clip": math.inf,
     "overlong_tokens": 0,
+    "length_penalty": 0,
     "gae_lambda_alpha": 0,
     "value_gae_lambda": -1,
     "kl_loss_coef": 0,
@@ -129,6 +130,8 @@ class PPOSettings:
     logits_chunk: int = 0  # response positions whose logits are held at a time; 0 is all. For a
     # large vocabulary that does not fit: the backward pass computes them again
     samples_per_prompt: int = 1  # responses of an iteration to each of its prompts
+    keep_samples: int = 0  # of them, that are learned from: half of them those of the highest
+    # scores, half of the lowest; 0 is all
     max_concurrent: int = 0  # responses decoded at a time; 0 is all. Fewer save work where lengths
     # differ much, and a KV cache of so many rows: when a response ends, the next prompt enters
     min_free_slots: int = 0  # free rows that prompts wait for, to enter together; 0 is a quarter
@@ -151,8 +154,13 @@ class PPOSettings:
     # last token
     missing_eos: str = "keep"  # the score of a response that was cut off: or "penalty", "replace"
     missing_eos_score: float = changeable(1.0)  # what is subtracted from it, or put in its place
+    score_normalization: bool = False  # scores less the mean of all scores of the run so far, in
+    # their standard deviations; score_clip, missing_eos and the penalties come after it
     score_clip: Limit = changeable(math.inf)  # scores are cut to at most this far from 0, before
     # missing_eos; inf is off
+    length_penalty: float = changeable(0.0)  # what a response loses for each of its tokens; 0 is
+    # off
+    length_penalty_free: int = changeable(0)  # tokens of a response that cost nothing
     overlong_tokens: int = changeable(0)  # the last tokens of response_length, over which a
     # response loses up to 1, the more it reaches into them; 0 is off
 
@@ -261,8 +269,11 @@ class PPOSettings:
         rule = f"at most {most:,}: the state counts responses in int32"
         check.that(self.num_iterations <= most, "num_iterations", rule)
         parts, samples = self.num_minibatches * self.num_micro_batches, self.samples_per_prompt
-        check.multiple("rollout_batch_size", parts, "num_minibatches x num_micro_batches")
         check.multiple("rollout_batch_size", samples, "samples_per_prompt")
+        kept = self.keep_samples
+        rule = f"0, or an even number from 2 to below samples_per_prompt ({samples})"
+        check.that(kept == 0 or (0 < kept < samples and kept % 2 == 0), "keep_samples", rule)
+        self._check_parts(check, parts, "num_minibatches x num_micro_batches")
         possible = self.num_micro_batches > 1 or not self.packing
         rule = "False unless num_micro_batches > 1: it saves whole micro-batches"
         check.that(possible, "packing", rule)
@@ -274,6 +285,20 @@ class PPOSettings:
             rule = f"0, or a multiple of samples_per_prompt ({samples}) up to {of} ({most})"
             holds = 0 <= value <= most and value % samples == 0
             check.that(holds, field, rule if most else f"0 without {of}")
+
+    @property
+    def update_batch_size(self) -> int:
+        """Responses of an iteration that are learned from."""
+        kept = self.keep_samples or self.samples_per_prompt
+        return self.rollout_batch_size // self.samples_per_prompt * kept
+
+    def _check_parts(self, check: Check, parts: int, words: str):
+        """The responses that are learned from fall into so many parts."""
+        if not self.keep_samples:
+            return check.multiple("rollout_batch_size", parts, words)
+        rule = "a number by which rollout_batch_size / samples_per_prompt x keep_samples is a "
+        rule += f"multiple of {words} ({parts}); it is {self.update_batch_size}"
+        check.that(self.update_batch_size % parts == 0, "keep_samples", rule)
 
     def _check_sampling(self, check: Check):
         check.each("> 0", "max_prompt_length", "response_length", "prompt_buckets", "temperature")
@@ -290,6 +315,15 @@ class PPOSettings:
         check.each("> 0", "score_clip")
         rule = f"from 0, which is off, to response_length ({self.response_length})"
         check.that(0 <= self.overlong_tokens <= self.response_length, "overlong_tokens", rule)
+        check.each(">= 0", "length_penalty")
+        free, rule = (
+            self.length_penalty_free,
+            f"from 0 to below response_length ({self.response_length})",
+        )
+        check.that(0 <= free < self.response_length, "length_penalty_free", rule)
+        check.that(
+            free == 0 or self.length_penalty > 0, "length_penalty_free", "0 without length_penalty"
+        )
         check.that(all(self.stop_tokens), "stop_tokens", "texts of at least one character")
 
     def _check_old_logprobs(self, check: Check):
@@ -369,8 +403,7 @@ class PPOSettings:
         own = self.value_gae_lambda
         check.that(own == -1 or 0 <= own <= 1, "value_gae_lambda", "in [0, 1], or -1")
         steps = (self.value_num_minibatches or self.num_minibatches) * self.num_micro_batches
-        words = "value_num_minibatches x num_micro_batches"
-        check.multiple("rollout_batch_size", steps, words)
+        self._check_parts(check, steps, "value_num_minibatches x num_micro_batches")
         optimizer = self.value_optimizer.over(self.optimizer, self.value_learning_rate)
         check_optimizer(Check(optimizer, "ppo.value_optimizer"))
         if self.critic_has_optimizer:

@@ -175,14 +175,24 @@ def normalize_scores(scores: jax.Array, moments: Moments, *, shift_mean: bool = 
     [-1.0, 3.0]
     """
     chex.assert_type(scores, float)
+    mean = jnp.asarray(moments.mean, jnp.float32)
+    centred = (scores.astype(jnp.float32) - mean) / score_deviation(moments)
+    return centred if shift_mean else centred + mean
+
+
+def score_deviation(moments: Moments) -> jax.Array:
+    """What `normalize_scores` divides by, [] float32: √(M2 / n + 1e-8), or infinity where the
+    numbers were equal but for rounding.
+
+    >>> score_deviation(update_moments(Moments(), jnp.array([1.0, 5.0]))).item()
+    2.0
+    """
     count, mean, m2 = (
         jnp.asarray(x, jnp.float32) for x in (moments.count, moments.mean, moments.m2)
     )
     variance = m2 / jnp.maximum(count, 1.0)
     is_rounding = jnp.sqrt(variance) <= 8 * jnp.finfo(jnp.float32).eps * jnp.abs(mean)
-    centred = (scores.astype(jnp.float32) - mean) / jnp.sqrt(variance + 1e-8)
-    centred = jnp.where(is_rounding, 0.0, centred)
-    return centred if shift_mean else centred + mean
+    return jnp.where(is_rounding, jnp.inf, jnp.sqrt(variance + 1e-8))
 
 
 def length_penalty(mask: jax.Array, *, coef: Number, free_tokens: Number = 0.0) -> jax.Array:

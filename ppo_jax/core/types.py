@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from ppo_jax.core.renamed import renamed
+from ppo_jax.core.shaping import Moments
 
 Params = dict[str, Any]
 
@@ -142,6 +143,8 @@ class Hyperparameters:
     divergence_limit: jax.Array | float = 0.15  # see `dppo_policy_loss`
     missing_eos_score: jax.Array | float = 0.0  # replaces, or is subtracted from, the score
     score_clip: jax.Array | float | None = None  # scores are within it of 0; None is off
+    length_penalty: jax.Array | float | None = None  # of a score for each token; None is off
+    length_penalty_free: jax.Array | float = 0.0  # tokens that cost nothing
     overlong_tokens: jax.Array | float | None = None  # see `overlong_penalty`; None is off
     stop_kl: jax.Array | float | None = None  # nats a token, see `ppo_update`; None is off
     tis_clip_low: jax.Array | float = 1.0  # limits of the weights of recomputed log-probs; 1 and
@@ -169,6 +172,7 @@ class PPOState:
     kl_coef: jax.Array  # [] float32, moved by adaptive control alone
     adaptive: dict[str, jax.Array] = struct.field(default_factory=dict)  # see `init_adaptive`
     ref_params: Params | None = None  # the reference, where it moves; None: that of `FrozenParams`
+    score_moments: Moments | None = None  # of all scores so far; None: they are not normalized
 
 
 @struct.dataclass(kw_only=True)

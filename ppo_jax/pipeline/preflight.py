@@ -428,11 +428,12 @@ def check_batch_rows(settings: PPOSettings, layouts: Sequence[Layout]):
     s = settings
     parts = s.num_minibatches * s.num_micro_batches
     shards = math.lcm(*(layout.num_shards("batch") for layout in layouts))
-    if s.rollout_batch_size % (parts * shards):
+    if s.update_batch_size % (parts * shards):
+        part = " / samples_per_prompt x keep_samples" if s.keep_samples else ""
         raise ValueError(
-            f"ppo.rollout_batch_size must be a multiple of num_minibatches x num_micro_batches "
-            f"x the {shards} shards of a batch ({parts * shards}), got "
-            f"{s.rollout_batch_size}"
+            f"ppo.rollout_batch_size{part} must be a multiple of num_minibatches x "
+            f"num_micro_batches x the {shards} shards of a batch ({parts * shards}), got "
+            f"{s.update_batch_size}"
         )
     sampling = Sampling(
         response_length=1,

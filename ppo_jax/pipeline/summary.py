@@ -125,7 +125,7 @@ def reward_rows(config: Config, start: ModelSpec, steps: int) -> Rows:
 
 def ppo_rows(s: PPOSettings, model: ModelConfig) -> Rows:
     steps = s.num_epochs * s.num_minibatches
-    minibatch = s.rollout_batch_size // s.num_minibatches
+    minibatch = s.update_batch_size // s.num_minibatches
     micro_batch = minibatch // s.num_micro_batches
     length = s.max_prompt_length + s.response_length
     episodes = s.rollout_batch_size * s.num_iterations
@@ -141,6 +141,7 @@ def ppo_rows(s: PPOSettings, model: ModelConfig) -> Rows:
             f"{steps} optimizer steps of {minibatch} episodes, {micro_batch} {unit}at a time",
         ),
         *critic_rows(s),
+        *selection_rows(s),
         ("ppo in all", f"{episodes} episodes, {steps * s.num_iterations} optimizer steps"),
         ("ppo tokens a step", f"{minibatch * s.response_length} response tokens at most"),
         ("KV cache", f"{size_of(cache)}, {slots} responses at a time"),
@@ -153,8 +154,17 @@ def critic_rows(s: PPOSettings) -> Rows:
     if not s.critic_has_optimizer:
         return []
     minibatches = s.value_num_minibatches or s.num_minibatches
-    steps, size = s.num_epochs * s.value_updates * minibatches, s.rollout_batch_size // minibatches
+    steps, size = s.num_epochs * s.value_updates * minibatches, s.update_batch_size // minibatches
     return [("critic update", f"{steps} optimizer steps of its own, of {size} episodes")]
+
+
+def selection_rows(s: PPOSettings) -> Rows:
+    """Which responses are learned from, where not all are."""
+    if not s.keep_samples:
+        return []
+    half = s.keep_samples // 2
+    what = f"the {half} best and the {half} worst of {s.samples_per_prompt} responses to a prompt"
+    return [("ppo learns from", what)]
 
 
 def evaluation_rows(config: Config) -> Rows:

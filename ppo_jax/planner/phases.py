@@ -21,7 +21,6 @@ from ppo_jax.algorithms.experience import (
     response_scores,
     sample_responses,
 )
-from ppo_jax.algorithms.ppo import init_ppo
 from ppo_jax.algorithms.supervised import text_scores
 from ppo_jax.algorithms.update import ppo_update
 from ppo_jax.config.objectives import needs_critic
@@ -61,6 +60,7 @@ from ppo_jax.training.ppo_setup import (
     make_options,
     network_starts,
     split_models,
+    state_maker,
 )
 
 
@@ -327,7 +327,7 @@ class AbstractArguments:
             return jax.tree.map(lambda x: x.astype(config.model.frozen_dtype), split(params)[0])
 
         def state(params: Sequence[Params], hyperparameters: Hyperparameters) -> PPOState:
-            return init_ppo(*split(params)[1:], hyperparameters)
+            return state_maker(s)(*split(params)[1:], hyperparameters)
 
         params = [m and m.params for m in abstract_models]
         self.frozen = abstract(self.layout, frozen, params)
@@ -428,7 +428,12 @@ def analytic_flops(
         ),
         "scoring": scoring + positions * adapters,
         "update": update_flops(
-            policy, critic, num_epochs=s.num_epochs, trained=trained, **kernels, **sizes
+            policy,
+            critic,
+            num_epochs=s.num_epochs,
+            trained=trained,
+            **kernels,
+            **sizes | {"sequences": s.update_batch_size},
         ),
     }
     if models.reads_text:

@@ -257,7 +257,7 @@ def possible_changes(plan: Plan) -> dict[str, str]:
             f"mesh.model={2 * tensor} and mesh.fsdp={fsdp // 2}: halves the policy's copy in the "
             "rollout, the KV cache and the logits of a row"
         )
-    if not ppo.rollout_batch_size % (2 * data * fsdp * ppo.num_minibatches * ppo.num_micro_batches):
+    if not ppo.update_batch_size % (2 * data * fsdp * ppo.num_minibatches * ppo.num_micro_batches):
         changes["micro_batches"] = (
             f"ppo.num_micro_batches={2 * ppo.num_micro_batches}: half of the activations at a time"
         )

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ppo_jax.algorithms.ppo import init_ppo
 from ppo_jax.algorithms.supervised import text_scores
 from ppo_jax.algorithms.sweep import (
     LaneAxes,
@@ -56,6 +55,7 @@ from ppo_jax.training.ppo_setup import (
     setup_of,
     split_models,
     starts_of,
+    state_maker,
 )
 from ppo_jax.training.resume import fingerprint
 from ppo_jax.training.reward_functions import load_reward_functions
@@ -139,7 +139,7 @@ def train_lanes(lanes: Sequence[Lane]) -> dict[Path, str]:
     seeds = [lane.config.ppo_seed for lane in lanes]
     with runs:
         args = [(*start, own) for start, own in zip(starts, numbers, strict=True)]
-        states = runs.restore(init_ppo, args)
+        states = runs.restore(state_maker(settings), args)
         del starts, args
         iterate = make_iteration(program, states, score)
         hyperparameters = program.setup.hyperparameters

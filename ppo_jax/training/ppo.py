@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from ppo_jax.algorithms.experience import PPOOptions, response_scores, sample_responses
-from ppo_jax.algorithms.ppo import init_ppo, ppo_iteration, update_from_rollout
+from ppo_jax.algorithms.ppo import ppo_iteration, update_from_rollout
 from ppo_jax.algorithms.supervised import text_scores
 from ppo_jax.config.parsing import FunctionFailed
 from ppo_jax.config.ppo import PPOSettings, names_critic
@@ -33,7 +33,7 @@ from ppo_jax.training.ppo_evaluation import (
     is_due,
     make_sample_and_measure,
 )
-from ppo_jax.training.ppo_setup import Setup, begin_models, make_setup
+from ppo_jax.training.ppo_setup import Setup, begin_models, make_setup, state_maker
 from ppo_jax.training.resume import fingerprint
 from ppo_jax.training.reward_functions import (
     RewardFunction,
@@ -93,7 +93,7 @@ def train_ppo(
     del policy, reward, critic, models, scorer  # the setup has what is used of them
     samples = make_sampler(setup, tokenizer, data, settings, score, layout, sampler)
     with ppo_run(config, workdir) as run:
-        state = run.restore(layout, init_ppo, *start, setup.hyperparameters)
+        state = run.restore(layout, state_maker(settings), *start, setup.hyperparameters)
         if evaluation is not None and run.start < num_steps:
             run.expect(evaluation.begin(dataclasses.replace(state, policy_params=start[0])))
         del start

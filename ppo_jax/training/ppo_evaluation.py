@@ -107,7 +107,8 @@ def compile_sampler(setup: Setup, layout: Layout):
 def sampler_options(options: PPOOptions) -> PPOOptions:
     """Those by which samples are made: one of each prompt, all at once."""
     once = dict(samples_per_prompt=1, max_concurrent=0, min_free_slots=0)
-    return dataclasses.replace(options, sampling=dataclasses.replace(options.sampling, **once))
+    sampling = dataclasses.replace(options.sampling, **once)
+    return dataclasses.replace(options, sampling=sampling, keep_samples=0)
 
 
 def make_sample_and_measure(

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ppo_jax.algorithms.experience import PPONetworks, PPOOptions, Sampler
+from ppo_jax.algorithms.ppo import init_ppo
 from ppo_jax.config.objectives import (
     advantage_function,
     keeps_baseline,
@@ -18,7 +19,7 @@ from ppo_jax.config.objectives import (
 )
 from ppo_jax.config.ppo import LEFT_OUT, PPOSettings
 from ppo_jax.core.network import Network, merge_params
-from ppo_jax.core.types import FrozenParams, Hyperparameters, Params
+from ppo_jax.core.types import FrozenParams, Hyperparameters, Params, PPOState
 from ppo_jax.distributed.layout import Layout, init_sharded
 from ppo_jax.inference.generate import make_sampling
 from ppo_jax.io.model_spec import reread_reason
@@ -73,6 +74,11 @@ def make_options(settings: PPOSettings, sampling: Sampling, eos_id: int) -> PPOO
         score_eos=eos_id if settings.score_at == "eos" and sampling.other_ends(eos_id) else None,
         **{name: getattr(settings, name) for name in names},
     )
+
+
+def state_maker(settings: PPOSettings) -> Callable[..., PPOState]:
+    """`init_ppo` with what these settings move besides parameters."""
+    return functools.partial(init_ppo, score_normalization=settings.score_normalization)
 
 
 def same(a: Params, b: Params) -> bool:

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ppo_jax.algorithms.experience import adjust_scores
 from ppo_jax.algorithms.ppo import init_ppo
+from ppo_jax.algorithms.scores import adjust_scores
 from ppo_jax.algorithms.supervised import text_scores
 from ppo_jax.core.kl import adaptive_kl_coef
 from tests.support import tiny
@@ -102,7 +102,7 @@ def test_the_rule_for_responses_without_a_stop_token(rule, expected):
         jnp.array([1.0, 2.0]),
         jnp.array([True, False]),
         tiny.hyperparameters(missing_eos_score=-3.0),
-        tiny.options(missing_eos=rule),
+        missing_eos=rule,
     )
     assert got.tolist() == expected
 

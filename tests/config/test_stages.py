@@ -39,6 +39,7 @@ NUMBERS = dict(
     stop_kl=1e9,
     score_clip=1e9,
     overlong_tokens=1.0,
+    length_penalty=1e-6,
     value_gae_lambda=0.9,
     kl_loss_coef=0.1,
 )
@@ -70,6 +71,8 @@ CHANGES = {
     "stop_kl": 1e-6,
     "score_clip": 0.01,
     "overlong_tokens": 8.0,
+    "length_penalty": 0.5,
+    "length_penalty_free": 4.0,
     "critic_warmup": 2.0,
     "value_gae_lambda": 0.3,
     "kl_loss_coef": 0.5,
@@ -156,12 +159,14 @@ CHOICES = {
     "aggregation": "sequence_mean",
     "value_updates": 2,
     "value_num_minibatches": 4,
+    "keep_samples": 2,
 }
 
 
 @functools.cache
 def learned(**choice):
-    setup, options = tiny.setup(1, True), tiny.options(any_kl_estimator=True, **choice)
+    groups = dict(sampling=tiny.sampling(samples_per_prompt=4), any_kl_estimator=True)
+    setup, options = tiny.setup(1, True), tiny.options(**groups, **choice)
     hyperparameters = numbers(schedule="constant", value_optimizer=Optimizer(learning_rate=1e-3))
     parts = dict(frozen=setup.frozen, networks=setup.networks)
     state = setup.start(hyperparameters)

@@ -81,7 +81,7 @@ def advantages(shape):
                 mask,
                 numbers,
                 tiny.options(advantage=function, sampling=tiny.sampling(samples_per_prompt=GROUP)),
-                {"baseline": jnp.float32(0.5)} if keeps_baseline(name) else {},
+                more={"baseline": jnp.float32(0.5)} if keeps_baseline(name) else {},
             )
             for name, function in ADVANTAGES.items()
         }
