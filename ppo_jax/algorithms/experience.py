@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from ppo_jax.core.advantages import gae, length_adaptive_lambda, whiten
 from ppo_jax.core.checks import assert_counts
 from ppo_jax.core.critics import explained_variance
-from ppo_jax.core.importance import importance_weights
+from ppo_jax.core.importance import CORRECTIONS, importance_weights
 from ppo_jax.core.kl import (
     ESTIMATORS,
     REWARD_ESTIMATORS,
@@ -22,7 +22,13 @@ from ppo_jax.core.kl import (
     kl_estimate,
 )
 from ppo_jax.core.masking import last_token_index, masked_moments
-from ppo_jax.core.named import call_named, fields_of, function_name, reads_values
+from ppo_jax.core.named import (
+    call_named,
+    fields_of,
+    function_name,
+    reads_behavior,
+    reads_values,
+)
 from ppo_jax.core.network import Network, last_outputs, merge_params
 from ppo_jax.core.policy_losses import clipped_policy_loss
 from ppo_jax.core.renamed import renamed
@@ -69,6 +75,7 @@ class PPONetworks(NamedTuple):
 
 CHOICES = {
     "aggregation": AGGREGATIONS,
+    "importance": tuple(CORRECTIONS),
     "kl_control": ("adaptive", "fixed"),
     "kl_estimator": tuple(ESTIMATORS),
     "missing_eos": ("keep", "penalty", "replace"),
@@ -103,6 +110,8 @@ class PPOOptions:
     missing_eos: str = "keep"  # the score of a response without a stop token, or "replace", or
     # "penalty": see `missing_eos_scores`
     old_logprobs: str = "rollout"  # those of the sampling, or "recompute"
+    importance: str = "token"  # of the recomputed ones, whose weight and what of those outside of
+    # the limits, see `CORRECTIONS`
     score_eos: int | None = None  # the `eos_id` of `response_scores`
 
     def __post_init__(self):
@@ -114,6 +123,9 @@ class PPOOptions:
         counts = ("num_epochs", "num_minibatches", "num_micro_batches", "value_updates")
         assert_counts(**{name: getattr(self, name) for name in counts})
         assert_counts(at_least=0, value_num_minibatches=self.value_num_minibatches)
+        if reads_behavior(self.loss) and self.old_logprobs != "recompute":
+            rule = 'needs old_logprobs="recompute": otherwise its two policies are one'
+            raise ValueError(f"{function_name(self.loss)} {rule}")
         if not self.any_kl_estimator and self.kl_estimator not in REWARD_ESTIMATORS:
             raise ValueError(f"kl_estimator must be {REWARD_RULE}, got {self.kl_estimator!r}")
 
@@ -226,11 +238,12 @@ def make_experience(
     policy_inputs = rollout.tokens if networks.trunk is None else rollout.hidden_states
     parts = dict(policy_inputs=policy_inputs, frozen=frozen, networks=networks)
     ref_logprobs = policy_logprobs(rollout, frozen.ref_policy, numbers, **parts)
-    weights, weight_metrics = jnp.float32(1.0), {}
+    weights, weight_metrics, sampled_logprobs = jnp.float32(1.0), {}, rollout.logprobs
     if options.old_logprobs == "recompute":
         logprobs = policy_logprobs(rollout, state.policy_params, numbers, **parts)
-        limits = dict(low=numbers.tis_clip_low, high=numbers.tis_clip_high)
-        weights, weight_metrics = importance_weights(logprobs, rollout.logprobs, mask, **limits)
+        how = dict(low=numbers.tis_clip_low, high=numbers.tis_clip_high)
+        how |= CORRECTIONS[options.importance]
+        weights, weight_metrics = importance_weights(logprobs, sampled_logprobs, mask, **how)
         rollout = dataclasses.replace(rollout, logprobs=jnp.where(mask, logprobs, 0.0))
     rewards, metrics = response_rewards(rollout, scores, ref_logprobs, state, numbers, options)
     if options.whiten_rewards:
@@ -251,6 +264,7 @@ def make_experience(
         advantages=advantages * weights,
         returns=returns,
         ref_logprobs=None if numbers.kl_loss_coef is None else jnp.where(mask, ref_logprobs, 0.0),
+        behavior_logprobs=sampled_logprobs if reads_behavior(options.loss) else None,
         **critic,
     )
     return experience, metrics | weight_metrics

@@ -76,6 +76,7 @@ def experience_loss(
 
     The loss of the policy, `options.loss`, is given what it has parameters for: `logprobs`,
     `old_logprobs`, `advantages`, `mask`, [B, T] each; `weights` and `segment_ids`, [B, T] or None;
+    `behavior_logprobs`, [B, T], those of the sampling, where the old ones are recomputed;
     `normalizer`; and each number of `Hyperparameters` by its name.
 
     Args:
@@ -115,6 +116,7 @@ def experience_loss(
         advantages=e.advantages,
         returns=e.returns,
         policy_loss=clipped_policy_loss if options is None else options.loss,
+        behavior_logprobs=e.behavior_logprobs,
         weights=e.weights,
         segment_ids=response_numbers(e),
         normalizer=normalizer,

@@ -18,7 +18,11 @@ from ppo_jax.core.named import (
     reads_values,
     unknown_parameters,
 )
-from ppo_jax.core.off_policy_losses import cispo_policy_loss, dppo_policy_loss
+from ppo_jax.core.off_policy_losses import (
+    cispo_policy_loss,
+    decoupled_policy_loss,
+    dppo_policy_loss,
+)
 from ppo_jax.core.policy_losses import (
     clipped_policy_loss,
     dual_clip_policy_loss,
@@ -43,6 +47,7 @@ LOSSES: Mapping[str, Callable] = {
     "gspo": gspo_policy_loss,
     "cispo": cispo_policy_loss,
     "dppo": dppo_policy_loss,
+    "decoupled": decoupled_policy_loss,
     "kl_penalty": kl_penalty_policy_loss,
     "policy_gradient": vpg_policy_loss,
 }

@@ -25,8 +25,9 @@ from ppo_jax.config.stages import (
     check_trainable,
 )
 from ppo_jax.core.distributions import MIN_TEMPERATURE
+from ppo_jax.core.importance import CORRECTIONS
 from ppo_jax.core.kl import ESTIMATORS, REWARD_ESTIMATORS, REWARD_RULE
-from ppo_jax.core.named import parameters
+from ppo_jax.core.named import parameters, reads_behavior
 from ppo_jax.core.sequence_losses import AGGREGATIONS
 
 RATIO_RULE = "in (0, 1), or inf"
@@ -158,6 +159,9 @@ class PPOSettings:
     tis_clip_low: float = changeable(1.0)  # with "recompute": the least weight of a token, which is
     # the ratio of the two probabilities, times its advantage
     tis_clip_high: float = changeable(1.0)  # the greatest; 1 and 1 is off, 0 and 2 is usual
+    importance: str = changeable("token")  # the weights within these limits: "token"; or that of
+    # the whole response for each of its tokens, "sequence", the product of the tokens' ratios, or
+    # "sequence_mean", their geometric mean; or "icepop", by token, and 0 outside of the limits
 
     # Rewards, advantages and losses
 
@@ -165,7 +169,8 @@ class PPOSettings:
     # "dr_grpo", "reinforce_plus_plus_baseline" against the other samples of a prompt,
     # "reinforce_plus_plus" over all tokens; or "module:function", see "How to add an advantage"
     loss: str = "clip"  # of the policy; or "dual_clip", "gspo", "cispo", "dppo", "kl_penalty",
-    # "policy_gradient"; or "module:function", see "How to add a loss"
+    # "policy_gradient"; with old_logprobs="recompute" also "decoupled"; or "module:function", see
+    # "How to add a loss"
     aggregation: str = "token_mean"  # of the tokens' losses: their mean; or "sequence_mean", the
     # mean of the means of responses; or "constant", their sum by responses x response_length
     kl_coef: float = changeable(0.05)  # reward per nat
@@ -195,6 +200,8 @@ class PPOSettings:
     # advantage is below 0
     penalty_coef: float = changeable(1.0)  # with loss="kl_penalty": of the KL from the old policy
     divergence_limit: float = changeable(0.15)  # with loss="dppo": of the change of a probability
+    behavior_weight_limit: Limit = changeable(math.inf)  # with loss="decoupled": the greatest
+    # weight of a token, its old probability by that of the sampling; inf is none
     kl_loss_coef: float = changeable(0.0)  # of a KL from the reference in the loss, per nat: k3,
     # weighted by the ratio; 0 is off
     critic_warmup: int = changeable(0)  # iterations, the first, in which the policy stays as it is
@@ -284,6 +291,9 @@ class PPOSettings:
         recomputed, rule = self.old_logprobs == "recompute", '1 unless old_logprobs is "recompute"'
         check.that(recomputed or low == 1, "tis_clip_low", rule)
         check.that(recomputed or high == 1, "tis_clip_high", rule)
+        check.choice("importance", *CORRECTIONS)
+        rule = "'token' unless tis_clip_low is below tis_clip_high: 1 and 1 is no weight"
+        check.that(self.importance == "token" or low < high, "importance", rule)
 
     def _check_objective(self, check: Check):
         check.each("> 0", "target_kl", "kl_horizon", "value_clip_range", "stop_kl", "max_ref_kl")
@@ -313,11 +323,19 @@ class PPOSettings:
         if "gamma" not in advantage:
             rule = f"1 with advantage={self.advantage!r}, which compares whole responses"
             check.that(self.gamma == 1, "gamma", rule)
-        for field in ("dual_clip", "penalty_coef", "divergence_limit"):
+        of_losses = ("dual_clip", "penalty_coef", "divergence_limit", "behavior_weight_limit")
+        for field in of_losses:
             rule = f"{getattr(type(self), field):g} unless the loss takes it"
             unread = getattr(self, field) == getattr(type(self), field)
             check.that(field in loss or unread, field, rule)
         check.that(self.dual_clip > 1, "dual_clip", "> 1")
+        check.each("> 0", "behavior_weight_limit")
+        if reads_behavior(loss_function(self.loss)):
+            rule = f"'recompute' with loss={self.loss!r}: otherwise its two policies are one"
+            check.that(self.old_logprobs == "recompute", "old_logprobs", rule)
+            rule = f"1 with loss={self.loss!r}, which has the weights itself"
+            check.that(self.tis_clip_low == 1, "tis_clip_low", rule)
+            check.that(self.tis_clip_high == 1, "tis_clip_high", rule)
         check.each(">= 0", "penalty_coef", "divergence_limit", "kl_loss_coef")
         check.choice("aggregation", *AGGREGATIONS)
         rule = f"'token_mean' with loss={self.loss!r}, which takes no weights"

@@ -14,7 +14,7 @@ from typing import Any
 # `Hyperparameters`. See `estimate_advantages` and `experience_loss`.
 ADVANTAGE_INPUTS = ("rewards", "values", "mask", "scores", "group_size")
 LOSS_INPUTS = ("logprobs", "old_logprobs", "advantages", "mask", "weights", "segment_ids")
-LOSS_INPUTS += ("normalizer",)
+LOSS_INPUTS += ("normalizer", "behavior_logprobs")
 
 
 def parameters(function: Callable) -> Mapping[str, bool]:
@@ -47,6 +47,16 @@ def is_of_sequences(loss: Callable) -> bool:
     True
     """
     return "segment_ids" in parameters(loss)
+
+
+def reads_behavior(loss: Callable) -> bool:
+    """Whether a loss of the policy tells the policy that sampled from the one that its ratio starts
+    from: it has a parameter `behavior_logprobs`.
+
+    >>> reads_behavior(lambda logprobs, behavior_logprobs: logprobs)
+    True
+    """
+    return "behavior_logprobs" in parameters(loss)
 
 
 def unknown_parameters(function: Callable, names: Any) -> list[str]:

@@ -67,11 +67,13 @@ class Experience:
     mask: jax.Array  # [B, L] bool
     response_tokens: jax.Array  # [B, T] int32
     response_mask: jax.Array  # [B, T] bool
-    logprobs: jax.Array  # [B, T] float32, of the behaviour policy
+    logprobs: jax.Array  # [B, T] float32, of the policy that the ratio starts from
     values: jax.Array | None  # [B, T] float32, before token t is emitted; None without a critic
     advantages: jax.Array  # [B, T] float32, see `PPOOptions.advantage`
     returns: jax.Array | None  # [B, T] float32; None without a critic
     ref_logprobs: jax.Array | None = None  # [B, T] float32, where the loss has a KL in it
+    behavior_logprobs: jax.Array | None = None  # [B, T] float32, of the policy that sampled, where
+    # the loss tells it from that of `logprobs`
     weights: jax.Array | None = None  # [B, T] float32 of a token's term of the loss; None is 1
     segment_ids: jax.Array | None = None  # [B, L - 1] int32, as in `TextBatch`
     output_positions: jax.Array | None = None  # [B, T] int32, predict the response tokens
@@ -134,6 +136,7 @@ class Hyperparameters:
     dual_clip: jax.Array | float = 3.0  # see `dual_clip_policy_loss`
     penalty_coef: jax.Array | float = 1.0  # see `kl_penalty_policy_loss`
     divergence_limit: jax.Array | float = 0.15  # see `dppo_policy_loss`
+    behavior_weight_limit: jax.Array | float = jnp.inf  # see `decoupled_policy_loss`
     missing_eos_score: jax.Array | float = 0.0  # replaces, or is subtracted from, the score
     score_clip: jax.Array | float | None = None  # scores are within it of 0; None is off
     overlong_tokens: jax.Array | float | None = None  # see `overlong_penalty`; None is off

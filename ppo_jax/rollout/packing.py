@@ -129,6 +129,7 @@ def packed_experience(experience: Experience, rows: PackedRows) -> Experience:
         advantages=of_tokens(e.advantages),
         returns=of_tokens(e.returns),
         ref_logprobs=of_tokens(e.ref_logprobs),
+        behavior_logprobs=of_tokens(e.behavior_logprobs),
         weights=of_tokens(e.weights),
         segment_ids=rows.segment_ids,
         output_positions=rows.output_positions,

@@ -33,6 +33,9 @@ def plain(logprobs, advantages, mask, *, normalizer):
     return -masked_mean(logprobs * advantages, mask, normalizer=normalizer), {}
 
 
+DECOUPLED = {"loss": "decoupled", "old_logprobs": "recompute"}
+
+
 def greedy(scores, reference_text):
     return scores
 
@@ -58,6 +61,12 @@ def test_what_an_estimator_needs_is_known_from_its_parameters():
         ({"loss": "dual_clip", "dual_clip": 1.0}, "ppo.dual_clip must be > 1"),
         ({"penalty_coef": 2.0}, "unless the loss takes it"),
         ({"kl_loss_coef": -0.1}, ">= 0"),
+        (
+            DECOUPLED | {"tis_clip_high": 2.0},
+            "1 with loss='decoupled', which has the weights itself",
+        ),
+        (DECOUPLED | {"old_logprobs": "rollout"}, "old_logprobs must be 'recompute' with loss="),
+        (DECOUPLED | {"behavior_weight_limit": 0.0}, "ppo.behavior_weight_limit must be > 0"),
         ({"value_gae_lambda": 1.5}, r"in \[0, 1\], or -1"),
         ({"value_updates": 0}, "> 0"),
         ({"value_num_minibatches": 5}, "value_num_minibatches x num_micro_batches"),
@@ -116,6 +125,7 @@ METHODS = [
     {"advantage": f"{HERE}:half", "loss": f"{HERE}:plain"},
     {"loss": "kl_penalty", "clip_range": math.inf, "critic_warmup": 1, "value_gae_lambda": 1.0},
     {"loss": "dppo", "value_updates": 2, "gae_lambda_alpha": 0.05},
+    {"loss": "decoupled", "old_logprobs": "recompute", "behavior_weight_limit": 2.0},
 ]
 
 
