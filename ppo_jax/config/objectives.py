@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 
 from ppo_jax.config.parsing import load_function
 from ppo_jax.core.advantages import gae
+from ppo_jax.core.covariance import clip_cov_policy_loss, kl_cov_policy_loss, token_choices
 from ppo_jax.core.critic_free import (
     grpo_advantages,
     reinforce_plus_plus_advantages,
@@ -48,6 +49,8 @@ LOSSES: Mapping[str, Callable] = {
     "cispo": cispo_policy_loss,
     "dppo": dppo_policy_loss,
     "decoupled": decoupled_policy_loss,
+    "clip_cov": clip_cov_policy_loss,
+    "kl_cov": kl_cov_policy_loss,
     "kl_penalty": kl_penalty_policy_loss,
     "policy_gradient": vpg_policy_loss,
 }
@@ -66,6 +69,16 @@ def advantage_function(name: str) -> Callable:
 def loss_function(name: str) -> Callable:
     """The loss of the policy that `ppo.loss` names; raises as `advantage_function` does."""
     return resolve(name, LOSSES, "ppo.loss", (*LOSS_INPUTS, *NUMBERS))
+
+
+def loss_parameters(name: str) -> set[str]:
+    """What the loss that `ppo.loss` names reads, itself or in the choice of tokens made for it.
+
+    >>> "covariance_low" in loss_parameters("clip_cov"), "clip_range" in loss_parameters("kl_cov")
+    (True, False)
+    """
+    loss = loss_function(name)
+    return set(parameters(loss)).union(*map(parameters, token_choices(loss).values()))
 
 
 def resolve(name: str, known: Mapping[str, Callable], field: str, offered: tuple) -> Callable:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from ppo_jax.config.objectives import (
     advantage_function,
     loss_function,
+    loss_parameters,
     needs_critic,
     needs_groups,
 )
@@ -169,8 +170,8 @@ class PPOSettings:
     # "dr_grpo", "reinforce_plus_plus_baseline" against the other samples of a prompt,
     # "reinforce_plus_plus" over all tokens; or "module:function", see "How to add an advantage"
     loss: str = "clip"  # of the policy; or "dual_clip", "gspo", "cispo", "dppo", "kl_penalty",
-    # "policy_gradient"; with old_logprobs="recompute" also "decoupled"; or "module:function", see
-    # "How to add a loss"
+    # "policy_gradient"; "clip_cov", "kl_cov", which keep up the entropy; with
+    # old_logprobs="recompute" also "decoupled"; or "module:function", see "How to add a loss"
     aggregation: str = "token_mean"  # of the tokens' losses: their mean; or "sequence_mean", the
     # mean of the means of responses; or "constant", their sum by responses x response_length
     kl_coef: float = changeable(0.05)  # reward per nat
@@ -198,8 +199,14 @@ class PPOSettings:
     entropy_coef: float = changeable(0.0)  # weight of the entropy, per nat
     dual_clip: float = changeable(3.0)  # with loss="dual_clip": most that a ratio counts where the
     # advantage is below 0
-    penalty_coef: float = changeable(1.0)  # with loss="kl_penalty": of the KL from the old policy
+    penalty_coef: float = changeable(1.0)  # with loss="kl_penalty": of the KL from the old policy;
+    # with "kl_cov": of |log ratio|, per nat, for the tokens that pay it
     divergence_limit: float = changeable(0.15)  # with loss="dppo": of the change of a probability
+    covariance_fraction: float = changeable(2e-4)  # with loss="clip_cov": share of a minibatch's
+    # tokens without a gradient; with "kl_cov": the share that pays the penalty; at least one does
+    covariance_low: float = changeable(1.0)  # with loss="clip_cov": of these tokens, what their
+    # covariance of log-prob and advantage is above
+    covariance_high: Limit = changeable(5.0)  # and below; inf is no limit
     behavior_weight_limit: Limit = changeable(math.inf)  # with loss="decoupled": the greatest
     # weight of a token, its old probability by that of the sampling; inf is none
     kl_loss_coef: float = changeable(0.0)  # of a KL from the reference in the loss, per nat: k3,
@@ -315,7 +322,7 @@ class PPOSettings:
         """What the estimator and the loss do not take is left as it is."""
         advantage, loss = (
             parameters(advantage_function(self.advantage)),
-            parameters(loss_function(self.loss)),
+            loss_parameters(self.loss),
         )
         if needs_groups(self.advantage):
             rule = f"at least 2 with advantage={self.advantage!r}"
@@ -324,12 +331,16 @@ class PPOSettings:
             rule = f"1 with advantage={self.advantage!r}, which compares whole responses"
             check.that(self.gamma == 1, "gamma", rule)
         of_losses = ("dual_clip", "penalty_coef", "divergence_limit", "behavior_weight_limit")
+        of_losses += ("covariance_fraction", "covariance_low", "covariance_high")
         for field in of_losses:
             rule = f"{getattr(type(self), field):g} unless the loss takes it"
             unread = getattr(self, field) == getattr(type(self), field)
             check.that(field in loss or unread, field, rule)
         check.that(self.dual_clip > 1, "dual_clip", "> 1")
         check.each("> 0", "behavior_weight_limit")
+        check.each("in [0, 1]", "covariance_fraction")
+        rule = f"above covariance_low ({self.covariance_low:g})"
+        check.that(self.covariance_high > self.covariance_low, "covariance_high", rule)
         if reads_behavior(loss_function(self.loss)):
             rule = f"'recompute' with loss={self.loss!r}: otherwise its two policies are one"
             check.that(self.old_logprobs == "recompute", "old_logprobs", rule)

@@ -14,7 +14,7 @@ from typing import Any
 # `Hyperparameters`. See `estimate_advantages` and `experience_loss`.
 ADVANTAGE_INPUTS = ("rewards", "values", "mask", "scores", "group_size")
 LOSS_INPUTS = ("logprobs", "old_logprobs", "advantages", "mask", "weights", "segment_ids")
-LOSS_INPUTS += ("normalizer", "behavior_logprobs")
+LOSS_INPUTS += ("normalizer", "behavior_logprobs", "dropped_mask", "penalty_mask")
 
 
 def parameters(function: Callable) -> Mapping[str, bool]:

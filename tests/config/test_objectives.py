@@ -65,6 +65,13 @@ def test_what_an_estimator_needs_is_known_from_its_parameters():
             DECOUPLED | {"tis_clip_high": 2.0},
             "1 with loss='decoupled', which has the weights itself",
         ),
+        ({"loss": "kl_cov", "covariance_low": 0.5}, "covariance_low must be 1 unless the loss"),
+        ({"loss": "kl_cov", "covariance_fraction": 1.5}, r"fraction must be in \[0, 1\]"),
+        ({"loss": "clip_cov", "penalty_coef": 2.0}, "penalty_coef must be 1 unless the loss takes"),
+        (
+            {"loss": "clip_cov", "covariance_high": 0.5},
+            r"covariance_high must be above covariance_low \(1\), got 0.5",
+        ),
         (DECOUPLED | {"old_logprobs": "rollout"}, "old_logprobs must be 'recompute' with loss="),
         (DECOUPLED | {"behavior_weight_limit": 0.0}, "ppo.behavior_weight_limit must be > 0"),
         ({"value_gae_lambda": 1.5}, r"in \[0, 1\], or -1"),
@@ -125,6 +132,8 @@ METHODS = [
     {"advantage": f"{HERE}:half", "loss": f"{HERE}:plain"},
     {"loss": "kl_penalty", "clip_range": math.inf, "critic_warmup": 1, "value_gae_lambda": 1.0},
     {"loss": "dppo", "value_updates": 2, "gae_lambda_alpha": 0.05},
+    {"loss": "clip_cov", "covariance_low": 0.0, "packing": True, "num_micro_batches": 2},
+    {"loss": "kl_cov", "advantage": "rloo", "covariance_fraction": 0.1},
     {"loss": "decoupled", "old_logprobs": "recompute", "behavior_weight_limit": 2.0},
 ]
 
