@@ -27,6 +27,7 @@ from ppo_jax.core.named import (
     fields_of,
     function_name,
     reads_behavior,
+    reads_greedy,
     reads_values,
 )
 from ppo_jax.core.network import Network, last_outputs, merge_params
@@ -212,6 +213,7 @@ def make_experience(
     frozen: FrozenParams,
     networks: PPONetworks,
     options: PPOOptions,
+    greedy: tuple[Rollout, jax.Array] | None = None,
 ) -> tuple[Experience, dict[str, jax.Array]]:
     """Rewards, advantages and returns of a rollout.
 
@@ -223,15 +225,20 @@ def make_experience(
         frozen: holds the reference.
         networks: policy and critic are called.
         options: what shapes the program.
+        greedy: a greedy response to each prompt, and their scores, as those of the rollout are,
+            where the advantages need them.
 
     Returns:
         (experience, metrics).
 
     Raises:
         ValueError: the advantages need a critic and networks or state have none, or the other way
-            round.
+            round; or greedy responses, likewise.
     """
     check_critic(options, networks, state)
+    if reads_greedy(options.advantage) != (greedy is not None):
+        rule = "needs no greedy responses" if greedy else "needs greedy responses"
+        raise ValueError(f"{function_name(options.advantage)} {rule}")
     chex.assert_rank(scores, {1, 2})
     chex.assert_shape(scores, rollout.response_mask.shape[: scores.ndim])
     mask, numbers = rollout.response_mask, hyperparameters
@@ -252,7 +259,11 @@ def make_experience(
     if networks.value is not None:
         critic = critic_values(rollout, state, frozen=frozen, networks=networks)
     values = critic["values"]
-    advantages, returns = estimate_advantages(rewards, values, mask, numbers, options)
+    baseline = {}
+    if greedy is not None:
+        baseline, greedy_metrics = greedy_baseline(*greedy, numbers, options)
+        metrics |= greedy_metrics
+    advantages, returns = estimate_advantages(rewards, values, mask, numbers, options, **baseline)
     if values is not None and returns is not None:
         metrics["value/explained_variance"] = explained_variance(values, returns, mask)
     experience = Experience(
@@ -303,13 +314,15 @@ def estimate_advantages(
     mask: jax.Array,
     hyperparameters: Hyperparameters,
     options: PPOOptions,
+    **more: jax.Array,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Advantages by `options.advantage`, and what the critic learns.
 
     The estimator is given what it has parameters for: `rewards` [B, T]; `values` [B, T], 0 where
     masked; `mask` [B, T]; `scores` [B], the sum of the rewards of a response; `group_size`, the
-    responses to a prompt, which follow each other; and each number of `Hyperparameters` by its
-    name. It returns the advantages, [B], one a response, or [B, T]; or (advantages, returns).
+    responses to a prompt, which follow each other; each number of `Hyperparameters` by its name;
+    and what is in `more`: `greedy_scores` [B], see `greedy_baseline`. It returns the advantages,
+    [B], one a response, or [B, T]; or (advantages, returns).
 
     Returns:
         (advantages [B, T] float32, 0 where masked, whitened if they are a critic's and the options
@@ -322,6 +335,7 @@ def estimate_advantages(
         mask=mask,
         scores=jnp.where(mask, rewards, 0.0).sum(axis=1),
         group_size=options.sampling.samples_per_prompt,
+        **more,
     )
     if numbers.gae_lambda_alpha is not None:
         offered["gae_lambda"] = length_adaptive_lambda(mask, alpha=numbers.gae_lambda_alpha)
@@ -341,6 +355,24 @@ def estimate_advantages(
         trace = offered["gae_lambda"] if own is None else own
         _, returns = gae(rewards, values, mask, gamma=numbers.gamma, gae_lambda=trace)
     return whiten(advantages, mask) if options.whiten_advantages else advantages, returns
+
+
+def greedy_baseline(
+    responses: Rollout, scores: jax.Array, hyperparameters: Hyperparameters, options: PPOOptions
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """({"greedy_scores": [B], of the greedy response to the prompt of each response}, metrics).
+
+    They are shaped as scores are, and without the KL penalty, which is of sampled tokens.
+    """
+    mask = responses.response_mask
+    if scores.ndim == 2:
+        scores = token_scores(scores, mask).sum(axis=1)
+    shaped = shape_scores(scores, mask, responses.has_eos, hyperparameters, options)
+    metrics = {
+        "reward/greedy_score_mean": scores.mean(),
+        "response/greedy_length": mask.sum(axis=1).astype(jnp.float32).mean(),
+    }
+    return {"greedy_scores": jnp.repeat(shaped, options.sampling.samples_per_prompt)}, metrics
 
 
 def policy_logprobs(

@@ -15,6 +15,7 @@ from ppo_jax.algorithms.experience import (
     response_scores,
     sample_responses,
 )
+from ppo_jax.algorithms.greedy import greedy_rollout
 from ppo_jax.algorithms.update import (
     average_updates,
     has_own_optimizer,
@@ -60,14 +61,20 @@ def update_from_rollout(
     rollout: Rollout,
     scores: jax.Array,
     key: jax.Array,
+    greedy: tuple[Rollout, jax.Array] | None = None,
     *,
     frozen: FrozenParams,
     networks: PPONetworks,
     options: PPOOptions,
 ) -> tuple[PPOState, dict[str, jax.Array]]:
-    """What follows the scores in an iteration: experience, update, KL control. Key consumed."""
+    """What follows the scores in an iteration: experience, update, KL control. Key consumed.
+
+    `greedy`: greedy responses and their scores, see `make_experience`.
+    """
     parts = dict(frozen=frozen, networks=networks, options=options)
-    experience, metrics = make_experience(rollout, scores, state, hyperparameters, **parts)
+    experience, metrics = make_experience(
+        rollout, scores, state, hyperparameters, greedy=greedy, **parts
+    )
     state, updates = ppo_update(state, experience, hyperparameters, key, **parts)
     trained = trained_params(state.policy_params, state.value_params)
     metrics |= average_updates(updates, has_own_optimizer(trained, hyperparameters))
@@ -84,7 +91,10 @@ def update_from_rollout(
     state = dataclasses.replace(
         state, step=state.step + 1, episodes=state.episodes + batch_size, kl_coef=kl_coef
     )
-    return state, metrics | {"reward/episodes": state.episodes}
+    metrics |= {"reward/episodes": state.episodes}
+    if greedy is not None:
+        metrics["reward/greedy_episodes"] = state.episodes // options.sampling.samples_per_prompt
+    return state, metrics
 
 
 @renamed(recipe="options")
@@ -116,7 +126,8 @@ def ppo_iteration(
     rollout_key, shuffle_key = jax.random.split(key)
     responses = sample_responses(state, hyperparameters, prompts, rollout_key, **parts)
     scores = response_scores(responses, frozen=frozen, networks=networks, eos_id=options.score_eos)
+    greedy = greedy_rollout(state, hyperparameters, prompts, rollout_key, **parts)
     state, metrics = update_from_rollout(
-        state, hyperparameters, responses, scores, shuffle_key, **parts
+        state, hyperparameters, responses, scores, shuffle_key, greedy, **parts
     )
     return state, metrics

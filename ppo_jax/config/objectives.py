@@ -9,6 +9,7 @@ from ppo_jax.core.covariance import clip_cov_policy_loss, kl_cov_policy_loss, to
 from ppo_jax.core.critic_free import (
     grpo_advantages,
     reinforce_plus_plus_advantages,
+    remax_advantages,
     rloo_advantages,
 )
 from ppo_jax.core.named import (
@@ -16,6 +17,7 @@ from ppo_jax.core.named import (
     LOSS_INPUTS,
     fields_named,
     parameters,
+    reads_greedy,
     reads_values,
     unknown_parameters,
 )
@@ -40,6 +42,7 @@ ADVANTAGES: Mapping[str, Callable] = {
     "dr_grpo": functools.partial(grpo_advantages, scale_by_std=False),
     "reinforce_plus_plus": functools.partial(reinforce_plus_plus_advantages, group_size=None),
     "reinforce_plus_plus_baseline": reinforce_plus_plus_advantages,
+    "remax": remax_advantages,
     "leave_one_out": rloo_advantages,  # its name until 0.2
 }
 LOSSES: Mapping[str, Callable] = {
@@ -101,6 +104,15 @@ def needs_critic(advantage: str) -> bool:
     (True, False)
     """
     return reads_values(advantage_function(advantage))
+
+
+def needs_greedy(advantage: str) -> bool:
+    """Whether it compares a response to a greedy one to the same prompt.
+
+    >>> needs_greedy("remax"), needs_greedy("rloo")
+    (True, False)
+    """
+    return reads_greedy(advantage_function(advantage))
 
 
 def needs_groups(advantage: str) -> bool:

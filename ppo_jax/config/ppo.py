@@ -168,7 +168,8 @@ class PPOSettings:
 
     advantage: str = "gae"  # by the critic's values; or without a critic: "rloo", "grpo",
     # "dr_grpo", "reinforce_plus_plus_baseline" against the other samples of a prompt,
-    # "reinforce_plus_plus" over all tokens; or "module:function", see "How to add an advantage"
+    # "reinforce_plus_plus" over all tokens, "remax" against a greedy response, one more for each
+    # prompt; or "module:function", see "How to add an advantage"
     loss: str = "clip"  # of the policy; or "dual_clip", "gspo", "cispo", "dppo", "kl_penalty",
     # "policy_gradient"; "clip_cov", "kl_cov", which keep up the entropy; with
     # old_logprobs="recompute" also "decoupled"; or "module:function", see "How to add a loss"
@@ -202,7 +203,9 @@ class PPOSettings:
     penalty_coef: float = changeable(1.0)  # with loss="kl_penalty": of the KL from the old policy;
     # with "kl_cov": of |log ratio|, per nat, for the tokens that pay it
     divergence_limit: float = changeable(0.15)  # with loss="dppo": of the change of a probability
-    covariance_fraction: float = changeable(2e-4)  # with loss="clip_cov": share of a minibatch's
+    covariance_fraction: float = changeable(
+        2e-4
+    )  # with loss="clip_cov": the share of a minibatch's
     # tokens without a gradient; with "kl_cov": the share that pays the penalty; at least one does
     covariance_low: float = changeable(1.0)  # with loss="clip_cov": of these tokens, what their
     # covariance of log-prob and advantage is above

@@ -12,7 +12,7 @@ from typing import Any
 
 # What is offered to an estimator of advantages and to a loss of the policy, beside the numbers of
 # `Hyperparameters`. See `estimate_advantages` and `experience_loss`.
-ADVANTAGE_INPUTS = ("rewards", "values", "mask", "scores", "group_size")
+ADVANTAGE_INPUTS = ("rewards", "values", "mask", "scores", "greedy_scores", "group_size")
 LOSS_INPUTS = ("logprobs", "old_logprobs", "advantages", "mask", "weights", "segment_ids")
 LOSS_INPUTS += ("normalizer", "behavior_logprobs", "dropped_mask", "penalty_mask")
 
@@ -38,6 +38,16 @@ def reads_values(advantage: Callable) -> bool:
     (True, False)
     """
     return "values" in parameters(advantage)
+
+
+def reads_greedy(advantage: Callable) -> bool:
+    """Whether an estimator needs a greedy response to each prompt: it has a parameter
+    `greedy_scores`.
+
+    >>> reads_greedy(lambda scores, greedy_scores: scores - greedy_scores)
+    True
+    """
+    return "greedy_scores" in parameters(advantage)
 
 
 def is_of_sequences(loss: Callable) -> bool:
