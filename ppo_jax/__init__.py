@@ -24,6 +24,8 @@ from ppo_jax.algorithms.update import experience_loss, ppo_update
 from ppo_jax.core.advantages import gae, length_adaptive_lambda, whiten
 from ppo_jax.core.covariance import (
     adaptive_entropy_coef,
+    clip_cov_mask,
+    clip_cov_policy_loss,
     clip_cov_weights,
     kl_cov_mask,
     kl_cov_policy_loss,
@@ -154,6 +156,8 @@ __all__ = [
     "best_and_worst",
     "cispo_policy_loss",
     "classification_value_loss",
+    "clip_cov_mask",
+    "clip_cov_policy_loss",
     "clip_cov_weights",
     "clip_scores",
     "clipped_policy_loss",

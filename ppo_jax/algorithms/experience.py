@@ -4,7 +4,7 @@ Dimension key: B responses, P prompt tokens, T response tokens, L = P + T.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import NamedTuple
 
 import chex
@@ -17,7 +17,7 @@ from ppo_jax.algorithms.selection import extreme_responses, keep_responses
 from ppo_jax.core.advantages import gae, length_adaptive_lambda, whiten
 from ppo_jax.core.checks import assert_counts
 from ppo_jax.core.critic_free import running_baseline
-from ppo_jax.core.importance import importance_weights
+from ppo_jax.core.importance import CORRECTIONS, importance_weights
 from ppo_jax.core.kl import (
     ESTIMATORS,
     REWARD_ESTIMATORS,
@@ -25,7 +25,14 @@ from ppo_jax.core.kl import (
     kl_estimate,
 )
 from ppo_jax.core.masking import last_token_index, masked_moments
-from ppo_jax.core.named import call_named, fields_of, function_name, reads_values
+from ppo_jax.core.named import (
+    call_named,
+    fields_of,
+    function_name,
+    reads_behavior,
+    reads_greedy,
+    reads_values,
+)
 from ppo_jax.core.network import Network, last_outputs, merge_params
 from ppo_jax.core.policy_losses import clipped_policy_loss
 from ppo_jax.core.renamed import renamed
@@ -72,6 +79,7 @@ class PPONetworks(NamedTuple):
 
 CHOICES = {
     "aggregation": AGGREGATIONS,
+    "importance": tuple(CORRECTIONS),
     "kl_control": ("adaptive", "fixed"),
     "kl_estimator": tuple(ESTIMATORS),
     "missing_eos": ("keep", "penalty", "replace"),
@@ -106,6 +114,8 @@ class PPOOptions:
     missing_eos: str = "keep"  # the score of a response without a stop token, or "replace", or
     # "penalty": see `missing_eos_scores`
     old_logprobs: str = "rollout"  # those of the sampling, or "recompute"
+    importance: str = "token"  # of the recomputed ones, whose weight and what of those outside of
+    # the limits, see `CORRECTIONS`
     score_eos: int | None = None  # the `eos_id` of `response_scores`
     keep_samples: int = 0  # of a prompt, that are learned from, see `extreme_responses`; 0: all
 
@@ -123,6 +133,9 @@ class PPOOptions:
             raise ValueError(
                 f"keep_samples must be 0, or even and from 2 to below {samples}, got {kept}"
             )
+        if reads_behavior(self.loss) and self.old_logprobs != "recompute":
+            rule = 'needs old_logprobs="recompute": otherwise its two policies are one'
+            raise ValueError(f"{function_name(self.loss)} {rule}")
         if not self.any_kl_estimator and self.kl_estimator not in REWARD_ESTIMATORS:
             raise ValueError(f"kl_estimator must be {REWARD_RULE}, got {self.kl_estimator!r}")
 
@@ -209,6 +222,7 @@ def make_experience(
     frozen: FrozenParams,
     networks: PPONetworks,
     options: PPOOptions,
+    greedy: tuple[Rollout, jax.Array] | None = None,
 ) -> tuple[Experience, dict[str, jax.Array]]:
     """Rewards, advantages and returns of a rollout.
 
@@ -225,26 +239,32 @@ def make_experience(
         frozen: holds the reference.
         networks: policy and critic are called.
         options: what shapes the program.
+        greedy: a greedy response to each prompt, and their scores, as those of the rollout are,
+            where the advantages need them.
 
     Returns:
         (experience, metrics).
 
     Raises:
         ValueError: the advantages need a critic and networks or state have none, or the other way
-            round.
+            round; or greedy responses, likewise.
     """
     check_critic(options, networks, state)
+    if reads_greedy(options.advantage) != (greedy is not None):
+        rule = "needs no greedy responses" if greedy else "needs greedy responses"
+        raise ValueError(f"{function_name(options.advantage)} {rule}")
     chex.assert_rank(scores, {1, 2})
     chex.assert_shape(scores, rollout.response_mask.shape[: scores.ndim])
     mask, numbers = rollout.response_mask, hyperparameters
     policy_inputs = rollout.tokens if networks.trunk is None else rollout.hidden_states
     parts = dict(policy_inputs=policy_inputs, frozen=frozen, networks=networks)
     ref_logprobs = policy_logprobs(rollout, frozen.ref_policy, numbers, **parts)
-    weights, weight_metrics = jnp.float32(1.0), {}
+    weights, weight_metrics, sampled_logprobs = jnp.float32(1.0), {}, rollout.logprobs
     if options.old_logprobs == "recompute":
         logprobs = policy_logprobs(rollout, state.policy_params, numbers, **parts)
-        limits = dict(low=numbers.tis_clip_low, high=numbers.tis_clip_high)
-        weights, weight_metrics = importance_weights(logprobs, rollout.logprobs, mask, **limits)
+        how = dict(low=numbers.tis_clip_low, high=numbers.tis_clip_high)
+        how |= CORRECTIONS[options.importance]
+        weights, weight_metrics = importance_weights(logprobs, sampled_logprobs, mask, **how)
         rollout = dataclasses.replace(rollout, logprobs=jnp.where(mask, logprobs, 0.0))
     rewards, metrics = response_rewards(rollout, scores, ref_logprobs, state, numbers, options)
     if options.whiten_rewards:
@@ -254,14 +274,17 @@ def make_experience(
         critic = critic_values(rollout, state, frozen=frozen, networks=networks)
     values, more, kept = critic["values"], {}, None
     if (baseline := state.adaptive.get("baseline")) is not None:
-        totals, more = rewards.sum(axis=1), {"baseline": baseline}
+        totals, more["baseline"] = rewards.sum(axis=1), baseline
         metrics["reward/total_mean"] = totals.mean()
         metrics["reward/baseline"] = running_baseline(baseline, totals, decay=1.0)
+    if greedy is not None:
+        more["greedy_scores"], greedy_metrics = greedy_baseline(*greedy, state, numbers, options)
+        metrics |= greedy_metrics
     if options.keep_samples:
         groups = dict(group_size=options.sampling.samples_per_prompt)
         kept = extreme_responses(scores, mask, keep_samples=options.keep_samples, **groups)
     advantages, returns = estimate_advantages(
-        rewards, values, mask, numbers, options, kept=kept, more=more
+        rewards, values, mask, numbers, options, kept=kept, **more
     )
     if values is not None and returns is not None:
         metrics |= critic_metrics(values, returns, mask)
@@ -274,6 +297,7 @@ def make_experience(
         advantages=advantages * weights,
         returns=returns,
         ref_logprobs=None if numbers.kl_loss_coef is None else jnp.where(mask, ref_logprobs, 0.0),
+        behavior_logprobs=sampled_logprobs if reads_behavior(options.loss) else None,
         **critic,
     )
     if kept is not None:
@@ -316,15 +340,16 @@ def estimate_advantages(
     hyperparameters: Hyperparameters,
     options: PPOOptions,
     kept: jax.Array | None = None,
-    more: Mapping[str, jax.Array] | None = None,
+    **more: jax.Array,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Advantages by `options.advantage`, and what the critic learns.
 
     The estimator is given what it has parameters for: `rewards` [B, T]; `values` [B, T], 0 where
     masked; `mask` [B, T]; `scores` [B], the sum of the rewards of a response; `group_size`, the
     responses to a prompt, which follow each other; each number of `Hyperparameters` by its name;
-    and what is in `more`: `baseline`, with `Hyperparameters.baseline_decay`. It returns the
-    advantages, [B], one a response, or [B, T]; or (advantages, returns).
+    and what is in `more`: `baseline`, with `Hyperparameters.baseline_decay`, or `greedy_scores`
+    [B], see `greedy_baseline`. It returns the advantages, [B], one a response, or [B, T]; or
+    (advantages, returns).
 
     `kept` [B] bool is True on the responses whose tokens are whitened, None on all.
 
@@ -339,6 +364,7 @@ def estimate_advantages(
         mask=mask,
         scores=jnp.where(mask, rewards, 0.0).sum(axis=1),
         group_size=options.sampling.samples_per_prompt,
+        **more,
     )
     if numbers.gae_lambda_alpha is not None:
         offered["gae_lambda"] = length_adaptive_lambda(mask, alpha=numbers.gae_lambda_alpha)
@@ -361,6 +387,29 @@ def estimate_advantages(
     if not options.whiten_advantages:
         return advantages, returns
     return whiten(advantages, mask if kept is None else mask & kept[:, None]), returns
+
+
+def greedy_baseline(
+    responses: Rollout,
+    scores: jax.Array,
+    state: PPOState,
+    hyperparameters: Hyperparameters,
+    options: PPOOptions,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """([B] float32, the score of the greedy response to the prompt of each response; metrics).
+
+    They are shaped as scores are, and without the KL penalty, which is of sampled tokens.
+    """
+    mask = responses.response_mask
+    if scores.ndim == 2:
+        scores = token_scores(scores, mask).sum(axis=1)
+    how = dict(missing_eos=options.missing_eos)
+    shaped = shape_scores(scores, mask, responses.has_eos, state, hyperparameters, **how)
+    metrics = {
+        "reward/greedy_score_mean": scores.mean(),
+        "response/greedy_length": mask.sum(axis=1).astype(jnp.float32).mean(),
+    }
+    return jnp.repeat(shaped, options.sampling.samples_per_prompt), metrics
 
 
 def policy_logprobs(

@@ -21,10 +21,10 @@ from ppo_jax.algorithms.experience import (
     PPONetworks,
     PPOOptions,
     make_experience,
-    policy_logprobs,
     response_scores,
     sample_responses,
 )
+from ppo_jax.algorithms.greedy import greedy_rollout
 from ppo_jax.algorithms.scores import count_scores
 from ppo_jax.algorithms.update import (
     average_updates,
@@ -35,6 +35,7 @@ from ppo_jax.algorithms.update import (
 )
 from ppo_jax.core.kl import adaptive_kl_coef, kl_estimate
 from ppo_jax.core.masking import masked_mean
+from ppo_jax.core.network import merge_params
 from ppo_jax.core.renamed import renamed
 from ppo_jax.core.shaping import Moments
 from ppo_jax.core.types import (
@@ -46,6 +47,7 @@ from ppo_jax.core.types import (
     Prompts,
     Rollout,
 )
+from ppo_jax.rollout.decode import response_statistics
 
 
 def init_ppo(
@@ -84,21 +86,25 @@ def update_from_rollout(
     rollout: Rollout,
     scores: jax.Array,
     key: jax.Array,
+    greedy: tuple[Rollout, jax.Array] | None = None,
     *,
     frozen: FrozenParams,
     networks: PPONetworks,
     options: PPOOptions,
 ) -> tuple[PPOState, dict[str, jax.Array]]:
-    """What follows the scores in an iteration: experience, update, KL control. Key consumed."""
+    """What follows the scores in an iteration: experience, update, KL control. Key consumed.
+
+    `greedy`: greedy responses and their scores, see `make_experience`.
+    """
     state = count_scores(state, scores, rollout.response_mask)
     parts = dict(frozen=moved_reference(frozen, state), networks=networks, options=options)
     numbers = adapted_numbers(hyperparameters, state)
-    experience, metrics = make_experience(rollout, scores, state, numbers, **parts)
+    experience, metrics = make_experience(rollout, scores, state, numbers, greedy=greedy, **parts)
     state, updates = ppo_update(state, experience, numbers, key, **parts)
     trained = trained_params(state.policy_params, state.value_params)
     metrics |= average_updates(updates, has_own_optimizer(trained, hyperparameters))
     if numbers.penalty_target_kl is not None:
-        metrics["policy/old_kl"] = kl_of_update(rollout, experience, state, numbers, **parts)
+        metrics["policy/old_kl"] = kl_of_update(state, experience, numbers, **parts)
     metrics |= {COEFFICIENTS[k]: x for k, x in state.adaptive.items() if k in COEFFICIENTS}
     batch_size = scores.shape[0]
     kl_coef = state.kl_coef
@@ -119,13 +125,15 @@ def update_from_rollout(
         adaptive=next_adaptive(state.adaptive, metrics, hyperparameters),
         ref_params=next_reference(state.ref_params, state.policy_params, step, hyperparameters),
     )
-    return state, metrics | {"reward/episodes": state.episodes}
+    metrics |= {"reward/episodes": state.episodes}
+    if greedy is not None:
+        metrics["reward/greedy_episodes"] = state.episodes // options.sampling.samples_per_prompt
+    return state, metrics
 
 
 def kl_of_update(
-    rollout: Rollout,
-    experience: Experience,
     state: PPOState,
+    experience: Experience,
     hyperparameters: Hyperparameters,
     *,
     frozen: FrozenParams,
@@ -134,16 +142,16 @@ def kl_of_update(
 ) -> jax.Array:
     """KL(old || new) in nats a token, [] float32: of the policy before an update, which gave the
     experience, from that after it, by k3 on the sampled tokens. It is one more forward pass."""
-    new = policy_logprobs(
-        rollout,
-        state.policy_params,
-        hyperparameters,
-        policy_inputs=experience.policy_inputs,
-        frozen=frozen,
-        networks=networks,
+    e = experience
+    new, _ = response_statistics(
+        networks.policy,
+        merge_params(frozen.policy, state.policy_params),
+        e.policy_inputs,
+        e.mask,
+        e.response_tokens,
+        temperature=hyperparameters.temperature,
     )
-    kl = kl_estimate(experience.logprobs, new, estimator="k3")
-    return masked_mean(kl, experience.response_mask)
+    return masked_mean(kl_estimate(e.logprobs, new, estimator="k3"), e.response_mask)
 
 
 @renamed(recipe="options")
@@ -175,7 +183,8 @@ def ppo_iteration(
     rollout_key, shuffle_key = jax.random.split(key)
     responses = sample_responses(state, hyperparameters, prompts, rollout_key, **parts)
     scores = response_scores(responses, frozen=frozen, networks=networks, eos_id=options.score_eos)
+    greedy = greedy_rollout(state, hyperparameters, prompts, rollout_key, **parts)
     state, metrics = update_from_rollout(
-        state, hyperparameters, responses, scores, shuffle_key, **parts
+        state, hyperparameters, responses, scores, shuffle_key, greedy, **parts
     )
     return state, metrics

@@ -165,12 +165,14 @@ def sweep_responses(
     networks: PPONetworks,
     options: PPOOptions,
     axes: LaneAxes,
+    sample: Callable[..., Rollout] = sample_responses,
 ) -> Rollout:
     """`sample_responses` of N lanes: a rollout of N B responses, lane after lane.
 
-    So one call of a reward function scores them all. Arguments as for `sweep_iteration`.
+    So one call of a reward function scores them all. Arguments as for `sweep_iteration`; `sample`
+    may be `greedy_responses`.
     """
-    sample = functools.partial(sample_responses, networks=networks, options=options)
+    sample = functools.partial(sample, networks=networks, options=options)
     mapped = over_lanes(sample, axes, 0, 0, axes.inputs, axes.inputs)
     rollouts = mapped(states, hyperparameters, prompts, key, frozen=frozen)
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rollouts)
@@ -197,6 +199,7 @@ def sweep_update(
     rollout: Rollout,
     scores: jax.Array,
     key: jax.Array,
+    greedy: tuple[Rollout, jax.Array] | None = None,
     *,
     frozen: FrozenParams,
     networks: PPONetworks,
@@ -204,8 +207,8 @@ def sweep_update(
     axes: LaneAxes,
 ) -> tuple[PPOState, dict[str, jax.Array]]:
     """`update_from_rollout` of N lanes, from what `sweep_responses` gave and its scores [N B] or
-    [N B, T]; other arguments as for `sweep_iteration`."""
-    rollouts, scores = split_lanes((rollout, scores), len(states.step))
+    [N B, T]; `greedy` is the same of greedy responses; other arguments as for `sweep_iteration`."""
+    rollouts, scores, greedy = split_lanes((rollout, scores, greedy), len(states.step))
     update = functools.partial(update_from_rollout, networks=networks, options=options)
-    mapped = over_lanes(update, axes, 0, 0, 0, 0, axes.inputs)
-    return mapped(states, hyperparameters, rollouts, scores, key, frozen=frozen)
+    mapped = over_lanes(update, axes, 0, 0, 0, 0, axes.inputs, 0)
+    return mapped(states, hyperparameters, rollouts, scores, key, greedy, frozen=frozen)

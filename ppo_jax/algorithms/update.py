@@ -16,6 +16,7 @@ from ppo_jax.algorithms.experience import (
     PPOOptions,
 )
 from ppo_jax.algorithms.supervised import accumulate, accumulate_while
+from ppo_jax.algorithms.token_choice import make_choice, split_keys
 from ppo_jax.core.checks import assert_divides, assert_numbers
 from ppo_jax.core.kl import kl_loss
 from ppo_jax.core.lanes import any_lane, max_lane
@@ -76,6 +77,8 @@ def experience_loss(
 
     The loss of the policy, `options.loss`, is given what it has parameters for: `logprobs`,
     `old_logprobs`, `advantages`, `mask`, [B, T] each; `weights` and `segment_ids`, [B, T] or None;
+    `behavior_logprobs`, [B, T], those of the sampling, where the old ones are recomputed; the
+    tokens [B, T] of `TOKEN_CHOICES`;
     `normalizer`; and each number of `Hyperparameters` by its name.
 
     Args:
@@ -115,6 +118,9 @@ def experience_loss(
         advantages=e.advantages,
         returns=e.returns,
         policy_loss=clipped_policy_loss if options is None else options.loss,
+        behavior_logprobs=e.behavior_logprobs,
+        dropped_mask=e.dropped_mask,
+        penalty_mask=e.penalty_mask,
         weights=e.weights,
         segment_ids=response_numbers(e),
         normalizer=normalizer,
@@ -235,6 +241,7 @@ def ppo_update(
         optimizer=numbers.optimizer,
         num_minibatches=options.num_minibatches,
         stop_kl=numbers.stop_kl,
+        choose=make_choice(options.loss, numbers),
     )
     if not has_own_optimizer(trained, numbers):
         if options.value_updates > 1 or options.value_num_minibatches:
@@ -308,6 +315,7 @@ def take_steps(
     num_minibatches: int,
     options: PPOOptions,
     stop_kl: jax.Array | float | None = None,
+    choose: Callable[[Experience, jax.Array], Experience] | None = None,
 ) -> tuple[dict[str, Params], Any, dict[str, jax.Array]]:
     """num_minibatches optimizer steps for each key, which shuffles the responses.
 
@@ -322,6 +330,7 @@ def take_steps(
         num_minibatches: of an epoch.
         options: micro-batches, packing and aggregation are read.
         stop_kl: see `ppo_update`.
+        choose: (minibatch, key) -> minibatch with the tokens that the loss treats apart.
 
     Returns:
         (params, opt_state, metrics of each step).
@@ -333,12 +342,17 @@ def take_steps(
         num_minibatches=num_minibatches,
         num_micro_batches=options.num_micro_batches,
     )
+    key_of_choice = None
+    if choose is not None:
+        keys, key_of_choice = split_keys(keys, num_minibatches)
     orders = jax.vmap(lambda k: jax.random.permutation(k, batch_size))(keys)
     rates = {name: rates[name] for name in params}
 
-    def step(carry, rows):
-        params, opt_state = carry
+    def step(carry, inputs):
+        (params, opt_state), (rows, key) = carry, inputs
         minibatch = jax.tree.map(lambda x: x[rows], experience)
+        if choose is not None:
+            minibatch = choose(minibatch, key)
         mask = minibatch.response_mask
         if options.aggregation != "token_mean":
             length = mask.shape[1] if options.aggregation == "constant" else None
@@ -359,11 +373,12 @@ def take_steps(
         return (params, opt_state), metrics | {f"{first}/grad_norm": norm}
 
     rows = orders.reshape(len(keys) * num_minibatches, -1)
+    inputs = (rows, key_of_choice)
     if stop_kl is None:
-        (params, opt_state), metrics = jax.lax.scan(step, (params, opt_state), rows)
+        (params, opt_state), metrics = jax.lax.scan(step, (params, opt_state), inputs)
     else:
         carry = ((params, opt_state), jnp.bool_(True))
-        ((params, opt_state), _), metrics = jax.lax.scan(until_far(step, stop_kl), carry, rows)
+        ((params, opt_state), _), metrics = jax.lax.scan(until_far(step, stop_kl), carry, inputs)
     rates = {f"{name}/learning_rate": jnp.full(len(rows), x) for name, x in rates.items()}
     return params, opt_state, metrics | rates
 
@@ -371,12 +386,12 @@ def take_steps(
 def until_far(step: Callable[..., tuple[Any, dict]], stop_kl: jax.Array | float):
     """A step of `ppo_update` with its brake: the carry is (that of `step`, whether to go on)."""
 
-    def step_if_near(carry, rows):
+    def step_if_near(carry, inputs):
         before, goes_on = carry
-        _, shapes = jax.eval_shape(step, before, rows)
+        _, shapes = jax.eval_shape(step, before, inputs)
 
         def compute():
-            after, metrics = step(before, rows)
+            after, metrics = step(before, inputs)
             near = goes_on & (metrics["policy/approx_kl"] <= stop_kl)
             after = jax.tree.map(lambda new, old: jnp.where(near, new, old), after, before)
             metrics = {name: jnp.where(goes_on, x, 0.0) for name, x in metrics.items()}

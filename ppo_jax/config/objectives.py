@@ -5,10 +5,12 @@ from collections.abc import Callable, Mapping
 
 from ppo_jax.config.parsing import load_function
 from ppo_jax.core.advantages import gae
+from ppo_jax.core.covariance import clip_cov_policy_loss, kl_cov_policy_loss, token_choices
 from ppo_jax.core.critic_free import (
     grpo_advantages,
     reinforce_advantages,
     reinforce_plus_plus_advantages,
+    remax_advantages,
     rloo_advantages,
 )
 from ppo_jax.core.named import (
@@ -16,10 +18,15 @@ from ppo_jax.core.named import (
     LOSS_INPUTS,
     fields_named,
     parameters,
+    reads_greedy,
     reads_values,
     unknown_parameters,
 )
-from ppo_jax.core.off_policy_losses import cispo_policy_loss, dppo_policy_loss
+from ppo_jax.core.off_policy_losses import (
+    cispo_policy_loss,
+    decoupled_policy_loss,
+    dppo_policy_loss,
+)
 from ppo_jax.core.policy_losses import (
     clipped_policy_loss,
     dual_clip_policy_loss,
@@ -37,6 +44,7 @@ ADVANTAGES: Mapping[str, Callable] = {
     "reinforce_plus_plus": functools.partial(reinforce_plus_plus_advantages, group_size=None),
     "reinforce_plus_plus_baseline": reinforce_plus_plus_advantages,
     "reinforce": reinforce_advantages,
+    "remax": remax_advantages,
     "leave_one_out": rloo_advantages,  # its name until 0.2
 }
 LOSSES: Mapping[str, Callable] = {
@@ -45,6 +53,9 @@ LOSSES: Mapping[str, Callable] = {
     "gspo": gspo_policy_loss,
     "cispo": cispo_policy_loss,
     "dppo": dppo_policy_loss,
+    "decoupled": decoupled_policy_loss,
+    "clip_cov": clip_cov_policy_loss,
+    "kl_cov": kl_cov_policy_loss,
     "kl_penalty": kl_penalty_policy_loss,
     "policy_gradient": vpg_policy_loss,
 }
@@ -63,6 +74,16 @@ def advantage_function(name: str) -> Callable:
 def loss_function(name: str) -> Callable:
     """The loss of the policy that `ppo.loss` names; raises as `advantage_function` does."""
     return resolve(name, LOSSES, "ppo.loss", (*LOSS_INPUTS, *NUMBERS))
+
+
+def loss_parameters(name: str) -> set[str]:
+    """What the loss that `ppo.loss` names reads, itself or in the choice of tokens made for it.
+
+    >>> "covariance_low" in loss_parameters("clip_cov"), "clip_range" in loss_parameters("kl_cov")
+    (True, False)
+    """
+    loss = loss_function(name)
+    return set(parameters(loss)).union(*map(parameters, token_choices(loss).values()))
 
 
 def resolve(name: str, known: Mapping[str, Callable], field: str, offered: tuple) -> Callable:
@@ -94,6 +115,15 @@ def keeps_baseline(advantage: str) -> bool:
     (True, False)
     """
     return "baseline" in parameters(advantage_function(advantage))
+
+
+def needs_greedy(advantage: str) -> bool:
+    """Whether it compares a response to a greedy one to the same prompt.
+
+    >>> needs_greedy("remax"), needs_greedy("rloo")
+    (True, False)
+    """
+    return reads_greedy(advantage_function(advantage))
 
 
 def needs_groups(advantage: str) -> bool:

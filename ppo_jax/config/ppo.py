@@ -13,6 +13,7 @@ from ppo_jax.config.objectives import (
     advantage_function,
     keeps_baseline,
     loss_function,
+    loss_parameters,
     needs_critic,
     needs_groups,
 )
@@ -26,8 +27,9 @@ from ppo_jax.config.stages import (
     check_trainable,
 )
 from ppo_jax.core.distributions import MIN_TEMPERATURE
+from ppo_jax.core.importance import CORRECTIONS
 from ppo_jax.core.kl import ESTIMATORS, REWARD_ESTIMATORS, REWARD_RULE
-from ppo_jax.core.named import parameters
+from ppo_jax.core.named import parameters, reads_behavior
 from ppo_jax.core.sequence_losses import AGGREGATIONS
 
 RATIO_RULE = "in (0, 1), or inf"
@@ -171,15 +173,19 @@ class PPOSettings:
     tis_clip_low: float = changeable(1.0)  # with "recompute": the least weight of a token, which is
     # the ratio of the two probabilities, times its advantage
     tis_clip_high: float = changeable(1.0)  # the greatest; 1 and 1 is off, 0 and 2 is usual
+    importance: str = changeable("token")  # the weights within these limits: "token"; or that of
+    # the whole response for each of its tokens, "sequence", the product of the tokens' ratios, or
+    # "sequence_mean", their geometric mean; or "icepop", by token, and 0 outside of the limits
 
     # Rewards, advantages and losses
 
     advantage: str = "gae"  # by the critic's values; or without a critic: "rloo", "grpo",
     # "dr_grpo", "reinforce_plus_plus_baseline" against the other samples of a prompt,
-    # "reinforce_plus_plus" over all tokens, "reinforce" against a running mean; or
-    # "module:function", see "How to add an advantage"
+    # "reinforce_plus_plus" over all tokens, "reinforce" against a running mean, "remax" against a
+    # greedy response, one more for each prompt; or "module:function", see "How to add an advantage"
     loss: str = "clip"  # of the policy; or "dual_clip", "gspo", "cispo", "dppo", "kl_penalty",
-    # "policy_gradient"; or "module:function", see "How to add a loss"
+    # "policy_gradient"; "clip_cov", "kl_cov", which keep up the entropy; with
+    # old_logprobs="recompute" also "decoupled"; or "module:function", see "How to add a loss"
     aggregation: str = "token_mean"  # of the tokens' losses: their mean; or "sequence_mean", the
     # mean of the means of responses; or "constant", their sum by responses x response_length
     kl_coef: float = changeable(0.05)  # reward per nat
@@ -215,10 +221,18 @@ class PPOSettings:
     entropy_coef_step: float = changeable(0.005)  # of that, per nat
     dual_clip: float = changeable(3.0)  # with loss="dual_clip": most that a ratio counts where the
     # advantage is below 0
-    penalty_coef: float = changeable(1.0)  # with loss="kl_penalty": of the KL from the old policy
+    penalty_coef: float = changeable(1.0)  # with loss="kl_penalty": of the KL from the old policy;
+    # with "kl_cov": of |log ratio|, per nat, for the tokens that pay it
     penalty_target_kl: float = 0.0  # nats a token: penalty_coef doubles after an iteration that has
     # moved the policy by more than 1.5 of it, halves after one by less than 1 / 1.5; 0 is off
     divergence_limit: float = changeable(0.15)  # with loss="dppo": of the change of a probability
+    covariance_fraction: float = changeable(2e-4)  # of a minibatch's tokens: with loss="clip_cov"
+    # the share without a gradient, with "kl_cov" the one that pays the penalty; at least one token
+    covariance_low: float = changeable(1.0)  # with loss="clip_cov": of these tokens, what their
+    # covariance of log-prob and advantage is above
+    covariance_high: Limit = changeable(5.0)  # and below; inf is no limit
+    behavior_weight_limit: Limit = changeable(math.inf)  # with loss="decoupled": the greatest
+    # weight of a token, its old probability by that of the sampling; inf is none
     kl_loss_coef: float = changeable(0.0)  # of a KL from the reference in the loss, per nat: k3,
     # weighted by the ratio; 0 is off
     critic_warmup: int = changeable(0)  # iterations, the first, in which the policy stays as it is
@@ -334,6 +348,9 @@ class PPOSettings:
         recomputed, rule = self.old_logprobs == "recompute", '1 unless old_logprobs is "recompute"'
         check.that(recomputed or low == 1, "tis_clip_low", rule)
         check.that(recomputed or high == 1, "tis_clip_high", rule)
+        check.choice("importance", *CORRECTIONS)
+        rule = "'token' unless tis_clip_low is below tis_clip_high: 1 and 1 is no weight"
+        check.that(self.importance == "token" or low < high, "importance", rule)
 
     def _check_objective(self, check: Check):
         check.each("> 0", "target_kl", "kl_horizon", "value_clip_range", "stop_kl", "max_ref_kl")
@@ -366,7 +383,7 @@ class PPOSettings:
         """What the estimator and the loss do not take is left as it is."""
         advantage, loss = (
             parameters(advantage_function(self.advantage)),
-            parameters(loss_function(self.loss)),
+            loss_parameters(self.loss),
         )
         if needs_groups(self.advantage):
             rule = f"at least 2 with advantage={self.advantage!r}"
@@ -374,7 +391,9 @@ class PPOSettings:
         if "gamma" not in advantage:
             rule = f"1 with advantage={self.advantage!r}, which compares whole responses"
             check.that(self.gamma == 1, "gamma", rule)
-        for field in ("dual_clip", "penalty_coef", "divergence_limit"):
+        of_losses = ("dual_clip", "penalty_coef", "divergence_limit", "behavior_weight_limit")
+        of_losses += ("covariance_fraction", "covariance_low", "covariance_high")
+        for field in of_losses:
             rule = f"{getattr(type(self), field):g} unless the loss takes it"
             unread = getattr(self, field) == getattr(type(self), field)
             check.that(field in loss or unread, field, rule)
@@ -386,6 +405,16 @@ class PPOSettings:
         check.that(keeps_baseline(self.advantage) or unread, "baseline_decay", rule)
         check.each("in [0, 1]", "baseline_decay")
         check.that(self.dual_clip > 1, "dual_clip", "> 1")
+        check.each("> 0", "behavior_weight_limit")
+        check.each("in [0, 1]", "covariance_fraction")
+        rule = f"above covariance_low ({self.covariance_low:g})"
+        check.that(self.covariance_high > self.covariance_low, "covariance_high", rule)
+        if reads_behavior(loss_function(self.loss)):
+            rule = f"'recompute' with loss={self.loss!r}: otherwise its two policies are one"
+            check.that(self.old_logprobs == "recompute", "old_logprobs", rule)
+            rule = f"1 with loss={self.loss!r}, which has the weights itself"
+            check.that(self.tis_clip_low == 1, "tis_clip_low", rule)
+            check.that(self.tis_clip_high == 1, "tis_clip_high", rule)
         check.each(">= 0", "penalty_coef", "divergence_limit", "kl_loss_coef")
         check.choice("aggregation", *AGGREGATIONS)
         rule = f"'token_mean' with loss={self.loss!r}, which takes no weights"

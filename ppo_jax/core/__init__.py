@@ -8,6 +8,8 @@ Start with `losses` and `advantages`.
 from ppo_jax.core.advantages import gae, length_adaptive_lambda, whiten
 from ppo_jax.core.covariance import (
     adaptive_entropy_coef,
+    clip_cov_mask,
+    clip_cov_policy_loss,
     clip_cov_weights,
     kl_cov_mask,
     kl_cov_policy_loss,
@@ -121,6 +123,8 @@ __all__ = [
     "chunked_token_statistics",
     "cispo_policy_loss",
     "classification_value_loss",
+    "clip_cov_mask",
+    "clip_cov_policy_loss",
     "clip_cov_weights",
     "clip_scores",
     "clipped_policy_loss",

@@ -6,6 +6,7 @@ minibatch. Reference: Cui et al. 2025, https://arxiv.org/abs/2505.22617.
 """
 
 import functools
+from collections.abc import Callable, Mapping
 
 import chex
 import jax
@@ -13,9 +14,11 @@ import jax.numpy as jnp
 
 from ppo_jax.core.checks import Number, assert_numbers
 from ppo_jax.core.masking import masked_mean, zero_padding
+from ppo_jax.core.named import parameters
 from ppo_jax.core.policy_losses import (
     Metrics,
     checked_tokens,
+    clipped_policy_loss,
     probability_ratio,
     surrogate_metrics,
     weighted,
@@ -90,6 +93,87 @@ def clip_cov_weights(
     drawn = jnp.where(is_candidate, jax.random.uniform(key, mask.shape, jnp.float32), -jnp.inf)
     is_left_out = is_candidate & is_top(drawn, mask, covariance_fraction)
     return (mask & ~is_left_out).astype(jnp.float32)
+
+
+def clip_cov_mask(
+    key: jax.Array,
+    logprobs: jax.Array,
+    advantages: jax.Array,
+    mask: jax.Array,
+    *,
+    covariance_fraction: Number = 2e-4,
+    covariance_low: Number = 1.0,
+    covariance_high: Number = 5.0,
+) -> jax.Array:
+    """The tokens that `clip_cov_weights` leaves out, those without a gradient in
+    `clip_cov_policy_loss`: [B, T] bool, False where masked. Arguments as there.
+
+    >>> logprobs, mask = jnp.array([[-1.0, -9.0, -5.0]]), jnp.ones((1, 3), bool)
+    >>> advantages = jnp.array([[1.0, 0.0, -1.0]])
+    >>> clip_cov_mask(jax.random.key(0), logprobs, advantages, mask).tolist()
+    [[True, False, False]]
+    """
+    how = dict(covariance_fraction=covariance_fraction, low=covariance_low, high=covariance_high)
+    return mask & (clip_cov_weights(key, logprobs, advantages, mask, **how) == 0)
+
+
+def clip_cov_policy_loss(
+    logprobs: jax.Array,
+    old_logprobs: jax.Array,
+    advantages: jax.Array,
+    mask: jax.Array,
+    *,
+    dropped_mask: jax.Array,
+    clip_range: Number,
+    clip_range_high: Number | None = None,
+    weights: jax.Array | None = None,
+    normalizer: Number | None = None,
+) -> tuple[jax.Array, Metrics]:
+    """PPO's loss without the terms of some tokens (Clip-Cov); these still count in the mean.
+
+    L = mean l,  l = 0 for the tokens of `dropped_mask`, else the term of `clipped_policy_loss`.
+
+    Args:
+        logprobs: [B, T] float, of the tokens under the policy that is trained.
+        old_logprobs: [B, T] float, of the same tokens when they were sampled; a constant.
+        advantages: [B, T] float; a constant.
+        mask: [B, T] bool, True counts; what the others hold elsewhere has no effect.
+        dropped_mask: [B, T] bool, the tokens without a gradient, see `clip_cov_mask`: chosen of the
+            whole minibatch.
+        clip_range: how far the ratio may fall below 1; may be inf.
+        clip_range_high: how far it may rise above 1; None is the same as clip_range.
+        weights: [B, T] float, see `clipped_policy_loss`; a constant.
+        normalizer: what the sum is divided by; None is the count of the mask.
+
+    Returns:
+        (loss, metrics): those of `clipped_policy_loss`, and policy/dropped_fraction, the share of
+        the tokens of `dropped_mask`.
+
+    Reference: Cui et al. 2025, https://arxiv.org/abs/2505.22617, section 4.2.
+
+    >>> new, old = jnp.log(jnp.array([[0.6, 0.5]])), jnp.log(jnp.array([[0.5, 0.5]]))
+    >>> loss, metrics = clip_cov_policy_loss(
+    ...     new, old, jnp.ones((1, 2)), jnp.ones((1, 2), bool),
+    ...     dropped_mask=jnp.array([[True, False]]), clip_range=0.2,
+    ... )
+    >>> loss.item(), metrics["policy/dropped_fraction"].item()
+    (-0.5, 0.5)
+    """
+    chex.assert_equal_shape([dropped_mask, mask])
+    chex.assert_type(dropped_mask, bool)
+    kept = (~dropped_mask).astype(jnp.float32)
+    loss, metrics = clipped_policy_loss(
+        logprobs,
+        old_logprobs,
+        advantages,
+        mask,
+        clip_range=clip_range,
+        clip_range_high=clip_range_high,
+        weights=weighted(kept, weights),
+        normalizer=normalizer,
+    )
+    dropped = masked_mean(dropped_mask.astype(jnp.float32), mask, normalizer=normalizer)
+    return loss, metrics | {"policy/dropped_fraction": dropped}
 
 
 def kl_cov_mask(
@@ -181,6 +265,23 @@ def kl_cov_policy_loss(
     mean = functools.partial(masked_mean, mask=mask, normalizer=normalizer)
     loss = mean(weighted(-advantages * ratio + penalty, weights))
     return loss, surrogate_metrics(loss, is_penalised, log_ratio, ratio, mask, mean)
+
+
+# The inputs of a loss that are tokens of a whole minibatch, each with the function that chooses
+# them; it is called by the names of its parameters, before the minibatch is split.
+TOKEN_CHOICES: Mapping[str, Callable] = {
+    "dropped_mask": clip_cov_mask,
+    "penalty_mask": kl_cov_mask,
+}
+
+
+def token_choices(loss: Callable) -> dict[str, Callable]:
+    """Those of `TOKEN_CHOICES` that a loss has a parameter for.
+
+    >>> list(token_choices(lambda logprobs, penalty_mask: logprobs))
+    ['penalty_mask']
+    """
+    return {name: TOKEN_CHOICES[name] for name in TOKEN_CHOICES if name in parameters(loss)}
 
 
 def is_top(scores: jax.Array, mask: jax.Array, fraction: Number) -> jax.Array:

@@ -14,6 +14,12 @@ from ppo_jax.core.policy_losses import Metrics, probability_ratio
 
 LEVELS = ("token", "sequence", "sequence_mean")
 OUTSIDE = ("truncate", "drop")
+CORRECTIONS = {  # what `PPOOptions.importance` names: arguments of `importance_weights`
+    "token": dict(level="token", outside="truncate"),
+    "sequence": dict(level="sequence", outside="truncate"),
+    "sequence_mean": dict(level="sequence_mean", outside="truncate"),
+    "icepop": dict(level="token", outside="drop"),
+}
 
 
 def importance_weights(

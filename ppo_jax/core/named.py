@@ -12,9 +12,10 @@ from typing import Any
 
 # What is offered to an estimator of advantages and to a loss of the policy, beside the numbers of
 # `Hyperparameters`. See `estimate_advantages` and `experience_loss`.
-ADVANTAGE_INPUTS = ("rewards", "values", "mask", "scores", "group_size", "baseline")
+ADVANTAGE_INPUTS = ("rewards", "values", "mask", "scores", "greedy_scores", "group_size")
+ADVANTAGE_INPUTS += ("baseline",)
 LOSS_INPUTS = ("logprobs", "old_logprobs", "advantages", "mask", "weights", "segment_ids")
-LOSS_INPUTS += ("normalizer",)
+LOSS_INPUTS += ("normalizer", "behavior_logprobs", "dropped_mask", "penalty_mask")
 
 
 def parameters(function: Callable) -> Mapping[str, bool]:
@@ -40,6 +41,16 @@ def reads_values(advantage: Callable) -> bool:
     return "values" in parameters(advantage)
 
 
+def reads_greedy(advantage: Callable) -> bool:
+    """Whether an estimator needs a greedy response to each prompt: it has a parameter
+    `greedy_scores`.
+
+    >>> reads_greedy(lambda scores, greedy_scores: scores - greedy_scores)
+    True
+    """
+    return "greedy_scores" in parameters(advantage)
+
+
 def is_of_sequences(loss: Callable) -> bool:
     """Whether a loss of the policy is one of whole responses: it has a parameter `segment_ids`.
 
@@ -47,6 +58,16 @@ def is_of_sequences(loss: Callable) -> bool:
     True
     """
     return "segment_ids" in parameters(loss)
+
+
+def reads_behavior(loss: Callable) -> bool:
+    """Whether a loss of the policy tells the policy that sampled from the one that its ratio starts
+    from: it has a parameter `behavior_logprobs`.
+
+    >>> reads_behavior(lambda logprobs, behavior_logprobs: logprobs)
+    True
+    """
+    return "behavior_logprobs" in parameters(loss)
 
 
 def unknown_parameters(function: Callable, names: Any) -> list[str]:

@@ -68,11 +68,16 @@ class Experience:
     mask: jax.Array  # [B, L] bool
     response_tokens: jax.Array  # [B, T] int32
     response_mask: jax.Array  # [B, T] bool
-    logprobs: jax.Array  # [B, T] float32, of the behaviour policy
+    logprobs: jax.Array  # [B, T] float32, of the policy that the ratio starts from
     values: jax.Array | None  # [B, T] float32, before token t is emitted; None without a critic
     advantages: jax.Array  # [B, T] float32, see `PPOOptions.advantage`
     returns: jax.Array | None  # [B, T] float32; None without a critic
     ref_logprobs: jax.Array | None = None  # [B, T] float32, where the loss has a KL in it
+    behavior_logprobs: jax.Array | None = None  # [B, T] float32, of the policy that sampled, where
+    # the loss tells it from that of `logprobs`
+    dropped_mask: jax.Array | None = None  # [B, T] bool, and
+    penalty_mask: jax.Array | None = None  # [B, T] bool, the tokens of a minibatch that the loss
+    # has chosen, see `TOKEN_CHOICES`
     weights: jax.Array | None = None  # [B, T] float32 of a token's term of the loss; None is 1
     segment_ids: jax.Array | None = None  # [B, L - 1] int32, as in `TextBatch`
     output_positions: jax.Array | None = None  # [B, T] int32, predict the response tokens
@@ -141,6 +146,10 @@ class Hyperparameters:
     penalty_coef: jax.Array | float = 1.0  # see `kl_penalty_policy_loss`
     penalty_target_kl: jax.Array | float | None = None  # nats a token that it adapts to; None: no
     divergence_limit: jax.Array | float = 0.15  # see `dppo_policy_loss`
+    covariance_fraction: jax.Array | float = 2e-4  # see `clip_cov_mask` and `kl_cov_mask`
+    covariance_low: jax.Array | float = 1.0  # see `clip_cov_mask`
+    covariance_high: jax.Array | float = 5.0  # likewise
+    behavior_weight_limit: jax.Array | float = jnp.inf  # see `decoupled_policy_loss`
     missing_eos_score: jax.Array | float = 0.0  # replaces, or is subtracted from, the score
     score_clip: jax.Array | float | None = None  # scores are within it of 0; None is off
     length_penalty: jax.Array | float | None = None  # of a score for each token; None is off

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from ppo_jax.config.objectives import needs_critic
+from ppo_jax.config.objectives import needs_critic, needs_greedy
 from ppo_jax.config.ppo import PPOSettings, names_critic
 from ppo_jax.config.run import STAGE_NAMES, Config
 from ppo_jax.config.stages import LoRASettings
@@ -140,6 +140,7 @@ def ppo_rows(s: PPOSettings, model: ModelConfig) -> Rows:
             "ppo update",
             f"{steps} optimizer steps of {minibatch} episodes, {micro_batch} {unit}at a time",
         ),
+        *greedy_rows(s),
         *critic_rows(s),
         *selection_rows(s),
         ("ppo in all", f"{episodes} episodes, {steps * s.num_iterations} optimizer steps"),
@@ -147,6 +148,14 @@ def ppo_rows(s: PPOSettings, model: ModelConfig) -> Rows:
         ("KV cache", f"{size_of(cache)}, {slots} responses at a time"),
         ("logits at a time", size_of(logits)),
     ]
+
+
+def greedy_rows(s: PPOSettings) -> Rows:
+    """The rollout of its own that some advantages need."""
+    if not needs_greedy(s.advantage):
+        return []
+    count = s.rollout_batch_size // s.samples_per_prompt
+    return [("greedy responses", f"{count} more an iteration, one to each prompt")]
 
 
 def critic_rows(s: PPOSettings) -> Rows:

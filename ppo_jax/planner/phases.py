@@ -21,9 +21,10 @@ from ppo_jax.algorithms.experience import (
     response_scores,
     sample_responses,
 )
+from ppo_jax.algorithms.greedy import greedy_options, greedy_responses
 from ppo_jax.algorithms.supervised import text_scores
 from ppo_jax.algorithms.update import ppo_update
-from ppo_jax.config.objectives import needs_critic
+from ppo_jax.config.objectives import needs_critic, needs_greedy
 from ppo_jax.config.ppo import PPOSettings, names_critic
 from ppo_jax.config.run import STAGE_NAMES, Config, ModelSettings
 from ppo_jax.config.stages import LoRASettings
@@ -227,19 +228,25 @@ def phases(config: Config, models: Models, layouts: tuple[Layout, Layout]) -> li
         return function.trace(args.state, args.hyperparameters, *inputs, frozen=args.frozen)
 
     rollout = trace(sample_responses, args.prompts, args.key, out_shardings=batch_sharding)
-    scores = () if args.networks.reward else (args.rows(jnp.float32, s.rollout_batch_size),)
-    responses = args.shard_rows(rollout.out_info)
-    scoring = trace(score, responses, *scores, out_shardings=(batch_sharding, replicated))
+    inputs = [args.shard_rows(rollout.out_info)]
+    programs = {"rollout": rollout}
+    if needs_greedy(s.advantage):
+        greedy = trace(greedy_responses, args.prompts, args.key, out_shardings=batch_sharding)
+        programs["greedy rollout"] = greedy
+        inputs.append(args.shard_rows(greedy.out_info))
+    if not args.networks.reward:
+        inputs = [(x, args.rows(jnp.float32, len(x.has_eos))) for x in inputs]
+    scoring = trace(score, *inputs, out_shardings=(batch_sharding, replicated))
     experience = args.shard_rows(scoring.out_info[0])
     updates = trace(
         update, experience, args.key, donate_argnums=0, out_shardings=(state_shardings, replicated)
     )
-    programs = {"rollout": rollout}
     if models.reads_text:
         reader = functools.partial(
             score_text, reader=reward_network(models.reward, constrain=layout.constrain)
         )
-        shape = s.rollout_batch_size, text_width(s, models.reward)
+        num_texts = s.rollout_batch_size + greedy_rows(s)
+        shape = num_texts, text_width(s, models.reward)
         texts = args.rows(jnp.int32, *shape), args.rows(bool, *shape)
         programs["reward model"] = trace(reader, *texts, out_shardings=batch_sharding)
     programs |= {"scoring": scoring, "update": updates}
@@ -250,6 +257,9 @@ def phases(config: Config, models: Models, layouts: tuple[Layout, Layout]) -> li
         "rollout": decode_trip_counts(s.rollout_batch_size, options.sampling),
         "update": s.num_micro_batches if s.packing else None,
     }
+    if needs_greedy(s.advantage):
+        sampling = greedy_options(options).sampling
+        trip_counts["greedy rollout"] = decode_trip_counts(greedy_rows(s), sampling)
     return [
         Phase(
             name=name,
@@ -265,18 +275,32 @@ def phases(config: Config, models: Models, layouts: tuple[Layout, Layout]) -> li
 def decode_trip_counts(num_rows: int, sampling: Sampling) -> TripCounts:
     """Of the decode loops, where every response has its full length."""
     slots, length = sampling.max_concurrent, sampling.response_length
-    if slots in (0, num_rows):
+    if slots == 0 or slots >= num_rows:
         return length
     return max_trip_counts(num_rows, slots, sampling.group(slots), length)
 
 
-def score(state, hyperparameters, rollout, scores=None, *, frozen, networks, options):
-    """The work between the rollout and the updates."""
-    if scores is None:
+def score(state, hyperparameters, rollout, greedy=None, *, frozen, networks, options):
+    """The work between the rollout and the updates. Responses come alone, or with their scores
+    where no reward model is in the program."""
+
+    def scored(responses):
+        if isinstance(responses, tuple):
+            return responses
         eos_id = options.score_eos
-        scores = response_scores(rollout, frozen=frozen, networks=networks, eos_id=eos_id)
+        scores = response_scores(responses, frozen=frozen, networks=networks, eos_id=eos_id)
+        return responses, scores
+
     parts = dict(frozen=frozen, networks=networks, options=options)
-    return make_experience(rollout, scores, state, hyperparameters, **parts)
+    greedy = None if greedy is None else scored(greedy)
+    return make_experience(*scored(rollout), state, hyperparameters, greedy=greedy, **parts)
+
+
+def greedy_rows(settings: PPOSettings) -> int:
+    """Greedy responses of an iteration."""
+    if not needs_greedy(settings.advantage):
+        return 0
+    return settings.rollout_batch_size // settings.samples_per_prompt
 
 
 def score_text(state, hyperparameters, tokens, mask, *, frozen, reader, **parts):
@@ -418,6 +442,11 @@ def analytic_flops(
     scoring = scoring_flops(
         policy, critic, reward, policy_passes=passes, trunks=trunks, **kernels, **sizes
     )
+    count = greedy_rows(s)
+    greedy = sizes | dict(sequences=count)
+    if count and reward is not None:
+        how = dict(policy_passes=0, trunks=trunks)
+        scoring += scoring_flops(policy, None, reward, **how, **kernels, **greedy)
     flops = {
         "rollout": rollout_flops(
             policy,
@@ -436,11 +465,15 @@ def analytic_flops(
             **sizes | {"sequences": s.update_batch_size},
         ),
     }
+    if count:
+        slots = min(s.max_concurrent or count, count)
+        group = greedy_options(abstract_options(s)).sampling.group(slots)
+        flops["greedy rollout"] = rollout_flops(policy, slots=slots, group=group, **greedy)
     if models.reads_text:
         width = text_width(s, models.reward)
         flops["reward model"] = forward_flops(
             models.reward,
-            sequences=s.rollout_batch_size,
+            sequences=s.rollout_batch_size + count,
             positions=width,
             attended=attended_in_row(models.reward, width, platform),
             outputs=1,

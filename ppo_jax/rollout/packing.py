@@ -112,7 +112,9 @@ def packed_experience(experience: Experience, rows: PackedRows) -> Experience:
     """
 
     def of_tokens(x):
-        return None if x is None else jnp.where(rows.mask, x.reshape(-1)[rows.tokens], 0)
+        if x is None:
+            return None
+        return jnp.where(rows.mask, x.reshape(-1)[rows.tokens], jnp.zeros((), x.dtype))
 
     def of_positions(x):
         return None if x is None else x.reshape(-1, *x.shape[2:])[rows.positions]
@@ -129,6 +131,9 @@ def packed_experience(experience: Experience, rows: PackedRows) -> Experience:
         advantages=of_tokens(e.advantages),
         returns=of_tokens(e.returns),
         ref_logprobs=of_tokens(e.ref_logprobs),
+        behavior_logprobs=of_tokens(e.behavior_logprobs),
+        dropped_mask=of_tokens(e.dropped_mask),
+        penalty_mask=of_tokens(e.penalty_mask),
         weights=of_tokens(e.weights),
         segment_ids=rows.segment_ids,
         output_positions=rows.output_positions,

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from ppo_jax.algorithms.greedy import greedy_responses
 from ppo_jax.algorithms.supervised import text_scores
 from ppo_jax.algorithms.sweep import (
     LaneAxes,
@@ -34,6 +35,7 @@ from ppo_jax.io.critics import keep_critic, load_critic
 from ppo_jax.io.run_folder import without_workdir
 from ppo_jax.io.stage_folder import Model, load_source, resolve, split_step
 from ppo_jax.training.common import compile_step, freeze
+from ppo_jax.training.greedy import make_greedy
 from ppo_jax.training.lane_runs import LaneRuns
 from ppo_jax.training.ppo import (
     Scorer,
@@ -364,6 +366,12 @@ def make_iteration(program: Program, states: PPOState, score: Scorer | None):
         out_shardings=layout.batch_sharding,
         compiler_options=how,
     )
+    greedy_sample = jax.jit(
+        functools.partial(sweep_responses, sample=greedy_responses, **parts),
+        out_shardings=layout.batch_sharding,
+        compiler_options=how,
+    )
+    greedy = make_greedy(setup.options, greedy_sample, score)
     update = compiled(sweep_update)
     split = jax.random.split if axes.inputs is None else jax.vmap(jax.random.split, out_axes=1)
 
@@ -371,8 +379,9 @@ def make_iteration(program: Program, states: PPOState, score: Scorer | None):
         rollout_keys, shuffle_keys = split(keys)
         rollout = sample(states, numbers, prompts, rollout_keys, frozen=setup.frozen)
         scores, more = score(chosen, rollout)
+        others = greedy(chosen, states, numbers, prompts, rollout_keys, frozen=setup.frozen)
         states, metrics = update(
-            states, numbers, rollout, scores, shuffle_keys, frozen=setup.frozen
+            states, numbers, rollout, scores, shuffle_keys, others, frozen=setup.frozen
         )
         each = {name: split_lanes(np.asarray(x), program.num_lanes) for name, x in more.items()}
         return states, metrics | {k: x.mean(axis=1, dtype=np.float64) for k, x in each.items()}

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from ppo_jax.algorithms.experience import PPOOptions, response_scores, sample_responses
+from ppo_jax.algorithms.greedy import greedy_responses
 from ppo_jax.algorithms.ppo import ppo_iteration, update_from_rollout
 from ppo_jax.algorithms.supervised import text_scores
 from ppo_jax.config.parsing import FunctionFailed
@@ -26,6 +27,7 @@ from ppo_jax.io.model_spec import ModelSpec
 from ppo_jax.io.run_folder import append_rows
 from ppo_jax.io.stage_folder import Model, load_source, source_steps
 from ppo_jax.training.common import compile_step
+from ppo_jax.training.greedy import make_greedy
 from ppo_jax.training.ppo_evaluation import (
     Evaluation,
     Judging,
@@ -231,18 +233,19 @@ def make_iteration(
         return lambda state, chosen, prompts, key: iteration(
             state, hyperparameters, prompts, key, frozen=frozen
         )
-    sample = jax.jit(
-        functools.partial(sample_responses, **parts),
-        out_shardings=layout.batch_sharding,
-        compiler_options=how,
-    )
+    compiled = functools.partial(jax.jit, out_shardings=layout.batch_sharding, compiler_options=how)
+    sample = compiled(functools.partial(sample_responses, **parts))
+    greedy_sample = compiled(functools.partial(greedy_responses, **parts))
+    greedy = make_greedy(setup.options, greedy_sample, score)
     update = compile_step(update_from_rollout, state, layout, compiler_options=how, **parts)
 
     def iterate(state: PPOState, chosen: np.ndarray, prompts: Prompts, key: jax.Array):
         rollout_key, shuffle_key = jax.random.split(key)
         rollout = sample(state, hyperparameters, prompts, rollout_key, frozen=frozen)
         scores, more = score(chosen, rollout)
-        state, metrics = update(state, hyperparameters, rollout, scores, shuffle_key, frozen=frozen)
+        others = greedy(chosen, state, hyperparameters, prompts, rollout_key, frozen=frozen)
+        given = (hyperparameters, rollout, scores, shuffle_key, others)
+        state, metrics = update(state, *given, frozen=frozen)
         return state, metrics | {name: x.mean(dtype=np.float64) for name, x in more.items()}
 
     return iterate

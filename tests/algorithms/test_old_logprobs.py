@@ -7,6 +7,7 @@ import pytest
 
 from ppo_jax.algorithms.experience import PPONetworks, Sampler
 from ppo_jax.config.mesh import MeshSettings
+from ppo_jax.core.off_policy_losses import decoupled_policy_loss
 from ppo_jax.distributed.layout import make_layouts
 from ppo_jax.models.build import policy_network, reward_network, value_network
 from ppo_jax.training.ppo import make_iteration
@@ -52,6 +53,65 @@ def test_advantages_are_times_the_weights_within_their_limits(limits):
     np.testing.assert_allclose(metrics["policy/rollout_logprob_error"], size.mean(), rtol=1e-4)
     np.testing.assert_allclose(metrics["policy/rollout_logprob_error_max"], size.max(), rtol=1e-4)
     np.testing.assert_allclose(metrics["policy/importance_weight"], weights[mask].mean(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("importance", ["token", "sequence", "sequence_mean", "icepop"])
+def test_the_weights_are_of_tokens_or_of_responses_and_truncated_or_dropped(importance):
+    low, high = 0.7, 1.3
+    chosen = tiny.options(old_logprobs="recompute", importance=importance)
+    run = tiny.Run("whole", chosen, tis_clip_low=low, tis_clip_high=high)
+    rollout = run.rollout()
+    scores, other = run.scores(rollout), disturbed(rollout)
+    plain, _ = tiny.Run("whole").experience(rollout, scores)
+    got, metrics = run.experience(other, scores)
+    mask = np.asarray(rollout.response_mask)
+    expected = np.asarray(plain.advantages, np.float64)
+    kept = np.ones(mask.shape)
+    for i, t in np.argwhere(mask):
+        difference = (np.asarray(rollout.logprobs) - np.asarray(other.logprobs))[i, mask[i]]
+        log_weight = {
+            "token": difference[t],
+            "icepop": difference[t],
+            "sequence": difference.sum(),
+            "sequence_mean": difference.mean(),
+        }[importance]
+        inside = low <= np.exp(log_weight) <= high
+        kept[i, t] = np.exp(log_weight) if inside else min(max(np.exp(log_weight), low), high)
+        if importance == "icepop" and not inside:
+            kept[i, t] = 0.0
+    np.testing.assert_allclose(got.advantages, expected * kept, atol=5e-5)
+    np.testing.assert_allclose(metrics["policy/importance_weight"], kept[mask].mean(), rtol=1e-4)
+    assert (kept[mask] == 0).any() == (importance == "icepop")
+
+
+@pytest.mark.parametrize("parts", [{}, {"num_micro_batches": 2, "packing": True}])
+def test_decoupled_ppo_weighs_by_the_old_policy_over_the_one_that_sampled(parts):
+    """Its loss is linear in the advantages: weights of tokens from 0 to the limit do the same."""
+    how = dict(old_logprobs="recompute", **parts)
+    run = tiny.Run(
+        "whole", tiny.options(loss=decoupled_policy_loss, **how), behavior_weight_limit=1.2
+    )
+    other = tiny.Run("whole", tiny.options(**how), tis_clip_low=0.0, tis_clip_high=1.2)
+    rollout = run.rollout()
+    scores, sampled = run.scores(rollout), disturbed(rollout)
+    experience, _ = run.experience(sampled, scores)
+    np.testing.assert_array_equal(experience.behavior_logprobs, sampled.logprobs)
+    np.testing.assert_allclose(experience.logprobs, rollout.logprobs, atol=5e-5)
+    weighted, _ = other.experience(sampled, scores)
+    assert weighted.behavior_logprobs is None
+    (state, metrics), (expected, _) = run.update(experience), other.update(weighted)
+    tiny.leaves_close(state.policy_params, expected.policy_params, atol=2e-5)
+    mask = np.asarray(rollout.response_mask)
+    ratio = np.exp(np.asarray(rollout.logprobs) - np.asarray(sampled.logprobs))[mask]
+    mean = metrics["policy/behavior_weight"][:2].mean()  # of the first pass; halves of like sizes
+    np.testing.assert_allclose(mean, np.minimum(ratio, 1.2).mean(), rtol=0.02)
+    unweighted, _ = tiny.Run("whole", tiny.options(**how)).update(experience)
+    assert tiny.leaves_differ(state.policy_params, unweighted.policy_params)
+
+
+def test_decoupled_ppo_without_two_policies_is_refused():
+    with pytest.raises(ValueError, match='decoupled_policy_loss needs old_logprobs="recompute"'):
+        tiny.options(loss=decoupled_policy_loss)
 
 
 def test_in_bfloat16_the_two_differ_and_recomputed_ones_begin_at_a_ratio_of_1():

@@ -11,6 +11,7 @@ from ppo_jax.config.objectives import (
     advantage_function,
     loss_function,
     needs_critic,
+    needs_greedy,
     needs_groups,
 )
 from ppo_jax.config.run import from_config_dict
@@ -33,14 +34,18 @@ def plain(logprobs, advantages, mask, *, normalizer):
     return -masked_mean(logprobs * advantages, mask, normalizer=normalizer), {}
 
 
+DECOUPLED = {"loss": "decoupled", "old_logprobs": "recompute"}
+
+
 def greedy(scores, reference_text):
     return scores
 
 
 def test_what_an_estimator_needs_is_known_from_its_parameters():
     assert [name for name in ADVANTAGES if needs_critic(name)] == ["gae"]
-    of_tokens = {"gae", "reinforce", "reinforce_plus_plus"}
-    assert {name for name in ADVANTAGES if not needs_groups(name)} == of_tokens
+    without_groups = {"gae", "reinforce", "reinforce_plus_plus", "remax"}
+    assert {name for name in ADVANTAGES if not needs_groups(name)} == without_groups
+    assert [name for name in ADVANTAGES if needs_greedy(name)] == ["remax"]
     assert needs_critic(f"{HERE}:half") and not needs_groups(f"{HERE}:half")
     assert advantage_function(f"{HERE}:half") is half and loss_function(f"{HERE}:plain") is plain
 
@@ -72,6 +77,22 @@ def test_what_an_estimator_needs_is_known_from_its_parameters():
         ({"ref_ema_decay": 1.5}, r"ref_ema_decay must be in \[0, 1\]"),
         ({"ref_ema_decay": 0.9, "ref_reset_every": 2}, "0 unless ref_ema_decay is 1"),
         ({"kl_loss_coef": -0.1}, ">= 0"),
+        (
+            DECOUPLED | {"tis_clip_high": 2.0},
+            "1 with loss='decoupled', which has the weights itself",
+        ),
+        ({"loss": "kl_cov", "covariance_low": 0.5}, "covariance_low must be 1 unless the loss"),
+        (
+            {"loss": "kl_cov", "covariance_fraction": 1.5},
+            r"fraction must be in \[0, 1\]",
+        ),
+        ({"loss": "clip_cov", "penalty_coef": 2.0}, "penalty_coef must be 1 unless the loss takes"),
+        (
+            {"loss": "clip_cov", "covariance_high": 0.5},
+            r"covariance_high must be above covariance_low \(1\), got 0.5",
+        ),
+        (DECOUPLED | {"old_logprobs": "rollout"}, "old_logprobs must be 'recompute' with loss="),
+        (DECOUPLED | {"behavior_weight_limit": 0.0}, "ppo.behavior_weight_limit must be > 0"),
         ({"value_gae_lambda": 1.5}, r"in \[0, 1\], or -1"),
         ({"value_updates": 0}, "> 0"),
         ({"value_num_minibatches": 5}, "value_num_minibatches x num_micro_batches"),
@@ -130,7 +151,11 @@ METHODS = [
     {"advantage": f"{HERE}:half", "loss": f"{HERE}:plain"},
     {"loss": "kl_penalty", "clip_range": math.inf, "critic_warmup": 1, "value_gae_lambda": 1.0},
     {"advantage": "reinforce", "baseline_decay": 0.5, "gamma": 0.9, "ref_ema_decay": 0.9},
+    {"advantage": "remax", "missing_eos": "penalty"},
     {"loss": "dppo", "value_updates": 2, "gae_lambda_alpha": 0.05},
+    {"loss": "clip_cov", "covariance_low": 0.0, "packing": True, "num_micro_batches": 2},
+    {"loss": "kl_cov", "advantage": "rloo", "covariance_fraction": 0.1},
+    {"loss": "decoupled", "old_logprobs": "recompute", "behavior_weight_limit": 2.0},
 ]
 
 
@@ -159,6 +184,7 @@ def test_a_run_by_each_method_is_finite_and_has_a_critic_where_it_needs_one(
 ):
     pipeline.run(tiny_run.on_base(start, ppo=OF_RUN | method), tmp_path)
     output = capsys.readouterr().out
+    assert ("4 more an iteration, one to each prompt" in output) == ("remax" in method.values())
     assert ("critic update" in output) == ("value_updates" in method)
     assert ("makes lambda less than 0.5 up to 40 tokens" in output) == (
         method.get("gae_lambda_alpha") == 0.05

@@ -10,7 +10,12 @@ import pytest
 
 from ppo_jax.algorithms.experience import PPOOptions, make_experience, sample_responses
 from ppo_jax.algorithms.ppo import ppo_iteration
-from ppo_jax.core.off_policy_losses import cispo_policy_loss, dppo_policy_loss
+from ppo_jax.core.covariance import clip_cov_policy_loss, kl_cov_policy_loss
+from ppo_jax.core.off_policy_losses import (
+    cispo_policy_loss,
+    decoupled_policy_loss,
+    dppo_policy_loss,
+)
 from ppo_jax.core.optimizer import schedule
 from ppo_jax.core.policy_losses import dual_clip_policy_loss, kl_penalty_policy_loss
 from ppo_jax.core.types import Hyperparameters, Optimizer
@@ -81,6 +86,10 @@ OF_CHOICES = {  # numbers that one choice reads: (it, a value, another)
     "dual_clip": (dict(loss=dual_clip_policy_loss), 1.001, 1.2),
     "penalty_coef": (dict(loss=kl_penalty_policy_loss), 0.1, 2.0),
     "divergence_limit": (dict(loss=dppo_policy_loss), 1e-4, 0.5),
+    "covariance_fraction": (dict(loss=kl_cov_policy_loss), 0.05, 0.5),
+    "covariance_low": (dict(loss=clip_cov_policy_loss), 0.0, 4.9),
+    "covariance_high": (dict(loss=clip_cov_policy_loss), 1.001, 100.0),
+    "behavior_weight_limit": (dict(loss=decoupled_policy_loss), 0.3, 2.0),
     "gae_lambda_alpha": ({}, 0.3, 1.0),
     "value_optimizer": ({}, Optimizer(learning_rate=1e-3), Optimizer(learning_rate=2e-3)),
 }

@@ -475,6 +475,18 @@ EDGES = [
         "assert_type",
     ),
     (
+        core.clip_cov_policy_loss,
+        "dropped_mask of numbers",
+        lambda: of_ones(core.clip_cov_policy_loss, clip_range=0.1, dropped_mask=ONES),
+        "assert_type",
+    ),
+    (
+        core.clip_cov_mask,
+        "nothing",
+        lambda: core.clip_cov_mask(KEY, ONES, ONES, ~MASK),
+        0,
+    ),
+    (
         core.clip_cov_weights,
         "low nan",
         lambda: core.clip_cov_weights(KEY, ONES, ONES, MASK, low=math.nan),

@@ -11,7 +11,7 @@ import pytest
 from ppo_jax.algorithms.experience import estimate_advantages
 from ppo_jax.algorithms.supervised import accumulate
 from ppo_jax.algorithms.update import accumulate_packed, experience_loss
-from ppo_jax.config.objectives import ADVANTAGES, LOSSES, keeps_baseline, needs_critic
+from ppo_jax.config.objectives import ADVANTAGES, LOSSES, needs_critic
 from tests.distributed.test_meshes import BATCH, Run, ragged_experience
 from tests.support import tiny
 
@@ -81,7 +81,7 @@ def advantages(shape):
                 mask,
                 numbers,
                 tiny.options(advantage=function, sampling=tiny.sampling(samples_per_prompt=GROUP)),
-                more={"baseline": jnp.float32(0.5)} if keeps_baseline(name) else {},
+                **extra(name),
             )
             for name, function in ADVANTAGES.items()
         }

@@ -12,6 +12,7 @@ import pytest
 from ppo_jax.core.advantages import gae, length_adaptive_lambda, whiten
 from ppo_jax.core.covariance import (
     adaptive_entropy_coef,
+    clip_cov_policy_loss,
     clip_cov_weights,
     kl_cov_policy_loss,
     token_covariances,
@@ -180,6 +181,7 @@ DPPO = dict(divergence_limit=0.1, normalizer=11)
 KL_PENALTY = dict(penalty_coef=0.5, normalizer=11)
 KL_COV = dict(penalty_coef=0.5, covariance_fraction=0.3, normalizer=11)
 CLIP_COV = dict(covariance_fraction=0.3, low=0.01, high=2.0)
+DROPPED = with_mask(clip_cov_policy_loss, dropped_mask=array(17, B, T) > 0)
 CLIPPED_COV = with_mask(functools.partial(clip_cov_weights, jax.random.key(0)))
 PACKED_GSPO = with_mask(gspo_policy_loss, segment_ids=IDS)
 LOGITS = [array(11, B, T, V)]
@@ -227,6 +229,7 @@ CASES = [
     Case("decoupled_policy_loss", decoupled_loss, FOUR, BEHAVIOR, [PADDED] * 4),
     Case("kl_cov_policy_loss", with_mask(kl_cov_policy_loss), THREE, KL_COV, [PADDED] * 3),
     Case("token_covariances", with_mask(token_covariances), TWO, {}, [PADDED] * 2),
+    Case("clip_cov_policy_loss", DROPPED, THREE, CLIP, [PADDED] * 3),
     Case("clip_cov_weights", CLIPPED_COV, TWO, CLIP_COV, [PADDED] * 2),
     Case("gspo_policy_loss", with_mask(gspo_policy_loss), THREE, CLIP, [PADDED] * 3),
     Case("gspo_policy_loss_packed", PACKED_GSPO, THREE, CLIP, [PADDED] * 3),

@@ -305,3 +305,28 @@ def test_a_critic_of_another_size_is_planned_with_its_size(tmp_path):
     same = planner.read_models(settings(ppo=TOP))
     own, plain = (phases.analytic_flops(config.ppo, x) for x in (models, same))
     assert own["scoring"] > plain["scoring"] and own["rollout"] == plain["rollout"]
+
+
+def test_the_greedy_rollout_of_remax_is_planned():
+    """32 responses to 8 prompts, and 8 more that the reward model reads, too."""
+    plain, config = (
+        settings(ppo=dict(advantage=name, samples_per_prompt=4)) for name in ("rloo", "remax")
+    )
+    models = planner.read_models(config)
+    mesh = make_mesh(config.mesh, TARGET.devices)
+    layouts = Layout(mesh, config.mesh.rules), Layout(mesh, config.mesh.rollout_rules)
+    planned = {phase.name: phase for phase in phases.phases(config, models, layouts)}
+    assert list(planned) == ["rollout", "greedy rollout", "scoring", "update"]
+    lengths = dict(prompt_length=8, response_length=8)
+    expected = flops.rollout_flops(models.policy, sequences=8, **lengths)
+    assert planned["greedy rollout"].flops == expected
+    assert planned["greedy rollout"].max_trip_counts == 8
+    one, other = (phases.analytic_flops(x.ppo, models) for x in (plain, config))
+    reads = flops.scoring_flops(
+        models.policy, None, models.reward, sequences=8, policy_passes=0, **lengths
+    )
+    assert other["scoring"] - one["scoring"] == pytest.approx(reads)
+    assert one["rollout"] == other["rollout"] and one["update"] == other["update"]
+    few = settings(ppo=dict(advantage="remax", samples_per_prompt=4, max_concurrent=4)).ppo
+    slots = phases.analytic_flops(few, models)["greedy rollout"]
+    assert slots == flops.rollout_flops(models.policy, sequences=8, slots=4, group=1, **lengths)
