@@ -10,12 +10,20 @@ import pytest
 
 from ppo_jax.algorithms.experience import estimate_advantages
 from ppo_jax.algorithms.supervised import accumulate
+from ppo_jax.algorithms.token_choice import make_choice
 from ppo_jax.algorithms.update import accumulate_packed, experience_loss
-from ppo_jax.config.objectives import ADVANTAGES, LOSSES, needs_critic
+from ppo_jax.config.objectives import (
+    ADVANTAGES,
+    LOSSES,
+    keeps_baseline,
+    needs_critic,
+    needs_greedy,
+)
 from tests.distributed.test_meshes import BATCH, Run, ragged_experience
 from tests.support import tiny
 
 ONE, MESH = (1, 1, 1), (2, 2, 2)
+CHOICE = dict(covariance_fraction=0.2, covariance_low=-1.0, covariance_high=1.0)
 GROUP = 16  # responses to a prompt: more than a shard of the batch holds
 
 
@@ -26,13 +34,14 @@ def moved_experience():
     def noise(scale):
         return (scale * draw.normal(size=e.logprobs.shape) * e.response_mask).astype(np.float32)
 
-    return e.replace(logprobs=e.logprobs + noise(0.2), advantages=noise(1.0), weights=None)
+    moved = e.replace(logprobs=e.logprobs + noise(0.2), advantages=noise(1.0))
+    return moved.replace(behavior_logprobs=moved.logprobs + noise(0.1))
 
 
 @functools.cache
 def gradients(shape, packing):
     """{loss: the gradient of an experience}; in four micro-batches where it is packed."""
-    run = Run(shape, dual_clip=1.1, divergence_limit=0.01)
+    run = Run(shape, dual_clip=1.1, divergence_limit=0.01, **CHOICE)
     params = {"policy": run.state.policy_params, "value": run.state.value_params}
     e = run.layout.shard_batch(moved_experience())
 
@@ -40,7 +49,10 @@ def gradients(shape, packing):
         counts = dict(
             normalizer=e.response_mask.sum().astype(jnp.float32), num_sequences=jnp.float32(BATCH)
         )
-        parts = dict(frozen=run.frozen, networks=run.networks, options=tiny.options(loss=loss))
+        options = tiny.options(loss=loss, old_logprobs="recompute")
+        parts = dict(frozen=run.frozen, networks=run.networks, options=options)
+        if choose := make_choice(loss, run.numbers):
+            e = choose(e, jax.random.key(2))
 
         def of_rows(params, rows):
             return experience_loss(params, rows, run.numbers, **parts, **counts)
@@ -66,6 +78,13 @@ def test_the_gradient_of_packed_rows_on_a_mesh_is_that_of_one_device(shape, name
     assert largest > 0 and all(tiny.leaves_differ(expected["policy"], x) for x in others.values())
 
 
+def given(name):
+    """What an estimator reads besides the rewards."""
+    baseline = {"baseline": jnp.float32(0.5)} if keeps_baseline(name) else {}
+    greedy = {"greedy_scores": jnp.repeat(jnp.arange(2.0), GROUP)} if needs_greedy(name) else {}
+    return baseline | greedy
+
+
 def advantages(shape):
     """{estimator: advantages and returns}."""
     layout, draw = Run(shape).layout, np.random.default_rng(1)
@@ -81,7 +100,7 @@ def advantages(shape):
                 mask,
                 numbers,
                 tiny.options(advantage=function, sampling=tiny.sampling(samples_per_prompt=GROUP)),
-                **extra(name),
+                **given(name),
             )
             for name, function in ADVANTAGES.items()
         }
