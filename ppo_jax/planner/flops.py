@@ -270,11 +270,13 @@ def update_flops(
     prompt_length: int,
     response_length: int,
     num_epochs: int,
+    value_updates: int = 1,
     logits_chunk: int = 0,
     platform: str | None = None,
     trained: Sequence[TrainedParts] = (ALL, ALL),
 ) -> float:
-    """num_epochs x (training of the policy + training of the critic) over P + T - 1 positions.
+    """num_epochs x (training of the policy + value_updates x training of the critic) over P + T - 1
+    positions.
 
     The same for any number of minibatches and micro-batches. Logits in chunks are computed once
     more in the backward pass. `trained` is of policy and critic.
@@ -287,7 +289,7 @@ def update_flops(
     logits = padded_outputs(response_length, logits_chunk)
     total = training(policy, head="logits", trained=trained[0], logits=logits)
     if value is not None:
-        total += training(value, head="scalar", trained=trained[1])
+        total += value_updates * training(value, head="scalar", trained=trained[1])
     if logits_chunk:
         total += sequences * logits * head_flops(policy, "logits")
     return num_epochs * total

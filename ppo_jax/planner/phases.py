@@ -22,6 +22,7 @@ from ppo_jax.algorithms.experience import (
     sample_responses,
 )
 from ppo_jax.algorithms.greedy import greedy_options, greedy_responses
+from ppo_jax.algorithms.ppo import kl_of_update
 from ppo_jax.algorithms.supervised import text_scores
 from ppo_jax.algorithms.update import ppo_update
 from ppo_jax.config.objectives import needs_critic, needs_greedy
@@ -316,8 +317,12 @@ def text_width(settings: PPOSettings, reward: ModelConfig) -> int:
 
 
 def update(state, hyperparameters, experience, key, **parts):
-    """`ppo_update` with its arguments in the order of the other two."""
-    return ppo_update(state, experience, hyperparameters, key, **parts)
+    """`ppo_update` with its arguments in the order of the other two, and what an iteration then
+    measures of the policy."""
+    state, metrics = ppo_update(state, experience, hyperparameters, key, **parts)
+    if hyperparameters.penalty_target_kl is not None:
+        metrics["policy/old_kl"] = kl_of_update(state, experience, hyperparameters, **parts)
+    return state, metrics
 
 
 def abstract_options(settings: PPOSettings) -> PPOOptions:
@@ -460,11 +465,15 @@ def analytic_flops(
             policy,
             critic,
             num_epochs=s.num_epochs,
+            value_updates=s.value_updates,
             trained=trained,
             **kernels,
             **sizes | {"sequences": s.update_batch_size},
         ),
     }
+    if s.penalty_target_kl > 0:
+        updated = sizes | {"sequences": s.update_batch_size}
+        flops["update"] += scoring_flops(policy, None, None, trunks=trunks, **kernels, **updated)
     if count:
         slots = min(s.max_concurrent or count, count)
         group = greedy_options(abstract_options(s)).sampling.group(slots)

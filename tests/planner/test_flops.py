@@ -8,6 +8,7 @@ import pytest
 
 from ppo_jax.algorithms import experience
 from ppo_jax.algorithms.update import ppo_update
+from ppo_jax.core.types import Optimizer
 from ppo_jax.models.build import policy_network, reward_network
 from ppo_jax.planner import flops
 from ppo_jax.planner.hlo.cost import cost_analysis
@@ -105,6 +106,20 @@ def test_an_update_is_counted_whatever_it_is_cut_into(packing):
     expected = flops.update_flops(config, config, **where)
     trips = 2 if packing else None
     assert measured(update, *args, max_trip_counts=trips) == pytest.approx(expected, rel=0.01)
+
+
+def test_each_pass_of_the_critic_is_counted():
+    numbers = tiny.hyperparameters(value_optimizer=Optimizer(learning_rate=1e-3))
+    setup = tiny.setup()
+    options = tiny.options(value_updates=3, value_num_minibatches=4)
+    parts = dict(frozen=setup.frozen, networks=setup.networks, options=options)
+    args = setup.start(numbers), fresh_experience(setup), numbers, jax.random.key(0)
+    config = tiny.model_config()
+    where = dict(sequences=B, prompt_length=P, response_length=T, num_epochs=2)
+    expected = flops.update_flops(config, config, value_updates=3, **where)
+    assert expected > 1.5 * flops.update_flops(config, config, **where)
+    update = functools.partial(ppo_update, **parts)
+    assert measured(update, *args) == pytest.approx(expected, rel=0.01)
 
 
 def test_logits_in_chunks_are_computed_once_more():
