@@ -30,6 +30,9 @@ def init_adaptive(hyperparameters: Hyperparameters) -> dict[str, jax.Array]:
         "penalty_coef": (numbers.penalty_target_kl, numbers.penalty_coef),
         "entropy_coef": (numbers.target_entropy, numbers.entropy_coef),
         "baseline": (numbers.baseline_decay, jnp.nan),  # see `running_baseline`
+        "variance_of_two": (numbers.critic_warmup_tolerance, jnp.nan),  # see `settle`
+        "variance_of_five": (numbers.critic_warmup_tolerance, jnp.nan),
+        "has_settled": (numbers.critic_warmup_tolerance, 0.0),
     }
     # Copies: the loops donate the state.
     return {k: jnp.array(x, jnp.float32) for k, (on, x) in starts.items() if on is not None}
@@ -84,7 +87,39 @@ def next_adaptive(
             x, metrics["reward/total_mean"][None], decay=numbers.baseline_decay
         ),
     }
-    return {name: moves[name](x) for name, x in adaptive.items()}
+    settled = {}
+    if numbers.critic_warmup_tolerance is not None:
+        variance, tolerance = metrics["value/explained_variance"], numbers.critic_warmup_tolerance
+        settled = settle(adaptive, variance, tolerance=tolerance)
+    return {
+        name: move(adaptive[name]) for name, move in moves.items() if name in adaptive
+    } | settled
+
+
+def settle(
+    adaptive: dict[str, jax.Array], variance: jax.Array, *, tolerance: Any
+) -> dict[str, jax.Array]:
+    """Whether the explained variance of a critic has settled, after an iteration with `variance`.
+
+    Its running means over about two and five iterations (decays of 1/2 and 4/5) are kept; it has
+    settled, from then on, once they differ by less than the tolerance.
+
+    >>> state = dict.fromkeys(("variance_of_two", "variance_of_five"), jnp.float32(0.5))
+    >>> state |= {"has_settled": jnp.float32(0.0)}
+    >>> settle(state, jnp.float32(0.9), tolerance=0.1)["has_settled"].item()
+    0.0
+    >>> settle(state, jnp.float32(0.6), tolerance=0.1)["has_settled"].item()
+    1.0
+    """
+    old = adaptive["variance_of_two"], adaptive["variance_of_five"]
+    two, five = (
+        running_baseline(mean, variance[None], decay=decay)
+        for mean, decay in zip(old, (0.5, 0.8), strict=True)
+    )
+    # Not at the first: both are its own value then.
+    near = ~jnp.isnan(old[0]) & (jnp.abs(two - five) < tolerance)
+    settled = jnp.maximum(adaptive["has_settled"], near.astype(jnp.float32))
+    return {"variance_of_two": two, "variance_of_five": five, "has_settled": settled}
 
 
 def next_reference(

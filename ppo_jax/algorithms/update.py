@@ -300,6 +300,7 @@ def learning_rates(state: PPOState, hyperparameters: Hyperparameters) -> dict[st
         own = numbers.value_optimizer
         value = own.learning_rate * schedule(own, state.step)
     moves = (state.step >= numbers.critic_warmup).astype(jnp.float32)
+    moves = jnp.maximum(moves, state.adaptive.get("has_settled", 0.0))
     return {"policy": numbers.optimizer.learning_rate * factor * moves, "value": value}
 
 

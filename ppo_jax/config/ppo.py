@@ -40,6 +40,7 @@ LEFT_OUT = {
     "overlong_tokens": 0,
     "length_penalty": 0,
     "gae_lambda_alpha": 0,
+    "critic_warmup_tolerance": 0,
     "value_gae_lambda": -1,
     "kl_loss_coef": 0,
     "penalty_target_kl": 0,
@@ -236,6 +237,8 @@ class PPOSettings:
     kl_loss_coef: float = changeable(0.0)  # of a KL from the reference in the loss, per nat: k3,
     # weighted by the ratio; 0 is off
     critic_warmup: int = changeable(0)  # iterations, the first, in which the policy stays as it is
+    critic_warmup_tolerance: float = 0.0  # the warm-up ends early where value/explained_variance
+    # has settled: from its mean of about five iterations to that of two it changes by less; 0 is off
     value_updates: int = 1  # passes of the critic over a rollout, for each of the policy's
     value_num_minibatches: int = 0  # optimizer steps of such a pass; 0 is num_minibatches
     stop_kl: Limit = changeable(math.inf)  # nats a token: the updates of an iteration end at the
@@ -429,6 +432,9 @@ class PPOSettings:
     def _check_critic(self, check: Check):
         check.each("> 0", "value_updates")
         check.each(">= 0", "critic_warmup", "value_num_minibatches", "gae_lambda_alpha")
+        check.each(">= 0", "critic_warmup_tolerance")
+        possible = self.critic_warmup > 0 or self.critic_warmup_tolerance == 0
+        check.that(possible, "critic_warmup_tolerance", "0 without critic_warmup")
         own = self.value_gae_lambda
         check.that(own == -1 or 0 <= own <= 1, "value_gae_lambda", "in [0, 1], or -1")
         steps = (self.value_num_minibatches or self.num_minibatches) * self.num_micro_batches

@@ -122,6 +122,7 @@ class Hyperparameters:
     # own; None: those of `optimizer`, one norm over both, at value_learning_rate
     value_learning_rate: jax.Array | float = 1e-5  # of the critic, where there is one
     critic_warmup: jax.Array | float = 0.0  # iterations, the first, at a policy's rate of 0
+    critic_warmup_tolerance: jax.Array | float | None = None  # ends them early, see `settle`
     temperature: jax.Array | float = 1.0  # > 0; divides the logits, in sampling and in training
     kl_coef: jax.Array | float = 0.05  # fixed control, and where adaptive control starts
     target_kl: jax.Array | float = 6.0  # nats per response, adaptive control

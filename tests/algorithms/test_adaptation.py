@@ -87,6 +87,16 @@ def test_the_entropy_bonus_rises_below_its_target_and_falls_above_it():
         assert [float(state.adaptive["entropy_coef"]) for state in states] == expected
 
 
+def test_the_warm_up_ends_once_the_explained_variance_has_settled():
+    """With a critic that does not learn it does so at once, from the second iteration on."""
+    still = dict(critic_warmup=10, value_learning_rate=0.0)
+    for tolerance, moves in ((10.0, [0, 0, 1]), (1e-9, [0, 0, 0])):
+        run = tiny.Run("whole", **still, critic_warmup_tolerance=tolerance)
+        states, metrics = iterations(run, 3)
+        assert [float(m["policy/learning_rate"]) > 0 for m in metrics] == moves
+        assert tiny.leaves_differ(states[0].policy_params, states[3].policy_params) == moves[2]
+
+
 def without_critic(run):
     """The same run, whose advantages need none."""
     networks = run.setup.networks._replace(value=None)

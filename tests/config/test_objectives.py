@@ -94,6 +94,7 @@ def test_what_an_estimator_needs_is_known_from_its_parameters():
         (DECOUPLED | {"old_logprobs": "rollout"}, "old_logprobs must be 'recompute' with loss="),
         (DECOUPLED | {"behavior_weight_limit": 0.0}, "ppo.behavior_weight_limit must be > 0"),
         ({"value_gae_lambda": 1.5}, r"in \[0, 1\], or -1"),
+        ({"critic_warmup_tolerance": 0.1}, "tolerance must be 0 without critic_warmup"),
         ({"value_updates": 0}, "> 0"),
         ({"value_num_minibatches": 5}, "value_num_minibatches x num_micro_batches"),
         ({"value_updates": 2, "vf_coef": 0.5}, "an optimizer of its own has no weight"),
