@@ -87,13 +87,11 @@ def next_adaptive(
             x, metrics["reward/total_mean"][None], decay=numbers.baseline_decay
         ),
     }
-    settled = {}
+    following = {name: move(adaptive[name]) for name, move in moves.items() if name in adaptive}
     if numbers.critic_warmup_tolerance is not None:
         variance, tolerance = metrics["value/explained_variance"], numbers.critic_warmup_tolerance
-        settled = settle(adaptive, variance, tolerance=tolerance)
-    return {
-        name: move(adaptive[name]) for name, move in moves.items() if name in adaptive
-    } | settled
+        following |= settle(adaptive, variance, tolerance=tolerance)
+    return following
 
 
 def settle(

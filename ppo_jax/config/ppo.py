@@ -238,7 +238,7 @@ class PPOSettings:
     # weighted by the ratio; 0 is off
     critic_warmup: int = changeable(0)  # iterations, the first, in which the policy stays as it is
     critic_warmup_tolerance: float = 0.0  # the warm-up ends early where value/explained_variance
-    # has settled: from its mean of about five iterations to that of two it changes by less; 0 is off
+    # has settled: its means over about five and two iterations differ by less; 0 is off
     value_updates: int = 1  # passes of the critic over a rollout, for each of the policy's
     value_num_minibatches: int = 0  # optimizer steps of such a pass; 0 is num_minibatches
     stop_kl: Limit = changeable(math.inf)  # nats a token: the updates of an iteration end at the
