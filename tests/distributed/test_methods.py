@@ -2,6 +2,7 @@
 numbers of one device."""
 
 import functools
+import pickle
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +20,9 @@ from ppo_jax.config.objectives import (
     needs_critic,
     needs_greedy,
 )
+from ppo_jax.distributed.layout import fetch
 from tests.distributed.test_meshes import BATCH, Run, ragged_experience
-from tests.support import tiny
+from tests.support import tiny, two_processes
 
 ONE, MESH = (1, 1, 1), (2, 2, 2)
 CHOICE = dict(covariance_fraction=0.2, covariance_low=-1.0, covariance_high=1.0)
@@ -40,10 +42,14 @@ def moved_experience():
 
 @functools.cache
 def gradients(shape, packing):
+    return gradients_of(moved_experience(), shape, packing)
+
+
+def gradients_of(e, shape, packing):
     """{loss: the gradient of an experience}; in four micro-batches where it is packed."""
     run = Run(shape, dual_clip=1.1, divergence_limit=0.01, **CHOICE)
     params = {"policy": run.state.policy_params, "value": run.state.value_params}
-    e = run.layout.shard_batch(moved_experience())
+    e = run.layout.shard_batch(e)
 
     def gradient(params, e, loss):
         counts = dict(
@@ -63,7 +69,14 @@ def gradients(shape, packing):
     def every(params, e):
         return {name: gradient(params, e, loss) for name, loss in LOSSES.items()}
 
-    return jax.device_get(tiny.jit(every)(params, e))
+    return fetch(tiny.jit(every)(params, e))
+
+
+def assert_equal_gradients(got, expected):
+    largest = max(float(np.abs(x).max()) for x in jax.tree.leaves(expected["policy"]))
+    assert largest > 0
+    tiny.leaves_close(got["policy"], expected["policy"], rtol=1e-4, atol=1e-5 * largest)
+    tiny.leaves_close(got["value"], expected["value"], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -71,11 +84,9 @@ def gradients(shape, packing):
 @pytest.mark.parametrize("shape", [ONE, MESH], ids=str)
 def test_the_gradient_of_packed_rows_on_a_mesh_is_that_of_one_device(shape, name):
     expected, got = gradients(ONE, False)[name], gradients(shape, True)[name]
-    largest = max(float(np.abs(x).max()) for x in jax.tree.leaves(expected["policy"]))
-    tiny.leaves_close(got["policy"], expected["policy"], rtol=1e-4, atol=1e-5 * largest)
-    tiny.leaves_close(got["value"], expected["value"], rtol=1e-4, atol=1e-5)
+    assert_equal_gradients(got, expected)
     others = {other: gradients(ONE, False)[other]["policy"] for other in LOSSES if other != name}
-    assert largest > 0 and all(tiny.leaves_differ(expected["policy"], x) for x in others.values())
+    assert all(tiny.leaves_differ(expected["policy"], x) for x in others.values())
 
 
 def given(name):
@@ -106,8 +117,28 @@ def advantages(shape):
         }
 
     args = layout.shard_batch((rewards * mask, values * mask, mask))
-    return jax.device_get(jax.jit(every)(*args))
+    return fetch(jax.jit(every)(*args))
 
 
 def test_the_advantages_of_a_sharded_batch_are_those_of_one_device():
     tiny.leaves_close(advantages(MESH), advantages(ONE), rtol=1e-5, atol=1e-5)
+
+
+def of_two_processes(folder):
+    """What each of two processes does."""
+    e = pickle.loads((folder / "experience").read_bytes())
+    found = gradients_of(e, MESH, True), advantages(MESH)
+    if jax.process_index() == 0:
+        (folder / "found").write_bytes(pickle.dumps(found))
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_gradients_and_advantages_of_one(tmp_path):
+    (tmp_path / "experience").write_bytes(pickle.dumps(moved_experience()))
+    started = two_processes.start(f"{__name__}:of_two_processes", tmp_path)
+    for code, output in two_processes.finish(started):
+        assert code == 0, output
+    found, estimated = pickle.loads((tmp_path / "found").read_bytes())
+    for name, expected in gradients(ONE, False).items():
+        assert_equal_gradients(found[name], expected)
+    tiny.leaves_close(estimated, advantages(ONE), rtol=1e-5, atol=1e-5)
