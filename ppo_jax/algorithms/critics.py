@@ -1,9 +1,10 @@
-"""How good the critic of an iteration is, for the log.
+"""A critic that gives values or logits of bins of returns: its values, its loss, how good it is.
 
-Dimension key: B responses, T response tokens.
+Dimension key: B responses, T response tokens, N bins.
 """
 
 import jax
+import jax.numpy as jnp
 
 from ppo_jax.core.critics import (
     explained_variance,
@@ -12,6 +13,90 @@ from ppo_jax.core.critics import (
     value_calibration,
 )
 from ppo_jax.core.masking import masked_mean
+from ppo_jax.core.types import Hyperparameters
+from ppo_jax.core.value_losses import (
+    classification_value_loss,
+    clipped_value_loss,
+    hl_gauss_value,
+)
+
+SIGMA = 0.75  # of the target of a return, in widths of a bin; 6 bins then have some mass
+
+
+def values_from(outputs: jax.Array, hyperparameters: Hyperparameters) -> jax.Array:
+    """The values of a critic from what its network gives, in float32.
+
+    Args:
+        outputs: [B, T] float, the values themselves; with `value_range` [B, T, N] float, logits of
+            N bins of equal width from the lowest return to the highest.
+        hyperparameters: `value_range` is read.
+
+    Returns:
+        [B, T] float32.
+
+    Raises:
+        ValueError: the outputs are none of a critic with, or without, a `value_range`.
+
+    >>> outputs, adam = jnp.zeros((1, 1, 4)), Optimizer(learning_rate=0.1)
+    >>> numbers = Hyperparameters(optimizer=adam, value_range=jnp.array([-1.0, 3.0]))
+    >>> values_from(outputs, numbers).tolist()  # equal logits: the middle
+    [[1.0]]
+    """
+    check_outputs(outputs, hyperparameters)
+    if hyperparameters.value_range is None:
+        return outputs
+    return hl_gauss_value(outputs, bins=bin_edges(outputs, hyperparameters))
+
+
+def critic_loss(
+    outputs: jax.Array,
+    old_values: jax.Array,
+    returns: jax.Array,
+    mask: jax.Array,
+    hyperparameters: Hyperparameters,
+    *,
+    normalizer: jax.Array | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """`clipped_value_loss` of a critic's values, or `classification_value_loss` of its logits.
+
+    Args:
+        outputs: [B, T] or [B, T, N] float, see `values_from`.
+        old_values: [B, T] float; a constant, which a critic with logits does not read.
+        returns: [B, T] float; a constant.
+        mask: [B, T] bool, True counts; what the others hold elsewhere has no effect.
+        hyperparameters: `value_range`, and without it `value_clip_range`.
+        normalizer: what the sum is divided by; None is the count of the mask.
+
+    Returns:
+        (loss, metrics), those of the function.
+
+    Raises:
+        ValueError: as `values_from`.
+    """
+    check_outputs(outputs, hyperparameters)
+    if hyperparameters.value_range is None:
+        clip = dict(value_clip_range=hyperparameters.value_clip_range)
+        return clipped_value_loss(outputs, old_values, returns, mask, normalizer=normalizer, **clip)
+    bins = bin_edges(outputs, hyperparameters)
+    spread = SIGMA * (bins[1] - bins[0])
+    return classification_value_loss(
+        outputs, returns, mask, bins=bins, sigma=spread, normalizer=normalizer
+    )
+
+
+def check_outputs(outputs: jax.Array, hyperparameters: Hyperparameters) -> None:
+    """A critic with a `value_range` gives logits of bins, and one without it gives values."""
+    rank, rule = 2, "[B, T] without value_range"
+    if hyperparameters.value_range is not None:
+        rank, rule = 3, "[B, T, N] with value_range"
+    if outputs.ndim != rank:
+        raise ValueError(f"networks.value must give {rule}, got {list(outputs.shape)}")
+
+
+def bin_edges(logits: jax.Array, hyperparameters: Hyperparameters) -> jax.Array:
+    """[N + 1] float32: bins of equal width from end to end of `value_range`."""
+    low, high = hyperparameters.value_range
+    return jnp.linspace(low, high, logits.shape[-1] + 1, dtype=jnp.float32)
 
 
 def critic_metrics(values: jax.Array, returns: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:

@@ -11,7 +11,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from ppo_jax.algorithms.critics import critic_metrics
+from ppo_jax.algorithms.critics import critic_metrics, values_from
 from ppo_jax.algorithms.scores import moment_metrics, shape_scores
 from ppo_jax.algorithms.selection import extreme_responses, keep_responses
 from ppo_jax.core.advantages import gae, length_adaptive_lambda, whiten
@@ -271,7 +271,7 @@ def make_experience(
         rewards = whiten(rewards, mask, shift_mean=False)
     critic = dict(value_inputs=None, values=None)
     if networks.value is not None:
-        critic = critic_values(rollout, state, frozen=frozen, networks=networks)
+        critic = critic_values(rollout, state, numbers, frozen=frozen, networks=networks)
     values, more, kept = critic["values"], {}, None
     if (baseline := state.adaptive.get("baseline")) is not None:
         totals, more["baseline"] = rewards.sum(axis=1), baseline
@@ -317,19 +317,25 @@ def check_critic(options: PPOOptions, networks: PPONetworks, state: PPOState) ->
 
 
 def critic_values(
-    rollout: Rollout, state: PPOState, *, frozen: FrozenParams, networks: PPONetworks
+    rollout: Rollout,
+    state: PPOState,
+    hyperparameters: Hyperparameters,
+    *,
+    frozen: FrozenParams,
+    networks: PPONetworks,
 ) -> dict[str, jax.Array]:
     """What the critic reads, and its values [B, T] float32, 0 where masked: fields of
     `Experience`."""
     mask = rollout.response_mask
     value_inputs = rollout.hidden_states if networks.value_on_trunk else rollout.tokens
-    values = response_outputs(
+    outputs = response_outputs(
         networks.value,
         merge_params(frozen.value, state.value_params or {}),
         value_inputs,
         rollout.mask,
         response_length=mask.shape[1],
     )
+    values = values_from(outputs, hyperparameters)
     return dict(value_inputs=value_inputs, values=jnp.where(mask, values, 0.0))
 
 

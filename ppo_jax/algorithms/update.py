@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ppo_jax.algorithms.critics import critic_loss
 from ppo_jax.algorithms.experience import (
     PPONetworks,
     PPOOptions,
@@ -35,7 +36,6 @@ from ppo_jax.core.types import (
     Params,
     PPOState,
 )
-from ppo_jax.core.value_losses import clipped_value_loss
 from ppo_jax.rollout.decode import response_outputs, response_statistics
 from ppo_jax.rollout.packing import pack_rows, packed_experience
 
@@ -105,12 +105,12 @@ def experience_loss(
         temperature=hyperparameters.temperature,
         **packed,
     )
-    values = None
+    outputs, classifies = None, hyperparameters.value_range is not None
     if "value" in params:
-        values = values_of(params, e, frozen=frozen, networks=networks)
+        outputs = critic_outputs(params, e, frozen=frozen, networks=networks)
     loss, metrics = ppo_loss(
         logprobs,
-        values,
+        None if classifies else outputs,
         entropies,
         mask,
         old_logprobs=e.logprobs,
@@ -127,6 +127,12 @@ def experience_loss(
         num_sequences=num_sequences,
         **fields_of(hyperparameters),
     )
+    if outputs is not None and classifies:
+        value, value_metrics = critic_loss(
+            outputs, e.values, e.returns, mask, hyperparameters, normalizer=normalizer
+        )
+        loss = loss + hyperparameters.vf_coef * value
+        metrics = metrics | value_metrics | {"ppo/loss": jax.lax.stop_gradient(loss)}
     if options is None or hyperparameters.kl_loss_coef is None:
         return loss, metrics
     kl, kl_metrics = kl_loss(
@@ -142,10 +148,10 @@ def experience_loss(
     return loss, metrics | kl_metrics | {"ppo/loss": jax.lax.stop_gradient(loss)}
 
 
-def values_of(
+def critic_outputs(
     params: Params, experience: Experience, *, frozen: FrozenParams, networks: PPONetworks
 ) -> jax.Array:
-    """The values of the critic that is trained, [B, T] float32, undefined where masked."""
+    """What the critic that is trained gives, see `values_from`; undefined where masked."""
     e = experience
     return response_outputs(
         networks.value,
@@ -170,14 +176,9 @@ def value_loss(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The loss of a critic that takes steps of its own; arguments as for `experience_loss`."""
     e = experience
-    return clipped_value_loss(
-        values_of(params, e, frozen=frozen, networks=networks),
-        e.values,
-        e.returns,
-        e.response_mask,
-        value_clip_range=hyperparameters.value_clip_range,
-        normalizer=normalizer,
-    )
+    outputs = critic_outputs(params, e, frozen=frozen, networks=networks)
+    data = (e.values, e.returns, e.response_mask)
+    return critic_loss(outputs, *data, hyperparameters, normalizer=normalizer)
 
 
 def response_numbers(experience: Experience) -> jax.Array | None:

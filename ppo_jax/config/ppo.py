@@ -47,6 +47,7 @@ LEFT_OUT = {
     "target_entropy": 0,
     "ref_ema_decay": 1,
     "ref_reset_every": 0,
+    "value_range": (),
 }
 CRITIC_STARTS = ("", "reward_model", "policy", "scratch")  # what names no model of its own
 
@@ -214,6 +215,9 @@ class PPOSettings:
     whiten_advantages: bool = True  # scale those of "gae" to a mean of 0 and a variance of 1
     value_clip_range: Limit = changeable(0.2)  # of the critic's change, in units of reward; inf is
     # off
+    value_bins: int = 0  # number of bins of value_range that the critic gives logits of: their mean
+    # is the value, and cross-entropy (HL-Gauss) the loss; 0 is a critic that gives the value
+    value_range: tuple[float, ...] = ()  # with value_bins: the lowest and the highest return
     vf_coef: float = changeable(0.1)  # weight of the value loss; Adam divides it out but for
     # max_grad_norm
     entropy_coef: float = changeable(0.0)  # weight of the entropy, per nat
@@ -444,15 +448,29 @@ class PPOSettings:
         if self.critic_has_optimizer:
             rule = f"{type(self).vf_coef:g}: a critic with an optimizer of its own has no weight"
             check.that(self.vf_coef == type(self).vf_coef, "vf_coef", rule)
+        self._check_bins(check)
         if needs_critic(self.advantage):
             return
         defaults = {"critic_warmup": 0, "value_updates": 1, "value_num_minibatches": 0}
-        defaults |= {"gae_lambda_alpha": 0, "value_gae_lambda": -1}
+        defaults |= {"gae_lambda_alpha": 0, "value_gae_lambda": -1, "value_bins": 0}
         for field, default in defaults.items():
             rule = f"{default} with advantage={self.advantage!r}, which has no critic"
             check.that(getattr(self, field) == default, field, rule)
         rule = f"left out with advantage={self.advantage!r}, which has no critic"
         check.that(not self.critic_has_optimizer, "value_optimizer", rule)
+
+    def _check_bins(self, check: Check):
+        rule = "at least 2, or 0, which is a critic without bins"
+        check.that(self.value_bins == 0 or self.value_bins >= 2, "value_bins", rule)
+        if not self.value_bins:
+            check.that(self.value_range == (), "value_range", "() without value_bins")
+            return
+        ends, rule = self.value_range, "two finite numbers with value_bins, the lower one first"
+        rises = len(ends) == 2 and -math.inf < ends[0] < ends[1] < math.inf
+        check.that(rises, "value_range", rule)
+        default = type(self).value_clip_range
+        rule = f"{default:g} with value_bins: the loss of a critic with bins has no clip"
+        check.that(self.value_clip_range == default, "value_clip_range", rule)
 
     def _check_scores(self, check: Check):
         """Scores come from a model or a function, and the critic from what there is."""

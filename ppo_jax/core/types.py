@@ -135,6 +135,8 @@ class Hyperparameters:
     clip_range: jax.Array | float = 0.2  # of the probability ratio, below 1
     clip_range_high: jax.Array | float | None = None  # above 1; None is the same as clip_range
     value_clip_range: jax.Array | float = 0.2
+    value_range: jax.Array | None = None  # [2], lowest and highest return of a critic that gives
+    # logits of bins of returns, see `values_from`; None: it gives the value
     vf_coef: jax.Array | float = 0.1
     entropy_coef: jax.Array | float = 0.0
     target_entropy: jax.Array | float | None = None  # nats a token that it adapts to; None: no

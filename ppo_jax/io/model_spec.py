@@ -38,6 +38,8 @@ class ModelSpec:
     config: ModelConfig
     tokenizer: Any
     padding_id: int | None = None  # of a reward model, see `huggingface.padding_id`
+    value_range: tuple[float, ...] = ()  # of a critic with bins
+    value_bins: int = 0
 
 
 def parameters(spec: ModelSpec):
@@ -87,11 +89,13 @@ def read_critic_shape(path: str, settings: ModelSettings) -> ModelSpec:
     Raises:
         ValueError: as `read_shape`, or the stage has no critic.
     """
-    spec = read_shape(path, settings)
-    if not has_critic(describe_stage(Path(path))):
+    spec, stage = read_shape(path, settings), describe_stage(Path(path))
+    if not has_critic(stage):
         return spec
     config = dataclasses.replace(critic_config(Path(path)), **computation(settings))
-    return dataclasses.replace(spec, kind="reward", config=config)
+    bins = {"value_bins": stage["settings"].get("value_bins", 0)}
+    bins["value_range"] = tuple(stage["settings"].get("value_range", ()))
+    return dataclasses.replace(spec, kind="reward", config=config, **bins)
 
 
 def check_weights(folder: Path, config: ModelConfig):

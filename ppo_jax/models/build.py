@@ -27,7 +27,9 @@ from ppo_jax.models.transformer import Transformer
 OLD_NAMES = dict(start="first_output", segments="segment_ids", at="output_positions")
 
 
-def make_network(config, start, end, head, constrain, exits=(), head_std=0.0) -> Network:
+def make_network(
+    config, start, end, head, constrain, exits=(), head_std=0.0, num_outputs=1
+) -> Network:
     """The functions of one Transformer module.
 
     Raises:
@@ -35,7 +37,9 @@ def make_network(config, start, end, head, constrain, exits=(), head_std=0.0) ->
     """
     if exits:
         check_exits(config, exits, end if head == "none" else start, last=head == "none")
-    module = Transformer(config, start, end, head, head_std, tuple(exits), constrain)
+    module = Transformer(
+        config, start, end, head, head_std, tuple(exits), num_outputs, constrain=constrain
+    )
 
     def init(key):
         mask = jnp.ones((1, 1), bool)
@@ -168,9 +172,17 @@ def value_network(
     start_layer: int | None = None,
     exits: Sequence[int] = (),
     constrain: ShardingConstraint = unconstrained,
+    num_bins: int = 0,
 ) -> Network:
-    """One scalar a position; the head starts at zero, so that the first values are 0."""
-    return make_network(config, start_layer, config.num_layers, "scalar", constrain, exits)
+    """One scalar a position; the head starts at zero, so that the first values are 0.
+
+    With `num_bins` logits [B, O, N] of so many bins of returns, see `values_from`; at zero, so that
+    the first values are the middle of the range.
+    """
+    numbers = dict(num_outputs=num_bins or 1)
+    return make_network(
+        config, start_layer, config.num_layers, "scalar", constrain, exits, **numbers
+    )
 
 
 def trunk_network(

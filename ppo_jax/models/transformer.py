@@ -166,7 +166,8 @@ class Transformer(nn.Module):
     "logits", "scalar" or "none" (hidden states, no final norm). Hidden states, those that are read
     as well as those returned, are the ones after each layer in `exits`, side by side on the last
     axis. With "logits", `read` may take (the function (weights, hidden states) -> logits, weights,
-    hidden states) and return less than all logits.
+    hidden states) and return less than all logits. A "scalar" head has `num_outputs`, the last axis
+    where they are several.
     """
 
     config: ModelConfig
@@ -175,6 +176,7 @@ class Transformer(nn.Module):
     head: str
     head_std: float = 0.0
     exits: tuple[int, ...] = ()  # () is the one layer at which the trunk ends
+    num_outputs: int = 1
     constrain: ShardingConstraint = unconstrained
 
     @nn.compact
@@ -215,8 +217,11 @@ class Transformer(nn.Module):
     def finish(self, x_BSD, embed, read):
         x_BSD = Norm(self.config, name="final_norm")(x_BSD)
         if self.head == "scalar":
-            project = Projection((1,), True, 1, self.head_std, self.constrain, name="head")
-            return project(x_BSD.astype(jnp.float32))[..., 0]
+            shape, std = (self.num_outputs,), self.head_std
+            outputs = Projection(shape, True, 1, std, self.constrain, name="head")(
+                x_BSD.astype(jnp.float32)
+            )
+            return outputs[..., 0] if self.num_outputs == 1 else outputs
         tied, constrain = self.config.tie_embeddings, self.constrain
         weights = embed.table("tokens") if tied else Head(self.config, constrain, name="head")()
 

@@ -361,6 +361,12 @@ def check_critic(settings: PPOSettings, policy: ModelSpec, critic: ModelSpec):
             f"ppo.max_prompt_length + ppo.response_length must be at most {most} (the context of "
             f"the critic, {settings.critic_init_from}), got {total}"
         )
+    own, asked = ((x.value_bins, list(map(float, x.value_range))) for x in (critic, settings))
+    if own[0] and own != asked:
+        raise ValueError(
+            "ppo.value_bins and ppo.value_range must be those of the critic that it starts from, "
+            f"{own[0]} and {own[1]}, got {asked[0]} and {asked[1]}"
+        )
 
 
 def check_text_reward(settings: PPOSettings, score: ModelSpec, reason: str):
@@ -417,6 +423,12 @@ def check_mesh(config: Config, starts: Mapping[str, ModelSpec], stages: Sequence
             layout.shardings(parameters(shape))
     if "ppo" in stages:
         check_batch_rows(config.ppo, layouts)
+        shards, bins = layouts[0].num_shards("vocab"), config.ppo.value_bins
+        if bins % shards:
+            raise ValueError(
+                f"ppo.value_bins must be a multiple of the {shards} shards of the vocabulary, got "
+                f"{bins}"
+            )
 
 
 def check_batch_rows(settings: PPOSettings, layouts: Sequence[Layout]):

@@ -27,7 +27,7 @@ from ppo_jax.models.lora import init_lora
 from ppo_jax.models.partition import split_params, start_layer
 from ppo_jax.pipeline.preflight import share_of_a_device
 from ppo_jax.training.common import count_steps
-from ppo_jax.training.ppo_setup import critic_source
+from ppo_jax.training.ppo_setup import critic_source, zero_head
 
 Rows = list[tuple[str, str]]
 
@@ -250,10 +250,12 @@ def memory_rows(
     if needs_critic(s.advantage):
         critic = critic_source(s, policy, score, named)
         value = parameters(dataclasses.replace(critic, kind="reward"))
+        value = {**value, "head": zero_head(critic.config, s.value_bins)}
         value = shapes_with_adapters(value, critic.config, s.value_trainable, s.lora)
         critic_trained = count_trained(critic.config, value, s.value_trainable)
         if named is not None:
             trains += [("critic starts from", f"{s.critic_init_from}: {describe(named)}")]
+        trains += bin_rows(s, critic)
         trains += [("critic trains", trained(critic.config, value, s.value_trainable))]
         partial = not {s.trainable, s.value_trainable} & {"all", "lora"}  # the top layers of both
         shared = partial or s.value_trainable == "lora"
@@ -275,6 +277,17 @@ def memory_rows(
         *trains,
         *((f"memory, {name}", size_of(4 * number)) for name, number in memory.items()),
     ]
+
+
+def bin_rows(s: PPOSettings, start: ModelSpec) -> Rows:
+    """What a critic with bins gives, and from which values it begins."""
+    if not s.value_bins:
+        return []
+    low, high = s.value_range
+    bins = f"{s.value_bins} bins of returns from {low:g} to {high:g}"
+    if not start.value_bins:
+        bins += f"; its head is new and zero, so that all values are {(low + high) / 2:g} at first"
+    return [("critic gives", bins)]
 
 
 def text_reward_rows(

@@ -43,9 +43,10 @@ def adapter_flops(config: ModelConfig, targets: Sequence[str], rank: int) -> int
     return 2 * rank * sum(c.embed_dim + other.get(name, c.mlp_dim) for name in targets)
 
 
-def head_flops(config: ModelConfig, head: str) -> int:
-    """The output of one position: 2 D V for "logits", 2 D for a "scalar"."""
-    return 2 * config.embed_dim * (config.vocab_size if head == "logits" else 1)
+def head_flops(config: ModelConfig, head: str | int) -> int:
+    """The output of one position: 2 D V for "logits", 2 D for a "scalar", 2 D n for n numbers."""
+    numbers = {"logits": config.vocab_size, "scalar": 1}
+    return 2 * config.embed_dim * numbers.get(head, head)
 
 
 def attended_in_row(config: ModelConfig, length: int, platform: str | None) -> float:
@@ -230,6 +231,7 @@ def scoring_flops(
     policy_passes: int = 1,
     platform: str | None = None,
     trunks: Sequence[int] = (0, 0, 0),
+    value_outputs: int = 1,
 ) -> float:
     """Reference and critic over P + T - 1 positions, with T outputs; the reward model over P + T,
     with one.
@@ -240,10 +242,11 @@ def scoring_flops(
         reward: the reward model; None where scores come from outside.
         policy_passes: 2 where the policy's log-probs are computed as well as the reference's.
         trunks: how many lowest layers of each of the three the rollout has computed.
+        value_outputs: what the critic gives for a position.
     """
     length, logits = prompt_length + response_length, padded_outputs(response_length, logits_chunk)
     passes = [(policy, length - 1, response_length, "logits", trunks[0])] * policy_passes
-    passes.append((value, length - 1, response_length, "scalar", trunks[1]))
+    passes.append((value, length - 1, response_length, value_outputs, trunks[1]))
     passes.append((reward, length, 1, "scalar", trunks[2]))
     return sum(
         forward_flops(
@@ -274,6 +277,7 @@ def update_flops(
     logits_chunk: int = 0,
     platform: str | None = None,
     trained: Sequence[TrainedParts] = (ALL, ALL),
+    value_outputs: int = 1,
 ) -> float:
     """num_epochs x (training of the policy + value_updates x training of the critic) over P + T - 1
     positions.
@@ -289,7 +293,7 @@ def update_flops(
     logits = padded_outputs(response_length, logits_chunk)
     total = training(policy, head="logits", trained=trained[0], logits=logits)
     if value is not None:
-        total += value_updates * training(value, head="scalar", trained=trained[1])
+        total += value_updates * training(value, head=value_outputs, trained=trained[1])
     if logits_chunk:
         total += sequences * logits * head_flops(policy, "logits")
     return num_epochs * total

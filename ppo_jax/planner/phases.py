@@ -337,7 +337,9 @@ class AbstractArguments:
     def __init__(self, config: Config, models: Models, layouts: tuple[Layout, Layout]):
         s, self.layout = config.ppo, layouts[0]
         hyperparameters = make_hyperparameters(s)
-        self.hyperparameters = jax.tree.map(lambda x: self.replicated(x.dtype), hyperparameters)
+        self.hyperparameters = jax.tree.map(
+            lambda x: self.replicated(x.dtype, *x.shape), hyperparameters
+        )
         self.key = self.replicated(jax.random.key(0).dtype)
         abstract_models = begin_abstract_models(config, models, self.layout)
         policy, reward, critic = abstract_models
@@ -345,7 +347,8 @@ class AbstractArguments:
         in_program = None if models.reads_text else reward
         self.starts = network_starts(s, policy, in_program, critic, shared)
         policy, reward, critic = (m and m.config for m in (policy, in_program, critic))
-        self.networks = make_networks(policy, critic, reward, self.starts, layouts, s.logits_chunk)
+        options = dict(logits_chunk=s.logits_chunk, value_bins=s.value_bins)
+        self.networks = make_networks(policy, critic, reward, self.starts, layouts, **options)
 
         def split(params: Sequence[Params]) -> tuple[FrozenParams, Params, Params]:
             pairs = zip(abstract_models, params, strict=True)
@@ -371,8 +374,8 @@ class AbstractArguments:
     def rows(self, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=self.layout.batch_sharding)
 
-    def replicated(self, dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((), dtype, sharding=self.layout.replicated)
+    def replicated(self, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=self.layout.replicated)
 
 
 def begin_abstract_models(
@@ -444,6 +447,7 @@ def analytic_flops(
         adapters += critic.num_layers * trained[1].adapter_flops
     positions = s.rollout_batch_size * (s.max_prompt_length + s.response_length - 1)
     reward = None if models.reads_text else models.reward
+    kernels |= dict(value_outputs=s.value_bins or 1)
     scoring = scoring_flops(
         policy, critic, reward, policy_passes=passes, trunks=trunks, **kernels, **sizes
     )

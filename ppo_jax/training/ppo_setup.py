@@ -148,6 +148,7 @@ def make_networks(
     layouts: tuple[Layout, Layout],
     logits_chunk: int = 0,
     merge_adapters: bool = True,
+    value_bins: int = 0,
 ) -> PPONetworks:
     """The networks of a run.
 
@@ -159,6 +160,7 @@ def make_networks(
         layouts: of the updates, and of the rollout.
         logits_chunk: see `policy_network`.
         merge_adapters: the rollout adds them to the weights, which are then its own copy.
+        value_bins: see `value_network`.
     """
     layout, of_rollout = layouts
     constrain, constrain_rollout = layout.constrain, of_rollout.constrain
@@ -183,7 +185,7 @@ def make_networks(
 
     return PPONetworks(
         policy=make(policy_network, policy, start, logits_chunk=logits_chunk),
-        value=make(value_network, critic, value_start),
+        value=make(value_network, critic, value_start, num_bins=value_bins),
         reward=make(reward_network, reward, reward_start),
         trunk=trunk(constrain),
         value_on_trunk=value_start is not None,
@@ -317,6 +319,7 @@ def setup_of(
             layouts,
             settings.logits_chunk,
             merge_adapters,
+            settings.value_bins,
         ),
         options=make_options(settings, sampling, policy.tokenizer.eos_token_id),
         hyperparameters=layout.replicate(make_hyperparameters(settings)),
@@ -375,11 +378,17 @@ def critic_source(settings: PPOSettings, policy: Any, reward: Any, named: Any = 
 def make_critic(
     settings: PPOSettings, policy: Model, reward: Model | None, named: Model | None = None
 ) -> Model:
-    """Where the critic starts: a reward model or another critic as it is, or the body of a policy
-    with a head of zeros."""
-    source = critic_source(settings, policy, reward, named)
-    if source.kind == "reward":
+    """Where the critic starts: a reward model or another critic as it is, or the body of a policy,
+    or of a model with another number of outputs, with a head of zeros."""
+    source, num_outputs = critic_source(settings, policy, reward, named), settings.value_bins or 1
+    if source.kind == "reward" and source.params["head"]["kernel"].shape[-1] == num_outputs:
         return source
-    width = source.config.embed_dim
-    head = {"kernel": np.zeros((width, 1), np.float32), "bias": np.zeros(1, np.float32)}
+    head = zero_head(source.config, settings.value_bins)
     return dataclasses.replace(source, kind="reward", params={**source.params, "head": head})
+
+
+def zero_head(config: ModelConfig, value_bins: int) -> Params:
+    """The head of a new critic."""
+    num_outputs = value_bins or 1
+    kernel = np.zeros((config.embed_dim, num_outputs), np.float32)
+    return {"kernel": kernel, "bias": np.zeros(num_outputs, np.float32)}

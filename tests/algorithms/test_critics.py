@@ -1,11 +1,18 @@
-"""What an iteration logs of its critic."""
+"""What an iteration logs of its critic, and critics that give logits of bins."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from ppo_jax.algorithms import make_experience
-from ppo_jax.algorithms.critics import critic_metrics
+from ppo_jax.algorithms import make_experience, sweep
+from ppo_jax.algorithms.critics import critic_loss, critic_metrics, values_from
+from ppo_jax.core import Optimizer
 from tests.support import tiny
+
+RANGE = dict(value_range=[-3.0, 2.0])
 
 
 def by_hand(values, returns, mask):
@@ -51,3 +58,100 @@ def test_they_are_of_the_values_before_the_update():
     )
     expected = critic_metrics(experience.values, experience.returns, experience.response_mask)
     tiny.leaves_close({name: metrics[name] for name in expected}, expected, rtol=1e-6)
+
+
+# --- logits of bins -------------------------------------------------------------------------------
+
+
+def test_the_values_and_the_loss_of_bins_by_hand():
+    """Of two bins, -3 to 1 and 1 to 5, with targets from erf."""
+    numbers = tiny.hyperparameters(value_range=[-3.0, 5.0])
+    logits, mask = jnp.log(jnp.array([[[1.0, 3.0], [1.0, 1.0]]])), jnp.array([[True, False]])
+    np.testing.assert_allclose(values_from(logits, numbers), [[-0.25 + 0.75 * 3, 1.0]], rtol=1e-6)
+    returns = jnp.array([[2.0, jnp.nan]])
+    phi = [jax.scipy.stats.norm.cdf((edge - 2.0) / (0.75 * 4.0)) for edge in (-3.0, 1.0, 5.0)]
+    upper = (phi[2] - phi[1]) / (phi[2] - phi[0])
+    loss, metrics = critic_loss(logits, returns, returns, mask, numbers)
+    expected = -(1 - upper) * np.log(0.25) - upper * np.log(0.75)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    assert metrics["value/outside_bins"] == 0
+    _, metrics = critic_loss(logits, returns, returns + 4, mask, numbers)
+    assert metrics["value/outside_bins"] == 1
+
+
+@pytest.mark.parametrize(("kind", "numbers"), [("whole", RANGE), ("whole of bins", {})])
+def test_a_critic_that_gives_something_else_is_refused(kind, numbers):
+    run = tiny.Run(kind, **numbers)
+    with pytest.raises(ValueError, match=r"networks.value must give \[B, T"):
+        run.iterate()
+
+
+def test_a_new_critic_with_bins_begins_in_the_middle_of_its_range():
+    run = tiny.Run("whole of bins", **RANGE)
+    params = run.setup.networks.value.init(jax.random.key(0))
+    assert params["head"]["kernel"].shape[-1] == params["head"]["bias"].shape[-1] == 6
+    outputs = run.setup.networks.value.apply(params, *tiny.tokens_and_mask(0, 2, 5))
+    np.testing.assert_allclose(values_from(outputs, run.numbers), -0.5, rtol=1e-6)
+
+
+OWN = dict(value_optimizer=Optimizer(learning_rate=2e-3))
+
+
+@pytest.mark.parametrize("own", [{}, OWN], ids=["joint", "apart"])
+@pytest.mark.parametrize("kind", tiny.BINS)
+def test_micro_batches_and_packed_rows_give_the_same_update(kind, own):
+    numbers = RANGE | own | dict(optimizer=dict(eps=1e-2))
+    whole = tiny.Run(kind, tiny.options(num_minibatches=1), **numbers)
+    experience, metrics = whole.experience(whole.rollout())
+    assert -3 < metrics["value/mean"] < 2
+    expected, metrics = whole.update(experience)
+    assert tiny.leaves_differ(expected.value_params, whole.state.value_params)
+    parts = tiny.options(num_minibatches=1, num_micro_batches=2, packing=True)
+    got, found = tiny.Run(kind, parts, **numbers).update(experience)
+    for name in ("policy_params", "value_params"):
+        tiny.leaves_close(getattr(got, name), getattr(expected, name), atol=2e-5)
+    for name in ("value/loss", "value/outside_bins", "policy/loss"):
+        np.testing.assert_allclose(found[name], metrics[name], rtol=1e-4, atol=1e-6)
+    assert "value/clip_fraction" not in found
+
+
+def test_the_loss_of_policy_and_critic_is_their_weighted_sum():
+    run = tiny.Run("whole of bins", **RANGE, vf_coef=0.3, entropy_coef=0.0, kl_loss_coef=0.2)
+    _, metrics = run.update(run.experience(run.rollout())[0])
+    terms = metrics["policy/loss"] + 0.3 * metrics["value/loss"] + 0.2 * metrics["kl/loss"]
+    np.testing.assert_allclose(metrics["ppo/loss"], terms, rtol=1e-5)
+
+
+def test_a_critic_with_bins_learns_its_returns():
+    """Explained variance of the same responses, before and after."""
+    run = tiny.Run("whole of bins", tiny.options(num_epochs=30), **RANGE, value_learning_rate=1e-2)
+    rollout = run.rollout()
+    experience, before = run.experience(rollout)
+    run.state, _ = run.update(experience)
+    after = run.experience(rollout)[0]
+    last = critic_metrics(after.values, experience.returns, experience.response_mask)
+    names = "value/explained_variance", "value/bias"
+    assert before[names[0]] < 0.3 < 0.8 < last[names[0]]
+    assert abs(last[names[1]]) < 0.1
+
+
+def test_lanes_may_have_ranges_of_their_own():
+    run = tiny.Run("trunk of bins", **RANGE)
+    lanes = [tiny.hyperparameters(value_range=ends) for ends in ([-3.0, 2.0], [-1.0, 8.0])]
+    states = sweep.stack_lanes([run.setup.start(lane) for lane in lanes])
+    parts = dict(networks=run.setup.networks, options=tiny.options(), axes=sweep.LaneAxes())
+    iterate = tiny.jit(functools.partial(sweep.sweep_iteration, **parts))
+    got, metrics = iterate(
+        states,
+        sweep.stack_lanes(lanes),
+        tiny.prompts(),
+        tiny.RUN_KEY,
+        frozen=run.setup.frozen,
+    )
+    for i, lane in enumerate(lanes):
+        run.numbers = lane
+        expected, alone = run.iterate()
+        tiny.leaves_close(sweep.take_lane(metrics, i), alone, rtol=1e-3, atol=1e-4)
+        own = sweep.take_lane(got.value_params, i)
+        tiny.leaves_close(own, expected.value_params, atol=1e-4)
+    assert metrics["value/mean"][0] != metrics["value/mean"][1]

@@ -5,6 +5,7 @@ The policy is a table [V, V] of logits of the next token by the one before it, t
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -80,7 +81,33 @@ def against_the_others(rewards, group):
     return np.repeat((totals - others).reshape(-1, 1), T, axis=1)
 
 
-def gradients(tables, batch, clip_high, options, value_weight):
+def bins_of(ends, count):
+    """(edges [N + 1], centres [N]) of bins of equal width."""
+    edges = ends[0] + (ends[1] - ends[0]) * np.arange(count + 1) / count
+    return edges, (edges[1:] + edges[:-1]) / 2
+
+
+def softmax(z):
+    e = np.exp(z - z.max(axis=-1, keepdims=True))
+    return e / e.sum(axis=-1, keepdims=True)
+
+
+def bins_hit(returns, edges):
+    """The share of a normal distribution around each return in each bin, 0.75 of one wide."""
+    sigma = 0.75 * (edges[1] - edges[0])
+    middle = np.clip(returns, edges[0], edges[-1])[..., None]
+    below = np.vectorize(math.erf)((edges - middle) / sigma / math.sqrt(2))
+    return np.diff(below) / (below[..., -1:] - below[..., :1])
+
+
+def of_critic(table, before, own):
+    """The values of a table of values [V], or of logits of bins [V, N]."""
+    if "value_range" not in own:
+        return table[before]
+    return softmax(table[before]) @ bins_of(own["value_range"], table.shape[1])[1]
+
+
+def gradients(tables, batch, clip_high, options, value_weight, own):
     before, tokens, mask, old, advantages, old_values, returns = batch
     count = mask.sum()
     shares = mask / count  # of a token in the loss of the policy
@@ -97,7 +124,13 @@ def gradients(tables, batch, clip_high, options, value_weight):
     of_z -= NUMBERS["entropy_coef"] * of_entropy * shares[..., None]
     found = {"policy": np.zeros((V, V))}
     np.add.at(found["policy"], before, of_z / NUMBERS["temperature"])
-    if "value" in tables:
+    if "value_range" in own:
+        table = tables["value"]
+        edges, _ = bins_of(own["value_range"], table.shape[1])
+        away = softmax(table[before]) - bins_hit(returns, edges)
+        found["value"] = np.zeros_like(table)
+        np.add.at(found["value"], before, away * (mask * value_weight / count)[..., None])
+    elif "value" in tables:
         values, reach = tables["value"][before], NUMBERS["value_clip_range"]
         near = np.clip(values, old_values - reach, old_values + reach)
         stays = (near - returns) ** 2 > (values - returns) ** 2
@@ -143,7 +176,7 @@ def by_hand(tables, case, options, own):
         rewards = whitened(rewards, mask, shift=False)
     values = returns = np.zeros((B, T))
     if options.advantage is gae:
-        values = np.where(mask, tables["value"][before], 0.0)
+        values = np.where(mask, of_critic(tables["value"], before, own), 0.0)
         advantages, returns = advantages_and_returns(rewards, values, mask)
         if "value_gae_lambda" in own:
             _, returns = advantages_and_returns(rewards, values, mask, own["value_gae_lambda"])
@@ -163,7 +196,7 @@ def by_hand(tables, case, options, own):
     weight = 1.0 if apart else NUMBERS["vf_coef"]
 
     def gradient(tables, rows):
-        return gradients(tables, [x[rows] for x in data], clip_high, options, weight)
+        return gradients(tables, [x[rows] for x in data], clip_high, options, weight, own)
 
     rates = {"policy": ADAM["learning_rate"], "value": NUMBERS["value_learning_rate"]}
     if own.get("critic_warmup"):
@@ -206,6 +239,8 @@ def by_hand(tables, case, options, own):
         {"critic_warmup": 1, "num_epochs": 2},
         {"value_optimizer": VALUE_ADAM, "num_epochs": 2, "num_minibatches": 2},
         {"value_optimizer": VALUE_ADAM, "value_updates": 2, "value_num_minibatches": 4},
+        {"value_range": (-1.5, 2.0), "num_epochs": 2, "num_minibatches": 2, "num_micro_batches": 2},
+        {"value_range": (-1.5, 2.0), "value_optimizer": VALUE_ADAM, "value_updates": 2},
     ],
     ids=lambda changes: " ".join(changes) or "default",
 )
@@ -216,7 +251,11 @@ def test_an_iteration_is_that_of_float64_by_hand(changes):
     chosen = {name: value for name, value in changes.items() if name not in names}
     options = PPOOptions(sampling=sampling, **{"num_epochs": 1, "num_minibatches": 1} | chosen)
     tables, case = made_up(seed=len(str(sorted(changes))))
+    if "value_range" in own:  # of 6 bins; some returns are outside
+        tables["value"] = np.random.default_rng(1).normal(size=(V, 6))
     expected, kl_coef = by_hand(tables, case, options, own)
+    if "value_range" in own:
+        own["value_range"] = jnp.array(own["value_range"])
     if "value_optimizer" in own:
         own["value_optimizer"] = Optimizer(**own["value_optimizer"])
 

@@ -41,6 +41,9 @@ def greedy(scores, reference_text):
     return scores
 
 
+BINS = {"value_bins": 8, "value_range": (-3.0, 2.0)}
+
+
 def test_what_an_estimator_needs_is_known_from_its_parameters():
     assert [name for name in ADVANTAGES if needs_critic(name)] == ["gae"]
     without_groups = {"gae", "reinforce", "reinforce_plus_plus", "remax"}
@@ -101,6 +104,13 @@ def test_what_an_estimator_needs_is_known_from_its_parameters():
         ({"value_optimizer.b1": 1.5}, r"ppo.value_optimizer.b1 must be in \[0, 1\)"),
         ({"value_optimizer.schedule": "step"}, "ppo.value_optimizer.schedule must be one of"),
         ({"clip_range": -math.inf}, "finite"),
+        ({"value_bins": 1, "value_range": (-1, 1)}, "ppo.value_bins must be at least 2, or 0"),
+        ({"value_bins": -2}, "ppo.value_bins must be at least 2, or 0"),
+        ({"value_range": (-1.0, 1.0)}, r"ppo.value_range must be \(\) without value_bins"),
+        ({"value_bins": 8}, "ppo.value_range must be two finite numbers with value_bins"),
+        ({"value_bins": 8, "value_range": (2.0, 1.0)}, "the lower one first"),
+        ({"value_bins": 8, "value_range": (0.0, 1.0, 2.0)}, "two finite numbers"),
+        ({**BINS, "value_clip_range": 0.5}, "the loss of a critic with bins has no clip"),
     ],
     ids=str,
 )
@@ -117,12 +127,14 @@ def test_what_does_not_go_together_is_one_line(changes, message):
         ("value_num_minibatches", 2),
         ("gae_lambda_alpha", 0.05),
         ("value_gae_lambda", 1.0),
+        ("value_bins", 2),
         ("value_optimizer.b1", 0.5),
         ("critic_init_from", "policy"),
     ],
 )
 def test_a_setting_of_the_critic_without_one_is_one_line(field, value):
     free = {"ppo.advantage": "rloo", "ppo.samples_per_prompt": 2, f"ppo.{field}": value}
+    free |= {"ppo.value_range": (0.0, 1.0)} if field == "value_bins" else {}
     with pytest.raises(ValueError, match="which has no critic"):
         from_config_dict(changed(free))
 
@@ -157,6 +169,7 @@ METHODS = [
     {"loss": "clip_cov", "covariance_low": 0.0, "packing": True, "num_micro_batches": 2},
     {"loss": "kl_cov", "advantage": "rloo", "covariance_fraction": 0.1},
     {"loss": "decoupled", "old_logprobs": "recompute", "behavior_weight_limit": 2.0},
+    {**BINS, "packing": True, "num_micro_batches": 2, "aggregation": "sequence_mean"},
 ]
 
 
@@ -196,6 +209,10 @@ def test_a_run_by_each_method_is_finite_and_has_a_critic_where_it_needs_one(
     with_critic = needs_critic(method.get("advantage", "gae"))
     assert ("value/loss" in rows[0]) == with_critic
     assert ("kl/loss" in rows[0]) == ("kl_loss_coef" in method)
+    if "value_bins" in method:
+        assert "8 bins of returns from -3 to 2; its head is new and zero" in output
+        assert abs(rows[0]["value/mean"] + 0.5) < 1e-6 and rows[1]["value/mean"] != -0.5
+    assert ("value/outside_bins" in rows[0]) == ("value_bins" in method)
     assert rows[1]["policy/approx_kl"] > 0 or "critic_warmup" in method
     if "critic_warmup" in method:
         assert rows[0]["policy/learning_rate"] == 0 < rows[1]["policy/learning_rate"]

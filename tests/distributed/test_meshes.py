@@ -25,10 +25,11 @@ BATCH = 32
 class Run:
     """PPO with a reward model on a mesh; every number is the same for every mesh.
 
-    `kind` is "whole", "scanned" (with remat) or "trunk": the top layer on a frozen one.
+    `kind` is "whole", "scanned" (with remat) or "trunk": the top layer on a frozen one. The critic
+    has `num_bins`.
     """
 
-    def __init__(self, shape, kind="whole", config=None, **numbers):
+    def __init__(self, shape, kind="whole", config=None, num_bins=0, **numbers):
         mesh = mesh_of(shape)
         self.layout, self.of_rollout = Layout(mesh), Layout(mesh, ROLLOUT_RULES)
         scanned = dict(scan_layers=True, remat="full") if kind == "scanned" else {}
@@ -43,7 +44,7 @@ class Run:
 
         self.networks = experience.PPONetworks(
             policy=policy(constrain=constrain),
-            value=value_network(c, **upper),
+            value=value_network(c, **upper, num_bins=num_bins),
             reward=reward_network(c, **upper),
             trunk=trunk(constrain),
             value_on_trunk=bool(start),
@@ -56,7 +57,9 @@ class Run:
         )
         self.options = tiny.options(num_epochs=2, num_minibatches=2, num_micro_batches=2)
         self.numbers = self.layout.replicate(tiny.hyperparameters(**numbers))
-        params = [self.params(make(c), i) for i, make in enumerate(MAKERS)]
+        networks = [make(c) for make in MAKERS]
+        networks[2] = value_network(c, num_bins=num_bins)
+        params = [self.params(network, i) for i, network in enumerate(networks)]
         of_policy, of_reference, of_critic, of_reward = map(self.split, params)
         self.frozen = FrozenParams(
             ref_policy=of_reference.trained,
@@ -155,10 +158,13 @@ def test_one_sgd_update_on_a_fixed_experience_is_that_of_one_device(shape):
         np.testing.assert_allclose(mine[name], leaf, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])
-def test_an_update_of_packed_rows_is_that_of_one_device(shape):
+@pytest.mark.parametrize(
+    ("shape", "bins"),
+    [((8, 1, 1), {}), ((2, 2, 2), {}), ((2, 2, 2), dict(num_bins=8, value_range=[-3.0, 6.0]))],
+)
+def test_an_update_of_packed_rows_is_that_of_one_device(shape, bins):
     def update(shape):
-        run = Run(shape)
+        run = Run(shape, **bins)
         run.options = tiny.options(
             num_epochs=1, num_minibatches=1, num_micro_batches=4, packing=True
         )

@@ -166,3 +166,12 @@ def test_scoring_is_the_reference_the_critic_and_the_reward_model(old_logprobs, 
         config, sequences=B, positions=P + T, attended=P + T, outputs=1, head="scalar"
     )
     assert without == expected - last
+
+
+def test_a_critic_with_bins_has_more_outputs():
+    config, where = tiny.model_config(), dict(sequences=B, prompt_length=P, response_length=T)
+    more = B * T * 2 * config.embed_dim * 7  # a product with 7 more columns, at each token
+    scoring = [flops.scoring_flops(config, config, None, **where, value_outputs=n) for n in (1, 8)]
+    assert scoring[1] - scoring[0] == more
+    update = functools.partial(flops.update_flops, config, config, num_epochs=2, **where)
+    assert update(value_outputs=8) - update() == 2 * 3 * more

@@ -43,6 +43,9 @@ RUNS = {
     "a reward model from elsewhere": dict(ppo=TOP),
     "the critic's top alone": dict(ppo=dict(value_trainable=1)),
     "a critic from elsewhere": dict(ppo=TOP | dict(critic_init_from="elsewhere")),
+    "a critic with bins": dict(
+        ppo=TOP | dict(value_bins=8, value_range=(-1.0, 1.0)), reward=REWARD
+    ),
     "no critic": dict(ppo=dict(advantage="rloo", samples_per_prompt=2)),
     "no critic, one trunk": dict(
         ppo=BY_FUNCTION | dict(trainable=1, advantage="rloo", samples_per_prompt=2)

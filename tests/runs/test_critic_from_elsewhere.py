@@ -94,6 +94,29 @@ def refused(values, folder):
     return str(error.value)
 
 
+BINS = dict(value_bins=8, value_range=[-4.0, 3.0], num_samples=0)
+
+
+def test_a_critic_with_bins_goes_on_bit_for_bit_and_starts_another(workdir, tmp_path, capsys):
+    """On the reward model's body, which has one output: its head is new."""
+    pipeline.run(settings(workdir, "", **BINS, num_iterations=6), tmp_path / "one")
+    assert "8 bins of returns from -4 to 3; its head is new" in capsys.readouterr().out
+    for num_iterations in (3, 6):
+        pipeline.run(settings(workdir, "", **BINS, num_iterations=num_iterations), tmp_path / "two")
+    for name in STATE:
+        assert_same_bits(trained(tmp_path / "one", name), trained(tmp_path / "two", name))
+    assert trained(tmp_path / "one")["head"]["kernel"].shape[1] == 8
+    name = f"{tmp_path}/one/ppo@6"
+    start = BINS | dict(num_iterations=1, value_learning_rate=0.0)
+    pipeline.run(settings(workdir, name, **start), tmp_path / "three")
+    assert "8 bins of returns from -4 to 3\n" in capsys.readouterr().out
+    assert_same_bits(trained(tmp_path / "three"), trained(tmp_path / "one"))
+    others = {"value_bins": 9}, {"value_range": [-4.0, 4.0]}, {"value_bins": 0, "value_range": []}
+    for other in others:
+        message = refused(settings(workdir, name, **start | other), tmp_path / "four")
+        assert "must be those of the critic that it starts from, 8 and [-4.0, 3.0], got" in message
+
+
 def test_what_cannot_be_a_critic_is_refused_in_a_line(workdir, other_family, tmp_path):
     strange = tmp_path / "strange"
     shutil.copytree(other_family, strange)

@@ -114,7 +114,7 @@ class Setup(NamedTuple):
 
 
 @functools.cache
-def setup(trainable="all", on_trunk=False) -> Setup:
+def setup(trainable="all", on_trunk=False, num_bins=0) -> Setup:
     """Policy, reference, critic and reward model; the same numbers with and without a trunk.
 
     With frozen layers all four share them, and a trunk may compute them once for all.
@@ -123,21 +123,21 @@ def setup(trainable="all", on_trunk=False) -> Setup:
     first = start_layer(config, trainable)
     start = first if on_trunk else None
     whole = policy_network(config)
-    scalar = value_network(config)
     policy = split_params(config, random_params(whole, 0), trainable, start)
     ref_policy = split_params(config, random_params(whole, 1), trainable, start)
     shared = merge_params(policy.trunk, policy.frozen)
 
-    def above(seed):
+    def above(seed, num_bins=0):
         """The parameters of a scalar network on the layers that the policy does not train."""
-        own = split_params(config, random_params(scalar, seed), trainable, first)
+        params = random_params(value_network(config, num_bins=num_bins), seed)
+        own = split_params(config, params, trainable, first)
         return split_params(config, merge_params(own.trunk, shared, own.trained), trainable, start)
 
-    value, reward = above(2), above(3)
+    value, reward = above(2, num_bins), above(3)
     return Setup(
         networks=experience.PPONetworks(
             policy=policy_network(config, start_layer=start),
-            value=value_network(config, start_layer=start),
+            value=value_network(config, start_layer=start, num_bins=num_bins),
             reward=reward_network(config, start_layer=start),
             trunk=None if start is None else trunk_network(config, end_layer=start),
             value_on_trunk=on_trunk,
@@ -202,13 +202,14 @@ iterate = program(ppo.ppo_iteration)
 
 RUN_KEY = jax.random.key(3)
 SETUPS = {"whole": ("all", False), "frozen": (1, False), "trunk": (1, True)}
+BINS = {"whole of bins": ("all", False, 6), "trunk of bins": (1, True, 6)}  # of the critic
 
 
 class Run:
     """One setup at its start, with the pieces of an iteration as methods."""
 
     def __init__(self, kind, chosen=None, ref_policy=False, **numbers):
-        self.setup = setup(*SETUPS[kind])
+        self.setup = setup(*(SETUPS | BINS)[kind])
         self.numbers = hyperparameters(**numbers)
         self.state = self.setup.start(self.numbers, ref_policy)
         self.parts = dict(

@@ -203,8 +203,9 @@ CHARTS: dict[str, tuple[Group, ...]] = {
             (
                 Chart(
                     "Value loss",
-                    "squared error / 2",
-                    "Of the critic's values against the returns.",
+                    "loss",
+                    "Of the critic's values against the returns: half the squared error, or "
+                    "with bins the cross-entropy in nats.",
                     {"value/loss": "loss"},
                 ),
                 Chart(
@@ -225,6 +226,13 @@ CHARTS: dict[str, tuple[Group, ...]] = {
                     "share of tokens",
                     "Tokens whose value moved by more than the clip range.",
                     {"value/clip_fraction": "fraction"},
+                ),
+                Chart(
+                    "Returns outside of the bins",
+                    "share of tokens",
+                    "Of a critic with bins: what it cannot follow. Above 0.01 or so the range is "
+                    "too narrow.",
+                    {"value/outside_bins": "share"},
                 ),
             ),
         ),
