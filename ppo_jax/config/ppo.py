@@ -203,9 +203,7 @@ class PPOSettings:
     penalty_coef: float = changeable(1.0)  # with loss="kl_penalty": of the KL from the old policy;
     # with "kl_cov": of |log ratio|, per nat, for the tokens that pay it
     divergence_limit: float = changeable(0.15)  # with loss="dppo": of the change of a probability
-    covariance_fraction: float = changeable(
-        2e-4
-    )  # with loss="clip_cov": the share of a minibatch's
+    covariance_fraction: float = changeable(2e-4)  # with loss="clip_cov": share of a minibatch's
     # tokens without a gradient; with "kl_cov": the share that pays the penalty; at least one does
     covariance_low: float = changeable(1.0)  # with loss="clip_cov": of these tokens, what their
     # covariance of log-prob and advantage is above
