@@ -227,12 +227,12 @@ class PPOSettings:
     dual_clip: float = changeable(3.0)  # with loss="dual_clip": most that a ratio counts where the
     # advantage is below 0
     penalty_coef: float = changeable(1.0)  # with loss="kl_penalty": of the KL from the old policy;
-    # with "kl_cov": of |log ratio|, per nat, for the tokens that pay it
+    # with "kl_cov": of the size of the log-ratio, per nat, for the tokens that pay it
     penalty_target_kl: float = 0.0  # nats a token: penalty_coef doubles after an iteration that has
     # moved the policy by more than 1.5 of it, halves after one by less than 1 / 1.5; 0 is off
     divergence_limit: float = changeable(0.15)  # with loss="dppo": of the change of a probability
-    covariance_fraction: float = changeable(2e-4)  # of a minibatch's tokens: with loss="clip_cov"
-    # the share without a gradient, with "kl_cov" the one that pays the penalty; at least one token
+    covariance_fraction: float = changeable(2e-4)  # with loss="clip_cov": share of a minibatch's
+    # tokens without a gradient; with "kl_cov": the share that pays the penalty; at least one does
     covariance_low: float = changeable(1.0)  # with loss="clip_cov": of these tokens, what their
     # covariance of log-prob and advantage is above
     covariance_high: Limit = changeable(5.0)  # and below; inf is no limit
