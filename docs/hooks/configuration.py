@@ -74,10 +74,13 @@ def type_name(hint: typing.Any) -> str:
     """A type as an annotation has it: "str or int" for a union."""
     from ppo_jax.config.parsing import options
 
-    plain = [getattr(option, "__origin__", option) for option in options(hint)]  # of Annotated
-    names = [getattr(option, "__name__", str(option)) for option in plain]
-    shown = ["tuple of str" if name == "tuple" else name for name in names if name != "NoneType"]
-    return " or ".join(shown)
+    def name(option: typing.Any) -> str:
+        if typing.get_origin(option) is tuple:
+            return f"tuple of {name(typing.get_args(option)[0])}"
+        plain = getattr(option, "__origin__", option)  # of Annotated
+        return getattr(plain, "__name__", str(plain))
+
+    return " or ".join(name(option) for option in options(hint) if option is not type(None))
 
 
 def rows(cls: type, places: dict[type, list[str]]) -> Iterator[str]:
