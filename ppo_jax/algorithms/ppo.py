@@ -8,6 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from ppo_jax.algorithms.dynamic_sampling import gather, gathering_metrics
 from ppo_jax.algorithms.experience import (
     PPONetworks,
     PPOOptions,
@@ -63,13 +64,15 @@ def update_from_rollout(
     key: jax.Array,
     greedy: tuple[Rollout, jax.Array] | None = None,
     *,
+    num_rollouts: jax.Array | int = 1,
     frozen: FrozenParams,
     networks: PPONetworks,
     options: PPOOptions,
 ) -> tuple[PPOState, dict[str, jax.Array]]:
     """What follows the scores in an iteration: experience, update, KL control. Key consumed.
 
-    `greedy`: greedy responses and their scores, see `make_experience`.
+    `greedy`: greedy responses and their scores, see `make_experience`; `num_rollouts`: how many
+    there were to choose these responses from.
     """
     parts = dict(frozen=frozen, networks=networks, options=options)
     experience, metrics = make_experience(
@@ -89,7 +92,10 @@ def update_from_rollout(
             batch_size=batch_size,
         )
     state = dataclasses.replace(
-        state, step=state.step + 1, episodes=state.episodes + batch_size, kl_coef=kl_coef
+        state,
+        step=state.step + 1,
+        episodes=state.episodes + batch_size * num_rollouts,
+        kl_coef=kl_coef,
     )
     metrics |= {"reward/episodes": state.episodes}
     if greedy is not None:
@@ -101,7 +107,7 @@ def update_from_rollout(
 def ppo_iteration(
     state: PPOState,
     hyperparameters: Hyperparameters,
-    prompts: Prompts,
+    prompts: Prompts | tuple[Prompts, ...],
     key: jax.Array,
     *,
     frozen: FrozenParams,
@@ -113,7 +119,7 @@ def ppo_iteration(
     Args:
         state: policy, critic and optimizer, updated in the result.
         hyperparameters: every number.
-        prompts: B prompts.
+        prompts: B prompts; with `options.max_rollouts` so many times B prompts.
         key: consumed; `jax.random.fold_in(root_key, state.step)` makes a resumed run the same run.
         frozen: reference, reward model, trunk.
         networks: `networks.reward` is not None.
@@ -121,11 +127,30 @@ def ppo_iteration(
 
     Returns:
         (state, metrics).
+
+    Raises:
+        ValueError: there are not `options.max_rollouts` batches of prompts.
     """
     parts = dict(frozen=frozen, networks=networks, options=options)
     rollout_key, shuffle_key = jax.random.split(key)
-    responses = sample_responses(state, hyperparameters, prompts, rollout_key, **parts)
-    scores = response_scores(responses, frozen=frozen, networks=networks, eos_id=options.score_eos)
+
+    def sample(prompts, key):
+        responses = sample_responses(state, hyperparameters, prompts, key, **parts)
+        how = dict(frozen=frozen, networks=networks, eos_id=options.score_eos)
+        return responses, response_scores(responses, **how)
+
+    if options.max_rollouts > 1:
+        if not isinstance(prompts, tuple) or len(prompts) != options.max_rollouts:
+            raise ValueError(
+                f"max_rollouts={options.max_rollouts} needs a tuple of so many Prompts"
+            )
+        group_size = options.sampling.samples_per_prompt
+        gathered = gather(sample, prompts, rollout_key, group_size=group_size)
+        given = (gathered.rollout, gathered.scores, shuffle_key)
+        how = dict(num_rollouts=gathered.num_rollouts, **parts)
+        state, metrics = update_from_rollout(state, hyperparameters, *given, **how)
+        return state, metrics | gathering_metrics(gathered)
+    responses, scores = sample(prompts, rollout_key)
     greedy = greedy_rollout(state, hyperparameters, prompts, rollout_key, **parts)
     state, metrics = update_from_rollout(
         state, hyperparameters, responses, scores, shuffle_key, greedy, **parts
