@@ -99,6 +99,7 @@ class PPOOptions:
     sampling: Sampling
     num_epochs: int  # passes over a rollout
     num_minibatches: int  # optimizer steps a pass
+    max_rollouts: int = 1  # above 1: groups of equal scores are replaced, see `dynamic_sampling`
     num_micro_batches: int = 1  # of a minibatch, in memory one after the other
     packing: bool = False  # responses share rows in the update; empty micro-batches are skipped
     advantage: Callable = gae  # called by the names of its parameters, see `estimate_advantages`
@@ -126,6 +127,7 @@ class PPOOptions:
                     f"unknown {name} {getattr(self, name)!r}; choose from {list(allowed)}"
                 )
         counts = ("num_epochs", "num_minibatches", "num_micro_batches", "value_updates")
+        counts += ("max_rollouts",)
         assert_counts(**{name: getattr(self, name) for name in counts})
         assert_counts(at_least=0, value_num_minibatches=self.value_num_minibatches)
         samples, kept = self.sampling.samples_per_prompt, self.keep_samples
@@ -133,6 +135,9 @@ class PPOOptions:
             raise ValueError(
                 f"keep_samples must be 0, or even and from 2 to below {samples}, got {kept}"
             )
+        if reads_greedy(self.advantage) and self.max_rollouts > 1:
+            rule = "needs max_rollouts=1: its greedy responses are to the prompts of one rollout"
+            raise ValueError(f"{function_name(self.advantage)} {rule}")
         if reads_behavior(self.loss) and self.old_logprobs != "recompute":
             rule = 'needs old_logprobs="recompute": otherwise its two policies are one'
             raise ValueError(f"{function_name(self.loss)} {rule}")

@@ -17,6 +17,7 @@ from ppo_jax.algorithms.adaptation import (
     next_adaptive,
     next_reference,
 )
+from ppo_jax.algorithms.dynamic_sampling import gather, gathering_metrics
 from ppo_jax.algorithms.experience import (
     PPONetworks,
     PPOOptions,
@@ -88,13 +89,15 @@ def update_from_rollout(
     key: jax.Array,
     greedy: tuple[Rollout, jax.Array] | None = None,
     *,
+    num_rollouts: jax.Array | int = 1,
     frozen: FrozenParams,
     networks: PPONetworks,
     options: PPOOptions,
 ) -> tuple[PPOState, dict[str, jax.Array]]:
     """What follows the scores in an iteration: experience, update, KL control. Key consumed.
 
-    `greedy`: greedy responses and their scores, see `make_experience`.
+    `greedy`: greedy responses and their scores, see `make_experience`; `num_rollouts`: how many
+    there were to choose these responses from.
     """
     state = count_scores(state, scores, rollout.response_mask)
     parts = dict(frozen=moved_reference(frozen, state), networks=networks, options=options)
@@ -120,7 +123,7 @@ def update_from_rollout(
     state = dataclasses.replace(
         state,
         step=step,
-        episodes=state.episodes + batch_size,
+        episodes=state.episodes + batch_size * num_rollouts,
         kl_coef=kl_coef,
         adaptive=next_adaptive(state.adaptive, metrics, hyperparameters),
         ref_params=next_reference(state.ref_params, state.policy_params, step, hyperparameters),
@@ -158,7 +161,7 @@ def kl_of_update(
 def ppo_iteration(
     state: PPOState,
     hyperparameters: Hyperparameters,
-    prompts: Prompts,
+    prompts: Prompts | tuple[Prompts, ...],
     key: jax.Array,
     *,
     frozen: FrozenParams,
@@ -170,7 +173,7 @@ def ppo_iteration(
     Args:
         state: policy, critic and optimizer, updated in the result.
         hyperparameters: every number.
-        prompts: B prompts.
+        prompts: B prompts; with `options.max_rollouts` so many times B prompts.
         key: consumed; `jax.random.fold_in(root_key, state.step)` makes a resumed run the same run.
         frozen: reference, reward model, trunk.
         networks: `networks.reward` is not None.
@@ -178,11 +181,30 @@ def ppo_iteration(
 
     Returns:
         (state, metrics).
+
+    Raises:
+        ValueError: there are not `options.max_rollouts` batches of prompts.
     """
     parts = dict(frozen=frozen, networks=networks, options=options)
     rollout_key, shuffle_key = jax.random.split(key)
-    responses = sample_responses(state, hyperparameters, prompts, rollout_key, **parts)
-    scores = response_scores(responses, frozen=frozen, networks=networks, eos_id=options.score_eos)
+
+    def sample(prompts, key):
+        responses = sample_responses(state, hyperparameters, prompts, key, **parts)
+        how = dict(frozen=frozen, networks=networks, eos_id=options.score_eos)
+        return responses, response_scores(responses, **how)
+
+    if options.max_rollouts > 1:
+        if not isinstance(prompts, tuple) or len(prompts) != options.max_rollouts:
+            raise ValueError(
+                f"max_rollouts={options.max_rollouts} needs a tuple of so many Prompts"
+            )
+        group_size = options.sampling.samples_per_prompt
+        gathered = gather(sample, prompts, rollout_key, group_size=group_size)
+        given = (gathered.rollout, gathered.scores, shuffle_key)
+        how = dict(num_rollouts=gathered.num_rollouts, **parts)
+        state, metrics = update_from_rollout(state, hyperparameters, *given, **how)
+        return state, metrics | gathering_metrics(gathered)
+    responses, scores = sample(prompts, rollout_key)
     greedy = greedy_rollout(state, hyperparameters, prompts, rollout_key, **parts)
     state, metrics = update_from_rollout(
         state, hyperparameters, responses, scores, shuffle_key, greedy, **parts

@@ -15,6 +15,7 @@ from ppo_jax.config.objectives import (
     loss_function,
     loss_parameters,
     needs_critic,
+    needs_greedy,
     needs_groups,
 )
 from ppo_jax.config.parsing import Check, Limit, changeable
@@ -136,6 +137,8 @@ class PPOSettings:
     samples_per_prompt: int = 1  # responses of an iteration to each of its prompts
     keep_samples: int = 0  # of them, that are learned from: half of them those of the highest
     # scores, half of the lowest; 0 is all
+    max_rollouts: int = 1  # above 1: prompts whose responses all have one score are replaced by
+    # others, from at most so many batches of prompts an iteration
     max_concurrent: int = 0  # responses decoded at a time; 0 is all. Fewer save work where lengths
     # differ much, and a KV cache of so many rows: when a response ends, the next prompt enters
     min_free_slots: int = 0  # free rows that prompts wait for, to enter together; 0 is a quarter
@@ -284,9 +287,10 @@ class PPOSettings:
 
     def _check_batches(self, check: Check):
         check.each("> 0", "rollout_batch_size", "num_epochs", "num_minibatches")
-        check.each("> 0", "num_micro_batches", "samples_per_prompt")
+        check.each("> 0", "num_micro_batches", "samples_per_prompt", "max_rollouts")
+        self._check_max_rollouts(check)
         check.each(">= 0", "logits_chunk")
-        most = (2**31 - 1) // self.rollout_batch_size
+        most = (2**31 - 1) // (self.rollout_batch_size * self.max_rollouts)
         rule = f"at most {most:,}: the state counts responses in int32"
         check.that(self.num_iterations <= most, "num_iterations", rule)
         parts, samples = self.num_minibatches * self.num_micro_batches, self.samples_per_prompt
@@ -320,6 +324,16 @@ class PPOSettings:
         rule = "a number by which rollout_batch_size / samples_per_prompt x keep_samples is a "
         rule += f"multiple of {words} ({parts}); it is {self.update_batch_size}"
         check.that(self.update_batch_size % parts == 0, "keep_samples", rule)
+
+    def _check_max_rollouts(self, check: Check):
+        """Whether groups can be told apart by their scores, and replaced by others."""
+        several = self.max_rollouts > 1
+        rule = "1 with samples_per_prompt=1: a group of one has no variance"
+        check.that(not several or self.samples_per_prompt > 1, "max_rollouts", rule)
+        rule = "1 with prompt_buckets: the batches of an iteration have one width"
+        check.that(not several or self.prompt_buckets == 1, "max_rollouts", rule)
+        rule = f"1 with advantage={self.advantage!r}, which has greedy responses"
+        check.that(not several or not needs_greedy(self.advantage), "max_rollouts", rule)
 
     def _check_sampling(self, check: Check):
         check.each("> 0", "max_prompt_length", "response_length", "prompt_buckets", "temperature")

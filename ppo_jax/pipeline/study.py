@@ -132,12 +132,14 @@ def named_files(given: Config, stages: Sequence[str]) -> tuple:
 def lane_groups(works: Sequence[Work], workdir: Path) -> list[Work]:
     """The points that can be trained together, as work that comes before theirs: those of one
     shape, see `training.lanes.groups_of_shape`, if they are two or more. One that has failed,
-    whose PPO is complete, or that is evaluated while it trains is by itself."""
+    whose PPO is complete, that is evaluated while it trains or that has dynamic sampling is by
+    itself."""
     left = [
         work
         for work in works
         if "ppo" in work.stages
         and not work.settings["ppo"]["evaluate_every"]
+        and work.settings["ppo"]["max_rollouts"] == 1
         and read_point(work.folder).get("status") != "failed"
         and missing_steps(work.folder / "ppo") is not None
     ]

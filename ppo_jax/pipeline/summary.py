@@ -141,6 +141,7 @@ def ppo_rows(s: PPOSettings, model: ModelConfig) -> Rows:
             f"{steps} optimizer steps of {minibatch} episodes, {micro_batch} {unit}at a time",
         ),
         *greedy_rows(s),
+        *refill_rows(s),
         *critic_rows(s),
         *selection_rows(s),
         ("ppo in all", f"{episodes} episodes, {steps * s.num_iterations} optimizer steps"),
@@ -156,6 +157,14 @@ def greedy_rows(s: PPOSettings) -> Rows:
         return []
     count = s.rollout_batch_size // s.samples_per_prompt
     return [("greedy responses", f"{count} more an iteration, one to each prompt")]
+
+
+def refill_rows(s: PPOSettings) -> Rows:
+    """How often an iteration samples, where it replaces groups of equal scores."""
+    if s.max_rollouts == 1:
+        return []
+    of = f"until scores vary in the groups of {s.rollout_batch_size} responses"
+    return [("dynamic sampling", f"at most {s.max_rollouts} rollouts an iteration, {of}")]
 
 
 def critic_rows(s: PPOSettings) -> Rows:

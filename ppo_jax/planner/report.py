@@ -170,6 +170,11 @@ def heading(plan: Plan) -> list[str]:
             f"{slots} slots: as many steps as responses of full length need, the worst case; "
             "where lengths differ, a rollout ends sooner"
         )
+    if (most := plan.config.ppo.max_rollouts) > 1:
+        lines.append(
+            f"max_rollouts={most}: an iteration samples and scores once to {most} times; the "
+            "figures are those of one"
+        )
     if plan.fast:
         lines.append("compiled with less effort: too many bytes are read, and peaks differ")
     if target.chip is None:

@@ -180,6 +180,8 @@ def check_lanes(lanes: Sequence[Lane]):
     if lanes[0].config.ppo.evaluate_every:
         every = lanes[0].config.ppo.evaluate_every
         raise ValueError(f"ppo.evaluate_every must be 0 in lanes of one program, got {every}")
+    if (most := lanes[0].config.ppo.max_rollouts) > 1:
+        raise ValueError(f"ppo.max_rollouts must be 1 in lanes of one program, got {most}")
     if any(fingerprint(lane.data) != fingerprint(lanes[0].data) for lane in lanes):
         raise ValueError("lanes of one program have the same prompts, these have others")
 

@@ -27,6 +27,7 @@ from ppo_jax.io.model_spec import ModelSpec
 from ppo_jax.io.run_folder import append_rows
 from ppo_jax.io.stage_folder import Model, load_source, source_steps
 from ppo_jax.training.common import compile_step
+from ppo_jax.training.dynamic_sampling import inputs_of, make_sampled
 from ppo_jax.training.greedy import make_greedy
 from ppo_jax.training.ppo_evaluation import (
     Evaluation,
@@ -75,7 +76,6 @@ def train_ppo(
     layout = layouts[0]
     policy, reward, critic = models = find_models(config, workdir, base, layout)
     rows, num_steps = data.prompts, settings.num_iterations
-    samples_each = settings.samples_per_prompt
     buckets = make_buckets(settings, rows, config.ppo_seed)
     open_ppo(config, workdir, *models, data)
     tell_settings(settings, buckets)
@@ -105,12 +105,10 @@ def train_ppo(
             append_rows(workdir / "samples.jsonl", samples(state, 0))
         widths: set[int] = set()
         for i in run.steps():
-            chosen, width = buckets.batch(i)
+            chosen, prompts, width = inputs_of(settings, buckets, rows, layout, i)
             if widths and width not in widths:
                 run.tell(f"compiling an iteration with prompts of {width} tokens")
             widths.add(width)
-            prompts = layout.shard_batch(take_prompts(rows, chosen, width))
-            chosen = chosen.repeat(samples_each)  # of each response
             state, metrics = iterate(state, chosen, prompts, layout.key(config.ppo_seed, i))
             if settings.prompt_buckets > 1:
                 metrics |= {"ppo/prompt_width": width}
@@ -237,15 +235,16 @@ def make_iteration(
     sample = compiled(functools.partial(sample_responses, **parts))
     greedy_sample = compiled(functools.partial(greedy_responses, **parts))
     greedy = make_greedy(setup.options, greedy_sample, score)
+    sampled = make_sampled(setup.options, sample, score, layout)
     update = compile_step(update_from_rollout, state, layout, compiler_options=how, **parts)
 
     def iterate(state: PPOState, chosen: np.ndarray, prompts: Prompts, key: jax.Array):
         rollout_key, shuffle_key = jax.random.split(key)
-        rollout = sample(state, hyperparameters, prompts, rollout_key, frozen=frozen)
-        scores, more = score(chosen, rollout)
+        inputs = (chosen, prompts, rollout_key, state, hyperparameters)
+        rollout, scores, more, how_many = sampled(*inputs, frozen=frozen)
         others = greedy(chosen, state, hyperparameters, prompts, rollout_key, frozen=frozen)
         given = (hyperparameters, rollout, scores, shuffle_key, others)
-        state, metrics = update(state, *given, frozen=frozen)
+        state, metrics = update(state, *given, frozen=frozen, **how_many)
         return state, metrics | {name: x.mean(dtype=np.float64) for name, x in more.items()}
 
     return iterate

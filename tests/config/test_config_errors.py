@@ -95,6 +95,8 @@ BAD = [
     ("ppo.tis_clip_low", 0.5, '1 unless old_logprobs is "recompute"'),
     ("ppo.tis_clip_high", 0.5, ">= 1"),
     ("ppo.tis_clip_high", 2.0, '1 unless old_logprobs is "recompute"'),
+    ("ppo.max_rollouts", 0, "> 0"),
+    ("ppo.max_rollouts", 2, "1 with samples_per_prompt=1: a group of one has no variance"),
     ("ppo.importance", "tokens", "one of ['token', 'sequence', 'sequence_mean', 'icepop']"),
     ("ppo.importance", "icepop", "'token' unless tis_clip_low is below tis_clip_high"),
     ("ppo.covariance_fraction", 0.1, "0.0002 unless the loss takes it, got 0.1"),

@@ -94,6 +94,14 @@ def test_what_an_estimator_needs_is_known_from_its_parameters():
             {"loss": "clip_cov", "covariance_high": 0.5},
             r"covariance_high must be above covariance_low \(1\), got 0.5",
         ),
+        (
+            {"max_rollouts": 2, "samples_per_prompt": 2, "prompt_buckets": 2},
+            "max_rollouts must be 1 with prompt_buckets",
+        ),
+        (
+            {"max_rollouts": 2, "samples_per_prompt": 2, "advantage": "remax"},
+            "max_rollouts must be 1 with advantage='remax', which has greedy",
+        ),
         (DECOUPLED | {"old_logprobs": "rollout"}, "old_logprobs must be 'recompute' with loss="),
         (DECOUPLED | {"behavior_weight_limit": 0.0}, "ppo.behavior_weight_limit must be > 0"),
         ({"value_gae_lambda": 1.5}, r"in \[0, 1\], or -1"),
