@@ -267,8 +267,8 @@ def make_experience(
     weights, weight_metrics, sampled_logprobs = jnp.float32(1.0), {}, rollout.logprobs
     if options.old_logprobs == "recompute":
         logprobs = policy_logprobs(rollout, state.policy_params, numbers, **parts)
-        how = dict(low=numbers.tis_clip_low, high=numbers.tis_clip_high)
-        how |= CORRECTIONS[options.importance]
+        limits = dict(low=numbers.tis_clip_low, high=numbers.tis_clip_high)
+        how = limits | CORRECTIONS[options.importance]
         weights, weight_metrics = importance_weights(logprobs, sampled_logprobs, mask, **how)
         rollout = dataclasses.replace(rollout, logprobs=jnp.where(mask, logprobs, 0.0))
     rewards, metrics = response_rewards(rollout, scores, ref_logprobs, state, numbers, options)
@@ -277,20 +277,15 @@ def make_experience(
     critic = dict(value_inputs=None, values=None)
     if networks.value is not None:
         critic = critic_values(rollout, state, numbers, frozen=frozen, networks=networks)
-    values, more, kept = critic["values"], {}, None
-    if (baseline := state.adaptive.get("baseline")) is not None:
-        totals, more["baseline"] = rewards.sum(axis=1), baseline
-        metrics["reward/total_mean"] = totals.mean()
-        metrics["reward/baseline"] = running_baseline(baseline, totals, decay=1.0)
-    if greedy is not None:
-        more["greedy_scores"], greedy_metrics = greedy_baseline(*greedy, state, numbers, options)
-        metrics |= greedy_metrics
+    values, kept = critic["values"], None
     if options.keep_samples:
         groups = dict(group_size=options.sampling.samples_per_prompt)
         kept = extreme_responses(scores, mask, keep_samples=options.keep_samples, **groups)
+    given, baseline_metrics = baselines(rewards, greedy, state, numbers, options)
     advantages, returns = estimate_advantages(
-        rewards, values, mask, numbers, options, kept=kept, **more
+        rewards, values, mask, numbers, options, kept=kept, **given
     )
+    metrics |= weight_metrics | baseline_metrics
     if values is not None and returns is not None:
         metrics |= critic_metrics(values, returns, mask)
     experience = Experience(
@@ -308,7 +303,7 @@ def make_experience(
     if kept is not None:
         count = len(mask) // options.sampling.samples_per_prompt * options.keep_samples
         experience = keep_responses(experience, kept, count)
-    return experience, metrics | weight_metrics
+    return experience, metrics
 
 
 def check_critic(options: PPOOptions, networks: PPONetworks, state: PPOState) -> None:
@@ -398,6 +393,26 @@ def estimate_advantages(
     if not options.whiten_advantages:
         return advantages, returns
     return whiten(advantages, mask if kept is None else mask & kept[:, None]), returns
+
+
+def baselines(
+    rewards: jax.Array,
+    greedy: tuple[Rollout, jax.Array] | None,
+    state: PPOState,
+    hyperparameters: Hyperparameters,
+    options: PPOOptions,
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """({name: what an estimator may take off}, metrics): the running mean of the scores where the
+    state has it, the scores of greedy responses where there are some."""
+    given, metrics = {}, {}
+    if (baseline := state.adaptive.get("baseline")) is not None:
+        totals, given["baseline"] = rewards.sum(axis=1), baseline
+        metrics["reward/total_mean"] = totals.mean()
+        metrics["reward/baseline"] = running_baseline(baseline, totals, decay=1.0)
+    if greedy is not None:
+        scores, greedy_metrics = greedy_baseline(*greedy, state, hyperparameters, options)
+        given["greedy_scores"], metrics = scores, metrics | greedy_metrics
+    return given, metrics
 
 
 def greedy_baseline(

@@ -47,6 +47,9 @@ NUMBERS = dict(
     length_penalty=1e-6,
     value_gae_lambda=0.9,
     kl_loss_coef=0.1,
+    target_entropy=1.0,
+    ref_ema_decay=0.9,
+    ref_reset_every=100.0,
 )
 CHANGES = {
     "learning_rate": 2e-3,
@@ -81,10 +84,15 @@ CHANGES = {
     "critic_warmup": 2.0,
     "value_gae_lambda": 0.3,
     "kl_loss_coef": 0.5,
+    "target_entropy": 100.0,
+    "entropy_coef_step": 0.1,
+    "ref_ema_decay": 0.1,
+    "ref_reset_every": 1.0,
 }
 OF_CHOICES = {  # numbers that one choice reads: (it, a value, another)
     "dual_clip": (dict(loss=dual_clip_policy_loss), 1.001, 1.2),
     "penalty_coef": (dict(loss=kl_penalty_policy_loss), 0.1, 2.0),
+    "penalty_target_kl": (dict(loss=kl_penalty_policy_loss), 1e-7, 10.0),
     "divergence_limit": (dict(loss=dppo_policy_loss), 1e-4, 0.5),
     "covariance_fraction": (dict(loss=kl_cov_policy_loss), 0.05, 0.5),
     "covariance_low": (dict(loss=clip_cov_policy_loss), 0.0, 4.9),
@@ -121,6 +129,7 @@ def test_the_changes_name_every_number():
     fields = [*dataclasses.fields(Hyperparameters), *dataclasses.fields(Optimizer)]
     of_choices = OF_CHOICES.keys() | {"optimizer", "schedule"}
     of_choices |= {"value_range"}  # which needs another critic, see `test_critics`
+    of_choices |= {"baseline_decay", "critic_warmup_tolerance"}  # see `test_adaptation`
     assert CHANGES.keys() == {f.name for f in fields} - of_choices
 
 
@@ -197,10 +206,11 @@ def test_every_option_matters(name):
 def test_there_are_no_other_options():
     # Sampling has tests of its own; micro-batches change the memory, see below, and nothing else,
     # packing the time, see `test_packing`; for where a score is read see `test_ppo`;
-    # `any_kl_estimator` lets others be chosen.
+    # `any_kl_estimator` lets others be chosen; for weights of recomputed log-probs see
+    # `test_old_logprobs`, for further rollouts `test_dynamic_sampling`.
     fields = {f.name for f in dataclasses.fields(PPOOptions)}
     others = {"sampling", "num_micro_batches", "packing", "score_eos"}
-    others |= {"any_kl_estimator"}
+    others |= {"any_kl_estimator", "importance", "max_rollouts"}
     assert fields == CHOICES.keys() | others
 
 
