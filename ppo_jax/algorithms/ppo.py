@@ -12,8 +12,8 @@ from ppo_jax.algorithms.experience import (
     PPONetworks,
     PPOOptions,
     make_experience,
-    response_scores,
     sample_responses,
+    scores_and_metrics,
 )
 from ppo_jax.algorithms.scores import count_scores
 from ppo_jax.algorithms.update import (
@@ -126,8 +126,9 @@ def ppo_iteration(
     parts = dict(frozen=frozen, networks=networks, options=options)
     rollout_key, shuffle_key = jax.random.split(key)
     responses = sample_responses(state, hyperparameters, prompts, rollout_key, **parts)
-    scores = response_scores(responses, frozen=frozen, networks=networks, eos_id=options.score_eos)
+    read = dict(frozen=frozen, networks=networks, eos_id=options.score_eos)
+    scores, of_models = scores_and_metrics(responses, **read)
     state, metrics = update_from_rollout(
         state, hyperparameters, responses, scores, shuffle_key, **parts
     )
-    return state, metrics
+    return state, metrics | of_models
