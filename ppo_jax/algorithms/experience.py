@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from ppo_jax.algorithms.critics import critic_metrics, values_from
+from ppo_jax.algorithms.ensembles import RewardEnsemble, combine_scores, member_scores
 from ppo_jax.algorithms.scores import moment_metrics, shape_scores
 from ppo_jax.algorithms.selection import extreme_responses, keep_responses
 from ppo_jax.core.advantages import gae, length_adaptive_lambda, whiten
@@ -70,7 +71,8 @@ class PPONetworks(NamedTuple):
 
     policy: Network
     value: Network | None = None  # None: advantages come without a critic
-    reward: Network | None = None  # None: scores come from outside
+    reward: Network | RewardEnsemble | None = None  # None: scores come from outside; several read
+    # tokens
     trunk: Network | None = None
     value_on_trunk: bool = False
     reward_on_trunk: bool = False
@@ -173,7 +175,8 @@ def sample_responses(
 def response_scores(
     rollout: Rollout, *, frozen: FrozenParams, networks: PPONetworks, eos_id: int | None = None
 ) -> jax.Array:
-    """The reward model's score of each response, [B] float32, read at its last token.
+    """The reward model's score of each response, [B] float32, read at its last token; of several
+    models that of their rule.
 
     Args:
         rollout: B responses.
@@ -185,13 +188,23 @@ def response_scores(
     Raises:
         ValueError: there is no reward model.
     """
+    return scores_and_metrics(rollout, frozen=frozen, networks=networks, eos_id=eos_id)[0]
+
+
+def scores_and_metrics(
+    rollout: Rollout, *, frozen: FrozenParams, networks: PPONetworks, eos_id: int | None = None
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """(`response_scores`, metrics of several reward models; none of one)."""
     if networks.reward is None:
         raise ValueError("response_scores needs a reward model in networks.reward, got None")
     ended = rollout if eos_id is None else with_eos(rollout, eos_id)
     inputs = ended.hidden_states if networks.reward_on_trunk else ended.tokens
     if inputs is None and networks.trunk is not None:  # of an EOS that was not sampled
         inputs = networks.trunk.apply(frozen.trunk, ended.tokens, ended.mask)
-    return last_outputs(networks.reward, frozen.reward, inputs, ended.mask)
+    if isinstance(networks.reward, RewardEnsemble):
+        each = member_scores(networks.reward, frozen.reward, inputs, ended.mask)
+        return combine_scores(networks.reward, each)
+    return last_outputs(networks.reward, frozen.reward, inputs, ended.mask), {}
 
 
 def with_eos(rollout: Rollout, eos_id: int) -> Rollout:

@@ -22,8 +22,8 @@ from ppo_jax.algorithms.experience import (
     PPONetworks,
     PPOOptions,
     make_experience,
-    response_scores,
     sample_responses,
+    scores_and_metrics,
 )
 from ppo_jax.algorithms.greedy import greedy_rollout
 from ppo_jax.algorithms.scores import count_scores
@@ -191,7 +191,7 @@ def ppo_iteration(
     def sample(prompts, key):
         responses = sample_responses(state, hyperparameters, prompts, key, **parts)
         how = dict(frozen=frozen, networks=networks, eos_id=options.score_eos)
-        return responses, response_scores(responses, **how)
+        return responses, *scores_and_metrics(responses, **how)
 
     if options.max_rollouts > 1:
         if not isinstance(prompts, tuple) or len(prompts) != options.max_rollouts:
@@ -199,14 +199,16 @@ def ppo_iteration(
                 f"max_rollouts={options.max_rollouts} needs a tuple of so many Prompts"
             )
         group_size = options.sampling.samples_per_prompt
-        gathered = gather(sample, prompts, rollout_key, group_size=group_size)
+        gathered = gather(
+            lambda *given: sample(*given)[:2], prompts, rollout_key, group_size=group_size
+        )
         given = (gathered.rollout, gathered.scores, shuffle_key)
         how = dict(num_rollouts=gathered.num_rollouts, **parts)
         state, metrics = update_from_rollout(state, hyperparameters, *given, **how)
         return state, metrics | gathering_metrics(gathered)
-    responses, scores = sample(prompts, rollout_key)
+    responses, scores, of_models = sample(prompts, rollout_key)
     greedy = greedy_rollout(state, hyperparameters, prompts, rollout_key, **parts)
     state, metrics = update_from_rollout(
         state, hyperparameters, responses, scores, shuffle_key, greedy, **parts
     )
-    return state, metrics
+    return state, metrics | of_models

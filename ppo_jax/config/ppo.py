@@ -32,6 +32,7 @@ from ppo_jax.core.importance import CORRECTIONS
 from ppo_jax.core.kl import ESTIMATORS, REWARD_ESTIMATORS, REWARD_RULE
 from ppo_jax.core.named import parameters, reads_behavior
 from ppo_jax.core.sequence_losses import AGGREGATIONS
+from ppo_jax.core.shaping import ENSEMBLE_RULES
 
 RATIO_RULE = "in (0, 1), or inf"
 # Numbers of PPO, each with the value at which it is no part of the program.
@@ -50,6 +51,7 @@ LEFT_OUT = {
     "ref_reset_every": 0,
     "value_range": (),
 }
+AVERAGE = "average_weights"  # the reward_rule of one model in place of several
 CRITIC_STARTS = ("", "reward_model", "policy", "scratch")  # what names no model of its own
 
 
@@ -106,6 +108,11 @@ class PPOSettings:
     init_from: str = "sft"  # the policy: a stage of this workdir, "base", a stage folder or a model
     reward_model: str = "reward"  # a stage of this workdir, a stage folder or a sequence
     # classification with one label; "" with a function
+    other_reward_models: tuple[str, ...] = ()  # more of them, which read the policy's tokens: a
+    # response then has one score, by reward_rule; a critic starts from reward_model
+    reward_rule: str = "mean"  # of the scores of several: or "min", "mean_minus_std",
+    # "mean_minus_var"; or "average_weights": one model, whose weights are the mean of theirs
+    reward_rule_coef: float = changeable(1.0)  # of std or var, between the models
     reward_function: str = ""  # "module:function": (prompts, responses, ...) -> one number a
     # response or one list of numbers, a number a token; see "Reward functions"
     reward_functions: tuple[str, ...] = ()  # several, in place of the one: their weighted sum
@@ -135,8 +142,8 @@ class PPOSettings:
     logits_chunk: int = 0  # response positions whose logits are held at a time; 0 is all. For a
     # large vocabulary that does not fit: the backward pass computes them again
     samples_per_prompt: int = 1  # responses of an iteration to each of its prompts
-    keep_samples: int = 0  # of them, that are learned from: half of them those of the highest
-    # scores, half of the lowest; 0 is all
+    keep_samples: int = 0  # responses to each prompt that are learned from: half of them those of
+    # the highest scores, half those of the lowest; 0 is all
     max_rollouts: int = 1  # above 1: prompts whose responses all have one score are replaced by
     # others, from at most so many batches of prompts an iteration
     max_concurrent: int = 0  # responses decoded at a time; 0 is all. Fewer save work where lengths
@@ -500,6 +507,7 @@ class PPOSettings:
         count = len(self.reward_functions)
         rule = f"() or {count} numbers, one for each of reward_functions"
         check.that(len(self.reward_weights) in (0, count), "reward_weights", rule)
+        self._check_ensemble(check)
         rule = "a stage before ppo, or of another run: this one has no critic yet"
         own = re.fullmatch(r"ppo(@\w+)?", self.critic_init_from)
         check.that(own is None, "critic_init_from", rule)
@@ -511,3 +519,25 @@ class PPOSettings:
         if not needs_critic(self.advantage):
             rule = f"'' with advantage={self.advantage!r}, which has no critic"
             check.that(not self.critic_init_from, "critic_init_from", rule)
+
+    def _check_ensemble(self, check: Check):
+        """Several reward models, and a rule that is read."""
+        others, rule = self.other_reward_models, self.reward_rule
+        names = (self.reward_model, *others)
+        distinct = len(set(names)) == len(names) and all(others)
+        check.that(
+            distinct, "other_reward_models", "names, each once and none that of reward_model"
+        )
+        check.that(
+            not others or bool(self.reward_model),
+            "other_reward_models",
+            "() without a reward_model",
+        )
+        check.choice("reward_rule", *ENSEMBLE_RULES, AVERAGE)
+        check.that(
+            bool(others) or rule == "mean", "reward_rule", "'mean' without other_reward_models"
+        )
+        check.each(">= 0", "reward_rule_coef")
+        reads = rule.startswith("mean_minus")
+        text = f"1 with reward_rule={rule!r}"
+        check.that(reads or self.reward_rule_coef == 1, "reward_rule_coef", text)

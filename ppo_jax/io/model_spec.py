@@ -2,8 +2,9 @@
 
 import dataclasses
 import functools
+import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from ppo_jax.io.stage_folder import (
     check_tokenizer,
     describe_stage,
     has_begun,
+    other_field,
     resolve,
     split_step,
     stage_config,
@@ -165,7 +167,8 @@ def initial_models(
 
     Returns:
         Specs under "sft", "reward" and "ppo" (for the evaluation too), under "score" that of PPO's
-        reward model, and under "critic" that of the model that `ppo.critic_init_from` names.
+        reward model, under "critic" that of the model that `ppo.critic_init_from` names, and see
+        `other_specs`.
     """
     starts: dict[str, ModelSpec] = {}
     trained: dict[str, ModelSpec] = {}
@@ -191,7 +194,15 @@ def initial_models(
         starts["ppo"] = spec("ppo.init_from", config.ppo.init_from)
     if "ppo" in stages and config.ppo.reward_model:
         starts["score"] = spec("ppo.reward_model", config.ppo.reward_model)
+        for number, name in enumerate(config.ppo.other_reward_models):
+            starts[other_field(number)] = spec("ppo.other_reward_models", name)
     if "ppo" in stages and names_critic(config.ppo):
         name = config.ppo.critic_init_from
         starts["critic"] = spec("ppo.critic_init_from", name, read_critic_shape)
     return starts
+
+
+def other_specs(starts: Mapping[str, ModelSpec]) -> list[ModelSpec]:
+    """The specs of `ppo.other_reward_models`, in their order."""
+    numbers = itertools.takewhile(starts.__contains__, map(other_field, itertools.count()))
+    return [starts[name] for name in numbers]

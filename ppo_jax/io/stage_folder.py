@@ -61,6 +61,7 @@ class Model:
     layout: Layout | None = None  # of the parameters; None is the host
     step: int | None = None  # of the stage that it is from, where one was asked for
     padding_id: int | None = None  # of a reward model, see `huggingface.padding_id`
+    others: tuple["Model", ...] = ()  # of a reward model: those that score with it
 
 
 def load_model(
@@ -299,6 +300,11 @@ def missing_steps(folder: Path) -> str | None:
 def source_steps(folder: Path) -> dict[str, int]:
     """{field: step} of the stages that a stage began from; {} if it has not begun."""
     return describe_stage(folder).get("sources", {}) if has_begun(folder) else {}
+
+
+def other_field(number: int) -> str:
+    """What the step of one of `other_reward_models` is called among those of `source_steps`."""
+    return f"other_reward_models.{number}"
 
 
 def check_pin(folder: Path, step: int):

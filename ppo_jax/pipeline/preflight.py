@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,12 @@ from ppo_jax.data.templates import read_template
 from ppo_jax.distributed.layout import Layout, make_layouts
 from ppo_jax.evaluation.during_training import make_judging, training_prompts
 from ppo_jax.evaluation.evaluate import EVALUATE
-from ppo_jax.inference.generate import make_sampling
 from ppo_jax.inference.stop_strings import stop_strings
 from ppo_jax.io.hub import HUB_ID
 from ppo_jax.io.model_spec import (
     ModelSpec,
     needs_base,
+    other_specs,
     parameters,
     reread_reason,
     scratch_shape,
@@ -39,15 +39,17 @@ from ppo_jax.io.stage_folder import (
     check_step,
     describe_stage,
     missing_steps,
+    other_field,
     resolve,
     source_steps,
     split_step,
 )
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.lora import check_targets
+from ppo_jax.pipeline.scorers import check_others, check_text_reward, reads_eos
 from ppo_jax.rollout.sampling import Sampling
 from ppo_jax.training.ppo import PPO, train_ppo
-from ppo_jax.training.ppo_setup import critic_source, make_options
+from ppo_jax.training.ppo_setup import critic_source
 from ppo_jax.training.reward_functions import load_reward_functions
 from ppo_jax.training.stage import Stage
 from ppo_jax.training.stages import TRAINING_STAGES
@@ -106,6 +108,7 @@ def check_run(
         check_reward(config, starts["reward"])
     if "ppo" in stages:
         check_ppo(config.ppo, starts["ppo"], starts.get("score"), starts.get("critic"))
+        check_others(config.ppo, starts["ppo"], starts.get("score"), other_specs(starts))
     return check_data(config, starts, stages)
 
 
@@ -178,12 +181,11 @@ def check_sources(config: Config, workdir: Path, stages: Sequence[str]):
     if "ppo" not in stages:
         read["evaluate"] = ["ppo.init_from"]
     for stage in stages:
-        for field in read.get(stage, []):
-            section, name = field.split(".")
-            value, step = split_step(getattr(getattr(config, section), name))
+        for field, name, named in named_sources(config, read.get(stage, [])):
+            value, step = split_step(named)
             if name == "critic_init_from" and not names_critic(config.ppo):
                 continue
-            pin = source_steps(workdir / section).get(name)
+            pin = source_steps(workdir / field.split(".")[0]).get(name)
             if pin is not None and value not in STAGE_NAMES:
                 check_pin(Path(value), pin)
             elif step is not None and value not in stages[: stages.index(stage)]:
@@ -197,6 +199,17 @@ def check_sources(config: Config, workdir: Path, stages: Sequence[str]):
             f"model.path must be a model, got the stage folder {config.model.path!r}: name it as "
             "sft.init_from, reward.init_from or ppo.init_from"
         )
+
+
+def named_sources(config: Config, fields: Sequence[str]) -> Iterator[tuple[str, str, str]]:
+    """(setting, its name among `source_steps`, what it names); of a tuple each of its entries."""
+    for field in fields:
+        section, name = field.split(".")
+        value = getattr(getattr(config, section), name)
+        if isinstance(value, tuple):
+            yield from ((field, other_field(i), x) for i, x in enumerate(value))
+        else:
+            yield field, name, value
 
 
 def check_stage_name(field: str, value: str, workdir: Path, before: Sequence[str]):
@@ -367,31 +380,6 @@ def check_critic(settings: PPOSettings, policy: ModelSpec, critic: ModelSpec):
             "ppo.value_bins and ppo.value_range must be those of the critic that it starts from, "
             f"{own[0]} and {own[1]}, got {asked[0]} and {asked[1]}"
         )
-
-
-def check_text_reward(settings: PPOSettings, score: ModelSpec, reason: str):
-    """A reward model that reads text has room for a response, and no critic starts from it."""
-    if settings.critic_init_from == "reward_model":
-        raise ValueError(
-            "ppo.critic_init_from must be 'policy' or '', got 'reward_model': the critic reads the "
-            f"policy's tokens, and the reward model text, as {reason}"
-        )
-    if settings.score_at != "eos":
-        raise ValueError(
-            f"ppo.score_at must be 'eos', got {settings.score_at!r}: the reward model reads text "
-            f"without the policy's stop token, as {reason}"
-        )
-    if settings.response_length >= score.config.max_length:
-        raise ValueError(
-            f"ppo.response_length must be below {score.config.max_length} (the reward model's "
-            f"context), got {settings.response_length}"
-        )
-
-
-def reads_eos(settings: PPOSettings, policy: ModelSpec) -> bool:
-    """Whether the reward model reads some responses at an EOS put behind them."""
-    sampling = make_sampling(vars(settings), policy.tokenizer)
-    return make_options(settings, sampling, policy.tokenizer.eos_token_id).score_eos is not None
 
 
 def check_part(field: str, trainable: str | int, lora: LoRASettings, config: ModelConfig):

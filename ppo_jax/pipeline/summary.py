@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from ppo_jax.config.objectives import needs_critic, needs_greedy
-from ppo_jax.config.ppo import PPOSettings, names_critic
+from ppo_jax.config.ppo import AVERAGE, PPOSettings, names_critic
 from ppo_jax.config.run import STAGE_NAMES, Config
 from ppo_jax.config.stages import LoRASettings
 from ppo_jax.core.network import merge_params
@@ -21,7 +21,7 @@ from ppo_jax.data.prompts import PromptData
 from ppo_jax.distributed.layout import Layout, make_layouts
 from ppo_jax.inference.generate import make_sampling
 from ppo_jax.inference.score import encode_responses
-from ppo_jax.io.model_spec import ModelSpec, parameters, reread_reason
+from ppo_jax.io.model_spec import ModelSpec, other_specs, parameters, reread_reason
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.lora import init_lora
 from ppo_jax.models.partition import split_params, start_layer
@@ -45,7 +45,8 @@ def summary(
     if "ppo" in stages:
         rows += ppo_rows(config.ppo, starts["ppo"].config)
         rows += evaluation_rows(config)
-        rows += memory_rows(config.ppo, starts["ppo"], starts.get("score"), starts.get("critic"))
+        score, others = starts.get("score"), other_specs(starts)
+        rows += memory_rows(config.ppo, starts["ppo"], score, starts.get("critic"), others)
         rows += text_reward_rows(config.ppo, starts["ppo"], starts.get("score"), data["ppo"])
         rows += stop_rows(config.ppo, starts["ppo"].tokenizer)
     if "evaluate" in stages:
@@ -242,7 +243,11 @@ def turn_end(tokenizer: Any, prompts: Sequence[str]) -> str | None:
 
 
 def memory_rows(
-    s: PPOSettings, policy: ModelSpec, score: ModelSpec | None, named: ModelSpec | None = None
+    s: PPOSettings,
+    policy: ModelSpec,
+    score: ModelSpec | None,
+    named: ModelSpec | None = None,
+    others: Sequence[ModelSpec] = (),
 ) -> Rows:
     """Float32 parameters of the models. Frozen layers that two of them share count once, unless
     one of the two is trained whole: at most so much, then."""
@@ -278,7 +283,11 @@ def memory_rows(
         if score is not None and not alone and s.trainable not in ("all", "lora"):
             top = count_trained(score.config, parameters(score), s.trainable)
             scorer = min(scorer, top)
-    if score is not None:
+    if others:
+        counted = [score] if s.reward_rule == AVERAGE else [score, *others]
+        memory["reward models"] = sum(count(parameters(spec)) for spec in counted)
+        trains += [("score", f"{s.reward_rule} of {1 + len(others)} reward models")]
+    elif score is not None:
         memory["reward model"] = scorer
     memory["optimizer"] = 2 * (policy_trained + critic_trained)
     return [

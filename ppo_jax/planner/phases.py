@@ -26,7 +26,7 @@ from ppo_jax.algorithms.ppo import kl_of_update
 from ppo_jax.algorithms.supervised import text_scores
 from ppo_jax.algorithms.update import ppo_update
 from ppo_jax.config.objectives import needs_critic, needs_greedy
-from ppo_jax.config.ppo import PPOSettings, names_critic
+from ppo_jax.config.ppo import AVERAGE, PPOSettings, names_critic
 from ppo_jax.config.run import STAGE_NAMES, Config, ModelSettings
 from ppo_jax.config.stages import LoRASettings
 from ppo_jax.core.types import FrozenParams, Hyperparameters, Params, PPOState, Prompts
@@ -63,6 +63,7 @@ from ppo_jax.training.ppo_setup import (
     network_starts,
     split_models,
     state_maker,
+    with_ensemble,
 )
 
 
@@ -74,6 +75,7 @@ class Models:
     critic: ModelConfig | None  # None: advantages need none
     reward: ModelConfig | None  # None: scores come from a function
     reads_text: bool = False  # the reward model, in a program of its own
+    others: tuple[ModelConfig, ...] = ()  # more reward models
 
 
 def read_models(config: Config) -> Models:
@@ -97,7 +99,8 @@ def read_models(config: Config) -> Models:
     elif needs_critic(s.advantage):
         of_policy = reward is None or by_text or s.critic_init_from in ("policy", "scratch")
         critic = policy if of_policy else reward
-    return Models(policy=policy, critic=critic, reward=reward, reads_text=by_text)
+    others = tuple(scorer_config(name, config, base) for name in s.other_reward_models)
+    return Models(policy=policy, critic=critic, reward=reward, reads_text=by_text, others=others)
 
 
 def scorer_config(name: str, config: Config, base: ModelConfig) -> ModelConfig:
@@ -345,14 +348,16 @@ class AbstractArguments:
         policy, reward, critic = abstract_models
         shared = functools.partial(planned_sharing, config, models, critic)
         in_program = None if models.reads_text else reward
+        shapes = [m.config for m in (reward, *reward.others)] if in_program else []
         self.starts = network_starts(s, policy, in_program, critic, shared)
         policy, reward, critic = (m and m.config for m in (policy, in_program, critic))
         options = dict(logits_chunk=s.logits_chunk, value_bins=s.value_bins)
-        self.networks = make_networks(policy, critic, reward, self.starts, layouts, **options)
+        networks = make_networks(policy, critic, reward, self.starts, layouts, **options)
+        self.networks = with_ensemble(networks, s, shapes, layouts[0])
 
         def split(params: Sequence[Params]) -> tuple[FrozenParams, Params, Params]:
             pairs = zip(abstract_models, params, strict=True)
-            filled = (m and dataclasses.replace(m, params=p) for m, p in pairs)
+            filled = (m and dataclasses.replace(with_zeros(m), params=p) for m, p in pairs)
             return split_models(s, *filled, self.starts)
 
         def frozen(params: Sequence[Params]) -> FrozenParams:
@@ -386,6 +391,13 @@ def begin_abstract_models(
         c and Model(kind=kind, config=c, params=parameters_of(kind, c), tokenizer=None)
         for kind, c in (("policy", models.policy), ("reward", models.reward))
     )
+    if models.others:
+        shapes = [parameters_of("reward", c) for c in models.others]
+        others = (
+            Model(kind="reward", config=c, params=x, tokenizer=None)
+            for c, x in zip(models.others, shapes, strict=True)
+        )
+        reward = dataclasses.replace(reward, others=tuple(others))
     settings = config.ppo
     if models.reads_text and models.critic is not None and not names_critic(settings):
         settings = dataclasses.replace(settings, critic_init_from="policy")
@@ -394,6 +406,16 @@ def begin_abstract_models(
         params = parameters_of("reward", models.critic)
         named = Model(kind="reward", config=models.critic, params=params, tokenizer=None)
     return begin_models(settings, policy, reward, config.ppo_seed, layout, abstract, named)
+
+
+def with_zeros(model: Model) -> Model:
+    """A model whose others have zeros in place of shapes; for a program that is only traced."""
+
+    def zeros(other: Model) -> Model:
+        params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), other.params)
+        return dataclasses.replace(other, params=params)
+
+    return dataclasses.replace(model, others=tuple(map(zeros, model.others)))
 
 
 def planned_sharing(
@@ -412,9 +434,10 @@ def without_remat(models: Models) -> Models:
     plain = {
         name: config and dataclasses.replace(config, remat="none")
         for name, config in vars(models).items()
-        if name != "reads_text"
+        if name not in ("reads_text", "others")
     }
-    return dataclasses.replace(models, **plain)
+    others = tuple(dataclasses.replace(config, remat="none") for config in models.others)
+    return dataclasses.replace(models, **plain, others=others)
 
 
 def analytic_flops(
@@ -456,6 +479,16 @@ def analytic_flops(
     if count and reward is not None:
         how = dict(policy_passes=0, trunks=trunks)
         scoring += scoring_flops(policy, None, reward, **how, **kernels, **greedy)
+    for config in () if s.reward_rule == AVERAGE else models.others:
+        scoring += forward_flops(
+            config,
+            sequences=s.rollout_batch_size,
+            positions=s.max_prompt_length + s.response_length,
+            attended=attended_in_row(config, s.max_prompt_length + s.response_length, platform),
+            outputs=1,
+            head="scalar",
+            platform=platform,
+        )
     flops = {
         "rollout": rollout_flops(
             policy,

@@ -39,7 +39,6 @@ from ppo_jax.training.greedy import make_greedy
 from ppo_jax.training.lane_runs import LaneRuns
 from ppo_jax.training.ppo import (
     Scorer,
-    find_models,
     function_scorer,
     make_buckets,
     open_ppo,
@@ -51,6 +50,7 @@ from ppo_jax.training.ppo import (
     text_scorer,
 )
 from ppo_jax.training.ppo_evaluation import sampler_options
+from ppo_jax.training.ppo_models import find_models
 from ppo_jax.training.ppo_setup import (
     Setup,
     make_hyperparameters,

@@ -22,10 +22,10 @@ from ppo_jax.data.prompts import PromptBuckets, PromptData, prompt_data
 from ppo_jax.distributed.layout import Layout, fetch, gather_rows, local_rows, make_layouts
 from ppo_jax.inference.generate import decode_rows, prompt_width
 from ppo_jax.inference.score import encode_responses
-from ppo_jax.io.critics import keep_critic, load_critic
+from ppo_jax.io.critics import keep_critic
 from ppo_jax.io.model_spec import ModelSpec
 from ppo_jax.io.run_folder import append_rows
-from ppo_jax.io.stage_folder import Model, load_source, source_steps
+from ppo_jax.io.stage_folder import Model, other_field
 from ppo_jax.training.common import compile_step
 from ppo_jax.training.dynamic_sampling import inputs_of, make_sampled
 from ppo_jax.training.greedy import make_greedy
@@ -36,7 +36,8 @@ from ppo_jax.training.ppo_evaluation import (
     is_due,
     make_sample_and_measure,
 )
-from ppo_jax.training.ppo_setup import Setup, begin_models, make_setup, state_maker
+from ppo_jax.training.ppo_models import find_models
+from ppo_jax.training.ppo_setup import Setup, make_setup, state_maker
 from ppo_jax.training.resume import fingerprint
 from ppo_jax.training.reward_functions import (
     RewardFunction,
@@ -131,6 +132,7 @@ def open_ppo(
 ):
     """Begin the stage of a run, or make sure that it can go on."""
     named = critic if names_critic(config.ppo) else None
+    others = {other_field(i): x for i, x in enumerate(reward.others if reward else ())}
     open_stage(
         PPO,
         config,
@@ -138,7 +140,7 @@ def open_ppo(
         policy,
         num_steps=config.ppo.num_iterations,
         data=fingerprint(data),
-        sources={"init_from": policy, "reward_model": reward, "critic_init_from": named},
+        sources={"init_from": policy, "reward_model": reward, "critic_init_from": named} | others,
     )
 
 
@@ -179,27 +181,6 @@ def make_buckets(settings: PPOSettings, prompts: Prompts, seed: int) -> PromptBu
         batch_size=settings.rollout_batch_size // settings.samples_per_prompt,
         seed=seed,
     )
-
-
-def find_models(
-    config: Config,
-    workdir: Path,
-    base: str,
-    layout: Layout,
-    load_source: Callable[..., Model] = load_source,
-    load_critic: Callable[..., Model] = load_critic,
-):
-    """(policy, reward model or None, critic) as the run begins, with adapters where it is they that
-    are trained. A run that goes on begins from the same steps of other stages."""
-    settings, pins = config.ppo, source_steps(workdir / "ppo")
-
-    def load(field: str, load: Callable[..., Model] = load_source) -> Model:
-        how = dict(settings=config.model, layout=layout, step=pins.get(field))
-        return load(getattr(settings, field), workdir=workdir, base=base, **how)
-
-    policy, reward = load("init_from"), load("reward_model") if settings.reward_model else None
-    named = load("critic_init_from", load_critic) if names_critic(settings) else None
-    return begin_models(settings, policy, reward, config.ppo_seed, layout, named=named)
 
 
 def tell_what_comes(start: int, settings: PPOSettings, samples: Path):
@@ -476,7 +457,7 @@ PPO = Stage(
     label="PPO",
     makes="A language model aligned by PPO with a KL penalty",
     data_fields=("prompts",),
-    source_fields=("init_from", "reward_model", "critic_init_from"),
+    source_fields=("init_from", "reward_model", "other_reward_models", "critic_init_from"),
     trained_field="policy_params",
     step_unit="iteration",
     extendable=True,

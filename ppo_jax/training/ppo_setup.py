@@ -2,13 +2,14 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ppo_jax.algorithms.ensembles import RewardEnsemble, ensemble_params
 from ppo_jax.algorithms.experience import PPONetworks, PPOOptions, Sampler
 from ppo_jax.algorithms.ppo import init_ppo
 from ppo_jax.config.objectives import (
@@ -17,8 +18,8 @@ from ppo_jax.config.objectives import (
     loss_function,
     needs_critic,
 )
-from ppo_jax.config.ppo import LEFT_OUT, PPOSettings
-from ppo_jax.core.network import Network, merge_params
+from ppo_jax.config.ppo import AVERAGE, LEFT_OUT, PPOSettings
+from ppo_jax.core.network import Network, average_params, merge_params
 from ppo_jax.core.types import FrozenParams, Hyperparameters, Params, PPOState
 from ppo_jax.distributed.layout import Layout, init_sharded
 from ppo_jax.inference.generate import make_sampling
@@ -198,6 +199,30 @@ def make_networks(
     )
 
 
+def with_ensemble(
+    networks: PPONetworks,
+    settings: PPOSettings,
+    models: Sequence[ModelConfig],
+    layout: Layout,
+) -> PPONetworks:
+    """The networks with several reward models, of these shapes, in place of the one."""
+    if len(models) < 2 or settings.reward_rule == AVERAGE:
+        return networks
+    shapes = models[:1] if len(set(models)) == 1 else models
+    made = tuple(reward_network(shape, constrain=layout.constrain) for shape in shapes)
+    coef = settings.reward_rule_coef
+    return networks._replace(reward=RewardEnsemble(made, settings.reward_rule, coef))
+
+
+def with_others(settings: PPOSettings, reward: Model) -> Params:
+    """The parameters of several reward models: their mean, or those of a `RewardEnsemble`."""
+    every = [reward.params, *(model.params for model in reward.others)]
+    if settings.reward_rule == AVERAGE:
+        return average_params(every)
+    is_one_shape = {model.config for model in reward.others} == {reward.config}
+    return ensemble_params(every, stacked=is_one_shape)
+
+
 def network_starts(
     settings: PPOSettings,
     policy: Model,
@@ -208,8 +233,11 @@ def network_starts(
     """The layer at which policy, critic and reward model start above the trunk; None reads tokens,
     or there is no such network.
 
-    `shared` says how many layers two of them have in common; see `find_trunk`.
+    `shared` says how many layers two of them have in common; see `find_trunk`. Several reward
+    models read tokens.
     """
+    if reward is not None and reward.others:
+        reward = None
     both = {"value": (critic, settings.value_trainable), "reward": (reward, "head")}
     scorers = {name: scorer for name, scorer in both.items() if scorer[0] is not None}
     start, others = find_trunk(settings, policy, list(scorers.values()), shared)
@@ -236,7 +264,9 @@ def split_models(
         value_parts = split_params(critic.config, critic.params, trainable, value_start)
         value_frozen, value_trained = value_parts.frozen, value_parts.trained
     reward_params = None
-    if reward is not None:
+    if reward is not None and reward.others:
+        reward_params = with_others(settings, reward)
+    elif reward is not None:
         reward_parts = split_params(reward.config, reward.params, "head", reward_start)
         reward_params = merge_params(reward_parts.frozen, reward_parts.trained)
     frozen = FrozenParams(
@@ -310,17 +340,21 @@ def setup_of(
     if reward is not None and reread_reason(policy, reward):
         text_reward, in_program = reward_network(reward.config, constrain=layout.constrain), None
     sampling = make_sampling(vars(settings), policy.tokenizer)
+    networks = make_networks(
+        policy.config,
+        None if critic is None else critic.config,
+        None if in_program is None else in_program.config,
+        starts,
+        layouts,
+        settings.logits_chunk,
+        merge_adapters,
+        settings.value_bins,
+    )
+    if in_program is not None:
+        shapes = [model.config for model in (in_program, *in_program.others)]
+        networks = with_ensemble(networks, settings, shapes, layout)
     return Setup(
-        networks=make_networks(
-            policy.config,
-            None if critic is None else critic.config,
-            None if in_program is None else in_program.config,
-            starts,
-            layouts,
-            settings.logits_chunk,
-            merge_adapters,
-            settings.value_bins,
-        ),
+        networks=networks,
         options=make_options(settings, sampling, policy.tokenizer.eos_token_id),
         hyperparameters=layout.replicate(make_hyperparameters(settings)),
         frozen=frozen,

@@ -56,6 +56,8 @@ ELSEWHERE = {  # module: where it is tested, since it is a part of what is teste
     "io/gguf/tokenizer": "io/test_gguf",
     "io/model_spec": "runs/test_refusals",
     "models/axes": "distributed/test_layout",
+    "pipeline/scorers": "runs/test_reward_ensemble",
+    "training/ppo_models": "runs/test_reward_ensemble",
     "models/config": "models/test_families",
     "models/families/base": "models/test_families",
     "models/families/gpt2": "models/test_families",

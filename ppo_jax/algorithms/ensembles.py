@@ -1,0 +1,87 @@
+"""Several reward models, whose scores become one by a rule.
+
+Dimension key: K models, B responses, L positions.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ppo_jax.core.network import Network, last_outputs
+from ppo_jax.core.shaping import ensemble_scores
+from ppo_jax.core.types import Params
+
+
+class RewardEnsemble(NamedTuple):
+    """Reward models that read the same tokens.
+
+    Their parameters are {"members": each leaf [K, ...]} of one network, which scores by all of them
+    in one pass, or {"0": ..., "1": ...} of several networks, which score one after another.
+    """
+
+    networks: tuple[Network, ...]
+    rule: str  # see `ensemble_scores`
+    coef: float = 1.0  # its k
+
+    @property
+    def is_stacked(self) -> bool:
+        """Whether one network has the parameters of all."""
+        return len(self.networks) == 1
+
+
+def ensemble_params(members: Sequence[Params], *, stacked: bool) -> Params:
+    """The parameters of a `RewardEnsemble` of K models.
+
+    Args:
+        members: of each model; of one structure and equal shapes where they are to be stacked.
+        stacked: one leaf [K, ...] for all.
+    """
+    if stacked:
+        return {"members": jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)}
+    return {str(number): params for number, params in enumerate(members)}
+
+
+def member_scores(
+    ensemble: RewardEnsemble, params: Params, inputs: Any, mask: jax.Array
+) -> jax.Array:
+    """The score of each model for each response, [K, B] float32, read at the last token.
+
+    Args:
+        ensemble: of K models.
+        params: of `ensemble_params`.
+        inputs: [B, L] int32 tokens.
+        mask: [B, L] bool.
+    """
+    if ensemble.is_stacked:
+        (network,) = ensemble.networks
+        score = jax.vmap(lambda own: last_outputs(network, own, inputs, mask))
+        scores = score(params["members"])
+    else:
+        every = (
+            last_outputs(network, params[str(number)], inputs, mask)
+            for number, network in enumerate(ensemble.networks)
+        )
+        scores = jnp.stack([x.astype(jnp.float32) for x in every])
+    return scores.astype(jnp.float32)
+
+
+def combine_scores(
+    ensemble: RewardEnsemble, scores: jax.Array
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """One score of several models.
+
+    Args:
+        ensemble: its rule is read.
+        scores: [K, B] float.
+
+    Returns:
+        (scores [B] float32; metrics: "reward/score_0", "reward/score_1", ..., the mean of each
+        model, and how far they are apart).
+    """
+    metrics = {f"reward/score_{number}": row.mean() for number, row in enumerate(scores)}
+    mean = ensemble_scores(scores, how="mean")
+    apart = mean - ensemble_scores(scores, how="mean_minus_std")
+    metrics["reward/disagreement"] = apart.mean()
+    return ensemble_scores(scores, how=ensemble.rule, k=ensemble.coef), metrics
