@@ -88,7 +88,7 @@ def parameter_axes(path: Sequence[str]) -> Axes | None:
     >>> parameter_axes(("policy_params", "layers", "0", "mlp", "down", "lora_a"))
     ('mlp', None)
     >>> parameter_axes(("reward", "members", "head", "bias"))  # of K models, [K, ...]
-    (None, None)
+    (None, 'vocab')
     >>> parameter_axes(("opt_state", "count")) is None
     True
     """
