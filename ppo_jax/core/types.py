@@ -73,6 +73,8 @@ class Experience:
     returns: jax.Array | None  # [B, T] float32; None without a critic
     ref_logprobs: jax.Array | None = None  # [B, T] float32, where the loss has a KL in it
     weights: jax.Array | None = None  # [B, T] float32 of a token's term of the loss; None is 1
+    critics: jax.Array | None = None  # [B, T] int32, which of several critics learns the token; its
+    # own are the `values`
     segment_ids: jax.Array | None = None  # [B, L - 1] int32, as in `TextBatch`
     output_positions: jax.Array | None = None  # [B, T] int32, predict the response tokens
 
@@ -130,6 +132,7 @@ class Hyperparameters:
     value_clip_range: jax.Array | float = 0.2
     value_range: jax.Array | None = None  # [2], lowest and highest return of a critic that gives
     # logits of bins of returns, see `values_from`; None: it gives the value
+    agreed_fraction: jax.Array | float | None = None  # see `mask_agreed_advantages`; None is off
     vf_coef: jax.Array | float = 0.1
     entropy_coef: jax.Array | float = 0.0
     kl_loss_coef: jax.Array | float | None = None  # of a KL in the loss; None is off

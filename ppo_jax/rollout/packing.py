@@ -130,6 +130,7 @@ def packed_experience(experience: Experience, rows: PackedRows) -> Experience:
         returns=of_tokens(e.returns),
         ref_logprobs=of_tokens(e.ref_logprobs),
         weights=of_tokens(e.weights),
+        critics=of_tokens(e.critics),
         segment_ids=rows.segment_ids,
         output_positions=rows.output_positions,
     )

@@ -108,7 +108,7 @@ base_run = functools.cache(lambda: three_iterations(numbers()))
 def test_the_changes_name_every_number():
     fields = [*dataclasses.fields(Hyperparameters), *dataclasses.fields(Optimizer)]
     of_choices = OF_CHOICES.keys() | {"optimizer", "schedule"}
-    of_choices |= {"value_range"}  # which needs another critic, see `test_critics`
+    of_choices |= {"value_range", "agreed_fraction"}  # of other critics, see `test_critics`
     assert CHANGES.keys() == {f.name for f in fields} - of_choices
 
 
@@ -186,6 +186,7 @@ def test_there_are_no_other_options():
     # `any_kl_estimator` lets others be chosen.
     fields = {f.name for f in dataclasses.fields(PPOOptions)}
     others = {"sampling", "num_micro_batches", "packing", "score_eos"}
+    others |= {"num_critics"}  # see `test_critics`
     others |= {"any_kl_estimator"}
     assert fields == CHOICES.keys() | others
 
