@@ -1,7 +1,9 @@
 """A critic that gives values or logits of bins of returns: its values, its loss, how good it is.
 
-Dimension key: B responses, T response tokens, N bins.
+Dimension key: B responses, T response tokens, N bins, K critics.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +15,14 @@ from ppo_jax.core.critics import (
     value_calibration,
 )
 from ppo_jax.core.masking import masked_mean
-from ppo_jax.core.types import Hyperparameters
+from ppo_jax.core.network import Network, merge_params
+from ppo_jax.core.types import Hyperparameters, Params
 from ppo_jax.core.value_losses import (
     classification_value_loss,
     clipped_value_loss,
     hl_gauss_value,
 )
+from ppo_jax.rollout.decode import response_outputs
 
 SIGMA = 0.75  # of the target of a return, in widths of a bin; 6 bins then have some mass
 
@@ -37,9 +41,8 @@ def values_from(outputs: jax.Array, hyperparameters: Hyperparameters) -> jax.Arr
     Raises:
         ValueError: the outputs are none of a critic with, or without, a `value_range`.
 
-    >>> outputs, adam = jnp.zeros((1, 1, 4)), Optimizer(learning_rate=0.1)
-    >>> numbers = Hyperparameters(optimizer=adam, value_range=jnp.array([-1.0, 3.0]))
-    >>> values_from(outputs, numbers).tolist()  # equal logits: the middle
+    >>> numbers = Hyperparameters(optimizer=None, value_range=jnp.array([-1.0, 3.0]))
+    >>> values_from(jnp.zeros((1, 1, 4)), numbers).tolist()  # equal logits: the middle
     [[1.0]]
     """
     check_outputs(outputs, hyperparameters)
@@ -82,6 +85,39 @@ def critic_loss(
     return classification_value_loss(
         outputs, returns, mask, bins=bins, sigma=spread, normalizer=normalizer
     )
+
+
+def outputs_of(
+    network: Network,
+    frozen: Params,
+    trained: Params,
+    *inputs: jax.Array,
+    several: bool,
+    **where: Any,
+) -> jax.Array:
+    """`response_outputs` of a critic; of `several`, whose trained leaves are stacked [K, ...] and
+    which have the frozen ones in common, [K, B, T]."""
+
+    def outputs(own: Params) -> jax.Array:
+        return response_outputs(network, merge_params(frozen, own), *inputs, **where)
+
+    return jax.vmap(outputs)(trained) if several else outputs(trained)
+
+
+def take_critic(values: jax.Array, critics: jax.Array) -> jax.Array:
+    """[B, T]: of the values [K, B, T] of several critics that of each token's own, [B, T] int32."""
+    return jnp.take_along_axis(values, critics[None], axis=0)[0]
+
+
+def share_prompts(mask: jax.Array, *, group_size: int, num_critics: int) -> jax.Array:
+    """Which critic learns which token, [B, T] int32, 0 where masked: each has the responses to the
+    prompts of its own, critic k to prompt k, k + K, k + 2 K, ...
+
+    >>> share_prompts(jnp.ones((4, 1), bool), group_size=2, num_critics=2).ravel().tolist()
+    [0, 0, 1, 1]
+    """
+    prompt = jnp.arange(mask.shape[0], dtype=jnp.int32) // group_size
+    return jnp.where(mask, (prompt % num_critics)[:, None], 0)
 
 
 def check_outputs(outputs: jax.Array, hyperparameters: Hyperparameters) -> None:

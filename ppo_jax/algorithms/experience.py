@@ -11,13 +11,20 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from ppo_jax.algorithms.critics import critic_metrics, values_from
+from ppo_jax.algorithms.critics import (
+    critic_metrics,
+    outputs_of,
+    share_prompts,
+    take_critic,
+    values_from,
+)
 from ppo_jax.algorithms.ensembles import RewardEnsemble, combine_scores, member_scores
 from ppo_jax.algorithms.scores import moment_metrics, shape_scores
 from ppo_jax.algorithms.selection import extreme_responses, keep_responses
 from ppo_jax.core.advantages import gae, length_adaptive_lambda, whiten
 from ppo_jax.core.checks import assert_counts
 from ppo_jax.core.critic_free import running_baseline
+from ppo_jax.core.critics import ensemble_values, mask_agreed_advantages
 from ppo_jax.core.importance import CORRECTIONS, importance_weights
 from ppo_jax.core.kl import (
     ESTIMATORS,
@@ -25,7 +32,7 @@ from ppo_jax.core.kl import (
     REWARD_RULE,
     kl_estimate,
 )
-from ppo_jax.core.masking import last_token_index, masked_moments
+from ppo_jax.core.masking import last_token_index, masked_mean, masked_moments
 from ppo_jax.core.named import (
     call_named,
     fields_of,
@@ -49,7 +56,7 @@ from ppo_jax.core.types import (
     Prompts,
     Rollout,
 )
-from ppo_jax.rollout.decode import response_outputs, response_statistics
+from ppo_jax.rollout.decode import response_statistics
 from ppo_jax.rollout.rollout import rollout
 from ppo_jax.rollout.sampling import Sampling
 
@@ -109,6 +116,7 @@ class PPOOptions:
     aggregation: str = "token_mean"  # of the tokens' losses, see `aggregation_weights`
     value_updates: int = 1  # passes of a critic with an optimizer of its own, a pass of the policy
     value_num_minibatches: int = 0  # of such a pass; 0: num_minibatches
+    num_critics: int = 1  # several have stacked parameters, and their mean is the value
     kl_estimator: str = "k1"  # of the penalty in the rewards
     any_kl_estimator: bool = False  # take one that leads away from the reference, see `kl_estimate`
     kl_control: str = "fixed"  # or "adaptive"
@@ -129,7 +137,7 @@ class PPOOptions:
                     f"unknown {name} {getattr(self, name)!r}; choose from {list(allowed)}"
                 )
         counts = ("num_epochs", "num_minibatches", "num_micro_batches", "value_updates")
-        counts += ("max_rollouts",)
+        counts += ("max_rollouts", "num_critics")
         assert_counts(**{name: getattr(self, name) for name in counts})
         assert_counts(at_least=0, value_num_minibatches=self.value_num_minibatches)
         samples, kept = self.sampling.samples_per_prompt, self.keep_samples
@@ -287,18 +295,24 @@ def make_experience(
     rewards, metrics = response_rewards(rollout, scores, ref_logprobs, state, numbers, options)
     if options.whiten_rewards:
         rewards = whiten(rewards, mask, shift_mean=False)
-    critic = dict(value_inputs=None, values=None)
+    critic, values, stds = dict(value_inputs=None, values=None), None, None
     if networks.value is not None:
-        critic = critic_values(rollout, state, numbers, frozen=frozen, networks=networks)
-    values, kept = critic["values"], None
+        of_run = dict(frozen=frozen, networks=networks, options=options)
+        critic, values, stds = critic_values(rollout, state, numbers, **of_run)
+    kept, learned = None, mask
     if options.keep_samples:
         groups = dict(group_size=options.sampling.samples_per_prompt)
         kept = extreme_responses(scores, mask, keep_samples=options.keep_samples, **groups)
+        learned = mask & kept[:, None]
     given, baseline_metrics = baselines(rewards, greedy, state, numbers, options)
     advantages, returns = estimate_advantages(
         rewards, values, mask, numbers, options, kept=kept, **given
     )
     metrics |= weight_metrics | baseline_metrics
+    if stds is not None:
+        metrics["value/disagreement"] = masked_mean(stds, mask)
+        if (fraction := numbers.agreed_fraction) is not None:
+            advantages = mask_agreed_advantages(advantages, stds, learned, fraction=fraction)
     if values is not None and returns is not None:
         metrics |= critic_metrics(values, returns, mask)
     experience = Experience(
@@ -336,20 +350,30 @@ def critic_values(
     *,
     frozen: FrozenParams,
     networks: PPONetworks,
-) -> dict[str, jax.Array]:
-    """What the critic reads, and its values [B, T] float32, 0 where masked: fields of
-    `Experience`."""
-    mask = rollout.response_mask
-    value_inputs = rollout.hidden_states if networks.value_on_trunk else rollout.tokens
-    outputs = response_outputs(
+    options: PPOOptions,
+) -> tuple[dict[str, jax.Array], jax.Array, jax.Array | None]:
+    """(fields of `Experience`: what the critic reads, its values; the values that advantages are
+    made of; their standard deviation over several critics, or None), [B, T] float32 each, 0 where
+    masked."""
+    mask, several = rollout.response_mask, options.num_critics > 1
+    inputs = rollout.hidden_states if networks.value_on_trunk else rollout.tokens
+    outputs = outputs_of(
         networks.value,
-        merge_params(frozen.value, state.value_params or {}),
-        value_inputs,
+        frozen.value,
+        state.value_params or {},
+        inputs,
         rollout.mask,
+        several=several,
         response_length=mask.shape[1],
     )
-    values = values_from(outputs, hyperparameters)
-    return dict(value_inputs=value_inputs, values=jnp.where(mask, values, 0.0))
+    if not several:
+        values = jnp.where(mask, values_from(outputs, hyperparameters), 0.0)
+        return dict(value_inputs=inputs, values=values), values, None
+    every = jnp.where(mask, outputs, 0.0)
+    group_size = options.sampling.samples_per_prompt
+    critics = share_prompts(mask, group_size=group_size, num_critics=options.num_critics)
+    fields = dict(value_inputs=inputs, values=take_critic(every, critics), critics=critics)
+    return fields, *ensemble_values(every)
 
 
 def estimate_advantages(

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ppo_jax.algorithms.critics import critic_loss
+from ppo_jax.algorithms.critics import critic_loss, outputs_of, take_critic
 from ppo_jax.algorithms.experience import (
     PPONetworks,
     PPOOptions,
@@ -36,7 +36,7 @@ from ppo_jax.core.types import (
     Params,
     PPOState,
 )
-from ppo_jax.rollout.decode import response_outputs, response_statistics
+from ppo_jax.rollout.decode import response_statistics
 from ppo_jax.rollout.packing import pack_rows, packed_experience
 
 
@@ -151,17 +151,21 @@ def experience_loss(
 def critic_outputs(
     params: Params, experience: Experience, *, frozen: FrozenParams, networks: PPONetworks
 ) -> jax.Array:
-    """What the critic that is trained gives, see `values_from`; undefined where masked."""
+    """What the critic that is trained gives, see `values_from`; of several each token's own.
+    Undefined where masked."""
     e = experience
-    return response_outputs(
+    outputs = outputs_of(
         networks.value,
-        merge_params(frozen.value, params["value"]),
+        frozen.value,
+        params["value"],
         e.value_inputs,
         e.mask,
+        several=e.critics is not None,
         response_length=e.response_mask.shape[1],
         segment_ids=e.segment_ids,
         output_positions=e.output_positions,
     )
+    return outputs if e.critics is None else take_critic(outputs, e.critics)
 
 
 def value_loss(

@@ -50,6 +50,7 @@ LEFT_OUT = {
     "ref_ema_decay": 1,
     "ref_reset_every": 0,
     "value_range": (),
+    "agreed_fraction": 0,
 }
 AVERAGE = "average_weights"  # the reward_rule of one model in place of several
 CRITIC_STARTS = ("", "reward_model", "policy", "scratch")  # what names no model of its own
@@ -228,6 +229,10 @@ class PPOSettings:
     value_bins: int = 0  # number of bins of value_range that the critic gives logits of: their mean
     # is the value, and cross-entropy (HL-Gauss) the loss; 0 is a critic that gives the value
     value_range: tuple[float, ...] = ()  # with value_bins: the lowest and the highest return
+    num_critics: int = 1  # number of critics, of which the mean is the value; each has a random
+    # head of its own, and learns the responses to every num_critics-th prompt
+    agreed_fraction: float = changeable(0.0)  # of the tokens, those on whose value several critics
+    # agree most: they teach the policy nothing; 0 is off, 0.2 is usual
     vf_coef: float = changeable(0.1)  # weight of the value loss; Adam divides it out but for
     # max_grad_norm
     entropy_coef: float = changeable(0.0)  # weight of the entropy, per nat
@@ -470,10 +475,12 @@ class PPOSettings:
             rule = f"{type(self).vf_coef:g}: a critic with an optimizer of its own has no weight"
             check.that(self.vf_coef == type(self).vf_coef, "vf_coef", rule)
         self._check_bins(check)
+        self._check_several(check)
         if needs_critic(self.advantage):
             return
         defaults = {"critic_warmup": 0, "value_updates": 1, "value_num_minibatches": 0}
         defaults |= {"gae_lambda_alpha": 0, "value_gae_lambda": -1, "value_bins": 0}
+        defaults |= {"num_critics": 1}
         for field, default in defaults.items():
             rule = f"{default} with advantage={self.advantage!r}, which has no critic"
             check.that(getattr(self, field) == default, field, rule)
@@ -492,6 +499,17 @@ class PPOSettings:
         default = type(self).value_clip_range
         rule = f"{default:g} with value_bins: the loss of a critic with bins has no clip"
         check.that(self.value_clip_range == default, "value_clip_range", rule)
+
+    def _check_several(self, check: Check):
+        check.each("> 0", "num_critics")
+        check.that(0 <= self.agreed_fraction < 1, "agreed_fraction", "in [0, 1)")
+        if self.num_critics == 1:
+            rule = "0 with one critic, which agrees with itself"
+            check.that(self.agreed_fraction == 0, "agreed_fraction", rule)
+            return
+        check.that(not self.value_bins, "value_bins", "0 with several critics")
+        words = "num_critics x samples_per_prompt"
+        check.multiple("rollout_batch_size", self.num_critics * self.samples_per_prompt, words)
 
     def _check_scores(self, check: Check):
         """Scores come from a model or a function, and the critic from what there is."""

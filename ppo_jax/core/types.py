@@ -79,6 +79,8 @@ class Experience:
     penalty_mask: jax.Array | None = None  # [B, T] bool, the tokens of a minibatch that the loss
     # has chosen, see `TOKEN_CHOICES`
     weights: jax.Array | None = None  # [B, T] float32 of a token's term of the loss; None is 1
+    critics: jax.Array | None = None  # [B, T] int32, which of several critics learns the token; its
+    # own are the `values`
     segment_ids: jax.Array | None = None  # [B, L - 1] int32, as in `TextBatch`
     output_positions: jax.Array | None = None  # [B, T] int32, predict the response tokens
 
@@ -137,6 +139,7 @@ class Hyperparameters:
     value_clip_range: jax.Array | float = 0.2
     value_range: jax.Array | None = None  # [2], lowest and highest return of a critic that gives
     # logits of bins of returns, see `values_from`; None: it gives the value
+    agreed_fraction: jax.Array | float | None = None  # see `mask_agreed_advantages`; None is off
     vf_coef: jax.Array | float = 0.1
     entropy_coef: jax.Array | float = 0.0
     target_entropy: jax.Array | float | None = None  # nats a token that it adapts to; None: no

@@ -112,16 +112,18 @@ class Layout:
     def shardings(self, tree: Any) -> Any:
         """The sharding of every leaf of parameters, or of a state that holds some.
 
-        What is no parameter of a Transformer is replicated: counters, coefficients. The tree is of
-        arrays or `jax.ShapeDtypeStruct`s.
+        What is no parameter of a Transformer is replicated: counters, coefficients. Of stacked
+        networks the first axis is that of the networks, which is not sharded. The tree is of arrays
+        or `jax.ShapeDtypeStruct`s.
 
         Raises:
             ValueError: as `sharding` does, with the leaf's name.
         """
 
         def sharding(name: str, leaf: Any) -> NamedSharding:
-            axes = parameter_axes(name.split("/"))
-            return self.sharding(axes or (None,) * len(leaf.shape), leaf.shape, name)
+            axes = parameter_axes(name.split("/")) or ()
+            before = (None,) * (len(leaf.shape) - len(axes))
+            return self.sharding((*before, *axes), leaf.shape, name)
 
         return map_named(sharding, tree)
 

@@ -70,9 +70,14 @@ def critic_description(folder: Path) -> dict[str, Any]:
     """What stage.json keeps of the critic of a PPO stage.
 
     Raises:
-        ValueError: it has none.
+        ValueError: it has none, or several.
     """
-    critic = describe_stage(folder).get("critic")
+    description = describe_stage(folder)
+    critic = description.get("critic")
+    if (count := description["settings"].get("num_critics", 1)) > 1:
+        raise ValueError(
+            f"{folder} has {count} critics: start from a run with one, or from a model"
+        )
     if critic is None:
         raise ValueError(
             f"{folder} has no critic to start from: it was trained without one, or before critics "

@@ -270,6 +270,9 @@ def memory_rows(
         if named is not None:
             trains += [("critic starts from", f"{s.critic_init_from}: {describe(named)}")]
         trains += bin_rows(s, critic)
+        if s.num_critics > 1:
+            row = f"{s.num_critics} with random heads; each learns one prompt in {s.num_critics}"
+            trains += [("critics", row)]
         trains += [("critic trains", trained(critic.config, value, s.value_trainable))]
         partial = not {s.trainable, s.value_trainable} & {"all", "lora"}  # the top layers of both
         shared = partial or s.value_trainable == "lora"
@@ -277,6 +280,8 @@ def memory_rows(
         memory["critic"] = critic_trained if shared else count(value)
         if partial and not alone and named is None:
             scorer = min(scorer, critic_trained)
+        memory["critic"] += (s.num_critics - 1) * critic_trained
+        critic_trained *= s.num_critics
     else:
         unread = "value_trainable, value_learning_rate, vf_coef, value_clip_range and gae_lambda"
         trains += [("without a critic", f"{unread} are not read")]

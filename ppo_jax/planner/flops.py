@@ -232,6 +232,7 @@ def scoring_flops(
     platform: str | None = None,
     trunks: Sequence[int] = (0, 0, 0),
     value_outputs: int = 1,
+    num_critics: int = 1,
 ) -> float:
     """Reference and critic over P + T - 1 positions, with T outputs; the reward model over P + T,
     with one.
@@ -243,10 +244,11 @@ def scoring_flops(
         policy_passes: 2 where the policy's log-probs are computed as well as the reference's.
         trunks: how many lowest layers of each of the three the rollout has computed.
         value_outputs: what the critic gives for a position.
+        num_critics: how many there are.
     """
     length, logits = prompt_length + response_length, padded_outputs(response_length, logits_chunk)
     passes = [(policy, length - 1, response_length, "logits", trunks[0])] * policy_passes
-    passes.append((value, length - 1, response_length, value_outputs, trunks[1]))
+    passes += [(value, length - 1, response_length, value_outputs, trunks[1])] * num_critics
     passes.append((reward, length, 1, "scalar", trunks[2]))
     return sum(
         forward_flops(
@@ -278,6 +280,7 @@ def update_flops(
     platform: str | None = None,
     trained: Sequence[TrainedParts] = (ALL, ALL),
     value_outputs: int = 1,
+    num_critics: int = 1,
 ) -> float:
     """num_epochs x (training of the policy + value_updates x training of the critic) over P + T - 1
     positions.
@@ -293,7 +296,8 @@ def update_flops(
     logits = padded_outputs(response_length, logits_chunk)
     total = training(policy, head="logits", trained=trained[0], logits=logits)
     if value is not None:
-        total += value_updates * training(value, head=value_outputs, trained=trained[1])
+        critics = num_critics * value_updates
+        total += critics * training(value, head=value_outputs, trained=trained[1])
     if logits_chunk:
         total += sequences * logits * head_flops(policy, "logits")
     return num_epochs * total

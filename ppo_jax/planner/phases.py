@@ -470,7 +470,7 @@ def analytic_flops(
         adapters += critic.num_layers * trained[1].adapter_flops
     positions = s.rollout_batch_size * (s.max_prompt_length + s.response_length - 1)
     reward = None if models.reads_text else models.reward
-    kernels |= dict(value_outputs=s.value_bins or 1)
+    kernels |= dict(value_outputs=s.value_bins or 1, num_critics=s.num_critics)
     scoring = scoring_flops(
         policy, critic, reward, policy_passes=passes, trunks=trunks, **kernels, **sizes
     )

@@ -135,6 +135,7 @@ def packed_experience(experience: Experience, rows: PackedRows) -> Experience:
         dropped_mask=of_tokens(e.dropped_mask),
         penalty_mask=of_tokens(e.penalty_mask),
         weights=of_tokens(e.weights),
+        critics=of_tokens(e.critics),
         segment_ids=rows.segment_ids,
         output_positions=rows.output_positions,
     )

@@ -263,6 +263,8 @@ def split_models(
         trainable = settings.value_trainable
         value_parts = split_params(critic.config, critic.params, trainable, value_start)
         value_frozen, value_trained = value_parts.frozen, value_parts.trained
+        if settings.num_critics > 1:
+            value_trained = stack_critics(value_trained, settings.num_critics)
     reward_params = None
     if reward is not None and reward.others:
         reward_params = with_others(settings, reward)
@@ -395,6 +397,9 @@ def begin_models(
             init = functools.partial(value_network(critic.config).init, jax.random.key(seed))
             body = make(layout, init)
             critic = dataclasses.replace(critic, params={**body, "head": critic.params["head"]})
+        if settings.num_critics > 1:
+            heads = random_heads(critic.config, settings.num_critics, seed)
+            critic = dataclasses.replace(critic, params={**critic.params, "head": heads})
         critic = adapt(critic, settings.value_trainable)
     return adapt(policy, settings.trainable), reward, critic
 
@@ -419,6 +424,25 @@ def make_critic(
         return source
     head = zero_head(source.config, settings.value_bins)
     return dataclasses.replace(source, kind="reward", params={**source.params, "head": head})
+
+
+def random_heads(config: ModelConfig, num_critics: int, seed: int) -> Params:
+    """The heads of several critics, stacked: as those of new reward models, each with numbers of
+    its own."""
+    shape = (num_critics, config.embed_dim, 1)
+    kernels = np.random.default_rng(seed).normal(size=shape) / np.sqrt(config.embed_dim + 1)
+    return {"kernel": kernels.astype(np.float32), "bias": np.zeros((num_critics, 1), np.float32)}
+
+
+def stack_critics(trained: Params, num_critics: int) -> Params:
+    """The trained leaves of several critics that differ in their heads alone, stacked [K, ...];
+    the heads are stacked already."""
+
+    def several(x):
+        return (np if isinstance(x, np.ndarray) else jnp).stack([x] * num_critics)
+
+    body = {name: part for name, part in trained.items() if name != "head"}
+    return {**jax.tree.map(several, body), "head": trained["head"]}
 
 
 def zero_head(config: ModelConfig, value_bins: int) -> Params:

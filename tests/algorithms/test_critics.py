@@ -155,3 +155,71 @@ def test_lanes_may_have_ranges_of_their_own():
         own = sweep.take_lane(got.value_params, i)
         tiny.leaves_close(own, expected.value_params, atol=1e-4)
     assert metrics["value/mean"][0] != metrics["value/mean"][1]
+
+
+# --- several --------------------------------------------------------------------------------------
+
+
+def run_of_two(chosen=None, **numbers):
+    """Two critics that differ in all of their leaves."""
+    options = dict(num_critics=2, sampling=tiny.sampling(samples_per_prompt=2)) | (chosen or {})
+    run = tiny.Run("whole", tiny.options(**options), **numbers)
+    both = [tiny.random_params(run.setup.networks.value, seed) for seed in (2, 9)]
+    run.setup = run.setup._replace(value_params=sweep.stack_lanes(both))
+    run.state = run.setup.start(run.numbers)
+    return run, both
+
+
+def test_the_value_of_several_critics_is_their_mean_and_each_has_its_prompts():
+    run, both = run_of_two(agreed_fraction=0.4)
+    rollout = run.rollout()
+    mask = rollout.response_mask
+    experience, metrics = run.experience(rollout)
+    alone = []
+    for params in both:
+        one = tiny.Run("whole", tiny.options(sampling=run.parts["options"].sampling))
+        one.state = run.state.replace(value_params=params)
+        alone.append(one.experience(rollout, run.scores(rollout))[0].values)
+    own = np.arange(len(mask)) // 2 % 2
+    chosen = np.stack(alone)[own, np.arange(len(mask))]
+    np.testing.assert_allclose(experience.values, chosen, atol=1e-5)
+    assert np.array_equal(experience.critics, np.where(mask, own[:, None], 0))
+    mean, spread = (alone[0] + alone[1]) / 2, abs(alone[0] - alone[1]) / 2
+    np.testing.assert_allclose(metrics["value/mean"], mean[mask].mean(), rtol=1e-4)
+    np.testing.assert_allclose(metrics["value/disagreement"], spread[mask].mean(), rtol=1e-4)
+    # The advantages are those of the mean, and 0 where the two agree most.
+    run.numbers = run.numbers.replace(agreed_fraction=None)
+    every = run.experience(rollout)[0].advantages
+    least = np.sort(spread[mask])[: round(0.4 * int(mask.sum()))]
+    agreed = mask & (spread <= least[-1])
+    assert 0 < agreed.sum() < mask.sum()
+    np.testing.assert_allclose(experience.advantages, np.where(agreed, 0.0, every), atol=1e-5)
+
+
+def test_each_critic_learns_its_own_responses_alone():
+    """As it would alone, with the others' tokens left out: Adam divides their number out."""
+    adam = dict(learning_rate=2e-3, eps=1e-20, max_grad_norm=np.inf)
+    numbers = dict(value_optimizer=Optimizer(**adam))
+    run, both = run_of_two(dict(num_minibatches=1), **numbers)
+    experience, _ = run.experience(run.rollout())
+    got, _ = run.update(experience)
+    for k, params in enumerate(both):
+        alone = tiny.Run("whole", tiny.options(num_minibatches=1), **numbers)
+        alone.setup = alone.setup._replace(value_params=params)
+        alone.state = alone.setup.start(alone.numbers)
+        mine = experience.response_mask & (experience.critics == k)
+        expected, _ = alone.update(experience.replace(critics=None, response_mask=mine))
+        own = sweep.take_lane(got.value_params, k)
+        assert tiny.leaves_differ(own, params)
+        tiny.leaves_close(own, expected.value_params, atol=1e-4)
+
+
+def test_micro_batches_and_packed_rows_of_several_critics_give_the_same_update():
+    numbers = dict(optimizer=dict(eps=1e-2), agreed_fraction=0.2)
+    whole, _ = run_of_two(dict(num_minibatches=1), **numbers)
+    experience, _ = whole.experience(whole.rollout())
+    expected, _ = whole.update(experience)
+    parts = dict(num_minibatches=1, num_micro_batches=2, packing=True)
+    got, _ = run_of_two(parts, **numbers)[0].update(experience)
+    for name in ("policy_params", "value_params"):
+        tiny.leaves_close(getattr(got, name), getattr(expected, name), atol=2e-5)

@@ -103,12 +103,13 @@ def bins_hit(returns, edges):
 def of_critic(table, before, own):
     """The values of a table of values [V], or of logits of bins [V, N]."""
     if "value_range" not in own:
-        return table[before]
+        return table[..., before]  # of several critics [K, B, T]
     return softmax(table[before]) @ bins_of(own["value_range"], table.shape[1])[1]
 
 
 def gradients(tables, batch, clip_high, options, value_weight, own):
-    before, tokens, mask, old, advantages, old_values, returns = batch
+    before, tokens, mask, old, advantages, old_values, returns, *critics = batch
+    critics = critics[0] if critics else None
     count = mask.sum()
     shares = mask / count  # of a token in the loss of the policy
     if options.aggregation == "sequence_mean":
@@ -131,13 +132,21 @@ def gradients(tables, batch, clip_high, options, value_weight, own):
         found["value"] = np.zeros_like(table)
         np.add.at(found["value"], before, away * (mask * value_weight / count)[..., None])
     elif "value" in tables:
-        values, reach = tables["value"][before], NUMBERS["value_clip_range"]
+        reach = NUMBERS["value_clip_range"]
+        at = (before,) if critics is None else (critics, before)
+        values = tables["value"][at]
         near = np.clip(values, old_values - reach, old_values + reach)
         stays = (near - returns) ** 2 > (values - returns) ** 2
         of_value = np.where(mask & ~stays, values - returns, 0.0) * value_weight / count
-        found["value"] = np.zeros(V)
-        np.add.at(found["value"], before, of_value)
+        found["value"] = np.zeros_like(tables["value"])
+        np.add.at(found["value"], at, of_value)
     return found
+
+
+def without_agreed(advantages, spread, mask, fraction):
+    """0 for the share of the tokens with the least spread; equal ones are all left."""
+    least_left = np.sort(spread[mask])[round(fraction * mask.sum())]
+    return np.where(spread < least_left, 0.0, advantages)
 
 
 def adam(tables, names, steps, gradient, adam, rates):
@@ -176,7 +185,11 @@ def by_hand(tables, case, options, own):
         rewards = whitened(rewards, mask, shift=False)
     values = returns = np.zeros((B, T))
     if options.advantage is gae:
-        values = np.where(mask, of_critic(tables["value"], before, own), 0.0)
+        every = np.where(mask, of_critic(tables["value"], before, own), 0.0)
+        values, critics = every, None
+        if options.num_critics > 1:  # two responses to a prompt
+            values = every.mean(axis=0)
+            critics = np.broadcast_to((np.arange(B) // 2 % 3)[:, None], mask.shape)
         advantages, returns = advantages_and_returns(rewards, values, mask)
         if "value_gae_lambda" in own:
             _, returns = advantages_and_returns(rewards, values, mask, own["value_gae_lambda"])
@@ -187,10 +200,14 @@ def by_hand(tables, case, options, own):
             ]
             advantages = np.concatenate([x for x, _ in each])
         advantages = whitened(advantages, mask) if options.whiten_advantages else advantages
+        if options.num_critics > 1:
+            advantages = without_agreed(advantages, every.std(axis=0), mask, own["agreed_fraction"])
+            values = np.take_along_axis(every, critics[None], axis=0)[0]  # each token's own
     else:
         del tables["value"]
         advantages = against_the_others(rewards, 2)
     data = (before, tokens, mask, old, advantages * weights, values, returns)
+    data += (critics,) if options.num_critics > 1 else ()
     clip_high = 0.3 if options.num_epochs > 1 else NUMBERS["clip_range"]
     apart = "value_optimizer" in own
     weight = 1.0 if apart else NUMBERS["vf_coef"]
@@ -241,6 +258,7 @@ def by_hand(tables, case, options, own):
         {"value_optimizer": VALUE_ADAM, "value_updates": 2, "value_num_minibatches": 4},
         {"value_range": (-1.5, 2.0), "num_epochs": 2, "num_minibatches": 2, "num_micro_batches": 2},
         {"value_range": (-1.5, 2.0), "value_optimizer": VALUE_ADAM, "value_updates": 2},
+        {"num_critics": 3, "agreed_fraction": 0.3, "num_epochs": 2, "num_minibatches": 2},
     ],
     ids=lambda changes: " ".join(changes) or "default",
 )
@@ -253,6 +271,8 @@ def test_an_iteration_is_that_of_float64_by_hand(changes):
     tables, case = made_up(seed=len(str(sorted(changes))))
     if "value_range" in own:  # of 6 bins; some returns are outside
         tables["value"] = np.random.default_rng(1).normal(size=(V, 6))
+    if options.num_critics > 1:
+        tables["value"] = np.random.default_rng(1).normal(size=(options.num_critics, V))
     expected, kl_coef = by_hand(tables, case, options, own)
     if "value_range" in own:
         own["value_range"] = jnp.array(own["value_range"])

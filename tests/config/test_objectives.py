@@ -119,6 +119,11 @@ def test_what_an_estimator_needs_is_known_from_its_parameters():
         ({"value_bins": 8, "value_range": (2.0, 1.0)}, "the lower one first"),
         ({"value_bins": 8, "value_range": (0.0, 1.0, 2.0)}, "two finite numbers"),
         ({**BINS, "value_clip_range": 0.5}, "the loss of a critic with bins has no clip"),
+        ({**BINS, "num_critics": 2}, "ppo.value_bins must be 0 with several critics"),
+        ({"num_critics": 0}, "> 0"),
+        ({"num_critics": 3}, "num_critics x samples_per_prompt"),
+        ({"agreed_fraction": 0.2}, "0 with one critic, which agrees with itself"),
+        ({"num_critics": 2, "agreed_fraction": 1.0}, r"ppo.agreed_fraction must be in \[0, 1\)"),
     ],
     ids=str,
 )
@@ -136,6 +141,7 @@ def test_what_does_not_go_together_is_one_line(changes, message):
         ("gae_lambda_alpha", 0.05),
         ("value_gae_lambda", 1.0),
         ("value_bins", 2),
+        ("num_critics", 2),
         ("value_optimizer.b1", 0.5),
         ("critic_init_from", "policy"),
     ],
@@ -178,6 +184,7 @@ METHODS = [
     {"loss": "kl_cov", "advantage": "rloo", "covariance_fraction": 0.1},
     {"loss": "decoupled", "old_logprobs": "recompute", "behavior_weight_limit": 2.0},
     {**BINS, "packing": True, "num_micro_batches": 2, "aggregation": "sequence_mean"},
+    {"num_critics": 2, "agreed_fraction": 0.2, "num_micro_batches": 2},
 ]
 
 
@@ -221,6 +228,9 @@ def test_a_run_by_each_method_is_finite_and_has_a_critic_where_it_needs_one(
         assert "8 bins of returns from -3 to 2; its head is new and zero" in output
         assert abs(rows[0]["value/mean"] + 0.5) < 1e-6 and rows[1]["value/mean"] != -0.5
     assert ("value/outside_bins" in rows[0]) == ("value_bins" in method)
+    assert ("value/disagreement" in rows[0]) == ("num_critics" in method)
+    of_two = "2 with random heads; each learns one prompt in 2"
+    assert (of_two in output) == ("num_critics" in method)
     assert rows[1]["policy/approx_kl"] > 0 or "critic_warmup" in method
     if "critic_warmup" in method:
         assert rows[0]["policy/learning_rate"] == 0 < rows[1]["policy/learning_rate"]

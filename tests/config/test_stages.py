@@ -128,7 +128,7 @@ base_run = functools.cache(lambda: three_iterations(numbers()))
 def test_the_changes_name_every_number():
     fields = [*dataclasses.fields(Hyperparameters), *dataclasses.fields(Optimizer)]
     of_choices = OF_CHOICES.keys() | {"optimizer", "schedule"}
-    of_choices |= {"value_range"}  # which needs another critic, see `test_critics`
+    of_choices |= {"value_range", "agreed_fraction"}  # of other critics, see `test_critics`
     of_choices |= {"baseline_decay", "critic_warmup_tolerance"}  # see `test_adaptation`
     assert CHANGES.keys() == {f.name for f in fields} - of_choices
 
@@ -210,6 +210,7 @@ def test_there_are_no_other_options():
     # `test_old_logprobs`, for further rollouts `test_dynamic_sampling`.
     fields = {f.name for f in dataclasses.fields(PPOOptions)}
     others = {"sampling", "num_micro_batches", "packing", "score_eos"}
+    others |= {"num_critics"}  # see `test_critics`
     others |= {"any_kl_estimator", "importance", "max_rollouts"}
     assert fields == CHOICES.keys() | others
 

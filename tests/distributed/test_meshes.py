@@ -32,10 +32,10 @@ class Run:
     """PPO with a reward model on a mesh; every number is the same for every mesh.
 
     `kind` is "whole", "scanned" (with remat) or "trunk": the top layer on a frozen one. The critic
-    has `num_bins`.
+    has `num_bins`, or there are two.
     """
 
-    def __init__(self, shape, kind="whole", config=None, num_bins=0, **numbers):
+    def __init__(self, shape, kind="whole", config=None, num_bins=0, num_critics=1, **numbers):
         mesh = mesh_of(shape)
         self.layout, self.of_rollout = Layout(mesh), Layout(mesh, ROLLOUT_RULES)
         scanned = dict(scan_layers=True, remat="full") if kind == "scanned" else {}
@@ -66,6 +66,10 @@ class Run:
         networks = [make(c) for make in MAKERS]
         networks[2] = value_network(c, num_bins=num_bins)
         params = [self.params(network, i) for i, network in enumerate(networks)]
+        if num_critics > 1:
+            other = self.params(networks[2], 9)
+            both = jax.tree.map(lambda *x: np.stack(x), *jax.device_get((params[2], other)))
+            params[2] = self.layout.shard_params(both)
         of_policy, of_reference, of_critic, of_reward = map(self.split, params)
         self.frozen = FrozenParams(
             ref_policy=of_reference.trained,
@@ -235,7 +239,12 @@ def test_one_sgd_update_on_a_fixed_experience_is_that_of_one_device(shape):
 
 @pytest.mark.parametrize(
     ("shape", "bins"),
-    [((8, 1, 1), {}), ((2, 2, 2), {}), ((2, 2, 2), dict(num_bins=8, value_range=[-3.0, 6.0]))],
+    [
+        ((8, 1, 1), {}),
+        ((2, 2, 2), {}),
+        ((2, 2, 2), dict(num_bins=8, value_range=[-3.0, 6.0])),
+        ((2, 2, 2), dict(num_critics=2)),
+    ],
 )
 def test_an_update_of_packed_rows_is_that_of_one_device(shape, bins):
     def update(shape):
@@ -245,7 +254,11 @@ def test_an_update_of_packed_rows_is_that_of_one_device(shape, bins):
         )
         shardings = jax.tree.map(lambda leaf: leaf.sharding, run.state), run.layout.replicated
         step = run.compile(ppo_update, out_shardings=shardings)
-        args = run.state, run.layout.shard_batch(ragged_experience()), run.numbers
+        experience = ragged_experience()
+        if "num_critics" in bins:
+            critics = np.where(experience.response_mask, np.arange(BATCH)[:, None] % 2, 0)
+            experience = experience.replace(critics=critics.astype(np.int32))
+        args = run.state, run.layout.shard_batch(experience), run.numbers
         return jax.device_get(step(*args, run.layout.key(0, 0), frozen=run.frozen))
 
     (mine, metrics), (one, one_metrics) = update(shape), update((1, 1, 1))

@@ -175,3 +175,12 @@ def test_a_critic_with_bins_has_more_outputs():
     assert scoring[1] - scoring[0] == more
     update = functools.partial(flops.update_flops, config, config, num_epochs=2, **where)
     assert update(value_outputs=8) - update() == 2 * 3 * more
+
+
+def test_two_critics_are_a_critic_more():
+    config, where = tiny.model_config(), dict(sequences=B, prompt_length=P, response_length=T)
+    scoring = functools.partial(flops.scoring_flops, config, reward=None, **where)
+    a_critic = scoring(config) - scoring(None)
+    assert scoring(config, num_critics=2) == scoring(config) + a_critic
+    update = functools.partial(flops.update_flops, config, num_epochs=2, **where)
+    assert update(config, num_critics=2) == 2 * update(config) - update(None)

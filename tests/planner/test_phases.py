@@ -46,6 +46,7 @@ RUNS = {
     "a critic with bins": dict(
         ppo=TOP | dict(value_bins=8, value_range=(-1.0, 1.0)), reward=REWARD
     ),
+    "two critics": dict(ppo=TOP | dict(num_critics=2), reward=REWARD),
     "no critic": dict(ppo=dict(advantage="rloo", samples_per_prompt=2)),
     "no critic, one trunk": dict(
         ppo=BY_FUNCTION | dict(trainable=1, advantage="rloo", samples_per_prompt=2)

@@ -117,6 +117,20 @@ def test_a_critic_with_bins_goes_on_bit_for_bit_and_starts_another(workdir, tmp_
         assert "must be those of the critic that it starts from, 8 and [-4.0, 3.0], got" in message
 
 
+def test_several_critics_go_on_bit_for_bit_and_start_no_other(workdir, tmp_path):
+    two = dict(num_critics=2, agreed_fraction=0.3, num_samples=0)
+    for folder, num_iterations in (("one", 4), ("two", 3), ("two", 4)):
+        pipeline.run(settings(workdir, "", **two, num_iterations=num_iterations), tmp_path / folder)
+    for name in STATE:
+        assert_same_bits(trained(tmp_path / "one", name), trained(tmp_path / "two", name))
+    critics = trained(tmp_path / "one")
+    assert all(len(x) == 2 and np.ptp(x, axis=0).max() > 0 for x in jax.tree.leaves(critics))
+    message = refused(settings(workdir, tmp_path / "one" / "ppo"), tmp_path / "three")
+    assert message.startswith(
+        f"{tmp_path / 'one' / 'ppo'} has 2 critics: start from a run with one"
+    )
+
+
 def test_what_cannot_be_a_critic_is_refused_in_a_line(workdir, other_family, tmp_path):
     strange = tmp_path / "strange"
     shutil.copytree(other_family, strange)

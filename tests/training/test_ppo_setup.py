@@ -86,6 +86,23 @@ def test_a_critic_from_scratch_has_the_policys_shape_and_none_of_its_weights():
     assert jax.tree.map(np.shape, planned.params) == jax.tree.map(np.shape, critics[0].params)
 
 
+def test_several_critics_differ_in_their_heads_alone():
+    policy, reward = model(), model("reward", seed=1)
+    settings, layouts = ppo_settings(num_critics=2), make_layouts(MeshSettings())
+    made = []
+    for seed in (0, 0, 1):
+        models = begin_models(settings, policy, reward, seed, layouts[0])
+        made.append(make_setup(settings, *models, layouts)[2])
+    first, same, other = map(named_leaves, made)
+    for name, leaf in first.items():
+        assert len(leaf) == 2
+        np.testing.assert_array_equal(leaf, same[name])
+        random = name == "head/kernel"
+        assert np.array_equal(leaf[0], leaf[1]) != random
+        assert np.array_equal(leaf, other[name]) != random
+    assert 0.5 < first["head/kernel"].std() * np.sqrt(policy.config.embed_dim + 1) < 2
+
+
 def test_networks_that_leave_the_trunk_at_different_layers_compute_what_they_do_alone(monkeypatch):
     policy = model()
     reward = make_critic(ppo_settings(**BY_FUNCTION), policy, None)

@@ -228,6 +228,12 @@ CHARTS: dict[str, tuple[Group, ...]] = {
                     {"value/clip_fraction": "fraction"},
                 ),
                 Chart(
+                    "Disagreement of the critics",
+                    "reward",
+                    "Standard deviation of the values of several critics, mean over the tokens.",
+                    {"value/disagreement": "deviation"},
+                ),
+                Chart(
                     "Returns outside of the bins",
                     "share of tokens",
                     "Of a critic with bins: what it cannot follow. Above 0.01 or so the range is "
