@@ -7,13 +7,8 @@ nor transformers. What touches files (`run`, `dry_run`, `load_policy`, `load_mod
 
 import importlib
 
-from ppo_jax.algorithms.experience import (
-    PPONetworks,
-    PPOOptions,
-    make_experience,
-    response_scores,
-    sample_responses,
-)
+from ppo_jax.algorithms.experience import make_experience, response_scores, sample_responses
+from ppo_jax.algorithms.options import PPONetworks, PPOOptions
 from ppo_jax.algorithms.ppo import (
     init_ppo,
     ppo_iteration,

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from absl import flags
 
 from benchmarks.workload import FLAGS, print_json
-from ppo_jax.algorithms.experience import PPONetworks, PPOOptions
+from ppo_jax.algorithms.options import PPONetworks, PPOOptions
 from ppo_jax.algorithms.ppo import init_ppo, ppo_iteration
 from ppo_jax.algorithms.sweep import LaneAxes, stack_lanes, sweep_iteration
 from ppo_jax.core.network import merge_params

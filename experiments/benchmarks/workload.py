@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from absl import flags
 
 from benchmarks.profile import print_profile
-from ppo_jax.algorithms.experience import PPONetworks, PPOOptions
+from ppo_jax.algorithms.options import PPONetworks, PPOOptions
 from ppo_jax.algorithms.ppo import init_ppo
 from ppo_jax.core.types import FrozenParams, Hyperparameters, Optimizer, Prompts
 from ppo_jax.models.build import policy_network, reward_network, value_network

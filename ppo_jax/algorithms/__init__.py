@@ -7,13 +7,12 @@
 """
 
 from ppo_jax.algorithms.experience import (
-    PPONetworks,
-    PPOOptions,
     make_experience,
     policy_logprobs,
     response_scores,
     sample_responses,
 )
+from ppo_jax.algorithms.options import PPONetworks, PPOOptions
 from ppo_jax.algorithms.ppo import (
     init_ppo,
     ppo_iteration,

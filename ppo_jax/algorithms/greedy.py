@@ -4,12 +4,8 @@ import dataclasses
 
 import jax
 
-from ppo_jax.algorithms.experience import (
-    PPONetworks,
-    PPOOptions,
-    response_scores,
-    sample_responses,
-)
+from ppo_jax.algorithms.experience import response_scores, sample_responses
+from ppo_jax.algorithms.options import PPONetworks, PPOOptions
 from ppo_jax.core.named import reads_greedy
 from ppo_jax.core.types import FrozenParams, Hyperparameters, PPOState, Prompts, Rollout
 

@@ -18,14 +18,9 @@ from ppo_jax.algorithms.adaptation import (
     next_reference,
 )
 from ppo_jax.algorithms.dynamic_sampling import gather, gathering_metrics
-from ppo_jax.algorithms.experience import (
-    PPONetworks,
-    PPOOptions,
-    make_experience,
-    sample_responses,
-    scores_and_metrics,
-)
+from ppo_jax.algorithms.experience import make_experience, sample_responses, scores_and_metrics
 from ppo_jax.algorithms.greedy import greedy_rollout
+from ppo_jax.algorithms.options import PPONetworks, PPOOptions
 from ppo_jax.algorithms.scores import count_scores
 from ppo_jax.algorithms.update import (
     average_updates,

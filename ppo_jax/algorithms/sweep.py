@@ -15,12 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ppo_jax.algorithms.experience import (
-    PPONetworks,
-    PPOOptions,
-    response_scores,
-    sample_responses,
-)
+from ppo_jax.algorithms.experience import response_scores, sample_responses
+from ppo_jax.algorithms.options import PPONetworks, PPOOptions
 from ppo_jax.algorithms.ppo import ppo_iteration, update_from_rollout
 from ppo_jax.core.checks import assert_divides
 from ppo_jax.core.types import FrozenParams, Hyperparameters, PPOState, Prompts, Rollout

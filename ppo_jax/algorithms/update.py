@@ -12,10 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from ppo_jax.algorithms.critics import critic_loss, outputs_of, take_critic
-from ppo_jax.algorithms.experience import (
-    PPONetworks,
-    PPOOptions,
-)
+from ppo_jax.algorithms.options import PPONetworks, PPOOptions
 from ppo_jax.algorithms.supervised import accumulate, accumulate_while
 from ppo_jax.algorithms.token_choice import make_choice, split_keys
 from ppo_jax.core.checks import assert_divides, assert_numbers

@@ -60,6 +60,7 @@ LOSSES: Mapping[str, Callable] = {
     "policy_gradient": vpg_policy_loss,
 }
 NUMBERS = fields_named(Hyperparameters)
+AVERAGE = "average_weights"  # the `ppo.reward_rule` of one model in place of several
 
 
 def advantage_function(name: str) -> Callable:

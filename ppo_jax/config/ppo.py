@@ -1,40 +1,20 @@
-"""Settings of PPO: what the section `ppo` of a config holds, and which of it goes together.
+"""Settings of PPO: what the section `ppo` of a config holds; `ppo_checks` says what goes together.
 
-Every number has its unit in a comment, and every rule its check.
+Every number has its unit in a comment.
 """
 
 import dataclasses
 import math
-import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from ppo_jax.config.objectives import (
-    advantage_function,
-    keeps_baseline,
-    loss_function,
-    loss_parameters,
-    needs_critic,
-    needs_greedy,
-    needs_groups,
-)
-from ppo_jax.config.parsing import Check, Limit, changeable
+from ppo_jax.config.parsing import Limit, changeable
+from ppo_jax.config.ppo_checks import check_ppo
 from ppo_jax.config.stages import (
     LoRASettings,
     OptimizerSettings,
-    check_keep,
-    check_lora,
-    check_optimizer,
-    check_trainable,
 )
-from ppo_jax.core.distributions import MIN_TEMPERATURE
-from ppo_jax.core.importance import CORRECTIONS
-from ppo_jax.core.kl import ESTIMATORS, REWARD_ESTIMATORS, REWARD_RULE
-from ppo_jax.core.named import parameters, reads_behavior
-from ppo_jax.core.sequence_losses import AGGREGATIONS
-from ppo_jax.core.shaping import ENSEMBLE_RULES
 
-RATIO_RULE = "in (0, 1), or inf"
 # Numbers of PPO, each with the value at which it is no part of the program.
 LEFT_OUT = {
     "stop_kl": math.inf,
@@ -52,7 +32,6 @@ LEFT_OUT = {
     "value_range": (),
     "agreed_fraction": 0,
 }
-AVERAGE = "average_weights"  # the reward_rule of one model in place of several
 CRITIC_STARTS = ("", "reward_model", "policy", "scratch")  # what names no model of its own
 
 
@@ -275,53 +254,7 @@ class PPOSettings:
     keep: str | int = changeable(2)  # number of newest checkpoints, or "best:METRIC": as sft.keep
 
     def __post_init__(self):
-        check = Check(self, "ppo")
-        check_optimizer(Check(self.optimizer, "ppo.optimizer"))
-        check.that(bool(self.prompts), "prompts", "the path of a data set")
-        check.each("> 0", "num_iterations", "sample_every", "save_every")
-        check_keep(check)
-        check.each(">= 0", "num_samples", "evaluate_every")
-        check.each("> 0", "evaluate_prompts")
-        by_evaluation = isinstance(self.keep, str) and self.keep.startswith("best:eval/")
-        rule = "by another metric, or ppo.evaluate_every at least 1"
-        check.that(self.evaluate_every > 0 or not by_evaluation, "keep", rule)
-        check.that(self.seed >= -1, "seed", ">= 0, or -1 for the run's seed")
-        check_trainable(check, "trainable", "value_trainable")
-        with_critic = needs_critic(self.advantage)
-        check_lora(check, *(["trainable", "value_trainable"] if with_critic else ["trainable"]))
-        self._check_batches(check)
-        self._check_sampling(check)
-        self._check_old_logprobs(check)
-        self._check_objective(check)
-        self._check_methods(check)
-        self._check_critic(check)
-        self._check_scores(check)
-
-    def _check_batches(self, check: Check):
-        check.each("> 0", "rollout_batch_size", "num_epochs", "num_minibatches")
-        check.each("> 0", "num_micro_batches", "samples_per_prompt", "max_rollouts")
-        self._check_max_rollouts(check)
-        check.each(">= 0", "logits_chunk")
-        most = (2**31 - 1) // (self.rollout_batch_size * self.max_rollouts)
-        rule = f"at most {most:,}: the state counts responses in int32"
-        check.that(self.num_iterations <= most, "num_iterations", rule)
-        parts, samples = self.num_minibatches * self.num_micro_batches, self.samples_per_prompt
-        check.multiple("rollout_batch_size", samples, "samples_per_prompt")
-        kept = self.keep_samples
-        rule = f"0, or an even number from 2 to below samples_per_prompt ({samples})"
-        check.that(kept == 0 or (0 < kept < samples and kept % 2 == 0), "keep_samples", rule)
-        self._check_parts(check, parts, "num_minibatches x num_micro_batches")
-        possible = self.num_micro_batches > 1 or not self.packing
-        rule = "False unless num_micro_batches > 1: it saves whole micro-batches"
-        check.that(possible, "packing", rule)
-        for field, most, of in (
-            ("max_concurrent", self.rollout_batch_size, "rollout_batch_size"),
-            ("min_free_slots", self.max_concurrent, "max_concurrent"),
-        ):
-            value = getattr(self, field)
-            rule = f"0, or a multiple of samples_per_prompt ({samples}) up to {of} ({most})"
-            holds = 0 <= value <= most and value % samples == 0
-            check.that(holds, field, rule if most else f"0 without {of}")
+        check_ppo(self)
 
     @property
     def update_batch_size(self) -> int:
@@ -329,233 +262,8 @@ class PPOSettings:
         kept = self.keep_samples or self.samples_per_prompt
         return self.rollout_batch_size // self.samples_per_prompt * kept
 
-    def _check_parts(self, check: Check, parts: int, words: str):
-        """The responses that are learned from fall into so many parts."""
-        if not self.keep_samples:
-            return check.multiple("rollout_batch_size", parts, words)
-        rule = "a number by which rollout_batch_size / samples_per_prompt x keep_samples is a "
-        rule += f"multiple of {words} ({parts}); it is {self.update_batch_size}"
-        check.that(self.update_batch_size % parts == 0, "keep_samples", rule)
-
-    def _check_max_rollouts(self, check: Check):
-        """Whether groups can be told apart by their scores, and replaced by others."""
-        several = self.max_rollouts > 1
-        rule = "1 with samples_per_prompt=1: a group of one has no variance"
-        check.that(not several or self.samples_per_prompt > 1, "max_rollouts", rule)
-        rule = "1 with prompt_buckets: the batches of an iteration have one width"
-        check.that(not several or self.prompt_buckets == 1, "max_rollouts", rule)
-        rule = f"1 with advantage={self.advantage!r}, which has greedy responses"
-        check.that(not several or not needs_greedy(self.advantage), "max_rollouts", rule)
-
-    def _check_sampling(self, check: Check):
-        check.each("> 0", "max_prompt_length", "response_length", "prompt_buckets", "temperature")
-        rule = f">= {MIN_TEMPERATURE:g}"
-        check.that(self.temperature >= MIN_TEMPERATURE, "temperature", rule)
-        most = self.max_prompt_length.bit_length()
-        rule = f"<= {most}, halves of max_prompt_length"
-        check.that(self.prompt_buckets <= most, "prompt_buckets", rule)
-        check.each(">= 0", "top_k")
-        check.each("in (0, 1]", "top_p")
-        check.each("in [0, 1]", "min_p")
-        check.choice("missing_eos", "keep", "penalty", "replace")
-        check.choice("score_at", "eos", "last")
-        check.each("> 0", "score_clip")
-        rule = f"from 0, which is off, to response_length ({self.response_length})"
-        check.that(0 <= self.overlong_tokens <= self.response_length, "overlong_tokens", rule)
-        check.each(">= 0", "length_penalty")
-        free, rule = (
-            self.length_penalty_free,
-            f"from 0 to below response_length ({self.response_length})",
-        )
-        check.that(0 <= free < self.response_length, "length_penalty_free", rule)
-        check.that(
-            free == 0 or self.length_penalty > 0, "length_penalty_free", "0 without length_penalty"
-        )
-        check.that(all(self.stop_tokens), "stop_tokens", "texts of at least one character")
-
-    def _check_old_logprobs(self, check: Check):
-        check.choice("old_logprobs", "rollout", "recompute")
-        low, high = self.tis_clip_low, self.tis_clip_high
-        check.that(0 <= low <= 1, "tis_clip_low", "in [0, 1]")
-        check.that(high >= 1, "tis_clip_high", ">= 1")
-        recomputed, rule = self.old_logprobs == "recompute", '1 unless old_logprobs is "recompute"'
-        check.that(recomputed or low == 1, "tis_clip_low", rule)
-        check.that(recomputed or high == 1, "tis_clip_high", rule)
-        check.choice("importance", *CORRECTIONS)
-        rule = "'token' unless tis_clip_low is below tis_clip_high: 1 and 1 is no weight"
-        check.that(self.importance == "token" or low < high, "importance", rule)
-
-    def _check_objective(self, check: Check):
-        check.each("> 0", "target_kl", "kl_horizon", "value_clip_range", "stop_kl", "max_ref_kl")
-        check.each(">= 0", "kl_coef", "vf_coef", "entropy_coef", "value_learning_rate")
-        check.each("in [0, 1]", "gamma", "gae_lambda")
-        check.that(0 < self.clip_range < 1 or self.clip_range == math.inf, "clip_range", RATIO_RULE)
-        high, rule = self.clip_range_high, f"0 or at least clip_range ({self.clip_range})"
-        check.that(high == 0 or high >= self.clip_range, "clip_range_high", rule)
-        check.choice("kl_estimator", *ESTIMATORS)
-        holds = self.any_kl_estimator or self.kl_estimator in REWARD_ESTIMATORS
-        check.that(holds, "kl_estimator", REWARD_RULE)
-        check.choice("kl_control", "fixed", "adaptive")
-        self._check_adaptation(check)
-        least = 0.2 * self.rollout_batch_size
-        rule = f">= {least:g}, a fifth of rollout_batch_size: the coefficient changes sign below"
-        unread = self.kl_control == "fixed" and self.kl_horizon == type(self).kl_horizon
-        check.that(unread or self.kl_horizon >= least, "kl_horizon", rule)
-
-    def _check_adaptation(self, check: Check):
-        check.each(">= 0", "target_entropy", "penalty_target_kl", "ref_reset_every")
-        check.each("in [0, 1]", "ref_ema_decay")
-        once = self.ref_ema_decay == 1 or self.ref_reset_every == 0
-        check.that(once, "ref_reset_every", "0 unless ref_ema_decay is 1: one or the other")
-        unread = self.entropy_coef_step == type(self).entropy_coef_step
-        rule = f"{type(self).entropy_coef_step:g} without target_entropy"
-        check.that(self.target_entropy > 0 or unread, "entropy_coef_step", rule)
-        check.each("> 0", "entropy_coef_step")
-
-    def _check_methods(self, check: Check):
-        """What the estimator and the loss do not take is left as it is."""
-        advantage, loss = (
-            parameters(advantage_function(self.advantage)),
-            loss_parameters(self.loss),
-        )
-        if needs_groups(self.advantage):
-            rule = f"at least 2 with advantage={self.advantage!r}"
-            check.that(self.samples_per_prompt >= 2, "samples_per_prompt", rule)
-        if "gamma" not in advantage:
-            rule = f"1 with advantage={self.advantage!r}, which compares whole responses"
-            check.that(self.gamma == 1, "gamma", rule)
-        of_losses = ("dual_clip", "penalty_coef", "divergence_limit", "behavior_weight_limit")
-        of_losses += ("covariance_fraction", "covariance_low", "covariance_high")
-        for field in of_losses:
-            rule = f"{getattr(type(self), field):g} unless the loss takes it"
-            unread = getattr(self, field) == getattr(type(self), field)
-            check.that(field in loss or unread, field, rule)
-        rule = "0 unless the loss takes a penalty_coef"
-        possible = "penalty_coef" in loss or self.penalty_target_kl == 0
-        check.that(possible, "penalty_target_kl", rule)
-        unread = self.baseline_decay == type(self).baseline_decay
-        rule = f"{type(self).baseline_decay:g} unless the advantage takes a baseline"
-        check.that(keeps_baseline(self.advantage) or unread, "baseline_decay", rule)
-        check.each("in [0, 1]", "baseline_decay")
-        check.that(self.dual_clip > 1, "dual_clip", "> 1")
-        check.each("> 0", "behavior_weight_limit")
-        check.each("in [0, 1]", "covariance_fraction")
-        rule = f"above covariance_low ({self.covariance_low:g})"
-        check.that(self.covariance_high > self.covariance_low, "covariance_high", rule)
-        if reads_behavior(loss_function(self.loss)):
-            rule = f"'recompute' with loss={self.loss!r}: otherwise its two policies are one"
-            check.that(self.old_logprobs == "recompute", "old_logprobs", rule)
-            rule = f"1 with loss={self.loss!r}, which has the weights itself"
-            check.that(self.tis_clip_low == 1, "tis_clip_low", rule)
-            check.that(self.tis_clip_high == 1, "tis_clip_high", rule)
-        check.each(">= 0", "penalty_coef", "divergence_limit", "kl_loss_coef")
-        check.choice("aggregation", *AGGREGATIONS)
-        rule = f"'token_mean' with loss={self.loss!r}, which takes no weights"
-        check.that("weights" in loss or self.aggregation == "token_mean", "aggregation", rule)
-
     @property
     def critic_has_optimizer(self) -> bool:
         """Whether the critic takes optimizer steps of its own."""
         given = self.value_optimizer != ValueOptimizerSettings()
         return given or self.value_updates > 1 or self.value_num_minibatches > 0
-
-    def _check_critic(self, check: Check):
-        check.each("> 0", "value_updates")
-        check.each(">= 0", "critic_warmup", "value_num_minibatches", "gae_lambda_alpha")
-        check.each(">= 0", "critic_warmup_tolerance")
-        possible = self.critic_warmup > 0 or self.critic_warmup_tolerance == 0
-        check.that(possible, "critic_warmup_tolerance", "0 without critic_warmup")
-        own = self.value_gae_lambda
-        check.that(own == -1 or 0 <= own <= 1, "value_gae_lambda", "in [0, 1], or -1")
-        steps = (self.value_num_minibatches or self.num_minibatches) * self.num_micro_batches
-        self._check_parts(check, steps, "value_num_minibatches x num_micro_batches")
-        optimizer = self.value_optimizer.over(self.optimizer, self.value_learning_rate)
-        check_optimizer(Check(optimizer, "ppo.value_optimizer"))
-        if self.critic_has_optimizer:
-            rule = f"{type(self).vf_coef:g}: a critic with an optimizer of its own has no weight"
-            check.that(self.vf_coef == type(self).vf_coef, "vf_coef", rule)
-        self._check_bins(check)
-        self._check_several(check)
-        if needs_critic(self.advantage):
-            return
-        defaults = {"critic_warmup": 0, "value_updates": 1, "value_num_minibatches": 0}
-        defaults |= {"gae_lambda_alpha": 0, "value_gae_lambda": -1, "value_bins": 0}
-        defaults |= {"num_critics": 1}
-        for field, default in defaults.items():
-            rule = f"{default} with advantage={self.advantage!r}, which has no critic"
-            check.that(getattr(self, field) == default, field, rule)
-        rule = f"left out with advantage={self.advantage!r}, which has no critic"
-        check.that(not self.critic_has_optimizer, "value_optimizer", rule)
-
-    def _check_bins(self, check: Check):
-        rule = "at least 2, or 0, which is a critic without bins"
-        check.that(self.value_bins == 0 or self.value_bins >= 2, "value_bins", rule)
-        if not self.value_bins:
-            check.that(self.value_range == (), "value_range", "() without value_bins")
-            return
-        ends, rule = self.value_range, "two finite numbers with value_bins, the lower one first"
-        rises = len(ends) == 2 and -math.inf < ends[0] < ends[1] < math.inf
-        check.that(rises, "value_range", rule)
-        default = type(self).value_clip_range
-        rule = f"{default:g} with value_bins: the loss of a critic with bins has no clip"
-        check.that(self.value_clip_range == default, "value_clip_range", rule)
-
-    def _check_several(self, check: Check):
-        check.each("> 0", "num_critics")
-        check.that(0 <= self.agreed_fraction < 1, "agreed_fraction", "in [0, 1)")
-        if self.num_critics == 1:
-            rule = "0 with one critic, which agrees with itself"
-            check.that(self.agreed_fraction == 0, "agreed_fraction", rule)
-            return
-        check.that(not self.value_bins, "value_bins", "0 with several critics")
-        words = "num_critics x samples_per_prompt"
-        check.multiple("rollout_batch_size", self.num_critics * self.samples_per_prompt, words)
-
-    def _check_scores(self, check: Check):
-        """Scores come from a model or a function, and the critic from what there is."""
-        check.each("> 0", "reward_timeout_s")
-        sources = {name: getattr(self, name) for name in ("reward_model", "reward_function")}
-        if self.reward_functions:
-            sources["reward_functions"] = self.reward_functions
-        if sum(map(bool, sources.values())) != 1:
-            got = " and ".join(f"{name}={value!r}" for name, value in sources.items())
-            raise ValueError(f"ppo needs either a reward_model or a reward_function, got {got}")
-        once = len(set(self.reward_functions)) == len(self.reward_functions)
-        check.that(once and all(self.reward_functions), "reward_functions", "names, each once")
-        count = len(self.reward_functions)
-        rule = f"() or {count} numbers, one for each of reward_functions"
-        check.that(len(self.reward_weights) in (0, count), "reward_weights", rule)
-        self._check_ensemble(check)
-        rule = "a stage before ppo, or of another run: this one has no critic yet"
-        own = re.fullmatch(r"ppo(@\w+)?", self.critic_init_from)
-        check.that(own is None, "critic_init_from", rule)
-        possible = bool(self.reward_model) or self.critic_init_from != "reward_model"
-        rule = "'policy', 'scratch', '' or a model with a reward_function"
-        check.that(possible, "critic_init_from", rule)
-        whole = self.critic_init_from != "scratch" or self.value_trainable == "all"
-        check.that(whole, "value_trainable", "'all' with critic_init_from='scratch'")
-        if not needs_critic(self.advantage):
-            rule = f"'' with advantage={self.advantage!r}, which has no critic"
-            check.that(not self.critic_init_from, "critic_init_from", rule)
-
-    def _check_ensemble(self, check: Check):
-        """Several reward models, and a rule that is read."""
-        others, rule = self.other_reward_models, self.reward_rule
-        names = (self.reward_model, *others)
-        distinct = len(set(names)) == len(names) and all(others)
-        check.that(
-            distinct, "other_reward_models", "names, each once and none that of reward_model"
-        )
-        check.that(
-            not others or bool(self.reward_model),
-            "other_reward_models",
-            "() without a reward_model",
-        )
-        check.choice("reward_rule", *ENSEMBLE_RULES, AVERAGE)
-        check.that(
-            bool(others) or rule == "mean", "reward_rule", "'mean' without other_reward_models"
-        )
-        check.each(">= 0", "reward_rule_coef")
-        reads = rule.startswith("mean_minus")
-        text = f"1 with reward_rule={rule!r}"
-        check.that(reads or self.reward_rule_coef == 1, "reward_rule_coef", text)

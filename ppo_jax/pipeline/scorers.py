@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from ppo_jax.config.ppo import AVERAGE, PPOSettings
+from ppo_jax.config.objectives import AVERAGE
+from ppo_jax.config.ppo import PPOSettings
 from ppo_jax.inference.generate import make_sampling
 from ppo_jax.io.model_spec import ModelSpec, reread_reason
 from ppo_jax.training.ppo_setup import make_options

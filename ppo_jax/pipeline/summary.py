@@ -9,8 +9,8 @@ from typing import Any
 
 import jax
 
-from ppo_jax.config.objectives import needs_critic, needs_greedy
-from ppo_jax.config.ppo import AVERAGE, PPOSettings, names_critic
+from ppo_jax.config.objectives import AVERAGE, needs_critic, needs_greedy
+from ppo_jax.config.ppo import PPOSettings, names_critic
 from ppo_jax.config.run import STAGE_NAMES, Config
 from ppo_jax.config.stages import LoRASettings
 from ppo_jax.core.network import merge_params

@@ -14,7 +14,7 @@ from ppo_jax.algorithms.dynamic_sampling import (
     gathering_metrics,
     rollout_keys,
 )
-from ppo_jax.algorithms.experience import PPOOptions
+from ppo_jax.algorithms.options import PPOOptions
 from ppo_jax.config.ppo import PPOSettings
 from ppo_jax.core.types import Prompts, Rollout
 from ppo_jax.data.encode import take_prompts

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ppo_jax.algorithms.experience import PPOOptions
+from ppo_jax.algorithms.options import PPOOptions
 from ppo_jax.core.named import reads_greedy
 from ppo_jax.core.types import Rollout
 

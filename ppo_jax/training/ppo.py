@@ -9,8 +9,9 @@ from typing import Any, TypeAlias
 import jax
 import numpy as np
 
-from ppo_jax.algorithms.experience import PPOOptions, response_scores, sample_responses
+from ppo_jax.algorithms.experience import response_scores, sample_responses
 from ppo_jax.algorithms.greedy import greedy_responses
+from ppo_jax.algorithms.options import PPOOptions
 from ppo_jax.algorithms.ppo import ppo_iteration, update_from_rollout
 from ppo_jax.algorithms.supervised import text_scores
 from ppo_jax.config.parsing import FunctionFailed

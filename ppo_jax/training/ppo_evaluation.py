@@ -12,13 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ppo_jax.algorithms.experience import (
-    PPONetworks,
-    PPOOptions,
-    policy_logprobs,
-    response_scores,
-    sample_responses,
-)
+from ppo_jax.algorithms.experience import policy_logprobs, response_scores, sample_responses
+from ppo_jax.algorithms.options import PPONetworks, PPOOptions
 from ppo_jax.config.ppo import PPOSettings
 from ppo_jax.config.run import Config
 from ppo_jax.core.types import FrozenParams, Hyperparameters, PPOState, Rollout

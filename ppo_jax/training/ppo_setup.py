@@ -10,15 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from ppo_jax.algorithms.ensembles import RewardEnsemble, ensemble_params
-from ppo_jax.algorithms.experience import PPONetworks, PPOOptions, Sampler
+from ppo_jax.algorithms.options import PPONetworks, PPOOptions, Sampler
 from ppo_jax.algorithms.ppo import init_ppo
 from ppo_jax.config.objectives import (
+    AVERAGE,
     advantage_function,
     keeps_baseline,
     loss_function,
     needs_critic,
 )
-from ppo_jax.config.ppo import AVERAGE, LEFT_OUT, PPOSettings
+from ppo_jax.config.ppo import LEFT_OUT, PPOSettings
 from ppo_jax.core.network import Network, average_params, merge_params
 from ppo_jax.core.types import FrozenParams, Hyperparameters, Params, PPOState
 from ppo_jax.distributed.layout import Layout, init_sharded

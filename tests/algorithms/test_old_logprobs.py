@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ppo_jax.algorithms.experience import PPONetworks, Sampler
+from ppo_jax.algorithms.options import PPONetworks, Sampler
 from ppo_jax.config.mesh import MeshSettings
 from ppo_jax.core.off_policy_losses import decoupled_policy_loss
 from ppo_jax.distributed.layout import make_layouts

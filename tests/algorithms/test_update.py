@@ -9,7 +9,8 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from ppo_jax.algorithms.experience import PPONetworks, make_experience, response_rewards
+from ppo_jax.algorithms.experience import make_experience, response_rewards
+from ppo_jax.algorithms.options import PPONetworks
 from ppo_jax.algorithms.update import experience_loss, ppo_update
 from ppo_jax.core.advantages import gae
 from ppo_jax.core.distributions import token_logprobs

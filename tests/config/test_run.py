@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import pytest
 from ml_collections import config_dict
 
-from ppo_jax.algorithms.experience import PPOOptions
+from ppo_jax.algorithms.options import PPOOptions
 from ppo_jax.config.mesh import RolloutRules
 from ppo_jax.config.parsing import changeable_fields, hints_of, options
 from ppo_jax.config.ppo import PPOSettings, ValueOptimizerSettings

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ppo_jax.algorithms.experience import PPOOptions, make_experience, sample_responses
+from ppo_jax.algorithms.experience import make_experience, sample_responses
+from ppo_jax.algorithms.options import PPOOptions
 from ppo_jax.algorithms.ppo import ppo_iteration
 from ppo_jax.core.covariance import clip_cov_policy_loss, kl_cov_policy_loss
 from ppo_jax.core.off_policy_losses import (

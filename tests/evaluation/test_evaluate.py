@@ -7,7 +7,8 @@ import types
 import numpy as np
 import pytest
 
-from ppo_jax.algorithms.experience import PPONetworks, response_scores
+from ppo_jax.algorithms.experience import response_scores
+from ppo_jax.algorithms.options import PPONetworks
 from ppo_jax.core.types import FrozenParams
 from ppo_jax.data.records import write_jsonl
 from ppo_jax.evaluation.evaluate import (

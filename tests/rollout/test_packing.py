@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from ppo_jax.algorithms.experience import PPONetworks
+from ppo_jax.algorithms.options import PPONetworks
 from ppo_jax.algorithms.update import accumulate_packed, experience_loss, ppo_update
 from ppo_jax.core.network import Network
 from ppo_jax.core.optimizer import init_optimizer
