@@ -43,8 +43,9 @@ def get_config(variant: str = "tiny"):
     """The quickstart; the tiny variant cut to a size at which a point takes seconds."""
     config = quickstart(variant)
     if variant == "tiny":
-        config.model.scratch.num_layers = 2
-        config.ppo.num_iterations = 20
+        config.model.scratch.update(num_layers=2, embed_dim=64, mlp_dim=192)
+        config.sft.num_epochs, config.reward.num_epochs = 3.0, 2.0
+        config.ppo.update(sample_every=25, num_samples=4, save_every=25)
         config.evaluate.num_prompts = 128
     return config
 
