@@ -41,6 +41,7 @@ def get_config(variant: str = "tiny"):
     """configs/verifiable.py with long texts; the tiny variant is a smaller model."""
     config = config_of("verifiable", "acting")
     config.prepare = "studies.late_reward:prepare"
+    config.model.scratch.max_length = 256
     config.sft.update(data="{workdir}/data/long.jsonl", max_length=256, batch_size=16)
     config.ppo.update(max_prompt_length=16, response_length=128, num_iterations=ITERATIONS)
     config.ppo.optimizer.schedule = "constant"  # the same at the same iteration of any row
