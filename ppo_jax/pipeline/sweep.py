@@ -260,6 +260,9 @@ class Sweep:
                 for lane in task.work.lanes:
                     if why := failed_lanes(task.work).get(lane.folder.name):
                         self.fail(self.tasks[lane.folder], why)
+            for lane in task.work.lanes:  # the table has them before the next group begins
+                if self.tasks[lane.folder].state == "todo" and is_done(lane):
+                    self.begin(self.tasks[lane.folder])
             return
         self.keep(task)
         self.progress.end(task, f"{how}  {figures(task.work.folder)}".rstrip())
