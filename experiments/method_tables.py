@@ -16,7 +16,8 @@ from ppo_jax.evaluation.sweep_table import Setting, by_setting, ranked
 
 SCORE, KL, EXPLAINED = "reward/score_mean", "kl/ref", "value/explained_variance"
 CLOCK, COST = "reward/cpu_s", "time/cpu_s_per_iteration"
-EQUAL = "reward/score_mean_at_equal_cpu_s"
+# Of a reward that is 0 or 1: the share of responses that have it.
+SHARE, EQUAL = "reward/fraction", "reward/fraction_at_equal_cpu_s"
 RATE = "ppo.optimizer.learning_rate"
 LAST = 5  # iterations
 CURVES = {  # what is kept of each iteration of a study's points
@@ -70,6 +71,8 @@ def with_ends(rows: Rows) -> list[dict[str, Any]]:
     for row in rows:
         curves = row.get("curves", {})
         ends = {name: end(curve) for name, curve in curves.items()}
+        if SCORE in curves:
+            ends[SHARE] = ends[SCORE]
         if SCORE in curves and COST in row["metrics"]:
             share = min(cost.values()) / cost[method_of(row["point"])]
             ends[EQUAL] = end(curves[SCORE], round(share * len(curves[SCORE])))

@@ -19,7 +19,7 @@ from method_tables import (
     COST,
     EQUAL,
     EXPLAINED,
-    SCORE,
+    SHARE,
     best_of_each,
     with_curves,
     with_ends,
@@ -138,7 +138,8 @@ def cell(setting: Setting, metric: str) -> str:
     if estimate is None:
         return ""
     between = interval(metric, estimate)
-    return figure(metric, estimate.mean) + (f" ({between})" if between else "")
+    wide = len(set(between.split(" to "))) > 1  # not one number that all seeds have
+    return figure(metric, estimate.mean) + (f" ({between})" if wide else "")
 
 
 def best_of(settings: Sequence[Setting], metric: str, rate: str) -> list[tuple[Setting, float]]:
@@ -220,7 +221,7 @@ TABLES: dict[str, Callable[[Sequence[Setting]], str]] = {
     "rate_and_kl": of_rate_and_kl,
 }
 METRIC = dict.fromkeys(STUDIES, WIN) | {"reward_data": ACCURACY}
-METRIC |= dict.fromkeys(("methods_acting", "late_reward", "value_updates"), SCORE)
+METRIC |= dict.fromkeys(("methods_acting", "late_reward", "value_updates"), SHARE)
 ROWS = {
     "methods": methods.METHODS,
     "methods_acting": methods.METHODS,
@@ -230,9 +231,9 @@ ROWS = {
 PER_ITERATION = {"CPU s an iteration": COST, "score at equal CPU s": EQUAL}
 COLUMNS = {
     "methods": {"gold: preferred to SFT": WIN, "proxy score": PROXY, "KL, nats": KL},
-    "methods_acting": {"score": SCORE, "KL, nats": REF_KL} | PER_ITERATION,
-    "late_reward": {"score": SCORE, "KL, nats": REF_KL, "explained variance": EXPLAINED},
-    "value_updates": {"score": SCORE, "explained variance": EXPLAINED} | PER_ITERATION,
+    "methods_acting": {"score": SHARE, "KL, nats": REF_KL} | PER_ITERATION,
+    "late_reward": {"score": SHARE, "KL, nats": REF_KL, "explained variance": EXPLAINED},
+    "value_updates": {"score": SHARE, "explained variance": EXPLAINED} | PER_ITERATION,
 }
 
 

@@ -17,7 +17,7 @@ PAGE = pathlib.Path(__file__).with_suffix(".svg")
 EXPERIMENTS = pathlib.Path(__file__).resolve().parents[2] / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))
 
-from method_tables import EXPLAINED, SCORE, best_of_each, curves_of, with_ends  # noqa: E402
+from method_tables import EXPLAINED, SCORE, SHARE, best_of_each, curves_of, with_ends  # noqa: E402
 from studies import late_reward  # noqa: E402
 
 RESULTS = EXPERIMENTS / "studies" / "results" / "late_reward.json"
@@ -28,7 +28,7 @@ def draw() -> plt.Figure:
     """Explained variance and score, each row at its best rate: means of three iterations of all
     seeds. 0 is where the policy begins to move."""
     rows = with_ends(json.loads(RESULTS.read_text())["rows"])
-    best = best_of_each(rows, late_reward.ROWS, SCORE)
+    best = best_of_each(rows, late_reward.ROWS, SHARE)
     style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
     with plt.rc_context({"svg.hashsalt": "late_reward", "svg.fonttype": "path", **style}):
         figure, axes = plt.subplots(1, 2, figsize=(8.4, 3.4), layout="constrained")

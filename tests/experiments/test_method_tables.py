@@ -6,7 +6,7 @@ import json
 import method_tables
 import pytest
 import study_tables
-from method_tables import COST, EQUAL, RATE, SCORE
+from method_tables import COST, EQUAL, RATE, SCORE, SHARE
 from studies import late_reward, methods, methods_acting
 
 
@@ -32,7 +32,7 @@ def test_every_method_gets_the_same_search(name):
 
 def test_a_run_ends_with_the_mean_of_its_last_iterations():
     rows = method_tables.with_ends([row({}, curve=[9.0, 1.0, 2.0, 3.0, 4.0, 5.0])])
-    assert rows[0]["metrics"] == {SCORE: 3.0}
+    assert rows[0]["metrics"] == {SCORE: 3.0, SHARE: 3.0}
 
 
 def test_at_equal_cpu_seconds_a_dearer_method_is_read_earlier():
@@ -74,7 +74,7 @@ def test_a_table_has_the_methods_in_their_order_each_at_its_best_rate():
         for seed in range(2)
     ]
     lines = study_tables.of_rows("late_reward", method_tables.with_ends(rows)).splitlines()[2:]
-    assert [line[:33] for line in lines] == [
-        "| lambda 0.95 | 0.001 | 0.4 |  | ",
-        "| lambda 1 for both | 0.01 | 0.9 ",
+    assert [line[:34] for line in lines] == [
+        "| lambda 0.95 | 0.001 | 40.0% |  |",
+        "| lambda 1 for both | 0.01 | 90.0%",
     ]
