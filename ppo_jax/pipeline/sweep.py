@@ -124,6 +124,7 @@ class Sweep:
             SystemExit: after SIGTERM (143) or Ctrl-C (130), when the children have saved.
         """
         with self.signals(), self.stopping_on_error():
+            self.keep_done()
             while True:
                 for task in [task for task in self.tasks.values() if task.state == "running"]:
                     self.look_at(task)
@@ -139,6 +140,16 @@ class Sweep:
             print(f"stopped by {self.stopped.name}; the same command goes on", flush=True)
             sys.exit(STOPS[self.stopped])
         return [task for task in self.tasks.values() if task.is_point and task.state == "failed"]
+
+    def keep_done(self):
+        """The points that are complete, into the table before a group begins."""
+        points = [task for task in self.tasks.values() if task.is_point]
+        for task in points if self.groups else ():
+            done = False
+            with contextlib.suppress(FolderInUse), alone_in(task.work.folder):
+                done = is_done(task.work)
+            if done:
+                self.begin(task)
 
     @contextlib.contextmanager
     def signals(self) -> Iterator[None]:
