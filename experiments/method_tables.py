@@ -15,6 +15,7 @@ import numpy as np
 from ppo_jax.evaluation.sweep_table import Setting, by_setting, ranked
 
 SCORE, KL, EXPLAINED = "reward/score_mean", "kl/ref", "value/explained_variance"
+LENGTH = "response/length"  # tokens
 CLOCK, COST = "reward/cpu_s", "time/cpu_s_per_iteration"
 # Of a reward that is 0 or 1: the share of responses that have it.
 SHARE, EQUAL = "reward/fraction", "reward/fraction_at_equal_cpu_s"
@@ -22,7 +23,7 @@ RATE = "ppo.optimizer.learning_rate"
 LAST = 5  # iterations
 CURVES = {  # what is kept of each iteration of a study's points
     "methods_acting": (SCORE, KL),
-    "late_reward": (SCORE, KL, EXPLAINED),
+    "late_reward": (SCORE, KL, EXPLAINED, LENGTH),
     "value_updates": (SCORE, KL, EXPLAINED),
 }
 

@@ -19,6 +19,7 @@ from method_tables import (
     COST,
     EQUAL,
     EXPLAINED,
+    LENGTH,
     SHARE,
     best_of_each,
     with_curves,
@@ -232,7 +233,12 @@ PER_ITERATION = {"CPU s an iteration": COST, "score at equal CPU s": EQUAL}
 COLUMNS = {
     "methods": {"gold: preferred to SFT": WIN, "proxy score": PROXY, "KL, nats": KL},
     "methods_acting": {"score": SHARE, "KL, nats": REF_KL} | PER_ITERATION,
-    "late_reward": {"score": SHARE, "KL, nats": REF_KL, "explained variance": EXPLAINED},
+    "late_reward": {
+        "score": SHARE,
+        "tokens of a response": LENGTH,
+        "KL, nats": REF_KL,
+        "explained variance": EXPLAINED,
+    },
     "value_updates": {"score": SHARE, "explained variance": EXPLAINED} | PER_ITERATION,
 }
 

@@ -106,6 +106,7 @@ class Sweep:
         self.tasks: dict[Path, Task] = {}
         self.progress = Progress(total or len(works), ended)
         self.stopped: signal.Signals | None = None
+        self.ended_since = False  # a point, since the table was written
         for work in (*groups, *works):
             self.add(work)
         tasks = {group.folder: self.tasks[group.folder] for group in groups}
@@ -128,6 +129,9 @@ class Sweep:
             while True:
                 for task in [task for task in self.tasks.values() if task.state == "running"]:
                     self.look_at(task)
+                if self.ended_since:  # once for all that ended together
+                    self.ended_since = False
+                    write_table(self.workdir)
                 if not self.stopped:
                     self.start_ready()
                 open_tasks = [x for x in self.tasks.values() if x.state in ("todo", "elsewhere")]
@@ -287,12 +291,12 @@ class Sweep:
         self.progress.end(task, f"failed: {error}")
 
     def keep(self, task: Task):
-        """A point has come to an end: its record, and the table."""
+        """A point has come to an end: its record, and the table before anything else begins."""
         folder, status = task.work.folder, (task.state, task.error)
         about = read_point(folder)
         if (about.get("status"), about.get("error")) != status:
             write_point(folder, task.work.point, *status)
-            write_table(self.workdir)
+            self.ended_since = True
         self.told(task)
 
 

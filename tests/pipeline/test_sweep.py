@@ -320,11 +320,17 @@ def test_the_table_has_what_is_complete_before_the_next_group_begins(tmp_path, m
 
     def note(task):
         begun.append((task.title, len(started(groups[0].folder.parent))))
-        assert task.title in statuses(tmp_path)
 
+    def write_table(workdir):
+        tables.append((len(started(groups[0].folder.parent)), len(begun)))
+        write(workdir)
+
+    write, tables = sweep.write_table, []
+    monkeypatch.setattr(sweep, "write_table", write_table)
     monkeypatch.setattr(sweep, "is_complete", is_complete)
     assert run(tmp_path, works, groups=groups, tell=note) == []
     assert begun == [(f"seed={i}", i // 2) for i in range(6)]
+    assert tables[:3] == [(0, 2), (1, 4), (2, 6)] and len(statuses(tmp_path)) == 6
     assert started(tmp_path) == []
 
 
