@@ -15,7 +15,26 @@ from typing import Any
 
 from absl import flags
 from film_reviews.panels import REFERENCE
-from studies import over_optimisation, ppo_choices, rate_and_kl, reward_data
+from method_tables import (
+    COST,
+    EQUAL,
+    EXPLAINED,
+    LENGTH,
+    SHARE,
+    best_of_each,
+    with_curves,
+    with_ends,
+)
+from studies import (
+    late_reward,
+    methods,
+    methods_acting,
+    over_optimisation,
+    ppo_choices,
+    rate_and_kl,
+    reward_data,
+    value_updates,
+)
 
 from ppo_jax import cli
 from ppo_jax.evaluation.report.plots import save_png
@@ -35,15 +54,20 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "studies.md"
 FIGURES = PAGE.parent / "figures"
 KEPT = (
     r"gold/win_rate_ppo_vs_sft|policy/kl_per_response|reward/score_mean|text/distinct2_ratio|"
-    r"response/length|reward_model/validation_accuracy|eval/\w+|time/total_s"
+    r"response/length|reward_model/validation_accuracy|eval/\w+|time/total_s|time/cpu_s_per_iteration"
 )
 STUDIES = {
     "over_optimisation": over_optimisation,
     "reward_data": reward_data,
     "ppo_choices": ppo_choices,
     "rate_and_kl": rate_and_kl,
+    "methods": methods,
+    "methods_acting": methods_acting,
+    "late_reward": late_reward,
+    "value_updates": value_updates,
 }
 WIN, KL, PROXY = "gold/win_rate_ppo_vs_sft", "policy/kl_per_response", "reward/score_mean"
+REF_KL = "kl/ref"
 ACCURACY, RATE = "reward_model/validation_accuracy", "ppo.optimizer.learning_rate"
 
 
@@ -59,10 +83,12 @@ def keep(folder: Path) -> Path:
     rows = json.loads(table.read_text())
     record = read_record(folder / Path(rows[0]["workdir"]).name)
     of = {"model": record["config"]["model"]["path"] or "tiny", "devices": record["devices"]}
+    folders = [folder / Path(row["workdir"]).name for row in rows]
     kept = [
-        {"point": row["point"], "status": row["status"], "metrics": shown(row["metrics"])}
-        for row in rows
+        row | {"metrics": shown(row["metrics"])} for row in with_curves(rows, folder.name, folders)
     ]
+    for row in kept:
+        del row["workdir"]
     path = RESULTS / f"{folder.name}.json"
     lines = ",\n".join(json.dumps(row) for row in kept)
     path.write_text(f'{{"of": {json.dumps(of)},\n"rows": [\n{lines}\n]}}\n')
@@ -89,7 +115,8 @@ def page(text: str) -> str:
 
 def table(name: str, study: Mapping[str, Any]) -> str:
     """A study's table, with what it is of."""
-    settings = by_setting(study["rows"])
+    rows = with_ends(study["rows"])
+    settings = by_setting(rows)
     planned, done = (
         len(list(STUDIES[name].sweep())),
         sum(len(s.numbers(METRIC[name])) for s in settings),
@@ -97,7 +124,8 @@ def table(name: str, study: Mapping[str, Any]) -> str:
     model = study["of"]["model"].removeprefix("package:")
     which = "the tiny model" if model == "tiny" else model
     note = f"{done} of {planned} points, {which}, {study['of']['devices']['kind']}."
-    return f"\n{note}\n\n{TABLES[name](settings)}\n"
+    made = of_rows(name, rows) if name in COLUMNS else TABLES[name](settings)
+    return f"\n{note}\n\n{made}\n"
 
 
 def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -111,7 +139,8 @@ def cell(setting: Setting, metric: str) -> str:
     if estimate is None:
         return ""
     between = interval(metric, estimate)
-    return figure(metric, estimate.mean) + (f" ({between})" if between else "")
+    wide = len(set(between.split(" to "))) > 1  # not one number that all seeds have
+    return figure(metric, estimate.mean) + (f" ({between})" if wide else "")
 
 
 def best_of(settings: Sequence[Setting], metric: str, rate: str) -> list[tuple[Setting, float]]:
@@ -122,6 +151,17 @@ def best_of(settings: Sequence[Setting], metric: str, rate: str) -> list[tuple[S
         groups.setdefault(json.dumps(rest, sort_keys=True), []).append(setting)
     order = (ranked(group, metric) for group in groups.values())
     return [(found[0][0], found[0][0].values[rate]) for found in order if found]
+
+
+def of_rows(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """The table of a study that compares methods, each at its best rate."""
+    headings, changes = COLUMNS[name], ROWS[name]
+    best = best_of_each(rows, changes, METRIC[name])
+    lines = [
+        [method, short_value(setting.values[RATE]), *(cell(setting, m) for m in headings.values())]
+        for method, setting in best.items()
+    ]
+    return markdown(["", "best learning rate", *headings], lines)
 
 
 def of_kl_coef(settings: Sequence[Setting]) -> str:
@@ -181,7 +221,26 @@ TABLES: dict[str, Callable[[Sequence[Setting]], str]] = {
     "ppo_choices": of_choices,
     "rate_and_kl": of_rate_and_kl,
 }
-METRIC = {name: ACCURACY if name == "reward_data" else WIN for name in STUDIES}
+METRIC = dict.fromkeys(STUDIES, WIN) | {"reward_data": ACCURACY}
+METRIC |= dict.fromkeys(("methods_acting", "late_reward", "value_updates"), SHARE)
+ROWS = {
+    "methods": methods.METHODS,
+    "methods_acting": methods.METHODS,
+    "late_reward": late_reward.ROWS,
+    "value_updates": value_updates.ROWS,
+}
+PER_ITERATION = {"CPU s an iteration": COST, "score at equal CPU s": EQUAL}
+COLUMNS = {
+    "methods": {"gold: preferred to SFT": WIN, "proxy score": PROXY, "KL, nats": KL},
+    "methods_acting": {"score": SHARE, "KL, nats": REF_KL} | PER_ITERATION,
+    "late_reward": {
+        "score": SHARE,
+        "tokens of a response": LENGTH,
+        "KL, nats": REF_KL,
+        "explained variance": EXPLAINED,
+    },
+    "value_updates": {"score": SHARE, "explained variance": EXPLAINED} | PER_ITERATION,
+}
 
 
 if __name__ == "__main__":

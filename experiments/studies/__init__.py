@@ -21,7 +21,17 @@ def quickstart(variant: str) -> config_dict.ConfigDict:
     Args:
         variant: "default" is SmolLM2-135M, "tiny" a model of a million parameters from scratch.
     """
-    spec = importlib.util.spec_from_file_location("quickstart", CONFIGS / "quickstart.py")
+    return config_of("quickstart", variant)
+
+
+def config_of(name: str, variant: str) -> config_dict.ConfigDict:
+    """A config of `configs/`, which a study changes.
+
+    Args:
+        name: of its file.
+        variant: of it.
+    """
+    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.get_config(variant)

@@ -106,6 +106,7 @@ class Sweep:
         self.tasks: dict[Path, Task] = {}
         self.progress = Progress(total or len(works), ended)
         self.stopped: signal.Signals | None = None
+        self.ended_since = False  # a point, since the table was written
         for work in (*groups, *works):
             self.add(work)
         tasks = {group.folder: self.tasks[group.folder] for group in groups}
@@ -124,9 +125,13 @@ class Sweep:
             SystemExit: after SIGTERM (143) or Ctrl-C (130), when the children have saved.
         """
         with self.signals(), self.stopping_on_error():
+            self.keep_done()
             while True:
                 for task in [task for task in self.tasks.values() if task.state == "running"]:
                     self.look_at(task)
+                if self.ended_since:  # once for all that ended together
+                    self.ended_since = False
+                    write_table(self.workdir)
                 if not self.stopped:
                     self.start_ready()
                 open_tasks = [x for x in self.tasks.values() if x.state in ("todo", "elsewhere")]
@@ -139,6 +144,16 @@ class Sweep:
             print(f"stopped by {self.stopped.name}; the same command goes on", flush=True)
             sys.exit(STOPS[self.stopped])
         return [task for task in self.tasks.values() if task.is_point and task.state == "failed"]
+
+    def keep_done(self):
+        """The points that are complete, into the table before a group begins."""
+        points = [task for task in self.tasks.values() if task.is_point]
+        for task in points if self.groups else ():
+            done = False
+            with contextlib.suppress(FolderInUse), alone_in(task.work.folder):
+                done = is_done(task.work)
+            if done:
+                self.begin(task)
 
     @contextlib.contextmanager
     def signals(self) -> Iterator[None]:
@@ -260,6 +275,9 @@ class Sweep:
                 for lane in task.work.lanes:
                     if why := failed_lanes(task.work).get(lane.folder.name):
                         self.fail(self.tasks[lane.folder], why)
+            for lane in task.work.lanes:  # the table has them before the next group begins
+                if self.tasks[lane.folder].state == "todo" and is_done(lane):
+                    self.begin(self.tasks[lane.folder])
             return
         self.keep(task)
         self.progress.end(task, f"{how}  {figures(task.work.folder)}".rstrip())
@@ -273,12 +291,12 @@ class Sweep:
         self.progress.end(task, f"failed: {error}")
 
     def keep(self, task: Task):
-        """A point has come to an end: its record, and the table."""
+        """A point has come to an end: its record, and the table before anything else begins."""
         folder, status = task.work.folder, (task.state, task.error)
         about = read_point(folder)
         if (about.get("status"), about.get("error")) != status:
             write_point(folder, task.work.point, *status)
-            write_table(self.workdir)
+            self.ended_since = True
         self.told(task)
 
 

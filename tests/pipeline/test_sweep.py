@@ -310,6 +310,30 @@ def test_lanes_are_trained_before_their_points_and_one_that_fails_is_passed_over
     assert told[0] == "3 of 4 points train PPO as 1 program" and "by themselves: seed=3" in told[2]
 
 
+def test_the_table_has_what_is_complete_before_the_next_group_begins(tmp_path, monkeypatch):
+    works, begun = [point(tmp_path, number) for number in range(6)], []
+    groups = [study.group_work(works[n : n + 2], tmp_path) for n in (2, 4)]
+    made_by = {lane.name: group.folder for group in groups for lane in group.lanes}
+
+    def is_complete(work):  # the first two points by an earlier start
+        return work.name not in made_by or (made_by[work.name] / "is_done").exists()
+
+    def note(task):
+        begun.append((task.title, len(started(groups[0].folder.parent))))
+
+    def write_table(workdir):
+        tables.append((len(started(groups[0].folder.parent)), len(begun)))
+        write(workdir)
+
+    write, tables = sweep.write_table, []
+    monkeypatch.setattr(sweep, "write_table", write_table)
+    monkeypatch.setattr(sweep, "is_complete", is_complete)
+    assert run(tmp_path, works, groups=groups, tell=note) == []
+    assert begun == [(f"seed={i}", i // 2) for i in range(6)]
+    assert tables[:3] == [(0, 2), (1, 4), (2, 6)] and len(statuses(tmp_path)) == 6
+    assert started(tmp_path) == []
+
+
 def test_points_whose_group_fails_are_trained_by_themselves(tmp_path):
     works = [point(tmp_path, number) for number in range(2)]
     group = study.group_work(works, tmp_path)
