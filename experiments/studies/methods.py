@@ -9,7 +9,7 @@ seeds of PPO, and is judged at its best one. `methods_acting.py` has the same ro
 is a fact.
 
 References: Schulman et al. 2017, https://arxiv.org/abs/1707.06347; Shao et al. 2024 (GRPO),
-https://arxiv.org/abs/2402.03300; those of the other rows are in docs/training.md.
+https://arxiv.org/abs/2402.03300; those of the other rows are in docs/methods.md.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
