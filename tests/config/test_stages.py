@@ -191,10 +191,11 @@ def test_every_option_matters(name):
 def test_there_are_no_other_options():
     # Sampling has tests of its own; micro-batches change the memory, see below, and nothing else,
     # packing the time, see `test_packing`; for where a score is read see `test_ppo`;
-    # `any_kl_estimator` lets others be chosen.
+    # `any_kl_estimator` lets others be chosen; for `importance` see `test_old_logprobs`, for
+    # `max_rollouts` `test_dynamic_sampling`.
     fields = {f.name for f in dataclasses.fields(PPOOptions)}
     others = {"sampling", "num_micro_batches", "packing", "score_eos"}
-    others |= {"any_kl_estimator"}
+    others |= {"any_kl_estimator", "importance", "max_rollouts"}
     assert fields == CHOICES.keys() | others
 
 
