@@ -22,7 +22,8 @@ from ppo_jax.io.model_spec import ModelSpec
 from ppo_jax.pipeline.preflight import check_batch_rows, check_part, check_policy
 from ppo_jax.planner.chips import Chip, Roofline, find_chip, roofline
 from ppo_jax.planner.hlo.cost import ProgramCost, cost_analysis
-from ppo_jax.planner.phases import Models, Phase, phases, read_models
+from ppo_jax.planner.models import Models, read_models
+from ppo_jax.planner.phases import Phase, phases
 
 # Compiles several times as fast. Flops are the same and collectives nearly; two to four times as
 # many bytes are read, and peaks differ.
