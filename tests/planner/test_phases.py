@@ -20,7 +20,7 @@ from ppo_jax.models.lora import init_lora
 from ppo_jax.planner import flops, phases, planner
 from ppo_jax.planner import report as plan_report
 from ppo_jax.planner.hlo.cost import cost_analysis
-from ppo_jax.planner.phases import common_layers
+from ppo_jax.planner.models import common_layers
 from ppo_jax.training.ppo_setup import begin_models, make_setup
 from tests.support import tiny, tiny_plan
 from tests.support.tiny_hf import edit_config, torch_model

@@ -17,6 +17,7 @@ from ppo_jax.io.checkpoints import load_checkpoint_item
 from ppo_jax.io.stage_folder import describe_stage, load_model
 from ppo_jax.pipeline import run as pipeline
 from ppo_jax.planner import phases
+from ppo_jax.planner.models import read_models
 from ppo_jax.training.ppo_models import find_models
 from ppo_jax.training.ppo_setup import split_models, starts_of
 from tests.support import tiny, tiny_plan, tiny_run
@@ -208,7 +209,7 @@ def test_a_plan_has_the_parameters_and_the_work_of_both(rule):
         chosen = dict(other_reward_models=others, reward_rule=rule if others else "mean")
         ppo = dataclasses.replace(planned.ppo, **chosen)
         config = dataclasses.replace(planned, ppo=ppo, mesh=MeshSettings())
-        models, layouts = phases.read_models(config), make_layouts(config.mesh)
+        models, layouts = read_models(config), make_layouts(config.mesh)
         flops = phases.analytic_flops(config.ppo, models)["scoring"]
         args = phases.AbstractArguments(config, models, layouts)
         size = sum(x.size for x in jax.tree.leaves(args.frozen.reward))
