@@ -33,6 +33,7 @@ from studies import (
     ppo_choices,
     rate_and_kl,
     reward_data,
+    reward_ensemble,
     value_updates,
 )
 
@@ -65,6 +66,7 @@ STUDIES = {
     "methods_acting": methods_acting,
     "late_reward": late_reward,
     "value_updates": value_updates,
+    "reward_ensemble": reward_ensemble,
 }
 WIN, KL, PROXY = "gold/win_rate_ppo_vs_sft", "policy/kl_per_response", "reward/score_mean"
 REF_KL = "kl/ref"
@@ -228,10 +230,12 @@ ROWS = {
     "methods_acting": methods.METHODS,
     "late_reward": late_reward.ROWS,
     "value_updates": value_updates.ROWS,
+    "reward_ensemble": reward_ensemble.ROWS,
 }
 PER_ITERATION = {"CPU s an iteration": COST, "score at equal CPU s": EQUAL}
 COLUMNS = {
     "methods": {"gold: preferred to SFT": WIN, "proxy score": PROXY, "KL, nats": KL},
+    "reward_ensemble": {"gold: preferred to SFT": WIN, "proxy score": PROXY, "KL, nats": KL},
     "methods_acting": {"score": SHARE, "KL, nats": REF_KL} | PER_ITERATION,
     "late_reward": {
         "score": SHARE,
