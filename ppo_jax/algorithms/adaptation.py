@@ -61,61 +61,61 @@ def moved_reference(frozen: FrozenParams, state: PPOState) -> FrozenParams:
 def next_adaptive(
     adaptive: dict[str, jax.Array],
     metrics: dict[str, jax.Array],
+    step: Any,
     hyperparameters: Hyperparameters,
 ) -> dict[str, jax.Array]:
-    """The numbers of the next iteration, see `adaptive_penalty_coef`, `adaptive_entropy_coef` and
-    `running_baseline`.
+    """The numbers of the next iteration, see `adaptive_penalty_coef`, `adaptive_entropy_coef`,
+    `running_baseline` and `settle`. Coefficients stay where the policy does, at a rate of 0.
 
     Args:
         adaptive: those of this iteration.
-        metrics: of this iteration: policy/old_kl, policy/entropy, reward/total_mean, each where the
-            number that follows it is there.
-        hyperparameters: targets, step and decay.
+        metrics: of this iteration: policy/learning_rate, and policy/old_kl, policy/entropy,
+            reward/total_mean, value/explained_variance, each where a number that follows it is
+            there.
+        step: [] int32, the iterations that are done.
+        hyperparameters: targets, step, decay and tolerance.
     """
-    numbers = hyperparameters
-    moves = {
-        "penalty_coef": lambda x: adaptive_penalty_coef(
-            x, metrics["policy/old_kl"], target_kl=numbers.penalty_target_kl
-        ),
-        "entropy_coef": lambda x: adaptive_entropy_coef(
-            x,
-            metrics["policy/entropy"],
-            target=numbers.target_entropy,
-            step=numbers.entropy_coef_step,
-        ),
-        "baseline": lambda x: running_baseline(
-            x, metrics["reward/total_mean"][None], decay=numbers.baseline_decay
-        ),
-    }
-    following = {name: move(adaptive[name]) for name, move in moves.items() if name in adaptive}
-    if numbers.critic_warmup_tolerance is not None:
-        variance, tolerance = metrics["value/explained_variance"], numbers.critic_warmup_tolerance
-        following |= settle(adaptive, variance, tolerance=tolerance)
+    numbers, following = hyperparameters, dict(adaptive)
+    moved = metrics["policy/learning_rate"] > 0
+    if (coef := adaptive.get("penalty_coef")) is not None:
+        kl, target = metrics["policy/old_kl"], numbers.penalty_target_kl
+        new = adaptive_penalty_coef(coef, kl, target_kl=target)
+        following["penalty_coef"] = jnp.where(moved, new, coef)
+    if (coef := adaptive.get("entropy_coef")) is not None:
+        how = dict(target=numbers.target_entropy, step=numbers.entropy_coef_step)
+        new = adaptive_entropy_coef(coef, metrics["policy/entropy"], **how)
+        following["entropy_coef"] = jnp.where(moved, new, coef)
+    if (baseline := adaptive.get("baseline")) is not None:
+        totals = metrics["reward/total_mean"][None]
+        following["baseline"] = running_baseline(baseline, totals, decay=numbers.baseline_decay)
+    if (tolerance := numbers.critic_warmup_tolerance) is not None:
+        variance = metrics["value/explained_variance"]
+        following |= settle(adaptive, variance, step, tolerance=tolerance)
     return following
 
 
 def settle(
-    adaptive: dict[str, jax.Array], variance: jax.Array, *, tolerance: Any
+    adaptive: dict[str, jax.Array], variance: jax.Array, step: Any, *, tolerance: Any
 ) -> dict[str, jax.Array]:
-    """Whether the explained variance of a critic has settled, after an iteration with `variance`.
+    """Whether the explained variance of a critic has settled, after `step` iterations, of which the
+    last one had `variance`.
 
-    Its running means over about two and five iterations (decays of 1/2 and 4/5) are kept; it has
-    settled, from then on, once they differ by less than the tolerance.
+    Its running means over about two and five iterations (decays of 1/2 and 4/5) are kept; after
+    five iterations at least it has settled, from then on, once they differ by less than the
+    tolerance.
 
     >>> state = dict.fromkeys(("variance_of_two", "variance_of_five"), jnp.float32(0.5))
     >>> state |= {"has_settled": jnp.float32(0.0)}
-    >>> settle(state, jnp.float32(0.9), tolerance=0.1)["has_settled"].item()
-    0.0
-    >>> settle(state, jnp.float32(0.6), tolerance=0.1)["has_settled"].item()
-    1.0
+    >>> variances = [(0.9, 5), (0.6, 5), (0.6, 4)]
+    >>> found = [settle(state, jnp.float32(x), n, tolerance=0.1) for x, n in variances]
+    >>> [one["has_settled"].item() for one in found]
+    [0.0, 1.0, 0.0]
     """
-    old = adaptive["variance_of_two"], adaptive["variance_of_five"]
     two, five = (
-        running_baseline(mean, variance[None], decay=decay)
-        for mean, decay in zip(old, (0.5, 0.8), strict=True)
+        running_baseline(adaptive[name], variance[None], decay=decay)
+        for name, decay in (("variance_of_two", 0.5), ("variance_of_five", 0.8))
     )
-    # Not at the first: both are its own value then.
-    near = ~jnp.isnan(old[0]) & (jnp.abs(two - five) < tolerance)
+    near = (step >= 5) & (jnp.abs(two - five) < tolerance)
     settled = jnp.maximum(adaptive["has_settled"], near.astype(jnp.float32))
     return {"variance_of_two": two, "variance_of_five": five, "has_settled": settled}
 

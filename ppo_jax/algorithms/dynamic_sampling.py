@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from ppo_jax.core.lanes import any_lane
-from ppo_jax.core.masking import zero_padding
+from ppo_jax.core.rewards import whole_scores
 from ppo_jax.core.shaping import groups_with_variance
 from ppo_jax.core.types import Prompts, Rollout
 
@@ -86,9 +86,7 @@ def gather_more(
 
 def groups_of(rollout: Rollout, scores: jax.Array, group_size: int) -> tuple[jax.Array, jax.Array]:
     """(which responses are of groups whose scores vary [B], the mean score)."""
-    if scores.ndim == 2:
-        (scores,) = zero_padding(rollout.response_mask, scores)
-        scores = scores.sum(axis=1)
+    scores = whole_scores(scores, rollout.response_mask)
     return groups_with_variance(scores, group_size=group_size), scores.mean(dtype=jnp.float32)
 
 
@@ -111,7 +109,7 @@ def gather(
     """
     keys = rollout_keys(key, len(prompts))
     first = gather_first(*sample(prompts[0], keys[0]), group_size=group_size)
-    later = jax.tree.map(lambda *x: jnp.stack(x), *prompts)
+    batches = jax.tree.map(lambda *x: jnp.stack(x), *prompts)
 
     def goes_on(carry):
         gathered, number = carry
@@ -119,7 +117,7 @@ def gather(
 
     def once_more(carry):
         gathered, number = carry
-        given = jax.tree.map(lambda x: x[number], later), keys[number]
+        given = jax.tree.map(lambda x: x[number], batches), keys[number]
         return gather_more(gathered, *sample(*given), group_size=group_size), number + 1
 
     return jax.lax.while_loop(goes_on, once_more, (first, jnp.int32(1)))[0]

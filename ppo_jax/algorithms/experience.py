@@ -24,9 +24,7 @@ from ppo_jax.core.advantages import gae, length_adaptive_lambda, whiten
 from ppo_jax.core.critic_free import running_baseline
 from ppo_jax.core.critics import ensemble_values, mask_agreed_advantages
 from ppo_jax.core.importance import CORRECTIONS, importance_weights
-from ppo_jax.core.kl import (
-    kl_estimate,
-)
+from ppo_jax.core.kl import kl_estimate
 from ppo_jax.core.masking import last_token_index, masked_mean, masked_moments
 from ppo_jax.core.named import (
     call_named,
@@ -38,7 +36,7 @@ from ppo_jax.core.named import (
 )
 from ppo_jax.core.network import last_outputs, merge_params
 from ppo_jax.core.renamed import renamed
-from ppo_jax.core.rewards import token_rewards, token_scores
+from ppo_jax.core.rewards import token_rewards, token_scores, whole_scores
 from ppo_jax.core.shaping import score_deviation
 from ppo_jax.core.types import (
     Experience,
@@ -151,8 +149,8 @@ def make_experience(
     """Rewards, advantages and returns of a rollout.
 
     With `options.keep_samples` it is that of the kept responses alone. The estimator of advantages
-    still sees all of them, so that one that compares the samples of a prompt compares them all;
-    advantages are then whitened over the tokens of those that are kept.
+    still sees all of them, so that one that compares the samples of a prompt, or whitens by itself,
+    does so over all; those of a critic are then whitened over the tokens of those that are kept.
 
     Args:
         rollout: B responses.
@@ -173,7 +171,7 @@ def make_experience(
         ValueError: the advantages need a critic and networks or state have none, or the other way
             round; or greedy responses, likewise.
     """
-    check_critic(options, networks, state)
+    check_critic(options, networks, state, hyperparameters)
     if reads_greedy(options.advantage) != (greedy is not None):
         rule = "needs no greedy responses" if greedy else "needs greedy responses"
         raise ValueError(f"{function_name(options.advantage)} {rule}")
@@ -208,11 +206,11 @@ def make_experience(
     )
     metrics |= weight_metrics | baseline_metrics
     if stds is not None:
-        metrics["value/disagreement"] = masked_mean(stds, mask)
+        metrics["value/disagreement"] = masked_mean(stds, learned)
         if (fraction := numbers.agreed_fraction) is not None:
             advantages = mask_agreed_advantages(advantages, stds, learned, fraction=fraction)
     if values is not None and returns is not None:
-        metrics |= critic_metrics(values, returns, mask)
+        metrics |= critic_metrics(values, returns, learned)
     experience = Experience(
         policy_inputs=policy_inputs,
         mask=rollout.mask,
@@ -231,8 +229,15 @@ def make_experience(
     return experience, metrics
 
 
-def check_critic(options: PPOOptions, networks: PPONetworks, state: PPOState) -> None:
-    """Networks and state have a critic where the advantages need one, and nowhere else."""
+def check_critic(
+    options: PPOOptions, networks: PPONetworks, state: PPOState, hyperparameters: Hyperparameters
+) -> None:
+    """Networks and state have a critic where the advantages need one, and nowhere else; several
+    have values that may agree, and no bins."""
+    if options.num_critics > 1 and hyperparameters.value_range is not None:
+        raise ValueError("several critics have no bins: value_range must be None")
+    if options.num_critics == 1 and hyperparameters.agreed_fraction is not None:
+        raise ValueError("one critic agrees with itself: agreed_fraction must be None")
     needed, name = reads_values(options.advantage), function_name(options.advantage)
     rule = "needs a critic" if needed else "needs no critic"
     if needed != (networks.value is not None):
@@ -311,7 +316,6 @@ def estimate_advantages(
         offered["gae_lambda"] = length_adaptive_lambda(mask, alpha=numbers.gae_lambda_alpha)
     if values is not None:
         offered["values"] = values
-    offered |= more or {}
     estimated = call_named(options.advantage, offered)
     advantages, returns = estimated if isinstance(estimated, tuple) else (estimated, None)
     chex.assert_shape(advantages, mask.shape[: advantages.ndim])
@@ -362,9 +366,7 @@ def greedy_baseline(
     They are shaped as scores are, and without the KL penalty, which is of sampled tokens.
     """
     mask = responses.response_mask
-    if scores.ndim == 2:
-        scores = token_scores(scores, mask).sum(axis=1)
-    how = dict(missing_eos=options.missing_eos)
+    scores, how = whole_scores(scores, mask), dict(missing_eos=options.missing_eos)
     shaped = shape_scores(scores, mask, responses.has_eos, state, hyperparameters, **how)
     metrics = {
         "reward/greedy_score_mean": scores.mean(),

@@ -17,6 +17,7 @@ from ppo_jax.core.named import (
     function_name,
     reads_behavior,
     reads_greedy,
+    reads_values,
 )
 from ppo_jax.core.network import Network
 from ppo_jax.core.policy_losses import clipped_policy_loss
@@ -44,8 +45,7 @@ class PPONetworks(NamedTuple):
 
     policy: Network
     value: Network | None = None  # None: advantages come without a critic
-    reward: Network | RewardEnsemble | None = None  # None: scores come from outside; several read
-    # tokens
+    reward: Network | RewardEnsemble | None = None  # None: scores come from outside
     trunk: Network | None = None
     value_on_trunk: bool = False
     reward_on_trunk: bool = False
@@ -67,8 +67,9 @@ class PPOOptions:
     """What shapes the program of an iteration; the numbers are in `Hyperparameters`.
 
     Raises:
-        ValueError: a choice is unknown, a count less than 1, or the estimator one that leads away
-            from the reference.
+        ValueError: a choice is unknown, a count not possible, the estimator of the KL one that
+            leads away from the reference, or an estimator of advantages or a loss that does not go
+            with another option.
     """
 
     sampling: Sampling
@@ -114,6 +115,13 @@ class PPOOptions:
         if reads_greedy(self.advantage) and self.max_rollouts > 1:
             rule = "needs max_rollouts=1: its greedy responses are to the prompts of one rollout"
             raise ValueError(f"{function_name(self.advantage)} {rule}")
+        if reads_greedy(self.advantage) and self.whiten_rewards:
+            rule = "needs whiten_rewards=False: greedy scores are not scaled"
+            raise ValueError(f"{function_name(self.advantage)} {rule}")
+        if self.num_critics > 1 and not reads_values(self.advantage):
+            raise ValueError(
+                f"{function_name(self.advantage)} needs no critic, got {self.num_critics} critics"
+            )
         if reads_behavior(self.loss) and self.old_logprobs != "recompute":
             rule = 'needs old_logprobs="recompute": otherwise its two policies are one'
             raise ValueError(f"{function_name(self.loss)} {rule}")

@@ -120,7 +120,7 @@ def update_from_rollout(
         step=step,
         episodes=state.episodes + batch_size * num_rollouts,
         kl_coef=kl_coef,
-        adaptive=next_adaptive(state.adaptive, metrics, hyperparameters),
+        adaptive=next_adaptive(state.adaptive, metrics, step, hyperparameters),
         ref_params=next_reference(state.ref_params, state.policy_params, step, hyperparameters),
     )
     metrics |= {"reward/episodes": state.episodes}
@@ -166,9 +166,10 @@ def ppo_iteration(
     """One whole iteration with a learned reward model: a single program.
 
     Args:
-        state: policy, critic and optimizer, updated in the result.
+        state: all that an iteration changes.
         hyperparameters: every number.
-        prompts: B prompts; with `options.max_rollouts` so many times B prompts.
+        prompts: one for each samples_per_prompt of the B responses; with `options.max_rollouts` a
+            tuple of so many.
         key: consumed; `jax.random.fold_in(root_key, state.step)` makes a resumed run the same run.
         frozen: reference, reward model, trunk.
         networks: `networks.reward` is not None.
@@ -178,7 +179,8 @@ def ppo_iteration(
         (state, metrics).
 
     Raises:
-        ValueError: there are not `options.max_rollouts` batches of prompts.
+        ValueError: there are not `options.max_rollouts` batches of prompts; and as
+            `make_experience`.
     """
     parts = dict(frozen=frozen, networks=networks, options=options)
     rollout_key, shuffle_key = jax.random.split(key)

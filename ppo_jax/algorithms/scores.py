@@ -17,8 +17,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from ppo_jax.core.masking import zero_padding
-from ppo_jax.core.rewards import missing_eos_scores
+from ppo_jax.core.rewards import missing_eos_scores, whole_scores
 from ppo_jax.core.shaping import (
     clip_scores,
     length_penalty,
@@ -39,8 +38,8 @@ def count_scores(state: PPOState, scores: jax.Array, mask: jax.Array) -> PPOStat
     """
     if state.score_moments is None:
         return state
-    whole = zero_padding(mask, scores)[0].sum(axis=1) if scores.ndim == 2 else scores
-    return dataclasses.replace(state, score_moments=update_moments(state.score_moments, whole))
+    moments = update_moments(state.score_moments, whole_scores(scores, mask))
+    return dataclasses.replace(state, score_moments=moments)
 
 
 def shape_scores(

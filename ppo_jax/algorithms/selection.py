@@ -6,7 +6,7 @@ Dimension key: B responses, K kept ones, T response tokens.
 import jax
 import jax.numpy as jnp
 
-from ppo_jax.core.masking import zero_padding
+from ppo_jax.core.rewards import whole_scores
 from ppo_jax.core.shaping import best_and_worst
 from ppo_jax.core.types import Experience
 
@@ -27,7 +27,7 @@ def extreme_responses(
 
     Reference: Zhang et al. 2024, https://arxiv.org/abs/2409.06957 (PF-PPO).
     """
-    whole = zero_padding(mask, scores)[0].sum(axis=1) if scores.ndim == 2 else scores
+    whole = whole_scores(scores, mask)
     return best_and_worst(whole, group_size=group_size, keep=keep_samples // 2)
 
 

@@ -10,10 +10,7 @@ from typing import Any, ClassVar
 
 from ppo_jax.config.parsing import Limit, changeable
 from ppo_jax.config.ppo_checks import check_ppo
-from ppo_jax.config.stages import (
-    LoRASettings,
-    OptimizerSettings,
-)
+from ppo_jax.config.stages import LoRASettings, OptimizerSettings
 
 # Numbers of PPO, each with the value at which it is no part of the program.
 LEFT_OUT = {
@@ -261,6 +258,11 @@ class PPOSettings:
         """Responses of an iteration that are learned from."""
         kept = self.keep_samples or self.samples_per_prompt
         return self.rollout_batch_size // self.samples_per_prompt * kept
+
+    @property
+    def reference_moves(self) -> bool:
+        """Whether the reference is another one in later iterations."""
+        return self.ref_ema_decay < 1 or self.ref_reset_every > 0
 
     @property
     def critic_has_optimizer(self) -> bool:

@@ -169,6 +169,12 @@ def check_adaptation(settings: Any, check: Check):
     check.each("in [0, 1]", "ref_ema_decay")
     once = settings.ref_ema_decay == 1 or settings.ref_reset_every == 0
     check.that(once, "ref_reset_every", "0 unless ref_ema_decay is 1: one or the other")
+    rule = "'fixed' with a reference that moves: the KL from it falls whenever it does"
+    fixed = settings.kl_control == "fixed" or not settings.reference_moves
+    check.that(fixed, "kl_control", rule)
+    rule = "1 with trainable='lora': the mean of two adapters is not that of their weights"
+    whole = settings.trainable != "lora" or settings.ref_ema_decay == 1
+    check.that(whole, "ref_ema_decay", rule)
     unread = settings.entropy_coef_step == type(settings).entropy_coef_step
     rule = f"{type(settings).entropy_coef_step:g} without target_entropy"
     check.that(settings.target_entropy > 0 or unread, "entropy_coef_step", rule)
@@ -189,13 +195,20 @@ def check_methods(settings: Any, check: Check):
         check.that(settings.gamma == 1, "gamma", rule)
     of_losses = ("dual_clip", "penalty_coef", "divergence_limit", "behavior_weight_limit")
     of_losses += ("covariance_fraction", "covariance_low", "covariance_high")
+    of_losses += ("clip_range", "clip_range_high")
     for field in of_losses:
         rule = f"{getattr(type(settings), field):g} unless the loss takes it"
         unread = getattr(settings, field) == getattr(type(settings), field)
-        check.that(field in loss or unread, field, rule)
+        no_clip = field == "clip_range" and settings.clip_range == math.inf
+        check.that(field in loss or unread or no_clip, field, rule)
     rule = "0 unless the loss takes a penalty_coef"
-    possible = "penalty_coef" in loss or settings.penalty_target_kl == 0
-    check.that(possible, "penalty_target_kl", rule)
+    adapts = settings.penalty_target_kl > 0
+    check.that("penalty_coef" in loss or not adapts, "penalty_target_kl", rule)
+    rule = "> 0 with penalty_target_kl: 0 doubled is 0"
+    check.that(settings.penalty_coef > 0 or not adapts, "penalty_coef", rule)
+    rule = f"False with advantage={settings.advantage!r}: greedy scores are not scaled"
+    scaled = settings.whiten_rewards and needs_greedy(settings.advantage)
+    check.that(not scaled, "whiten_rewards", rule)
     unread = settings.baseline_decay == type(settings).baseline_decay
     rule = f"{type(settings).baseline_decay:g} unless the advantage takes a baseline"
     check.that(keeps_baseline(settings.advantage) or unread, "baseline_decay", rule)
@@ -223,6 +236,9 @@ def check_critic(settings: Any, check: Check):
     check.each(">= 0", "critic_warmup_tolerance")
     possible = settings.critic_warmup > 0 or settings.critic_warmup_tolerance == 0
     check.that(possible, "critic_warmup_tolerance", "0 without critic_warmup")
+    rule = f"{type(settings).gae_lambda:g} with gae_lambda_alpha, which is in its place"
+    unread = settings.gae_lambda == type(settings).gae_lambda
+    check.that(unread or settings.gae_lambda_alpha == 0, "gae_lambda", rule)
     own = settings.value_gae_lambda
     check.that(own == -1 or 0 <= own <= 1, "value_gae_lambda", "in [0, 1], or -1")
     steps = (
@@ -240,7 +256,7 @@ def check_critic(settings: Any, check: Check):
         return
     defaults = {"critic_warmup": 0, "value_updates": 1, "value_num_minibatches": 0}
     defaults |= {"gae_lambda_alpha": 0, "value_gae_lambda": -1, "value_bins": 0}
-    defaults |= {"num_critics": 1}
+    defaults |= {"num_critics": 1, "whiten_advantages": True}
     for field, default in defaults.items():
         rule = f"{default} with advantage={settings.advantage!r}, which has no critic"
         check.that(getattr(settings, field) == default, field, rule)

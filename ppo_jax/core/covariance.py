@@ -237,8 +237,8 @@ def kl_cov_policy_loss(
         normalizer: what the sum is divided by; None is the count of the mask.
 
     Returns:
-        (loss, metrics): those of `clipped_policy_loss`; policy/clip_fraction is the share of tokens
-        that pay the penalty.
+        (loss, metrics): those of `clipped_policy_loss`, and policy/penalised_fraction, the share of
+        tokens that pay the penalty.
 
     Reference: Cui et al. 2025, https://arxiv.org/abs/2505.22617, section 4.3.
 
@@ -264,7 +264,9 @@ def kl_cov_policy_loss(
     penalty = jnp.where(is_penalised, penalty_coef * jnp.abs(log_ratio), 0.0)
     mean = functools.partial(masked_mean, mask=mask, normalizer=normalizer)
     loss = mean(weighted(-advantages * ratio + penalty, weights))
-    return loss, surrogate_metrics(loss, is_penalised, log_ratio, ratio, mask, mean)
+    metrics = surrogate_metrics(loss, jnp.zeros_like(mask), log_ratio, ratio, mask, mean)
+    share = jax.lax.stop_gradient(mean(is_penalised.astype(jnp.float32)))
+    return loss, metrics | {"policy/penalised_fraction": share}
 
 
 # The inputs of a loss that are tokens of a whole minibatch, each with the function that chooses

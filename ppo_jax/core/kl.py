@@ -162,7 +162,7 @@ def adaptive_penalty_coef(coef: Number, kl: Number, *, target_kl: Number) -> jax
 
     Args:
         coef: coefficient of this iteration, that of `kl_penalty_policy_loss`.
-        kl: KL(old || new) after this iteration, in nats per token: its metric policy/penalty_kl.
+        kl: KL(old || new) after this iteration, in nats per token: its metric policy/old_kl.
         target_kl: KL to hold, in nats per token; above 0.
 
     Returns:

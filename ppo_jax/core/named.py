@@ -12,8 +12,8 @@ from typing import Any
 
 # What is offered to an estimator of advantages and to a loss of the policy, beside the numbers of
 # `Hyperparameters`. See `estimate_advantages` and `experience_loss`.
-ADVANTAGE_INPUTS = ("rewards", "values", "mask", "scores", "greedy_scores", "group_size")
-ADVANTAGE_INPUTS += ("baseline",)
+ADVANTAGE_INPUTS = ("rewards", "values", "mask", "scores", "group_size")
+ADVANTAGE_INPUTS += ("baseline", "greedy_scores")
 LOSS_INPUTS = ("logprobs", "old_logprobs", "advantages", "mask", "weights", "segment_ids")
 LOSS_INPUTS += ("normalizer", "behavior_logprobs", "dropped_mask", "penalty_mask")
 

@@ -78,6 +78,23 @@ def token_scores(scores: jax.Array, mask: jax.Array) -> jax.Array:
     return jnp.where(is_last, scores.astype(jnp.float32)[:, None], 0.0)
 
 
+def whole_scores(scores: jax.Array, mask: jax.Array) -> jax.Array:
+    """The score of each response: the sum of those of its tokens, where they have scores.
+
+    Args:
+        scores: [B] float, one per response, or [B, T] float, one per token; what padding holds has
+            no effect.
+        mask: [B, T] bool, True on response tokens.
+
+    Returns:
+        [B] float32.
+
+    >>> whole_scores(jnp.array([[1.0, 2.0, jnp.nan]]), jnp.array([[True, True, False]])).item()
+    3.0
+    """
+    return scores if scores.ndim == 1 else token_scores(scores, mask).sum(axis=1)
+
+
 def missing_eos_scores(
     scores: jax.Array,
     has_eos: jax.Array,

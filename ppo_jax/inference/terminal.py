@@ -203,7 +203,7 @@ def respond_to_file(
     if keep_best:
         rows = best_demonstrations([row for _, _, row in asked], rows, copies)
         left_out = len(asked) - len(rows)
-        print(f"{len(rows)} prompts; {left_out} left out, of which no response ended")
+        print(f"{len(rows)} prompts; {left_out} more left out: all of their responses were cut off")
     write_jsonl(out, rows)
 
 

@@ -9,10 +9,16 @@ from typing import Any
 
 import jax
 
-from ppo_jax.config.objectives import AVERAGE, needs_critic, needs_greedy
+from ppo_jax.config.objectives import (
+    AVERAGE,
+    advantage_function,
+    needs_critic,
+    needs_greedy,
+)
 from ppo_jax.config.ppo import PPOSettings, names_critic
 from ppo_jax.config.run import STAGE_NAMES, Config
 from ppo_jax.config.stages import LoRASettings
+from ppo_jax.core import named as by_name
 from ppo_jax.core.network import merge_params
 from ppo_jax.data.chat import Chat
 from ppo_jax.data.encode import token_rows, unpadded
@@ -142,7 +148,7 @@ def ppo_rows(s: PPOSettings, model: ModelConfig) -> Rows:
             f"{steps} optimizer steps of {minibatch} episodes, {micro_batch} {unit}at a time",
         ),
         *greedy_rows(s),
-        *refill_rows(s),
+        *rollout_rows(s),
         *critic_rows(s),
         *selection_rows(s),
         ("ppo in all", f"{episodes} episodes, {steps * s.num_iterations} optimizer steps"),
@@ -160,7 +166,7 @@ def greedy_rows(s: PPOSettings) -> Rows:
     return [("greedy responses", f"{count} more an iteration, one to each prompt")]
 
 
-def refill_rows(s: PPOSettings) -> Rows:
+def rollout_rows(s: PPOSettings) -> Rows:
     """How often an iteration samples, where it replaces groups of equal scores."""
     if s.max_rollouts == 1:
         return []
@@ -258,6 +264,8 @@ def memory_rows(
         "policy": count(params),
         "reference": 0 if s.trainable == "lora" else policy_trained,
     }
+    if s.reference_moves:
+        memory["moving reference"] = policy_trained
     scorer = 0 if score is None else count(parameters(score))
     alone = score is None or bool(reread_reason(policy, score))  # shares no layer
     critic_trained = 0
@@ -283,8 +291,9 @@ def memory_rows(
         memory["critic"] += (s.num_critics - 1) * critic_trained
         critic_trained *= s.num_critics
     else:
-        unread = "value_trainable, value_learning_rate, vf_coef, value_clip_range and gae_lambda"
-        trains += [("without a critic", f"{unread} are not read")]
+        unread = ["value_trainable", "value_learning_rate", "vf_coef", "value_clip_range"]
+        unread += {"gae_lambda"} - by_name.parameters(advantage_function(s.advantage)).keys()
+        trains += [("without a critic", f"{', '.join(unread)} are not read")]
         if score is not None and not alone and s.trainable not in ("all", "lora"):
             top = count_trained(score.config, parameters(score), s.trainable)
             scorer = min(scorer, top)

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ppo_jax.algorithms.adaptation import moved_reference
 from ppo_jax.algorithms.experience import make_experience, response_scores, sample_responses
 from ppo_jax.algorithms.greedy import greedy_options, greedy_responses
 from ppo_jax.algorithms.options import PPOOptions
@@ -155,7 +156,7 @@ def score(state, hyperparameters, rollout, greedy=None, *, frozen, networks, opt
         scores = response_scores(responses, frozen=frozen, networks=networks, eos_id=eos_id)
         return responses, scores
 
-    parts = dict(frozen=frozen, networks=networks, options=options)
+    parts = dict(frozen=moved_reference(frozen, state), networks=networks, options=options)
     greedy = None if greedy is None else scored(greedy)
     return make_experience(*scored(rollout), state, hyperparameters, greedy=greedy, **parts)
 
@@ -327,7 +328,7 @@ def analytic_flops(
     adapters = (passes - 1) * policy.num_layers * trained[0].adapter_flops
     if critic is not None:
         trained.append(trained_parts(critic, s.value_trainable, trunks[1], s.lora, "scalar"))
-        adapters += critic.num_layers * trained[1].adapter_flops
+        adapters += s.num_critics * critic.num_layers * trained[1].adapter_flops
     positions = s.rollout_batch_size * (s.max_prompt_length + s.response_length - 1)
     reward = None if models.reads_text else models.reward
     kernels |= dict(value_outputs=s.value_bins or 1, num_critics=s.num_critics)
@@ -342,7 +343,7 @@ def analytic_flops(
     for config in () if s.reward_rule == AVERAGE else models.others:
         scoring += forward_flops(
             config,
-            sequences=s.rollout_batch_size,
+            sequences=s.rollout_batch_size + count,
             positions=s.max_prompt_length + s.response_length,
             attended=attended_in_row(config, s.max_prompt_length + s.response_length, platform),
             outputs=1,

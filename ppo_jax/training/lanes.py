@@ -274,6 +274,8 @@ def table_of(program: Program, lanes: Sequence[Lane], starts: Sequence[tuple]) -
     jax.tree.map(count, axes, frozen, is_leaf=lambda x: x is None)
     stacked = sum(x.nbytes for x in jax.tree.leaves(frozen) if id(x) not in once)
     state = 3 * sum(x.nbytes for x in jax.tree.leaves(starts[0]))
+    if lanes[0].config.ppo.reference_moves:
+        state += sum(x.nbytes for x in jax.tree.leaves(starts[0][0]))
     each = state + stacked // len(lanes)
     rows = [
         ("lanes", f"{len(lanes)} as one program, which differ in {', '.join(differ) or 'nothing'}"),

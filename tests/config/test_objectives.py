@@ -41,6 +41,7 @@ def greedy(scores, reference_text):
     return scores
 
 
+MOVING = {"ref_ema_decay": 0.9, "kl_control": "fixed"}
 BINS = {"value_bins": 8, "value_range": (-3.0, 2.0)}
 
 
@@ -105,6 +106,17 @@ def test_what_an_estimator_needs_is_known_from_its_parameters():
         (DECOUPLED | {"old_logprobs": "rollout"}, "old_logprobs must be 'recompute' with loss="),
         (DECOUPLED | {"behavior_weight_limit": 0.0}, "ppo.behavior_weight_limit must be > 0"),
         ({"value_gae_lambda": 1.5}, r"in \[0, 1\], or -1"),
+        ({"loss": "policy_gradient", "clip_range": 0.1}, "clip_range must be 0.2 unless the loss"),
+        ({"loss": "kl_cov", "clip_range_high": 0.3}, "clip_range_high must be 0 unless the loss"),
+        (
+            {"loss": "kl_penalty", "penalty_target_kl": 0.1, "penalty_coef": 0.0},
+            "penalty_coef must be > 0 with penalty_target_kl",
+        ),
+        ({"advantage": "remax", "whiten_rewards": True}, "whiten_rewards must be False with adv"),
+        ({"advantage": "remax", "whiten_advantages": False}, "whiten_advantages must be True with"),
+        ({"ref_reset_every": 2, "kl_control": "adaptive"}, "kl_control must be 'fixed' with a"),
+        ({"ref_ema_decay": 0.9, "trainable": "lora"}, "ref_ema_decay must be 1 with trainable="),
+        ({"gae_lambda_alpha": 0.1, "gae_lambda": 0.5}, "gae_lambda must be 0.95 with gae_lambda_a"),
         ({"critic_warmup_tolerance": 0.1}, "tolerance must be 0 without critic_warmup"),
         ({"value_updates": 0}, "> 0"),
         ({"value_num_minibatches": 5}, "value_num_minibatches x num_micro_batches"),
@@ -177,7 +189,7 @@ METHODS = [
     {"advantage": "rloo", "loss": "policy_gradient", "packing": True, "num_micro_batches": 2},
     {"advantage": f"{HERE}:half", "loss": f"{HERE}:plain"},
     {"loss": "kl_penalty", "clip_range": math.inf, "critic_warmup": 1, "value_gae_lambda": 1.0},
-    {"advantage": "reinforce", "baseline_decay": 0.5, "gamma": 0.9, "ref_ema_decay": 0.9},
+    {"advantage": "reinforce", "baseline_decay": 0.5, "gamma": 0.9, **MOVING},
     {"advantage": "remax", "missing_eos": "penalty"},
     {"loss": "dppo", "value_updates": 2, "gae_lambda_alpha": 0.05},
     {"loss": "clip_cov", "covariance_low": 0.0, "packing": True, "num_micro_batches": 2},

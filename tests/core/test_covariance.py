@@ -74,7 +74,7 @@ def test_kl_cov_adds_a_penalty_to_the_top_tokens(fraction):
     )
     np.testing.assert_allclose(total, value, rtol=1e-5)
     share = len(order) / MASK.sum()
-    np.testing.assert_allclose(metrics["policy/clip_fraction"], share, rtol=1e-6)
+    np.testing.assert_allclose(metrics["policy/penalised_fraction"], share, rtol=1e-6)
 
 
 def test_nothing_is_chosen_where_nothing_counts():

@@ -11,8 +11,10 @@ MOVING = {
     "of coefficients": dict(
         loss="kl_penalty", penalty_target_kl=1e-4, target_entropy=1.0, entropy_coef=0.01
     ),
-    "of the reference": dict(advantage="reinforce", ref_ema_decay=0.9),
-    "of adapters": dict(trainable="lora", value_trainable="lora", ref_reset_every=2),
+    "of the reference": dict(advantage="reinforce", ref_ema_decay=0.9, kl_control="fixed"),
+    "of adapters": dict(
+        trainable="lora", value_trainable="lora", ref_reset_every=2, kl_control="fixed"
+    ),
 }
 
 
