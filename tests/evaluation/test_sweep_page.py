@@ -182,6 +182,16 @@ def test_many_settings_are_ranked_and_the_best_are_shown(tmp_path):
     assert axes.get_ylabel() == "a  ·  b"
 
 
+def test_long_values_leave_room_for_the_figure():
+    paths = tuple(f"runs/of_a_long_name/reward_models/{i}/reward" for i in range(4))
+    settings = search(3)
+    for setting in settings:
+        setting.values["ppo.other_reward_models"] = paths[: len(paths) - settings.index(setting)]
+    axes = drawn(sweep_plots.estimates(settings, WIN, "win rate"))
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert max(map(len, labels)) <= 60 and len(set(labels)) == 3
+
+
 def test_six_curves_at_most(tmp_path):
     every = {name: 1.0 for name in ("eval/gold_score", "value/explained_variance")}
     every |= {"eval/kl": 2.0, "response/length": 2.0, "policy/clip_fraction": 0.1}

@@ -33,6 +33,16 @@ MOST_NAMED = 8  # settings that a legend names; of more the colour alone tells
 Runs = Mapping[int, Sequence[Sequence[dict]]]
 
 
+def shortened(text: str, most: int = 60) -> str:
+    """A text that leaves room for the figure beside it: of a path its end.
+
+    >>> shortened("0.001"), shortened("runs/reward_models/0123456789/reward", most=20)
+    ('0.001', 'runs/r…456789/reward')
+    """
+    begin = most // 3
+    return text if len(text) <= most else f"{text[:begin]}…{text[begin + 1 - most :]}"
+
+
 def colours(count: int) -> list[str]:
     """Of so many settings, in their order: dark to light, readable on white and on black."""
     return [to_hex(SHADES(0.12 + 0.72 * i / max(count - 1, 1))) for i in range(count)]
@@ -63,7 +73,7 @@ def sweep_curves(
                 axes.plot(steps, values, color=shades[i], lw=0.6, alpha=0.35)
             steps, mean = mean_line(some)
             shown = smooth(mean) if len(mean) >= 12 else mean
-            axes.plot(steps, shown, color=shades[i], lw=1.7, label=settings[i].name)
+            axes.plot(steps, shown, color=shades[i], lw=1.7, label=shortened(settings[i].name))
         axes.set(xlabel=labels[0], ylabel=labels[1])
         axes.margins(x=0.02)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, steps=[1, 2, 5, 10]))
@@ -102,7 +112,7 @@ def score_against_kl(settings: Sequence[Setting], runs: Runs, score: str, kl: st
         for i, some in paths.items():
             mean = np.mean([x[: min(map(len, some))] for x in some], axis=0)
             shown = np.array([smooth(x) for x in mean.T]) if len(mean) >= 12 else mean.T
-            axes.plot(*shown, color=shades[i], lw=1.7, label=settings[i].name)
+            axes.plot(*shown, color=shades[i], lw=1.7, label=shortened(settings[i].name))
             last = 5 if len(mean) >= 12 else 1  # of a long run without its noise
             ends = np.array([x[-last:].mean(axis=0) for x in some])
             axes.scatter(*ends.T, color=[shades[i]], s=16, lw=0, zorder=3)
@@ -137,8 +147,10 @@ def estimates(settings: Sequence[Setting], metric: str, label: str) -> Draw | No
             axes.scatter([estimate.mean], [at], color=[shade], s=30, zorder=3)
         axes.set(xlabel=label, yticks=range(len(order)), ylim=(len(order) - 0.4, -0.6))
         values = [[short_value(s.values.get(name)) for name in names] for s, _ in order]
-        axes.set_yticklabels(["  ·  ".join(row) for row in values])
-        axes.set_ylabel("  ·  ".join(map(field_name, names)))
+        axes.set_yticklabels(
+            [shortened("  ·  ".join(shortened(x, most=26) for x in row)) for row in values]
+        )
+        axes.set_ylabel(shortened("  ·  ".join(map(field_name, names))))
         axes.grid(axis="y", visible=False)
         axes.tick_params(axis="y", length=0)
         frame(axes, [e for _, e in order])
