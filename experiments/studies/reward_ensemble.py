@@ -2,11 +2,15 @@
 
     python experiments/train_sft.py --config=experiments/studies/methods.py:tiny \
         --workdir=runs/reward_models/0
-    for SEED in 0 1 2; do
-        python experiments/train_reward.py --config=experiments/studies/methods.py:tiny \
-            --workdir=runs/reward_models/$SEED --config.seed=$SEED \
-            --config.reward.init_from=runs/reward_models/0/sft
-    done
+    python experiments/train_reward.py --config=experiments/studies/methods.py:tiny \
+        --workdir=runs/reward_models/0 --config.seed=0 \
+        --config.reward.init_from=runs/reward_models/0/sft
+    python experiments/train_reward.py --config=experiments/studies/methods.py:tiny \
+        --workdir=runs/reward_models/1 --config.seed=1 \
+        --config.reward.init_from=runs/reward_models/0/sft
+    python experiments/train_reward.py --config=experiments/studies/methods.py:tiny \
+        --workdir=runs/reward_models/2 --config.seed=2 \
+        --config.reward.init_from=runs/reward_models/0/sft
     python experiments/sweep.py --config=experiments/studies/reward_ensemble.py:tiny \
         --workdir=runs/reward_ensemble --vectorize
 
