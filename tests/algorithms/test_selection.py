@@ -48,13 +48,14 @@ def test_the_experience_is_that_of_a_rollout_of_the_kept_responses(of_tokens, ol
         scores = token_scores(scores, rollout.response_mask)
     got, metrics = run.experience(rollout, scores)
     run.parts["options"] = options(old_logprobs=old_logprobs)
-    expected, _ = run.experience(of_rows(rollout, KEPT), scores[KEPT])
+    expected, of_kept = run.experience(of_rows(rollout, KEPT), scores[KEPT])
     chex.assert_trees_all_equal_shapes(got, expected)
     tiny.leaves_close(got, expected, rtol=1e-5, atol=1e-6)
     assert np.abs(expected.advantages).max() > 0.1
-    # What is measured is of all responses.
+    # What is measured is of all responses, but for the critic, of those that it learns.
     assert metrics["reward/score_mean"] == pytest.approx(SCORES.mean())
     _, whole = run.experience(rollout, scores)
+    whole |= {name: x for name, x in of_kept.items() if name.startswith("value/")}
     tiny.leaves_close(metrics, whole, rtol=1e-5, atol=1e-6)
 
 

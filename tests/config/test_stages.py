@@ -49,8 +49,6 @@ NUMBERS = dict(
     value_gae_lambda=0.9,
     kl_loss_coef=0.1,
     target_entropy=1.0,
-    ref_ema_decay=0.9,
-    ref_reset_every=100.0,
 )
 CHANGES = {
     "learning_rate": 2e-3,
@@ -87,12 +85,12 @@ CHANGES = {
     "kl_loss_coef": 0.5,
     "target_entropy": 100.0,
     "entropy_coef_step": 0.1,
-    "ref_ema_decay": 0.1,
-    "ref_reset_every": 1.0,
 }
 OF_CHOICES = {  # numbers that one choice reads: (it, a value, another)
     "dual_clip": (dict(loss=dual_clip_policy_loss), 1.001, 1.2),
     "penalty_coef": (dict(loss=kl_penalty_policy_loss), 0.1, 2.0),
+    "ref_ema_decay": ({}, 0.1, 0.9),
+    "ref_reset_every": ({}, 1.0, 100.0),
     "penalty_target_kl": (dict(loss=kl_penalty_policy_loss), 1e-7, 10.0),
     "divergence_limit": (dict(loss=dppo_policy_loss), 1e-4, 0.5),
     "covariance_fraction": (dict(loss=kl_cov_policy_loss), 0.05, 0.5),

@@ -7,7 +7,7 @@ import method_tables
 import pytest
 import study_tables
 from method_tables import COST, EQUAL, RATE, SCORE, SHARE
-from studies import late_reward, methods, methods_acting
+from studies import late_reward, methods, methods_acting, reward_ensemble
 
 
 def row(point, *, cost=None, curve=None, **metrics):
@@ -25,7 +25,8 @@ def test_every_method_gets_the_same_search(name):
     searched = collections.defaultdict(set)
     for point in study_tables.STUDIES[name].sweep():
         searched[method_tables.method_of(point)].add((point[RATE], point["ppo.seed"]))
-    rates = methods.RATES if name == "methods" else methods_acting.RATES
+    of = {"methods": methods, "reward_ensemble": reward_ensemble}
+    rates = of.get(name, methods_acting).RATES
     every = {(rate, seed) for rate in rates for seed in range(methods.SEEDS)}
     assert list(searched.values()) == [every] * len(study_tables.ROWS[name])
 

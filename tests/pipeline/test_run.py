@@ -211,11 +211,11 @@ def test_sft_on_completions_reward_on_preferences_and_ppo_on_a_function(workdir,
 
 
 def test_several_reward_models_are_a_function_as_the_docs_have_it(workdir):
-    (code,) = (x for x in python_blocks(PAGES["training.md"]) if "ensemble_scores" in x)
+    (code,) = (x for x in python_blocks(PAGES["methods.md"]) if "ensemble_scores" in x)
     for number, step in enumerate((3, 6)):
         code = code.replace(f"runs/rm{number}/reward", f"{workdir}/reward@{step}")
     names = {}
-    exec(compile(code, "docs/training.md", "exec"), names)
+    exec(compile(code, "docs/methods.md", "exec"), names)
     asked = (["the film is"] * 2, [" good", " bad and dull"], [True, False])
     first, second = (score_responses(model, *asked) for model in names["MODELS"])
     assert np.abs(first - second).min() > 1e-4

@@ -185,7 +185,7 @@ def test_a_stage_folder_is_no_base_model(workdir, tmp_path):
     values = tiny_run.on_base(workdir, ppo={"init_from": "base", "reward_model": ""})
     values["ppo"]["reward_function"] = "tests.support.tiny_run:letters"
     values["model"]["path"] = str(workdir / "sft")
-    refused(values, tmp_path, "got the stage folder .*/sft': name it as reward.init_from")
+    refused(values, tmp_path, "got the stage folder .*/sft': name it as sft.init_from")
 
 
 def test_a_missing_file_is_missed_before_the_base_model_is_looked_for(workdir, tmp_path):
