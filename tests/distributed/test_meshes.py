@@ -210,7 +210,7 @@ def test_kl_cov_chooses_the_tokens_that_it_chooses_on_one_device():
     tiny.leaves_close(moment(mine.opt_state), moment(one.opt_state), rtol=1e-4, atol=1e-7)
     tiny.leaves_close(metrics, one_metrics, rtol=1e-4, atol=1e-6)
     share = int(0.2 * e.response_mask.sum()) / e.response_mask.sum()
-    np.testing.assert_allclose(metrics["policy/clip_fraction"], share, rtol=1e-5)
+    np.testing.assert_allclose(metrics["policy/penalised_fraction"], share, rtol=1e-5)
 
 
 @pytest.mark.parametrize("shape", MESHES)
