@@ -340,16 +340,9 @@ def analytic_flops(
     if count and reward is not None:
         how = dict(policy_passes=0, trunks=trunks)
         scoring += scoring_flops(policy, None, reward, **how, **kernels, **greedy)
+    whole, texts = s.max_prompt_length + s.response_length, s.rollout_batch_size + count
     for config in () if s.reward_rule == AVERAGE else models.others:
-        scoring += forward_flops(
-            config,
-            sequences=s.rollout_batch_size + count,
-            positions=s.max_prompt_length + s.response_length,
-            attended=attended_in_row(config, s.max_prompt_length + s.response_length, platform),
-            outputs=1,
-            head="scalar",
-            platform=platform,
-        )
+        scoring += score_flops(config, texts, whole, platform)
     flops = {
         "rollout": rollout_flops(
             policy,
@@ -378,16 +371,21 @@ def analytic_flops(
         flops["greedy rollout"] = rollout_flops(policy, slots=slots, group=group, **greedy)
     if models.reads_text:
         width = text_width(s, models.reward)
-        flops["reward model"] = forward_flops(
-            models.reward,
-            sequences=s.rollout_batch_size + count,
-            positions=width,
-            attended=attended_in_row(models.reward, width, platform),
-            outputs=1,
-            head="scalar",
-            platform=platform,
-        )
+        flops["reward model"] = score_flops(models.reward, texts, width, platform)
     return flops
+
+
+def score_flops(config: ModelConfig, texts: int, width: int, platform: str | None) -> float:
+    """One score for each of some texts of so many tokens, by a reward model that reads tokens."""
+    return forward_flops(
+        config,
+        sequences=texts,
+        positions=width,
+        attended=attended_in_row(config, width, platform),
+        outputs=1,
+        head="scalar",
+        platform=platform,
+    )
 
 
 def trained_parts(

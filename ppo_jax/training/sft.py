@@ -75,15 +75,8 @@ def train_sft(config: Config, workdir: Path, base: str, data: Texts):
     texts, unseen = data
     num_steps = count_steps(settings, len(texts.tokens))
     model = with_adapters(model, settings.trainable, settings.lora, config.seed, layout)
-    start, parts = open_stage(
-        SFT,
-        config,
-        workdir,
-        model,
-        num_steps=num_steps,
-        data=fingerprint(texts),
-        sources={"init_from": model},
-    )
+    about = dict(data=fingerprint(texts), sources={"init_from": model})
+    start, parts = open_stage(SFT, config, workdir, model, num_steps=num_steps, **about)
     network = policy_network(model.config, start_layer=start, constrain=layout.constrain)
     trunk_params, frozen = freeze((parts.trunk, parts.frozen), layout, config.model.frozen_dtype)
     rows_of = functools.partial(
@@ -96,7 +89,7 @@ def train_sft(config: Config, workdir: Path, base: str, data: Texts):
     num_micro_batches = settings.num_micro_batches
     multiple = num_micro_batches * layout.num_shards("batch")  # each micro-batch is sharded
     trained = layout.shard_params(parts.trained)
-    del model, parts  # what of them is used is in `frozen`, in the inputs and, soon, in the state
+    del model, parts, about  # what is used of them is in `frozen`, the inputs and the state
     # Divided by 1: the sum, so that each token counts once however the batches fall.
     loss = jax.jit(functools.partial(sft_loss, network, normalizer=1.0))
 
