@@ -25,6 +25,7 @@ CURVES = {  # what is kept of each iteration of a study's points
     "methods_acting": (SCORE, KL),
     "late_reward": (SCORE, KL, EXPLAINED, LENGTH),
     "value_updates": (SCORE, KL, EXPLAINED),
+    "shared_critic": (SCORE, KL, EXPLAINED),
 }
 
 Rows = Sequence[Mapping[str, Any]]  # {"point", "status", "metrics", "curves": {metric: [x]}}

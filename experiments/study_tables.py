@@ -34,6 +34,7 @@ from studies import (
     rate_and_kl,
     reward_data,
     reward_ensemble,
+    shared_critic,
     value_updates,
 )
 
@@ -66,6 +67,7 @@ STUDIES = {
     "methods_acting": methods_acting,
     "late_reward": late_reward,
     "value_updates": value_updates,
+    "shared_critic": shared_critic,
     "reward_ensemble": reward_ensemble,
 }
 WIN, KL, PROXY = "gold/win_rate_ppo_vs_sft", "policy/kl_per_response", "reward/score_mean"
@@ -224,12 +226,14 @@ TABLES: dict[str, Callable[[Sequence[Setting]], str]] = {
     "rate_and_kl": of_rate_and_kl,
 }
 METRIC = dict.fromkeys(STUDIES, WIN) | {"reward_data": ACCURACY}
-METRIC |= dict.fromkeys(("methods_acting", "late_reward", "value_updates"), SHARE)
+ON_ACTING = ("methods_acting", "late_reward", "value_updates", "shared_critic")
+METRIC |= dict.fromkeys(ON_ACTING, SHARE)
 ROWS = {
     "methods": methods.METHODS,
     "methods_acting": methods.METHODS,
     "late_reward": late_reward.ROWS,
     "value_updates": value_updates.ROWS,
+    "shared_critic": shared_critic.ROWS,
     "reward_ensemble": reward_ensemble.ROWS,
 }
 PER_ITERATION = {"CPU s an iteration": COST, "score at equal CPU s": EQUAL}
@@ -244,6 +248,7 @@ COLUMNS = {
         "explained variance": EXPLAINED,
     },
     "value_updates": {"score": SHARE, "explained variance": EXPLAINED} | PER_ITERATION,
+    "shared_critic": {"score": SHARE, "explained variance": EXPLAINED} | PER_ITERATION,
 }
 
 

@@ -98,6 +98,7 @@ from ppo_jax.core.value_losses import (
 from ppo_jax.models.build import (
     policy_apply,
     policy_network,
+    policy_value_network,
     reward_network,
     trunk_network,
     value_network,
@@ -198,6 +199,7 @@ __all__ = [
     "par_scores",
     "policy_apply",
     "policy_network",
+    "policy_value_network",
     "ppo_iteration",
     "ppo_loss",
     "ppo_update",

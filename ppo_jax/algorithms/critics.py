@@ -22,7 +22,7 @@ from ppo_jax.core.value_losses import (
     clipped_value_loss,
     hl_gauss_value,
 )
-from ppo_jax.rollout.decode import response_outputs
+from ppo_jax.rollout.decode import response_outputs, response_statistics
 
 SIGMA = 0.75  # of the target of a return, in widths of a bin; 6 bins then have some mass
 
@@ -102,6 +102,25 @@ def outputs_of(
         return response_outputs(network, merge_params(frozen, own), *inputs, **where)
 
     return jax.vmap(outputs)(trained) if several else outputs(trained)
+
+
+def statistics_of(
+    network: Network,
+    policy: Params,
+    trained: Params,
+    *inputs: jax.Array,
+    several: bool,
+    **where: Any,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`response_statistics` of a critic on the policy, whose parameters these are: (logprobs,
+    entropies, what `outputs_of` gives), all of one pass."""
+
+    def statistics(own: Params) -> tuple[jax.Array, jax.Array, jax.Array]:
+        return response_statistics(network, merge_params(policy, own), *inputs, **where)
+
+    if not several:
+        return statistics(trained)
+    return jax.vmap(statistics, out_axes=(None, None, 0))(trained)
 
 
 def take_critic(values: jax.Array, critics: jax.Array) -> jax.Array:

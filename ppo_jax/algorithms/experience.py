@@ -260,9 +260,12 @@ def critic_values(
     masked."""
     mask, several = rollout.response_mask, options.num_critics > 1
     inputs = rollout.hidden_states if networks.value_on_trunk else rollout.tokens
+    base = frozen.value
+    if networks.value_on_policy:
+        base = merge_params(frozen.policy, state.policy_params)
     outputs = outputs_of(
         networks.value,
-        frozen.value,
+        base,
         state.value_params or {},
         inputs,
         rollout.mask,

@@ -41,6 +41,9 @@ class PPONetworks(NamedTuple):
 
     A network "on the trunk" reads the trunk's hidden states from the rollout; any other reads
     tokens. The policy is on the trunk whenever there is one.
+
+    A critic "on the policy" has the policy's parameters besides its own, and both losses train
+    them: its `token_statistics` then give (logprobs, entropies, values).
     """
 
     policy: Network
@@ -48,6 +51,7 @@ class PPONetworks(NamedTuple):
     reward: Network | RewardEnsemble | None = None  # None: scores come from outside
     trunk: Network | None = None
     value_on_trunk: bool = False
+    value_on_policy: bool = False  # the critic is a head of the policy, see `policy_value_network`
     reward_on_trunk: bool = False
     sampler: Sampler | None = None  # None: policy and trunk as they are
 

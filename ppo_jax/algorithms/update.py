@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ppo_jax.algorithms.critics import critic_loss, outputs_of, take_critic
+from ppo_jax.algorithms.critics import critic_loss, outputs_of, statistics_of, take_critic
 from ppo_jax.algorithms.options import PPONetworks, PPOOptions
 from ppo_jax.algorithms.supervised import accumulate, accumulate_while
 from ppo_jax.algorithms.token_choice import make_choice, split_keys
@@ -92,19 +92,10 @@ def experience_loss(
         (loss, metrics).
     """
     e, mask = experience, experience.response_mask
-    packed = dict(segment_ids=e.segment_ids, output_positions=e.output_positions)
-    logprobs, entropies = response_statistics(
-        networks.policy,
-        merge_params(frozen.policy, params["policy"]),
-        e.policy_inputs,
-        e.mask,
-        e.response_tokens,
-        temperature=hyperparameters.temperature,
-        **packed,
+    logprobs, entropies, outputs = forward(
+        params, e, hyperparameters, frozen=frozen, networks=networks
     )
-    outputs, classifies = None, hyperparameters.value_range is not None
-    if "value" in params:
-        outputs = critic_outputs(params, e, frozen=frozen, networks=networks)
+    classifies = hyperparameters.value_range is not None
     loss, metrics = ppo_loss(
         logprobs,
         None if classifies else outputs,
@@ -143,6 +134,33 @@ def experience_loss(
     )
     loss = loss + hyperparameters.kl_loss_coef * kl
     return loss, metrics | kl_metrics | {"ppo/loss": jax.lax.stop_gradient(loss)}
+
+
+def forward(
+    params: Params,
+    experience: Experience,
+    hyperparameters: Hyperparameters,
+    *,
+    frozen: FrozenParams,
+    networks: PPONetworks,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """(log-probs, entropies, see `response_statistics`; what the critic gives, see
+    `critic_outputs`, None where it is not trained), by the trained leaves."""
+    e, policy = experience, merge_params(frozen.policy, params["policy"])
+    inputs = (e.policy_inputs, e.mask, e.response_tokens)
+    packed = dict(segment_ids=e.segment_ids, output_positions=e.output_positions)
+    where = dict(temperature=hyperparameters.temperature, **packed)
+    if "value" not in params:
+        return *response_statistics(networks.policy, policy, *inputs, **where), None
+    if not networks.value_on_policy:
+        logprobs, entropies = response_statistics(networks.policy, policy, *inputs, **where)
+        outputs = critic_outputs(params, e, frozen=frozen, networks=networks)
+        return logprobs, entropies, outputs
+    several = e.critics is not None
+    logprobs, entropies, outputs = statistics_of(
+        networks.value, policy, params["value"], *inputs, several=several, **where
+    )
+    return logprobs, entropies, take_critic(outputs, e.critics) if several else outputs
 
 
 def critic_outputs(
@@ -229,9 +247,9 @@ def ppo_update(
     Raises:
         ValueError: packing, with a network that does not support it; a batch that the minibatches
             and micro-batches do not divide; several updates of a critic without an optimizer of its
-            own.
+            own, or such an optimizer for a critic on the policy.
     """
-    check_packing(networks, options)
+    check_networks(networks, hyperparameters, options)
     trained, opt_state = trained_params(state.policy_params, state.value_params), state.opt_state
     numbers, rates = hyperparameters, learning_rates(state, hyperparameters)
     parts = dict(frozen=frozen, networks=networks)
@@ -276,8 +294,13 @@ def ppo_update(
     return state, metrics
 
 
-def check_packing(networks: PPONetworks, options: PPOOptions) -> None:
-    """The networks that are trained support packing, where it is asked for."""
+def check_networks(
+    networks: PPONetworks, hyperparameters: Hyperparameters, options: PPOOptions
+) -> None:
+    """The networks that are trained support packing, where it is asked for, and a critic on the
+    policy takes its steps."""
+    if networks.value_on_policy and hyperparameters.value_optimizer is not None:
+        raise ValueError("a critic on the policy takes its steps: value_optimizer must be None")
     trained = {"policy": networks.policy, "value": networks.value}
     packs = {k: network.supports_packing for k, network in trained.items() if network is not None}
     if options.packing and not all(packs.values()):

@@ -252,16 +252,28 @@ def check_critic(settings: Any, check: Check):
         check.that(settings.vf_coef == type(settings).vf_coef, "vf_coef", rule)
     check_bins(settings, check)
     check_several(settings, check)
+    check_shared(settings, check)
     if needs_critic(settings.advantage):
         return
     defaults = {"critic_warmup": 0, "value_updates": 1, "value_num_minibatches": 0}
     defaults |= {"gae_lambda_alpha": 0, "value_gae_lambda": -1, "value_bins": 0}
-    defaults |= {"num_critics": 1, "whiten_advantages": True}
+    defaults |= {"num_critics": 1, "whiten_advantages": True, "shared_critic": False}
     for field, default in defaults.items():
         rule = f"{default} with advantage={settings.advantage!r}, which has no critic"
         check.that(getattr(settings, field) == default, field, rule)
     rule = f"left out with advantage={settings.advantage!r}, which has no critic"
     check.that(not settings.critic_has_optimizer, "value_optimizer", rule)
+
+
+def check_shared(settings: Any, check: Check):
+    """A critic on the policy's body has no body, no start and no steps of its own."""
+    if not settings.shared_critic:
+        return
+    words = "with shared_critic, which is on the policy's body"
+    check.that(settings.critic_init_from == "", "critic_init_from", f"'' {words}")
+    check.that(settings.value_trainable == "all", "value_trainable", f"'all' {words}")
+    own = not settings.critic_has_optimizer
+    check.that(own, "value_optimizer", f"left out {words}: one optimizer takes its steps")
 
 
 def check_bins(settings: Any, check: Check):

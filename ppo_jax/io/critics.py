@@ -34,7 +34,9 @@ from ppo_jax.models.partition import layer_range
 FROZEN = "frozen_critic"
 
 
-def keep_critic(folder: Path, config: ModelConfig, frozen: Params, trunk: int | None):
+def keep_critic(
+    folder: Path, config: ModelConfig, frozen: Params, trunk: int | None, *, shared: bool
+):
     """Write what does not change of a critic while a stage trains, before its first checkpoint.
 
     Args:
@@ -42,12 +44,14 @@ def keep_critic(folder: Path, config: ModelConfig, frozen: Params, trunk: int | 
         config: the critic's shape.
         frozen: what is not trained of it, but for the layers of the trunk.
         trunk: how many of its lowest layers are the policy's, which are in `frozen/`; None is none.
+        shared: it is a head on the policy's body, see `ppo.shared_critic`.
     """
     if has_begun(folder):
         return
     if frozen:
         save_params(folder / FROZEN, frozen)
     kept = {"model": dataclasses.asdict(config), "frozen": bool(frozen), "trunk": trunk}
+    kept |= {"shared": True} if shared else {}
     update_stage(folder, {"critic": kept})
 
 
@@ -106,6 +110,10 @@ def load_critic(
     critic, shardings = critic_description(folder), shardings_of(layout)
     config = model_config(critic["model"])
     parts = [load_checkpoint_item(folder / "checkpoints", "value_params", step, shardings)]
+    if critic.get("shared"):
+        policy = load_model(path, settings, layout, step)
+        head = device_put(parts[0]["value_head"], layout)
+        return dataclasses.replace(policy, kind="reward", params={**policy.params, "head": head})
     if critic["frozen"]:
         parts.insert(0, load_params(folder / FROZEN, shardings))
     if critic["trunk"] is not None:

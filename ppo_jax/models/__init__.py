@@ -10,6 +10,7 @@ from ppo_jax.models.axes import ShardingConstraint
 from ppo_jax.models.build import (
     policy_apply,
     policy_network,
+    policy_value_network,
     reward_network,
     trunk_network,
     value_network,
@@ -29,6 +30,7 @@ __all__ = [
     "merge_lora",
     "policy_apply",
     "policy_network",
+    "policy_value_network",
     "reward_network",
     "split_params",
     "trunk_network",

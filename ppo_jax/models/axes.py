@@ -20,11 +20,12 @@ KERNELS: dict[str, tuple[Axes, Axes]] = {
     "gate": (("embed",), ("mlp",)),
     "down": (("mlp",), ("embed",)),
     "head": (("embed",), ("vocab",)),
+    "value_head": (("embed",), (None,)),  # of a critic that is a head of the policy
 }
 TABLES: dict[str, Axes] = {"tokens": ("vocab", "embed"), "positions": (None, "embed")}
 HEAD_NORMS = ("query_norm", "key_norm")  # over the head size; other norms over embed
 LORA = ("lora_a", "lora_b")  # adapters beside a kernel: [inputs, rank], [rank, outputs]
-TOP = ("embed", "layers", "final_norm", "head")  # the parts of a network
+TOP = ("embed", "layers", "final_norm", "head", "value_head")  # the parts of a network
 
 HIDDEN: Axes = ("batch", None, None)  # hidden states [B, L, D]
 CACHE: Axes = ("batch", "kv_heads", None, None)  # cached keys and values [B, G, C, K]

@@ -14,6 +14,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from ppo_jax.core import distributions
 from ppo_jax.core.checks import assert_ids
 from ppo_jax.core.distributions import chunked_token_statistics
 from ppo_jax.core.network import Network
@@ -22,7 +23,8 @@ from ppo_jax.core.types import Params
 from ppo_jax.models.attention import KVCache, Outputs, refill_cache
 from ppo_jax.models.axes import CACHE, ShardingConstraint, unconstrained
 from ppo_jax.models.config import ModelConfig
-from ppo_jax.models.transformer import Transformer
+from ppo_jax.models.layers import Projection
+from ppo_jax.models.transformer import Transformer, all_logits
 
 OLD_NAMES = dict(start="first_output", segments="segment_ids", at="output_positions")
 
@@ -141,10 +143,8 @@ def policy_network(
 
     @renamed(**OLD_NAMES)
     def token_statistics(params, inputs, mask, tokens, temperature, **where):
-        numbers = dict(temperature=temperature, chunk=logits_chunk)
-
-        def read(*head):
-            return chunked_token_statistics(*head, tokens, **numbers)
+        def read(*of_head):
+            return read_statistics(*of_head, tokens, temperature, logits_chunk)
 
         return network.apply(params, inputs, mask, read=read, **where)
 
@@ -183,6 +183,60 @@ def value_network(
     return make_network(
         config, start_layer, config.num_layers, "scalar", constrain, exits, **numbers
     )
+
+
+def policy_value_network(
+    config: ModelConfig,
+    *,
+    start_layer: int | None = None,
+    exits: Sequence[int] = (),
+    constrain: ShardingConstraint = unconstrained,
+    logits_chunk: int = 0,
+    num_bins: int = 0,
+) -> Network:
+    """The policy's body with a second head, which gives values: for `PPONetworks.value_on_policy`.
+
+    Its parameters are those of `policy_network` and `value_head`, which starts at zero. `apply`
+    gives values, as a `value_network` does, and `token_statistics` (logprobs, entropies, values) of
+    one forward pass.
+
+    Reference: Ziegler et al. 2019, https://arxiv.org/abs/1909.08593 (the released code).
+    """
+    policy = make_network(config, start_layer, config.num_layers, "logits", constrain, exits)
+    head = Projection((num_bins or 1,), True, 1, 0.0, constrain, name="value_head")
+
+    def values(params, hidden):
+        outputs = head.apply({"params": params["value_head"]}, hidden.astype(jnp.float32))
+        return outputs if num_bins else outputs[..., 0]
+
+    def init(key):
+        own = head.init(key, jnp.zeros((1, 1, config.embed_dim)))["params"]
+        return {**policy.init(key), "value_head": own}
+
+    def apply(params, inputs, mask, **where):
+        def read(logits, weights, hidden):
+            return values(params, hidden)
+
+        return policy.apply(params, inputs, mask, read=read, **where)
+
+    def token_statistics(params, inputs, mask, tokens, temperature, **where):
+        def read(*of_head):
+            both = read_statistics(*of_head, tokens, temperature, logits_chunk)
+            return *both, values(params, of_head[-1])
+
+        return policy.apply(params, inputs, mask, read=read, **where)
+
+    more = dict(init=init, apply=apply, token_statistics=token_statistics)
+    return policy._replace(**more, init_cache=None, decode=None, refill=None)
+
+
+def read_statistics(logits, weights, hidden, tokens, temperature, logits_chunk):
+    """`token_statistics` of the logits of hidden states, `logits_chunk` positions at a time."""
+    numbers = dict(temperature=temperature)
+    if logits_chunk:
+        how = dict(chunk=logits_chunk, **numbers)
+        return chunked_token_statistics(logits, weights, hidden, tokens, **how)
+    return distributions.token_statistics(all_logits(logits, weights, hidden), tokens, **numbers)
 
 
 def trunk_network(

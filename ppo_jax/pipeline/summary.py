@@ -268,35 +268,14 @@ def memory_rows(
         memory["moving reference"] = policy_trained
     scorer = 0 if score is None else count(parameters(score))
     alone = score is None or bool(reread_reason(policy, score))  # shares no layer
-    critic_trained = 0
+    critic, held, critic_trained = critic_rows_and_memory(s, policy, score, named)
+    trains += critic
     if needs_critic(s.advantage):
-        critic = critic_source(s, policy, score, named)
-        value = parameters(dataclasses.replace(critic, kind="reward"))
-        value = {**value, "head": zero_head(critic.config, s.value_bins)}
-        value = shapes_with_adapters(value, critic.config, s.value_trainable, s.lora)
-        critic_trained = count_trained(critic.config, value, s.value_trainable)
-        if named is not None:
-            trains += [("critic starts from", f"{s.critic_init_from}: {describe(named)}")]
-        trains += bin_rows(s, critic)
-        if s.num_critics > 1:
-            row = f"{s.num_critics} with random heads; each learns one prompt in {s.num_critics}"
-            trains += [("critics", row)]
-        trains += [("critic trains", trained(critic.config, value, s.value_trainable))]
-        partial = not {s.trainable, s.value_trainable} & {"all", "lora"}  # the top layers of both
-        shared = partial or s.value_trainable == "lora"
-        shared = shared and named is None
-        memory["critic"] = critic_trained if shared else count(value)
-        if partial and not alone and named is None:
-            scorer = min(scorer, critic_trained)
-        memory["critic"] += (s.num_critics - 1) * critic_trained
-        critic_trained *= s.num_critics
-    else:
-        unread = ["value_trainable", "value_learning_rate", "vf_coef", "value_clip_range"]
-        unread += {"gae_lambda"} - by_name.parameters(advantage_function(s.advantage)).keys()
-        trains += [("without a critic", f"{', '.join(unread)} are not read")]
-        if score is not None and not alone and s.trainable not in ("all", "lora"):
-            top = count_trained(score.config, parameters(score), s.trainable)
-            scorer = min(scorer, top)
+        memory["critic"] = held
+    of_critic = needs_critic(s.advantage) and not s.shared_critic
+    parts = [s.trainable, s.value_trainable] if of_critic else [s.trainable]
+    if not alone and named is None and not {"all", "lora"} & set(parts):  # the top layers of all
+        scorer = min(scorer, count_trained(score.config, parameters(score), parts[-1]))
     if others:
         counted = [score] if s.reward_rule == AVERAGE else [score, *others]
         memory["reward models"] = sum(count(parameters(spec)) for spec in counted)
@@ -309,6 +288,35 @@ def memory_rows(
         *trains,
         *((f"memory, {name}", size_of(4 * number)) for name, number in memory.items()),
     ]
+
+
+def critic_rows_and_memory(
+    s: PPOSettings, policy: ModelSpec, score: ModelSpec | None, named: ModelSpec | None
+) -> tuple[Rows, int, int]:
+    """(rows on the critic, the number of its parameters that are in memory for it alone, the number
+    of those that are trained)."""
+    if not needs_critic(s.advantage):
+        unread = ["value_trainable", "value_learning_rate", "vf_coef", "value_clip_range"]
+        unread += {"gae_lambda"} - by_name.parameters(advantage_function(s.advantage)).keys()
+        return [("without a critic", f"{', '.join(unread)} are not read")], 0, 0
+    several = f"{s.num_critics} with random heads; each learns one prompt in {s.num_critics}"
+    rows = [("critics", several)] if s.num_critics > 1 else []
+    if s.shared_critic:
+        size = s.num_critics * count(zero_head(policy.config, s.value_bins))
+        row = f"{size:,} parameters, a head on the policy's body, which its loss trains as well"
+        return [*bin_rows(s, policy), *rows, ("critic trains", row)], size, size
+    critic = critic_source(s, policy, score, named)
+    value = parameters(dataclasses.replace(critic, kind="reward"))
+    value = {**value, "head": zero_head(critic.config, s.value_bins)}
+    value = shapes_with_adapters(value, critic.config, s.value_trainable, s.lora)
+    size = count_trained(critic.config, value, s.value_trainable)
+    partial = not {s.trainable, s.value_trainable} & {"all", "lora"}  # the top layers of both
+    shares = named is None and (partial or s.value_trainable == "lora")
+    held = (size if shares else count(value)) + (s.num_critics - 1) * size
+    if named is not None:
+        rows = [("critic starts from", f"{s.critic_init_from}: {describe(named)}"), *rows]
+    trains = ("critic trains", trained(critic.config, value, s.value_trainable))
+    return [*rows, *bin_rows(s, critic), trains], held, s.num_critics * size
 
 
 def bin_rows(s: PPOSettings, start: ModelSpec) -> Rows:
@@ -341,7 +349,7 @@ def text_reward_rows(
         f"two programs, about {seconds:.2g} s; no layer is shared"
     )
     rows = [("reward model", describe(score)), ("reward model reads", f"text, as {reason}: {cost}")]
-    if needs_critic(s.advantage) and not names_critic(s):
+    if needs_critic(s.advantage) and not names_critic(s) and not s.shared_critic:
         rows.append(("critic starts as", "the policy with a head of zeros: it reads tokens"))
     return rows
 

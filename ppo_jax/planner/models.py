@@ -25,7 +25,7 @@ class Models:
     """The configs of all models of a run."""
 
     policy: ModelConfig  # and of the reference
-    critic: ModelConfig | None  # None: advantages need none
+    critic: ModelConfig | None  # None: advantages need none, or it is a head of the policy
     reward: ModelConfig | None  # None: scores come from a function
     reads_text: bool = False  # the reward model, in a program of its own
     others: tuple[ModelConfig, ...] = ()  # more reward models
@@ -49,7 +49,7 @@ def read_models(config: Config) -> Models:
     critic, by_text = None, reward is not None and reads_text(config, policy, reward)
     if names_critic(s):
         critic = scorer_config(s.critic_init_from, config, base)
-    elif needs_critic(s.advantage):
+    elif needs_critic(s.advantage) and not s.shared_critic:
         of_policy = reward is None or by_text or s.critic_init_from in ("policy", "scratch")
         critic = policy if of_policy else reward
     others = tuple(scorer_config(name, config, base) for name in s.other_reward_models)

@@ -37,6 +37,7 @@ from ppo_jax.planner.flops import (
     adapter_flops,
     attended_in_row,
     forward_flops,
+    head_flops,
     rollout_flops,
     scoring_flops,
     update_flops,
@@ -213,6 +214,7 @@ class AbstractArguments:
         self.starts = network_starts(s, policy, in_program, critic, shared)
         policy, reward, critic = (m and m.config for m in (policy, in_program, critic))
         options = dict(logits_chunk=s.logits_chunk, value_bins=s.value_bins)
+        options |= dict(shared_critic=s.shared_critic)
         networks = make_networks(policy, critic, reward, self.starts, layouts, **options)
         self.networks = with_ensemble(networks, s, shapes, layouts[0])
 
@@ -362,6 +364,10 @@ def analytic_flops(
             **sizes | {"sequences": s.update_batch_size},
         ),
     }
+    if s.shared_critic:
+        of_scoring, of_update = shared_critic_flops(s, policy, starts[0], platform)
+        flops["scoring"] += of_scoring + positions * policy.num_layers * trained[0].adapter_flops
+        flops["update"] += of_update
     if s.penalty_target_kl > 0:
         updated = sizes | {"sequences": s.update_batch_size}
         flops["update"] += scoring_flops(policy, None, None, trunks=trunks, **kernels, **updated)
@@ -373,6 +379,28 @@ def analytic_flops(
         width = text_width(s, models.reward)
         flops["reward model"] = score_flops(models.reward, texts, width, platform)
     return flops
+
+
+def shared_critic_flops(
+    settings: PPOSettings, policy: ModelConfig, start: int | None, platform: str | None
+) -> tuple[float, float]:
+    """What a critic on the policy adds to (scoring, without adapters: a pass of its body, the
+    update: the heads alone)."""
+    s, heads = settings, settings.num_critics * (settings.value_bins or 1)
+    scoring = scoring_flops(
+        policy,
+        policy,
+        None,
+        sequences=s.rollout_batch_size,
+        prompt_length=s.max_prompt_length,
+        response_length=s.response_length,
+        policy_passes=0,
+        trunks=(0, start or 0, 0),
+        platform=platform,
+        value_outputs=heads,
+    )
+    outputs = s.num_epochs * s.update_batch_size * s.response_length
+    return scoring, 3 * outputs * head_flops(policy, heads)
 
 
 def score_flops(config: ModelConfig, texts: int, width: int, platform: str | None) -> float:

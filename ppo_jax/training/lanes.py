@@ -205,7 +205,8 @@ def begin(lanes: Sequence[Lane], layout: LaneLayout):
         trained.append((inner.shard_params(policy), critic and inner.shard_params(critic)))
         open_ppo(config, workdir, *models, data)
         if models[2] is not None:
-            keep_critic(workdir / "ppo", models[2].config, own.value, places[-1][1])
+            kept = (models[2].config, own.value, places[-1][1])
+            keep_critic(workdir / "ppo", *kept, shared=settings.shared_critic)
     if len(set(places)) > 1:
         raise ValueError(
             f"lanes of one program share as many layers with their reward models; got {places}"

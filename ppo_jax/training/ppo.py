@@ -83,7 +83,8 @@ def train_ppo(
     tell_settings(settings, buckets)
     setup, *start = make_setup(settings, *models, layouts, config.model.frozen_dtype)
     if critic is not None:
-        keep_critic(workdir / "ppo", critic.config, setup.frozen.value, setup.value_start)
+        kept = (critic.config, setup.frozen.value, setup.value_start)
+        keep_critic(workdir / "ppo", *kept, shared=settings.shared_critic)
     tokenizer = policy.tokenizer
     scorer = functools.partial(make_scorer, settings, setup, reward, tokenizer, layout)
     score, sampler = scorer(data), compile_sampler(setup, layout)

@@ -26,7 +26,13 @@ from ppo_jax.distributed.layout import Layout, init_sharded
 from ppo_jax.inference.generate import make_sampling
 from ppo_jax.io.model_spec import reread_reason
 from ppo_jax.io.stage_folder import Model
-from ppo_jax.models.build import policy_network, reward_network, trunk_network, value_network
+from ppo_jax.models.build import (
+    policy_network,
+    policy_value_network,
+    reward_network,
+    trunk_network,
+    value_network,
+)
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.lora import merge_lora
 from ppo_jax.models.partition import layer_range, split_params, start_layer
@@ -151,6 +157,7 @@ def make_networks(
     logits_chunk: int = 0,
     merge_adapters: bool = True,
     value_bins: int = 0,
+    shared_critic: bool = False,
 ) -> PPONetworks:
     """The networks of a run.
 
@@ -163,6 +170,7 @@ def make_networks(
         logits_chunk: see `policy_network`.
         merge_adapters: the rollout adds them to the weights, which are then its own copy.
         value_bins: see `value_network`.
+        shared_critic: the critic is a head of the policy, see `policy_value_network`.
     """
     layout, of_rollout = layouts
     constrain, constrain_rollout = layout.constrain, of_rollout.constrain
@@ -185,12 +193,17 @@ def make_networks(
         params = merge_lora(policy, params) if merge_adapters else params
         return of_rollout.decoding_params(params, dtype=policy.dtype)
 
+    chunk = dict(logits_chunk=logits_chunk)
+    of_value = functools.partial(value_network, num_bins=value_bins)
+    if shared_critic:
+        of_value = functools.partial(policy_value_network, num_bins=value_bins, **chunk)
     return PPONetworks(
-        policy=make(policy_network, policy, start, logits_chunk=logits_chunk),
-        value=make(value_network, critic, value_start, num_bins=value_bins),
+        policy=make(policy_network, policy, start, **chunk),
+        value=make(of_value, critic, value_start),
         reward=make(reward_network, reward, reward_start),
         trunk=trunk(constrain),
         value_on_trunk=value_start is not None,
+        value_on_policy=shared_critic,
         reward_on_trunk=reward_start is not None,
         sampler=Sampler(
             policy=make(policy_network, policy, start, constrain_rollout),
@@ -239,11 +252,13 @@ def network_starts(
     """
     if reward is not None and reward.others:
         reward = None
-    both = {"value": (critic, settings.value_trainable), "reward": (reward, "head")}
+    own_critic = None if settings.shared_critic else critic
+    both = {"value": (own_critic, settings.value_trainable), "reward": (reward, "head")}
     scorers = {name: scorer for name, scorer in both.items() if scorer[0] is not None}
     start, others = find_trunk(settings, policy, list(scorers.values()), shared)
     starts = dict(zip(scorers, others, strict=True))
-    return start, starts.get("value"), starts.get("reward")
+    value_start = start if settings.shared_critic else starts.get("value")
+    return start, value_start, starts.get("reward")
 
 
 def split_models(
@@ -260,7 +275,9 @@ def split_models(
     start, value_start, reward_start = starts
     parts = split_params(policy.config, policy.params, settings.trainable, start)
     value_frozen, value_trained = {}, None
-    if critic is not None:
+    if settings.shared_critic:
+        value_trained = critic.params
+    elif critic is not None:
         trainable = settings.value_trainable
         value_parts = split_params(critic.config, critic.params, trainable, value_start)
         value_frozen, value_trained = value_parts.frozen, value_parts.trained
@@ -352,6 +369,7 @@ def setup_of(
         settings.logits_chunk,
         merge_adapters,
         settings.value_bins,
+        settings.shared_critic,
     )
     if in_program is not None:
         shapes = [model.config for model in (in_program, *in_program.others)]
@@ -391,8 +409,10 @@ def begin_models(
     adapt = functools.partial(
         with_adapters, lora=settings.lora, seed=seed, layout=layout, make=make
     )
-    critic = None
-    if needs_critic(settings.advantage):
+    adapted, critic = adapt(policy, settings.trainable), None
+    if settings.shared_critic:
+        critic = shared_critic(settings, adapted, seed)
+    elif needs_critic(settings.advantage):
         critic = make_critic(settings, policy, reward, named)
         if settings.critic_init_from == "scratch":
             init = functools.partial(value_network(critic.config).init, jax.random.key(seed))
@@ -402,7 +422,7 @@ def begin_models(
             heads = random_heads(critic.config, settings.num_critics, seed)
             critic = dataclasses.replace(critic, params={**critic.params, "head": heads})
         critic = adapt(critic, settings.value_trainable)
-    return adapt(policy, settings.trainable), reward, critic
+    return adapted, reward, critic
 
 
 def critic_source(settings: PPOSettings, policy: Any, reward: Any, named: Any = None) -> Any:
@@ -425,6 +445,14 @@ def make_critic(
         return source
     head = zero_head(source.config, settings.value_bins)
     return dataclasses.replace(source, kind="reward", params={**source.params, "head": head})
+
+
+def shared_critic(settings: PPOSettings, policy: Model, seed: int) -> Model:
+    """The critic that is a head on the policy's body: that head alone, of the policy's shape."""
+    head = zero_head(policy.config, settings.value_bins)
+    if settings.num_critics > 1:
+        head = random_heads(policy.config, settings.num_critics, seed)
+    return dataclasses.replace(policy, kind="reward", params={"value_head": head})
 
 
 def random_heads(config: ModelConfig, num_critics: int, seed: int) -> Params:

@@ -134,6 +134,15 @@ def test_what_an_estimator_needs_is_known_from_its_parameters():
         ({**BINS, "num_critics": 2}, "ppo.value_bins must be 0 with several critics"),
         ({"num_critics": 0}, "> 0"),
         ({"num_critics": 3}, "num_critics x samples_per_prompt"),
+        ({"shared_critic": True, "critic_init_from": "policy"}, "critic_init_from must be '' with"),
+        (
+            {"shared_critic": True, "value_trainable": 1},
+            "value_trainable must be 'all' with",
+        ),
+        (
+            {"shared_critic": True, "value_updates": 2},
+            "value_optimizer must be left out",
+        ),
         ({"agreed_fraction": 0.2}, "0 with one critic, which agrees with itself"),
         ({"num_critics": 2, "agreed_fraction": 1.0}, r"ppo.agreed_fraction must be in \[0, 1\)"),
     ],
@@ -154,6 +163,7 @@ def test_what_does_not_go_together_is_one_line(changes, message):
         ("value_gae_lambda", 1.0),
         ("value_bins", 2),
         ("num_critics", 2),
+        ("shared_critic", True),
         ("value_optimizer.b1", 0.5),
         ("critic_init_from", "policy"),
     ],
@@ -197,6 +207,7 @@ METHODS = [
     {"loss": "decoupled", "old_logprobs": "recompute", "behavior_weight_limit": 2.0},
     {**BINS, "packing": True, "num_micro_batches": 2, "aggregation": "sequence_mean"},
     {"num_critics": 2, "agreed_fraction": 0.2, "num_micro_batches": 2},
+    {"shared_critic": True, "value_trainable": "all", "old_logprobs": "recompute"},
 ]
 
 
@@ -243,6 +254,8 @@ def test_a_run_by_each_method_is_finite_and_has_a_critic_where_it_needs_one(
     assert ("value/disagreement" in rows[0]) == ("num_critics" in method)
     of_two = "2 with random heads; each learns one prompt in 2"
     assert (of_two in output) == ("num_critics" in method)
+    on_policy = "33 parameters, a head on the policy's body"
+    assert (on_policy in output) == ("shared_critic" in method)
     assert rows[1]["policy/approx_kl"] > 0 or "critic_warmup" in method
     if "critic_warmup" in method:
         assert rows[0]["policy/learning_rate"] == 0 < rows[1]["policy/learning_rate"]

@@ -20,7 +20,13 @@ from ppo_jax.core.off_policy_losses import decoupled_policy_loss
 from ppo_jax.core.types import FrozenParams
 from ppo_jax.distributed.layout import Layout, init_sharded
 from ppo_jax.distributed.trees import named_leaves
-from ppo_jax.models.build import policy_network, reward_network, trunk_network, value_network
+from ppo_jax.models.build import (
+    policy_network,
+    policy_value_network,
+    reward_network,
+    trunk_network,
+    value_network,
+)
 from ppo_jax.models.partition import split_params
 from tests.support import tiny
 from tests.support.meshes import MESHES, WIDE, mesh_of
@@ -32,10 +38,19 @@ class Run:
     """PPO with a reward model on a mesh; every number is the same for every mesh.
 
     `kind` is "whole", "scanned" (with remat) or "trunk": the top layer on a frozen one. The critic
-    has `num_bins`, or there are two.
+    has `num_bins`, or there are two, or it is `shared`: a head on the policy.
     """
 
-    def __init__(self, shape, kind="whole", config=None, num_bins=0, num_critics=1, **numbers):
+    def __init__(
+        self,
+        shape,
+        kind="whole",
+        config=None,
+        num_bins=0,
+        num_critics=1,
+        shared=False,
+        **numbers,
+    ):
         mesh = mesh_of(shape)
         self.layout, self.of_rollout = Layout(mesh), Layout(mesh, ROLLOUT_RULES)
         scanned = dict(scan_layers=True, remat="full") if kind == "scanned" else {}
@@ -50,10 +65,13 @@ class Run:
 
         self.networks = experience.PPONetworks(
             policy=policy(constrain=constrain),
-            value=value_network(c, **upper, num_bins=num_bins),
+            value=(policy_value_network if shared else value_network)(
+                c, **upper, num_bins=num_bins
+            ),
             reward=reward_network(c, **upper),
             trunk=trunk(constrain),
             value_on_trunk=bool(start),
+            value_on_policy=shared,
             reward_on_trunk=bool(start),
             sampler=experience.Sampler(
                 policy=policy(constrain=self.of_rollout.constrain),
@@ -76,9 +94,10 @@ class Run:
             reward=of_reward.frozen | of_reward.trained,
             trunk=of_policy.trunk if start else None,
             policy=of_policy.frozen,
-            value=of_critic.frozen,
+            value={} if shared else of_critic.frozen,
         )
-        args = (of_policy.trained, of_critic.trained, self.numbers)
+        of_value = {"value_head": of_critic.trained["head"]} if shared else of_critic.trained
+        args = (of_policy.trained, of_value, self.numbers)
         self.state = init_sharded(self.layout, ppo.init_ppo, *args)
 
     def params(self, network, seed):
@@ -244,6 +263,7 @@ def test_one_sgd_update_on_a_fixed_experience_is_that_of_one_device(shape):
         ((2, 2, 2), {}),
         ((2, 2, 2), dict(num_bins=8, value_range=[-3.0, 6.0])),
         ((2, 2, 2), dict(num_critics=2)),
+        ((2, 2, 2), dict(shared=True)),
     ],
 )
 def test_an_update_of_packed_rows_is_that_of_one_device(shape, bins):

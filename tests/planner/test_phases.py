@@ -47,6 +47,9 @@ RUNS = {
         ppo=TOP | dict(value_bins=8, value_range=(-1.0, 1.0)), reward=REWARD
     ),
     "two critics": dict(ppo=TOP | dict(num_critics=2), reward=REWARD),
+    "a shared critic": dict(ppo=dict(shared_critic=True, value_bins=8, value_range=(-1.0, 1.0))),
+    "a shared critic on a trunk": dict(ppo=TOP | dict(value_trainable="all", shared_critic=True)),
+    "a shared critic on adapters": dict(ppo=dict(trainable="lora", shared_critic=True)),
     "no critic": dict(ppo=dict(advantage="rloo", samples_per_prompt=2)),
     "no critic, one trunk": dict(
         ppo=BY_FUNCTION | dict(trainable=1, advantage="rloo", samples_per_prompt=2)
@@ -107,7 +110,7 @@ def test_the_planned_state_is_the_state_of_a_run(run):
     assert described(planned.state) == described(state)
     assert described(planned.frozen) == described(setup.frozen)
     assert described(planned.hyperparameters) == described(setup.hyperparameters)
-    for field in ("value_on_trunk", "reward_on_trunk"):
+    for field in ("value_on_trunk", "value_on_policy", "reward_on_trunk"):
         assert getattr(planned.networks, field) == getattr(setup.networks, field), field
     assert (planned.networks.trunk is None) == (setup.networks.trunk is None)
 
@@ -118,6 +121,8 @@ ON_TRUNK = {
     "all three on the trunk": (2, 2, 2),
     "a reward model from elsewhere": (2, None, None),
     "the critic's top alone": (None, None, None),
+    "a shared critic": (None, None, None),
+    "a shared critic on a trunk": (2, 2, None),
     "no critic": (None, None, None),
     "no critic, one trunk": (2, None, None),
 }
@@ -172,6 +177,20 @@ def test_adapters_need_less_memory_than_all_parameters():
     assert (
         values["fits"] and lora.costs[2].phase.model_flops < 0.9 * whole.costs[2].phase.model_flops
     )
+
+
+def test_a_critic_on_the_policy_costs_a_head_in_the_update():
+    config = settings(ppo=dict(shared_critic=True, num_critics=4, response_length=8))
+    values = plan_report.figures(planner.make_plan(config, TARGET))
+    for name, figures in values["phases"].items():
+        assert figures["analytic_flops_ratio"] == pytest.approx(1, abs=0.1), name
+    counted = [
+        phases.analytic_flops(x.ppo, planner.read_models(x))
+        for x in (config, settings(ppo=dict(advantage="rloo", samples_per_prompt=2)), settings())
+    ]
+    shared, free, own = (x["update"] for x in counted)
+    assert free < shared < free + 0.1 * (own - free)
+    assert counted[1]["scoring"] < counted[0]["scoring"] < 1.1 * counted[2]["scoring"]
 
 
 def measured_training(make, config, params, frozen, first_output=3):
