@@ -22,7 +22,7 @@ from ppo_jax.algorithms.scores import moment_metrics, shape_scores
 from ppo_jax.algorithms.selection import extreme_responses, keep_responses
 from ppo_jax.core.advantages import gae, length_adaptive_lambda, whiten
 from ppo_jax.core.critic_free import running_baseline
-from ppo_jax.core.critics import ensemble_values, mask_agreed_advantages
+from ppo_jax.core.critics import disputed_states, ensemble_values, mask_agreed_advantages
 from ppo_jax.core.importance import CORRECTIONS, importance_weights
 from ppo_jax.core.kl import kl_estimate
 from ppo_jax.core.masking import last_token_index, masked_mean, masked_moments
@@ -205,10 +205,15 @@ def make_experience(
         rewards, values, mask, numbers, options, kept=kept, **given
     )
     metrics |= weight_metrics | baseline_metrics
+    disputed = None
     if stds is not None:
         metrics["value/disagreement"] = masked_mean(stds, learned)
         if (fraction := numbers.agreed_fraction) is not None:
             advantages = mask_agreed_advantages(advantages, stds, learned, fraction=fraction)
+        if (fraction := numbers.disputed_fraction) is not None:
+            disputed = disputed_states(stds, learned, fraction=fraction)
+            share = masked_mean(disputed.astype(jnp.float32), learned)
+            metrics["value/disputed_fraction"] = share
     if values is not None and returns is not None:
         metrics |= critic_metrics(values, returns, learned)
     experience = Experience(
@@ -221,6 +226,7 @@ def make_experience(
         returns=returns,
         ref_logprobs=None if numbers.kl_loss_coef is None else jnp.where(mask, ref_logprobs, 0.0),
         behavior_logprobs=sampled_logprobs if reads_behavior(options.loss) else None,
+        disputed_mask=disputed,
         **critic,
     )
     if kept is not None:
@@ -238,6 +244,8 @@ def check_critic(
         raise ValueError("several critics have no bins: value_range must be None")
     if options.num_critics == 1 and hyperparameters.agreed_fraction is not None:
         raise ValueError("one critic agrees with itself: agreed_fraction must be None")
+    if options.num_critics == 1 and hyperparameters.disputed_fraction is not None:
+        raise ValueError("one critic agrees with itself: disputed_fraction must be None")
     needed, name = reads_values(options.advantage), function_name(options.advantage)
     rule = "needs a critic" if needed else "needs no critic"
     if needed != (networks.value is not None):

@@ -28,6 +28,7 @@ LEFT_OUT = {
     "ref_reset_every": 0,
     "value_range": (),
     "agreed_fraction": 0,
+    "disputed_fraction": 0,
 }
 CRITIC_STARTS = ("", "reward_model", "policy", "scratch")  # what names no model of its own
 
@@ -209,6 +210,8 @@ class PPOSettings:
     # head of its own, and learns the responses to every num_critics-th prompt
     agreed_fraction: float = changeable(0.0)  # of the tokens, those on whose value several critics
     # agree most: they teach the policy nothing; 0 is off, 0.2 is usual
+    disputed_fraction: float = changeable(0.0)  # of the tokens, those on whose value several
+    # critics disagree most: they have no entropy bonus; 0 is off
     vf_coef: float = changeable(0.1)  # weight of the value loss; Adam divides it out but for
     # max_grad_norm
     entropy_coef: float = changeable(0.0)  # weight of the entropy, per nat

@@ -280,11 +280,17 @@ def check_bins(settings: Any, check: Check):
 
 def check_several(settings: Any, check: Check):
     check.each("> 0", "num_critics")
-    check.that(0 <= settings.agreed_fraction < 1, "agreed_fraction", "in [0, 1)")
+    fractions = ("agreed_fraction", "disputed_fraction")
+    for field in fractions:
+        check.that(0 <= getattr(settings, field) < 1, field, "in [0, 1)")
     if settings.num_critics == 1:
         rule = "0 with one critic, which agrees with itself"
-        check.that(settings.agreed_fraction == 0, "agreed_fraction", rule)
+        for field in fractions:
+            check.that(getattr(settings, field) == 0, field, rule)
         return
+    rule = "0 without entropy_coef or target_entropy: there is no entropy bonus to leave out"
+    has_bonus = settings.entropy_coef > 0 or settings.target_entropy > 0
+    check.that(has_bonus or settings.disputed_fraction == 0, "disputed_fraction", rule)
     check.that(not settings.value_bins, "value_bins", "0 with several critics")
     words = "num_critics x samples_per_prompt"
     check.multiple("rollout_batch_size", settings.num_critics * settings.samples_per_prompt, words)

@@ -42,6 +42,7 @@ def greedy(scores, reference_text):
 
 
 MOVING = {"ref_ema_decay": 0.9, "kl_control": "fixed"}
+TWO = {"num_critics": 2, "entropy_coef": 0.01}
 BINS = {"value_bins": 8, "value_range": (-3.0, 2.0)}
 
 
@@ -136,6 +137,12 @@ def test_what_an_estimator_needs_is_known_from_its_parameters():
         ({"num_critics": 3}, "num_critics x samples_per_prompt"),
         ({"agreed_fraction": 0.2}, "0 with one critic, which agrees with itself"),
         ({"num_critics": 2, "agreed_fraction": 1.0}, r"ppo.agreed_fraction must be in \[0, 1\)"),
+        ({"disputed_fraction": 0.2, "entropy_coef": 0.1}, "disputed_fraction must be 0 with one"),
+        (TWO | {"disputed_fraction": 1.0}, r"ppo.disputed_fraction must be in \[0, 1\)"),
+        (
+            TWO | {"disputed_fraction": 0.2, "entropy_coef": 0.0},
+            "disputed_fraction must be 0 without entropy_coef or target_entropy",
+        ),
     ],
     ids=str,
 )
@@ -197,6 +204,7 @@ METHODS = [
     {"loss": "decoupled", "old_logprobs": "recompute", "behavior_weight_limit": 2.0},
     {**BINS, "packing": True, "num_micro_batches": 2, "aggregation": "sequence_mean"},
     {"num_critics": 2, "agreed_fraction": 0.2, "num_micro_batches": 2},
+    TWO | {"disputed_fraction": 0.2, "packing": True, "num_micro_batches": 2},
 ]
 
 
@@ -241,6 +249,7 @@ def test_a_run_by_each_method_is_finite_and_has_a_critic_where_it_needs_one(
         assert abs(rows[0]["value/mean"] + 0.5) < 1e-6 and rows[1]["value/mean"] != -0.5
     assert ("value/outside_bins" in rows[0]) == ("value_bins" in method)
     assert ("value/disagreement" in rows[0]) == ("num_critics" in method)
+    assert ("value/disputed_fraction" in rows[0]) == ("disputed_fraction" in method)
     of_two = "2 with random heads; each learns one prompt in 2"
     assert (of_two in output) == ("num_critics" in method)
     assert rows[1]["policy/approx_kl"] > 0 or "critic_warmup" in method
