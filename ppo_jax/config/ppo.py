@@ -89,8 +89,12 @@ class PPOSettings:
     other_reward_models: tuple[str, ...] = ()  # more of them, which read the policy's tokens: a
     # response then has one score, by reward_rule; a critic starts from reward_model
     reward_rule: str = "mean"  # of the scores of several: or "min", "mean_minus_std",
-    # "mean_minus_var"; or "average_weights": one model, whose weights are the mean of theirs
+    # "mean_minus_var"; "average_weights": one model, whose weights are the mean of theirs; or
+    # "threshold" of two, reward_model for helpfulness and one for safety, whose score counts alone
+    # where it is low
     reward_rule_coef: float = changeable(1.0)  # of std or var, between the models
+    reward_rule_threshold: float = changeable(-1.73)  # with reward_rule="threshold": what the score
+    # of safety is low below; -1.73 is the logit of a probability of 0.15
     reward_function: str = ""  # "module:function": (prompts, responses, ...) -> one number a
     # response or one list of numbers, a number a token; see "Reward functions"
     reward_functions: tuple[str, ...] = ()  # several, in place of the one: their weighted sum

@@ -24,7 +24,7 @@ from ppo_jax.core.importance import CORRECTIONS
 from ppo_jax.core.kl import ESTIMATORS, REWARD_ESTIMATORS, REWARD_RULE
 from ppo_jax.core.named import parameters, reads_behavior
 from ppo_jax.core.sequence_losses import AGGREGATIONS
-from ppo_jax.core.shaping import ENSEMBLE_RULES
+from ppo_jax.core.shaping import ENSEMBLE_RULES, THRESHOLD
 
 RATIO_RULE = "in (0, 1), or inf"
 
@@ -335,9 +335,14 @@ def check_ensemble(settings: Any, check: Check):
         "other_reward_models",
         "() without a reward_model",
     )
-    check.choice("reward_rule", *ENSEMBLE_RULES, AVERAGE)
+    check.choice("reward_rule", *ENSEMBLE_RULES, AVERAGE, THRESHOLD)
     check.that(bool(others) or rule == "mean", "reward_rule", "'mean' without other_reward_models")
     check.each(">= 0", "reward_rule_coef")
     reads = rule.startswith("mean_minus")
     text = f"1 with reward_rule={rule!r}"
     check.that(reads or settings.reward_rule_coef == 1, "reward_rule_coef", text)
+    text = f"one name with reward_rule={THRESHOLD!r}, that of the model of safety"
+    check.that(rule != THRESHOLD or len(others) == 1, "other_reward_models", text)
+    unread = settings.reward_rule_threshold == type(settings).reward_rule_threshold
+    text = f"{type(settings).reward_rule_threshold:g} with reward_rule={rule!r}"
+    check.that(rule == THRESHOLD or unread, "reward_rule_threshold", text)
