@@ -148,6 +148,9 @@ class PPOSettings:
     score_at: str = "eos"  # where the reward model reads a response that has stopped at another
     # token than EOS, with which its training texts end: at an EOS put behind it, or "last", at its
     # last token
+    reference_responses: int = 0  # responses of the reference to each prompt: the score is then how
+    # probably a response is preferred to one of them, the mean sigmoid of the difference of scores
+    # (PAR), from 0 to 1; 0 is off
     missing_eos: str = "keep"  # the score of a response that was cut off: or "penalty", "replace"
     missing_eos_score: float = changeable(1.0)  # what is subtracted from it, or put in its place
     score_normalization: bool = False  # scores less the mean of all scores of the run so far, in

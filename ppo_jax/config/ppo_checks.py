@@ -52,6 +52,7 @@ def check_ppo(settings: Any):
     check_methods(settings, check)
     check_critic(settings, check)
     check_scores(settings, check)
+    check_references(settings, check)
 
 
 def check_batches(settings: Any, check: Check):
@@ -322,6 +323,22 @@ def check_scores(settings: Any, check: Check):
     if not needs_critic(settings.advantage):
         rule = f"'' with advantage={settings.advantage!r}, which has no critic"
         check.that(not settings.critic_init_from, "critic_init_from", rule)
+
+
+def check_references(settings: Any, check: Check):
+    """Responses of the reference, to which those of the policy are compared."""
+    check.each(">= 0", "reference_responses")
+    count = settings.reference_responses
+    if not count:
+        return
+    rule = "1 with reference_responses, which are to the prompts of one rollout"
+    check.that(settings.max_rollouts == 1, "max_rollouts", rule)
+    rule = "with reference_responses, whose scores are from 0 to 1 in any case"
+    check.that(not settings.score_normalization, "score_normalization", f"False {rule}")
+    check.that(settings.score_clip == math.inf, "score_clip", f"inf {rule}")
+    for field in ("max_concurrent", "min_free_slots"):
+        rule = f"a multiple of reference_responses ({count}), which are decoded as many at a time"
+        check.that(getattr(settings, field) % count == 0, field, rule)
 
 
 def check_ensemble(settings: Any, check: Check):
