@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from ppo_jax.core.network import Network, last_outputs
-from ppo_jax.core.shaping import ensemble_scores
+from ppo_jax.core.shaping import THRESHOLD, ensemble_scores, threshold_scores
 from ppo_jax.core.types import Params
 
 
@@ -22,8 +22,9 @@ class RewardEnsemble(NamedTuple):
     """
 
     networks: tuple[Network, ...]
-    rule: str  # see `ensemble_scores`
-    coef: float = 1.0  # its k
+    rule: str  # see `ensemble_scores`; or "threshold", of two: helpfulness, then safety
+    coef: float = 1.0  # k of `ensemble_scores`
+    threshold: float = -1.73  # see `threshold_scores`
 
     @property
     def is_stacked(self) -> bool:
@@ -78,9 +79,19 @@ def combine_scores(
 
     Returns:
         (scores [B] float32; metrics: "reward/score_0", "reward/score_1", ..., the mean of each
-        model, and how far they are apart).
+        model, and how far they are apart, or how many responses have the score of safety).
+
+    Raises:
+        ValueError: the rule is one of two models, and there are others.
     """
     metrics = {f"reward/score_{number}": row.mean() for number, row in enumerate(scores)}
+    if ensemble.rule == THRESHOLD:
+        if len(scores) != 2:
+            raise ValueError(f"the rule {THRESHOLD!r} is one of 2 reward models, got {len(scores)}")
+        helpfulness, safety = scores
+        by_safety = safety < ensemble.threshold
+        metrics["reward/safety_fraction"] = by_safety.mean(dtype=jnp.float32)
+        return threshold_scores(safety, helpfulness, threshold=ensemble.threshold), metrics
     mean = ensemble_scores(scores, how="mean")
     apart = mean - ensemble_scores(scores, how="mean_minus_std")
     metrics["reward/disagreement"] = apart.mean()

@@ -18,11 +18,11 @@ from ppo_jax.algorithms.critics import (
 )
 from ppo_jax.algorithms.ensembles import RewardEnsemble, combine_scores, member_scores
 from ppo_jax.algorithms.options import PPONetworks, PPOOptions, Sampler
-from ppo_jax.algorithms.scores import moment_metrics, shape_scores
+from ppo_jax.algorithms.scores import moment_metrics, scores_of_references, shape_scores
 from ppo_jax.algorithms.selection import extreme_responses, keep_responses
 from ppo_jax.core.advantages import gae, length_adaptive_lambda, whiten
 from ppo_jax.core.critic_free import running_baseline
-from ppo_jax.core.critics import ensemble_values, mask_agreed_advantages
+from ppo_jax.core.critics import disputed_states, ensemble_values, mask_agreed_advantages
 from ppo_jax.core.importance import CORRECTIONS, importance_weights
 from ppo_jax.core.kl import kl_estimate
 from ppo_jax.core.masking import last_token_index, masked_mean, masked_moments
@@ -145,6 +145,7 @@ def make_experience(
     networks: PPONetworks,
     options: PPOOptions,
     greedy: tuple[Rollout, jax.Array] | None = None,
+    references: tuple[Rollout, jax.Array] | None = None,
 ) -> tuple[Experience, dict[str, jax.Array]]:
     """Rewards, advantages and returns of a rollout.
 
@@ -163,13 +164,15 @@ def make_experience(
         options: what shapes the program.
         greedy: a greedy response to each prompt, and their scores, as those of the rollout are,
             where the advantages need them.
+        references: responses of the reference to each prompt, and their scores, where the
+            options have `reference_responses`, see `scores_of_references`.
 
     Returns:
         (experience, metrics).
 
     Raises:
         ValueError: the advantages need a critic and networks or state have none, or the other way
-            round; or greedy responses, likewise.
+            round; or greedy responses, or those of the reference, likewise.
     """
     check_critic(options, networks, state, hyperparameters)
     if reads_greedy(options.advantage) != (greedy is not None):
@@ -188,7 +191,12 @@ def make_experience(
         how = limits | CORRECTIONS[options.importance]
         weights, weight_metrics = importance_weights(logprobs, sampled_logprobs, mask, **how)
         rollout = dataclasses.replace(rollout, logprobs=jnp.where(mask, logprobs, 0.0))
-    rewards, metrics = response_rewards(rollout, scores, ref_logprobs, state, numbers, options)
+    count = options.reference_responses
+    against, reference_metrics = scores_of_references(
+        references, scores, state, numbers, num_references=count
+    )
+    given = (rollout, scores, ref_logprobs, state, numbers, options)
+    rewards, metrics = response_rewards(*given, reference_scores=against)
     if options.whiten_rewards:
         rewards = whiten(rewards, mask, shift_mean=False)
     critic, values, stds = dict(value_inputs=None, values=None), None, None
@@ -200,15 +208,20 @@ def make_experience(
         groups = dict(group_size=options.sampling.samples_per_prompt)
         kept = extreme_responses(scores, mask, keep_samples=options.keep_samples, **groups)
         learned = mask & kept[:, None]
-    given, baseline_metrics = baselines(rewards, greedy, state, numbers, options)
+    given, baseline_metrics = baselines(rewards, greedy, state, numbers, options, against)
     advantages, returns = estimate_advantages(
         rewards, values, mask, numbers, options, kept=kept, **given
     )
-    metrics |= weight_metrics | baseline_metrics
+    metrics |= weight_metrics | baseline_metrics | reference_metrics
+    disputed = None
     if stds is not None:
         metrics["value/disagreement"] = masked_mean(stds, learned)
         if (fraction := numbers.agreed_fraction) is not None:
             advantages = mask_agreed_advantages(advantages, stds, learned, fraction=fraction)
+        if (fraction := numbers.disputed_fraction) is not None:
+            disputed = disputed_states(stds, learned, fraction=fraction)
+            share = masked_mean(disputed.astype(jnp.float32), learned)
+            metrics["value/disputed_fraction"] = share
     if values is not None and returns is not None:
         metrics |= critic_metrics(values, returns, learned)
     experience = Experience(
@@ -221,6 +234,7 @@ def make_experience(
         returns=returns,
         ref_logprobs=None if numbers.kl_loss_coef is None else jnp.where(mask, ref_logprobs, 0.0),
         behavior_logprobs=sampled_logprobs if reads_behavior(options.loss) else None,
+        disputed_mask=disputed,
         **critic,
     )
     if kept is not None:
@@ -238,6 +252,8 @@ def check_critic(
         raise ValueError("several critics have no bins: value_range must be None")
     if options.num_critics == 1 and hyperparameters.agreed_fraction is not None:
         raise ValueError("one critic agrees with itself: agreed_fraction must be None")
+    if options.num_critics == 1 and hyperparameters.disputed_fraction is not None:
+        raise ValueError("one critic agrees with itself: disputed_fraction must be None")
     needed, name = reads_values(options.advantage), function_name(options.advantage)
     rule = "needs a critic" if needed else "needs no critic"
     if needed != (networks.value is not None):
@@ -343,6 +359,7 @@ def baselines(
     state: PPOState,
     hyperparameters: Hyperparameters,
     options: PPOOptions,
+    reference_scores: jax.Array | None = None,
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     """({name: what an estimator may take off}, metrics): the running mean of the scores where the
     state has it, the scores of greedy responses where there are some."""
@@ -352,7 +369,8 @@ def baselines(
         metrics["reward/total_mean"] = totals.mean()
         metrics["reward/baseline"] = running_baseline(baseline, totals, decay=1.0)
     if greedy is not None:
-        scores, greedy_metrics = greedy_baseline(*greedy, state, hyperparameters, options)
+        numbers = (state, hyperparameters, options, reference_scores)
+        scores, greedy_metrics = greedy_baseline(*greedy, *numbers)
         given["greedy_scores"], metrics = scores, metrics | greedy_metrics
     return given, metrics
 
@@ -363,13 +381,15 @@ def greedy_baseline(
     state: PPOState,
     hyperparameters: Hyperparameters,
     options: PPOOptions,
+    reference_scores: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """([B] float32, the score of the greedy response to the prompt of each response; metrics).
 
     They are shaped as scores are, and without the KL penalty, which is of sampled tokens.
     """
     mask = responses.response_mask
-    scores, how = whole_scores(scores, mask), dict(missing_eos=options.missing_eos)
+    how = dict(missing_eos=options.missing_eos, reference_scores=reference_scores)
+    scores = whole_scores(scores, mask)
     shaped = shape_scores(scores, mask, responses.has_eos, state, hyperparameters, **how)
     metrics = {
         "reward/greedy_score_mean": scores.mean(),
@@ -407,6 +427,8 @@ def response_rewards(
     state: PPOState,
     hyperparameters: Hyperparameters,
     options: PPOOptions,
+    *,
+    reference_scores: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The reward of each token: its score, or that of the response at the last one, minus the KL
     penalty at each.
@@ -414,6 +436,7 @@ def response_rewards(
     Of scores [B, T] the shaping and the metrics `reward/...score...` see the sum over a response.
     What it changes is changed at the last token; what the missing-EOS rule replaces is 0 before,
     and where scores are normalized those of tokens are divided by the same deviation.
+    `reference_scores`: see `shape_scores`.
 
     Returns:
         (rewards [B, T] float32, 0 where masked; metrics of scores, KL and responses).
@@ -422,7 +445,7 @@ def response_rewards(
     if scores.ndim == 2:
         of_tokens = token_scores(scores, mask)
         scores = of_tokens.sum(axis=1)
-    how = dict(missing_eos=options.missing_eos)
+    how = dict(missing_eos=options.missing_eos, reference_scores=reference_scores)
     adjusted = shape_scores(scores, mask, rollout.has_eos, state, hyperparameters, **how)
     kl_coef = hyperparameters.kl_coef if options.kl_control == "fixed" else state.kl_coef
     credited = adjusted

@@ -100,6 +100,7 @@ class PPOOptions:
     # the limits, see `CORRECTIONS`
     score_eos: int | None = None  # the `eos_id` of `response_scores`
     keep_samples: int = 0  # of a prompt, that are learned from, see `extreme_responses`; 0: all
+    reference_responses: int = 0  # M of the reference to each prompt, see `par_scores`; 0: none
 
     def __post_init__(self):
         for name, allowed in CHOICES.items():
@@ -111,6 +112,11 @@ class PPOOptions:
         counts += ("max_rollouts", "num_critics")
         assert_counts(**{name: getattr(self, name) for name in counts})
         assert_counts(at_least=0, value_num_minibatches=self.value_num_minibatches)
+        assert_counts(at_least=0, reference_responses=self.reference_responses)
+        if self.reference_responses and self.max_rollouts > 1:
+            raise ValueError(
+                "reference_responses need max_rollouts=1: they are to the prompts of one rollout"
+            )
         samples, kept = self.sampling.samples_per_prompt, self.keep_samples
         if kept and not (0 < kept < samples and kept % 2 == 0):
             raise ValueError(

@@ -21,6 +21,7 @@ from ppo_jax.algorithms.dynamic_sampling import gather, gathering_metrics
 from ppo_jax.algorithms.experience import make_experience, sample_responses, scores_and_metrics
 from ppo_jax.algorithms.greedy import greedy_rollout
 from ppo_jax.algorithms.options import PPONetworks, PPOOptions
+from ppo_jax.algorithms.references import reference_rollout
 from ppo_jax.algorithms.scores import count_scores
 from ppo_jax.algorithms.update import (
     average_updates,
@@ -83,6 +84,7 @@ def update_from_rollout(
     scores: jax.Array,
     key: jax.Array,
     greedy: tuple[Rollout, jax.Array] | None = None,
+    references: tuple[Rollout, jax.Array] | None = None,
     *,
     num_rollouts: jax.Array | int = 1,
     frozen: FrozenParams,
@@ -91,13 +93,14 @@ def update_from_rollout(
 ) -> tuple[PPOState, dict[str, jax.Array]]:
     """What follows the scores in an iteration: experience, update, KL control. Key consumed.
 
-    `greedy`: greedy responses and their scores, see `make_experience`; `num_rollouts`: how many
-    there were to choose these responses from.
+    `greedy`, `references`: greedy responses, those of the reference, and their scores, see
+    `make_experience`; `num_rollouts`: how many there were to choose these responses from.
     """
     state = count_scores(state, scores, rollout.response_mask)
     parts = dict(frozen=moved_reference(frozen, state), networks=networks, options=options)
     numbers = adapted_numbers(hyperparameters, state)
-    experience, metrics = make_experience(rollout, scores, state, numbers, greedy=greedy, **parts)
+    others = dict(greedy=greedy, references=references)
+    experience, metrics = make_experience(rollout, scores, state, numbers, **others, **parts)
     state, updates = ppo_update(state, experience, numbers, key, **parts)
     trained = trained_params(state.policy_params, state.value_params)
     metrics |= average_updates(updates, has_own_optimizer(trained, hyperparameters))
@@ -126,6 +129,9 @@ def update_from_rollout(
     metrics |= {"reward/episodes": state.episodes}
     if greedy is not None:
         metrics["reward/greedy_episodes"] = state.episodes // options.sampling.samples_per_prompt
+    if references is not None:
+        prompts = state.episodes // options.sampling.samples_per_prompt
+        metrics["reward/reference_episodes"] = prompts * options.reference_responses
     return state, metrics
 
 
@@ -204,8 +210,9 @@ def ppo_iteration(
         state, metrics = update_from_rollout(state, hyperparameters, *given, **how)
         return state, metrics | gathering_metrics(gathered)
     responses, scores, of_models = sample(prompts, rollout_key)
-    greedy = greedy_rollout(state, hyperparameters, prompts, rollout_key, **parts)
+    inputs = (state, hyperparameters, prompts, rollout_key)
+    others = greedy_rollout(*inputs, **parts), reference_rollout(*inputs, **parts)
     state, metrics = update_from_rollout(
-        state, hyperparameters, responses, scores, shuffle_key, greedy, **parts
+        state, hyperparameters, responses, scores, shuffle_key, *others, **parts
     )
     return state, metrics | of_models

@@ -166,7 +166,7 @@ def sweep_responses(
     """`sample_responses` of N lanes: a rollout of N B responses, lane after lane.
 
     So one call of a reward function scores them all. Arguments as for `sweep_iteration`; `sample`
-    may be `greedy_responses`.
+    may be `greedy_responses` or `reference_responses`.
     """
     sample = functools.partial(sample, networks=networks, options=options)
     mapped = over_lanes(sample, axes, 0, 0, axes.inputs, axes.inputs)
@@ -196,6 +196,7 @@ def sweep_update(
     scores: jax.Array,
     key: jax.Array,
     greedy: tuple[Rollout, jax.Array] | None = None,
+    references: tuple[Rollout, jax.Array] | None = None,
     *,
     frozen: FrozenParams,
     networks: PPONetworks,
@@ -203,8 +204,10 @@ def sweep_update(
     axes: LaneAxes,
 ) -> tuple[PPOState, dict[str, jax.Array]]:
     """`update_from_rollout` of N lanes, from what `sweep_responses` gave and its scores [N B] or
-    [N B, T]; `greedy` is the same of greedy responses; other arguments as for `sweep_iteration`."""
-    rollouts, scores, greedy = split_lanes((rollout, scores, greedy), len(states.step))
+    [N B, T]; `greedy` is the same of greedy responses, `references` of those of the reference;
+    other arguments as for `sweep_iteration`."""
+    given = (rollout, scores, greedy, references)
+    rollouts, scores, *others = split_lanes(given, len(states.step))
     update = functools.partial(update_from_rollout, networks=networks, options=options)
-    mapped = over_lanes(update, axes, 0, 0, 0, 0, axes.inputs, 0)
-    return mapped(states, hyperparameters, rollouts, scores, key, greedy, frozen=frozen)
+    mapped = over_lanes(update, axes, 0, 0, 0, 0, axes.inputs, 0, 0)
+    return mapped(states, hyperparameters, rollouts, scores, key, *others, frozen=frozen)

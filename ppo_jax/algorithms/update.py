@@ -109,6 +109,7 @@ def experience_loss(
         behavior_logprobs=e.behavior_logprobs,
         dropped_mask=e.dropped_mask,
         penalty_mask=e.penalty_mask,
+        disputed_mask=e.disputed_mask,
         weights=e.weights,
         segment_ids=response_numbers(e),
         normalizer=normalizer,

@@ -28,6 +28,7 @@ LEFT_OUT = {
     "ref_reset_every": 0,
     "value_range": (),
     "agreed_fraction": 0,
+    "disputed_fraction": 0,
 }
 CRITIC_STARTS = ("", "reward_model", "policy", "scratch")  # what names no model of its own
 
@@ -88,8 +89,12 @@ class PPOSettings:
     other_reward_models: tuple[str, ...] = ()  # more of them, which read the policy's tokens: a
     # response then has one score, by reward_rule; a critic starts from reward_model
     reward_rule: str = "mean"  # of the scores of several: or "min", "mean_minus_std",
-    # "mean_minus_var"; or "average_weights": one model, whose weights are the mean of theirs
+    # "mean_minus_var"; "average_weights": one model, whose weights are the mean of theirs; or
+    # "threshold" of two, reward_model for helpfulness and one for safety, whose score counts alone
+    # where it is low
     reward_rule_coef: float = changeable(1.0)  # of std or var, between the models
+    reward_rule_threshold: float = changeable(-1.73)  # with reward_rule="threshold": what the score
+    # of safety is low below; -1.73 is the logit of a probability of 0.15
     reward_function: str = ""  # "module:function": (prompts, responses, ...) -> one number a
     # response or one list of numbers, a number a token; see "Reward functions"
     reward_functions: tuple[str, ...] = ()  # several, in place of the one: their weighted sum
@@ -145,6 +150,9 @@ class PPOSettings:
     score_at: str = "eos"  # where the reward model reads a response that has stopped at another
     # token than EOS, with which its training texts end: at an EOS put behind it, or "last", at its
     # last token
+    reference_responses: int = 0  # responses of the reference to each prompt: the score is then how
+    # probably a response is preferred to one of them, the mean sigmoid of the difference of scores
+    # (PAR), from 0 to 1; 0 is off
     missing_eos: str = "keep"  # the score of a response that was cut off: or "penalty", "replace"
     missing_eos_score: float = changeable(1.0)  # what is subtracted from it, or put in its place
     score_normalization: bool = False  # scores less the mean of all scores of the run so far, in
@@ -211,6 +219,8 @@ class PPOSettings:
     # head of its own, and learns the responses to every num_critics-th prompt
     agreed_fraction: float = changeable(0.0)  # of the tokens, those on whose value several critics
     # agree most: they teach the policy nothing; 0 is off, 0.2 is usual
+    disputed_fraction: float = changeable(0.0)  # of the tokens, those on whose value several
+    # critics disagree most: they have no entropy bonus; 0 is off
     vf_coef: float = changeable(0.1)  # weight of the value loss; Adam divides it out but for
     # max_grad_norm
     entropy_coef: float = changeable(0.0)  # weight of the entropy, per nat

@@ -24,7 +24,7 @@ from ppo_jax.core.importance import CORRECTIONS
 from ppo_jax.core.kl import ESTIMATORS, REWARD_ESTIMATORS, REWARD_RULE
 from ppo_jax.core.named import parameters, reads_behavior
 from ppo_jax.core.sequence_losses import AGGREGATIONS
-from ppo_jax.core.shaping import ENSEMBLE_RULES
+from ppo_jax.core.shaping import ENSEMBLE_RULES, THRESHOLD
 
 RATIO_RULE = "in (0, 1), or inf"
 
@@ -52,6 +52,7 @@ def check_ppo(settings: Any):
     check_methods(settings, check)
     check_critic(settings, check)
     check_scores(settings, check)
+    check_references(settings, check)
 
 
 def check_batches(settings: Any, check: Check):
@@ -292,11 +293,17 @@ def check_bins(settings: Any, check: Check):
 
 def check_several(settings: Any, check: Check):
     check.each("> 0", "num_critics")
-    check.that(0 <= settings.agreed_fraction < 1, "agreed_fraction", "in [0, 1)")
+    fractions = ("agreed_fraction", "disputed_fraction")
+    for field in fractions:
+        check.that(0 <= getattr(settings, field) < 1, field, "in [0, 1)")
     if settings.num_critics == 1:
         rule = "0 with one critic, which agrees with itself"
-        check.that(settings.agreed_fraction == 0, "agreed_fraction", rule)
+        for field in fractions:
+            check.that(getattr(settings, field) == 0, field, rule)
         return
+    rule = "0 without entropy_coef or target_entropy: there is no entropy bonus to leave out"
+    has_bonus = settings.entropy_coef > 0 or settings.target_entropy > 0
+    check.that(has_bonus or settings.disputed_fraction == 0, "disputed_fraction", rule)
     check.that(not settings.value_bins, "value_bins", "0 with several critics")
     words = "num_critics x samples_per_prompt"
     check.multiple("rollout_batch_size", settings.num_critics * settings.samples_per_prompt, words)
@@ -330,6 +337,22 @@ def check_scores(settings: Any, check: Check):
         check.that(not settings.critic_init_from, "critic_init_from", rule)
 
 
+def check_references(settings: Any, check: Check):
+    """Responses of the reference, to which those of the policy are compared."""
+    check.each(">= 0", "reference_responses")
+    count = settings.reference_responses
+    if not count:
+        return
+    rule = "1 with reference_responses, which are to the prompts of one rollout"
+    check.that(settings.max_rollouts == 1, "max_rollouts", rule)
+    rule = "with reference_responses, whose scores are from 0 to 1 in any case"
+    check.that(not settings.score_normalization, "score_normalization", f"False {rule}")
+    check.that(settings.score_clip == math.inf, "score_clip", f"inf {rule}")
+    for field in ("max_concurrent", "min_free_slots"):
+        rule = f"a multiple of reference_responses ({count}), which are decoded as many at a time"
+        check.that(getattr(settings, field) % count == 0, field, rule)
+
+
 def check_ensemble(settings: Any, check: Check):
     """Several reward models, and a rule that is read."""
     others, rule = settings.other_reward_models, settings.reward_rule
@@ -341,9 +364,14 @@ def check_ensemble(settings: Any, check: Check):
         "other_reward_models",
         "() without a reward_model",
     )
-    check.choice("reward_rule", *ENSEMBLE_RULES, AVERAGE)
+    check.choice("reward_rule", *ENSEMBLE_RULES, AVERAGE, THRESHOLD)
     check.that(bool(others) or rule == "mean", "reward_rule", "'mean' without other_reward_models")
     check.each(">= 0", "reward_rule_coef")
     reads = rule.startswith("mean_minus")
     text = f"1 with reward_rule={rule!r}"
     check.that(reads or settings.reward_rule_coef == 1, "reward_rule_coef", text)
+    text = f"one name with reward_rule={THRESHOLD!r}, that of the model of safety"
+    check.that(rule != THRESHOLD or len(others) == 1, "other_reward_models", text)
+    unread = settings.reward_rule_threshold == type(settings).reward_rule_threshold
+    text = f"{type(settings).reward_rule_threshold:g} with reward_rule={rule!r}"
+    check.that(rule == THRESHOLD or unread, "reward_rule_threshold", text)

@@ -34,6 +34,7 @@ def ppo_loss(
     value_clip_range: Number | None = 0.2,
     vf_coef: Number = 0.1,
     entropy_coef: Number = 0.0,
+    disputed_mask: jax.Array | None = None,
     weights: jax.Array | None = None,
     normalizer: Number | None = None,
     num_sequences: Number | None = None,
@@ -58,6 +59,8 @@ def ppo_loss(
         value_clip_range: see `clipped_value_loss`.
         vf_coef: weight of the value loss.
         entropy_coef: weight of the entropy bonus, in loss per nat.
+        disputed_mask: [B, T] bool, True on the tokens without an entropy bonus, see
+            `disputed_states`; they count in the mean as 0. None is none.
         weights: [B, T] float, of the terms of policy and entropy; None is 1, see
             `aggregation_weights`.
         normalizer: what the sums are divided by; None is the count of the mask.
@@ -102,9 +105,14 @@ def ppo_loss(
             "policy/approx_kl": 0.5 * masked_mean(moved, mask, normalizer=normalizer)
         }
     mean_entropy = masked_mean(entropies, mask, normalizer=normalizer)
-    bonus = mean_entropy
+    bonus, has_bonus = mean_entropy, mask
+    if disputed_mask is not None:
+        chex.assert_equal_shape([mask, disputed_mask])
+        chex.assert_type(disputed_mask, bool)
+        has_bonus = mask & ~disputed_mask
+        weights = jnp.ones(mask.shape) if weights is None else weights
     if weights is not None:
-        terms = jnp.multiply(*zero_padding(mask, entropies, jax.lax.stop_gradient(weights)))
+        terms = jnp.multiply(*zero_padding(has_bonus, entropies, jax.lax.stop_gradient(weights)))
         bonus = masked_mean(terms, mask, normalizer=normalizer)
     value_loss, value_metrics = 0.0, {}
     if values is not None:

@@ -14,6 +14,7 @@ from ppo_jax.core.critic_free import grouped
 from ppo_jax.core.masking import masked_moments
 
 ENSEMBLE_RULES = ("mean", "min", "mean_minus_std", "mean_minus_var")
+THRESHOLD = "threshold"  # the rule of two models that `threshold_scores` is
 
 
 def ensemble_scores(scores: jax.Array, *, how: str, k: Number = 1.0) -> jax.Array:

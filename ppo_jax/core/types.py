@@ -78,6 +78,8 @@ class Experience:
     dropped_mask: jax.Array | None = None  # [B, T] bool, and
     penalty_mask: jax.Array | None = None  # [B, T] bool, the tokens of a minibatch that the loss
     # has chosen, see `TOKEN_CHOICES`
+    disputed_mask: jax.Array | None = None  # [B, T] bool, the tokens without an entropy bonus, see
+    # `disputed_states`; None is none
     weights: jax.Array | None = None  # [B, T] float32 of a token's term of the loss; None is 1
     critics: jax.Array | None = None  # [B, T] int32, which of several critics learns the token; its
     # own are the `values`
@@ -140,6 +142,7 @@ class Hyperparameters:
     value_range: jax.Array | None = None  # [2], lowest and highest return of a critic that gives
     # logits of bins of returns, see `values_from`; None: it gives the value
     agreed_fraction: jax.Array | float | None = None  # see `mask_agreed_advantages`; None is off
+    disputed_fraction: jax.Array | float | None = None  # see `disputed_states`; None is off
     vf_coef: jax.Array | float = 0.1
     entropy_coef: jax.Array | float = 0.0
     target_entropy: jax.Array | float | None = None  # nats a token that it adapts to; None: no

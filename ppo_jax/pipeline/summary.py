@@ -137,7 +137,8 @@ def ppo_rows(s: PPOSettings, model: ModelConfig) -> Rows:
     length = s.max_prompt_length + s.response_length
     episodes = s.rollout_batch_size * s.num_iterations
     heads = 2 * model.num_kv_heads * model.head_dim * model.num_layers
-    slots, size = s.max_concurrent or s.rollout_batch_size, 4 if model.dtype == "float32" else 2
+    most = max(s.rollout_batch_size, num_prompts(s) * s.reference_responses)
+    slots, size = s.max_concurrent or most, 4 if model.dtype == "float32" else 2
     cache = slots * length * heads * size
     unit = "packed rows " if s.packing else ""
     logits = micro_batch * s.response_length * model.vocab_size * 4
@@ -147,7 +148,7 @@ def ppo_rows(s: PPOSettings, model: ModelConfig) -> Rows:
             "ppo update",
             f"{steps} optimizer steps of {minibatch} episodes, {micro_batch} {unit}at a time",
         ),
-        *greedy_rows(s),
+        *other_rows(s),
         *rollout_rows(s),
         *critic_rows(s),
         *selection_rows(s),
@@ -158,12 +159,20 @@ def ppo_rows(s: PPOSettings, model: ModelConfig) -> Rows:
     ]
 
 
-def greedy_rows(s: PPOSettings) -> Rows:
-    """The rollout of its own that some advantages need."""
-    if not needs_greedy(s.advantage):
-        return []
-    count = s.rollout_batch_size // s.samples_per_prompt
-    return [("greedy responses", f"{count} more an iteration, one to each prompt")]
+def num_prompts(s: PPOSettings) -> int:
+    """Of an iteration."""
+    return s.rollout_batch_size // s.samples_per_prompt
+
+
+def other_rows(s: PPOSettings) -> Rows:
+    """The rollouts besides that of the policy: what some advantages need, and PAR."""
+    rows, count, each = [], num_prompts(s), s.reference_responses
+    if needs_greedy(s.advantage):
+        rows += [("greedy responses", f"{count} more an iteration, one to each prompt")]
+    if each:
+        how_many = f"{count * each} more an iteration, {each} to each prompt"
+        rows += [("reference responses", how_many)]
+    return rows
 
 
 def rollout_rows(s: PPOSettings) -> Rows:

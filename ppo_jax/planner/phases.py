@@ -18,6 +18,7 @@ from ppo_jax.algorithms.experience import make_experience, response_scores, samp
 from ppo_jax.algorithms.greedy import greedy_options, greedy_responses
 from ppo_jax.algorithms.options import PPOOptions
 from ppo_jax.algorithms.ppo import kl_of_update
+from ppo_jax.algorithms.references import reference_options, reference_responses
 from ppo_jax.algorithms.supervised import text_scores
 from ppo_jax.algorithms.update import ppo_update
 from ppo_jax.config.objectives import AVERAGE, needs_greedy
@@ -95,13 +96,16 @@ def phases(config: Config, models: Models, layouts: tuple[Layout, Layout]) -> li
 
     rollout = trace(sample_responses, args.prompts, args.key, out_shardings=batch_sharding)
     inputs = [args.shard_rows(rollout.out_info)]
-    programs = {"rollout": rollout}
-    if needs_greedy(s.advantage):
-        greedy = trace(greedy_responses, args.prompts, args.key, out_shardings=batch_sharding)
-        programs["greedy rollout"] = greedy
-        inputs.append(args.shard_rows(greedy.out_info))
+    programs, others = {"rollout": rollout}, other_rollouts(s)
+    for name, sample in (("greedy", greedy_responses), ("reference", reference_responses)):
+        if name not in others:
+            inputs.append(None)
+            continue
+        program = trace(sample, args.prompts, args.key, out_shardings=batch_sharding)
+        programs[f"{name} rollout"] = program
+        inputs.append(args.shard_rows(program.out_info))
     if not args.networks.reward:
-        inputs = [(x, args.rows(jnp.float32, len(x.has_eos))) for x in inputs]
+        inputs = [x and (x, args.rows(jnp.float32, len(x.has_eos))) for x in inputs]
     scoring = trace(score, *inputs, out_shardings=(batch_sharding, replicated))
     experience = args.shard_rows(scoring.out_info[0])
     updates = trace(
@@ -111,7 +115,7 @@ def phases(config: Config, models: Models, layouts: tuple[Layout, Layout]) -> li
         reader = functools.partial(
             score_text, reader=reward_network(models.reward, constrain=layout.constrain)
         )
-        num_texts = s.rollout_batch_size + greedy_rows(s)
+        num_texts = s.rollout_batch_size + other_rows(s)
         shape = num_texts, text_width(s, models.reward)
         texts = args.rows(jnp.int32, *shape), args.rows(bool, *shape)
         programs["reward model"] = trace(reader, *texts, out_shardings=batch_sharding)
@@ -123,9 +127,8 @@ def phases(config: Config, models: Models, layouts: tuple[Layout, Layout]) -> li
         "rollout": decode_trip_counts(s.rollout_batch_size, options.sampling),
         "update": s.num_micro_batches if s.packing else None,
     }
-    if needs_greedy(s.advantage):
-        sampling = greedy_options(options).sampling
-        trip_counts["greedy rollout"] = decode_trip_counts(greedy_rows(s), sampling)
+    for name, (count, sampling) in others.items():
+        trip_counts[f"{name} rollout"] = decode_trip_counts(count, sampling)
     return [
         Phase(
             name=name,
@@ -146,27 +149,38 @@ def decode_trip_counts(num_rows: int, sampling: Sampling) -> TripCounts:
     return max_trip_counts(num_rows, slots, sampling.group(slots), length)
 
 
-def score(state, hyperparameters, rollout, greedy=None, *, frozen, networks, options):
+def score(
+    state, hyperparameters, rollout, greedy=None, references=None, *, frozen, networks, options
+):
     """The work between the rollout and the updates. Responses come alone, or with their scores
     where no reward model is in the program."""
 
     def scored(responses):
-        if isinstance(responses, tuple):
+        if responses is None or isinstance(responses, tuple):
             return responses
         eos_id = options.score_eos
         scores = response_scores(responses, frozen=frozen, networks=networks, eos_id=eos_id)
         return responses, scores
 
     parts = dict(frozen=moved_reference(frozen, state), networks=networks, options=options)
-    greedy = None if greedy is None else scored(greedy)
-    return make_experience(*scored(rollout), state, hyperparameters, greedy=greedy, **parts)
+    others = dict(greedy=scored(greedy), references=scored(references))
+    return make_experience(*scored(rollout), state, hyperparameters, **others, **parts)
 
 
-def greedy_rows(settings: PPOSettings) -> int:
-    """Greedy responses of an iteration."""
-    if not needs_greedy(settings.advantage):
-        return 0
-    return settings.rollout_batch_size // settings.samples_per_prompt
+def other_rollouts(settings: PPOSettings) -> dict[str, tuple[int, Sampling]]:
+    """{rollout of an iteration besides that of the policy: (its responses, how it samples)}."""
+    options, found = abstract_options(settings), {}
+    num_prompts = settings.rollout_batch_size // settings.samples_per_prompt
+    if needs_greedy(settings.advantage):
+        found["greedy"] = num_prompts, greedy_options(options).sampling
+    if count := settings.reference_responses:
+        found["reference"] = num_prompts * count, reference_options(options).sampling
+    return found
+
+
+def other_rows(settings: PPOSettings) -> int:
+    """Their responses together."""
+    return sum(count for count, _ in other_rollouts(settings).values())
 
 
 def score_text(state, hyperparameters, tokens, mask, *, frozen, reader, **parts):
@@ -337,11 +351,11 @@ def analytic_flops(
     scoring = scoring_flops(
         policy, critic, reward, policy_passes=passes, trunks=trunks, **kernels, **sizes
     )
-    count = greedy_rows(s)
-    greedy = sizes | dict(sequences=count)
+    count = other_rows(s)
     if count and reward is not None:
         how = dict(policy_passes=0, trunks=trunks)
-        scoring += scoring_flops(policy, None, reward, **how, **kernels, **greedy)
+        of_others = sizes | dict(sequences=count)
+        scoring += scoring_flops(policy, None, reward, **how, **kernels, **of_others)
     whole, texts = s.max_prompt_length + s.response_length, s.rollout_batch_size + count
     for config in () if s.reward_rule == AVERAGE else models.others:
         scoring += score_flops(config, texts, whole, platform)
@@ -371,10 +385,15 @@ def analytic_flops(
     if s.penalty_target_kl > 0:
         updated = sizes | {"sequences": s.update_batch_size}
         flops["update"] += scoring_flops(policy, None, None, trunks=trunks, **kernels, **updated)
-    if count:
+    for name, (count, sampling) in other_rollouts(s).items():
         slots = min(s.max_concurrent or count, count)
-        group = greedy_options(abstract_options(s)).sampling.group(slots)
-        flops["greedy rollout"] = rollout_flops(policy, slots=slots, group=group, **greedy)
+        flops[f"{name} rollout"] = rollout_flops(
+            policy,
+            samples_per_prompt=sampling.samples_per_prompt,
+            slots=slots,
+            group=sampling.group(slots),
+            **sizes | dict(sequences=count),
+        )
     if models.reads_text:
         width = text_width(s, models.reward)
         flops["reward model"] = score_flops(models.reward, texts, width, platform)

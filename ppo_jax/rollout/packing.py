@@ -134,6 +134,7 @@ def packed_experience(experience: Experience, rows: PackedRows) -> Experience:
         behavior_logprobs=of_tokens(e.behavior_logprobs),
         dropped_mask=of_tokens(e.dropped_mask),
         penalty_mask=of_tokens(e.penalty_mask),
+        disputed_mask=of_tokens(e.disputed_mask),
         weights=of_tokens(e.weights),
         critics=of_tokens(e.critics),
         segment_ids=rows.segment_ids,

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from ppo_jax.algorithms.greedy import greedy_responses
+from ppo_jax.algorithms.references import reference_responses
 from ppo_jax.algorithms.supervised import text_scores
 from ppo_jax.algorithms.sweep import (
     LaneAxes,
@@ -59,6 +60,7 @@ from ppo_jax.training.ppo_setup import (
     starts_of,
     state_maker,
 )
+from ppo_jax.training.references import make_references
 from ppo_jax.training.resume import fingerprint
 from ppo_jax.training.reward_functions import load_reward_functions
 
@@ -371,12 +373,16 @@ def make_iteration(program: Program, states: PPOState, score: Scorer | None):
         out_shardings=layout.batch_sharding,
         compiler_options=how,
     )
-    greedy_sample = jax.jit(
-        functools.partial(sweep_responses, sample=greedy_responses, **parts),
-        out_shardings=layout.batch_sharding,
-        compiler_options=how,
+    greedy_sample, reference_sample = (
+        jax.jit(
+            functools.partial(sweep_responses, sample=other, **parts),
+            out_shardings=layout.batch_sharding,
+            compiler_options=how,
+        )
+        for other in (greedy_responses, reference_responses)
     )
     greedy = make_greedy(setup.options, greedy_sample, score)
+    references = make_references(setup.options, reference_sample, score)
     update = compiled(sweep_update)
     split = jax.random.split if axes.inputs is None else jax.vmap(jax.random.split, out_axes=1)
 
@@ -384,9 +390,10 @@ def make_iteration(program: Program, states: PPOState, score: Scorer | None):
         rollout_keys, shuffle_keys = split(keys)
         rollout = sample(states, numbers, prompts, rollout_keys, frozen=setup.frozen)
         scores, more = score(chosen, rollout)
-        others = greedy(chosen, states, numbers, prompts, rollout_keys, frozen=setup.frozen)
+        inputs = (chosen, states, numbers, prompts, rollout_keys)
+        others = (other(*inputs, frozen=setup.frozen) for other in (greedy, references))
         states, metrics = update(
-            states, numbers, rollout, scores, shuffle_keys, others, frozen=setup.frozen
+            states, numbers, rollout, scores, shuffle_keys, *others, frozen=setup.frozen
         )
         each = {name: split_lanes(np.asarray(x), program.num_lanes) for name, x in more.items()}
         return states, metrics | {k: x.mean(axis=1, dtype=np.float64) for k, x in each.items()}

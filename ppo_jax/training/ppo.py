@@ -13,6 +13,7 @@ from ppo_jax.algorithms.experience import response_scores, sample_responses
 from ppo_jax.algorithms.greedy import greedy_responses
 from ppo_jax.algorithms.options import PPOOptions
 from ppo_jax.algorithms.ppo import ppo_iteration, update_from_rollout
+from ppo_jax.algorithms.references import reference_responses
 from ppo_jax.algorithms.supervised import text_scores
 from ppo_jax.config.parsing import FunctionFailed
 from ppo_jax.config.ppo import PPOSettings, names_critic
@@ -39,6 +40,7 @@ from ppo_jax.training.ppo_evaluation import (
 )
 from ppo_jax.training.ppo_models import find_models
 from ppo_jax.training.ppo_setup import Setup, make_setup, state_maker
+from ppo_jax.training.references import make_references
 from ppo_jax.training.resume import fingerprint
 from ppo_jax.training.reward_functions import (
     RewardFunction,
@@ -218,6 +220,8 @@ def make_iteration(
     sample = compiled(functools.partial(sample_responses, **parts))
     greedy_sample = compiled(functools.partial(greedy_responses, **parts))
     greedy = make_greedy(setup.options, greedy_sample, score)
+    reference_sample = compiled(functools.partial(reference_responses, **parts))
+    references = make_references(setup.options, reference_sample, score)
     sampled = make_sampled(setup.options, sample, score, layout)
     update = compile_step(update_from_rollout, state, layout, compiler_options=how, **parts)
 
@@ -225,8 +229,9 @@ def make_iteration(
         rollout_key, shuffle_key = jax.random.split(key)
         inputs = (chosen, prompts, rollout_key, state, hyperparameters)
         rollout, scores, more, how_many = sampled(*inputs, frozen=frozen)
-        others = greedy(chosen, state, hyperparameters, prompts, rollout_key, frozen=frozen)
-        given = (hyperparameters, rollout, scores, shuffle_key, others)
+        inputs = (chosen, state, hyperparameters, prompts, rollout_key)
+        others = (other(*inputs, frozen=frozen) for other in (greedy, references))
+        given = (hyperparameters, rollout, scores, shuffle_key, *others)
         state, metrics = update(state, *given, frozen=frozen, **how_many)
         return state, metrics | {name: x.mean(dtype=np.float64) for name, x in more.items()}
 

@@ -224,8 +224,8 @@ def with_ensemble(
         return networks
     shapes = models[:1] if len(set(models)) == 1 else models
     made = tuple(reward_network(shape, constrain=layout.constrain) for shape in shapes)
-    coef = settings.reward_rule_coef
-    return networks._replace(reward=RewardEnsemble(made, settings.reward_rule, coef))
+    numbers = dict(coef=settings.reward_rule_coef, threshold=settings.reward_rule_threshold)
+    return networks._replace(reward=RewardEnsemble(made, settings.reward_rule, **numbers))
 
 
 def with_others(settings: PPOSettings, reward: Model) -> Params:

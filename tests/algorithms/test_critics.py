@@ -196,6 +196,30 @@ def test_the_value_of_several_critics_is_their_mean_and_each_has_its_prompts():
     np.testing.assert_allclose(experience.advantages, np.where(agreed, 0.0, every), atol=1e-5)
 
 
+def test_the_tokens_on_which_they_disagree_most_have_no_entropy_bonus():
+    run, _ = run_of_two(disputed_fraction=0.3)
+    rollout = run.rollout()
+    experience, metrics = run.experience(rollout)
+    mask, swapped = np.asarray(rollout.response_mask), run_of_two()[0]
+    swapped.state = run.state.replace(
+        value_params=jax.tree.map(lambda x: x[::-1], run.state.value_params)
+    )
+    apart = abs(experience.values - swapped.experience(rollout)[0].values)
+    most = np.sort(apart[mask])[::-1][: round(0.3 * int(mask.sum()))]
+    np.testing.assert_array_equal(experience.disputed_mask, mask & (apart >= most[-1]))
+    np.testing.assert_allclose(metrics["value/disputed_fraction"], len(most) / mask.sum())
+    # The update has it from there: without the bonus of the others it is one without a bonus.
+    every = experience.replace(disputed_mask=rollout.response_mask)
+    run.numbers = run.numbers.replace(entropy_coef=jnp.float32(0.5))
+    (got, _), (some, _) = run.update(every), run.update(experience)
+    run.numbers = run.numbers.replace(entropy_coef=jnp.float32(0.0))
+    expected, _ = run.update(experience)
+    tiny.leaves_close(got.policy_params, expected.policy_params, atol=1e-6)
+    assert tiny.leaves_differ(some.policy_params, got.policy_params)
+    experience, metrics = run_of_two()[0].experience(rollout)
+    assert experience.disputed_mask is None and "value/disputed_fraction" not in metrics
+
+
 def test_each_critic_learns_its_own_responses_alone():
     """As it would alone, with the others' tokens left out: Adam divides their number out."""
     adam = dict(learning_rate=2e-3, eps=1e-20, max_grad_norm=np.inf)
@@ -216,6 +240,7 @@ def test_each_critic_learns_its_own_responses_alone():
 
 def test_micro_batches_and_packed_rows_of_several_critics_give_the_same_update():
     numbers = dict(optimizer=dict(eps=1e-2), agreed_fraction=0.2)
+    numbers |= dict(disputed_fraction=0.3, entropy_coef=0.3)
     whole, _ = run_of_two(dict(num_minibatches=1), **numbers)
     experience, _ = whole.experience(whole.rollout())
     expected, _ = whole.update(experience)

@@ -57,6 +57,37 @@ def scores_alone(run, pairs, rollout):
 
 
 @pytest.mark.parametrize("stacked", [True, False])
+def test_the_score_of_safety_counts_where_it_is_below_the_threshold(stacked):
+    run = tiny.Run("whole", kl_coef=0.0)
+    pairs = with_models(run, "threshold", stacked)[:2]
+    helpful, safe = scores_alone(run, pairs, iterated_rollout(run))
+    threshold = float(np.median(safe)) + 1e-3
+    networks = tuple(network for network, _ in pairs[: 1 if stacked else 2])
+    ensemble = RewardEnsemble(networks, "threshold", threshold=threshold)
+    params = ensemble_params([own for _, own in pairs], stacked=stacked)
+    run.parts["frozen"] = run.setup.frozen.replace(reward=params)
+    run.parts["networks"] = run.parts["networks"]._replace(reward=ensemble)
+    expected = np.where(safe < threshold, safe, helpful)
+    assert 0 < (safe < threshold).sum() < len(safe) and abs(safe - helpful).min() > 1e-3
+    parts = dict(frozen=run.parts["frozen"], networks=run.parts["networks"])
+    got = response_scores(iterated_rollout(run), **parts)
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+    _, metrics = run.iterate()
+    assert metrics["reward/score_mean"] == pytest.approx(expected.mean(), abs=1e-4)
+    assert metrics["reward/score_0"] == pytest.approx(helpful.mean(), abs=1e-4)
+    assert metrics["reward/score_1"] == pytest.approx(safe.mean(), abs=1e-4)
+    assert metrics["reward/safety_fraction"] == pytest.approx((safe < threshold).mean())
+    assert "reward/disagreement" not in metrics
+
+
+def test_the_rule_of_two_models_is_one_of_two():
+    run = tiny.Run("whole")
+    with_models(run, "threshold")
+    with pytest.raises(ValueError, match="'threshold' is one of 2 reward models, got 3"):
+        run.iterate()
+
+
+@pytest.mark.parametrize("stacked", [True, False])
 @pytest.mark.parametrize("rule", RULES)
 def test_a_score_is_that_of_the_rule_over_the_models_alone(rule, stacked):
     run = tiny.Run("whole", kl_coef=0.0)

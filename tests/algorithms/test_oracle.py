@@ -27,6 +27,7 @@ NUMBERS |= dict(value_clip_range=0.1, entropy_coef=0.02, missing_eos_score=0.7)
 NUMBERS |= dict(value_learning_rate=0.05, target_kl=0.5, kl_horizon=40.0)
 VALUE_ADAM = dict(learning_rate=0.04, max_grad_norm=0.2, b1=0.7, b2=0.9, eps=1e-3)
 VALUE_ADAM |= dict(weight_decay=0.02)
+OF_CRITICS = dict(num_critics=3, agreed_fraction=0.3, disputed_fraction=0.4)
 ADAM = dict(learning_rate=0.03, max_grad_norm=0.5, b1=0.8, b2=0.95, eps=1e-4, weight_decay=0.01)
 
 
@@ -108,8 +109,8 @@ def of_critic(table, before, own):
 
 
 def gradients(tables, batch, clip_high, options, value_weight, own):
-    before, tokens, mask, old, advantages, old_values, returns, *critics = batch
-    critics = critics[0] if critics else None
+    before, tokens, mask, old, advantages, old_values, returns, *of_several = batch
+    critics, disputed = of_several or (None, np.zeros(mask.shape, bool))
     count = mask.sum()
     shares = mask / count  # of a token in the loss of the policy
     if options.aggregation == "sequence_mean":
@@ -122,7 +123,7 @@ def gradients(tables, batch, clip_high, options, value_weight, own):
     hit = np.eye(V)[tokens] - probs
     of_z = of_logprob[..., None] * hit
     of_entropy = -probs * (np.log(probs) + entropies[..., None])
-    of_z -= NUMBERS["entropy_coef"] * of_entropy * shares[..., None]
+    of_z -= NUMBERS["entropy_coef"] * of_entropy * np.where(disputed, 0.0, shares)[..., None]
     found = {"policy": np.zeros((V, V))}
     np.add.at(found["policy"], before, of_z / NUMBERS["temperature"])
     if "value_range" in own:
@@ -147,6 +148,12 @@ def without_agreed(advantages, spread, mask, fraction):
     """0 for the share of the tokens with the least spread; equal ones are all left."""
     least_left = np.sort(spread[mask])[round(fraction * mask.sum())]
     return np.where(spread < least_left, 0.0, advantages)
+
+
+def most_apart(spread, mask, fraction):
+    """The share of the tokens with the largest spread, less those that equal one that is left."""
+    largest_left = np.sort(spread[mask])[::-1][round(fraction * mask.sum())]
+    return mask & (spread > largest_left)
 
 
 def adam(tables, names, steps, gradient, adam, rates):
@@ -201,13 +208,15 @@ def by_hand(tables, case, options, own):
             advantages = np.concatenate([x for x, _ in each])
         advantages = whitened(advantages, mask) if options.whiten_advantages else advantages
         if options.num_critics > 1:
-            advantages = without_agreed(advantages, every.std(axis=0), mask, own["agreed_fraction"])
+            spread = every.std(axis=0)
+            advantages = without_agreed(advantages, spread, mask, own["agreed_fraction"])
+            disputed = most_apart(spread, mask, own.get("disputed_fraction", 0.0))
             values = np.take_along_axis(every, critics[None], axis=0)[0]  # each token's own
     else:
         del tables["value"]
         advantages = against_the_others(rewards, 2)
     data = (before, tokens, mask, old, advantages * weights, values, returns)
-    data += (critics,) if options.num_critics > 1 else ()
+    data += (critics, disputed) if options.num_critics > 1 else ()
     clip_high = 0.3 if options.num_epochs > 1 else NUMBERS["clip_range"]
     apart = "value_optimizer" in own
     weight = 1.0 if apart else NUMBERS["vf_coef"]
@@ -259,6 +268,8 @@ def by_hand(tables, case, options, own):
         {"value_range": (-1.5, 2.0), "num_epochs": 2, "num_minibatches": 2, "num_micro_batches": 2},
         {"value_range": (-1.5, 2.0), "value_optimizer": VALUE_ADAM, "value_updates": 2},
         {"num_critics": 3, "agreed_fraction": 0.3, "num_epochs": 2, "num_minibatches": 2},
+        OF_CRITICS | {"num_epochs": 2, "num_minibatches": 2, "num_micro_batches": 2},
+        OF_CRITICS | {"num_epochs": 2, "aggregation": "sequence_mean"},
     ],
     ids=lambda changes: " ".join(changes) or "default",
 )

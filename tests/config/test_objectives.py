@@ -42,6 +42,7 @@ def greedy(scores, reference_text):
 
 
 MOVING = {"ref_ema_decay": 0.9, "kl_control": "fixed"}
+TWO = {"num_critics": 2, "entropy_coef": 0.01}
 BINS = {"value_bins": 8, "value_range": (-3.0, 2.0)}
 
 
@@ -105,6 +106,23 @@ def test_what_an_estimator_needs_is_known_from_its_parameters():
         ),
         (DECOUPLED | {"old_logprobs": "rollout"}, "old_logprobs must be 'recompute' with loss="),
         (DECOUPLED | {"behavior_weight_limit": 0.0}, "ppo.behavior_weight_limit must be > 0"),
+        ({"reference_responses": -1}, "reference_responses must be >= 0"),
+        (
+            {"reference_responses": 1, "max_rollouts": 2, "samples_per_prompt": 2},
+            "max_rollouts must be 1 with reference_responses",
+        ),
+        (
+            {"reference_responses": 1, "score_normalization": True},
+            "score_normalization must be False with reference_responses",
+        ),
+        (
+            {"reference_responses": 1, "score_clip": 5.0},
+            "score_clip must be inf with reference_responses",
+        ),
+        (
+            {"reference_responses": 3, "max_concurrent": 2},
+            r"max_concurrent must be a multiple of reference_responses \(3\)",
+        ),
         ({"value_gae_lambda": 1.5}, r"in \[0, 1\], or -1"),
         ({"loss": "policy_gradient", "clip_range": 0.1}, "clip_range must be 0.2 unless the loss"),
         ({"loss": "kl_cov", "clip_range_high": 0.3}, "clip_range_high must be 0 unless the loss"),
@@ -145,6 +163,12 @@ def test_what_an_estimator_needs_is_known_from_its_parameters():
         ),
         ({"agreed_fraction": 0.2}, "0 with one critic, which agrees with itself"),
         ({"num_critics": 2, "agreed_fraction": 1.0}, r"ppo.agreed_fraction must be in \[0, 1\)"),
+        ({"disputed_fraction": 0.2, "entropy_coef": 0.1}, "disputed_fraction must be 0 with one"),
+        (TWO | {"disputed_fraction": 1.0}, r"ppo.disputed_fraction must be in \[0, 1\)"),
+        (
+            TWO | {"disputed_fraction": 0.2, "entropy_coef": 0.0},
+            "disputed_fraction must be 0 without entropy_coef or target_entropy",
+        ),
     ],
     ids=str,
 )
@@ -201,6 +225,7 @@ METHODS = [
     {"loss": "kl_penalty", "clip_range": math.inf, "critic_warmup": 1, "value_gae_lambda": 1.0},
     {"advantage": "reinforce", "baseline_decay": 0.5, "gamma": 0.9, **MOVING},
     {"advantage": "remax", "missing_eos": "penalty"},
+    {"reference_responses": 3, "missing_eos": "penalty", **MOVING},
     {"loss": "dppo", "value_updates": 2, "gae_lambda_alpha": 0.05},
     {"loss": "clip_cov", "covariance_low": 0.0, "packing": True, "num_micro_batches": 2},
     {"loss": "kl_cov", "advantage": "rloo", "covariance_fraction": 0.1},
@@ -208,6 +233,7 @@ METHODS = [
     {**BINS, "packing": True, "num_micro_batches": 2, "aggregation": "sequence_mean"},
     {"num_critics": 2, "agreed_fraction": 0.2, "num_micro_batches": 2},
     {"shared_critic": True, "value_trainable": "all", "old_logprobs": "recompute"},
+    TWO | {"disputed_fraction": 0.2, "packing": True, "num_micro_batches": 2},
 ]
 
 
@@ -237,12 +263,19 @@ def test_a_run_by_each_method_is_finite_and_has_a_critic_where_it_needs_one(
     pipeline.run(tiny_run.on_base(start, ppo=OF_RUN | method), tmp_path)
     output = capsys.readouterr().out
     assert ("4 more an iteration, one to each prompt" in output) == ("remax" in method.values())
+    rows = [row for row in read_jsonl(tmp_path / "metrics.jsonl") if row["stage"] == "ppo"]
+    assert len(rows) == 2
+    of_reference = "reference_responses" in method
+    assert ("12 more an iteration, 3 to each prompt" in output) == of_reference
+    assert [row.get("reward/reference_episodes") for row in rows] == (
+        [12, 24] if of_reference else [None] * 2
+    )
+    if of_reference:  # the numbers of letters, as probabilities, less what is lost for the end
+        assert all(-1 <= row["reward/adjusted_score_mean"] <= 1 for row in rows)
     assert ("critic update" in output) == ("value_updates" in method)
     assert ("makes lambda less than 0.5 up to 40 tokens" in output) == (
         method.get("gae_lambda_alpha") == 0.05
     )
-    rows = [row for row in read_jsonl(tmp_path / "metrics.jsonl") if row["stage"] == "ppo"]
-    assert len(rows) == 2
     assert all(math.isfinite(x) for row in rows for x in row.values() if isinstance(x, float))
     with_critic = needs_critic(method.get("advantage", "gae"))
     assert ("value/loss" in rows[0]) == with_critic
@@ -252,6 +285,7 @@ def test_a_run_by_each_method_is_finite_and_has_a_critic_where_it_needs_one(
         assert abs(rows[0]["value/mean"] + 0.5) < 1e-6 and rows[1]["value/mean"] != -0.5
     assert ("value/outside_bins" in rows[0]) == ("value_bins" in method)
     assert ("value/disagreement" in rows[0]) == ("num_critics" in method)
+    assert ("value/disputed_fraction" in rows[0]) == ("disputed_fraction" in method)
     of_two = "2 with random heads; each learns one prompt in 2"
     assert (of_two in output) == ("num_critics" in method)
     on_policy = "33 parameters, a head on the policy's body"

@@ -127,7 +127,8 @@ base_run = functools.cache(lambda: three_iterations(numbers()))
 def test_the_changes_name_every_number():
     fields = [*dataclasses.fields(Hyperparameters), *dataclasses.fields(Optimizer)]
     of_choices = OF_CHOICES.keys() | {"optimizer", "schedule"}
-    of_choices |= {"value_range", "agreed_fraction"}  # of other critics, see `test_critics`
+    # Of other critics, see `test_critics`.
+    of_choices |= {"value_range", "agreed_fraction", "disputed_fraction"}
     of_choices |= {"baseline_decay", "critic_warmup_tolerance"}  # see `test_adaptation`
     assert CHANGES.keys() == {f.name for f in fields} - of_choices
 

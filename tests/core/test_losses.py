@@ -103,6 +103,28 @@ def test_weights_count_for_policy_and_entropy_and_hold_nothing_in_padding():
         np.testing.assert_allclose(got, 1.5 * one, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("weight", [None, 1.5])
+def test_disputed_tokens_have_no_entropy_bonus_and_count_in_its_mean(weight):
+    (logprobs, values, entropies, mask), c = ppo_inputs(9)
+    disputed = np.random.default_rng(0).uniform(size=mask.shape) < 0.4
+    weights = None if weight is None else jnp.full(mask.shape, weight)
+
+    def loss(entropies, **how):
+        own = dict(weights=weights, **c, **how)
+        return ppo_loss(logprobs, values, entropies, mask, **own)
+
+    differentiate = jax.value_and_grad(loss, has_aux=True)
+    numbers = dict(entropy_coef=0.25, disputed_mask=jnp.asarray(disputed))
+    (found, metrics), gradient = differentiate(entropies, **numbers)
+    (plain, _), _ = differentiate(entropies)
+    kept = np.asarray(mask) & ~disputed
+    share = np.where(kept, 0.25 * (weight or 1.0), 0.0) / mask.sum()
+    np.testing.assert_allclose(found, plain - (share * entropies).sum(), rtol=1e-5)
+    np.testing.assert_allclose(gradient, -share, rtol=1e-5, atol=1e-8)
+    mean_entropy = np.asarray(entropies)[np.asarray(mask)].mean()
+    np.testing.assert_allclose(metrics["policy/entropy"], mean_entropy, rtol=1e-6)
+
+
 @pytest.mark.parametrize("parts", [1, 2, 3])
 def test_micro_batches_add_up_to_the_minibatch(parts):
     arrays, constants = ppo_inputs(7)

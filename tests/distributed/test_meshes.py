@@ -170,6 +170,7 @@ def parity(params, inputs, mask, **_):
 
 METHODS = {
     "two rollouts": (gae, dict(max_rollouts=2)),
+    "PAR": (gae, dict(reference_responses=3)),
     "ReMax, Clip-Cov": (remax_advantages, dict(loss=clip_cov_policy_loss)),
     "decoupled, IcePop": (
         gae,

@@ -20,6 +20,7 @@ from ppo_jax.config.objectives import (
     needs_critic,
     needs_greedy,
 )
+from ppo_jax.core.critics import disputed_states
 from ppo_jax.distributed.layout import fetch
 from tests.distributed.test_meshes import BATCH, Run, ragged_experience
 from tests.support import tiny, two_processes
@@ -37,7 +38,9 @@ def moved_experience():
         return (scale * draw.normal(size=e.logprobs.shape) * e.response_mask).astype(np.float32)
 
     moved = e.replace(logprobs=e.logprobs + noise(0.2), advantages=noise(1.0))
-    return moved.replace(behavior_logprobs=moved.logprobs + noise(0.1))
+    disputed = e.response_mask & (draw.uniform(size=e.logprobs.shape) < 0.4)
+    behavior = moved.logprobs + noise(0.1)
+    return moved.replace(behavior_logprobs=behavior, disputed_mask=disputed)
 
 
 @functools.cache
@@ -47,7 +50,7 @@ def gradients(shape, packing):
 
 def gradients_of(e, shape, packing):
     """{loss: the gradient of an experience}; in four micro-batches where it is packed."""
-    run = Run(shape, dual_clip=1.1, divergence_limit=0.01, **CHOICE)
+    run = Run(shape, dual_clip=1.1, divergence_limit=0.01, entropy_coef=0.1, **CHOICE)
     params = {"policy": run.state.policy_params, "value": run.state.value_params}
     e = run.layout.shard_batch(e)
 
@@ -104,7 +107,8 @@ def advantages(shape):
     numbers = tiny.hyperparameters(gamma=0.9)
 
     def every(rewards, values, mask):
-        return {
+        disputed = disputed_states(values, mask, fraction=0.3)
+        return {"disputed": disputed.astype(jnp.float32)} | {
             name: estimate_advantages(
                 rewards,
                 values if needs_critic(name) else None,

@@ -353,3 +353,29 @@ def test_the_greedy_rollout_of_remax_is_planned():
     few = settings(ppo=dict(advantage="remax", samples_per_prompt=4, max_concurrent=4)).ppo
     slots = phases.analytic_flops(few, models)["greedy rollout"]
     assert slots == flops.rollout_flops(models.policy, sequences=8, slots=4, group=1, **lengths)
+
+
+@pytest.mark.parametrize("reward_model", ["reward", ""])
+def test_the_rollout_of_the_reference_is_planned(reward_model):
+    """32 responses to 8 prompts, and 24 of the reference, which a reward model reads, too."""
+    scorer = {} if reward_model else dict(reward_model="", reward_function="a:b")
+    plain, config = (
+        settings(ppo=dict(samples_per_prompt=4, reference_responses=count, **scorer))
+        for count in (0, 3)
+    )
+    models = planner.read_models(config)
+    mesh = make_mesh(config.mesh, TARGET.devices)
+    layouts = Layout(mesh, config.mesh.rules), Layout(mesh, config.mesh.rollout_rules)
+    planned = {phase.name: phase for phase in phases.phases(config, models, layouts)}
+    assert list(planned) == ["rollout", "reference rollout", "scoring", "update"]
+    lengths = dict(prompt_length=8, response_length=8)
+    how = dict(sequences=24, samples_per_prompt=3, **lengths)
+    assert planned["reference rollout"].flops == flops.rollout_flops(models.policy, **how)
+    assert planned["reference rollout"].max_trip_counts == 8
+    one, other = (phases.analytic_flops(x.ppo, models) for x in (plain, config))
+    reads = 0.0
+    if reward_model:
+        of_reward = dict(sequences=24, policy_passes=0, **lengths)
+        reads = flops.scoring_flops(models.policy, None, models.reward, **of_reward)
+    assert other["scoring"] - one["scoring"] == pytest.approx(reads)
+    assert one["rollout"] == other["rollout"] and one["update"] == other["update"]

@@ -97,6 +97,21 @@ def test_scores_are_the_rule_of_those_of_the_models_alone(
     assert sources["reward_model"] == sources["other_reward_models.0"] == 6
 
 
+def test_by_a_threshold_the_score_of_safety_counts_where_it_is_low(
+    workdir, alone, other, tmp_path, capsys
+):
+    each = [[row["score"] for row in alone[name][1]] for name in ("reward", "other")]
+    helpful, safe = np.array(each)
+    threshold = float(np.median(safe)) + 1e-3
+    chosen = dict(reward_rule="threshold", reward_rule_threshold=threshold)
+    rows, samples = run(settings(workdir, workdir / "reward", other, **chosen), tmp_path)
+    assert "threshold of 2 reward models" in capsys.readouterr().out
+    expected = np.where(safe < threshold, safe, helpful)
+    assert 0 < (safe < threshold).sum() < len(safe)
+    np.testing.assert_allclose([row["score"] for row in samples], expected, atol=1e-5)
+    assert 0 <= rows[0]["reward/safety_fraction"] <= 1
+
+
 def test_averaged_weights_are_one_model(workdir, other, tmp_path):
     values = settings(workdir, workdir / "reward", other, reward_rule="average_weights")
     rows, samples = run(values, tmp_path)
@@ -165,6 +180,16 @@ OF_STD = {"other_reward_models": ["a"], "reward_rule": "mean_minus_std"}
         ({"other_reward_models": ["a"], "reward_rule": "max"}, "one of"),
         ({"other_reward_models": ["a"], "reward_rule_coef": 2.0}, "1 with reward_rule='mean'"),
         (OF_STD | {"reward_rule_coef": -1.0}, ">= 0"),
+        (OF_STD | {"reward_rule_threshold": 0.0}, "-1.73 with reward_rule='mean_minus_std'"),
+        ({"reward_rule": "threshold"}, "'mean' without other_reward_models"),
+        (
+            {"other_reward_models": ["a", "b"], "reward_rule": "threshold"},
+            "other_reward_models must be one name with reward_rule='threshold'",
+        ),
+        (
+            {"other_reward_models": ["a"], "reward_rule": "threshold", "reward_rule_coef": 2.0},
+            "reward_rule_coef must be 1 with reward_rule='threshold'",
+        ),
         (
             {"other_reward_models": ["a"], "reward_model": "", "reward_function": "m:f"},
             r"\(\) without a reward_model",

@@ -224,7 +224,17 @@ def text_reward(root):
     return {"reward_model": str(folder)}
 
 
-@pytest.mark.parametrize("source", [token_scores, text_reward])
+def letters_alone(prompts, responses, letter):
+    return [text.count(x) for text, x in zip(responses, letter, strict=True)]
+
+
+def against_the_reference(root):
+    """A reward function that asks for a column, for responses of the reference, too."""
+    own = {"reward_function": f"{__name__}:letters_alone", "reference_responses": 2}
+    return token_scores(root) | own
+
+
+@pytest.mark.parametrize("source", [token_scores, text_reward, against_the_reference])
 def test_rewards_from_outside_the_program_are_those_of_the_run_alone(root, source):
     chosen = points(root, source.__name__, NUMBERS[:2], **source(root))
     assert run_lanes(chosen) == {}
@@ -233,7 +243,17 @@ def test_rewards_from_outside_the_program_are_those_of_the_run_alone(root, sourc
         pipeline.run(config, alone)
         assert_same_run(lane, alone)
         for one, other in zip(rows(lane), rows(alone), strict=True):
-            assert one["reward/score_mean"] == pytest.approx(other["reward/score_mean"], abs=1e-4)
+            for name in ("reward/score_mean", "reward/adjusted_score_mean"):
+                assert one[name] == pytest.approx(other[name], abs=1e-4)
+        if source is against_the_reference:
+            assert rows(lane)[0]["reward/reference_score_mean"] > 0
+            assert 0 < rows(lane)[0]["reward/adjusted_score_mean"] < 1
+
+
+def test_scores_of_tokens_are_not_compared_with_those_of_the_reference(root):
+    ((config, folder),) = points(root, "tokens", [{}], **token_scores(root), reference_responses=1)
+    with pytest.raises(ValueError, match="ppo.reference_responses must be 0 where a function"):
+        pipeline.run(config, folder)
 
 
 def test_points_fall_into_groups_of_one_shape(root):
