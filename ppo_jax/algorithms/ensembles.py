@@ -77,11 +77,10 @@ def combine_scores(
         scores: [K, B] float.
 
     Returns:
-        (scores [B] float32; metrics: "reward/score_0", "reward/score_1", ..., the mean of each
-        model, and how far they are apart).
+        (scores [B] float32; metrics of each response, [B]: "reward/score_0", "reward/score_1", ...
+        by each model, and "reward/disagreement", how far they are apart).
     """
-    metrics = {f"reward/score_{number}": row.mean() for number, row in enumerate(scores)}
+    metrics = {f"reward/score_{number}": row for number, row in enumerate(scores)}
     mean = ensemble_scores(scores, how="mean")
-    apart = mean - ensemble_scores(scores, how="mean_minus_std")
-    metrics["reward/disagreement"] = apart.mean()
+    metrics["reward/disagreement"] = mean - ensemble_scores(scores, how="mean_minus_std")
     return ensemble_scores(scores, how=ensemble.rule, k=ensemble.coef), metrics

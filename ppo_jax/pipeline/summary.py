@@ -147,7 +147,7 @@ def ppo_rows(s: PPOSettings, model: ModelConfig) -> Rows:
             "ppo update",
             f"{steps} optimizer steps of {minibatch} episodes, {micro_batch} {unit}at a time",
         ),
-        *greedy_rows(s),
+        *greedy_rollout_rows(s),
         *rollout_rows(s),
         *critic_rows(s),
         *selection_rows(s),
@@ -158,7 +158,7 @@ def ppo_rows(s: PPOSettings, model: ModelConfig) -> Rows:
     ]
 
 
-def greedy_rows(s: PPOSettings) -> Rows:
+def greedy_rollout_rows(s: PPOSettings) -> Rows:
     """The rollout of its own that some advantages need."""
     if not needs_greedy(s.advantage):
         return []

@@ -110,7 +110,7 @@ def phases(config: Config, models: Models, layouts: tuple[Layout, Layout]) -> li
         reader = functools.partial(
             score_text, reader=reward_network(models.reward, constrain=layout.constrain)
         )
-        num_texts = s.rollout_batch_size + greedy_rows(s)
+        num_texts = s.rollout_batch_size + num_greedy(s)
         shape = num_texts, text_width(s, models.reward)
         texts = args.rows(jnp.int32, *shape), args.rows(bool, *shape)
         programs["reward model"] = trace(reader, *texts, out_shardings=batch_sharding)
@@ -124,7 +124,7 @@ def phases(config: Config, models: Models, layouts: tuple[Layout, Layout]) -> li
     }
     if needs_greedy(s.advantage):
         sampling = greedy_options(options).sampling
-        trip_counts["greedy rollout"] = decode_trip_counts(greedy_rows(s), sampling)
+        trip_counts["greedy rollout"] = decode_trip_counts(num_greedy(s), sampling)
     return [
         Phase(
             name=name,
@@ -161,7 +161,7 @@ def score(state, hyperparameters, rollout, greedy=None, *, frozen, networks, opt
     return make_experience(*scored(rollout), state, hyperparameters, greedy=greedy, **parts)
 
 
-def greedy_rows(settings: PPOSettings) -> int:
+def num_greedy(settings: PPOSettings) -> int:
     """Greedy responses of an iteration."""
     if not needs_greedy(settings.advantage):
         return 0
@@ -335,7 +335,7 @@ def analytic_flops(
     scoring = scoring_flops(
         policy, critic, reward, policy_passes=passes, trunks=trunks, **kernels, **sizes
     )
-    count = greedy_rows(s)
+    count = num_greedy(s)
     greedy = sizes | dict(sequences=count)
     if count and reward is not None:
         how = dict(policy_passes=0, trunks=trunks)
