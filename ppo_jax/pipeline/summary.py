@@ -151,6 +151,7 @@ def ppo_rows(s: PPOSettings, model: ModelConfig) -> Rows:
         *rollout_rows(s),
         *critic_rows(s),
         *selection_rows(s),
+        *warmup_rows(s),
         ("ppo in all", f"{episodes} episodes, {steps * s.num_iterations} optimizer steps"),
         ("ppo tokens a step", f"{minibatch * s.response_length} response tokens at most"),
         ("KV cache", f"{size_of(cache)}, {slots} responses at a time"),
@@ -172,6 +173,17 @@ def rollout_rows(s: PPOSettings) -> Rows:
         return []
     of = f"until scores vary in the groups of {s.rollout_batch_size} responses"
     return [("dynamic sampling", f"at most {s.max_rollouts} rollouts an iteration, {of}")]
+
+
+def warmup_rows(s: PPOSettings) -> Rows:
+    """How long the critic alone learns."""
+    if not s.critic_warmup:
+        return []
+    count, most = s.critic_warmup, "at most " if s.critic_warmup_tolerance else ""
+    first = "the first iteration" if count == 1 else f"the first {count} iterations"
+    if count >= s.num_iterations:
+        first = "all iterations"
+    return [("critic warm-up", f"{most}{first}, in which the policy stays as it is")]
 
 
 def critic_rows(s: PPOSettings) -> Rows:
@@ -371,9 +383,9 @@ def text_reward_lines(
 
 
 def describe(start: ModelSpec) -> str:
-    model = start.config
+    model, title = start.config, start.title or f"{start.kind} model"
     return (
-        f"a {start.kind} model of {rounded(count(parameters(start)))} parameters, "
+        f"a {title} of {rounded(count(parameters(start)))} parameters, "
         f"{model.num_layers} layers x {model.embed_dim}, {model.vocab_size} tokens, "
         f"context {model.max_length}"
     )
