@@ -4,6 +4,7 @@ Dimension key: B responses, R rollouts of an iteration at most.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,8 @@ from ppo_jax.core.rewards import whole_scores
 from ppo_jax.core.shaping import groups_with_variance
 from ppo_jax.core.types import Prompts, Rollout
 
+Metrics = dict[str, jax.Array] | None
+
 
 @struct.dataclass(kw_only=True)
 class Gathered:
@@ -21,6 +24,7 @@ class Gathered:
 
     rollout: Rollout  # B responses
     scores: jax.Array  # [B], or [B, T] of each token
+    of_models: Metrics = None  # [B] each, of those responses; see `combine_scores`
     num_kept: jax.Array  # [] int32, responses of groups whose scores vary; the others are of groups
     # of the first rollout whose scores do not
     num_rollouts: jax.Array  # [] int32, sampled so far
@@ -33,22 +37,31 @@ class Gathered:
         return self.num_kept >= self.scores.shape[0]
 
 
-def gather_first(rollout: Rollout, scores: jax.Array, *, group_size: int) -> Gathered:
+def gather_first(
+    rollout: Rollout,
+    scores: jax.Array,
+    of_models: Metrics = None,
+    *,
+    group_size: int,
+) -> Gathered:
     """The first rollout of an iteration: groups whose scores vary come first.
 
     Args:
         rollout: B responses; those to one prompt follow each other.
         scores: [B] float, or [B, T] float, as they came.
+        of_models: metrics of each response, [B] float; None for none.
         group_size: responses to each prompt, at least 2.
 
     Reference: Yu et al. 2025, https://arxiv.org/abs/2503.14476, section 3.2 (DAPO).
     """
     varies, mean = groups_of(rollout, scores, group_size)
     order = jnp.argsort(~varies, stable=True)
-    rollout, scores = jax.tree.map(lambda x: x[order], (rollout, scores))
+    given = (rollout, scores, of_models)
+    rollout, scores, of_models = jax.tree.map(lambda x: x[order], given)
     return Gathered(
         rollout=rollout,
         scores=scores,
+        of_models=of_models,
         num_kept=varies.sum(dtype=jnp.int32),
         num_rollouts=jnp.int32(1),
         share_sum=varies.astype(jnp.float32).mean(),
@@ -57,7 +70,12 @@ def gather_first(rollout: Rollout, scores: jax.Array, *, group_size: int) -> Gat
 
 
 def gather_more(
-    gathered: Gathered, rollout: Rollout, scores: jax.Array, *, group_size: int
+    gathered: Gathered,
+    rollout: Rollout,
+    scores: jax.Array,
+    of_models: Metrics = None,
+    *,
+    group_size: int,
 ) -> Gathered:
     """One rollout more: its groups whose scores vary replace those that do not, as many as there
     is room for. What is full stays as it is."""
@@ -70,13 +88,14 @@ def gather_more(
     def merge(old, new):
         return jnp.where(is_new.reshape(-1, *[1] * (old.ndim - 1)), new[source], old)
 
-    old = (gathered.rollout, gathered.scores)
-    merged, merged_scores = jax.tree.map(merge, old, (rollout, scores))
+    old = (gathered.rollout, gathered.scores, gathered.of_models)
+    merged, scores, of_models = jax.tree.map(merge, old, (rollout, scores, of_models))
     counts = ~gathered.is_full
     share = varies.astype(jnp.float32).mean()
     return Gathered(
         rollout=merged,
-        scores=merged_scores,
+        scores=scores,
+        of_models=of_models,
         num_kept=gathered.num_kept + is_new.sum(dtype=jnp.int32),
         num_rollouts=gathered.num_rollouts + counts,
         share_sum=gathered.share_sum + jnp.where(counts, share, 0.0),
@@ -91,7 +110,7 @@ def groups_of(rollout: Rollout, scores: jax.Array, group_size: int) -> tuple[jax
 
 
 def gather(
-    sample: Callable[[Prompts, jax.Array], tuple[Rollout, jax.Array]],
+    sample: Callable[[Prompts, jax.Array], tuple[Any, ...]],
     prompts: tuple[Prompts, ...],
     key: jax.Array,
     *,
@@ -102,7 +121,7 @@ def gather(
     As one program; lanes of a `jax.vmap` go on together until all of them are full.
 
     Args:
-        sample: (prompts, key) -> (rollout, scores).
+        sample: (prompts, key) -> (rollout, scores), or (rollout, scores, metrics of each response).
         prompts: R batches, of one shape.
         key: consumed; each rollout has its own, see `rollout_keys`.
         group_size: responses to each prompt, at least 2.
@@ -130,11 +149,13 @@ def rollout_keys(key: jax.Array, count: int) -> jax.Array:
 
 def gathering_metrics(gathered: Gathered) -> dict[str, jax.Array]:
     """How many rollouts there were, what share of their groups varied and of the B responses is of
-    such groups, and the mean score of all responses that were sampled."""
+    such groups, the mean score of all responses that were sampled, and the means of `of_models`
+    over those of the batch."""
     count = gathered.num_rollouts.astype(jnp.float32)
     return {
         "ppo/rollouts": count,
         "ppo/varied_group_fraction": gathered.share_sum / count,
         "ppo/kept_fraction": gathered.num_kept / gathered.scores.shape[0],
         "reward/sampled_score_mean": gathered.score_sum / count,
+        **{name: x.mean() for name, x in (gathered.of_models or {}).items()},
     }

@@ -78,21 +78,20 @@ def combine_scores(
         scores: [K, B] float.
 
     Returns:
-        (scores [B] float32; metrics: "reward/score_0", "reward/score_1", ..., the mean of each
-        model, and how far they are apart, or how many responses have the score of safety).
+        (scores [B] float32; metrics of each response, [B]: "reward/score_0", "reward/score_1", ...
+        by each model, and "reward/disagreement", how far they are apart, or
+        "reward/safety_fraction", 1 where the score is that of safety).
 
     Raises:
         ValueError: the rule is one of two models, and there are others.
     """
-    metrics = {f"reward/score_{number}": row.mean() for number, row in enumerate(scores)}
+    metrics = {f"reward/score_{number}": row for number, row in enumerate(scores)}
     if ensemble.rule == THRESHOLD:
         if len(scores) != 2:
             raise ValueError(f"the rule {THRESHOLD!r} is one of 2 reward models, got {len(scores)}")
         helpfulness, safety = scores
-        by_safety = safety < ensemble.threshold
-        metrics["reward/safety_fraction"] = by_safety.mean(dtype=jnp.float32)
+        metrics["reward/safety_fraction"] = (safety < ensemble.threshold).astype(jnp.float32)
         return threshold_scores(safety, helpfulness, threshold=ensemble.threshold), metrics
     mean = ensemble_scores(scores, how="mean")
-    apart = mean - ensemble_scores(scores, how="mean_minus_std")
-    metrics["reward/disagreement"] = apart.mean()
+    metrics["reward/disagreement"] = mean - ensemble_scores(scores, how="mean_minus_std")
     return ensemble_scores(scores, how=ensemble.rule, k=ensemble.coef), metrics

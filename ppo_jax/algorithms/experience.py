@@ -98,7 +98,7 @@ def response_scores(
 def scores_and_metrics(
     rollout: Rollout, *, frozen: FrozenParams, networks: PPONetworks, eos_id: int | None = None
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """(`response_scores`, metrics of several reward models; none of one)."""
+    """(`response_scores`, metrics of each response, [B], by several reward models; none of one)."""
     if networks.reward is None:
         raise ValueError("response_scores needs a reward model in networks.reward, got None")
     ended = rollout if eos_id is None else with_eos(rollout, eos_id)

@@ -202,9 +202,7 @@ def ppo_iteration(
                 f"max_rollouts={options.max_rollouts} needs a tuple of so many Prompts"
             )
         group_size = options.sampling.samples_per_prompt
-        gathered = gather(
-            lambda *given: sample(*given)[:2], prompts, rollout_key, group_size=group_size
-        )
+        gathered = gather(sample, prompts, rollout_key, group_size=group_size)
         given = (gathered.rollout, gathered.scores, shuffle_key)
         how = dict(num_rollouts=gathered.num_rollouts, **parts)
         state, metrics = update_from_rollout(state, hyperparameters, *given, **how)
@@ -215,4 +213,4 @@ def ppo_iteration(
     state, metrics = update_from_rollout(
         state, hyperparameters, responses, scores, shuffle_key, *others, **parts
     )
-    return state, metrics | of_models
+    return state, metrics | {name: x.mean() for name, x in of_models.items()}

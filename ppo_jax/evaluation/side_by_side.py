@@ -119,7 +119,7 @@ def figures(request: Request, checked: Checked, workdir: Path) -> dict[str, Any]
     ratios = reference_ratios(request, checked, sampled)
     of_judges = load_judges(checked.judges, request.run, request.score_at)
     scores = proxy_scores(request, checked, sampled)
-    rated = {judge.name: rate_all(judge, request, checked, sampled) for judge in of_judges}
+    rated = {judge.name: rate_all(judge, checked, sampled) for judge in of_judges}
     chosen = {name: choose(name, request, sampled, scores) for name in request.policies}
     found = {
         name: policy_figures(name, request, chosen, scores, ratios, perplexities)
@@ -251,12 +251,10 @@ def proxy_scores(request: Request, checked: Checked, sampled: Mapping) -> dict[P
         return np.array([scores[i] for i in range(len(prompts))])
 
     judge = LoadedJudge(name="score", rate=rate)
-    return rate_all(judge, request, checked, sampled)
+    return rate_all(judge, checked, sampled)
 
 
-def rate_all(
-    judge: LoadedJudge, request: Request, checked: Checked, sampled: Mapping
-) -> dict[Pool, np.ndarray]:
+def rate_all(judge: LoadedJudge, checked: Checked, sampled: Mapping) -> dict[Pool, np.ndarray]:
     """What a judge says of all samples, pool -> [S, P, N]."""
     rated = {}
     for pool, seeds in sampled.items():

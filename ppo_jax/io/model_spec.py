@@ -42,6 +42,7 @@ class ModelSpec:
     padding_id: int | None = None  # of a reward model, see `huggingface.padding_id`
     value_range: tuple[float, ...] = ()  # of a critic with bins
     value_bins: int = 0
+    title: str = ""  # what a table calls it, where "policy model" or "reward model" says too little
 
 
 def parameters(spec: ModelSpec):
@@ -85,8 +86,9 @@ def read_shape(path: str | os.PathLike, settings: ModelSettings) -> ModelSpec:
     return ModelSpec(kind=kind, config=config, tokenizer=tokenizer, padding_id=padding_id)
 
 
-def read_critic_shape(path: str, settings: ModelSettings) -> ModelSpec:
-    """`read_shape` of what `critic_init_from` names: of a PPO stage it is that of the critic.
+def read_critic_shape(path: str, settings: ModelSettings, *, step: int | None = None) -> ModelSpec:
+    """`read_shape` of what `critic_init_from` names: of a PPO stage it is that of the critic, whose
+    title has the step, where one is named.
 
     Raises:
         ValueError: as `read_shape`, or the stage has no critic.
@@ -97,7 +99,8 @@ def read_critic_shape(path: str, settings: ModelSettings) -> ModelSpec:
     config = dataclasses.replace(critic_config(Path(path)), **computation(settings))
     bins = {"value_bins": stage["settings"].get("value_bins", 0)}
     bins["value_range"] = tuple(stage["settings"].get("value_range", ()))
-    return dataclasses.replace(spec, kind="reward", config=config, **bins)
+    title = "critic" if step is None else f"critic, at step {step},"
+    return dataclasses.replace(spec, kind="reward", config=config, title=title, **bins)
 
 
 def check_weights(folder: Path, config: ModelConfig):
@@ -198,7 +201,8 @@ def initial_models(
             starts[other_field(number)] = spec("ppo.other_reward_models", name)
     if "ppo" in stages and names_critic(config.ppo):
         name = config.ppo.critic_init_from
-        starts["critic"] = spec("ppo.critic_init_from", name, read_critic_shape)
+        read = functools.partial(read_critic_shape, step=split_step(name)[1])
+        starts["critic"] = spec("ppo.critic_init_from", name, read)
     return starts
 
 

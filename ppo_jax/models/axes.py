@@ -88,17 +88,9 @@ def parameter_axes(path: Sequence[str]) -> Axes | None:
     ('layers', 'embed')
     >>> parameter_axes(("policy_params", "layers", "0", "mlp", "down", "lora_a"))
     ('mlp', None)
-    >>> parameter_axes(("reward", "members", "head", "bias"))  # of K models, [K, ...]
-    (None, 'vocab')
     >>> parameter_axes(("opt_state", "count")) is None
     True
     """
-    axes = axes_of_one(path)
-    return (None, *axes) if axes is not None and "members" in path else axes
-
-
-def axes_of_one(path: Sequence[str]) -> Axes | None:
-    """`parameter_axes` of one model, without the axis of several."""
     tops = [i for i, name in enumerate(path) if name in TOP and i + 1 < len(path)]
     if not tops:
         return None

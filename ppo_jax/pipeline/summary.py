@@ -148,10 +148,11 @@ def ppo_rows(s: PPOSettings, model: ModelConfig) -> Rows:
             "ppo update",
             f"{steps} optimizer steps of {minibatch} episodes, {micro_batch} {unit}at a time",
         ),
-        *other_rows(s),
+        *other_rollout_rows(s),
         *rollout_rows(s),
         *critic_rows(s),
         *selection_rows(s),
+        *warmup_rows(s),
         ("ppo in all", f"{episodes} episodes, {steps * s.num_iterations} optimizer steps"),
         ("ppo tokens a step", f"{minibatch * s.response_length} response tokens at most"),
         ("KV cache", f"{size_of(cache)}, {slots} responses at a time"),
@@ -164,7 +165,7 @@ def num_prompts(s: PPOSettings) -> int:
     return s.rollout_batch_size // s.samples_per_prompt
 
 
-def other_rows(s: PPOSettings) -> Rows:
+def other_rollout_rows(s: PPOSettings) -> Rows:
     """The rollouts besides that of the policy: what some advantages need, and PAR."""
     rows, count, each = [], num_prompts(s), s.reference_responses
     if needs_greedy(s.advantage):
@@ -181,6 +182,17 @@ def rollout_rows(s: PPOSettings) -> Rows:
         return []
     of = f"until scores vary in the groups of {s.rollout_batch_size} responses"
     return [("dynamic sampling", f"at most {s.max_rollouts} rollouts an iteration, {of}")]
+
+
+def warmup_rows(s: PPOSettings) -> Rows:
+    """How long the critic alone learns."""
+    if not s.critic_warmup:
+        return []
+    count, most = s.critic_warmup, "at most " if s.critic_warmup_tolerance else ""
+    first = "the first iteration" if count == 1 else f"the first {count} iterations"
+    if count >= s.num_iterations:
+        first = "all iterations"
+    return [("critic warm-up", f"{most}{first}, in which the policy stays as it is")]
 
 
 def critic_rows(s: PPOSettings) -> Rows:
@@ -388,9 +400,9 @@ def text_reward_lines(
 
 
 def describe(start: ModelSpec) -> str:
-    model = start.config
+    model, title = start.config, start.title or f"{start.kind} model"
     return (
-        f"a {start.kind} model of {rounded(count(parameters(start)))} parameters, "
+        f"a {title} of {rounded(count(parameters(start)))} parameters, "
         f"{model.num_layers} layers x {model.embed_dim}, {model.vocab_size} tokens, "
         f"context {model.max_length}"
     )

@@ -115,7 +115,7 @@ def phases(config: Config, models: Models, layouts: tuple[Layout, Layout]) -> li
         reader = functools.partial(
             score_text, reader=reward_network(models.reward, constrain=layout.constrain)
         )
-        num_texts = s.rollout_batch_size + other_rows(s)
+        num_texts = s.rollout_batch_size + num_other_responses(s)
         shape = num_texts, text_width(s, models.reward)
         texts = args.rows(jnp.int32, *shape), args.rows(bool, *shape)
         programs["reward model"] = trace(reader, *texts, out_shardings=batch_sharding)
@@ -178,8 +178,8 @@ def other_rollouts(settings: PPOSettings) -> dict[str, tuple[int, Sampling]]:
     return found
 
 
-def other_rows(settings: PPOSettings) -> int:
-    """Their responses together."""
+def num_other_responses(settings: PPOSettings) -> int:
+    """Responses of these rollouts together."""
     return sum(count for count, _ in other_rollouts(settings).values())
 
 
@@ -351,7 +351,7 @@ def analytic_flops(
     scoring = scoring_flops(
         policy, critic, reward, policy_passes=passes, trunks=trunks, **kernels, **sizes
     )
-    count = other_rows(s)
+    count = num_other_responses(s)
     if count and reward is not None:
         how = dict(policy_passes=0, trunks=trunks)
         of_others = sizes | dict(sequences=count)

@@ -24,8 +24,6 @@ from ppo_jax.models.build import trunk_network
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.lora import init_lora
 
-MAX_STEPS = 2**31 - 1  # the state counts them in int32
-
 
 def count_steps(settings: TextSettings, num_rows: int) -> int:
     """Optimizer steps of num_epochs passes over `num_rows` rows, of a text or of several.

@@ -166,7 +166,7 @@ def ppo_run(config: Config, workdir: Path, num_lanes: int | None = None) -> Stag
     """The stage of a run; one of several lanes, where `num_lanes` says so."""
     settings = config.ppo
     return stage_run(
-        PPO,
+        dataclasses.replace(PPO, progress=progress_of(settings)),
         config,
         workdir,
         settings.num_iterations,
@@ -174,6 +174,17 @@ def ppo_run(config: Config, workdir: Path, num_lanes: int | None = None) -> Stag
         limits={"kl/ref": (settings.max_ref_kl, "ppo.max_ref_kl")},
         num_lanes=num_lanes,
     )
+
+
+def progress_of(settings: PPOSettings) -> dict[str, str]:
+    """{metric: label} of the figures in the progress. Where the critic alone learns, it is how much
+    of the returns it explains, in place of what the policy's steps do."""
+    names = dict(PPO.progress)
+    if not settings.critic_warmup:
+        return names
+    if settings.critic_warmup >= settings.num_iterations:
+        names = {k: names[k] for k in ("reward/score_mean", "response/length")}
+    return names | {"value/explained_variance": "explained variance"}
 
 
 def make_buckets(settings: PPOSettings, prompts: Prompts, seed: int) -> PromptBuckets:

@@ -14,6 +14,7 @@ from ppo_jax.algorithms.dynamic_sampling import (
     gathering_metrics,
     rollout_keys,
 )
+from ppo_jax.algorithms.ensembles import RewardEnsemble
 from ppo_jax.core.critic_free import grpo_advantages, remax_advantages
 from ppo_jax.core.network import Network
 from ppo_jax.core.types import Prompts, Rollout
@@ -162,31 +163,64 @@ def batches_of_prompts():
     return tuple(tiny.prompts(seed, B // GROUP) for seed in range(3))
 
 
-def test_an_iteration_learns_from_the_groups_that_vary():
-    run = run_without_critic()
-    state, metrics = tiny.iterate(
-        run.state, run.numbers, batches_of_prompts(), tiny.RUN_KEY, **run.parts
-    )
+def chosen_by_hand(run):
+    """(the rollout that an iteration learns from, scores, kept responses, rollouts, the key of the
+    updates)."""
     rollout_key, shuffle_key = jax.random.split(tiny.RUN_KEY)
     rollouts, batches = [], []
     for number, prompts in enumerate(batches_of_prompts()):
         key = rollout_keys(rollout_key, 3)[number]
         rollout = tiny.sample_responses(run.state, run.numbers, prompts, key, **run.parts)
-        last = np.asarray(rollout.response_mask).sum(axis=1) - 1
-        scores = np.asarray(rollout.response_tokens)[np.arange(B), last] % 2
+        scores = last_tokens(rollout) % 2
         rollouts.append(rollout)
         batches.append((np.arange(B) + B * number, scores.astype(np.float32)))
     ids, scores, kept, used = by_hand(batches)
     assert used > 1 and 0 < kept
     every = jax.tree.map(lambda *x: jnp.concatenate(x), *rollouts)
-    chosen = jax.tree.map(lambda x: x[ids], every)
+    return jax.tree.map(lambda x: x[ids], every), jnp.asarray(scores), kept, used, shuffle_key
+
+
+def last_tokens(rollout):
+    last = np.asarray(rollout.response_mask).sum(axis=1) - 1
+    return np.asarray(rollout.response_tokens)[np.arange(B), last]
+
+
+def test_an_iteration_learns_from_the_groups_that_vary():
+    run = run_without_critic()
+    state, metrics = tiny.iterate(
+        run.state, run.numbers, batches_of_prompts(), tiny.RUN_KEY, **run.parts
+    )
+    *chosen, kept, used, shuffle_key = chosen_by_hand(run)
     expected, plain = tiny.update_from_rollout(
-        run.state, run.numbers, chosen, jnp.asarray(scores), shuffle_key, **run.parts
+        run.state, run.numbers, *chosen, shuffle_key, **run.parts
     )
     tiny.leaves_close(state.policy_params, expected.policy_params, atol=2e-5)
     np.testing.assert_allclose(metrics["reward/score_mean"], plain["reward/score_mean"], rtol=1e-5)
     assert metrics["ppo/rollouts"] == used and metrics["ppo/kept_fraction"] == kept / B
     assert state.episodes == metrics["reward/episodes"] == used * B
+
+
+def hundred_and_token(params, inputs, mask, **_):
+    """A reward model that never gives the lower score."""
+    return inputs + 100.0
+
+
+def test_each_reward_model_has_the_mean_score_of_the_responses_learned_from():
+    run = run_without_critic()
+    rollout, scores, _, used, _ = chosen_by_hand(run)
+    ensemble = RewardEnsemble(
+        (run.parts["networks"].reward, Network(None, hundred_and_token)), "min"
+    )
+    run.parts["networks"] = run.parts["networks"]._replace(reward=ensemble)
+    run.parts["frozen"] = run.parts["frozen"].replace(reward={"0": {}, "1": {}})
+    _, metrics = tiny.iterate(
+        run.state, run.numbers, batches_of_prompts(), tiny.RUN_KEY, **run.parts
+    )
+    assert metrics["ppo/rollouts"] == used
+    each = np.stack([scores, 100.0 + last_tokens(rollout)])
+    found = [metrics[f"reward/score_{number}"] for number in (0, 1)]
+    np.testing.assert_allclose(found, each.mean(axis=1), rtol=1e-5)
+    np.testing.assert_allclose(metrics["reward/disagreement"], each.std(axis=0).mean(), rtol=1e-5)
 
 
 def test_prompts_of_another_number_and_greedy_responses_are_refused():

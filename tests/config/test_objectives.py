@@ -273,6 +273,9 @@ def test_a_run_by_each_method_is_finite_and_has_a_critic_where_it_needs_one(
     if of_reference:  # the numbers of letters, as probabilities, less what is lost for the end
         assert all(-1 <= row["reward/adjusted_score_mean"] <= 1 for row in rows)
     assert ("critic update" in output) == ("value_updates" in method)
+    told = ["the first iteration, in which the policy stays" in output]
+    told += ["explained variance" in output]
+    assert told == 2 * ["critic_warmup" in method]
     assert ("makes lambda less than 0.5 up to 40 tokens" in output) == (
         method.get("gae_lambda_alpha") == 0.05
     )

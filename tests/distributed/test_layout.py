@@ -68,6 +68,18 @@ def test_the_sizes_of_a_mesh_multiply_to_the_number_of_devices():
     assert mesh_shape(MeshSettings(data=1, model=-1), 8) == (1, 1, 8)
 
 
+@pytest.mark.parametrize("name", ["members", "value_params"])
+def test_the_first_axis_of_stacked_networks_is_whole(name):
+    """Several reward models or critics, [K, ...] a leaf: the rest is sharded as that of one."""
+    layout = Layout(mesh_of((2, 2, 2)))
+    one = jax.eval_shape(policy_network(tiny.model_config(**WIDE)).init, jax.random.key(0))
+    several = jax.tree.map(lambda x: jax.ShapeDtypeStruct((3, *x.shape), x.dtype), one)
+    alone, stacked = (named_leaves(layout.shardings({name: x})) for x in (one, several))
+    assert any(x.spec for x in alone.values())
+    for path, sharding in stacked.items():
+        assert (None, *alone[path].spec) == (*sharding.spec,), path
+
+
 def shardings(shape, rules, **changes):
     network = policy_network(tiny.model_config(**WIDE | changes))
     return Layout(mesh_of(shape), rules).shardings(jax.eval_shape(network.init, jax.random.key(0)))

@@ -138,6 +138,27 @@ def test_ppo_alone_tells_its_score_from_the_first_to_the_last_iterations_and_the
     ]
 
 
+def test_a_critic_alone_tells_what_it_explains(tmp_path):
+    """Value pretraining: score and KL of a policy that stays as it is say nothing."""
+
+    def rows(rates):
+        explained = [-0.6, 0.2, 0.3, 0.4]
+        both = zip(ppo([0.1, 0.2, 0.1, 0.2]), explained, rates, strict=True)
+        more = ("value/explained_variance", "policy/learning_rate")
+        return [row | dict(zip(more, values, strict=True)) for row, *values in both]
+
+    run = a_run(tmp_path, metrics=rows([0.0] * 4))
+    assert verdict(run) == (
+        "PPO trained the critic alone: its explained variance went from -0.60 in the first "
+        "iteration to 0.40 in the last."
+    )
+    card = ("0.40", "explained variance of the critic, last iteration", "-0.60 in the first")
+    assert headlines(run) == [card]
+    # A policy that has begun to move is told by its score.
+    run = a_run(tmp_path, metrics=rows([0.0, 0.0, 1e-3, 1e-3]))
+    assert verdict(run).startswith("PPO took the mean score from 0.10")
+
+
 def test_the_ends_of_a_short_ppo_run_do_not_overlap(tmp_path):
     run = a_run(tmp_path, metrics=ppo([0.1, 0.2, 0.9]))
     assert verdict(run) == (
@@ -200,6 +221,17 @@ def test_ppo_that_began_from_the_base_model_is_not_compared_with_sft(tmp_path):
             "ppo has not begun, nothing is evaluated yet",
         ),
         ({"config": {"config": {"evaluate": {"a": 1}}}, "results": {"evaluated": {}}}, ""),
+        # PPO alone, from another run's models.
+        (
+            {"config": {"config": {"sft": {"a": 1}, "reward": {"a": 1}, "ppo": {"a": 1}}}}
+            | {"metrics": ppo([0.5]), "steps": {"ppo": 1}},
+            "",
+        ),
+        (
+            {"config": {"config": {"sft": {"a": 1}, "reward": {"a": 1}, "ppo": {"a": 1}}}}
+            | {"metrics": REWARD, "steps": {"reward": 299}},
+            "ppo has not begun",
+        ),
     ],
 )
 def test_what_a_run_has_yet_to_do_is_told(tmp_path, files, told):

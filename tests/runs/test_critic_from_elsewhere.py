@@ -72,10 +72,11 @@ def test_a_critic_of_another_family_is_trained_and_goes_on_bit_for_bit(
 
 
 @pytest.mark.parametrize("step", [3, 6])
-def test_a_run_starts_from_the_critic_of_another_at_a_step(workdir, tmp_path, step):
+def test_a_run_starts_from_the_critic_of_another_at_a_step(workdir, tmp_path, capsys, step):
     name = f"{workdir}/ppo@{step}"
     changes = dict(num_iterations=1, value_learning_rate=0.0, num_samples=0)
     pipeline.run(settings(workdir, name, **changes), tmp_path)
+    assert f"ppo@{step}: a critic, at step {step}, of " in capsys.readouterr().out
     assert_same_bits(trained(tmp_path), trained(workdir, step=step))
     assert describe_stage(tmp_path / "ppo")["sources"]["critic_init_from"] == step
     # Whole, with the layer that it shares with the policy: the same critic again.

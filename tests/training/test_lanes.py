@@ -1,7 +1,8 @@
 """Lanes of PPO in their folders: each is the ordinary run, saved and resumed as one."""
 
+import contextlib
 import dataclasses
-import functools
+import io
 import json
 import shutil
 
@@ -76,17 +77,18 @@ def assert_same_run(lane, alone, rate=RATE):
             assert one[name] == other[name]
 
 
-@functools.cache
+@pytest.fixture(scope="module")
 def one_program(root):
-    """Three lanes as one program."""
+    """(three lanes as one program, what it told). A fixture of the module: it is made before
+    `all_devices` of a test, on one device whichever test asks first."""
     chosen = points(root, "lane")
-    assert run_lanes(chosen) == {}
-    return chosen
+    with contextlib.redirect_stdout(io.StringIO()) as told:
+        assert run_lanes(chosen) == {}
+    return chosen, told.getvalue()
 
 
-def test_each_lane_is_the_run_alone_in_its_folder(root, capsys):
-    chosen = one_program(root)
-    told = capsys.readouterr().out
+def test_each_lane_is_the_run_alone_in_its_folder(root, one_program):
+    chosen, told = one_program
     assert "3 as one program, which differ in kl_coef, seed, temperature" in told
     assert "lanes share" in told and "reference, reward model, trunk" in told
     config, folder = chosen[2]
@@ -101,8 +103,8 @@ def test_each_lane_is_the_run_alone_in_its_folder(root, capsys):
     assert 0.5 * steps < results["time/ppo_s"]  # a lane's share of both
 
 
-def test_a_lane_goes_on_alone_and_a_group_is_resumed_as_one(root, capsys):
-    chosen = one_program(root)
+def test_a_lane_goes_on_alone_and_a_group_is_resumed_as_one(root, one_program, capsys):
+    chosen, _ = one_program
     copies = [(config, root / f"copy{i}") for i, (config, _) in enumerate(chosen)]
     for (_, folder), (_, copy) in zip(chosen, copies, strict=True):
         shutil.copytree(folder, copy)
@@ -126,7 +128,9 @@ def test_a_lane_goes_on_alone_and_a_group_is_resumed_as_one(root, capsys):
 
 
 @pytest.mark.slow
-def test_eight_lanes_on_eight_devices_are_those_of_one_device(root, all_devices, monkeypatch):
+def test_eight_lanes_on_eight_devices_are_those_of_one_device(
+    root, one_program, all_devices, monkeypatch
+):
     """Lanes over `data`, two in each of its four places, and each of those over two devices."""
     states = []
     restore = lane_runs.LaneRuns.restore
@@ -144,7 +148,7 @@ def test_eight_lanes_on_eight_devices_are_those_of_one_device(root, all_devices,
     assert run_lanes(many) == {}
     (leaf, *_) = jax.tree.leaves(states[0].policy_params)
     assert leaf.sharding.spec[0] == "data" and len(leaf.sharding.device_set) == 8
-    for (_, folder), (_, one_device) in zip(many[:3], one_program(root), strict=True):
+    for (_, folder), (_, one_device) in zip(many[:3], one_program[0], strict=True):
         assert rows(folder, "samples.jsonl")[0] == rows(one_device, "samples.jsonl")[0]
         for x, y in zip(
             *(jax.tree.leaves(params(f, 3)) for f in (folder, one_device)), strict=True
@@ -183,14 +187,15 @@ def test_a_lane_that_diverges_leaves_the_others(root, capsys):
     assert len(stopped) < 6 and not Checkpoints(chosen[1][1] / "ppo" / "checkpoints").steps()
 
 
-def test_a_lane_whose_loss_is_not_finite_leaves_the_others(root, capsys):
+def test_a_lane_whose_loss_is_not_finite_leaves_the_others(root, one_program, capsys):
     """What is not a number stays in its lane: the others are those of the program without it."""
     rate = tiny_run.optimizer(learning_rate=1e38, schedule="constant")
     chosen = points(root, "nan", (NUMBERS[0], {"optimizer": rate}, NUMBERS[2]))
     failed = run_lanes(chosen)
     assert list(failed) == [chosen[1][1]] and "loss is nan" in failed[chosen[1][1]]
     assert "2 of 3 lanes go on" in capsys.readouterr().out
-    for lane, whole in ((chosen[0], one_program(root)[0]), (chosen[2], one_program(root)[2])):
+    three, _ = one_program
+    for lane, whole in ((chosen[0], three[0]), (chosen[2], three[2])):
         assert_same_run(lane[1], whole[1])
 
 

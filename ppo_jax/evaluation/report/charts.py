@@ -118,6 +118,23 @@ CHARTS: dict[str, tuple[Group, ...]] = {
                     {"kl/coef": "coefficient"},
                     exact=True,
                 ),
+                Chart(
+                    "Disagreement of the reward models",
+                    "score",
+                    "Standard deviation between the scores of several reward models: where it "
+                    "rises, the policy goes where one of them may be wrong.",
+                    {"reward/disagreement": "deviation"},
+                ),
+                Chart(
+                    "Groups with different scores",
+                    "share",
+                    "Dynamic sampling: the prompts that there is something to learn from, of those "
+                    "sampled and of the batch. Below 1 of the batch the rollouts did not suffice.",
+                    {
+                        "ppo/varied_group_fraction": "of the sampled",
+                        "ppo/kept_fraction": "of the batch",
+                    },
+                ),
             ),
         ),
         Group(

@@ -22,8 +22,10 @@ from ppo_jax.evaluation.report.charts import (
 )
 from ppo_jax.evaluation.report.frontier_plots import frontier
 from ppo_jax.evaluation.report.summary import (
+    EXPLAINED,
     FILES,
     Run,
+    critic_alone,
     duration,
     headlines,
     read_run,
@@ -253,7 +255,10 @@ def _outcome(run: Run, name: str) -> str:
     if (stage := find_stage(name)) is None:
         return ""
     rows = run.rows(name)
-    ends = [(form, run.ends(name, metric)) for metric, form in stage.outcome.items()]
+    outcome = stage.outcome
+    if name == "ppo" and critic_alone(run):
+        outcome = {EXPLAINED: "explained variance {:.2f} → {:.2f}"}
+    ends = [(form, run.ends(name, metric)) for metric, form in outcome.items()]
     # + 0.0: the KL begins at 0 but for rounding, which is no reason for a sign.
     parts = [form.format(*(round(v, 3) + 0.0 for v in values)) for form, values in ends if values]
     steps = [f"{stage.step_unit} {rows[-1]['step']}"] if rows else []

@@ -14,6 +14,7 @@ from ppo_jax.io.run_folder import read_object, read_record, read_results, read_r
 from ppo_jax.io.stage_folder import DESCRIPTION
 from ppo_jax.training.stages import TRAINING_STAGES
 
+EXPLAINED = "value/explained_variance"
 FILES = ("config.json", "metrics.jsonl", "samples.jsonl", "results.json")
 
 
@@ -78,13 +79,17 @@ def read_run(workdir: str | Path) -> Run:
 
 
 def unfinished(run: Run) -> str:
-    """What the stages of the config have yet to do, as far as the files tell; "" is nothing."""
+    """What the stages of the config have yet to do, as far as the files tell; "" is nothing. One
+    that has not begun before a later one has is no part of this run: that starts from elsewhere."""
     wanted, todo = run.config.get("config", run.config), []
-    for stage in [stage.name for stage in TRAINING_STAGES]:
-        step = max((row["step"] for row in run.rows(stage)), default=0)
+    stages = [stage.name for stage in TRAINING_STAGES]
+    steps = {stage: max((row["step"] for row in run.rows(stage)), default=0) for stage in stages}
+    begun = [i for i, stage in enumerate(stages) if steps[stage] or stage in run.num_steps]
+    left = stages[begun[-1] + 1 :] if begun else stages
+    for stage, step in steps.items():
         if step < run.num_steps.get(stage, 0):
             todo.append(f"{stage} is at step {step} of {run.num_steps[stage]}")
-        elif wanted.get(stage) and not step:
+        elif wanted.get(stage) and stage in left:
             todo.append(f"{stage} has not begun")
     if wanted.get("evaluate") and "evaluated" not in run.results:
         todo.append("nothing is evaluated yet")
@@ -166,9 +171,16 @@ def _window(values: Sequence[float]) -> int:
     return min(5, max(1, len(values) // 4))
 
 
-def _score_ends(run: Run) -> tuple[int, float, float] | None:
-    """(n, mean score over the first n iterations, over the last n); see `_window`."""
-    values = [value for _, value in run.points("ppo", "reward/score_mean")]
+def critic_alone(run: Run) -> bool:
+    """Whether PPO has trained the critic and left the policy as it was: value pretraining."""
+    rows = run.rows("ppo")
+    rates = [row.get("policy/learning_rate") for row in rows]
+    return any(EXPLAINED in row for row in rows) and all(rate == 0 for rate in rates)
+
+
+def _ends(run: Run, metric: str) -> tuple[int, float, float] | None:
+    """(n, mean of a metric over the first n iterations, over the last n); see `_window`."""
+    values = [value for _, value in run.points("ppo", metric)]
     if not values:
         return None
     n = _window(values)
@@ -189,28 +201,30 @@ def _at_kl(run: Run) -> str:
 
 
 def _ppo_reached(run: Run) -> str:
-    if (ends := _score_ends(run)) is None:
+    alone = critic_alone(run)
+    if (ends := _ends(run, EXPLAINED if alone else "reward/score_mean")) is None:
         return ""
     n, first, last = ends
     early, late = (f"{n} iterations", f" {n}") if n > 1 else ("iteration", "")
-    change = f"from {first:.2f} in the first {early} to {last:.2f} in the last"
-    return f"PPO took the mean score {change}{late}{_at_kl(run)}"
+    change = f"from {first:.2f} in the first {early} to {last:.2f} in the last{late}"
+    if alone:
+        return f"PPO trained the critic alone: its explained variance went {change}"
+    return f"PPO took the mean score {change}{_at_kl(run)}"
 
 
 def _ppo_cards(run: Run) -> list[tuple[str, str, str]]:
-    cards, results = [], run.results
+    cards, results, alone = [], run.results, critic_alone(run) and not _evaluated(run)
     if (rate := _win_rate(results)) is not None:
         interval = _win_rate(results, "_interval")
         between = "95% interval {:.1%} to {:.1%}".format(*interval) if interval else "win rate"
         ours, theirs = map(display_name, compared(results))
         cards.append((f"{rate:.1%}", f"prefer {ours} to {theirs}", between))
-    elif ends := _score_ends(run):
+    elif ends := _ends(run, EXPLAINED if alone else "reward/score_mean"):
         n, first, last = ends
         late, early = (f"{n} iterations", f" {n}") if n > 1 else ("iteration", "")
-        cards.append(
-            (f"{last:.2f}", f"mean score, last {late}", f"{first:.2f} in the first{early}")
-        )
-    if (kl := _kl(run)) is not None:
+        what = "explained variance of the critic" if alone else "mean score"
+        cards.append((f"{last:.2f}", f"{what}, last {late}", f"{first:.2f} in the first{early}"))
+    if not alone and (kl := _kl(run)) is not None:
         policy = f"the {_reference(run)} policy" if _evaluated(run) else "the reference policy"
         cards.append((f"{round(kl, 1) + 0.0:.1f} nats", "KL per response", f"from {policy}"))
     return cards
