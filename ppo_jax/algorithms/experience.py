@@ -4,6 +4,8 @@ Dimension key: B responses, P prompt tokens, T response tokens, L = P + T.
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import chex
 import jax
@@ -337,8 +339,7 @@ def estimate_advantages(
         offered["values"] = values
     estimated = call_named(options.advantage, offered)
     advantages, returns = estimated if isinstance(estimated, tuple) else (estimated, None)
-    chex.assert_shape(advantages, mask.shape[: advantages.ndim])
-    chex.assert_type(advantages, float)
+    check_estimated(options.advantage, advantages, returns, mask)
     if advantages.ndim == 1:
         advantages = advantages[:, None]
     advantages = jnp.where(mask, advantages.astype(jnp.float32), 0.0)
@@ -351,6 +352,27 @@ def estimate_advantages(
     if not options.whiten_advantages:
         return advantages, returns
     return whiten(advantages, mask if kept is None else mask & kept[:, None]), returns
+
+
+def check_estimated(
+    advantage: Callable, advantages: jax.Array, returns: jax.Array | None, mask: jax.Array
+) -> None:
+    """An estimator has given floats of the shapes that there are."""
+    rows, tokens = mask.shape[:1], mask.shape
+
+    def is_float(x: Any, *shapes: tuple[int, ...]) -> bool:
+        return jnp.shape(x) in shapes and jnp.issubdtype(jnp.result_type(x), jnp.floating)
+
+    for name, x, shapes in (
+        ("advantages", advantages, (rows, tokens)),
+        ("returns", returns, (tokens,)),
+    ):
+        if x is not None and not is_float(x, *shapes):
+            allowed = " or ".join(str(list(shape)) for shape in shapes)
+            raise ValueError(
+                f"{function_name(advantage)} must return {name} {allowed} in floats, got "
+                f"{list(jnp.shape(x))} in {jnp.result_type(x)}"
+            )
 
 
 def baselines(

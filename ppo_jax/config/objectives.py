@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable, Mapping
 
-from ppo_jax.config.parsing import load_function
+from ppo_jax.config.parsing import failure, load_function
 from ppo_jax.core.advantages import gae
 from ppo_jax.core.covariance import clip_cov_policy_loss, kl_cov_policy_loss, token_choices
 from ppo_jax.core.critic_free import (
@@ -97,7 +97,22 @@ def resolve(name: str, known: Mapping[str, Callable], field: str, offered: tuple
         raise ValueError(
             f"{field} {name} asks for {', '.join(unknown)}; there is {', '.join(sorted(offered))}"
         )
-    return function
+    return told(function, f"{field} {name}")
+
+
+@functools.cache
+def told(function: Callable, name: str) -> Callable:
+    """A function of the user's whose errors are told as its own. It is one object, since a program
+    is compiled for it."""
+
+    @functools.wraps(function)
+    def call(**given):
+        try:
+            return function(**given)
+        except Exception as error:
+            raise failure(name, error) from error
+
+    return call
 
 
 def needs_critic(advantage: str) -> bool:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from ppo_jax.core.checks import Number, assert_numbers
 from ppo_jax.core.masking import masked_mean, zero_padding
-from ppo_jax.core.named import call_named, is_of_sequences
+from ppo_jax.core.named import call_named, function_name, is_of_sequences
 from ppo_jax.core.policy_losses import Metrics, clipped_policy_loss
 from ppo_jax.core.value_losses import clipped_value_loss
 
@@ -98,7 +98,8 @@ def ppo_loss(
         weights=weights,
         normalizer=num_sequences if is_of_sequences(policy_loss) else normalizer,
     )
-    loss_of_policy, policy_metrics = call_named(policy_loss, offered | of_policy_loss)
+    found = call_named(policy_loss, offered | of_policy_loss)
+    loss_of_policy, policy_metrics = check_loss(policy_loss, found)
     if "policy/approx_kl" not in policy_metrics:  # the brake of an update reads it
         moved = jnp.square(jnp.subtract(*zero_padding(mask, logprobs, old_logprobs)))
         policy_metrics |= {
@@ -196,3 +197,23 @@ def preference_loss(
         "reward_model/margin": masked_mean(difference, mask),
     }
     return loss, jax.lax.stop_gradient(metrics)
+
+
+def check_loss(function: Callable, found: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """What a loss has given is a number and its metrics.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    name = function_name(function)
+    if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], dict)):
+        raise ValueError(f"{name} must return (loss, {{metric: number}}), got {found!r}")
+    loss, metrics = found
+    if jnp.shape(loss) != () or not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
+        got = f"{list(jnp.shape(loss))} in {jnp.result_type(loss)}"
+        raise ValueError(f"{name} must return one float as its loss, got {got}")
+    for metric, x in metrics.items():
+        if jnp.shape(x) != ():
+            got = list(jnp.shape(x))
+            raise ValueError(f"{name} must return one number as the metric {metric!r}, got {got}")
+    return loss, dict(metrics)

@@ -48,6 +48,7 @@ from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.lora import check_targets
 from ppo_jax.pipeline.scorers import check_others, check_text_reward, reads_eos
 from ppo_jax.rollout.sampling import Sampling
+from ppo_jax.training.objectives import check_objectives
 from ppo_jax.training.ppo import PPO, train_ppo
 from ppo_jax.training.ppo_setup import critic_source
 from ppo_jax.training.reward_functions import load_reward_functions
@@ -113,11 +114,12 @@ def check_run(
 
 
 def check_functions(config: Config, stages: Sequence[str]):
-    """The functions that the config names can be imported."""
+    """The functions that the config names can be imported, and those of arrays can be called."""
     if config.prepare:
         load_function(config.prepare, "prepare")
     if "ppo" in stages:
         load_reward_functions(config.ppo)
+        check_objectives(config.ppo)
     if is_judged(config, stages):
         load_function(config.evaluate.judges, "evaluate.judges")
 

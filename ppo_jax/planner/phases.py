@@ -16,7 +16,6 @@ import jax.numpy as jnp
 from ppo_jax.algorithms.adaptation import moved_reference
 from ppo_jax.algorithms.experience import make_experience, response_scores, sample_responses
 from ppo_jax.algorithms.greedy import greedy_options, greedy_responses
-from ppo_jax.algorithms.options import PPOOptions
 from ppo_jax.algorithms.ppo import kl_of_update
 from ppo_jax.algorithms.references import reference_options, reference_responses
 from ppo_jax.algorithms.supervised import text_scores
@@ -48,10 +47,10 @@ from ppo_jax.planner.models import Models, common_layers
 from ppo_jax.rollout.continuous_batching import max_trip_counts
 from ppo_jax.rollout.sampling import Sampling
 from ppo_jax.training.ppo_setup import (
+    abstract_options,
     begin_models,
     make_hyperparameters,
     make_networks,
-    make_options,
     network_starts,
     split_models,
     state_maker,
@@ -202,12 +201,6 @@ def update(state, hyperparameters, experience, key, **parts):
     if hyperparameters.penalty_target_kl is not None:
         metrics["policy/old_kl"] = kl_of_update(state, experience, hyperparameters, **parts)
     return state, metrics
-
-
-def abstract_options(settings: PPOSettings) -> PPOOptions:
-    """With some stop token: which it is changes no program, and others besides it change little."""
-    fields = {k: getattr(settings, k) for k in ("response_length", "top_k", "top_p", "min_p")}
-    return make_options(settings, Sampling(eos_ids=(0,), **fields), eos_id=0)
 
 
 class AbstractArguments:

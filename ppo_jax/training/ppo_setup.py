@@ -84,6 +84,12 @@ def make_options(settings: PPOSettings, sampling: Sampling, eos_id: int) -> PPOO
     )
 
 
+def abstract_options(settings: PPOSettings) -> PPOOptions:
+    """With some stop token: which it is changes no program, and others besides it change little."""
+    fields = {k: getattr(settings, k) for k in ("response_length", "top_k", "top_p", "min_p")}
+    return make_options(settings, Sampling(eos_ids=(0,), **fields), eos_id=0)
+
+
 def state_maker(settings: PPOSettings) -> Callable[..., PPOState]:
     """`init_ppo` with what these settings move besides parameters."""
     return functools.partial(init_ppo, score_normalization=settings.score_normalization)
