@@ -69,13 +69,14 @@ def member_scores(
 
 
 def combine_scores(
-    ensemble: RewardEnsemble, scores: jax.Array
+    ensemble: RewardEnsemble, scores: jax.Array, is_safety: jax.Array | None = None
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """One score of several models.
 
     Args:
         ensemble: its rule is read.
         scores: [K, B] float.
+        is_safety: [B] bool, see `threshold_scores`; no other rule reads it.
 
     Returns:
         (scores [B] float32; metrics of each response, [B]: "reward/score_0", "reward/score_1", ...
@@ -90,8 +91,12 @@ def combine_scores(
         if len(scores) != 2:
             raise ValueError(f"the rule {THRESHOLD!r} is one of 2 reward models, got {len(scores)}")
         helpfulness, safety = scores
-        metrics["reward/safety_fraction"] = (safety < ensemble.threshold).astype(jnp.float32)
-        return threshold_scores(safety, helpfulness, threshold=ensemble.threshold), metrics
+        by_safety = safety < ensemble.threshold
+        if is_safety is not None:
+            by_safety |= is_safety
+        metrics["reward/safety_fraction"] = by_safety.astype(jnp.float32)
+        how = dict(threshold=ensemble.threshold, is_safety=is_safety)
+        return threshold_scores(safety, helpfulness, **how), metrics
     mean = ensemble_scores(scores, how="mean")
     metrics["reward/disagreement"] = mean - ensemble_scores(scores, how="mean_minus_std")
     return ensemble_scores(scores, how=ensemble.rule, k=ensemble.coef), metrics

@@ -109,7 +109,7 @@ def scores_and_metrics(
         inputs = networks.trunk.apply(frozen.trunk, ended.tokens, ended.mask)
     if isinstance(networks.reward, RewardEnsemble):
         each = member_scores(networks.reward, frozen.reward, inputs, ended.mask)
-        return combine_scores(networks.reward, each)
+        return combine_scores(networks.reward, each, rollout.is_safety)
     return last_outputs(networks.reward, frozen.reward, inputs, ended.mask), {}
 
 

@@ -91,7 +91,7 @@ class PPOSettings:
     reward_rule: str = "mean"  # of the scores of several: or "min", "mean_minus_std",
     # "mean_minus_var"; "average_weights": one model, whose weights are the mean of theirs; or
     # "threshold" of two, reward_model for helpfulness and one for safety, whose score counts alone
-    # where it is low
+    # where it is low, or the prompt's row has "is_safety": true
     reward_rule_coef: float = changeable(1.0)  # of std or var, between the models
     reward_rule_threshold: float = changeable(-1.73)  # with reward_rule="threshold": what the score
     # of safety is low below; -1.73 is the logit of a probability of 0.15

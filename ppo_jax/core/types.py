@@ -23,6 +23,9 @@ class Prompts:
 
     tokens: jax.Array  # [B, P] int32
     mask: jax.Array  # [B, P] bool, True on real tokens
+    # [B] bool, True on prompts that are meant to provoke, see `threshold_scores`; None: none is. No
+    # part of a fingerprint where it is None, or no run that began before could go on.
+    is_safety: jax.Array | None = struct.field(default=None, metadata={"added_later": True})
 
 
 @renamed(hidden="hidden_states")
@@ -40,6 +43,7 @@ class Rollout:
     logprobs: jax.Array  # [B, T] float32, at the sampling temperature, 0 where masked
     has_eos: jax.Array  # [B] bool, the response ended with a stop token or a stop string
     hidden_states: jax.Array | None = None  # [B, L, D], the trunk's output, when there is a trunk
+    is_safety: jax.Array | None = None  # [B] bool, that of the prompt
 
     @property
     def tokens(self) -> jax.Array:

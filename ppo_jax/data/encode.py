@@ -15,7 +15,6 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from ppo_jax.core.types import Prompts
@@ -168,7 +167,9 @@ def pad_prompts(rows: Sequence[Sequence[int]], max_length: int) -> Prompts:
 def take_prompts(prompts: Prompts, rows: np.ndarray, width: int | None = None) -> Prompts:
     """Some of the prompts, in their last `width` positions (None is all), which must hold them."""
     begin = 0 if width is None else max(0, prompts.mask.shape[1] - width)
-    return jax.tree.map(lambda x: x[rows, begin:], prompts)
+    flags = None if prompts.is_safety is None else prompts.is_safety[rows]
+    taken = dict(tokens=prompts.tokens[rows, begin:], mask=prompts.mask[rows, begin:])
+    return Prompts(**taken, is_safety=flags)
 
 
 def batch_indices(seed: int, step: int, *, num_examples: int, batch_size: int) -> np.ndarray:

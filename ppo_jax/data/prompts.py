@@ -16,6 +16,7 @@ from ppo_jax.data.messages import count_left_out
 from ppo_jax.data.readers import Row, naming_data
 from ppo_jax.data.records import PROMPT_SCHEMAS, load_prompt_rows
 
+SAFETY = "is_safety"  # the column that says which prompts are meant to provoke
 WINDOW = 16  # batches that are sorted together: a share of long prompts down to 1/16 pads no other
 
 
@@ -70,6 +71,25 @@ def prompt_data(
         columns={name: [rows[i][name] for i in kept] for name, place in gaps.items() if not place},
         gaps={name: place for name, place in gaps.items() if place},
     )
+
+
+def with_safety(data: PromptData, path: str | os.PathLike) -> PromptData:
+    """The prompts with their column `is_safety`, see `Prompts`; as they are where no row has it.
+
+    Raises:
+        ValueError: a row lacks it that others have, or holds neither true nor false.
+    """
+    if place := data.gaps.get(SAFETY):
+        raise ValueError(f"{place}: there is no {SAFETY!r}, which other rows have")
+    if SAFETY not in data.columns:
+        return data
+    flags = data.columns[SAFETY]
+    for text, flag in zip(data.texts, flags, strict=True):
+        if not isinstance(flag, bool):
+            got = f"got {flag!r} for the prompt {text[:40]!r}"
+            raise ValueError(f"{path}: {SAFETY!r} must be true or false, {got}")
+    prompts = data.prompts.replace(is_safety=np.array(flags, bool))
+    return dataclasses.replace(data, prompts=prompts)
 
 
 def other_values(row: Row) -> str:

@@ -72,7 +72,8 @@ def rollout(
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, rows)
     decode = decode_all if concurrent == num_rows else decode_with_refills
     bound = Policy(policy, params, trunk, trunk_params)
-    responses, prompt_states = decode(bound, prompts, keys, sampling, temperature)
+    read = Prompts(tokens=prompts.tokens, mask=prompts.mask)
+    responses, prompt_states = decode(bound, read, keys, sampling, temperature)
 
     def of_rows(x):
         return jnp.repeat(x, sampling.samples_per_prompt, axis=0, total_repeat_length=num_rows)
@@ -88,6 +89,7 @@ def rollout(
         logprobs=responses.logprobs,
         has_eos=responses.stopped,
         hidden_states=states,
+        is_safety=None if prompts.is_safety is None else of_rows(prompts.is_safety),
     )
 
 

@@ -18,9 +18,10 @@ from ppo_jax.algorithms.supervised import text_scores
 from ppo_jax.config.parsing import FunctionFailed
 from ppo_jax.config.ppo import PPOSettings, names_critic
 from ppo_jax.config.run import Config
+from ppo_jax.core.shaping import THRESHOLD
 from ppo_jax.core.types import PPOState, Prompts, Rollout
 from ppo_jax.data.encode import take_prompts
-from ppo_jax.data.prompts import PromptBuckets, PromptData, prompt_data
+from ppo_jax.data.prompts import PromptBuckets, PromptData, prompt_data, with_safety
 from ppo_jax.distributed.layout import Layout, fetch, gather_rows, local_rows, make_layouts
 from ppo_jax.inference.generate import decode_rows, prompt_width
 from ppo_jax.inference.score import encode_responses
@@ -57,6 +58,8 @@ Scorer: TypeAlias = Callable[[np.ndarray, Rollout], tuple[jax.Array, dict[str, n
 def read_ppo(config: Config, start: ModelSpec) -> PromptData:
     settings = config.ppo
     data = prompt_data(settings.prompts, start.tokenizer, max_length=settings.max_prompt_length)
+    if settings.reward_rule == THRESHOLD:
+        data = with_safety(data, settings.prompts)
     return used_columns(data, load_reward_functions(settings), settings.prompts)
 
 

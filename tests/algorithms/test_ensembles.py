@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ppo_jax.algorithms.ensembles import RewardEnsemble, ensemble_params
+from ppo_jax.algorithms.ensembles import RewardEnsemble, combine_scores, ensemble_params
 from ppo_jax.algorithms.experience import response_scores
 from ppo_jax.algorithms.ppo import ppo_iteration
 from ppo_jax.algorithms.sweep import LaneAxes, stack_frozen, stack_lanes, sweep_iteration
@@ -78,6 +78,28 @@ def test_the_score_of_safety_counts_where_it_is_below_the_threshold(stacked):
     assert metrics["reward/score_1"] == pytest.approx(safe.mean(), abs=1e-4)
     assert metrics["reward/safety_fraction"] == pytest.approx((safe < threshold).mean())
     assert "reward/disagreement" not in metrics
+
+
+def test_the_score_of_safety_counts_for_prompts_of_safety():
+    scores, flags = jnp.array([[5.0, 6.0, 7.0], [-3.0, 2.0, 1.0]]), jnp.array([False, True, False])
+    rule = RewardEnsemble((None,), "threshold")
+    got, metrics = combine_scores(rule, scores, flags)
+    assert got.tolist() == [-3.0, 2.0, 7.0]
+    assert metrics["reward/safety_fraction"] == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("max_concurrent", [0, 4])
+def test_a_response_has_the_flag_of_its_prompt(max_concurrent):
+    sampling = tiny.sampling(samples_per_prompt=2, max_concurrent=max_concurrent)
+    run = tiny.Run("whole", tiny.options(sampling=sampling))
+    flags = jnp.array([True, False, False, True] * 2)
+    prompts = tiny.prompts().replace(is_safety=flags)
+    given = (run.state, run.numbers, prompts, tiny.RUN_KEY)
+    rollout = tiny.sample_responses(*given, **run.parts)
+    np.testing.assert_array_equal(rollout.is_safety, np.repeat(flags, 2))
+    plain = run.rollout()
+    assert plain.is_safety is None
+    np.testing.assert_array_equal(rollout.response_tokens, plain.response_tokens)
 
 
 def test_the_rule_of_two_models_is_one_of_two():

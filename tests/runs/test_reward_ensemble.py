@@ -12,6 +12,7 @@ import pytest
 from ppo_jax.algorithms.experience import sample_responses
 from ppo_jax.config.mesh import MeshSettings
 from ppo_jax.config.run import ModelSettings, from_config_dict
+from ppo_jax.data.records import write_jsonl
 from ppo_jax.distributed.layout import make_layouts
 from ppo_jax.io.checkpoints import load_checkpoint_item
 from ppo_jax.io.stage_folder import describe_stage, load_model
@@ -110,6 +111,28 @@ def test_by_a_threshold_the_score_of_safety_counts_where_it_is_low(
     assert 0 < (safe < threshold).sum() < len(safe)
     np.testing.assert_allclose([row["score"] for row in samples], expected, atol=1e-5)
     assert 0 <= rows[0]["reward/safety_fraction"] <= 1
+
+
+def test_prompts_of_safety_have_the_score_of_safety(workdir, alone, other, tmp_path):
+    """With a threshold that no score is below; and a column that is not one of flags."""
+    prompts, texts = tmp_path / "prompts.jsonl", [f"the {thing} is" for thing in tiny_run.THINGS]
+    flagged = [{"prompt": x, "is_safety": i % 2 == 0} for i, x in enumerate(texts)]
+    write_jsonl(prompts, flagged)
+    chosen = dict(reward_rule="threshold", reward_rule_threshold=-1e3, prompts=str(prompts))
+    values = settings(workdir, workdir / "reward", other, **chosen)
+    rows, samples = run(values, tmp_path / "run")
+    assert [row["prompt"] for row in samples] == texts[: len(samples)]
+    helpful, safe = np.array([[row["score"] for row in alone[x][1]] for x in ("reward", "other")])
+    expected = np.where(np.arange(len(samples)) % 2 == 0, safe, helpful)
+    np.testing.assert_allclose([row["score"] for row in samples], expected, atol=1e-5)
+    assert 0 < rows[0]["reward/safety_fraction"] < 1
+    for row, message in (
+        ({"is_safety": 1}, "'is_safety' must be true or false, got 1 for the prompt 'the"),
+        ({}, "there is no 'is_safety', which other rows have"),
+    ):
+        write_jsonl(prompts, [*flagged[1:], {"prompt": texts[0]} | row])
+        with pytest.raises(ValueError, match=message):
+            pipeline.dry_run(values, tmp_path / "refused")
 
 
 def test_averaged_weights_are_one_model(workdir, other, tmp_path):
