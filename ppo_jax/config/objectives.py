@@ -45,8 +45,9 @@ ADVANTAGES: Mapping[str, Callable] = {
     "reinforce_plus_plus_baseline": reinforce_plus_plus_advantages,
     "reinforce": reinforce_advantages,
     "remax": remax_advantages,
-    "leave_one_out": rloo_advantages,  # its name until 0.2
+    "leave_one_out": rloo_advantages,
 }
+FORMER = ("leave_one_out",)  # names until 0.2, still taken
 LOSSES: Mapping[str, Callable] = {
     "clip": clipped_policy_loss,
     "dual_clip": dual_clip_policy_loss,
@@ -91,11 +92,14 @@ def resolve(name: str, known: Mapping[str, Callable], field: str, offered: tuple
     if name in known:
         return known[name]
     if ":" not in name:
-        raise ValueError(f"{field} must be one of {list(known)} or 'module:function', got {name!r}")
+        names = [x for x in known if x not in FORMER]
+        raise ValueError(f"{field} must be one of {names} or 'module:function', got {name!r}")
     function = load_function(name, field)
     if unknown := unknown_parameters(function, offered):
+        inputs = ", ".join(x for x in offered if x not in NUMBERS)
         raise ValueError(
-            f"{field} {name} asks for {', '.join(unknown)}; there is {', '.join(sorted(offered))}"
+            f"{field} {name} asks for {', '.join(unknown)}; there is {inputs}, and the numbers "
+            f"{', '.join(sorted(NUMBERS))}"
         )
     return told(function, f"{field} {name}")
 

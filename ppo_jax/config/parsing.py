@@ -61,6 +61,8 @@ class Check:
         """`rule` says in words what must hold for the field."""
         if not holds:
             got = getattr(self.settings, field)
+            if dataclasses.is_dataclass(got):  # a section: what of it is given
+                got = {k: x for k, x in vars(got).items() if x != getattr(type(got), k, None)}
             raise ValueError(f"{self.prefix}{field} must be {rule}, got {got!r}")
 
     def each(self, rule: str, *fields: str):
@@ -194,7 +196,8 @@ def unknown_setting(section: str, name: str, known: Collection[str]) -> str:
     >>> unknown_setting("ppo.", "beta", ["kl_coef", "seed"])
     "unknown setting ppo.beta; known: ['kl_coef', 'seed']"
     """
-    near = difflib.get_close_matches(name, known, n=1)
+    lower = {x.lower(): x for x in known}
+    near = [lower[x] for x in difflib.get_close_matches(name.lower(), lower, n=1)]
     rest = f"did you mean {section + near[0]!r}?" if near else f"known: {sorted(known)}"
     return f"unknown setting {section}{name}; {rest}"
 

@@ -3,7 +3,9 @@
 Every function takes the settings and their `Check`.
 """
 
+import difflib
 import math
+import os
 import re
 from typing import Any
 
@@ -158,6 +160,11 @@ def check_objective(settings: Any, check: Check):
     holds = settings.any_kl_estimator or settings.kl_estimator in REWARD_ESTIMATORS
     check.that(holds, "kl_estimator", REWARD_RULE)
     check.choice("kl_control", "fixed", "adaptive")
+    rule = "> 0 with kl_control='adaptive', which multiplies it"
+    check.that(settings.kl_coef > 0 or settings.kl_control == "fixed", "kl_coef", rule)
+    trains = settings.critic_has_optimizer or not needs_critic(settings.advantage)
+    rule = "> 0: with value_learning_rate=0 the critic stays as it is"
+    check.that(settings.vf_coef > 0 or trains, "vf_coef", rule)
     check_adaptation(settings, check)
     least = 0.2 * settings.rollout_batch_size
     rule = f">= {least:g}, a fifth of rollout_batch_size: the coefficient changes sign below"
@@ -198,11 +205,12 @@ def check_methods(settings: Any, check: Check):
     of_losses += ("covariance_fraction", "covariance_low", "covariance_high")
     of_losses += ("clip_range", "clip_range_high")
     for field in of_losses:
-        rule = f"{getattr(type(settings), field):g} unless the loss takes it"
+        default = f"{getattr(type(settings), field):g}"
+        rule = f"{default} unless the loss takes it, which {settings.loss!r} does not"
         unread = getattr(settings, field) == getattr(type(settings), field)
         no_clip = field == "clip_range" and settings.clip_range == math.inf
         check.that(field in loss or unread or no_clip, field, rule)
-    rule = "0 unless the loss takes a penalty_coef"
+    rule = f"0 unless the loss takes a penalty_coef, which {settings.loss!r} does not"
     adapts = settings.penalty_target_kl > 0
     check.that("penalty_coef" in loss or not adapts, "penalty_target_kl", rule)
     rule = "> 0 with penalty_target_kl: 0 doubled is 0"
@@ -216,7 +224,8 @@ def check_methods(settings: Any, check: Check):
     check.each("in [0, 1]", "baseline_decay")
     check.that(settings.dual_clip > 1, "dual_clip", "> 1")
     check.each("> 0", "behavior_weight_limit")
-    check.each("in [0, 1]", "covariance_fraction")
+    check.each("in (0, 1]", "covariance_fraction")
+    check.each("in [0, 1]", "divergence_limit")
     rule = f"above covariance_low ({settings.covariance_low:g})"
     check.that(settings.covariance_high > settings.covariance_low, "covariance_high", rule)
     if reads_behavior(loss_function(settings.loss)):
@@ -225,7 +234,7 @@ def check_methods(settings: Any, check: Check):
         rule = f"1 with loss={settings.loss!r}, which has the weights itself"
         check.that(settings.tis_clip_low == 1, "tis_clip_low", rule)
         check.that(settings.tis_clip_high == 1, "tis_clip_high", rule)
-    check.each(">= 0", "penalty_coef", "divergence_limit", "kl_loss_coef")
+    check.each(">= 0", "penalty_coef", "kl_loss_coef")
     check.choice("aggregation", *AGGREGATIONS)
     rule = f"'token_mean' with loss={settings.loss!r}, which takes no weights"
     check.that("weights" in loss or settings.aggregation == "token_mean", "aggregation", rule)
@@ -327,6 +336,7 @@ def check_scores(settings: Any, check: Check):
     rule = "a stage before ppo, or of another run: this one has no critic yet"
     own = re.fullmatch(r"ppo(@\w+)?", settings.critic_init_from)
     check.that(own is None, "critic_init_from", rule)
+    check_spelling(settings, check)
     possible = bool(settings.reward_model) or settings.critic_init_from != "reward_model"
     rule = "'policy', 'scratch', '' or a model with a reward_function"
     check.that(possible, "critic_init_from", rule)
@@ -351,6 +361,18 @@ def check_references(settings: Any, check: Check):
     for field in ("max_concurrent", "min_free_slots"):
         rule = f"a multiple of reference_responses ({count}), which are decoded as many at a time"
         check.that(getattr(settings, field) % count == 0, field, rule)
+
+
+def check_spelling(settings: Any, check: Check):
+    """What the critic starts from is no word of this setting that is spelled otherwise."""
+    name, words = settings.critic_init_from, ("reward_model", "policy", "scratch")
+    known = (*words, "", "base", "sft", "reward")
+    near = difflib.get_close_matches(name, words, n=1, cutoff=0.75)
+    if near and name not in known and not os.path.exists(name):
+        raise ValueError(
+            f"ppo.critic_init_from must be one of {list(words)}, a stage, a folder or a model, got "
+            f"{name!r}; did you mean {near[0]!r}?"
+        )
 
 
 def check_ensemble(settings: Any, check: Check):

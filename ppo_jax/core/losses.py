@@ -207,7 +207,8 @@ def check_loss(function: Callable, found: Any) -> tuple[jax.Array, dict[str, jax
     """
     name = function_name(function)
     if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], dict)):
-        raise ValueError(f"{name} must return (loss, {{metric: number}}), got {found!r}")
+        got = f"{len(found)} values" if isinstance(found, tuple) else f"one {type(found).__name__}"
+        raise ValueError(f"{name} must return (loss, {{metric: number}}), got {got}")
     loss, metrics = found
     if jnp.shape(loss) != () or not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
         got = f"{list(jnp.shape(loss))} in {jnp.result_type(loss)}"

@@ -44,7 +44,7 @@ def keep_critic(
         config: the critic's shape.
         frozen: what is not trained of it, but for the layers of the trunk.
         trunk: how many of its lowest layers are the policy's, which are in `frozen/`; None is none.
-        shared: it is a head on the policy's body, see `ppo.shared_critic`.
+        shared: it is a head on the policy's body, see `policy_value_network`.
     """
     if has_begun(folder):
         return

@@ -10,12 +10,13 @@ from typing import Any
 
 import jax
 
-from ppo_jax.config.ppo import names_critic
+from ppo_jax.config.ppo import PPOSettings, names_critic
 from ppo_jax.config.run import STAGE_NAMES, Config, ModelSettings, ScratchSettings
 from ppo_jax.data.encode import leading_tokens
 from ppo_jax.io import huggingface as hf
 from ppo_jax.io import tokenizers as vocabulary
 from ppo_jax.io.base_model import llama_config
+from ppo_jax.io.checkpoints import Checkpoints
 from ppo_jax.io.critics import critic_config, has_critic
 from ppo_jax.io.hub import NotThere, model_folder
 from ppo_jax.io.integrity import reading_file
@@ -197,6 +198,7 @@ def initial_models(
         starts["ppo"] = spec("ppo.init_from", config.ppo.init_from)
     if "ppo" in stages and config.ppo.reward_model:
         starts["score"] = spec("ppo.reward_model", config.ppo.reward_model)
+        check_distinct(config.ppo, workdir, base)
         for number, name in enumerate(config.ppo.other_reward_models):
             starts[other_field(number)] = spec("ppo.other_reward_models", name)
     if "ppo" in stages and names_critic(config.ppo):
@@ -204,6 +206,19 @@ def initial_models(
         read = functools.partial(read_critic_shape, step=split_step(name)[1])
         starts["critic"] = spec("ppo.critic_init_from", name, read)
     return starts
+
+
+def check_distinct(settings: PPOSettings, workdir: Path, base: str):
+    """Reward models of several names are as many models."""
+    seen: dict[tuple[str, int | None], str] = {}
+    for name in (settings.reward_model, *settings.other_reward_models):
+        folder, (_, step) = Path(resolve(name, workdir, base)), split_step(name)
+        if step is None and describe_stage(folder) is not None:
+            step = Checkpoints(folder / "checkpoints").readable_step()
+        model = os.path.realpath(folder), step
+        if (same := seen.setdefault(model, name)) != name:
+            rule = f"models that differ, got {name!r}, which is {same!r}"
+            raise ValueError(f"ppo.other_reward_models must be {rule}")
 
 
 def other_specs(starts: Mapping[str, ModelSpec]) -> list[ModelSpec]:

@@ -173,7 +173,7 @@ def lane_lines(works: Sequence[Work], groups: Sequence[Work]) -> list[str]:
     programs = f"{len(groups)} program{'s' * (len(groups) != 1)}"
     many = f"{len(inside)} of {len(works)} points train PPO as {programs}"
     lines += [f"by themselves: {', '.join(alone)}"] if alone else []
-    lines += [f"trained already: {', '.join(trained)}"] if trained else []
+    lines += [f"trained already: {len(trained)}"] if trained else []
     return [many, *(f"  {line}" for line in lines)]
 
 

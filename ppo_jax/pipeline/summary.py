@@ -153,6 +153,7 @@ def ppo_rows(s: PPOSettings, model: ModelConfig) -> Rows:
         *critic_rows(s),
         *selection_rows(s),
         *warmup_rows(s),
+        *unread_rows(s),
         ("ppo in all", f"{episodes} episodes, {steps * s.num_iterations} optimizer steps"),
         ("ppo tokens a step", f"{minibatch * s.response_length} response tokens at most"),
         ("KV cache", f"{size_of(cache)}, {slots} responses at a time"),
@@ -211,6 +212,15 @@ def selection_rows(s: PPOSettings) -> Rows:
     half = s.keep_samples // 2
     what = f"the {half} best and the {half} worst of {s.samples_per_prompt} responses to a prompt"
     return [("ppo learns from", what)]
+
+
+def unread_rows(s: PPOSettings) -> Rows:
+    """Numbers that are given, and that a choice beside them leaves unread."""
+    unread = {"missing_eos_score": s.missing_eos == "keep" and "missing_eos='keep'"}
+    fixed = s.kl_control == "fixed" and "kl_control='fixed'"
+    unread |= {"target_kl": fixed, "kl_horizon": fixed}
+    given = [k for k, why in unread.items() if why and getattr(s, k) != getattr(type(s), k)]
+    return [("not read", ", ".join(f"{k} ({unread[k]})" for k in given))] if given else []
 
 
 def evaluation_rows(config: Config) -> Rows:

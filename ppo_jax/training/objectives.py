@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ppo_jax.algorithms.experience import estimate_advantages
+from ppo_jax.algorithms.advantages import estimate_advantages
 from ppo_jax.config.objectives import (
     ADVANTAGES,
     LOSSES,

@@ -210,7 +210,7 @@ def test_there_are_no_other_options():
     # `test_old_logprobs`, for further rollouts `test_dynamic_sampling`.
     fields = {f.name for f in dataclasses.fields(PPOOptions)}
     others = {"sampling", "num_micro_batches", "packing", "score_eos"}
-    others |= {"num_critics"}  # see `test_critics`
+    others |= {"num_critics", "reference_responses"}  # see `test_critics`, `test_references`
     others |= {"any_kl_estimator", "importance", "max_rollouts"}
     assert fields == CHOICES.keys() | others
 

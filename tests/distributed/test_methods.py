@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ppo_jax.algorithms.experience import estimate_advantages
+from ppo_jax.algorithms.advantages import estimate_advantages
 from ppo_jax.algorithms.supervised import accumulate
 from ppo_jax.algorithms.token_choice import make_choice
 from ppo_jax.algorithms.update import accumulate_packed, experience_loss

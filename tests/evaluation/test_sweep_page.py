@@ -133,6 +133,13 @@ def grid_of(columns, rows, missing=0):
     )
 
 
+def half_without_b():
+    """Three values of one number, with and without another."""
+    points = [{"ppo.a": x} | more for x in range(3) for more in ({}, {"ppo.b": 4})]
+    rows = [{"point": point, "workdir": "", "status": "complete"} for point in points]
+    return by_setting(row | {"metrics": {WIN: 0.5}} for row in rows)
+
+
 def drawn(draw):
     axes = Figure(layout="constrained").subplots()
     draw(axes)
@@ -149,7 +156,9 @@ def test_a_heat_map_has_each_pair_in_its_place():
     assert axes.get_xlabel() == "b"  # the longer axis lies across
 
 
-@pytest.mark.parametrize("settings", [grid_of(4, 3, missing=1), grid_of(6, 1), search(9)])
+@pytest.mark.parametrize(
+    "settings", [grid_of(4, 3, missing=1), grid_of(6, 1), search(9), half_without_b()]
+)
 def test_there_is_no_heat_map_of_what_is_no_grid(settings):
     assert sweep_plots.heat_map(settings, WIN, "win rate") is None
 

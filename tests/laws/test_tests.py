@@ -58,6 +58,7 @@ ELSEWHERE = {  # module: where it is tested, since it is a part of what is teste
     "models/axes": "distributed/test_layout",
     "pipeline/scorers": "runs/test_reward_ensemble",
     "algorithms/options": "config/test_stages",
+    "algorithms/advantages": "algorithms/test_oracle",
     "config/ppo_checks": "config/test_objectives",
     "planner/models": "planner/test_planner",
     "training/ppo_models": "runs/test_reward_ensemble",

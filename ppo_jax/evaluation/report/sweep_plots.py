@@ -172,6 +172,7 @@ def heat_map(settings: Sequence[Setting], metric: str, label: str) -> Draw | Non
     """A metric over the two numbers that the sweep varies, where every pair was tried."""
     axes_of = varied(settings)
     whole = len(axes_of) == 2 and len(settings) == math.prod(map(len, axes_of.values()))
+    whole = whole and all(axes_of.keys() <= s.values.keys() for s in settings)
     if not whole or min(map(len, axes_of.values())) < 2 or len(settings) < 6:
         return None
     (across, columns), (down, rows) = axes_of.items()
