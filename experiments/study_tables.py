@@ -29,6 +29,7 @@ from studies import (
     late_reward,
     methods,
     methods_acting,
+    methods_equal_cpu,
     over_optimisation,
     ppo_choices,
     rate_and_kl,
@@ -65,6 +66,7 @@ STUDIES = {
     "rate_and_kl": rate_and_kl,
     "methods": methods,
     "methods_acting": methods_acting,
+    "methods_equal_cpu": methods_equal_cpu,
     "late_reward": late_reward,
     "value_updates": value_updates,
     "shared_critic": shared_critic,
@@ -231,15 +233,18 @@ METRIC |= dict.fromkeys(ON_ACTING, SHARE)
 ROWS = {
     "methods": methods.METHODS,
     "methods_acting": methods.METHODS,
+    "methods_equal_cpu": methods_equal_cpu.ROWS,
     "late_reward": late_reward.ROWS,
     "value_updates": value_updates.ROWS,
     "shared_critic": shared_critic.ROWS,
     "reward_ensemble": reward_ensemble.ROWS,
 }
 PER_ITERATION = {"CPU s an iteration": COST, "score at equal CPU s": EQUAL}
+GOLD = {"gold: preferred to SFT": WIN, "proxy score": PROXY, "KL, nats": KL}
 COLUMNS = {
-    "methods": {"gold: preferred to SFT": WIN, "proxy score": PROXY, "KL, nats": KL},
-    "reward_ensemble": {"gold: preferred to SFT": WIN, "proxy score": PROXY, "KL, nats": KL},
+    "methods": GOLD,
+    "methods_equal_cpu": GOLD,
+    "reward_ensemble": GOLD,
     "methods_acting": {"score": SHARE, "KL, nats": REF_KL} | PER_ITERATION,
     "late_reward": {
         "score": SHARE,
