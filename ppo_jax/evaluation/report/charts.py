@@ -260,7 +260,7 @@ CHARTS: dict[str, tuple[Group, ...]] = {
                 Chart(
                     "Policy loss",
                     "loss",
-                    "The run's loss of the policy, before the entropy and the KL from the reference "
+                    "The run's loss of the policy, before entropy and the KL from the reference "
                     "are added. Its level means little, a jump means trouble.",
                     {"policy/loss": "loss"},
                 ),
