@@ -101,7 +101,7 @@ CHARTS: dict[str, tuple[Group, ...]] = {
                     "Score",
                     "score",
                     "Mean of the sampled responses; the band is one standard deviation over them. "
-                    "PPO learns from the adjusted score, where a rule or a penalty makes one.",
+                    "Where scores are shaped, PPO learns from the adjusted one.",
                     {
                         "reward/score_mean": "as it came",
                         "reward/adjusted_score_mean": "adjusted",
