@@ -109,8 +109,8 @@ def baselines(
     options: PPOOptions,
     reference_scores: jax.Array | None = None,
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-    """({name: what an estimator may take off}, metrics): the running mean of the scores where the
-    state has it, the scores of greedy responses where there are some."""
+    """({name: what an estimator may take off}, metrics): the running mean of responses' rewards
+    where the state has it, the scores of greedy responses where there are some."""
     given, metrics = {}, {}
     if (baseline := state.adaptive.get("baseline")) is not None:
         totals, given["baseline"] = rewards.sum(axis=1), baseline

@@ -129,7 +129,7 @@ def needs_critic(advantage: str) -> bool:
 
 
 def keeps_baseline(advantage: str) -> bool:
-    """Whether it takes off a running mean of the scores, which is then kept in the state.
+    """Whether it takes off a running mean of responses' rewards, which is then in the state.
 
     >>> keeps_baseline("reinforce"), keeps_baseline("rloo")
     (True, False)

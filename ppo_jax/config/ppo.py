@@ -204,10 +204,12 @@ class PPOSettings:
     # max(0, 1 - 1 / (alpha l)); 0.05 is usual for long ones
     value_gae_lambda: float = changeable(-1.0)  # of the returns that the critic learns; -1 is that
     # of the advantages
-    baseline_decay: float = changeable(0.9)  # with advantage="reinforce": what stays of the running
-    # mean of the scores after an iteration
-    clip_range: Limit = changeable(0.2)  # of the probability ratio, around 1; inf is no clip
-    clip_range_high: float = changeable(0.0)  # of the ratio above 1; 0 is the same as clip_range
+    baseline_decay: float = changeable(0.9)  # with advantage="reinforce": what stays after an
+    # iteration of the running mean of the whole reward of a response, with its KL penalty
+    clip_range: Limit = changeable(0.2)  # of the probability ratio, around 1; 1 is no lower limit,
+    # inf no clip
+    clip_range_high: float = changeable(0.0)  # of the ratio above 1, at least clip_range
+    # or, where that is 1, any; 0 is the same as clip_range
     whiten_rewards: bool = False  # scale the rewards of an iteration's tokens to a variance of 1
     whiten_advantages: bool = True  # scale those of "gae" to a mean of 0 and a variance of 1
     value_clip_range: Limit = changeable(0.2)  # of the critic's change, in units of reward; inf is

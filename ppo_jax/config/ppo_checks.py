@@ -28,7 +28,7 @@ from ppo_jax.core.named import parameters, reads_behavior
 from ppo_jax.core.sequence_losses import AGGREGATIONS
 from ppo_jax.core.shaping import ENSEMBLE_RULES, THRESHOLD
 
-RATIO_RULE = "in (0, 1), or inf"
+RATIO_RULE = "in (0, 1], or inf"
 
 
 def check_ppo(settings: Any):
@@ -151,11 +151,13 @@ def check_objective(settings: Any, check: Check):
     check.each("> 0", "target_kl", "kl_horizon", "value_clip_range", "stop_kl", "max_ref_kl")
     check.each(">= 0", "kl_coef", "vf_coef", "entropy_coef", "value_learning_rate")
     check.each("in [0, 1]", "gamma", "gae_lambda")
-    check.that(
-        0 < settings.clip_range < 1 or settings.clip_range == math.inf, "clip_range", RATIO_RULE
-    )
-    high, rule = settings.clip_range_high, f"0 or at least clip_range ({settings.clip_range})"
-    check.that(high == 0 or high >= settings.clip_range, "clip_range_high", rule)
+    low, high = settings.clip_range, settings.clip_range_high
+    check.that(0 < low <= 1 or low == math.inf, "clip_range", RATIO_RULE)
+    if low == 1:  # no lower limit, so there is none that the upper one has to be above
+        check.each(">= 0", "clip_range_high")
+    else:
+        rule = f"0 or at least clip_range ({low})"
+        check.that(high == 0 or high >= low, "clip_range_high", rule)
     check.choice("kl_estimator", *ESTIMATORS)
     holds = settings.any_kl_estimator or settings.kl_estimator in REWARD_ESTIMATORS
     check.that(holds, "kl_estimator", REWARD_RULE)

@@ -225,7 +225,7 @@ def reinforce_advantages(
 
 
 def running_baseline(baseline: Number, scores: jax.Array, *, decay: Number) -> jax.Array:
-    """The baseline of the next iteration: a running mean of scores.
+    """The baseline of the next iteration: a running mean of the rewards of responses.
 
     b' = decay b + (1 - decay) mean(scores); the mean itself where b is NaN, as before the first.
 

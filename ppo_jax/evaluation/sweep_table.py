@@ -232,8 +232,8 @@ def cheaper(best: Setting, alike: Sequence[Setting]) -> str:
         return "add seeds to tell them apart"
     kl, least = min(kls, key=lambda pair: pair[0])
     if least is best:
-        return f"take it, which also has the least KL ({kl:.1f} nats), or add seeds"
-    return f"take {least.name}, which has the least KL ({kl:.1f} nats), or add seeds"
+        return f"take it, which also has the least KL ({kl:z.1f} nats), or add seeds"
+    return f"take {least.name}, which has the least KL ({kl:z.1f} nats), or add seeds"
 
 
 def beyond(best: Setting, settings: Sequence[Setting]) -> str:

@@ -119,11 +119,11 @@ def figures(folder: Path) -> str:
     parts = [] if rate is None else [f"win rate {rate:.0%}"]
     score, kl = metrics.get("reward/score_mean"), metrics.get("kl/ref")
     if rate is None and score is not None:
-        parts.append(f"score {score:.2f}")
+        parts.append(f"score {score:z.2f}")
     if (kl := metrics.get("policy/kl_per_response", kl)) is not None:
-        parts.append(f"kl {kl:.1f}")
+        parts.append(f"kl {kl:z.1f}")
     names = [x for x in metrics if re.fullmatch(r"\w+/(validation_accuracy|accuracy|.*loss)", x)]
     if not parts and names:  # of a sweep without PPO: an accuracy before a loss
         name = min(names, key=lambda x: x.endswith("loss"))
-        parts.append(f"{name} {metrics[name]:.3f}")
+        parts.append(f"{name} {metrics[name]:z.3f}")
     return "  ".join(parts)

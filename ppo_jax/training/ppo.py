@@ -489,9 +489,9 @@ PPO = Stage(
         "policy/clip_fraction": "clip",
         "response/length": "length",
     },
-    outcome={
-        "reward/score_mean": "mean score {:.2f} → {:.2f}",
-        "kl/ref": "KL per response {:.1f} → {:.1f} nats",
+    outcome={  # z: no sign before a zero; the KL begins at 0 but for rounding
+        "reward/score_mean": "mean score {:z.2f} → {:z.2f}",
+        "kl/ref": "KL per response {:z.1f} → {:z.1f} nats",
     },
     read=read_ppo,
     train=train_ppo,

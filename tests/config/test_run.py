@@ -163,6 +163,14 @@ def test_the_upper_clip_is_the_lower_one_or_wider():
         assert valid.ppo.clip_range_high == high
 
 
+def test_a_clip_of_1_has_no_lower_limit_and_any_upper_one():
+    for high in (0, 0.2, 4.0):
+        valid = from_config_dict(changed({"ppo.clip_range": 1.0, "ppo.clip_range_high": high}))
+        assert valid.ppo.clip_range == 1
+    with pytest.raises(ValueError, match="clip_range_high must be >= 0, got -0.1"):
+        from_config_dict(changed({"ppo.clip_range": 1.0, "ppo.clip_range_high": -0.1}))
+
+
 def test_settings_cannot_be_changed_later():
     config = from_config_dict(whole())
     with pytest.raises(dataclasses.FrozenInstanceError):

@@ -1,7 +1,9 @@
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from ppo_jax.core.importance import importance_weights
 from ppo_jax.core.off_policy_losses import (
@@ -9,7 +11,8 @@ from ppo_jax.core.off_policy_losses import (
     decoupled_policy_loss,
     dppo_policy_loss,
 )
-from ppo_jax.core.policy_losses import clipped_policy_loss
+from ppo_jax.core.policy_losses import clipped_policy_loss, dual_clip_policy_loss
+from ppo_jax.core.sequence_losses import gspo_policy_loss
 from tests.support.losses import (
     NeMo,
     assert_equals_the_loop,
@@ -27,6 +30,20 @@ def test_cispo_equals_the_loop_with_the_weight_a_constant():
         clip_range=0.2,
         clip_range_high=0.3,
     )
+
+
+@pytest.mark.parametrize(
+    "loss", [clipped_policy_loss, dual_clip_policy_loss, cispo_policy_loss, gspo_policy_loss]
+)
+def test_a_clip_of_1_has_no_lower_limit(loss):
+    """It is the loss without a lower limit, to the last bit, however far a probability fell."""
+    logprobs, old, advantages, _, mask = random_tokens(3)
+    given = (logprobs, old.at[0].add(30.0), advantages, mask)
+    one, none = (
+        value_and_gradient(loss, *given, clip_range=low, clip_range_high=0.3)
+        for low in (1.0, np.inf)
+    )
+    jax.tree.map(np.testing.assert_array_equal, one, none)
 
 
 def test_dppo_equals_the_loop():

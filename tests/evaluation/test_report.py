@@ -175,6 +175,79 @@ def test_a_chart_without_its_metric_is_left_out(tmp_path):
     assert "Entropy" not in page.headings and "Score against KL" not in page.headings
 
 
+def headings_of(folder, rows, **ppo):
+    """The headings of the report of a run of PPO with these metrics, by step, and settings."""
+    rows = [{"stage": "ppo", "step": i} | row for i, row in enumerate(rows)]
+    config = {"config": {"ppo": ppo}} if ppo else None
+    return read_report(write_run(folder, metrics=rows, config=config))[0].headings
+
+
+@pytest.mark.parametrize(
+    "settings, clips",
+    [
+        ({}, True),  # unknown
+        ({"loss": "clip", "clip_range": 0.2}, True),
+        ({"loss": "clip", "clip_range": "inf"}, False),
+        ({"loss": "dppo", "clip_range": "inf"}, True),  # it has a limit of its own
+        ({"loss": "gspo", "clip_range": 0.2}, True),
+        ({"loss": "kl_penalty", "clip_range": 0.2}, False),
+        ({"loss": "policy_gradient", "clip_range": 0.2}, False),
+        ({"loss": "kl_cov", "clip_range": 0.2}, False),
+        ({"loss": "mine:function", "clip_range": 0.2}, True),
+    ],
+)
+def test_a_loss_that_does_not_clip_has_no_clip_fraction(tmp_path, settings, clips):
+    shown = headings_of(tmp_path / "run", [{"policy/clip_fraction": 0.0}] * 2, **settings)
+    assert ("Clip fraction" in shown) == clips
+
+
+@pytest.mark.parametrize("idle", [{"value_clip_range": "inf"}, {"value_bins": 51}])
+def test_a_critic_that_is_not_clipped_has_no_clip_fraction(tmp_path, idle):
+    rows = [{"value/clip_fraction": 0.0}] * 2
+    assert "Value clip fraction" not in headings_of(tmp_path / "run", rows, **idle)
+    assert "Value clip fraction" in headings_of(tmp_path / "run", rows, value_clip_range=0.2)
+
+
+def test_a_coefficient_that_never_moves_has_no_chart(tmp_path):
+    """A fixed coefficient of the KL, and the penalty where it is 0."""
+    names = ("kl/coef", "reward/kl_penalty")
+    fixed = headings_of(tmp_path / "fixed", [dict.fromkeys(names, 0.0)] * 3)
+    moving = headings_of(tmp_path / "moving", [dict.fromkeys(names, x) for x in (0.1, 0.1, 0.2)])
+    charts = {"KL coefficient", "KL penalty"}
+    assert not charts & set(fixed) and charts <= set(moving)
+
+
+@pytest.mark.parametrize(
+    "adjusted, labels", [((1.0, 2.0), []), ((0.5, 2.0), ["as it came", "adjusted"])]
+)
+def test_the_adjusted_score_is_drawn_where_it_is_another(adjusted, labels):
+    """Shaping makes it one, if only in some iterations; the raw one is not grey when alone."""
+    rows = [
+        {"step": i, "reward/score_mean": 1.0 + i, "reward/adjusted_score_mean": x}
+        | {"reward/score_std": 0.1}
+        for i, x in enumerate(adjusted)
+    ]
+    (chart,) = (c for group in CHARTS["ppo"] for c in group.charts if c.title == "Score")
+    axes = Figure().subplots()
+    plots.curves(rows, "ppo", chart)(axes)
+    legend = axes.get_legend()
+    shown = [text.get_text() for text in legend.get_texts()] if legend else []
+    assert shown == labels
+    colors = [plots.COLORS[x] for x in (["base", "ppo"] if labels else ["ppo"])]
+    assert [line.get_color() for line in axes.lines] == colors
+    assert len(axes.collections) == 1  # the band is that of the score as it came
+
+
+def test_scores_of_other_responses_stand_beside_those_of_the_policy(tmp_path):
+    row = {"reward/score_mean": 1.0}
+    charts = {"reference": "Score beside the reference's", "greedy": "Score beside the greedy"}
+    assert not [x for x in headings_of(tmp_path / "none", [row] * 2) if "beside" in x]
+    for name, title in charts.items():
+        rows = [row | {f"reward/{name}_score_mean": 0.5}] * 2
+        found = [x for x in headings_of(tmp_path / name, rows) if "beside" in x]
+        assert len(found) == 1 and found[0].startswith(title)
+
+
 def test_lines_that_are_no_rows_are_left_out_and_told_but_for_a_torn_last_one(tmp_path):
     samples = [{"stage": "sft", "step": 1, "prompt": "a", "response": "b", "score": "<high>"}]
     folder = write_run(tmp_path / "run", metrics=metric_rows("sft", steps=2), samples=samples)
@@ -255,6 +328,17 @@ def test_a_kl_that_is_zero_but_for_rounding_reads_as_zero(tmp_path):
     rows = [{"stage": "ppo", "step": i, "kl/ref": kl} for i, kl in enumerate((-3.4e-8, 2.5))]
     _, text = read_report(write_run(tmp_path / "run", metrics=rows))
     assert "KL per response 0.0 → 2.5 nats" in text
+
+
+def test_no_figure_of_the_page_is_a_zero_with_a_sign(tmp_path):
+    """What is below 0 by less than is printed, such as a mean KL of k1 over a short run."""
+    row = {"kl/ref": -0.02, "reward/score_mean": -0.001}
+    rows = [{"stage": "ppo", "step": i} | row for i in range(2)]
+    sample = {"stage": "ppo", "prompt": "a", "response": "b", "step": 1, "score": -0.001}
+    _, text = read_report(write_run(tmp_path / "run", metrics=rows, samples=[sample]))
+    assert "mean score 0.00 → 0.00; KL per response 0.0 → 0.0 nats" in text
+    assert "PPO took the mean score from 0.00" in text and "at 0.0 nats of KL" in text
+    assert "<b>0.0 nats</b>" in text and ">+0.00</span>" in text
 
 
 @pytest.mark.parametrize("exact", [False, True])

@@ -1,9 +1,12 @@
 """The charts of the report: which metrics each shows, its unit and how to read it."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from ppo_jax.config.objectives import LOSSES, loss_parameters
 from ppo_jax.training.stages import find_stage
 
 
@@ -34,6 +37,9 @@ class Chart(NamedTuple):
     metrics: dict[str, str]
     band: str = ""  # a metric that is the half-width of a band around the first
     exact: bool = False  # set by a rule, not measured: drawn as it is, never smoothed
+    needs: str = ""  # a metric without which there is no chart, whatever else is logged
+    other: str = ""  # a metric that is drawn where it is another one than the first
+    moves: bool = False  # no chart where all is one number from first to last
 
 
 class Group(NamedTuple):
@@ -94,10 +100,37 @@ CHARTS: dict[str, tuple[Group, ...]] = {
                 Chart(
                     "Score",
                     "score",
-                    "Mean score of the sampled responses; the band is one standard deviation "
-                    "over responses.",
-                    {"reward/score_mean": "mean"},
+                    "Mean of the sampled responses; the band is one standard deviation over them. "
+                    "Where scores are shaped, PPO learns from the adjusted one.",
+                    {
+                        "reward/score_mean": "as it came",
+                        "reward/adjusted_score_mean": "adjusted",
+                    },
                     "reward/score_std",
+                    other="reward/adjusted_score_mean",
+                ),
+                Chart(
+                    "Score beside the reference's",
+                    "score",
+                    "Mean scores as they came, of the policy's responses and of those of the "
+                    "reference to the same prompts, which they are compared with.",
+                    {"reward/reference_score_mean": "reference", "reward/score_mean": "policy"},
+                    needs="reward/reference_score_mean",
+                ),
+                Chart(
+                    "Score beside the greedy response's",
+                    "score",
+                    "Mean scores as they came, of the sampled responses and of the likeliest ones "
+                    "to the same prompts, which they are measured against.",
+                    {"reward/greedy_score_mean": "greedy", "reward/score_mean": "sampled"},
+                    needs="reward/greedy_score_mean",
+                ),
+                Chart(
+                    "Reward and baseline",
+                    "reward per response",
+                    "Mean reward of a response with its KL penalty, and the running mean of it "
+                    "over the iterations before, which is taken off.",
+                    {"reward/baseline": "baseline", "reward/total_mean": "reward"},
                 ),
                 Chart(
                     "KL from the reference policy",
@@ -110,13 +143,15 @@ CHARTS: dict[str, tuple[Group, ...]] = {
                     "reward per response",
                     "What the KL takes from the score.",
                     {"reward/kl_penalty": "penalty"},
+                    moves=True,
                 ),
                 Chart(
                     "KL coefficient",
                     "score per nat",
-                    "Constant when fixed; moves towards the target KL when adaptive.",
+                    "Rises while the KL is above its target, falls while it is below.",
                     {"kl/coef": "coefficient"},
                     exact=True,
+                    moves=True,
                 ),
                 Chart(
                     "Disagreement of the reward models",
@@ -182,10 +217,18 @@ CHARTS: dict[str, tuple[Group, ...]] = {
                     {"policy/entropy": "entropy"},
                 ),
                 Chart(
+                    "Weight of the entropy",
+                    "loss per nat",
+                    "A step up after an iteration with less entropy than the target, a step down "
+                    "after one with more.",
+                    {"policy/entropy_coef": "weight"},
+                    exact=True,
+                ),
+                Chart(
                     "Clip fraction",
-                    "share of tokens",
-                    "Tokens whose ratio left the clip range; 0 for long: updates too timid, "
-                    "above 0.3: too bold.",
+                    "share",
+                    "Tokens, with GSPO responses, at the limit of the loss. At 0 for long the "
+                    "updates are timid.",
                     {"policy/clip_fraction": "fraction"},
                 ),
                 Chart(
@@ -195,15 +238,30 @@ CHARTS: dict[str, tuple[Group, ...]] = {
                     {"policy/approx_kl": "KL"},
                 ),
                 Chart(
+                    "KL of an iteration",
+                    "nats per token",
+                    "Between the policy before and after it: what the penalty holds at its target.",
+                    {"policy/old_kl": "KL"},
+                ),
+                Chart(
+                    "Coefficient of that KL",
+                    "loss per nat",
+                    "Of the penalty in the loss: doubles after an iteration that went too far, "
+                    "halves after one that hardly moved.",
+                    {"policy/penalty_coef": "coefficient"},
+                    exact=True,
+                ),
+                Chart(
                     "Largest ratio",
                     "new / old probability",
-                    "The token whose probability an update raised the most.",
+                    "Of a token, with GSPO of a response: what an update raised the most.",
                     {"policy/ratio_max": "ratio"},
                 ),
                 Chart(
                     "Policy loss",
                     "loss",
-                    "The clipped surrogate; its level means little, a jump means trouble.",
+                    "The run's loss of the policy, before entropy and the KL from the reference "
+                    "are added. Its level means little, a jump means trouble.",
                     {"policy/loss": "loss"},
                 ),
                 Chart(
@@ -290,6 +348,51 @@ CHARTS: dict[str, tuple[Group, ...]] = {
         ),
     ),
 }
+
+
+def drawn(rows: Sequence[dict], chart: Chart, *, idle: Container[str] = ()) -> dict[str, str]:
+    """The metrics of a chart that have something to show in the rows of one stage; {} is no chart.
+
+    Args:
+        rows: of metrics.jsonl.
+        idle: metrics that say nothing under the settings of the run, see `idle_metrics`.
+    """
+    logged = {name: series(rows, name)[1] for name in chart.metrics if name not in idle}
+    logged = {name: values for name, values in logged.items() if values}
+    first = logged.get(next(iter(chart.metrics)))
+    if first is not None and chart.other in logged and _same(first, logged[chart.other]):
+        del logged[chart.other]
+    still = all(_same(values, values[:1] * len(values)) for values in logged.values())
+    if (chart.needs and chart.needs not in logged) or (chart.moves and still):
+        return {}
+    return {name: chart.metrics[name] for name in logged}
+
+
+def _same(values: Sequence[float], others: Sequence[float]) -> bool:
+    """Whether two series are one but for rounding; NaN is as NaN."""
+    if len(values) != len(others):
+        return False
+    return bool(np.allclose(values, others, rtol=1e-5, atol=1e-7, equal_nan=True))
+
+
+def idle_metrics(settings: Mapping[str, Any]) -> set[str]:
+    """The metrics of PPO that stay at 0 under its settings, as there is nothing that could move
+    them: a share of what is clipped, where nothing clips. Of a setting that is unknown, or a loss
+    of the user's, none.
+
+    >>> sorted(idle_metrics({"loss": "kl_penalty", "value_bins": 51}))
+    ['policy/clip_fraction', 'value/clip_fraction']
+    >>> idle_metrics({"loss": "clip", "clip_range": 0.2}), idle_metrics({})
+    (set(), set())
+    """
+    idle, loss = set(), str(settings.get("loss"))
+    if loss in LOSSES:
+        limits = {"clip_range", "divergence_limit"} & loss_parameters(loss)
+        no_clip = {"clip_range"} if str(settings.get("clip_range")) == "inf" else set()
+        idle |= set() if limits - no_clip else {"policy/clip_fraction"}
+    if settings.get("value_bins") or str(settings.get("value_clip_range")) == "inf":
+        idle.add("value/clip_fraction")
+    return idle
 
 
 def series(rows: Iterable[dict], name: str) -> tuple[list[int], list[float]]:

@@ -10,8 +10,8 @@ from ppo_jax.evaluation.report.report import HALF, TEMPLATES, make_figure
 
 # Figure -> (heading, format) of the table, in its order.
 COLUMNS = {
-    "score": ("score", "{:+.2f}"),
-    "kl": ("KL", "{:.2f}"),
+    "score": ("score", "{:+z.2f}"),
+    "kl": ("KL", "{:z.2f}"),
     "entropy": ("entropy", "{:.2f}"),
     "tokens": ("tokens", "{:.1f}"),
     "ended": ("ended", "{:.0%}"),

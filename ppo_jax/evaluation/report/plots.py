@@ -6,7 +6,7 @@ takes its ink from the page around it, so one file serves light and dark themes.
 
 import io
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -16,7 +16,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ppo_jax.evaluation.report.charts import Chart, compared, series
+from ppo_jax.evaluation.report.charts import Chart, compared, drawn, series
 from ppo_jax.training.ppo import PPO
 from ppo_jax.training.stages import find_stage
 
@@ -95,19 +95,23 @@ def save_png(
 # Figures of a run. Each returns what draws it, or None when the run has nothing to show there.
 
 
-def curves(rows: Sequence[dict], stage: str, chart: Chart) -> Draw | None:
-    """The metrics of a chart over the steps of a stage; training in grey beside validation."""
-    known = {name: label for name, label in chart.metrics.items() if series(rows, name)[0]}
+def curves(
+    rows: Sequence[dict], stage: str, chart: Chart, idle: Container[str] = ()
+) -> Draw | None:
+    """The metrics of a chart over the steps of a stage, but for idle ones; the first in grey beside
+    others, such as training beside validation."""
+    known = drawn(rows, chart, idle=idle)
     if not known:
         return None
 
     def draw(axes: Axes) -> None:
         for name, label in known.items():
             steps, values = map(np.array, series(rows, name))
-            muted = name == next(iter(chart.metrics)) and len(chart.metrics) > 1
+            muted = name == next(iter(chart.metrics)) and len(known) > 1
             color = COLORS["base" if muted else stage]
             _draw_line(axes, steps, values, color, label, noisy=not chart.exact)
-            _draw_band(axes, rows, (name, chart.band), color)
+            if name == next(iter(chart.metrics)):
+                _draw_band(axes, rows, (name, chart.band), color)
         axes.set(xlabel=find_stage(stage).step_unit, ylabel=chart.unit)
         axes.margins(x=0.02)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, steps=[1, 2, 5, 10]))

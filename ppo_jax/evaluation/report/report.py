@@ -19,6 +19,7 @@ from ppo_jax.evaluation.report.charts import (
     Group,
     compared,
     display_name,
+    idle_metrics,
 )
 from ppo_jax.evaluation.report.frontier_plots import frontier
 from ppo_jax.evaluation.report.summary import (
@@ -29,6 +30,7 @@ from ppo_jax.evaluation.report.summary import (
     duration,
     headlines,
     read_run,
+    settings_of,
     unfinished,
     verdict,
 )
@@ -181,7 +183,7 @@ def _judge_cell(row: dict, key: str) -> tuple[str, str]:
     if row.get(key) is None:
         return "", ""
     if key.startswith("mean_"):
-        return f"{row[key]:+.2f}", ""
+        return f"{row[key]:+z.2f}", ""
     interval, fair = row.get(f"{key}_interval"), row.get(f"length_controlled_{key}")
     notes = ["{:.0%} to {:.0%}".format(*interval)] if interval else []
     notes += [f"at equal length {fair:.0%}"] if fair is not None else []
@@ -257,10 +259,9 @@ def _outcome(run: Run, name: str) -> str:
     rows = run.rows(name)
     outcome = stage.outcome
     if name == "ppo" and critic_alone(run):
-        outcome = {EXPLAINED: "explained variance {:.2f} → {:.2f}"}
+        outcome = {EXPLAINED: "explained variance {:z.2f} → {:z.2f}"}
     ends = [(form, run.ends(name, metric)) for metric, form in outcome.items()]
-    # + 0.0: the KL begins at 0 but for rounding, which is no reason for a sign.
-    parts = [form.format(*(round(v, 3) + 0.0 for v in values)) for form, values in ends if values]
+    parts = [form.format(*values) for form, values in ends if values]
     steps = [f"{stage.step_unit} {rows[-1]['step']}"] if rows else []
     return "; ".join(steps + parts)
 
@@ -272,7 +273,8 @@ def _groups(run: Run, stage: str) -> list[dict[str, Any]]:
 
 def _group(run: Run, stage: str, group: Group) -> dict[str, Any]:
     """The figures of a group: two or four of them in two columns, else in three."""
-    charts = [(c.title, plots.curves(run.rows(stage), stage, c), c.note) for c in group.charts]
+    rows, idle = run.rows(stage), idle_metrics(settings_of(run, "ppo"))
+    charts = [(c.title, plots.curves(rows, stage, c, idle), c.note) for c in group.charts]
     charts += _accuracies(run) if stage == "reward" else []
     charts += _critic(run) if group.heading == "Critic" else []
     charts = [chart for chart in charts if chart[1]]

@@ -197,7 +197,7 @@ def _kl(run: Run) -> float | None:
 
 def _at_kl(run: Run) -> str:
     kl = _kl(run)
-    return "" if kl is None else f", at {round(kl, 1) + 0.0:.1f} nats of KL per response"
+    return "" if kl is None else f", at {kl:z.1f} nats of KL per response"
 
 
 def _ppo_reached(run: Run) -> str:
@@ -206,7 +206,7 @@ def _ppo_reached(run: Run) -> str:
         return ""
     n, first, last = ends
     early, late = (f"{n} iterations", f" {n}") if n > 1 else ("iteration", "")
-    change = f"from {first:.2f} in the first {early} to {last:.2f} in the last{late}"
+    change = f"from {first:z.2f} in the first {early} to {last:z.2f} in the last{late}"
     if alone:
         return f"PPO trained the critic alone: its explained variance went {change}"
     return f"PPO took the mean score {change}{_at_kl(run)}"
@@ -223,10 +223,10 @@ def _ppo_cards(run: Run) -> list[tuple[str, str, str]]:
         n, first, last = ends
         late, early = (f"{n} iterations", f" {n}") if n > 1 else ("iteration", "")
         what = "explained variance of the critic" if alone else "mean score"
-        cards.append((f"{last:.2f}", f"{what}, last {late}", f"{first:.2f} in the first{early}"))
+        cards.append((f"{last:z.2f}", f"{what}, last {late}", f"{first:z.2f} in the first{early}"))
     if not alone and (kl := _kl(run)) is not None:
         policy = f"the {_reference(run)} policy" if _evaluated(run) else "the reference policy"
-        cards.append((f"{round(kl, 1) + 0.0:.1f} nats", "KL per response", f"from {policy}"))
+        cards.append((f"{kl:z.1f} nats", "KL per response", f"from {policy}"))
     return cards
 
 
@@ -249,19 +249,19 @@ def _measured_on(run: Run, suffix: str, accuracy: float) -> str:
     if count is None:
         return "unseen pairs"
     pairs = f"{round(count):,} unseen pairs"
-    if _of_reward(run).get("format") != "preferences":  # drawn many times from the same texts
-        return pairs
+    if settings_of(run, "reward").get("format") != "preferences":
+        return pairs  # drawn many times from the same texts
     return pairs + "; 95% interval {:.1%} to {:.1%}".format(*share_interval(accuracy, count))
 
 
-def _of_reward(run: Run) -> dict:
-    """The settings of the reward model; {} where they are unknown."""
-    return run.config.get("config", run.config).get("reward") or {}
+def settings_of(run: Run, section: str) -> dict:
+    """The settings of a section; {} where they are unknown."""
+    return run.config.get("config", run.config).get(section) or {}
 
 
 def _pairs_a_step(run: Run) -> str:
     """How many pairs a step of reward-model training compares; "" where the config is unknown."""
-    settings = _of_reward(run)
+    settings = settings_of(run, "reward")
     if settings.get("format") == "ratings" and "pairs_per_batch" in settings:
         return f"up to {settings['pairs_per_batch']} pairs"  # pairs of equal ratings are left out
     return f"{settings['batch_size'] // 2} pairs" if "batch_size" in settings else ""

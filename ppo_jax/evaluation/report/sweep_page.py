@@ -209,7 +209,7 @@ def cards(
             found.append((figure(metric, last.mean), "the worst setting", order[-1][0].name))
         kl = next((e for k in KL_METRICS if (e := best.estimate(k))), None)
         if kl:
-            found.append((f"{kl.mean:.1f} nats", "KL per response", "of the best setting"))
+            found.append((f"{kl.mean:z.1f} nats", "KL per response", "of the best setting"))
     seconds = [s for setting in settings for s in setting.numbers("time/total_s")]
     if seconds:
         found.append((duration(sum(seconds)), "of all points together", "wall clock of each"))
