@@ -1,9 +1,11 @@
 """Training steps: SFT, reward model, and the PPO iteration.
 
-`supervised` has the steps on texts and preferences, `experience` goes from prompts to advantages,
-`update` takes the optimizer steps, `adaptation` moves what moves from one iteration to the next,
-`ppo` is one whole iteration. Pure: imports `core` and
-`rollout`; knows a `Network` and no Transformer. Start with `ppo`.
+`supervised` has the steps on texts and preferences. `experience` goes from prompts to rewards, with
+`ensembles` and `scores` for what is scored, `greedy` and `references` for further responses;
+`advantages` and `critics` say what is learned from them, `selection` and `dynamic_sampling` from
+which. `update` takes the optimizer steps, `adaptation` moves what moves from one iteration to the
+next, `ppo` is one whole iteration. Pure: imports `core` and `rollout`; knows a `Network` and no
+Transformer. Start with `ppo`.
 """
 
 from ppo_jax.algorithms.experience import (

@@ -13,17 +13,9 @@ from ppo_jax.algorithms.options import PPOOptions
 from ppo_jax.algorithms.scores import shape_scores
 from ppo_jax.core.advantages import gae, length_adaptive_lambda, whiten
 from ppo_jax.core.critic_free import running_baseline
-from ppo_jax.core.named import (
-    call_named,
-    fields_of,
-    function_name,
-)
+from ppo_jax.core.named import call_named, fields_of, function_name
 from ppo_jax.core.rewards import whole_scores
-from ppo_jax.core.types import (
-    Hyperparameters,
-    PPOState,
-    Rollout,
-)
+from ppo_jax.core.types import Hyperparameters, PPOState, Rollout
 
 
 def estimate_advantages(
@@ -64,8 +56,7 @@ def estimate_advantages(
     if values is not None:
         offered["values"] = values
     estimated = call_named(options.advantage, offered)
-    advantages, returns = estimated if isinstance(estimated, tuple) else (estimated, None)
-    check_estimated(options.advantage, advantages, returns, mask)
+    advantages, returns = check_estimated(options.advantage, estimated, mask)
     if advantages.ndim == 1:
         advantages = advantages[:, None]
     advantages = jnp.where(mask, advantages.astype(jnp.float32), 0.0)
@@ -81,24 +72,29 @@ def estimate_advantages(
 
 
 def check_estimated(
-    advantage: Callable, advantages: jax.Array, returns: jax.Array | None, mask: jax.Array
-) -> None:
-    """An estimator has given floats of the shapes that there are."""
-    rows, tokens = mask.shape[:1], mask.shape
+    advantage: Callable, estimated: Any, mask: jax.Array
+) -> tuple[jax.Array, jax.Array | None]:
+    """(advantages, returns or None): what an estimator has given, if it is that.
 
-    def is_float(x: Any, *shapes: tuple[int, ...]) -> bool:
-        return jnp.shape(x) in shapes and jnp.issubdtype(jnp.result_type(x), jnp.floating)
-
-    for name, x, shapes in (
-        ("advantages", advantages, (rows, tokens)),
-        ("returns", returns, (tokens,)),
+    Raises:
+        ValueError: it is something else.
+    """
+    name = function_name(advantage)
+    both = estimated if isinstance(estimated, tuple) else (estimated, None)
+    if len(both) != 2:
+        got = f"{len(both)} values"
+        raise ValueError(f"{name} must return advantages, or (advantages, returns), got {got}")
+    for what, x, shapes in zip(
+        ("advantages", "returns"), both, ((mask.shape[:1], mask.shape), (mask.shape,)), strict=True
     ):
-        if x is not None and not is_float(x, *shapes):
-            allowed = " or ".join(str(list(shape)) for shape in shapes)
-            raise ValueError(
-                f"{function_name(advantage)} must return {name} {allowed} in floats, got "
-                f"{list(jnp.shape(x))} in {jnp.result_type(x)}"
-            )
+        if x is None and what == "returns":
+            continue
+        allowed = " or ".join(str(list(shape)) for shape in shapes)
+        got = f"{list(x.shape)} in {x.dtype}" if hasattr(x, "dtype") else f"a {type(x).__name__}"
+        is_float = hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
+        if not is_float or x.shape not in shapes:
+            raise ValueError(f"{name} must return {what} {allowed} in floats, got {got}")
+    return both
 
 
 def baselines(

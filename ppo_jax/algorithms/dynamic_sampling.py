@@ -15,8 +15,6 @@ from ppo_jax.core.rewards import whole_scores
 from ppo_jax.core.shaping import groups_with_variance
 from ppo_jax.core.types import Prompts, Rollout
 
-Metrics = dict[str, jax.Array] | None
-
 
 @struct.dataclass(kw_only=True)
 class Gathered:
@@ -24,7 +22,7 @@ class Gathered:
 
     rollout: Rollout  # B responses
     scores: jax.Array  # [B], or [B, T] of each token
-    of_models: Metrics = None  # [B] each, of those responses; see `combine_scores`
+    of_models: dict[str, jax.Array] | None = None  # [B] each, of them, see `combine_scores`
     num_kept: jax.Array  # [] int32, responses of groups whose scores vary; the others are of groups
     # of the first rollout whose scores do not
     num_rollouts: jax.Array  # [] int32, sampled so far
@@ -40,7 +38,7 @@ class Gathered:
 def gather_first(
     rollout: Rollout,
     scores: jax.Array,
-    of_models: Metrics = None,
+    of_models: dict[str, jax.Array] | None = None,
     *,
     group_size: int,
 ) -> Gathered:
@@ -73,7 +71,7 @@ def gather_more(
     gathered: Gathered,
     rollout: Rollout,
     scores: jax.Array,
-    of_models: Metrics = None,
+    of_models: dict[str, jax.Array] | None = None,
     *,
     group_size: int,
 ) -> Gathered:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from ppo_jax.core.network import Network, last_outputs
-from ppo_jax.core.shaping import THRESHOLD, ensemble_scores, threshold_scores
+from ppo_jax.core.shaping import THRESHOLD, counts_safety, ensemble_scores, threshold_scores
 from ppo_jax.core.types import Params
 
 
@@ -24,7 +24,7 @@ class RewardEnsemble(NamedTuple):
     networks: tuple[Network, ...]
     rule: str  # see `ensemble_scores`; or "threshold", of two: helpfulness, then safety
     coef: float = 1.0  # k of `ensemble_scores`
-    threshold: float = -1.73  # see `threshold_scores`
+    threshold: float | None = None  # see `threshold_scores`
 
     @property
     def is_stacked(self) -> bool:
@@ -91,11 +91,8 @@ def combine_scores(
         if len(scores) != 2:
             raise ValueError(f"the rule {THRESHOLD!r} is one of 2 reward models, got {len(scores)}")
         helpfulness, safety = scores
-        by_safety = safety < ensemble.threshold
-        if is_safety is not None:
-            by_safety |= is_safety
-        metrics["reward/safety_fraction"] = by_safety.astype(jnp.float32)
         how = dict(threshold=ensemble.threshold, is_safety=is_safety)
+        metrics["reward/safety_fraction"] = counts_safety(safety, **how).astype(jnp.float32)
         return threshold_scores(safety, helpfulness, **how), metrics
     mean = ensemble_scores(scores, how="mean")
     metrics["reward/disagreement"] = mean - ensemble_scores(scores, how="mean_minus_std")

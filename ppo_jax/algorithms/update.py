@@ -302,6 +302,8 @@ def check_networks(
     policy takes its steps."""
     if networks.value_on_policy and hyperparameters.value_optimizer is not None:
         raise ValueError("a critic on the policy takes its steps: value_optimizer must be None")
+    if networks.value_on_policy and networks.value.token_statistics is None:
+        raise ValueError("a critic on the policy needs token_statistics, see policy_value_network")
     trained = {"policy": networks.policy, "value": networks.value}
     packs = {k: network.supports_packing for k, network in trained.items() if network is not None}
     if options.packing and not all(packs.values()):

@@ -104,10 +104,13 @@ def resolve(name: str, known: Mapping[str, Callable], field: str, offered: tuple
     return told(function, f"{field} {name}")
 
 
-@functools.cache
+TOLD: dict[str, Callable] = {}  # a program is compiled for a function, so there is one of each
+
+
 def told(function: Callable, name: str) -> Callable:
-    """A function of the user's whose errors are told as its own. It is one object, since a program
-    is compiled for it."""
+    """A function of the user's whose errors are told by its name."""
+    if name in TOLD and TOLD[name].__wrapped__ is function:
+        return TOLD[name]
 
     @functools.wraps(function)
     def call(**given):
@@ -116,6 +119,7 @@ def told(function: Callable, name: str) -> Callable:
         except Exception as error:
             raise failure(name, error) from error
 
+    TOLD[name] = call
     return call
 
 

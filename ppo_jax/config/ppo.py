@@ -106,8 +106,8 @@ class PPOSettings:
     # model with a tokenizer of its own. "scratch" is the policy's shape with random weights. Or a
     # model of any size with the policy's tokenizer: a stage of this workdir, "base", a stage folder
     # (of PPO its critic) or a model
-    shared_critic: bool = False  # the critic is a second head on the policy's own body, zero at
-    # first, and its loss, times vf_coef, trains the body as well: no second model in memory
+    shared_critic: bool = False  # the critic is a second head on the policy's own body (or several,
+    # num_critics), and its loss, times vf_coef, trains the body as well: no second model in memory
     trainable: str | int = "all"  # "all", a number of top layers such as "4", "head" or "lora"
     value_trainable: str | int = "all"  # the same for the layers of the critic
     lora: LoRASettings = LoRASettings()  # of the adapters of policy and critic

@@ -3,9 +3,7 @@
 Every function takes the settings and their `Check`.
 """
 
-import difflib
 import math
-import os
 import re
 from typing import Any
 
@@ -164,9 +162,11 @@ def check_objective(settings: Any, check: Check):
     check.choice("kl_control", "fixed", "adaptive")
     rule = "> 0 with kl_control='adaptive', which multiplies it"
     check.that(settings.kl_coef > 0 or settings.kl_control == "fixed", "kl_coef", rule)
-    trains = settings.critic_has_optimizer or not needs_critic(settings.advantage)
+    weighed = needs_critic(settings.advantage) and not settings.critic_has_optimizer
     rule = "> 0: with value_learning_rate=0 the critic stays as it is"
-    check.that(settings.vf_coef > 0 or trains, "vf_coef", rule)
+    if settings.shared_critic:
+        rule = "> 0 with shared_critic, whose head learns by it"
+    check.that(settings.vf_coef > 0 or not weighed, "vf_coef", rule)
     check_adaptation(settings, check)
     least = 0.2 * settings.rollout_batch_size
     rule = f">= {least:g}, a fifth of rollout_batch_size: the coefficient changes sign below"
@@ -284,6 +284,8 @@ def check_shared(settings: Any, check: Check):
     words = "with shared_critic, which is on the policy's body"
     check.that(settings.critic_init_from == "", "critic_init_from", f"'' {words}")
     check.that(settings.value_trainable == "all", "value_trainable", f"'all' {words}")
+    for field, default in (("value_updates", 1), ("value_num_minibatches", 0)):
+        check.that(getattr(settings, field) == default, field, f"{default} {words}")
     own = not settings.critic_has_optimizer
     check.that(own, "value_optimizer", f"left out {words}: one optimizer takes its steps")
 
@@ -338,7 +340,6 @@ def check_scores(settings: Any, check: Check):
     rule = "a stage before ppo, or of another run: this one has no critic yet"
     own = re.fullmatch(r"ppo(@\w+)?", settings.critic_init_from)
     check.that(own is None, "critic_init_from", rule)
-    check_spelling(settings, check)
     possible = bool(settings.reward_model) or settings.critic_init_from != "reward_model"
     rule = "'policy', 'scratch', '' or a model with a reward_function"
     check.that(possible, "critic_init_from", rule)
@@ -363,18 +364,6 @@ def check_references(settings: Any, check: Check):
     for field in ("max_concurrent", "min_free_slots"):
         rule = f"a multiple of reference_responses ({count}), which are decoded as many at a time"
         check.that(getattr(settings, field) % count == 0, field, rule)
-
-
-def check_spelling(settings: Any, check: Check):
-    """What the critic starts from is no word of this setting that is spelled otherwise."""
-    name, words = settings.critic_init_from, ("reward_model", "policy", "scratch")
-    known = (*words, "", "base", "sft", "reward")
-    near = difflib.get_close_matches(name, words, n=1, cutoff=0.75)
-    if near and name not in known and not os.path.exists(name):
-        raise ValueError(
-            f"ppo.critic_init_from must be one of {list(words)}, a stage, a folder or a model, got "
-            f"{name!r}; did you mean {near[0]!r}?"
-        )
 
 
 def check_ensemble(settings: Any, check: Check):

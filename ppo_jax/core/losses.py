@@ -106,14 +106,14 @@ def ppo_loss(
             "policy/approx_kl": 0.5 * masked_mean(moved, mask, normalizer=normalizer)
         }
     mean_entropy = masked_mean(entropies, mask, normalizer=normalizer)
-    bonus, has_bonus = mean_entropy, mask
+    bonus, terms = mean_entropy, entropies
     if disputed_mask is not None:
         chex.assert_equal_shape([mask, disputed_mask])
         chex.assert_type(disputed_mask, bool)
-        has_bonus = mask & ~disputed_mask
-        weights = jnp.ones(mask.shape) if weights is None else weights
+        (terms,) = zero_padding(mask & ~disputed_mask, entropies)
     if weights is not None:
-        terms = jnp.multiply(*zero_padding(has_bonus, entropies, jax.lax.stop_gradient(weights)))
+        terms = jnp.multiply(*zero_padding(mask, terms, jax.lax.stop_gradient(weights)))
+    if terms is not entropies:
         bonus = masked_mean(terms, mask, normalizer=normalizer)
     value_loss, value_metrics = 0.0, {}
     if values is not None:
@@ -214,7 +214,8 @@ def check_loss(function: Callable, found: Any) -> tuple[jax.Array, dict[str, jax
         got = f"{list(jnp.shape(loss))} in {jnp.result_type(loss)}"
         raise ValueError(f"{name} must return one float as its loss, got {got}")
     for metric, x in metrics.items():
-        if jnp.shape(x) != ():
-            got = list(jnp.shape(x))
+        is_number = isinstance(x, int | float) or (hasattr(x, "dtype") and jnp.shape(x) == ())
+        if not is_number:
+            got = list(jnp.shape(x)) if hasattr(x, "dtype") else f"a {type(x).__name__}"
             raise ValueError(f"{name} must return one number as the metric {metric!r}, got {got}")
     return loss, dict(metrics)

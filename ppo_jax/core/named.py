@@ -27,7 +27,8 @@ def parameters(function: Callable) -> Mapping[str, bool]:
     """
     of_names = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     signature = inspect.signature(function).parameters
-    bound = function.keywords if isinstance(function, functools.partial) else {}
+    inner = inspect.unwrap(function)
+    bound = inner.keywords if isinstance(inner, functools.partial) else {}
     free = {k: p for k, p in signature.items() if p.kind in of_names and k not in bound}
     return {name: p.default is p.empty for name, p in free.items()}
 
@@ -108,6 +109,10 @@ def function_name(function: Callable) -> str:
     >>> function_name(functools.partial(len))
     'len'
     """
-    while isinstance(function, functools.partial):
-        function = function.func
-    return getattr(function, "__name__", repr(function))
+    while True:
+        if isinstance(function, functools.partial):
+            function = function.func
+        elif hasattr(function, "__wrapped__"):
+            function = function.__wrapped__
+        else:
+            return getattr(function, "__name__", repr(function))

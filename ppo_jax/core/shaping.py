@@ -288,12 +288,19 @@ def threshold_scores(
     chex.assert_type([safety_scores, helpfulness_scores], float)
     assert_numbers(threshold=threshold)
     safety, helpfulness = (x.astype(jnp.float32) for x in (safety_scores, helpfulness_scores))
-    by_safety = safety < threshold
-    if is_safety is not None:
-        chex.assert_equal_shape([safety, is_safety])
-        chex.assert_type(is_safety, bool)
-        by_safety |= is_safety
+    by_safety = counts_safety(safety, threshold=threshold, is_safety=is_safety)
     return jnp.where(by_safety, safety, helpfulness)
+
+
+def counts_safety(
+    safety_scores: jax.Array, *, threshold: Number, is_safety: jax.Array | None = None
+) -> jax.Array:
+    """[B] bool, where `threshold_scores` gives the safety score; its arguments."""
+    if is_safety is None:
+        return safety_scores < threshold
+    chex.assert_equal_shape([safety_scores, is_safety])
+    chex.assert_type(is_safety, bool)
+    return (safety_scores < threshold) | is_safety
 
 
 def best_and_worst(scores: jax.Array, *, group_size: int, keep: int) -> jax.Array:

@@ -1,6 +1,7 @@
 """Specs of the models that the stages of a run start from, before any parameters are read."""
 
 import dataclasses
+import difflib
 import functools
 import itertools
 import os
@@ -10,7 +11,7 @@ from typing import Any
 
 import jax
 
-from ppo_jax.config.ppo import PPOSettings, names_critic
+from ppo_jax.config.ppo import CRITIC_STARTS, PPOSettings, names_critic
 from ppo_jax.config.run import STAGE_NAMES, Config, ModelSettings, ScratchSettings
 from ppo_jax.data.encode import leading_tokens
 from ppo_jax.io import huggingface as hf
@@ -185,7 +186,12 @@ def initial_models(
         try:
             return read(path, config.model)
         except NotThere as error:
-            raise ValueError(f"{'model.path' if name == 'base' else field}: {error}") from error
+            words = CRITIC_STARTS if field == "ppo.critic_init_from" else ()
+            near = difflib.get_close_matches(name, words, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(
+                f"{'model.path' if name == 'base' else field}: {error}{hint}"
+            ) from error
 
     if "sft" in stages:
         starts["sft"] = trained["sft"] = spec("sft.init_from", config.sft.init_from)

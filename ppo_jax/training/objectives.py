@@ -22,6 +22,7 @@ from ppo_jax.config.objectives import (
 from ppo_jax.config.ppo import PPOSettings
 from ppo_jax.core.losses import ppo_loss
 from ppo_jax.core.named import fields_of, is_of_sequences
+from ppo_jax.core.types import Hyperparameters
 from ppo_jax.training.ppo_setup import abstract_options, make_hyperparameters
 
 
@@ -32,11 +33,12 @@ def check_objectives(settings: PPOSettings) -> None:
         ValueError: they return something else.
         FunctionFailed: they raise something.
     """
+    given, numbers = arrays(settings), make_hyperparameters(settings)
     if settings.advantage not in ADVANTAGES:
-        jax.eval_shape(functools.partial(advantages_of, settings), arrays(settings))
+        jax.eval_shape(functools.partial(advantages_of, settings), given, numbers)
     if settings.loss not in LOSSES:
-        loss, given = functools.partial(loss_of, settings), arrays(settings)
-        jax.eval_shape(jax.grad(loss, has_aux=True), given["tokens"], given)
+        loss = functools.partial(loss_of, settings)
+        jax.eval_shape(jax.grad(loss, has_aux=True), given["tokens"], given, numbers)
 
 
 def arrays(settings: PPOSettings) -> Mapping[str, jax.ShapeDtypeStruct]:
@@ -46,28 +48,30 @@ def arrays(settings: PPOSettings) -> Mapping[str, jax.ShapeDtypeStruct]:
         "rows": jax.ShapeDtypeStruct(rows, jnp.float32),
         "tokens": jax.ShapeDtypeStruct((*rows, tokens), jnp.float32),
         "mask": jax.ShapeDtypeStruct((*rows, tokens), jnp.bool_),
-        "numbers": jax.ShapeDtypeStruct((*rows, tokens), jnp.int32),
+        "places": jax.ShapeDtypeStruct((*rows, tokens), jnp.int32),
         "one": jax.ShapeDtypeStruct((), jnp.float32),
     }
 
 
-def advantages_of(settings: PPOSettings, given: Mapping[str, Any]) -> Any:
+def advantages_of(settings: PPOSettings, given: Mapping[str, Any], numbers: Hyperparameters) -> Any:
     more = {"baseline": given["one"]} if keeps_baseline(settings.advantage) else {}
     more |= {"greedy_scores": given["rows"]} if needs_greedy(settings.advantage) else {}
     return estimate_advantages(
         given["tokens"],
         given["tokens"] if needs_critic(settings.advantage) else None,
         given["mask"],
-        make_hyperparameters(settings),
+        numbers,
         abstract_options(settings),
         **more,
     )
 
 
-def loss_of(settings: PPOSettings, logprobs: jax.Array, given: Mapping[str, Any]) -> Any:
+def loss_of(
+    settings: PPOSettings, logprobs: jax.Array, given: Mapping[str, Any], numbers: Hyperparameters
+) -> Any:
     loss, x, mask = loss_function(settings.loss), given["tokens"], given["mask"]
     offered = {"behavior_logprobs": x, "dropped_mask": mask, "penalty_mask": mask}
-    offered |= {"segment_ids": given["numbers"] if settings.packing else None}
+    offered |= {"segment_ids": given["places"] if settings.packing else None}
     offered |= {"weights": None if settings.aggregation == "token_mean" else x}
     count = given["one"]
     return ppo_loss(
@@ -83,5 +87,5 @@ def loss_of(settings: PPOSettings, logprobs: jax.Array, given: Mapping[str, Any]
         normalizer=count,
         num_sequences=count if is_of_sequences(loss) else None,
         **offered,
-        **fields_of(make_hyperparameters(settings)),
+        **fields_of(numbers),
     )

@@ -164,8 +164,8 @@ def test_what_an_estimator_needs_is_known_from_its_parameters():
         ({"loss": "dppo", "divergence_limit": 2.0}, r"divergence_limit must be in \[0, 1\]"),
         ({"loss": "clip_cov", "covariance_fraction": 0.0}, r"fraction must be in \(0, 1\]"),
         ({"loss": "policy_gradient", "clip_range": 0.1}, "which 'policy_gradient' does not"),
-        ({"critic_init_from": "polcy"}, "got 'polcy'; did you mean 'policy'?"),
-        ({"critic_init_from": "reward-model"}, "did you mean 'reward_model'?"),
+        ({"vf_coef": 0.0, "shared_critic": True}, "vf_coef must be > 0 with shared_critic"),
+        ({"shared_critic": True, "value_optimizer.b1": 0.5}, r"left out .* got \{'b1': 0.5\}"),
         (
             {"advantage": "rloo", "samples_per_prompt": 2, "value_optimizer.b1": 0.5},
             r"which has no critic, got \{'b1': 0.5\}",
@@ -179,7 +179,7 @@ def test_what_an_estimator_needs_is_known_from_its_parameters():
         ),
         (
             {"shared_critic": True, "value_updates": 2},
-            "value_optimizer must be left out",
+            "value_updates must be 1 with shared_critic",
         ),
         ({"agreed_fraction": 0.2}, "0 with one critic, which agrees with itself"),
         ({"num_critics": 2, "agreed_fraction": 1.0}, r"ppo.agreed_fraction must be in \[0, 1\)"),

@@ -69,7 +69,7 @@ GRIDS = """
 --random=3 --grid=ppo.kl_coef=uniform(-1,-0.5)
     the point kl_coef=-0.6815: ppo.kl_coef must be >= 0, got -0.6815
 --grid=ppo.clip_range=0.2,2
-    the point clip_range=2: ppo.clip_range must be in (0, 1), or inf, got 2.0
+    the point clip_range=2: ppo.clip_range must be in (0, 1], or inf, got 2.0
 --grid=ppo.num_minibatches=1,3
     the point num_minibatches=3: ppo.rollout_batch_size must be a multiple of ... (3), got 8
 --grid=ppo.trainable=1,9

@@ -149,6 +149,7 @@ def test_what_cannot_be_a_critic_is_refused_in_a_line(workdir, other_family, tmp
     assert f"{name}: there is no folder" in refused(settings(workdir, tmp_path / "none"), run)
     assert f"{name} must be a stage before ppo" in refused(settings(workdir, "ppo@3"), run)
     assert f"{name} must be a stage, got the run" in refused(settings(workdir, workdir), run)
+    assert "did you mean 'policy'?" in refused(settings(workdir, "polcy"), run)
     free = dict(advantage="rloo", samples_per_prompt=2)
     assert f"{name} must be '' with" in refused(settings(workdir, other_family, **free), run)
 

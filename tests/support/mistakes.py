@@ -144,7 +144,7 @@ train_reward --config.reward.batch_size=7
 train_reward --config.reward.init_from=sft
     reward.init_from='sft' needs the stage sft, but it has not begun: give the config ...
 train_ppo --config.ppo.clip_range=2
-    ppo.clip_range must be in (0, 1), or inf, got 2.0
+    ppo.clip_range must be in (0, 1], or inf, got 2.0
 train_ppo --config.ppo.num_minibatches=3
     ppo.rollout_batch_size must be a multiple of num_minibatches x ... (3), got 64
 train_ppo --config.ppo.reward_model=

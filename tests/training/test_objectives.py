@@ -1,10 +1,15 @@
 """A user's own estimator or loss, called with shapes before anything is allocated."""
 
+import dataclasses
+import functools
+
 import jax.numpy as jnp
 import pytest
 
-from ppo_jax.config.objectives import advantage_function, loss_function
+from ppo_jax.config.objectives import advantage_function, loss_function, needs_groups
 from ppo_jax.config.parsing import FunctionFailed
+from ppo_jax.core.critic_free import reinforce_plus_plus_advantages
+from ppo_jax.core.named import call_named
 from ppo_jax.core.policy_losses import clipped_policy_loss
 from ppo_jax.training.objectives import check_objectives
 from tests.training.test_ppo_setup import ppo_settings
@@ -32,6 +37,22 @@ def breaks(scores):
     raise KeyError("nothing")
 
 
+def forgets(scores):
+    scores.sum()
+
+
+def lists(scores):
+    return [scores]
+
+
+def triples(scores):
+    return scores, None, None
+
+
+def branches(scores, gamma):
+    return scores if gamma < 2 else -scores
+
+
 def good(rewards, values, mask, *, gamma, greedy_scores):
     return gamma * rewards - values - greedy_scores[:, None], rewards
 
@@ -46,6 +67,14 @@ def of_each(logprobs):
 
 def wide_metric(logprobs, mask, weights=None):
     return jnp.where(mask, logprobs, 0.0).sum(), {"policy/wide": logprobs}
+
+
+def text_metric(logprobs, mask):
+    return jnp.where(mask, logprobs, 0.0).sum(), {"policy/kind": "x"}
+
+
+def loss_branches(logprobs, mask, clip_range):
+    return (logprobs * mask).sum() if clip_range < 1 else 0.0, {}
 
 
 def of_whole_numbers(logprobs, mask):
@@ -67,6 +96,10 @@ def good_loss(logprobs, old_logprobs, advantages, mask, segment_ids, normalizer,
         ("short_returns", r"short_returns must return returns \[8, 6\] in floats, got \[8, 5\]"),
         ("looks", f"ppo.advantage {HERE}:looks raised TracerBoolConversionError: Attempted bool"),
         ("breaks", f"ppo.advantage {HERE}:breaks raised KeyError: 'nothing'"),
+        ("forgets", r"forgets must return advantages \[8\] or \[8, 6\] in floats, got a NoneType"),
+        ("lists", "lists must return advantages .* got a list"),
+        ("triples", r"must return advantages, or \(advantages, returns\), got 3 values"),
+        ("branches", "branches raised TracerBoolConversionError"),
     ],
 )
 def test_an_estimator_that_cannot_be_one_is_told_by_its_name(advantage, message):
@@ -83,10 +116,15 @@ def test_an_estimator_that_cannot_be_one_is_told_by_its_name(advantage, message)
         ("of_whole_numbers", r"must return one float as its loss, got \[\] in int32"),
         ("wide_metric", r"wide_metric must return one number as the metric 'policy/wide', got"),
         ("breaks", "breaks asks for scores; there is logprobs"),
+        (
+            "text_metric",
+            "must return one number as the metric 'policy/kind', got a str",
+        ),
+        ("loss_branches", "loss_branches raised TracerBoolConversionError"),
     ],
 )
 def test_a_loss_that_cannot_be_one_is_told_by_its_name(loss, message):
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises((ValueError, FunctionFailed), match=message) as error:
         check_objectives(settings(loss=f"{HERE}:{loss}"))
     assert "\n" not in str(error.value)
 
@@ -109,3 +147,31 @@ def test_a_loaded_function_is_one_object_so_that_programs_are_compiled_once():
     given = dict(rewards=jnp.ones((1, 2)), values=jnp.zeros((1, 2)), mask=None, gamma=0.5)
     assert advantage_function(name)(**given, greedy_scores=jnp.zeros(1))[0].sum() == 1.0
     assert loss_function("clip") is clipped_policy_loss
+
+
+halved = functools.partial(good, gamma=0.5)
+ungrouped = functools.partial(reinforce_plus_plus_advantages, group_size=None)
+
+
+def test_what_a_partial_has_bound_stays_bound():
+    function = advantage_function(f"{HERE}:halved")
+    given = dict(rewards=jnp.ones((1, 2)), values=jnp.zeros((1, 2)), mask=None, gamma=0.9)
+    found, _ = call_named(function, given | {"greedy_scores": jnp.zeros(1)})
+    assert found.tolist() == [[0.5, 0.5]]
+    assert not needs_groups(f"{HERE}:ungrouped")
+
+
+@dataclasses.dataclass
+class Scaled:
+    factor: float
+
+    def __call__(self, scores):
+        return self.factor * scores[:2]
+
+
+scaled = Scaled(2.0)
+
+
+def test_an_object_that_can_be_called_is_a_function_too():
+    with pytest.raises(ValueError, match=r"Scaled\(factor=2.0\) must return advantages"):
+        check_objectives(settings(advantage=f"{HERE}:scaled"))
