@@ -117,7 +117,8 @@ def differ(a: Sequence[float], b: Sequence[float]) -> bool:
     """
     if np.ptp(a) == np.ptp(b) == 0:  # the test divides by their spread
         return a[0] != b[0]
-    return bool(stats.ttest_ind(a, b, equal_var=False).pvalue < 1 - LEVEL)
+    moments = [y for x in (a, b) for y in (np.mean(x), np.std(x, ddof=1), len(x))]
+    return bool(stats.ttest_ind_from_stats(*moments, equal_var=False).pvalue < 1 - LEVEL)
 
 
 def is_seed(name: str) -> bool:

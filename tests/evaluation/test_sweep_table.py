@@ -57,6 +57,7 @@ def test_welchs_test_finds_what_is_there_and_seldom_what_is_not():
     apart = [differ(rng.normal(size=5), 5 + rng.normal(size=5)) for _ in range(200)]
     assert np.mean(same) < 0.07 and np.mean(apart) > 0.95
     assert differ([1.0, 1.0], [2.0, 2.0]) and not differ([1.0, 1.0], [1.0, 1.0])
+    assert differ([0.1, 0.1, 0.1], [0.7, 0.8, 0.9])  # one of them without any spread: no warning
 
 
 def test_points_that_differ_in_seeds_alone_are_one_setting():
