@@ -27,6 +27,8 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "Dr. GRPO": GROUP | {"ppo.advantage": "dr_grpo"},
     "REINFORCE++": GROUP | {"ppo.advantage": "reinforce_plus_plus"},
     "REINFORCE++, baseline": GROUP | {"ppo.advantage": "reinforce_plus_plus_baseline"},
+    "REINFORCE": {"ppo.advantage": "reinforce"},
+    "ReMax": {"ppo.advantage": "remax"},
     "GRPO, GSPO": GROUP
     | {"ppo.advantage": "grpo", "ppo.loss": "gspo", "ppo.clip_range": 0.02},  # of a mean of tokens
     "GAE, dual clip": {"ppo.loss": "dual_clip"},
@@ -34,6 +36,9 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "GAE, DPPO": {"ppo.loss": "dppo"},
     "GAE, KL penalty, no clip": {"ppo.loss": "kl_penalty"},
     "GAE, policy gradient": {"ppo.loss": "policy_gradient"},
+    "GAE, decoupled": {"ppo.loss": "decoupled", "ppo.old_logprobs": "recompute"},
+    "GAE, Clip-Cov": {"ppo.loss": "clip_cov"},
+    "GAE, KL-Cov": {"ppo.loss": "kl_cov"},
 }
 RATES = (3e-4, 1e-3, 3e-3)
 SEEDS = 3
