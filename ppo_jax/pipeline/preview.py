@@ -15,7 +15,7 @@ from ppo_jax.data.decode import TextDecoder, printable
 from ppo_jax.data.encode import TokenizedTexts, TokenRow
 from ppo_jax.data.packing import describe_packing
 from ppo_jax.data.preferences import PREFERENCE_SCHEMAS
-from ppo_jax.data.prompts import PromptData
+from ppo_jax.data.prompts import SAFETY, PromptData
 from ppo_jax.data.readers import Schemas, other_columns, short_repr
 from ppo_jax.data.records import DEMONSTRATION_SCHEMAS, PROMPT_SCHEMAS, RATING_SCHEMAS
 from ppo_jax.inference.score import encode_responses
@@ -231,9 +231,8 @@ def texts_line(field: str, settings: RewardSettings, texts: TokenizedTexts) -> s
 
 
 def prompts_line(stage: str, path: str, data: PromptData) -> str:
-    return data_line(
-        f"{stage}.prompts", path, len(data.texts), data.dropped, PROMPT_SCHEMAS, data.columns
-    )
+    kept = {*data.columns, *([] if data.prompts.is_safety is None else [SAFETY])}
+    return data_line(f"{stage}.prompts", path, len(data.texts), data.dropped, PROMPT_SCHEMAS, kept)
 
 
 def data_line(

@@ -177,6 +177,12 @@ def other_rollout_rows(s: PPOSettings) -> Rows:
     return rows
 
 
+def scored_responses(s: PPOSettings) -> int:
+    """The most in an iteration, of the policy and of `other_rollout_rows`."""
+    others = num_prompts(s) * (needs_greedy(s.advantage) + s.reference_responses)
+    return s.rollout_batch_size * s.max_rollouts + others
+
+
 def rollout_rows(s: PPOSettings) -> Rows:
     """How often an iteration samples, where it replaces groups of equal scores."""
     if s.max_rollouts == 1:
@@ -374,9 +380,10 @@ def text_reward_rows(
     texts = policy.tokenizer.batch_decode(prompts)
     encode_responses(data.texts[sample], [""] * len(texts), [True] * len(texts), score)
     a_token = (time.perf_counter() - began) / lengths[sample].sum()
-    seconds = a_token * s.rollout_batch_size * (lengths.mean() + s.response_length)
+    responses, most = scored_responses(s), "at most " if s.max_rollouts > 1 else ""
+    seconds = a_token * responses * (lengths.mean() + s.response_length)
     cost = (
-        f"{s.rollout_batch_size} responses an iteration are decoded and tokenised again between "
+        f"{most}{responses} responses an iteration are decoded and tokenised again between "
         f"two programs, about {seconds:.2g} s; no layer is shared"
     )
     rows = [("reward model", describe(score)), ("reward model reads", f"text, as {reason}: {cost}")]

@@ -10,12 +10,16 @@ import pytest
 
 from ppo_jax.algorithms import init_ppo, sweep
 from ppo_jax.algorithms.greedy import greedy_responses
+from ppo_jax.algorithms.options import Sampler
 from ppo_jax.algorithms.references import (
     reference_options,
     reference_responses,
     reference_rollout,
 )
+from ppo_jax.core.network import Network, merge_params
 from ppo_jax.core.types import Prompts
+from ppo_jax.models.build import policy_network
+from ppo_jax.models.lora import init_lora, merge_lora
 from tests.support import tiny
 
 NUM_PROMPTS, NUM_SAMPLES, NUM_REFERENCES = 4, 2, 3
@@ -96,6 +100,33 @@ def test_a_reference_that_moves_is_that_of_the_state():
     run.state = run.state.replace(ref_params=moved)
     found = sample_references(*inputs_of(run), **run.parts)
     np.testing.assert_allclose(found.logprobs, logprobs_of(run, found, moved), atol=2e-4)
+
+
+@pytest.mark.parametrize("merged", [False, True])  # into the weights, while they are sampled from
+def test_with_adapters_they_are_those_of_the_base_wherever_the_adapters_are(merged):
+    run, config = run_of("whole"), tiny.model_config(lora_alpha=4.0)
+    base, policy = run.setup.policy_params, policy_network(config)
+    networks = run.parts["networks"]._replace(policy=policy)
+    if merged:
+        reshard = functools.partial(merge_lora, config)
+        networks = networks._replace(sampler=Sampler(policy, None, reshard))
+    run.parts["networks"] = networks
+    run.setup = run.setup._replace(networks=networks)
+    init = functools.partial(init_lora, targets=("query", "value"), rank=2)
+    adapters = tiny.random_params(Network(lambda key: init(key, config, base), None), 7)
+    run.parts["frozen"] = run.setup.frozen.replace(ref_policy={}, policy=base)
+    found = []
+    for trained in ({}, adapters, jax.tree.map(lambda x: 3 * x, adapters)):
+        run.state = init_ppo(trained, None, run.numbers)
+        found.append(sample_references(*inputs_of(run), **run.parts))
+    without, *others = found
+    of_base = logprobs_of(run, without, base)
+    np.testing.assert_allclose(without.logprobs, of_base, atol=2e-4)
+    for other in others:
+        np.testing.assert_array_equal(other.response_tokens, without.response_tokens)
+    # The adapters have a say in what the policy is.
+    moved = logprobs_of(run, without, merge_params(base, adapters))
+    assert abs(moved - of_base).max() > 0.1
 
 
 def test_with_fewer_rows_at_a_time_they_are_the_same():

@@ -79,7 +79,9 @@ class Run:
                 reshard=functools.partial(self.of_rollout.decoding_params, dtype=c.dtype),
             ),
         )
-        self.options = tiny.options(num_epochs=2, num_minibatches=2, num_micro_batches=2)
+        self.options = tiny.options(
+            num_epochs=2, num_minibatches=2, num_micro_batches=2, num_critics=num_critics
+        )
         self.numbers = self.layout.replicate(tiny.hyperparameters(**numbers))
         networks = [make(c) for make in MAKERS]
         networks[2] = value_network(c, num_bins=num_bins)
@@ -161,6 +163,27 @@ def test_three_iterations_are_those_of_one_device(kind):
     before, after = (named_leaves(x) for x in (start, one_state.policy_params))
     moved = [np.abs(after[name] - before[name]).max() for name in before]
     assert min(moved) > learning_rate  # three iterations moved what agrees
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_critics", [1, 2])
+@pytest.mark.parametrize("kind", ["trunk", "scanned"])
+def test_an_iteration_with_a_critic_on_the_policy_is_that_of_one_device(kind, num_critics):
+    def iteration(shape):
+        run = Run(shape, kind, shared=True, num_critics=num_critics)
+        start = jax.device_get((run.state.policy_params, run.state.value_params))
+        (metrics,) = run.iterations(1)
+        return start, jax.device_get(run.state), metrics
+
+    (_, mine, metrics), (start, one, one_metrics) = iteration((2, 2, 2)), iteration((1, 1, 1))
+    tiny.leaves_close(mine.policy_params, one.policy_params, atol=1e-4)
+    tiny.leaves_close(mine.value_params, one.value_params, atol=1e-4)
+    tiny.leaves_close(metrics, one_metrics, rtol=1e-3, atol=1e-4)
+    kernel = one.value_params["value_head"]["kernel"]
+    assert kernel.shape[:-2] == (() if num_critics == 1 else (2,))
+    for before, after in zip(start, (one.policy_params, one.value_params), strict=True):
+        before, after = named_leaves(before), named_leaves(after)
+        assert min(np.abs(after[name] - before[name]).max() for name in before) > 1e-3
 
 
 def parity(params, inputs, mask, **_):
@@ -265,6 +288,7 @@ def test_one_sgd_update_on_a_fixed_experience_is_that_of_one_device(shape):
         ((2, 2, 2), dict(num_bins=8, value_range=[-3.0, 6.0])),
         ((2, 2, 2), dict(num_critics=2)),
         ((2, 2, 2), dict(shared=True)),
+        ((2, 2, 2), dict(shared=True, num_critics=2)),
     ],
 )
 def test_an_update_of_packed_rows_is_that_of_one_device(shape, bins):

@@ -12,8 +12,11 @@ from ppo_jax.data.encode import TokenRow
 from ppo_jax.data.preferences import RankedResponses
 from ppo_jax.data.prompts import PromptData, prompt_data
 from ppo_jax.data.records import Demonstration, write_jsonl
+from ppo_jax.io.model_spec import ModelSpec
 from ppo_jax.pipeline import preview
 from ppo_jax.pipeline import preview as accounts
+from ppo_jax.training.ppo import read_ppo
+from tests.support import tiny
 from tests.support.chats import TOKENIZER, ids, turns
 from tests.support.tiny_config import changed
 
@@ -222,3 +225,14 @@ def test_every_file_that_is_read_has_its_line():
         "evaluate.prompts: test.jsonl: 4 read, 1 repeated; columns not read: answer; 3 used",
         "evaluate.ratings: ratings.jsonl: 7 read; 7 used",
     ]
+
+
+def test_a_column_of_safety_is_kept_where_the_rule_of_the_rewards_reads_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": "Hi", "is_safety": True}, {"prompt": "Ho", "is_safety": False}]
+    write_jsonl(tmp_path / "prompts.jsonl", rows)
+    spec = ModelSpec(kind="policy", config=tiny.model_config(), tokenizer=TOKENIZER)
+    for rule, told in (("threshold", "kept"), ("mean", "not read")):
+        config = settings(**{"ppo.other_reward_models": ["a"], "ppo.reward_rule": rule})
+        (line,) = accounts.data_lines(config, {"ppo": read_ppo(config, spec)})
+        assert line == f"ppo.prompts: prompts.jsonl: 2 read; columns {told}: is_safety; 2 used"

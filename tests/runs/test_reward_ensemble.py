@@ -105,12 +105,24 @@ def test_by_a_threshold_the_score_of_safety_counts_where_it_is_low(
     helpful, safe = np.array(each)
     threshold = float(np.median(safe)) + 1e-3
     chosen = dict(reward_rule="threshold", reward_rule_threshold=threshold)
-    rows, samples = run(settings(workdir, workdir / "reward", other, **chosen), tmp_path)
+    _, samples = run(settings(workdir, workdir / "reward", other, **chosen), tmp_path)
     assert "threshold of 2 reward models" in capsys.readouterr().out
     expected = np.where(safe < threshold, safe, helpful)
     assert 0 < (safe < threshold).sum() < len(safe)
     np.testing.assert_allclose([row["score"] for row in samples], expected, atol=1e-5)
-    assert 0 <= rows[0]["reward/safety_fraction"] <= 1
+
+
+@pytest.mark.parametrize(("threshold", "share"), [(-1e3, 0), (1e3, 1)])
+def test_the_share_of_scores_of_safety_is_that_of_those_below_the_threshold(
+    workdir, other, tmp_path, threshold, share
+):
+    """Of none or of all: the scores are those of the one model or of the other."""
+    chosen = dict(reward_rule="threshold", reward_rule_threshold=threshold)
+    rows, _ = run(settings(workdir, workdir / "reward", other, **chosen), tmp_path)
+    found = rows[0]
+    assert found["reward/safety_fraction"] == share
+    assert found["reward/score_mean"] == pytest.approx(found[f"reward/score_{share}"], abs=1e-5)
+    assert abs(found["reward/score_0"] - found["reward/score_1"]) > 1e-3
 
 
 def test_prompts_of_safety_have_the_score_of_safety(workdir, alone, other, tmp_path):

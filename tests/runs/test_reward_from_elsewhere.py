@@ -155,6 +155,22 @@ def test_the_table_and_the_dry_run_say_what_is_read(workdir, classifier, tmp_pat
     assert "by its own tokenizer" not in out and "reward model reads" not in out
 
 
+@pytest.mark.parametrize(
+    ("chosen", "told"),
+    [
+        (dict(reference_responses=3), "20 responses"),  # to each of four prompts, besides eight
+        (dict(advantage="remax"), "12 responses"),
+        (dict(advantage="rloo", max_rollouts=3), "at most 24 responses"),
+    ],
+)
+def test_all_responses_that_are_tokenised_again_are_counted(
+    workdir, classifier, tmp_path, capsys, chosen, told
+):
+    values = settings(workdir, classifier[1], samples_per_prompt=2, **chosen)
+    pipeline.dry_run(values, tmp_path)
+    assert f"tokenizer of its own: {told} an iteration are decoded" in capsys.readouterr().out
+
+
 def test_what_it_cannot_see_of_the_prompts_is_told(workdir, classifier, tmp_path, capsys):
     policy, reward = tmp_path / "policy", tmp_path / "reward"
     for source, folder, length in ((workdir / "base", policy, 48), (classifier[1], reward, 16)):

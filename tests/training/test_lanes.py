@@ -255,6 +255,22 @@ def test_rewards_from_outside_the_program_are_those_of_the_run_alone(root, sourc
             assert 0 < rows(lane)[0]["reward/adjusted_score_mean"] < 1
 
 
+def test_lanes_with_a_critic_on_the_policy_are_the_runs_alone(root):
+    on_policy = dict(shared_critic=True, trainable=1, value_trainable="all", num_iterations=3)
+    chosen = points(root, "on_policy", NUMBERS[:2], **on_policy)
+    assert run_lanes(chosen) == {}
+    for config, lane in chosen:
+        alone = lane.with_name(lane.name + "_alone")
+        pipeline.run(config, alone)
+        assert_same_run(lane, alone)
+        ours, theirs = (
+            load_checkpoint_item(x / "ppo" / "checkpoints", "value_params", 3)
+            for x in (lane, alone)
+        )
+        assert list(ours) == ["value_head"] and np.ptp(ours["value_head"]["kernel"]) > RATE
+        tiny.leaves_close(ours, theirs, atol=0.1 * RATE, rtol=0)
+
+
 def test_scores_of_tokens_are_not_compared_with_those_of_the_reference(root):
     ((config, folder),) = points(root, "tokens", [{}], **token_scores(root), reference_responses=1)
     with pytest.raises(ValueError, match="ppo.reference_responses must be 0 where a function"):
