@@ -160,8 +160,6 @@ def check_objective(settings: Any, check: Check):
     holds = settings.any_kl_estimator or settings.kl_estimator in REWARD_ESTIMATORS
     check.that(holds, "kl_estimator", REWARD_RULE)
     check.choice("kl_control", "fixed", "adaptive")
-    rule = "> 0 with kl_control='adaptive', which multiplies it"
-    check.that(settings.kl_coef > 0 or settings.kl_control == "fixed", "kl_coef", rule)
     weighed = needs_critic(settings.advantage) and not settings.critic_has_optimizer
     rule = "> 0: with value_learning_rate=0 the critic stays as it is"
     if settings.shared_critic:

@@ -35,7 +35,7 @@ FROZEN = "frozen_critic"
 
 
 def keep_critic(
-    folder: Path, config: ModelConfig, frozen: Params, trunk: int | None, *, shared: bool
+    folder: Path, config: ModelConfig, frozen: Params, trunk: int | None, *, shared: bool = False
 ):
     """Write what does not change of a critic while a stage trains, before its first checkpoint.
 

@@ -223,8 +223,9 @@ def selection_rows(s: PPOSettings) -> Rows:
 def unread_rows(s: PPOSettings) -> Rows:
     """Numbers that are given, and that a choice beside them leaves unread."""
     unread = {"missing_eos_score": s.missing_eos == "keep" and "missing_eos='keep'"}
-    fixed = s.kl_control == "fixed" and "kl_control='fixed'"
-    unread |= {"target_kl": fixed, "kl_horizon": fixed}
+    why = "kl_control='fixed'" if s.kl_control == "fixed" else "kl_coef=0, which stays 0"
+    still = (s.kl_control == "fixed" or s.kl_coef == 0) and why
+    unread |= {"target_kl": still, "kl_horizon": still}
     given = [k for k, why in unread.items() if why and getattr(s, k) != getattr(type(s), k)]
     return [("not read", ", ".join(f"{k} ({unread[k]})" for k in given))] if given else []
 

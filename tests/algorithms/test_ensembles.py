@@ -82,10 +82,10 @@ def test_the_score_of_safety_counts_where_it_is_below_the_threshold(stacked):
 
 def test_the_score_of_safety_counts_for_prompts_of_safety():
     scores, flags = jnp.array([[5.0, 6.0, 7.0], [-3.0, 2.0, 1.0]]), jnp.array([False, True, False])
-    rule = RewardEnsemble((None,), "threshold")
+    rule = RewardEnsemble((None,), "threshold", threshold=-1.73)
     got, metrics = combine_scores(rule, scores, flags)
     assert got.tolist() == [-3.0, 2.0, 7.0]
-    assert metrics["reward/safety_fraction"] == pytest.approx(2 / 3)
+    assert metrics["reward/safety_fraction"].tolist() == [1, 1, 0]
 
 
 @pytest.mark.parametrize("max_concurrent", [0, 4])

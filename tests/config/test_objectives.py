@@ -156,10 +156,6 @@ def test_what_an_estimator_needs_is_known_from_its_parameters():
         ({**BINS, "num_critics": 2}, "ppo.value_bins must be 0 with several critics"),
         ({"num_critics": 0}, "> 0"),
         ({"num_critics": 3}, "num_critics x samples_per_prompt"),
-        (
-            {"kl_control": "adaptive", "kl_coef": 0.0},
-            "kl_coef must be > 0 with kl_control",
-        ),
         ({"vf_coef": 0.0}, "vf_coef must be > 0: with value_learning_rate=0 the critic stays"),
         ({"loss": "dppo", "divergence_limit": 2.0}, r"divergence_limit must be in \[0, 1\]"),
         ({"loss": "clip_cov", "covariance_fraction": 0.0}, r"fraction must be in \(0, 1\]"),

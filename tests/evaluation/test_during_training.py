@@ -1,7 +1,5 @@
 """Which prompts PPO is evaluated on while it trains, and what its judges are asked."""
 
-import dataclasses
-
 import pytest
 
 from ppo_jax.config.run import from_config_dict
@@ -38,9 +36,8 @@ def test_the_prompts_are_the_last_of_the_file(tmp_path):
     tokenizer = tiny_stage.byte_tokenizer()
     data = training_prompts(config(path, evaluate_prompts=2), tokenizer)
     assert data.texts == ["the film 3", "the film 4"] and data.columns == {}
-    rows = [
-        row[kept].tolist() for row, kept in zip(*dataclasses.astuple(data.prompts), strict=True)
-    ]
+    pairs = zip(data.prompts.tokens, data.prompts.mask, strict=True)
+    rows = [row[kept].tolist() for row, kept in pairs]
     assert tokenizer.batch_decode(rows) == data.texts
     scored = {"reward_model": "", "reward_function": f"{__name__}:right", "evaluate_prompts": 2}
     assert training_prompts(config(path, **scored), tokenizer).columns == {"answer": [3, 4]}

@@ -25,7 +25,7 @@ def test_every_method_gets_the_same_search(name):
     searched = collections.defaultdict(set)
     for point in study_tables.STUDIES[name].sweep():
         searched[method_tables.method_of(point)].add((point[RATE], point["ppo.seed"]))
-    of = {"methods": methods, "reward_ensemble": reward_ensemble}
+    of = {"methods": methods, "methods_equal_cpu": methods, "reward_ensemble": reward_ensemble}
     rates = of.get(name, methods_acting).RATES
     every = {(rate, seed) for rate in rates for seed in range(methods.SEEDS)}
     assert list(searched.values()) == [every] * len(study_tables.ROWS[name])
