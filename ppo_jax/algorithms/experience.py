@@ -185,10 +185,7 @@ def make_experience(
     weights, weight_metrics, sampled_logprobs = jnp.float32(1.0), {}, rollout.logprobs
     if options.old_logprobs == "recompute":
         logprobs = policy_logprobs(rollout, state.policy_params, numbers, **parts)
-        limits = dict(low=numbers.tis_clip_low, high=numbers.tis_clip_high)
-        how = limits | CORRECTIONS[options.importance]
-        weights, weight_metrics = importance_weights(logprobs, sampled_logprobs, mask, **how)
-        rollout = dataclasses.replace(rollout, logprobs=jnp.where(mask, logprobs, 0.0))
+        rollout, weights, weight_metrics = with_old_logprobs(rollout, logprobs, numbers, options)
     count = options.reference_responses
     against, reference_metrics = scores_of_references(
         references, scores, state, numbers, num_references=count
@@ -213,13 +210,8 @@ def make_experience(
     metrics |= weight_metrics | baseline_metrics | reference_metrics
     disputed = None
     if stds is not None:
-        metrics["value/disagreement"] = masked_mean(stds, learned)
-        if (fraction := numbers.agreed_fraction) is not None:
-            advantages = mask_agreed_advantages(advantages, stds, learned, fraction=fraction)
-        if (fraction := numbers.disputed_fraction) is not None:
-            disputed = disputed_states(stds, learned, fraction=fraction)
-            share = masked_mean(disputed.astype(jnp.float32), learned)
-            metrics["value/disputed_fraction"] = share
+        advantages, disputed, found = where_critics_differ(advantages, stds, learned, numbers)
+        metrics |= found
     if values is not None and returns is not None:
         metrics |= critic_metrics(values, returns, learned)
     experience = Experience(
@@ -239,6 +231,38 @@ def make_experience(
         count = len(mask) // options.sampling.samples_per_prompt * options.keep_samples
         experience = keep_responses(experience, kept, count)
     return experience, metrics
+
+
+def with_old_logprobs(
+    rollout: Rollout, logprobs: jax.Array, hyperparameters: Hyperparameters, options: PPOOptions
+) -> tuple[Rollout, jax.Array, dict[str, jax.Array]]:
+    """(the rollout with log-probs [B, T] that were recomputed, the importance weights of its
+    tokens, their metrics)."""
+    mask, numbers = rollout.response_mask, hyperparameters
+    limits = dict(low=numbers.tis_clip_low, high=numbers.tis_clip_high)
+    how = limits | CORRECTIONS[options.importance]
+    weights, metrics = importance_weights(logprobs, rollout.logprobs, mask, **how)
+    logprobs = jnp.where(mask, logprobs, 0.0)
+    return dataclasses.replace(rollout, logprobs=logprobs), weights, metrics
+
+
+def where_critics_differ(
+    advantages: jax.Array, stds: jax.Array, learned: jax.Array, hyperparameters: Hyperparameters
+) -> tuple[jax.Array, jax.Array | None, dict[str, jax.Array]]:
+    """What the standard deviation [B, T] between several critics changes.
+
+    Returns:
+        (advantages, 0 where they agree most; the tokens without an entropy bonus [B, T] bool, or
+        None; metrics).
+    """
+    disputed, metrics = None, {"value/disagreement": masked_mean(stds, learned)}
+    if (fraction := hyperparameters.agreed_fraction) is not None:
+        advantages = mask_agreed_advantages(advantages, stds, learned, fraction=fraction)
+    if (fraction := hyperparameters.disputed_fraction) is not None:
+        disputed = disputed_states(stds, learned, fraction=fraction)
+        share = masked_mean(disputed.astype(jnp.float32), learned)
+        metrics["value/disputed_fraction"] = share
+    return advantages, disputed, metrics
 
 
 def check_critic(

@@ -379,18 +379,27 @@ def analytic_flops(
         updated = sizes | {"sequences": s.update_batch_size}
         flops["update"] += scoring_flops(policy, None, None, trunks=trunks, **kernels, **updated)
     for name, (count, sampling) in other_rollouts(s).items():
-        slots = min(s.max_concurrent or count, count)
-        flops[f"{name} rollout"] = rollout_flops(
-            policy,
-            samples_per_prompt=sampling.samples_per_prompt,
-            slots=slots,
-            group=sampling.group(slots),
-            **sizes | dict(sequences=count),
-        )
+        flops[f"{name} rollout"] = other_rollout_flops(s, policy, count, sampling)
     if models.reads_text:
         width = text_width(s, models.reward)
         flops["reward model"] = score_flops(models.reward, texts, width, platform)
     return flops
+
+
+def other_rollout_flops(
+    settings: PPOSettings, policy: ModelConfig, count: int, sampling: Sampling
+) -> float:
+    """A rollout of so many responses besides that of the policy, see `other_rollouts`."""
+    slots = min(settings.max_concurrent or count, count)
+    return rollout_flops(
+        policy,
+        sequences=count,
+        prompt_length=settings.max_prompt_length,
+        response_length=settings.response_length,
+        samples_per_prompt=sampling.samples_per_prompt,
+        slots=slots,
+        group=sampling.group(slots),
+    )
 
 
 def shared_critic_flops(
