@@ -4,6 +4,7 @@ Dimension key: B responses, P prompt tokens, T response tokens, L = P + T.
 """
 
 import dataclasses
+from collections.abc import Mapping
 
 import chex
 import jax
@@ -12,13 +13,18 @@ import jax.numpy as jnp
 from ppo_jax.algorithms.advantages import baselines, estimate_advantages
 from ppo_jax.algorithms.critics import (
     critic_metrics,
-    outputs_of,
-    share_prompts,
     take_critic,
     values_from,
 )
 from ppo_jax.algorithms.ensembles import RewardEnsemble, combine_scores, member_scores
 from ppo_jax.algorithms.options import PPONetworks, PPOOptions, Sampler
+from ppo_jax.algorithms.passes import (
+    FirstPass,
+    Outputs,
+    critic_outputs,
+    forward,
+    without_outputs,
+)
 from ppo_jax.algorithms.scores import moment_metrics, scores_of_references, shape_scores
 from ppo_jax.algorithms.selection import extreme_responses, keep_responses
 from ppo_jax.core.advantages import whiten
@@ -144,6 +150,8 @@ def make_experience(
     options: PPOOptions,
     greedy: tuple[Rollout, jax.Array] | None = None,
     references: tuple[Rollout, jax.Array] | None = None,
+    ref_logprobs: jax.Array | None = None,
+    first: Mapping[str, FirstPass] | None = None,
 ) -> tuple[Experience, dict[str, jax.Array]]:
     """Rewards, advantages and returns of a rollout.
 
@@ -164,6 +172,9 @@ def make_experience(
             where the advantages need them.
         references: responses of the reference to each prompt, and their scores, where the
             options have `reference_responses`, see `scores_of_references`.
+        ref_logprobs: [B, T] float, of the reference, see `reference_logprobs`; None computes them.
+        first: forward passes of the update, see `first_passes`, whose outputs are taken; what is
+            in none of them is computed.
 
     Returns:
         (experience, metrics).
@@ -179,12 +190,14 @@ def make_experience(
     chex.assert_rank(scores, {1, 2})
     chex.assert_shape(scores, rollout.response_mask.shape[: scores.ndim])
     mask, numbers = rollout.response_mask, hyperparameters
-    policy_inputs = rollout.tokens if networks.trunk is None else rollout.hidden_states
-    parts = dict(policy_inputs=policy_inputs, frozen=frozen, networks=networks)
-    ref_logprobs = policy_logprobs(rollout, frozen.ref_policy, numbers, **parts)
+    parts = dict(frozen=frozen, networks=networks)
+    if ref_logprobs is None:
+        ref_logprobs = reference_logprobs(rollout, numbers, **parts)
+    inputs = without_outputs(rollout, networks, options)
+    outputs = scoring_outputs(inputs, state, numbers, first=first, options=options, **parts)
     weights, weight_metrics, sampled_logprobs = jnp.float32(1.0), {}, rollout.logprobs
     if options.old_logprobs == "recompute":
-        logprobs = policy_logprobs(rollout, state.policy_params, numbers, **parts)
+        logprobs = outputs.logprobs
         rollout, weights, weight_metrics = with_old_logprobs(rollout, logprobs, numbers, options)
     count = options.reference_responses
     against, reference_metrics = scores_of_references(
@@ -194,10 +207,9 @@ def make_experience(
     rewards, metrics = response_rewards(*given, reference_scores=against)
     if options.whiten_rewards:
         rewards = whiten(rewards, mask, shift_mean=False)
-    critic, values, stds = dict(value_inputs=None, values=None), None, None
+    old_values = values = stds = None
     if networks.value is not None:
-        of_run = dict(frozen=frozen, networks=networks, options=options)
-        critic, values, stds = critic_values(rollout, state, numbers, **of_run)
+        old_values, values, stds = critic_values(outputs.values, inputs, numbers)
     kept, learned = None, mask
     if options.keep_samples:
         groups = dict(group_size=options.sampling.samples_per_prompt)
@@ -214,18 +226,15 @@ def make_experience(
         metrics |= found
     if values is not None and returns is not None:
         metrics |= critic_metrics(values, returns, learned)
-    experience = Experience(
-        policy_inputs=policy_inputs,
-        mask=rollout.mask,
-        response_tokens=rollout.response_tokens,
-        response_mask=mask,
+    experience = dataclasses.replace(
+        inputs,
         logprobs=rollout.logprobs,
+        values=old_values,
         advantages=advantages * weights,
         returns=returns,
         ref_logprobs=None if numbers.kl_loss_coef is None else jnp.where(mask, ref_logprobs, 0.0),
         behavior_logprobs=sampled_logprobs if reads_behavior(options.loss) else None,
         disputed_mask=disputed,
-        **critic,
     )
     if kept is not None:
         count = len(mask) // options.sampling.samples_per_prompt * options.keep_samples
@@ -284,40 +293,73 @@ def check_critic(
         raise ValueError(f"{name} {rule}: see state.value_params")
 
 
-def critic_values(
-    rollout: Rollout,
+def scoring_outputs(
+    inputs: Experience,
     state: PPOState,
     hyperparameters: Hyperparameters,
     *,
     frozen: FrozenParams,
     networks: PPONetworks,
     options: PPOOptions,
-) -> tuple[dict[str, jax.Array], jax.Array, jax.Array | None]:
-    """(fields of `Experience`: what the critic reads, its values; the values that advantages are
-    made of; their standard deviation over several critics, or None), [B, T] float32 each, 0 where
-    masked."""
-    mask, several = rollout.response_mask, options.num_critics > 1
-    inputs = rollout.hidden_states if networks.value_on_trunk else rollout.tokens
-    base = frozen.value
-    if networks.value_on_policy:
-        base = merge_params(frozen.policy, state.policy_params)
-    outputs = outputs_of(
-        networks.value,
-        base,
-        state.value_params or {},
-        inputs,
-        rollout.mask,
-        several=several,
-        response_length=mask.shape[1],
-    )
-    if not several:
+    first: Mapping[str, FirstPass] | None = None,
+) -> Outputs:
+    """What an experience needs of the networks that are trained, by the parameters of the state:
+    the critic's outputs, and the policy's where log-probs are recomputed.
+
+    Args:
+        inputs: see `without_outputs`.
+        state: its parameters are read.
+        hyperparameters: the temperature is read.
+        frozen: the untrained leaves.
+        networks: policy and critic are called.
+        options: `old_logprobs` is read.
+        first: forward passes whose outputs are taken in place of computing them.
+    """
+    outputs = Outputs()
+    for one in (first or {}).values():
+        outputs = outputs.filled_by(one.outputs)
+    trained = {"policy": state.policy_params, "value": state.value_params}
+    given, parts = (inputs, hyperparameters), dict(frozen=frozen, networks=networks)
+    needs_values = networks.value is not None and outputs.values is None
+    if options.old_logprobs == "recompute" and outputs.logprobs is None:
+        if not needs_values:
+            trained = {"policy": state.policy_params}
+        return outputs.filled_by(forward(trained, *given, **parts))
+    if needs_values:
+        outputs = outputs._replace(values=critic_outputs(trained, inputs, **parts))
+    return outputs
+
+
+def critic_values(
+    outputs: jax.Array, inputs: Experience, hyperparameters: Hyperparameters
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """(the values that the critic's clip starts from; those that advantages are made of; their
+    standard deviation over several critics, or None), [B, T] float32 each, 0 where masked.
+
+    Args:
+        outputs: see `critic_outputs`.
+        inputs: mask, and which of several critics learns a token.
+        hyperparameters: `value_range` is read.
+    """
+    mask = inputs.response_mask
+    if inputs.critics is None:
         values = jnp.where(mask, values_from(outputs, hyperparameters), 0.0)
-        return dict(value_inputs=inputs, values=values), values, None
+        return values, values, None
     every = jnp.where(mask, outputs, 0.0)
-    group_size = options.sampling.samples_per_prompt
-    critics = share_prompts(mask, group_size=group_size, num_critics=options.num_critics)
-    fields = dict(value_inputs=inputs, values=take_critic(every, critics), critics=critics)
-    return fields, *ensemble_values(every)
+    return take_critic(every, inputs.critics), *ensemble_values(every)
+
+
+def reference_logprobs(
+    rollout: Rollout,
+    hyperparameters: Hyperparameters,
+    *,
+    frozen: FrozenParams,
+    networks: PPONetworks,
+) -> jax.Array:
+    """Log-probs of the response tokens by the reference, see `policy_logprobs`."""
+    inputs = rollout.tokens if networks.trunk is None else rollout.hidden_states
+    how = dict(policy_inputs=inputs, frozen=frozen, networks=networks)
+    return policy_logprobs(rollout, frozen.ref_policy, hyperparameters, **how)
 
 
 def policy_logprobs(

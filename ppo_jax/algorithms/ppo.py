@@ -18,13 +18,19 @@ from ppo_jax.algorithms.adaptation import (
     next_reference,
 )
 from ppo_jax.algorithms.dynamic_sampling import gather, gathering_metrics
-from ppo_jax.algorithms.experience import make_experience, sample_responses, scores_and_metrics
+from ppo_jax.algorithms.experience import (
+    check_critic,
+    make_experience,
+    sample_responses,
+    scores_and_metrics,
+)
 from ppo_jax.algorithms.greedy import greedy_rollout
 from ppo_jax.algorithms.options import PPONetworks, PPOOptions
 from ppo_jax.algorithms.references import reference_rollout
 from ppo_jax.algorithms.scores import count_scores
 from ppo_jax.algorithms.update import (
     average_updates,
+    first_passes,
     has_own_optimizer,
     init_optimizers,
     ppo_update,
@@ -87,6 +93,7 @@ def update_from_rollout(
     references: tuple[Rollout, jax.Array] | None = None,
     *,
     num_rollouts: jax.Array | int = 1,
+    ref_logprobs: jax.Array | None = None,
     frozen: FrozenParams,
     networks: PPONetworks,
     options: PPOOptions,
@@ -94,14 +101,20 @@ def update_from_rollout(
     """What follows the scores in an iteration: experience, update, KL control. Key consumed.
 
     `greedy`, `references`: greedy responses, those of the reference, and their scores, see
-    `make_experience`; `num_rollouts`: how many there were to choose these responses from.
+    `make_experience`; `num_rollouts`: how many there were to choose these responses from;
+    `ref_logprobs`: [B, T] float, of the reference, where they are there already.
+
+    The forward passes that experience and update have in common are made once: the values, with
+    recomputed log-probs the old ones, too, are those of the only step's own, see `first_passes`.
     """
     state = count_scores(state, scores, rollout.response_mask)
     parts = dict(frozen=moved_reference(frozen, state), networks=networks, options=options)
     numbers = adapted_numbers(hyperparameters, state)
-    others = dict(greedy=greedy, references=references)
+    check_critic(options, networks, state, numbers)
+    first = first_passes(state, rollout, numbers, **parts)
+    others = dict(greedy=greedy, references=references, ref_logprobs=ref_logprobs, first=first)
     experience, metrics = make_experience(rollout, scores, state, numbers, **others, **parts)
-    state, updates = ppo_update(state, experience, numbers, key, **parts)
+    state, updates = ppo_update(state, experience, numbers, key, first=first, **parts)
     trained = trained_params(state.policy_params, state.value_params)
     metrics |= average_updates(updates, has_own_optimizer(trained, hyperparameters))
     if numbers.penalty_target_kl is not None:

@@ -5,14 +5,21 @@ Dimension key: B responses, T response tokens.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from ppo_jax.algorithms.critics import critic_loss, outputs_of, statistics_of, take_critic
+from ppo_jax.algorithms.critics import critic_loss
 from ppo_jax.algorithms.options import PPONetworks, PPOOptions
+from ppo_jax.algorithms.passes import (
+    FirstPass,
+    Outputs,
+    forward,
+    passes_in_common,
+    without_outputs,
+)
 from ppo_jax.algorithms.supervised import accumulate, accumulate_while
 from ppo_jax.algorithms.token_choice import make_choice, split_keys
 from ppo_jax.core.checks import assert_divides, assert_numbers
@@ -20,7 +27,6 @@ from ppo_jax.core.kl import kl_loss
 from ppo_jax.core.lanes import any_lane, max_lane
 from ppo_jax.core.losses import ppo_loss
 from ppo_jax.core.named import fields_of
-from ppo_jax.core.network import merge_params
 from ppo_jax.core.optimizer import apply_gradients, init_optimizer, schedule
 from ppo_jax.core.policy_losses import clipped_policy_loss
 from ppo_jax.core.renamed import renamed
@@ -32,8 +38,8 @@ from ppo_jax.core.types import (
     Optimizer,
     Params,
     PPOState,
+    Rollout,
 )
-from ppo_jax.rollout.decode import response_statistics
 from ppo_jax.rollout.packing import pack_rows, packed_experience
 
 
@@ -91,14 +97,27 @@ def experience_loss(
     Returns:
         (loss, metrics).
     """
+    outputs = forward(params, experience, hyperparameters, frozen=frozen, networks=networks)
+    counts = dict(normalizer=normalizer, num_sequences=num_sequences)
+    return loss_of_outputs(outputs, experience, hyperparameters, options=options, **counts)
+
+
+def loss_of_outputs(
+    outputs: Outputs,
+    experience: Experience,
+    hyperparameters: Hyperparameters,
+    *,
+    options: PPOOptions | None = None,
+    normalizer: jax.Array | None = None,
+    num_sequences: jax.Array | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """`experience_loss` from what the networks give, see `forward`; other arguments as there."""
     e, mask = experience, experience.response_mask
-    logprobs, entropies, outputs = forward(
-        params, e, hyperparameters, frozen=frozen, networks=networks
-    )
+    logprobs, entropies, values = outputs.of_own_critics(e.critics)
     classifies = hyperparameters.value_range is not None
     loss, metrics = ppo_loss(
         logprobs,
-        None if classifies else outputs,
+        None if classifies else values,
         entropies,
         mask,
         old_logprobs=e.logprobs,
@@ -116,9 +135,9 @@ def experience_loss(
         num_sequences=num_sequences,
         **fields_of(hyperparameters),
     )
-    if outputs is not None and classifies:
+    if values is not None and classifies:
         value, value_metrics = critic_loss(
-            outputs, e.values, e.returns, mask, hyperparameters, normalizer=normalizer
+            values, e.values, e.returns, mask, hyperparameters, normalizer=normalizer
         )
         loss = loss + hyperparameters.vf_coef * value
         metrics = metrics | value_metrics | {"ppo/loss": jax.lax.stop_gradient(loss)}
@@ -137,68 +156,19 @@ def experience_loss(
     return loss, metrics | kl_metrics | {"ppo/loss": jax.lax.stop_gradient(loss)}
 
 
-def forward(
-    params: Params,
-    experience: Experience,
-    hyperparameters: Hyperparameters,
-    *,
-    frozen: FrozenParams,
-    networks: PPONetworks,
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """(log-probs, entropies, see `response_statistics`; what the critic gives, see
-    `critic_outputs`, None where it is not trained), by the trained leaves."""
-    e, policy = experience, merge_params(frozen.policy, params["policy"])
-    inputs = (e.policy_inputs, e.mask, e.response_tokens)
-    packed = dict(segment_ids=e.segment_ids, output_positions=e.output_positions)
-    where = dict(temperature=hyperparameters.temperature, **packed)
-    if "value" not in params:
-        return *response_statistics(networks.policy, policy, *inputs, **where), None
-    if not networks.value_on_policy:
-        logprobs, entropies = response_statistics(networks.policy, policy, *inputs, **where)
-        outputs = critic_outputs(params, e, frozen=frozen, networks=networks)
-        return logprobs, entropies, outputs
-    several = e.critics is not None
-    logprobs, entropies, outputs = statistics_of(
-        networks.value, policy, params["value"], *inputs, several=several, **where
-    )
-    return logprobs, entropies, take_critic(outputs, e.critics) if several else outputs
-
-
-def critic_outputs(
-    params: Params, experience: Experience, *, frozen: FrozenParams, networks: PPONetworks
-) -> jax.Array:
-    """What the critic that is trained gives, see `values_from`; of several each token's own.
-    Undefined where masked."""
-    e = experience
-    outputs = outputs_of(
-        networks.value,
-        frozen.value,
-        params["value"],
-        e.value_inputs,
-        e.mask,
-        several=e.critics is not None,
-        response_length=e.response_mask.shape[1],
-        segment_ids=e.segment_ids,
-        output_positions=e.output_positions,
-    )
-    return outputs if e.critics is None else take_critic(outputs, e.critics)
-
-
 def value_loss(
-    params: Params,
+    outputs: Outputs,
     experience: Experience,
     hyperparameters: Hyperparameters,
     *,
-    frozen: FrozenParams,
-    networks: PPONetworks,
     normalizer: jax.Array | None = None,
     num_sequences: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The loss of a critic that takes steps of its own; arguments as for `experience_loss`."""
+    """The loss of a critic that takes steps of its own; arguments as for `loss_of_outputs`."""
     e = experience
-    outputs = critic_outputs(params, e, frozen=frozen, networks=networks)
+    values = outputs.of_own_critics(e.critics).values
     data = (e.values, e.returns, e.response_mask)
-    return critic_loss(outputs, *data, hyperparameters, normalizer=normalizer)
+    return critic_loss(values, *data, hyperparameters, normalizer=normalizer)
 
 
 def response_numbers(experience: Experience) -> jax.Array | None:
@@ -211,6 +181,34 @@ def response_numbers(experience: Experience) -> jax.Array | None:
     return jnp.where(e.response_mask, numbers, 0)
 
 
+def first_passes(
+    state: PPOState,
+    rollout: Rollout,
+    hyperparameters: Hyperparameters,
+    *,
+    frozen: FrozenParams,
+    networks: PPONetworks,
+    options: PPOOptions,
+) -> dict[str, FirstPass]:
+    """The forward passes of an update of one step whose outputs its experience is made of, by what
+    takes the step: "policy", with the critic where both take the same, or "value". None of them
+    where there is nothing in common, see `passes_in_common`."""
+    trained = trained_params(state.policy_params, state.value_params)
+    own_optimizer = has_own_optimizer(trained, hyperparameters)
+    names = passes_in_common(options, has_critic="value" in trained, own_optimizer=own_optimizer)
+    groups = {"policy": trained} if names else {}
+    if own_optimizer:
+        groups = {name: {name: trained[name]} for name in names}
+    outputs = functools.partial(
+        forward,
+        experience=without_outputs(rollout, networks, options),
+        hyperparameters=hyperparameters,
+        frozen=frozen,
+        networks=networks,
+    )
+    return {name: FirstPass(*jax.vjp(outputs, params)) for name, params in groups.items()}
+
+
 @renamed(recipe="options")
 def ppo_update(
     state: PPOState,
@@ -221,6 +219,7 @@ def ppo_update(
     frozen: FrozenParams,
     networks: PPONetworks,
     options: PPOOptions,
+    first: Mapping[str, FirstPass] | None = None,
 ) -> tuple[PPOState, dict[str, jax.Array]]:
     """num_epochs x num_minibatches optimizer steps on one experience, reshuffled each epoch.
 
@@ -239,6 +238,7 @@ def ppo_update(
         frozen: the untrained leaves of policy and critic.
         networks: policy and critic are called.
         options: losses, epochs, minibatches, micro-batches and packing are read.
+        first: forward passes that are made already, see `first_passes`.
 
     Returns:
         (state, metrics of each optimizer step [num_epochs * num_minibatches], in their order, and
@@ -253,12 +253,14 @@ def ppo_update(
     check_networks(networks, hyperparameters, options)
     trained, opt_state = trained_params(state.policy_params, state.value_params), state.opt_state
     numbers, rates = hyperparameters, learning_rates(state, hyperparameters)
-    parts = dict(frozen=frozen, networks=networks)
-    loss = functools.partial(experience_loss, hyperparameters=numbers, options=options, **parts)
-    steps = functools.partial(take_steps, experience=experience, options=options)
+    first = first or {}
+    how = dict(hyperparameters=numbers, frozen=frozen, networks=networks)
+    outputs = functools.partial(forward, **how)
+    steps = functools.partial(take_steps, experience=experience, outputs=outputs, options=options)
     policy_steps = functools.partial(
         steps,
-        loss=loss,
+        loss=functools.partial(loss_of_outputs, hyperparameters=numbers, options=options),
+        first=first.get("policy"),
         optimizer=numbers.optimizer,
         num_minibatches=options.num_minibatches,
         stop_kl=numbers.stop_kl,
@@ -280,7 +282,8 @@ def ppo_update(
             opt_state["value"],
             rates,
             keys[options.num_epochs :],
-            loss=functools.partial(value_loss, hyperparameters=numbers, **parts),
+            loss=functools.partial(value_loss, hyperparameters=numbers),
+            first=first.get("value"),
             optimizer=numbers.value_optimizer,
             num_minibatches=options.value_num_minibatches or options.num_minibatches,
         )
@@ -339,10 +342,12 @@ def take_steps(
     keys: jax.Array,
     *,
     experience: Experience,
+    outputs: Callable[[Params, Experience], Outputs],
     loss: Callable[..., tuple[jax.Array, dict]],
     optimizer: Optimizer,
     num_minibatches: int,
     options: PPOOptions,
+    first: FirstPass | None = None,
     stop_kl: jax.Array | float | None = None,
     choose: Callable[[Experience, jax.Array], Experience] | None = None,
 ) -> tuple[dict[str, Params], Any, dict[str, jax.Array]]:
@@ -354,24 +359,26 @@ def take_steps(
         rates: of policy and critic.
         keys: [E], consumed.
         experience: B responses.
-        loss: (params, experience, normalizer=, num_sequences=) -> (loss, metrics).
+        outputs: what the networks give.
+        loss: (outputs, experience, normalizer=, num_sequences=) -> (loss, metrics).
         optimizer: its numbers.
         num_minibatches: of an epoch.
         options: micro-batches, packing and aggregation are read.
+        first: the pass of the only step, of all responses in their own order, if it is made.
         stop_kl: see `ppo_update`.
         choose: (minibatch, key) -> minibatch with the tokens that the loss treats apart.
 
     Returns:
         (params, opt_state, metrics of each step).
     """
-    batch_size, first = experience.mask.shape[0], next(iter(params))
+    batch_size, name = experience.mask.shape[0], next(iter(params))
     assert_divides(
         batch_size,
         "responses",
         num_minibatches=num_minibatches,
         num_micro_batches=options.num_micro_batches,
     )
-    key_of_choice = None
+    key_of_choice, several = None, experience.critics is not None
     if choose is not None:
         keys, key_of_choice = split_keys(keys, num_minibatches)
     orders = jax.vmap(lambda k: jax.random.permutation(k, batch_size))(keys)
@@ -391,15 +398,19 @@ def take_steps(
             normalizer=mask.sum().astype(jnp.float32),
             num_sequences=mask.any(axis=1).sum().astype(jnp.float32),
         )
-        sums = accumulate_packed if options.packing else accumulate
-        gradients, metrics = sums(
-            lambda params, rows: loss(params, rows, **counts),
-            params,
-            minibatch,
-            options.num_micro_batches,
-        )
+
+        def loss_of(params, some):
+            return loss(outputs(params, some), some, **counts)
+
+        if first is not None:
+            gradients, metrics = first.gradients(
+                lambda every: loss(every.take(rows, several=several), minibatch, **counts)
+            )
+        else:
+            sums = accumulate_packed if options.packing else accumulate
+            gradients, metrics = sums(loss_of, params, minibatch, options.num_micro_batches)
         params, opt_state, norm = apply_gradients(optimizer, gradients, opt_state, params, rates)
-        return (params, opt_state), metrics | {f"{first}/grad_norm": norm}
+        return (params, opt_state), metrics | {f"{name}/grad_norm": norm}
 
     rows = orders.reshape(len(keys) * num_minibatches, -1)
     inputs = (rows, key_of_choice)

@@ -14,9 +14,14 @@ import jax
 import jax.numpy as jnp
 
 from ppo_jax.algorithms.adaptation import moved_reference
-from ppo_jax.algorithms.experience import make_experience, response_scores, sample_responses
+from ppo_jax.algorithms.experience import (
+    make_experience,
+    reference_logprobs,
+    response_scores,
+    sample_responses,
+)
 from ppo_jax.algorithms.greedy import greedy_options, greedy_responses
-from ppo_jax.algorithms.ppo import kl_of_update
+from ppo_jax.algorithms.ppo import kl_of_update, update_from_rollout
 from ppo_jax.algorithms.references import reference_options, reference_responses
 from ppo_jax.algorithms.supervised import text_scores
 from ppo_jax.algorithms.update import ppo_update
@@ -37,13 +42,13 @@ from ppo_jax.planner.flops import (
     adapter_flops,
     attended_in_row,
     forward_flops,
-    head_flops,
     rollout_flops,
     scoring_flops,
     update_flops,
 )
 from ppo_jax.planner.hlo.trip_counts import TripCounts
 from ppo_jax.planner.models import Models, common_layers
+from ppo_jax.planner.passes import networks_in_common, passes_before_update, value_head_flops
 from ppo_jax.rollout.continuous_batching import max_trip_counts
 from ppo_jax.rollout.sampling import Sampling
 from ppo_jax.training.ppo_setup import (
@@ -105,11 +110,17 @@ def phases(config: Config, models: Models, layouts: tuple[Layout, Layout]) -> li
         inputs.append(args.shard_rows(program.out_info))
     if not args.networks.reward:
         inputs = [x and (x, args.rows(jnp.float32, len(x.has_eos))) for x in inputs]
-    scoring = trace(score, *inputs, out_shardings=(batch_sharding, replicated))
-    experience = args.shard_rows(scoring.out_info[0])
-    updates = trace(
-        update, experience, args.key, donate_argnums=0, out_shardings=(state_shardings, replicated)
-    )
+    out = dict(donate_argnums=0, out_shardings=(state_shardings, replicated))
+    if networks_in_common(s):
+        scoring = trace(score_alone, *inputs, out_shardings=batch_sharding)
+        scores, ref_logprobs = args.shard_rows(scoring.out_info)
+        responses = [x[0] if isinstance(x, tuple) else x for x in inputs]
+        scored = [x and (x, own) for x, own in zip(responses, scores, strict=True)]
+        updates = trace(update_from_scores, scored, ref_logprobs, args.key, **out)
+    else:
+        scoring = trace(score, *inputs, out_shardings=(batch_sharding, replicated))
+        experience = args.shard_rows(scoring.out_info[0])
+        updates = trace(update, experience, args.key, **out)
     if models.reads_text:
         reader = functools.partial(
             score_text, reader=reward_network(models.reward, constrain=layout.constrain)
@@ -153,17 +164,31 @@ def score(
 ):
     """The work between the rollout and the updates. Responses come alone, or with their scores
     where no reward model is in the program."""
-
-    def scored(responses):
-        if responses is None or isinstance(responses, tuple):
-            return responses
-        eos_id = options.score_eos
-        scores = response_scores(responses, frozen=frozen, networks=networks, eos_id=eos_id)
-        return responses, scores
-
+    scored = functools.partial(with_scores, frozen=frozen, networks=networks, options=options)
     parts = dict(frozen=moved_reference(frozen, state), networks=networks, options=options)
     others = dict(greedy=scored(greedy), references=scored(references))
     return make_experience(*scored(rollout), state, hyperparameters, **others, **parts)
+
+
+def score_alone(
+    state, hyperparameters, rollout, *others, frozen: FrozenParams, networks, options
+) -> tuple[list[jax.Array | None], jax.Array]:
+    """`score` without what the update computes: (scores of each of the responses, log-probs of the
+    reference)."""
+    scored = functools.partial(with_scores, frozen=frozen, networks=networks, options=options)
+    responses, scores = scored(rollout)
+    reference = dict(frozen=moved_reference(frozen, state), networks=networks)
+    found = [other and scored(other)[1] for other in others]
+    return [scores, *found], reference_logprobs(responses, hyperparameters, **reference)
+
+
+def with_scores(responses, *, frozen, networks, options):
+    """(responses, their scores), if there are any; those that have come with their scores as they
+    are."""
+    if responses is None or isinstance(responses, tuple):
+        return responses
+    eos_id = options.score_eos
+    return responses, response_scores(responses, frozen=frozen, networks=networks, eos_id=eos_id)
 
 
 def other_rollouts(settings: PPOSettings) -> dict[str, tuple[int, Sampling]]:
@@ -201,6 +226,13 @@ def update(state, hyperparameters, experience, key, **parts):
     if hyperparameters.penalty_target_kl is not None:
         metrics["policy/old_kl"] = kl_of_update(state, experience, hyperparameters, **parts)
     return state, metrics
+
+
+def update_from_scores(state, hyperparameters, scored, ref_logprobs, key, **parts):
+    """All that follows the scores, where the update makes passes that scoring needs."""
+    (rollout, scores), *others = scored
+    given = (state, hyperparameters, rollout, scores, key, *others)
+    return update_from_rollout(*given, ref_logprobs=ref_logprobs, **parts)
 
 
 class AbstractArguments:
@@ -333,17 +365,11 @@ def analytic_flops(
     kernels = dict(logits_chunk=s.logits_chunk, platform=platform)
     trunks = [start or 0 for start in starts]
     trained = [trained_parts(policy, s.trainable, trunks[0], s.lora, "logits")]
-    passes = 2 if s.old_logprobs == "recompute" else 1
-    adapters = (passes - 1) * policy.num_layers * trained[0].adapter_flops
     if critic is not None:
         trained.append(trained_parts(critic, s.value_trainable, trunks[1], s.lora, "scalar"))
-        adapters += s.num_critics * critic.num_layers * trained[1].adapter_flops
-    positions = s.rollout_batch_size * (s.max_prompt_length + s.response_length - 1)
     reward = None if models.reads_text else models.reward
+    scoring = scoring_flops(policy, None, reward, trunks=trunks, **kernels, **sizes)
     kernels |= dict(value_outputs=s.value_bins or 1, num_critics=s.num_critics)
-    scoring = scoring_flops(
-        policy, critic, reward, policy_passes=passes, trunks=trunks, **kernels, **sizes
-    )
     count = num_other_responses(s)
     if count and reward is not None:
         how = dict(policy_passes=0, trunks=trunks)
@@ -360,7 +386,7 @@ def analytic_flops(
             group=abstract_options(s).sampling.group(s.max_concurrent),
             **sizes,
         ),
-        "scoring": scoring + positions * adapters,
+        "scoring": scoring,
         "update": update_flops(
             policy,
             critic,
@@ -372,9 +398,11 @@ def analytic_flops(
         ),
     }
     if s.shared_critic:
-        of_scoring, of_update = shared_critic_flops(s, policy, starts[0], platform)
-        flops["scoring"] += of_scoring + positions * policy.num_layers * trained[0].adapter_flops
-        flops["update"] += of_update
+        outputs = s.num_epochs * s.update_batch_size * s.response_length
+        flops["update"] += 3 * outputs * value_head_flops(s, policy)
+    in_common = networks_in_common(s)
+    of_passes = passes_before_update(s, models, trunks, trained, in_common, kernels | sizes)
+    flops["update" if in_common else "scoring"] += of_passes
     if s.penalty_target_kl > 0:
         updated = sizes | {"sequences": s.update_batch_size}
         flops["update"] += scoring_flops(policy, None, None, trunks=trunks, **kernels, **updated)
@@ -400,28 +428,6 @@ def other_rollout_flops(
         slots=slots,
         group=sampling.group(slots),
     )
-
-
-def shared_critic_flops(
-    settings: PPOSettings, policy: ModelConfig, start: int | None, platform: str | None
-) -> tuple[float, float]:
-    """What a critic on the policy adds to (scoring, without adapters: a pass of its body, the
-    update: the heads alone)."""
-    s, heads = settings, settings.num_critics * (settings.value_bins or 1)
-    scoring = scoring_flops(
-        policy,
-        policy,
-        None,
-        sequences=s.rollout_batch_size,
-        prompt_length=s.max_prompt_length,
-        response_length=s.response_length,
-        policy_passes=0,
-        trunks=(0, start or 0, 0),
-        platform=platform,
-        value_outputs=heads,
-    )
-    outputs = s.num_epochs * s.update_batch_size * s.response_length
-    return scoring, 3 * outputs * head_flops(policy, heads)
 
 
 def score_flops(config: ModelConfig, texts: int, width: int, platform: str | None) -> float:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from ppo_jax.algorithms import experience
+from ppo_jax.algorithms.ppo import update_from_rollout
 from ppo_jax.algorithms.update import ppo_update
 from ppo_jax.core.types import Optimizer
 from ppo_jax.models.build import policy_network, reward_network
@@ -166,6 +167,32 @@ def test_scoring_is_the_reference_the_critic_and_the_reward_model(old_logprobs, 
         config, sequences=B, positions=P + T, attended=P + T, outputs=1, head="scalar"
     )
     assert without == expected - last
+
+
+@pytest.mark.parametrize("old_logprobs", ["rollout", "recompute"])
+def test_an_update_of_one_step_is_all_that_policy_and_critic_compute(old_logprobs):
+    """It makes the passes that scoring needs: without the reference, the count of its steps."""
+    setup, numbers = tiny.setup(), tiny.hyperparameters()
+    options = tiny.options(num_epochs=1, num_minibatches=1, old_logprobs=old_logprobs)
+    parts = dict(networks=setup.networks, frozen=setup.frozen, options=options)
+    responses = jax.eval_shape(
+        functools.partial(rollout, setup.networks.policy, sampling=tiny.sampling()),
+        setup.policy_params,
+        tiny.prompts(),
+        jax.random.key(0),
+    )
+    numbers_BT = jax.ShapeDtypeStruct((B, T), jnp.float32)
+    scores, state = jax.ShapeDtypeStruct((B,), jnp.float32), setup.start(numbers)
+
+    def update(state, responses, scores, ref_logprobs):
+        given = (state, numbers, responses, scores, jax.random.key(0))
+        return update_from_rollout(*given, ref_logprobs=ref_logprobs, **parts)
+
+    config = tiny.model_config()
+    where = dict(sequences=B, prompt_length=P, response_length=T)
+    expected = flops.update_flops(config, config, num_epochs=1, **where)
+    found = measured(update, state, responses, scores, numbers_BT)
+    assert found == pytest.approx(expected, rel=0.01)
 
 
 def test_a_critic_with_bins_has_more_outputs():

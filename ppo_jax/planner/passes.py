@@ -1,0 +1,58 @@
+"""Forward passes of the networks that are trained, before an update: which of them there are, and
+their analytic flops."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+from ppo_jax.algorithms.passes import passes_in_common
+from ppo_jax.config.objectives import needs_critic
+from ppo_jax.config.ppo import PPOSettings
+from ppo_jax.models.config import ModelConfig
+from ppo_jax.planner.flops import TrainedParts, head_flops, scoring_flops
+from ppo_jax.planner.models import Models
+from ppo_jax.training.ppo_setup import abstract_options
+
+
+def networks_in_common(settings: PPOSettings) -> tuple[str, ...]:
+    """See `passes_in_common`: the passes that the update makes in place of scoring."""
+    has_critic, own_optimizer = needs_critic(settings.advantage), settings.critic_has_optimizer
+    options = abstract_options(settings)
+    return passes_in_common(options, has_critic=has_critic, own_optimizer=own_optimizer)
+
+
+def passes_before_update(
+    settings: PPOSettings,
+    models: Models,
+    trunks: Sequence[int],
+    trained: Sequence[TrainedParts],
+    in_common: Sequence[str],
+    sizes: dict[str, Any],
+) -> float:
+    """The passes of the networks that are trained which an experience needs, and which are none of
+    the update's own: of the critic, of the policy where log-probs are recomputed. A critic on the
+    policy is a pass of its body, or a head on the policy's."""
+    s, policy, critic = settings, models.policy, models.critic
+    recomputes = s.old_logprobs == "recompute" and "policy" not in in_common
+    has_values = needs_critic(s.advantage) and "value" not in in_common
+    positions = s.rollout_batch_size * (s.max_prompt_length + s.response_length - 1)
+    of_policy = positions * policy.num_layers * trained[0].adapter_flops
+    count = functools.partial(scoring_flops, policy, reward=None, **sizes)
+    flops = 0.0
+    if recomputes:
+        flops += count(None, trunks=trunks) + of_policy
+    if has_values and critic is not None:
+        adapters = s.num_critics * critic.num_layers * trained[1].adapter_flops
+        flops += count(critic, policy_passes=0, trunks=trunks) + positions * adapters
+    if has_values and s.shared_critic and recomputes:
+        flops += s.rollout_batch_size * s.response_length * value_head_flops(s, policy)
+    elif has_values and s.shared_critic:
+        heads = dict(value_outputs=s.num_critics * (s.value_bins or 1), num_critics=1)
+        body = functools.partial(count, policy, trunks=(0, trunks[0], 0))
+        flops += body(policy_passes=0, **heads) + of_policy
+    return flops
+
+
+def value_head_flops(settings: PPOSettings, policy: ModelConfig) -> int:
+    """The heads of critics on the policy, for one position."""
+    return head_flops(policy, settings.num_critics * (settings.value_bins or 1))
