@@ -25,8 +25,13 @@ from benchmarks.workload import (
     rates,
     response_tokens,
 )
-from ppo_jax.algorithms.experience import make_experience, response_scores, sample_responses
-from ppo_jax.algorithms.ppo import ppo_iteration
+from ppo_jax.algorithms.experience import (
+    make_experience,
+    reference_logprobs,
+    response_scores,
+    sample_responses,
+)
+from ppo_jax.algorithms.ppo import ppo_iteration, update_from_rollout
 from ppo_jax.algorithms.update import ppo_update
 
 
@@ -83,14 +88,22 @@ def packed_update():
 
 
 def iteration():
-    """The whole iteration as one program, and its three phases as programs of their own."""
+    """The whole iteration as one program, and its three phases as programs of their own.
+
+    Of one optimizer step the critic's values are those of the update's own forward pass: it is in
+    the phase "update" alone.
+    """
     if FLAGS.lengths != "fixed":
         raise ValueError(f"--lengths must be fixed for an iteration, got {FLAGS.lengths!r}")
     work, timings = Workload(), {}
     timings["rollout"], responses = time_rollout(work)
-    timings["score"], experience = time_score(work, responses)
-    timings["update"] = time_update(work, experience)
-    del responses, experience
+    if work.one_pass:
+        timings["score"], given = time_score_alone(work, responses)
+        timings["update"] = time_update_from_scores(work, responses, *given)
+    else:
+        timings["score"], given = time_score(work, responses)
+        timings["update"] = time_update(work, given)
+    del responses, given
     timing = work.time_steps(ppo_iteration, work.hyperparameters, work.prompts, work.key)
     figures = timing.figures()
     print_report(
@@ -122,6 +135,28 @@ def time_score(work: Workload, responses: Any, repeats: int | None = None) -> tu
         ]
 
     return work.time(score, work.hyperparameters, responses, repeats=repeats)
+
+
+def time_score_alone(work: Workload, responses: Any) -> tuple[Timing, tuple[Any, Any]]:
+    """(timing, (scores, log-probs of the reference)): the rest is of the update's own passes."""
+
+    def score(state, hyperparameters, responses, *, frozen, networks, options):
+        parts = dict(frozen=frozen, networks=networks)
+        reference = reference_logprobs(responses, hyperparameters, **parts)
+        return response_scores(responses, **parts), reference
+
+    return work.time(score, work.hyperparameters, responses)
+
+
+def time_update_from_scores(work: Workload, responses: Any, scores: Any, reference: Any) -> Timing:
+    """Of the step with all that comes before it but the scores and the reference."""
+
+    def update(state, hyperparameters, responses, scores, key, reference, **parts):
+        given = (state, hyperparameters, responses, scores, key)
+        return update_from_rollout(*given, ref_logprobs=reference, **parts)
+
+    given = (work.hyperparameters, responses, scores, work.key, reference)
+    return work.time_steps(update, *given)
 
 
 def time_update(work: Workload, experience: Any) -> Timing:

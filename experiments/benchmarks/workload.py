@@ -15,6 +15,7 @@ from absl import flags
 
 from benchmarks.profile import print_profile
 from ppo_jax.algorithms.options import PPONetworks, PPOOptions
+from ppo_jax.algorithms.passes import passes_in_common
 from ppo_jax.algorithms.ppo import init_ppo
 from ppo_jax.core.types import FrozenParams, Hyperparameters, Optimizer, Prompts
 from ppo_jax.models.build import policy_network, reward_network, value_network
@@ -140,14 +141,20 @@ class Workload:
         compiled = jax.jit(bound, **options).lower(self.state, *args, frozen=self.frozen).compile()
         return compiled, time.perf_counter() - start
 
-    def flops(self) -> dict[str, float]:
-        """Analytic flops of each phase."""
+    @property
+    def one_pass(self) -> bool:
+        """Whether the update makes the critic's pass of scoring, see `passes_in_common`."""
+        return bool(passes_in_common(self.options, has_critic=True, own_optimizer=False))
+
+    def flops(self, *, iteration: bool = False) -> dict[str, float]:
+        """Analytic flops of each phase, by itself or as it is in an iteration."""
         c = self.config
+        critic = None if iteration and self.one_pass else c
         sizes = dict(prompt_length=FLAGS.prompt_len, response_length=FLAGS.response_len)
         sizes["sequences"] = FLAGS.batch
         return {
             "rollout": flops.rollout_flops(c, **sizes),
-            "score": flops.scoring_flops(c, c, c, **sizes),
+            "score": flops.scoring_flops(c, critic, c, **sizes),
             "update": flops.update_flops(c, c, num_epochs=FLAGS.num_epochs, **sizes),
         }
 
@@ -242,7 +249,7 @@ def rates(name: str, tokens: float, timing: Timing) -> dict[str, float]:
 
 def print_report(work: Workload, timing: Timing, name: str, **figures: float):
     """All figures as one line of JSON."""
-    flops = work.flops()
+    flops = work.flops(iteration=name == "iteration")
     model_flops = flops[name] if name in flops else sum(flops.values())
     print_json(
         {

@@ -33,8 +33,11 @@ def last_line(done):
 
 
 @pytest.mark.slow
-def test_an_iteration_tells_all_of_its_figures():
-    report = last_line(benchmark("iteration", "--family=llama", "--scan-layers", *TINY))
+@pytest.mark.parametrize(
+    "more", [(), ("--num-epochs=1", "--num-minibatches=1")], ids=["epochs", "one step"]
+)
+def test_an_iteration_tells_all_of_its_figures(more):
+    report = last_line(benchmark("iteration", "--family=llama", "--scan-layers", *TINY, *more))
     promised = (
         "cpu_seconds_per_iter wall_seconds_per_iter rollout_cpu_seconds score_cpu_seconds "
         "update_cpu_seconds rollout_tokens_per_cpu_second update_matmul_utilisation peak_rss_mb "

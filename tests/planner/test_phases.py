@@ -218,7 +218,7 @@ SAVED = {  # what is trained: the passes that one step saves, of the critic and 
 def test_one_step_saves_the_passes_that_it_makes_itself(run):
     changes, (of_critic, of_policy) = SAVED[run]
     one, more = (settings(ppo=ONE_STEP | changes | dict(num_micro_batches=n)).ppo for n in (1, 2))
-    models = planner.read_models(settings(ppo=changes))
+    models = planner.read_models(settings(ppo=ONE_STEP | changes))
     found, plain = (sum(phases.analytic_flops(s, models).values()) for s in (one, more))
     sizes = dict(sequences=32, prompt_length=8, response_length=8)
     critic = flops.scoring_flops(models.policy, models.critic, None, policy_passes=0, **sizes)
