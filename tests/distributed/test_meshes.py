@@ -192,6 +192,7 @@ def parity(params, inputs, mask, **_):
 
 
 METHODS = {
+    "one step": (gae, dict(num_epochs=1, num_minibatches=1, old_logprobs="recompute")),
     "two rollouts": (gae, dict(max_rollouts=2)),
     "PAR": (gae, dict(reference_responses=3)),
     "ReMax, Clip-Cov": (remax_advantages, dict(loss=clip_cov_policy_loss)),

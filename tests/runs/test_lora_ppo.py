@@ -155,6 +155,19 @@ def test_sampled_logprobs_are_those_of_the_update(scan_layers):
     np.testing.assert_allclose(run.update_from_rollout(rollout)["policy/ratio_max"], 1.0, atol=0.2)
 
 
+def test_one_step_is_that_of_passes_apart():
+    run = Run(num_epochs=1, num_minibatches=1, old_logprobs="recompute")
+    rollout, scores = run.rollout(), np.arange(BATCH, dtype=np.float32) % 3
+    parts, start = dict(frozen=run.frozen, **run.parts), run.state
+    experience, _ = tiny.make_experience(rollout, scores, start, run.numbers, **parts)
+    plain, _ = tiny.update(start, experience, run.numbers, KEY, **parts)
+    state, metrics = tiny.update_from_rollout(start, run.numbers, rollout, scores, KEY, **parts)
+    assert metrics["policy/ratio_max"] == 1
+    tiny.leaves_close(state.opt_state, plain.opt_state, rtol=1e-3, atol=1e-6)
+    tiny.leaves_close(state.policy_params, plain.policy_params, atol=3e-5)
+    tiny.leaves_close(state.value_params, plain.value_params, atol=3e-5)
+
+
 def test_a_token_costs_what_it_costs_without_adapters():
     """The rollout pays for them once: 2 r I O a kernel."""
 
