@@ -21,6 +21,7 @@ from ppo_jax.models.attention import (
     Outputs,
     attend_cached,
     cache_mask,
+    rotary_angles,
     rotate,
     text_positions,
     update_cache,
@@ -38,13 +39,16 @@ ALL = Outputs()
 
 
 class Attention(nn.Module):
-    """Causal self-attention of some positions, `outputs`, over all of them and those in a cache."""
+    """Causal self-attention of some positions, `outputs`, over all of them and those in a cache.
+
+    `angles` are `rotary_angles`, None without rotary positions.
+    """
 
     config: ModelConfig
     constrain: ShardingConstraint = unconstrained
 
     @nn.compact
-    def __call__(self, x_BSD, positions_BS, attention_fn, cache, layer, next_slot, outputs):
+    def __call__(self, x_BSD, angles, attention_fn, cache, layer, next_slot, outputs):
         c = self.config
         project = functools.partial(Projection, constrain=self.constrain, lora_alpha=c.lora_alpha)
         queries = outputs if attention_fn.takes_some_queries else ALL
@@ -54,8 +58,8 @@ class Attention(nn.Module):
         if c.qk_norm:
             q = Norm(c, name="query_norm")(q)
             k = Norm(c, name="key_norm")(k)
-        if c.positions == "rotary":
-            q, k = rotate(q, queries.take(positions_BS), c), rotate(k, positions_BS, c)
+        if angles is not None:
+            q, k = rotate(q, queries.take(angles)), rotate(k, angles)
         k, v = (x.swapaxes(1, 2) for x in (k, v))
         if cache is not None:
             cache, (k, v) = update_cache(cache, (k, v), next_slot, layer)
@@ -103,11 +107,11 @@ class Block(nn.Module):
     constrain: ShardingConstraint = unconstrained
 
     @nn.compact
-    def __call__(self, carry, layer, positions_BS, attention_fn, next_slot, outputs=ALL):
+    def __call__(self, carry, layer, angles, attention_fn, next_slot, outputs=ALL):
         c, constrain, (x_BSD, cache) = self.config, self.constrain, carry
         normed = Norm(c, name="attention_norm")(x_BSD)
         output, cache = Attention(c, constrain, name="attention")(
-            normed, positions_BS, attention_fn, cache, layer, next_slot, outputs
+            normed, angles, attention_fn, cache, layer, next_slot, outputs
         )
         x_BSD = outputs.take(x_BSD) + output
         x_BSD = x_BSD + MLP(c, constrain, name="mlp")(Norm(c, name="mlp_norm")(x_BSD))
@@ -207,7 +211,8 @@ class Transformer(nn.Module):
         layers = Layers(c, self.start or 0, self.end, exits, self.constrain, name="layers")
         next_slot = None if cache is None else cache.index % cache.mask.shape[1]
         caches = None if cache is None else cache.layers
-        states, caches = layers(x, caches, positions, attention_fn, next_slot, outputs=outputs)
+        angles = rotary_angles(positions, c) if c.positions == "rotary" else None
+        states, caches = layers(x, caches, angles, attention_fn, next_slot, outputs=outputs)
         if cache is not None:
             cache = cache.replace(layers=caches, index=cache.index + mask_BS.shape[1])
         if self.head == "none":
