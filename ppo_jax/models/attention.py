@@ -1,7 +1,7 @@
 """Attention masks, positions, the KV cache and dot-product attention.
 
 Dimension key: B sequences, L positions, S new positions, C cache slots, H heads, G key/value heads,
-R = H / G queries per key, K head size; F prompts of P positions that are admitted to a cache.
+R = H / G queries per key, N = R S, K head size; F prompts of P positions that are admitted to a cache.
 """
 
 import math
@@ -198,19 +198,61 @@ def rotate(x_BLHK: jax.Array, angles_BL2K: jax.Array) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BLHK.dtype)
 
 
+@jax.custom_vjp
 def attend(q_BSHK, k_BGCK, v_BGCK, allowed_BSC) -> jax.Array:
-    """Softmax attention in float32, grouped queries without repeating keys."""
+    """Softmax attention in float32, [B, S, H, K], grouped queries without repeating keys.
+
+    With p = softmax(q k' / √K) and o = p v, the gradient of the scores is p (do v' - Σ_K do o): the
+    sum that a softmax needs is one over K numbers of the output, not over C. Reverse mode only:
+    `jax.jvp` is refused.
+    """
+    return _attend_forward(q_BSHK, k_BGCK, v_BGCK, allowed_BSC)[0]
+
+
+def _attend_forward(q_BSHK, k_BGCK, v_BGCK, allowed_BSC):
     B, S, H, K = q_BSHK.shape
-    G = k_BGCK.shape[1]
-    q_BSGRK = q_BSHK.reshape(B, S, G, H // G, K)
-    scores_BGRSC = jnp.einsum(
-        "BSGRK,BGCK->BGRSC", q_BSGRK, k_BGCK, preferred_element_type=jnp.float32
-    )
+    G, C = k_BGCK.shape[1:3]
+    q_BGNK = _by_group(q_BSHK, G)
+    scores_BGNC = jnp.einsum("BGNK,BGCK->BGNC", q_BGNK, k_BGCK, preferred_element_type=jnp.float32)
+    scores_BGRSC = scores_BGNC.reshape(B, G, H // G, S, C) / math.sqrt(K)
     # A finite floor: a padded query without any key gives an average, not NaN.
     floor = jnp.finfo(jnp.float32).min
-    scores_BGRSC = jnp.where(allowed_BSC[:, None, None], scores_BGRSC / math.sqrt(K), floor)
-    probs_BGRSC = jax.nn.softmax(scores_BGRSC, axis=-1).astype(v_BGCK.dtype)
-    return jnp.einsum("BGRSC,BGCK->BSGRK", probs_BGRSC, v_BGCK).reshape(B, S, H, K)
+    scores_BGRSC = jnp.where(allowed_BSC[:, None, None], scores_BGRSC, floor)
+    probs_BGNC = jax.nn.softmax(scores_BGRSC, axis=-1).astype(v_BGCK.dtype).reshape(B, G, -1, C)
+    output_BGNK = jnp.einsum("BGNC,BGCK->BGNK", probs_BGNC, v_BGCK)
+    return _by_position(output_BGNK, S), (q_BGNK, k_BGCK, v_BGCK, probs_BGNC, output_BGNK)
+
+
+def _attend_backward(saved, g_BSHK):
+    q_BGNK, k_BGCK, v_BGCK, probs_BGNC, output_BGNK = saved
+    S, K = g_BSHK.shape[1], g_BSHK.shape[3]
+    g_BGNK = _by_group(g_BSHK, k_BGCK.shape[1])
+    mean_BGN = jnp.sum(g_BGNK.astype(jnp.float32) * output_BGNK.astype(jnp.float32), axis=-1)
+    of_probs = jnp.einsum("BGNK,BGCK->BGNC", g_BGNK, v_BGCK, preferred_element_type=jnp.float32)
+    of_scores = probs_BGNC.astype(jnp.float32) * (of_probs - mean_BGN[..., None]) / math.sqrt(K)
+    of_scores = of_scores.astype(q_BGNK.dtype)
+    of_q = jnp.einsum("BGNC,BGCK->BGNK", of_scores, k_BGCK)
+    of_k = jnp.einsum("BGNC,BGNK->BGCK", of_scores, q_BGNK)
+    of_v = jnp.einsum("BGNC,BGNK->BGCK", probs_BGNC, g_BGNK)
+    return _by_position(of_q, S), of_k, of_v, None
+
+
+attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _by_group(x_BSHK, num_groups):
+    """[B, G, R S, K]: with the queries of a group side by side each product is one of matrices,
+    whose result a CPU need not transpose number by number."""
+    B, S, H, K = x_BSHK.shape
+    x_BSGRK = x_BSHK.reshape(B, S, num_groups, H // num_groups, K)
+    return x_BSGRK.transpose(0, 2, 3, 1, 4).reshape(B, num_groups, -1, K)
+
+
+def _by_position(x_BGNK, num_positions):
+    """The inverse of `_by_group`."""
+    B, G, N, K = x_BGNK.shape
+    x_BGRSK = x_BGNK.reshape(B, G, N // num_positions, num_positions, K)
+    return x_BGRSK.transpose(0, 3, 1, 2, 4).reshape(B, num_positions, -1, K)
 
 
 def attend_cached(q_BSHK, k_BGCK, v_BGCK, mask) -> jax.Array:
