@@ -40,7 +40,7 @@ def main():
         cli.stop(f"needs a subcommand, one of {list(SUBCOMMANDS)}, got {got}", cli.USER_MISTAKE)
     module, function = SUBCOMMANDS[name]
     module = importlib.import_module(f"benchmarks.{module}")
-    for part in filter(None, (module, sys.modules.get("benchmarks.workload"))):
+    for part in [m for name, m in sys.modules.items() if name.startswith("benchmarks.")]:
         flags.adopt_module_key_flags(part)  # for --help
     sys.modules["__main__"].__doc__ = module.__doc__
     logging.set_verbosity(logging.WARNING)
