@@ -1,9 +1,10 @@
 """Benchmarks, one per subcommand.
 
-    python experiments/benchmark.py packing
+    python experiments/benchmark.py iteration
 
 iteration, rollout, update: PPO on random models, in seconds of CPU time.
-packing: an epoch of SFT with `sft.packing` and without, as a ratio of CPU times. Two minutes.
+sft, reward: a step of these stages on random models and texts, likewise.
+grid: one of these stages at random shapes, each beside another library, in turn.
 cpu_tricks: what the forms of `ppo_jax.core.cpu` save, as ratios of CPU times. Three minutes.
 lanes: a sweep as one program beside its lanes one by one, in CPU seconds of an iteration.
 scaling: cost per chip of a PPO iteration on more and more chips; compiled, not run.
@@ -23,7 +24,9 @@ SUBCOMMANDS = {
     "iteration": ("ppo", "iteration"),
     "rollout": ("ppo", "rollout"),
     "update": ("ppo", "update"),
-    "packing": ("packing", "main"),
+    "sft": ("supervised", "sft"),
+    "reward": ("supervised", "reward"),
+    "grid": ("grid", "main"),
     "cpu_tricks": ("cpu_tricks", "main"),
     "lanes": ("lanes", "main"),
     "scaling": ("scaling", "main"),

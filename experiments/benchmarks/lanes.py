@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from benchmarks.measure import FLAGS, pin_threads, print_json
+from benchmarks.measure import FLAGS, pin_threads
+from benchmarks.report import print_json
 from ppo_jax.algorithms.options import PPONetworks, PPOOptions
 from ppo_jax.algorithms.ppo import init_ppo, ppo_iteration
 from ppo_jax.algorithms.sweep import LaneAxes, stack_lanes, sweep_iteration

@@ -4,7 +4,6 @@ On an accelerator seconds are those of the wall, as a process waits there most o
 """
 
 import functools
-import json
 import os
 import resource
 import statistics
@@ -45,7 +44,16 @@ OPTIONAL_SIZES = {
 }
 define_numbers(OPTIONAL_SIZES, 0)
 define_numbers(
-    {"threads": (1, "Cores to run on."), "repeats": (5, "Timed runs, after one that is not.")}, 1
+    {
+        "batch": (16, "Responses of an iteration, or texts of a step."),
+        "num_micro_batches": (1, "Micro-batches per optimizer step, one after the other."),
+        "threads": (1, "Cores to run on."),
+        "repeats": (5, "Timed runs, after one that is not."),
+    },
+    1,
+)
+flags.DEFINE_string(
+    "lengths", "fixed", "Of responses or texts: fixed, geometric:MEAN or lognormal:MEDIAN."
 )
 flags.DEFINE_bool("tie_embeddings", None, "The head is the token table; by default the family's.")
 flags.DEFINE_enum(
@@ -239,9 +247,3 @@ def run_figures(timing: Timing) -> dict[str, Any]:
 
 def flag_values(*names: str) -> dict[str, Any]:
     return {name: getattr(FLAGS, name) for name in names}
-
-
-def print_json(figures: dict[str, Any]):
-    """One line; floats with four digits."""
-    rounded = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in figures.items()}
-    print(json.dumps(rounded), flush=True)

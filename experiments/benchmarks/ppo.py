@@ -19,7 +19,8 @@ from typing import Any
 
 from absl import flags
 
-from benchmarks.measure import FLAGS, Timing, print_json, rates
+from benchmarks.measure import FLAGS, Timing, rates
+from benchmarks.report import print_json
 from benchmarks.skewed import skewed_rollout, stop_tokens
 from benchmarks.workload import Workload, arguments, print_report, response_tokens
 from ppo_jax.algorithms.experience import make_experience, response_scores, sample_responses

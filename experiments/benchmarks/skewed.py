@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.measure import FLAGS, print_json, rates, time_calls
+from benchmarks.measure import FLAGS, rates, time_calls
+from benchmarks.report import print_json
 from benchmarks.workload import Workload, arguments, random_prompts
 from ppo_jax.rollout.rollout import rollout
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import flags
 
 from benchmarks.measure import (
     FLAGS,
@@ -23,11 +22,11 @@ from benchmarks.measure import (
     model_config,
     peak_flops,
     pin_threads,
-    print_json,
     run_figures,
     time_calls,
     utilisation_figures,
 )
+from benchmarks.report import print_json
 from ppo_jax.algorithms.ppo import init_ppo
 from ppo_jax.config.ppo import PPOSettings
 from ppo_jax.config.stages import LoRASettings, OptimizerSettings
@@ -47,13 +46,11 @@ from ppo_jax.training.ppo_setup import (
 )
 
 BATCH = {
-    "batch": (16, "Responses of an iteration."),
     "samples_per_prompt": (1, "Of them to each prompt."),
     "prompt_len": (32, "Tokens of a prompt."),
     "response_len": (64, "Tokens of a response."),
     "num_epochs": (4, "Passes over a rollout."),
     "num_minibatches": (1, "Optimizer steps per pass."),
-    "num_micro_batches": (1, "Micro-batches per minibatch, one after the other."),
 }
 define_numbers(BATCH, 1)
 NUMBERS = {
@@ -62,7 +59,6 @@ NUMBERS = {
     "min_free_slots": (0, "Free slots that prompts wait for; 0 is a quarter."),
 }
 define_numbers(NUMBERS, 0)
-flags.DEFINE_string("lengths", "fixed", "Of responses: fixed, or geometric:MEAN.")
 define_numbers({"num_prompts": (128, "Of a rollout with geometric lengths.")}, 1)
 
 NO_TRUNK = (None, None, None)  # every network reads tokens
@@ -215,4 +211,5 @@ def print_report(work: Workload, timing: Timing, name: str, **figures: float):
 
 
 def arguments(*names: str) -> dict[str, Any]:
-    return flag_values(*SHAPE, *BATCH, *NUMBERS, "threads", "repeats", *names)
+    common = ("batch", "num_micro_batches", "threads", "repeats")
+    return flag_values(*SHAPE, *BATCH, *NUMBERS, *common, *names)
