@@ -1,9 +1,10 @@
 """Benchmarks, one per subcommand.
 
-    python experiments/benchmark.py packing
+    python experiments/benchmark.py iteration
 
 iteration, rollout, update: PPO on random models, in seconds of CPU time.
-packing: an epoch of SFT with `sft.packing` and without, as a ratio of CPU times. Two minutes.
+sft, reward: a step of these stages on random models and texts, likewise.
+grid: one of these stages at random shapes, each beside another library, in turn.
 cpu_tricks: what the forms of `ppo_jax.core.cpu` save, as ratios of CPU times. Three minutes.
 lanes: a sweep as one program beside its lanes one by one, in CPU seconds of an iteration.
 scaling: cost per chip of a PPO iteration on more and more chips; compiled, not run.
@@ -23,7 +24,9 @@ SUBCOMMANDS = {
     "iteration": ("ppo", "iteration"),
     "rollout": ("ppo", "rollout"),
     "update": ("ppo", "update"),
-    "packing": ("packing", "main"),
+    "sft": ("supervised", "sft"),
+    "reward": ("supervised", "reward"),
+    "grid": ("grid", "main"),
     "cpu_tricks": ("cpu_tricks", "main"),
     "lanes": ("lanes", "main"),
     "scaling": ("scaling", "main"),
@@ -40,7 +43,7 @@ def main():
         cli.stop(f"needs a subcommand, one of {list(SUBCOMMANDS)}, got {got}", cli.USER_MISTAKE)
     module, function = SUBCOMMANDS[name]
     module = importlib.import_module(f"benchmarks.{module}")
-    for part in filter(None, (module, sys.modules.get("benchmarks.workload"))):
+    for part in [m for name, m in sys.modules.items() if name.startswith("benchmarks.")]:
         flags.adopt_module_key_flags(part)  # for --help
     sys.modules["__main__"].__doc__ = module.__doc__
     logging.set_verbosity(logging.WARNING)

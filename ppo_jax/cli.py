@@ -212,7 +212,8 @@ def raised_by_us(error: BaseException) -> bool:
     """Whether the innermost frame of an error is in this package, a script or a benchmark."""
     frames = traceback.extract_tb(error.__traceback__)
     path, scripts = pathlib.Path(frames[-1].filename), pathlib.Path(sys.argv[0]).resolve().parent
-    return path.is_relative_to(OURS) or path.parent in (scripts, scripts / "benchmarks")
+    of_script = path.parent == scripts or path.is_relative_to(scripts / "benchmarks")
+    return path.is_relative_to(OURS) or of_script
 
 
 def one_line(error: BaseException) -> str:

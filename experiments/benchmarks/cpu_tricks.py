@@ -15,8 +15,10 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 
+from benchmarks.measure import FLAGS
 from benchmarks.ppo import time_rollout, time_score
-from benchmarks.workload import FLAGS, Workload, arguments, print_json
+from benchmarks.report import print_json
+from benchmarks.workload import Workload, arguments
 from ppo_jax.algorithms.experience import sample_responses
 from ppo_jax.algorithms.update import ppo_update
 from ppo_jax.core import cpu

@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from benchmarks.workload import FLAGS, print_json
+from benchmarks.measure import FLAGS, pin_threads
+from benchmarks.report import print_json
 from ppo_jax.algorithms.options import PPONetworks, PPOOptions
 from ppo_jax.algorithms.ppo import init_ppo, ppo_iteration
 from ppo_jax.algorithms.sweep import LaneAxes, stack_lanes, sweep_iteration
@@ -124,8 +125,7 @@ class Setup:
 
 
 def main():
-    cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, cores[: FLAGS.threads])  # before jax starts its threads
+    pin_threads()
     setup = Setup()
     alone = measure(setup.state, *setup.one())
     together = measure(stack_lanes([setup.state] * FLAGS.lanes), *setup.lanes())

@@ -5,26 +5,24 @@ r"""PPO on random models: an iteration, its rollout or its update, in seconds of
     python experiments/benchmark.py rollout --lengths=geometric:16 --num-prompts=128
 
 The set-up of InstructGPT: policy, critic, reference and reward model, four of one size with weights
-of their own; float32; responses of full length. The last line of the output is one JSON object.
+of their own; responses of full length. The last line of the output is one JSON object.
+--lora=RANK trains adapters of policy and critic alone; SmolLM2-135M has --family=llama --hidden=576
+--mlp=1536 --layers=30 --heads=9 --kv-heads=3 --vocab=49152 --tie-embeddings.
 With --lengths=geometric:MEAN, continuous batching of --num-prompts in --batch slots is compared
 with static batches of --batch prompts, and an update of packed rows, which needs fewer
 micro-batches, with one of a row for each response.
 """
 
 import dataclasses
+import statistics
 from typing import Any
 
+from absl import flags
+
+from benchmarks.measure import FLAGS, Timing, rates
+from benchmarks.report import print_json
 from benchmarks.skewed import skewed_rollout, stop_tokens
-from benchmarks.workload import (
-    FLAGS,
-    Timing,
-    Workload,
-    arguments,
-    print_json,
-    print_report,
-    rates,
-    response_tokens,
-)
+from benchmarks.workload import Workload, arguments, print_report, response_tokens
 from ppo_jax.algorithms.experience import (
     make_experience,
     reference_logprobs,
@@ -33,6 +31,8 @@ from ppo_jax.algorithms.experience import (
 )
 from ppo_jax.algorithms.ppo import ppo_iteration, update_from_rollout
 from ppo_jax.algorithms.update import ppo_update
+
+flags.DEFINE_bool("phases", True, "Of an iteration, also time its phases alone.")
 
 
 def rollout():
@@ -95,15 +95,8 @@ def iteration():
     """
     if FLAGS.lengths != "fixed":
         raise ValueError(f"--lengths must be fixed for an iteration, got {FLAGS.lengths!r}")
-    work, timings = Workload(), {}
-    timings["rollout"], responses = time_rollout(work)
-    if work.one_pass:
-        timings["score"], given = time_score_alone(work, responses)
-        timings["update"] = time_update_from_scores(work, responses, *given)
-    else:
-        timings["score"], given = time_score(work, responses)
-        timings["update"] = time_update(work, given)
-    del responses, given
+    work = Workload()
+    phases = time_phases(work) if FLAGS.phases else {}
     timing = work.time_steps(ppo_iteration, work.hyperparameters, work.prompts, work.key)
     figures = timing.figures()
     print_report(
@@ -112,10 +105,27 @@ def iteration():
         "iteration",
         cpu_seconds_per_iter=figures["cpu_seconds"],
         wall_seconds_per_iter=figures["wall_seconds"],
-        **{f"{phase}_cpu_seconds": t.cpu_seconds for phase, t in timings.items()},
-        **rates("rollout_tokens", response_tokens(), timings["rollout"]),
-        update_matmul_utilisation=work.utilisation(work.flops()["update"], timings["update"]),
+        **phases,
     )
+
+
+def time_phases(work: Workload) -> dict[str, float]:
+    """The three phases as programs of their own; of one optimizer step what `passes_in_common`
+    names is in the update alone."""
+    timings = {}
+    timings["rollout"], responses = time_rollout(work)
+    if work.one_pass:
+        timings["score"], given = time_score_alone(work, responses)
+        timings["update"] = time_update_from_scores(work, responses, *given)
+    else:
+        timings["score"], experience = time_score(work, responses)
+        timings["update"] = time_update(work, experience)
+    return {
+        **{f"{phase}_cpu_seconds": t.cpu_seconds for phase, t in timings.items()},
+        **{f"{phase}_wall_seconds": statistics.median(t.wall) for phase, t in timings.items()},
+        **rates("rollout_tokens", response_tokens(), timings["rollout"]),
+        "update_matmul_utilisation": work.utilisation(work.flops()["update"], timings["update"]),
+    }
 
 
 def time_rollout(work: Workload, repeats: int | None = None) -> tuple[Timing, Any]:

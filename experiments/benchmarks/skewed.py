@@ -8,15 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.workload import (
-    FLAGS,
-    Workload,
-    arguments,
-    print_json,
-    random_prompts,
-    rates,
-    time_calls,
-)
+from benchmarks.measure import FLAGS, rates, time_calls
+from benchmarks.report import print_json
+from benchmarks.workload import Workload, arguments, random_prompts
 from ppo_jax.rollout.rollout import rollout
 
 
@@ -38,6 +32,10 @@ def skewed_rollout():
         raise ValueError(
             f"--num-prompts must be a multiple of --batch ({FLAGS.batch}), got {FLAGS.num_prompts}"
         )
+    for name, fits in (("lora", 0), ("samples_per_prompt", 1)):
+        if (got := getattr(FLAGS, name)) != fits:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} must be {fits} with --lengths={FLAGS.lengths}, got {got}")
     stops, work = stop_tokens(), Workload()
     sampling = dataclasses.replace(work.options.sampling, eos_ids=stops)
     prompts, rows = random_prompts(FLAGS.num_prompts), jnp.arange(FLAGS.num_prompts)

@@ -48,6 +48,24 @@ def test_an_iteration_tells_all_of_its_figures(more):
     assert given == {"family": "llama", "response_len": 8, "scan_layers": True}
 
 
+GROUPED = ["--family=llama", "--heads=4", "--kv-heads=2", "--mlp=24", "--tie-embeddings"]
+
+
+@pytest.mark.slow
+def test_an_iteration_of_adapters_alone_is_of_fewer_flops():
+    """In bfloat16, with fewer heads of keys, several samples a prompt and logits in parts."""
+    options = ["--dtype=bfloat16", "--samples-per-prompt=2", "--logits-chunk=4", "--nophases"]
+    whole, adapters = (
+        last_line(benchmark("iteration", *TINY, *GROUPED, *options, f"--lora={rank}"))
+        for rank in (0, 2)
+    )
+    assert 0 < adapters["model_flops"] < whole["model_flops"]
+    assert 0 < adapters["planned_mb"] < whole["planned_mb"]
+    assert adapters["cpu_seconds_per_iter"] > 0 and "rollout_cpu_seconds" not in adapters
+    given = {name: adapters["arguments"][name] for name in ("lora", "kv_heads", "mlp", "dtype")}
+    assert given == {"lora": 2, "kv_heads": 2, "mlp": 24, "dtype": "bfloat16"}
+
+
 @pytest.mark.slow
 def test_a_profile_tells_the_share_of_matrix_products():
     done = benchmark("update", "--profile", *TINY)
@@ -80,6 +98,12 @@ def test_packed_rows_stand_beside_single_ones():
         (["--lengths=geometric:4", "--num-prompts=5"], "a multiple of --batch (4), got 5"),
         (["--min-free-slots=2"], "--min-free-slots must be 0 with --lengths=fixed, got 2"),
         (["--batch=4", "--num-minibatches=3"], "--num-micro-batches (3), got 4"),
+        (["--batch=4", "--samples-per-prompt=3"], "of --samples-per-prompt (3), got 4"),
+        (["--heads=3"], "--hidden must be a multiple of --heads (3), got 16"),
+        (["--kv-heads=1"], "--kv-heads must be 0 with --family=gpt2, got 1"),
+        (["--family=llama", "--heads=4", "--kv-heads=3"], "a multiple of --kv-heads (3), got 4"),
+        (["--family=llama", "--heads=16"], "an even multiple of --heads with --family=llama"),
+        (["--lengths=geometric:4", "--num-prompts=4", "--lora=2"], "--lora must be 0 with"),
         (["--threads=4096"], "--threads must be at most"),
     ],
 )
