@@ -8,6 +8,7 @@ grid: one of these stages at random shapes, each beside another library, in turn
 cpu_tricks: what the forms of `ppo_jax.core.cpu` save, as ratios of CPU times. Three minutes.
 lanes: a sweep as one program beside its lanes one by one, in CPU seconds of an iteration.
 scaling: cost per chip of a PPO iteration on more and more chips; compiled, not run.
+gpu_report: what one NVIDIA GPU does, in 15 minutes; gpu_part is one of its parts.
 
 --help after a subcommand lists its options.
 """
@@ -30,6 +31,8 @@ SUBCOMMANDS = {
     "cpu_tricks": ("cpu_tricks", "main"),
     "lanes": ("lanes", "main"),
     "scaling": ("scaling", "main"),
+    "gpu_report": ("gpu_report", "main"),
+    "gpu_part": ("gpu_parts", "main"),
 }
 
 

@@ -120,11 +120,13 @@ def time_phases(work: Workload) -> dict[str, float]:
     else:
         timings["score"], experience = time_score(work, responses)
         timings["update"] = time_update(work, experience)
+    flops = work.flops()
     return {
+        **{f"{phase}_model_flops": flops[phase] for phase in timings},
         **{f"{phase}_cpu_seconds": t.cpu_seconds for phase, t in timings.items()},
         **{f"{phase}_wall_seconds": statistics.median(t.wall) for phase, t in timings.items()},
         **rates("rollout_tokens", response_tokens(), timings["rollout"]),
-        "update_matmul_utilisation": work.utilisation(work.flops()["update"], timings["update"]),
+        "update_matmul_utilisation": work.utilisation(flops["update"], timings["update"]),
     }
 
 

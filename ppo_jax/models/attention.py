@@ -1,7 +1,8 @@
 """Attention masks, positions, the KV cache and dot-product attention.
 
 Dimension key: B sequences, L positions, S new positions, C cache slots, H heads, G key/value heads,
-R = H / G queries per key, N = R S, K head size; F prompts of P positions that are admitted to a cache.
+R = H / G queries per key, N = R S, K head size; F prompts of P positions that are admitted to a
+cache.
 """
 
 import math

@@ -17,6 +17,7 @@ from ppo_jax.core.distributions import chunk_shape
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.kernels import kernel_of, splash_blocks
 from ppo_jax.rollout.continuous_batching import FIRST, LATER, REFILLS, max_trip_counts
+from ppo_jax.rollout.decode import max_steps
 
 
 def projection_flops(config: ModelConfig) -> int:
@@ -194,8 +195,10 @@ def rollout_flops(
     samples_per_prompt: int = 1,
     slots: int = 0,
     group: int = 0,
+    trunk: bool = False,
 ) -> float:
-    """Prefill of the prompts, then T single tokens, each over the whole cache of P + T positions.
+    """Prefill of the prompts, then single tokens, each over the whole cache of P + T positions: all
+    of a response but the last, which only a `trunk` computes.
 
     With fewer `slots` than sequences, waiting prompts are admitted in groups, and each decode step
     is one of all slots: as many steps as `continuous_batching.max_trip_counts` has.
@@ -205,6 +208,7 @@ def rollout_flops(
     prompt alone.
     """
     capacity, num_rows = prompt_length + response_length, slots or sequences
+    steps = max_steps(response_length, trunk)
     forward = functools.partial(forward_flops, policy, outputs=1, head="logits")
     prefill = functools.partial(forward, positions=prompt_length)
     first = prefill(
@@ -213,8 +217,8 @@ def rollout_flops(
     )
     step = forward(sequences=num_rows, positions=1, attended=capacity)
     if num_rows == sequences:
-        return first + response_length * step
-    trips = max_trip_counts(sequences, num_rows, group, response_length)
+        return first + steps * step
+    trips = max_trip_counts(sequences, num_rows, group, steps)
     refill = prefill(sequences=group // samples_per_prompt, attended=prompt_length)
     return first + trips[FIRST] * step + trips[REFILLS] * (refill + trips[LATER] * step)
 

@@ -50,6 +50,7 @@ from ppo_jax.planner.hlo.trip_counts import TripCounts
 from ppo_jax.planner.models import Models, common_layers
 from ppo_jax.planner.passes import networks_in_common, passes_before_update, value_head_flops
 from ppo_jax.rollout.continuous_batching import max_trip_counts
+from ppo_jax.rollout.decode import max_steps
 from ppo_jax.rollout.sampling import Sampling
 from ppo_jax.training.ppo_setup import (
     abstract_options,
@@ -133,12 +134,13 @@ def phases(config: Config, models: Models, layouts: tuple[Layout, Layout]) -> li
     flops = analytic_flops(s, models, args.starts, layout.constrain.platform)
     unchunked = dataclasses.replace(s, logits_chunk=0)
     model_flops = analytic_flops(unchunked, without_remat(models), args.starts)
+    trunk = args.networks.trunk is not None
     trip_counts: dict[str, TripCounts] = {
-        "rollout": decode_trip_counts(s.rollout_batch_size, options.sampling),
+        "rollout": decode_trip_counts(s.rollout_batch_size, options.sampling, trunk),
         "update": s.num_micro_batches if s.packing else None,
     }
     for name, (count, sampling) in others.items():
-        trip_counts[f"{name} rollout"] = decode_trip_counts(count, sampling)
+        trip_counts[f"{name} rollout"] = decode_trip_counts(count, sampling, trunk)
     return [
         Phase(
             name=name,
@@ -151,12 +153,12 @@ def phases(config: Config, models: Models, layouts: tuple[Layout, Layout]) -> li
     ]
 
 
-def decode_trip_counts(num_rows: int, sampling: Sampling) -> TripCounts:
+def decode_trip_counts(num_rows: int, sampling: Sampling, trunk: bool) -> TripCounts:
     """Of the decode loops, where every response has its full length."""
-    slots, length = sampling.max_concurrent, sampling.response_length
+    slots, steps = sampling.max_concurrent, max_steps(sampling.response_length, trunk)
     if slots == 0 or slots >= num_rows:
-        return length
-    return max_trip_counts(num_rows, slots, sampling.group(slots), length)
+        return steps
+    return max_trip_counts(num_rows, slots, sampling.group(slots), steps)
 
 
 def score(
@@ -363,7 +365,7 @@ def analytic_flops(
         response_length=s.response_length,
     )
     kernels = dict(logits_chunk=s.logits_chunk, platform=platform)
-    trunks = [start or 0 for start in starts]
+    trunks, trunk = [start or 0 for start in starts], starts[0] is not None
     trained = [trained_parts(policy, s.trainable, trunks[0], s.lora, "logits")]
     if critic is not None:
         trained.append(trained_parts(critic, s.value_trainable, trunks[1], s.lora, "scalar"))
@@ -384,6 +386,7 @@ def analytic_flops(
             samples_per_prompt=s.samples_per_prompt,
             slots=s.max_concurrent,
             group=abstract_options(s).sampling.group(s.max_concurrent),
+            trunk=trunk,
             **sizes,
         ),
         "scoring": scoring,
@@ -407,7 +410,7 @@ def analytic_flops(
         updated = sizes | {"sequences": s.update_batch_size}
         flops["update"] += scoring_flops(policy, None, None, trunks=trunks, **kernels, **updated)
     for name, (count, sampling) in other_rollouts(s).items():
-        flops[f"{name} rollout"] = other_rollout_flops(s, policy, count, sampling)
+        flops[f"{name} rollout"] = other_rollout_flops(s, policy, count, sampling, trunk)
     if models.reads_text:
         width = text_width(s, models.reward)
         flops["reward model"] = score_flops(models.reward, texts, width, platform)
@@ -415,7 +418,7 @@ def analytic_flops(
 
 
 def other_rollout_flops(
-    settings: PPOSettings, policy: ModelConfig, count: int, sampling: Sampling
+    settings: PPOSettings, policy: ModelConfig, count: int, sampling: Sampling, trunk: bool
 ) -> float:
     """A rollout of so many responses besides that of the policy, see `other_rollouts`."""
     slots = min(settings.max_concurrent or count, count)
@@ -427,6 +430,7 @@ def other_rollout_flops(
         samples_per_prompt=sampling.samples_per_prompt,
         slots=slots,
         group=sampling.group(slots),
+        trunk=trunk,
     )
 
 

@@ -16,8 +16,8 @@ from flax import struct
 
 from ppo_jax.core.lanes import any_lane
 from ppo_jax.core.types import Prompts
-from ppo_jax.rollout.decode import DecodeState, Policy, decode_step, init_decode
-from ppo_jax.rollout.sampling import Sampling
+from ppo_jax.rollout.decode import DecodeState, Policy, add_tokens, decode_step, init_decode
+from ppo_jax.rollout.sampling import Sampling, choose
 
 # Name scopes of the loops, by which a compiled program is read, see `max_trip_counts`.
 FIRST, REFILLS, LATER = "first_decoding", "refills", "later_decoding"
@@ -71,9 +71,10 @@ def decode_with_refills(
             return dataclasses.replace(s, slots=jax.lax.while_loop(more, step, s.slots))
 
     def refill(s: RefillState) -> RefillState:
-        return run(admit(policy, retire(s), prompts, keys, sampling, group), LATER)
+        return run(admit(policy, retire(s), prompts, keys, sampling, temperature, group), LATER)
 
-    state = run(init_refills(policy, prompts, keys, sampling, num_slots), FIRST)
+    state = init_refills(policy, prompts, keys, sampling, temperature, num_slots)
+    state = run(state, FIRST)
     with jax.named_scope(REFILLS):
         state = jax.lax.while_loop(lambda s: s.waiting < num_rows, refill, state)
     state = retire(state)
@@ -81,12 +82,17 @@ def decode_with_refills(
 
 
 def init_refills(
-    policy: Policy, prompts: Prompts, keys: jax.Array, sampling: Sampling, num_slots: int
+    policy: Policy,
+    prompts: Prompts,
+    keys: jax.Array,
+    sampling: Sampling,
+    temperature: jax.Array | float,
+    num_slots: int,
 ) -> RefillState:
-    """The first S rows in their slots, none finished."""
+    """The first S rows in their slots, none retired."""
     num_rows, count = len(keys), num_slots // sampling.samples_per_prompt
     first = jax.tree.map(lambda x: x[:count], prompts)
-    slots, prompt_states = init_decode(policy, first, keys[:num_slots], sampling)
+    slots, prompt_states = init_decode(policy, first, keys[:num_slots], sampling, temperature)
 
     def empty(x):
         return jnp.zeros((num_rows, *x.shape[1:]), x.dtype)
@@ -145,15 +151,19 @@ def admit(
     prompts: Prompts,
     keys: jax.Array,
     sampling: Sampling,
+    temperature: jax.Array | float,
     group: int,
 ) -> RefillState:
-    """Prefill the next rows, G at most, into free slots."""
+    """Prefill the next rows, G at most, into free slots, each with its first token."""
     s, num_rows, samples = state.slots, len(keys), sampling.samples_per_prompt
     offsets = jnp.arange(group // samples, dtype=jnp.int32)
     numbers = state.waiting // samples + offsets  # of the prompts
     admitted = jax.tree.map(lambda x: x.at[numbers].get(mode="clip"), prompts)
     fresh = policy.init_caches(group // samples, prompts.tokens.shape[1])
     fresh_states, logits, fresh = policy.prefill(admitted, fresh)
+    offsets = jnp.arange(group, dtype=jnp.int32)
+    fresh_keys = keys.at[state.waiting + offsets].get(mode="clip")
+    chosen = choose(logits[offsets // samples], fresh_keys, jnp.int32(0), sampling, temperature)
     rank = jnp.cumsum(~s.active, dtype=jnp.int32) - 1  # of a free slot among the free ones
     row = state.waiting + rank
     enters = ~s.active & (rank < group) & (row < num_rows)
@@ -163,13 +173,13 @@ def admit(
         s,
         first_step=jnp.where(enters, s.step, s.first_step),
         keys=jnp.where(enters, keys.at[row].get(mode="clip"), s.keys),
-        logits=jnp.where(enters[:, None], logits[source], s.logits),
-        active=s.active | enters,
         stopped=s.stopped & ~enters,
         matched=None if s.matched is None else jnp.where(enters, 0, s.matched),
         mask=s.mask & ~enters[:, None],
         caches=policy.refill_caches(s.caches, fresh, source),
     )
+    chosen = (x.at[rank].get(mode="clip") for x in chosen)
+    slots = add_tokens(slots, *chosen, enters, sampling)
     prompt_states = state.prompt_states
     if prompt_states is not None:
         prompt_states = prompt_states.at[numbers].set(fresh_states, mode="drop")
@@ -182,18 +192,18 @@ def admit(
     )
 
 
-def max_trip_counts(num_rows: int, num_slots: int, group: int, length: int) -> dict[str, float]:
-    """Trip counts of the loops in the worst case: N rows in S < N slots, groups of G, length T.
+def max_trip_counts(num_rows: int, num_slots: int, group: int, steps: int) -> dict[str, float]:
+    """Trip counts of the loops in the worst case: N rows in S < N slots, groups of G.
 
-    That of `LATER` is per trip of `REFILLS`. In the worst case every response has its full length.
-    Within T steps of the admission of a group, as many groups as fit into the slots are admitted:
-    each that ends makes room for one that waits. So R = ceil((N - S) / G) groups take at most
-    T (1 + ceil(R / floor(S / G))) steps, those of the first rows included; where G divides S that
-    is T ceil(N / S), and is reached.
+    That of `LATER` is per trip of `REFILLS`. In the worst case every response has its full length,
+    which is K steps, see `decode.max_steps`. Within K steps of the admission of a group, as many
+    groups as fit into the slots are admitted: each that ends makes room for one that waits. So
+    R = ceil((N - S) / G) groups take at most K (1 + ceil(R / floor(S / G))) steps, those of the
+    first rows included; where G divides S that is K ceil(N / S), and is reached.
 
     >>> max_trip_counts(12, 4, 2, 10)
     {'first_decoding': 10, 'refills': 4, 'later_decoding': 5.0}
     """
     refills = math.ceil((num_rows - num_slots) / group)
-    later = length * math.ceil(refills / (num_slots // group))
-    return {FIRST: length, REFILLS: refills, LATER: later / refills}
+    later = steps * math.ceil(refills / (num_slots // group))
+    return {FIRST: steps, REFILLS: refills, LATER: later / refills}

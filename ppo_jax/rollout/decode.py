@@ -62,15 +62,15 @@ class Policy(NamedTuple):
 class DecodeState:
     """What the decode loop carries from step to step.
 
-    Response s has its first token at step first_step[s], 0 unless it replaced a finished one.
-    Column step mod T of the [S, T] arrays holds the tokens chosen at `step`.
+    A step is one token in each row through the network, and the choice of the next. Token t of
+    response s is in column (first_step[s] + t) mod T of the [S, T] arrays, so the last one that was
+    chosen is in column step mod T of every row.
     """
 
-    step: jax.Array  # [] int32, tokens chosen in each row so far
-    first_step: jax.Array  # [S] int32
+    step: jax.Array  # [] int32, steps so far
+    first_step: jax.Array  # [S] int32, 0 unless the response replaced a finished one
     keys: jax.Array  # [S] random key of the response
-    logits: jax.Array  # [S, V], predict the next token
-    active: jax.Array  # [S] bool, neither stopped nor T tokens yet
+    active: jax.Array  # [S] bool, the last token is still to go through the network
     stopped: jax.Array  # [S] bool, by a stop token or a stop string
     matched: jax.Array | None  # [S] int32, state of the stop strings, see `find_stops`
     tokens: jax.Array  # [S, T] int32
@@ -80,12 +80,26 @@ class DecodeState:
     caches: Any  # (of the trunk or None, of the policy)
 
 
-def init_decode(
-    policy: Policy, prompts: Prompts, keys: jax.Array, sampling: Sampling
-) -> tuple[DecodeState, jax.Array | None]:
-    """(state after prefill, the trunk's hidden states of the prompts [S / samples, P, D] or None).
+def max_steps(response_length: int, trunk: bool) -> int:
+    """Of a response: its last token goes through the network only for a trunk's hidden states.
 
-    Each of the S / samples_per_prompt prompts is computed once, and its cache copied; `keys` [S].
+    >>> max_steps(64, trunk=False), max_steps(64, trunk=True)
+    (63, 64)
+    """
+    return response_length if trunk else response_length - 1
+
+
+def init_decode(
+    policy: Policy,
+    prompts: Prompts,
+    keys: jax.Array,
+    sampling: Sampling,
+    temperature: jax.Array | float,
+) -> tuple[DecodeState, jax.Array | None]:
+    """(state after the first token, the trunk's hidden states of the prompts or None).
+
+    Each of the S / samples_per_prompt prompts is computed once, and its cache copied; `keys` [S],
+    the hidden states [S / samples, P, D].
     """
     (count, prompt_length), num_rows = prompts.tokens.shape, len(keys)
     samples, capacity = sampling.samples_per_prompt, prompt_length + sampling.response_length
@@ -102,8 +116,7 @@ def init_decode(
         step=jnp.int32(0),
         first_step=jnp.zeros(num_rows, jnp.int32),
         keys=keys,
-        logits=logits,
-        active=jnp.ones(num_rows, bool),
+        active=jnp.zeros(num_rows, bool),
         stopped=jnp.zeros(num_rows, bool),
         matched=init_matched(num_rows, sampling),
         tokens=jnp.zeros(shape, jnp.int32),
@@ -112,40 +125,65 @@ def init_decode(
         hidden_states=states,
         caches=caches,
     )
-    return state, prompt_states
+    chosen = choose(logits, keys, jnp.int32(0), sampling, temperature)
+    return add_tokens(state, *chosen, jnp.ones(num_rows, bool), sampling), prompt_states
 
 
 def decode_step(
     policy: Policy, state: DecodeState, sampling: Sampling, temperature: jax.Array | float
 ) -> DecodeState:
-    """One more token in each active row."""
-    s, length, t = state, sampling.response_length, state.step - state.first_step
-    tokens, logprobs = choose(s.logits, s.keys, t, sampling, temperature)
-    tokens = jnp.where(s.active, tokens, 0)
-    states, logits, caches = policy.forward(tokens[:, None], s.active[:, None], s.caches)
-    stops, matched = find_stops(tokens, s.matched, sampling)
-    stopped = s.active & stops
+    """The last token of each active row through the network, and the next one of those that go on.
 
-    def write(array, new):
-        # A finished response stays as it is, also where its row is kept for a while.
-        column = s.step % length
-        old = jax.lax.dynamic_slice_in_dim(array, column, 1, axis=1)
-        new = jnp.where(s.active.reshape(-1, *(1,) * (array.ndim - 1)), new, old)
-        return jax.lax.dynamic_update_slice_in_dim(array, new, column, axis=1)
-
-    return dataclasses.replace(
+    A row is active after its end for the hidden states of its last token alone.
+    """
+    s, column = state, state.step % sampling.response_length
+    last = jax.lax.dynamic_slice_in_dim(s.tokens, column, 1, axis=1)
+    last = jnp.where(s.active[:, None], last, 0)
+    states, logits, caches = policy.forward(last, s.active[:, None], s.caches)
+    t = s.step + 1 - s.first_step  # number of the next token
+    chosen = choose(logits, s.keys, t, sampling, temperature)
+    goes_on = s.active & ~s.stopped & (t < sampling.response_length)
+    if states is not None:
+        states = write_column(s.hidden_states, states, column, s.active)
+    s = dataclasses.replace(
         s,
         step=s.step + 1,
-        logits=logits,
-        active=s.active & ~stopped & (t + 1 < length),
-        stopped=s.stopped | stopped,
-        matched=matched,
-        tokens=write(s.tokens, tokens[:, None]),
-        logprobs=write(s.logprobs, logprobs[:, None]),
-        mask=write(s.mask, s.active[:, None]),
-        hidden_states=None if states is None else write(s.hidden_states, states),
+        active=jnp.zeros_like(s.active),
+        hidden_states=states,
         caches=caches,
     )
+    return add_tokens(s, *chosen, goes_on, sampling)
+
+
+def add_tokens(
+    state: DecodeState, tokens: jax.Array, logprobs: jax.Array, rows: jax.Array, sampling: Sampling
+) -> DecodeState:
+    """One more token, of [S], in the rows where `rows` [S] is True; the others stay as they are."""
+    s, length = state, sampling.response_length
+    column, t = s.step % length, s.step - s.first_step
+    tokens = jnp.where(rows, tokens, 0)
+    stops, matched = find_stops(tokens, s.matched, sampling)
+    needs_states = s.hidden_states is not None  # also of the last token
+    active = jnp.bool_(True) if needs_states else ~stops & (t + 1 < length)
+    return dataclasses.replace(
+        s,
+        active=jnp.where(rows, active, s.active),
+        stopped=s.stopped | (rows & stops),
+        matched=None if matched is None else jnp.where(rows, matched, s.matched),
+        tokens=write_column(s.tokens, tokens[:, None], column, rows),
+        logprobs=write_column(s.logprobs, logprobs[:, None], column, rows),
+        mask=write_column(s.mask, rows[:, None], column, rows),
+    )
+
+
+def write_column(array: jax.Array, new: jax.Array, column: jax.Array, rows: jax.Array) -> jax.Array:
+    """`new` [S, 1, ...] in a column of [S, T, ...], in the rows where `rows` is True.
+
+    A finished response stays as it is, also where its row is kept for a while.
+    """
+    old = jax.lax.dynamic_slice_in_dim(array, column, 1, axis=1)
+    new = jnp.where(rows.reshape(-1, *(1,) * (array.ndim - 1)), new, old)
+    return jax.lax.dynamic_update_slice_in_dim(array, new, column, axis=1)
 
 
 def decode_all(
@@ -156,7 +194,7 @@ def decode_all(
     temperature: jax.Array | float,
 ) -> tuple[DecodeState, jax.Array | None]:
     """The plain loop: (state in which every response has ended, hidden states of the prompts)."""
-    state, prompt_states = init_decode(policy, prompts, keys, sampling)
+    state, prompt_states = init_decode(policy, prompts, keys, sampling, temperature)
     state = jax.lax.while_loop(
         lambda s: any_lane(s.active.any()),
         lambda s: decode_step(policy, s, sampling, temperature),

@@ -343,7 +343,7 @@ def test_the_greedy_rollout_of_remax_is_planned():
     lengths = dict(prompt_length=8, response_length=8)
     expected = flops.rollout_flops(models.policy, sequences=8, **lengths)
     assert planned["greedy rollout"].flops == expected
-    assert planned["greedy rollout"].max_trip_counts == 8
+    assert planned["greedy rollout"].max_trip_counts == 7
     one, other = (phases.analytic_flops(x.ppo, models) for x in (plain, config))
     reads = flops.scoring_flops(
         models.policy, None, models.reward, sequences=8, policy_passes=0, **lengths
@@ -371,7 +371,7 @@ def test_the_rollout_of_the_reference_is_planned(reward_model):
     lengths = dict(prompt_length=8, response_length=8)
     how = dict(sequences=24, samples_per_prompt=3, **lengths)
     assert planned["reference rollout"].flops == flops.rollout_flops(models.policy, **how)
-    assert planned["reference rollout"].max_trip_counts == 8
+    assert planned["reference rollout"].max_trip_counts == 7
     one, other = (phases.analytic_flops(x.ppo, models) for x in (plain, config))
     reads = 0.0
     if reward_model:

@@ -13,6 +13,7 @@ from ppo_jax.core.network import Network, merge_params
 from ppo_jax.core.types import Prompts
 from ppo_jax.models.build import policy_network, trunk_network
 from ppo_jax.models.partition import split_params
+from ppo_jax.planner.hlo.text import parse_module
 from ppo_jax.rollout.continuous_batching import FIRST, LATER, REFILLS, max_trip_counts
 from ppo_jax.rollout.rollout import rollout
 from tests.support import tiny
@@ -159,33 +160,89 @@ def count_to_20(first, **shape):
 
 
 def test_nobody_waits_for_the_longest_response():
-    """Each group of four has one long response: 4 x 16 steps one group after the other."""
+    """Each group of four has one long response: 4 x 15 steps one group after the other."""
     first = [4, 19, 19, 18] * 4
-    assert count_to_20(first)["decode"] == 16
+    assert count_to_20(first)["decode"] == 15
     calls = count_to_20(first, max_concurrent=4, min_free_slots=1)
-    assert calls["decode"] <= 24  # 4 x 16 + 16 tokens and more in four slots
+    assert calls["decode"] <= 20  # 4 x 15 + 4 tokens before the last ones, in four slots
     assert calls["prefill"] == 1 + 12
 
 
 def test_prompts_enter_together():
-    calls = count_to_20([19] * 12, max_concurrent=4, min_free_slots=4)
+    calls = count_to_20([18] * 12, max_concurrent=4, min_free_slots=4)
     assert calls == {"decode": 3, "decode rows": 12, "prefill": 3, "prefill rows": 12}
+    # A first token that is the last one needs no step.
+    calls = count_to_20([19] * 12, max_concurrent=4, min_free_slots=4)
+    assert calls == {"prefill": 3, "prefill rows": 12}
     # The last ones do not wait until more slots are free than there are prompts.
     calls = count_to_20([19, 4, 4, 4, 18], max_concurrent=4, min_free_slots=4)
-    assert (calls["decode"], calls["prefill"]) == (16, 2)
+    assert (calls["decode"], calls["prefill"]) == (15, 2)
+
+
+def test_a_trunk_also_computes_the_last_tokens():
+    """Whose hidden states a reward model reads; they are no reason for more than one more step."""
+    calls: collections.Counter = collections.Counter()
+    trunk = counted(collections.Counter())._replace(
+        decode=lambda params, tokens, mask, cache, **_: (tokens[:, :, None] * 1.0, cache)
+    )
+    policy = counted(calls)
+    above = policy._replace(
+        decode=lambda params, states, *args, **kwargs: policy.decode(
+            params, states[:, :, 0].astype(jnp.int32), *args, **kwargs
+        )
+    )
+    tokens = jnp.asarray([[0, 19], [0, 18], [0, 4], [0, 0]], jnp.int32)
+    for slots, steps in ((0, 16), (2, 18)):
+        calls.clear()
+        found = tiny.sample(
+            policy=above,
+            params={},
+            trunk=trunk,
+            trunk_params={},
+            prompts=Prompts(tokens=tokens, mask=jnp.ones_like(tokens, bool)),
+            key=KEY,
+            sampling=tiny.sampling(
+                response_length=16, eos_ids=(20,), max_concurrent=slots, min_free_slots=slots // 2
+            ),
+        )
+        jax.effects_barrier()
+        assert calls["decode"] == steps
+        states = np.where(found.response_mask, found.hidden_states[:, 2:, 0], 0)
+        np.testing.assert_array_equal(states, found.response_tokens)
+
+
+def test_the_decode_loop_carries_no_logits_and_copies_no_cache():
+    config = tiny.model_config()
+    policy = policy_network(config)
+    args = tiny.random_params(policy), tiny.prompts(batch_size=12), KEY
+    sampling = tiny.sampling(max_concurrent=4, min_free_slots=2)
+    program = jax.jit(lambda *args: rollout(policy, *args, sampling=sampling)).lower(*args)
+    module = parse_module(program.compile().as_text())
+    capacity = tiny.PROMPT_LENGTH + tiny.RESPONSE_LENGTH
+    cache = (4, config.num_kv_heads, capacity, config.head_dim)
+    instructions = [i for c in module.computations.values() for i in c]
+    loops = [i for i in instructions if i.opcode == "while" and cache in shapes(i)]
+    assert len(loops) == 3  # FIRST, REFILLS and LATER
+    assert not [i.name for i in loops if (4, tiny.VOCAB) in shapes(i)]
+    copies = [i for i in instructions if i.opcode == "copy" and cache in shapes(i)]
+    assert not [i.name for i in copies if re.search(f"{FIRST}|{LATER}", i.op_name)]
+
+
+def shapes(instruction):
+    return [array.dims for array in instruction.outputs]
 
 
 @pytest.mark.parametrize(
     ("rows", "slots", "refill"), [(12, 4, 2), (13, 4, 4), (12, 4, 3), (9, 8, 1)]
 )
 def test_no_lengths_need_more_turns_than_full_ones(rows, slots, refill):
-    turns = max_trip_counts(rows, slots, refill, 16)
+    turns = max_trip_counts(rows, slots, refill, 15)
     most = turns[FIRST] + turns[REFILLS] * turns[LATER]
     full = count_to_20([4] * rows, max_concurrent=slots, min_free_slots=refill)
     assert full["prefill"] == 1 + turns[REFILLS]
     assert full["decode"] == most
     if slots % refill == 0:
-        assert most == 16 * -(-rows // slots)
+        assert most == 15 * -(-rows // slots)
     for first in np.random.default_rng(0).integers(0, 20, size=(3, rows)).tolist():
         calls = count_to_20(first, max_concurrent=slots, min_free_slots=refill)
         assert calls["prefill"] == 1 + turns[REFILLS] and calls["decode"] <= most
