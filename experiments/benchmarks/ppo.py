@@ -141,7 +141,8 @@ def time_score(work: Workload, responses: Any, repeats: int | None = None) -> tu
 
     def score(state, hyperparameters, responses, *, frozen, networks, options):
         parts = dict(frozen=frozen, networks=networks)
-        scores = response_scores(responses, **parts)
+        groups = dict(samples_per_prompt=options.sampling.samples_per_prompt)
+        scores = response_scores(responses, **groups, **parts)
         return make_experience(responses, scores, state, hyperparameters, options=options, **parts)[
             0
         ]
@@ -154,6 +155,7 @@ def time_score_alone(work: Workload, responses: Any) -> tuple[Timing, tuple[Any,
 
     def score(state, hyperparameters, responses, *, frozen, networks, options):
         parts = dict(frozen=frozen, networks=networks)
+        parts |= dict(samples_per_prompt=options.sampling.samples_per_prompt)
         reference = reference_logprobs(responses, hyperparameters, **parts)
         return response_scores(responses, **parts), reference
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ppo_jax.core.network import Network, last_outputs
+from ppo_jax.core.network import Network, last_outputs, shared_prompt
 from ppo_jax.core.shaping import THRESHOLD, counts_safety, ensemble_scores, threshold_scores
 from ppo_jax.core.types import Params
 
@@ -45,7 +45,11 @@ def ensemble_params(members: Sequence[Params], *, stacked: bool) -> Params:
 
 
 def member_scores(
-    ensemble: RewardEnsemble, params: Params, inputs: Any, mask: jax.Array
+    ensemble: RewardEnsemble,
+    params: Params,
+    inputs: Any,
+    mask: jax.Array,
+    groups: dict[str, int] | None = None,
 ) -> jax.Array:
     """The score of each model for each response, [K, B] float32, read at the last token.
 
@@ -54,15 +58,19 @@ def member_scores(
         params: of `ensemble_params`.
         inputs: [B, L] int32 tokens.
         mask: [B, L] bool.
+        groups: the numbers of `shared_prompt`; None shares none.
     """
+
+    def score(network: Network, own: Params) -> jax.Array:
+        shared = groups and shared_prompt(network, len(mask), **groups)
+        return last_outputs(network, own, inputs, mask, shared)
+
     if ensemble.is_stacked:
         (network,) = ensemble.networks
-        score = jax.vmap(lambda own: last_outputs(network, own, inputs, mask))
-        scores = score(params["members"])
+        scores = jax.vmap(lambda own: score(network, own))(params["members"])
     else:
         every = (
-            last_outputs(network, params[str(number)], inputs, mask)
-            for number, network in enumerate(ensemble.networks)
+            score(network, params[str(number)]) for number, network in enumerate(ensemble.networks)
         )
         scores = jnp.stack([x.astype(jnp.float32) for x in every])
     return scores.astype(jnp.float32)

@@ -38,7 +38,7 @@ from ppo_jax.core.named import (
     reads_greedy,
     reads_values,
 )
-from ppo_jax.core.network import last_outputs, merge_params
+from ppo_jax.core.network import Network, last_outputs, merge_params, shared_prompt
 from ppo_jax.core.renamed import renamed
 from ppo_jax.core.rewards import token_rewards, token_scores
 from ppo_jax.core.shaping import score_deviation
@@ -81,7 +81,12 @@ def sample_responses(
 
 
 def response_scores(
-    rollout: Rollout, *, frozen: FrozenParams, networks: PPONetworks, eos_id: int | None = None
+    rollout: Rollout,
+    *,
+    frozen: FrozenParams,
+    networks: PPONetworks,
+    eos_id: int | None = None,
+    samples_per_prompt: int = 1,
 ) -> jax.Array:
     """The reward model's score of each response, [B] float32, read at its last token; of several
     models that of their rule.
@@ -92,27 +97,46 @@ def response_scores(
         networks: the reward model is called; with `eos_id` also the trunk that it is on.
         eos_id: the token with which the reward model's training texts end. It is put behind each
             response that has stopped at another one, and the score is read there. None puts none.
+        samples_per_prompt: so many responses after another have one prompt; see `response_outputs`.
 
     Raises:
         ValueError: there is no reward model.
     """
-    return scores_and_metrics(rollout, frozen=frozen, networks=networks, eos_id=eos_id)[0]
+    how = dict(eos_id=eos_id, samples_per_prompt=samples_per_prompt)
+    return scores_and_metrics(rollout, frozen=frozen, networks=networks, **how)[0]
 
 
 def scores_and_metrics(
-    rollout: Rollout, *, frozen: FrozenParams, networks: PPONetworks, eos_id: int | None = None
+    rollout: Rollout,
+    *,
+    frozen: FrozenParams,
+    networks: PPONetworks,
+    eos_id: int | None = None,
+    samples_per_prompt: int = 1,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """(`response_scores`, metrics of each response, [B], by several reward models; none of one)."""
     if networks.reward is None:
         raise ValueError("response_scores needs a reward model in networks.reward, got None")
     ended = rollout if eos_id is None else with_eos(rollout, eos_id)
+    groups = dict(prompt_length=rollout.prompt_mask.shape[1], samples=samples_per_prompt)
     inputs = ended.hidden_states if networks.reward_on_trunk else ended.tokens
     if inputs is None and networks.trunk is not None:  # of an EOS that was not sampled
-        inputs = networks.trunk.apply(frozen.trunk, ended.tokens, ended.mask)
+        inputs = hidden_states(networks.trunk, frozen.trunk, ended, groups)
     if isinstance(networks.reward, RewardEnsemble):
-        each = member_scores(networks.reward, frozen.reward, inputs, ended.mask)
+        each = member_scores(networks.reward, frozen.reward, inputs, ended.mask, groups)
         return combine_scores(networks.reward, each, rollout.is_safety)
-    return last_outputs(networks.reward, frozen.reward, inputs, ended.mask), {}
+    shared = shared_prompt(networks.reward, len(ended.mask), **groups)
+    return last_outputs(networks.reward, frozen.reward, inputs, ended.mask, shared), {}
+
+
+def hidden_states(
+    trunk: Network, params: Params, rollout: Rollout, groups: dict[str, int]
+) -> jax.Array:
+    """[B, L, D], those of a rollout; `groups`: see `shared_prompt`."""
+    tokens, mask = rollout.tokens, rollout.mask
+    if (shared := shared_prompt(trunk, len(mask), **groups)) is None:
+        return trunk.apply(params, tokens, mask)
+    return trunk.apply(params, shared.join(tokens), shared.join(mask), shared_prompt=shared)
 
 
 def with_eos(rollout: Rollout, eos_id: int) -> Rollout:
@@ -192,7 +216,9 @@ def make_experience(
     mask, numbers = rollout.response_mask, hyperparameters
     parts = dict(frozen=frozen, networks=networks)
     if ref_logprobs is None:
-        ref_logprobs = reference_logprobs(rollout, numbers, **parts)
+        samples = options.sampling.samples_per_prompt
+        how = dict(samples_per_prompt=samples, **parts)
+        ref_logprobs = reference_logprobs(rollout, numbers, **how)
     inputs = without_outputs(rollout, networks, options)
     outputs = scoring_outputs(inputs, state, numbers, first=first, options=options, **parts)
     weights, weight_metrics, sampled_logprobs = jnp.float32(1.0), {}, rollout.logprobs
@@ -320,6 +346,7 @@ def scoring_outputs(
         outputs = outputs.filled_by(one.outputs)
     trained = {"policy": state.policy_params, "value": state.value_params}
     given, parts = (inputs, hyperparameters), dict(frozen=frozen, networks=networks)
+    parts |= dict(samples_per_prompt=options.sampling.samples_per_prompt)
     needs_values = networks.value is not None and outputs.values is None
     if options.old_logprobs == "recompute" and outputs.logprobs is None:
         if not needs_values:
@@ -355,10 +382,12 @@ def reference_logprobs(
     *,
     frozen: FrozenParams,
     networks: PPONetworks,
+    samples_per_prompt: int = 1,
 ) -> jax.Array:
     """Log-probs of the response tokens by the reference, see `policy_logprobs`."""
     inputs = rollout.tokens if networks.trunk is None else rollout.hidden_states
     how = dict(policy_inputs=inputs, frozen=frozen, networks=networks)
+    how |= dict(samples_per_prompt=samples_per_prompt)
     return policy_logprobs(rollout, frozen.ref_policy, hyperparameters, **how)
 
 
@@ -370,6 +399,7 @@ def policy_logprobs(
     policy_inputs: jax.Array,
     frozen: FrozenParams,
     networks: PPONetworks,
+    samples_per_prompt: int = 1,
 ) -> jax.Array:
     """Log-probs of the response tokens as the update computes them, [B, T] float32, undefined
     where masked; `params` are the trained leaves, of the policy or of the reference."""
@@ -380,6 +410,7 @@ def policy_logprobs(
         rollout.mask,
         rollout.response_tokens,
         temperature=hyperparameters.temperature,
+        samples_per_prompt=samples_per_prompt,
     )
     return logprobs
 

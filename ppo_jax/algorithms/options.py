@@ -137,3 +137,8 @@ class PPOOptions:
             raise ValueError(f"{function_name(self.loss)} {rule}")
         if not self.any_kl_estimator and self.kl_estimator not in REWARD_ESTIMATORS:
             raise ValueError(f"kl_estimator must be {REWARD_RULE}, got {self.kl_estimator!r}")
+
+    @property
+    def learned_samples(self) -> int:
+        """Responses to a prompt that the update learns from."""
+        return self.keep_samples or self.sampling.samples_per_prompt

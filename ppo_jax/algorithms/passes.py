@@ -121,16 +121,20 @@ def forward(
     *,
     frozen: FrozenParams,
     networks: PPONetworks,
+    samples_per_prompt: int = 1,
 ) -> Outputs:
     """What the networks with trained leaves among `params` give at the response tokens, see
     `response_statistics` and `critic_outputs`. Of the experience it is read where inputs and
-    outputs are, and nothing that comes of an earlier pass."""
+    outputs are, and nothing that comes of an earlier pass. So many responses after another have
+    one prompt, see `response_outputs`."""
     e, where = experience, dict(frozen=frozen, networks=networks)
+    where |= dict(samples_per_prompt=samples_per_prompt)
     if "policy" not in params:
         return Outputs(values=critic_outputs(params, e, **where))
     policy, inputs = merge_params(frozen.policy, params["policy"]), (e.policy_inputs, e.mask)
     how = dict(temperature=hyperparameters.temperature)
     how |= dict(segment_ids=e.segment_ids, output_positions=e.output_positions)
+    how |= dict(samples_per_prompt=samples_per_prompt)
     if "value" in params and networks.value_on_policy:
         several = e.critics is not None
         given = (networks.value, policy, params["value"], *inputs, e.response_tokens)
@@ -142,7 +146,12 @@ def forward(
 
 
 def critic_outputs(
-    params: Params, experience: Experience, *, frozen: FrozenParams, networks: PPONetworks
+    params: Params,
+    experience: Experience,
+    *,
+    frozen: FrozenParams,
+    networks: PPONetworks,
+    samples_per_prompt: int = 1,
 ) -> jax.Array:
     """What the critic gives, see `values_from`; [K, B, T] of several. Undefined where masked. One
     on the policy needs the policy's leaves among `params`, too."""
@@ -159,4 +168,5 @@ def critic_outputs(
         response_length=e.response_mask.shape[1],
         segment_ids=e.segment_ids,
         output_positions=e.output_positions,
+        samples_per_prompt=samples_per_prompt,
     )

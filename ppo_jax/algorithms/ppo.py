@@ -167,6 +167,7 @@ def kl_of_update(
         e.mask,
         e.response_tokens,
         temperature=hyperparameters.temperature,
+        samples_per_prompt=options.learned_samples,
     )
     return masked_mean(kl_estimate(e.logprobs, new, estimator="k3"), e.response_mask)
 
@@ -207,6 +208,7 @@ def ppo_iteration(
     def sample(prompts, key):
         responses = sample_responses(state, hyperparameters, prompts, key, **parts)
         how = dict(frozen=frozen, networks=networks, eos_id=options.score_eos)
+        how |= dict(samples_per_prompt=options.sampling.samples_per_prompt)
         return responses, *scores_and_metrics(responses, **how)
 
     if options.max_rollouts > 1:

@@ -63,4 +63,5 @@ def reference_rollout(
         return None
     parts = dict(frozen=frozen, networks=networks)
     responses = reference_responses(state, hyperparameters, prompts, key, options=options, **parts)
-    return responses, response_scores(responses, eos_id=options.score_eos, **parts)
+    how = dict(eos_id=options.score_eos, samples_per_prompt=options.reference_responses)
+    return responses, response_scores(responses, **how, **parts)

@@ -12,6 +12,12 @@ import jax
 import jax.numpy as jnp
 
 from ppo_jax.algorithms.critics import critic_loss
+from ppo_jax.algorithms.minibatches import (
+    accumulate_groups,
+    accumulate_packed,
+    grouped_samples,
+    whole_batch,
+)
 from ppo_jax.algorithms.options import PPONetworks, PPOOptions
 from ppo_jax.algorithms.passes import (
     FirstPass,
@@ -20,11 +26,11 @@ from ppo_jax.algorithms.passes import (
     passes_in_common,
     without_outputs,
 )
-from ppo_jax.algorithms.supervised import accumulate, accumulate_while
+from ppo_jax.algorithms.supervised import accumulate
 from ppo_jax.algorithms.token_choice import make_choice, split_keys
 from ppo_jax.core.checks import assert_divides, assert_numbers
 from ppo_jax.core.kl import kl_loss
-from ppo_jax.core.lanes import any_lane, max_lane
+from ppo_jax.core.lanes import any_lane
 from ppo_jax.core.losses import ppo_loss
 from ppo_jax.core.named import fields_of
 from ppo_jax.core.optimizer import apply_gradients, init_optimizer, schedule
@@ -40,7 +46,6 @@ from ppo_jax.core.types import (
     PPOState,
     Rollout,
 )
-from ppo_jax.rollout.packing import pack_rows, packed_experience
 
 
 def init_optimizers(trained: dict[str, Params], hyperparameters: Hyperparameters) -> Any:
@@ -75,6 +80,7 @@ def experience_loss(
     options: PPOOptions | None = None,
     normalizer: jax.Array | None = None,
     num_sequences: jax.Array | None = None,
+    samples_per_prompt: int = 1,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The PPO loss of some experience: that of the policy, and of the critic where it is trained.
 
@@ -93,11 +99,13 @@ def experience_loss(
         options: the losses of policy and KL; None is the clipped one, without a KL.
         normalizer: [] float, the token count to divide by; by default this experience's own.
         num_sequences: [] float, that of responses, for a loss of whole responses.
+        samples_per_prompt: so many responses after another have one prompt; see `response_outputs`.
 
     Returns:
         (loss, metrics).
     """
-    outputs = forward(params, experience, hyperparameters, frozen=frozen, networks=networks)
+    parts = dict(frozen=frozen, networks=networks, samples_per_prompt=samples_per_prompt)
+    outputs = forward(params, experience, hyperparameters, **parts)
     counts = dict(normalizer=normalizer, num_sequences=num_sequences)
     return loss_of_outputs(outputs, experience, hyperparameters, options=options, **counts)
 
@@ -205,6 +213,7 @@ def first_passes(
         hyperparameters=hyperparameters,
         frozen=frozen,
         networks=networks,
+        samples_per_prompt=options.sampling.samples_per_prompt,
     )
     return {name: FirstPass(*jax.vjp(outputs, params)) for name, params in groups.items()}
 
@@ -232,7 +241,8 @@ def ppo_update(
 
     Args:
         state: parameters and optimizer state are updated, step and episode counts are not.
-        experience: B responses; num_minibatches x num_micro_batches divides B.
+        experience: B responses; num_minibatches x num_micro_batches divides B. Those to one prompt
+            follow each other, see `grouped_samples`.
         hyperparameters: the numbers of optimizer and loss.
         key: consumed; seeds the shuffles.
         frozen: the untrained leaves of policy and critic.
@@ -256,7 +266,8 @@ def ppo_update(
     first = first or {}
     how = dict(hyperparameters=numbers, frozen=frozen, networks=networks)
     outputs = functools.partial(forward, **how)
-    steps = functools.partial(take_steps, experience=experience, outputs=outputs, options=options)
+    data = dict(experience=experience, outputs=outputs)
+    steps = functools.partial(take_steps, **data, networks=networks, options=options)
     policy_steps = functools.partial(
         steps,
         loss=functools.partial(loss_of_outputs, hyperparameters=numbers, options=options),
@@ -346,6 +357,7 @@ def take_steps(
     loss: Callable[..., tuple[jax.Array, dict]],
     optimizer: Optimizer,
     num_minibatches: int,
+    networks: PPONetworks,
     options: PPOOptions,
     first: FirstPass | None = None,
     stop_kl: jax.Array | float | None = None,
@@ -363,7 +375,8 @@ def take_steps(
         loss: (outputs, experience, normalizer=, num_sequences=) -> (loss, metrics).
         optimizer: its numbers.
         num_minibatches: of an epoch.
-        options: micro-batches, packing and aggregation are read.
+        networks: those of the params say whether they share prompts.
+        options: micro-batches, packing, samples and aggregation are read.
         first: the pass of the only step, of all responses in their own order, if it is made.
         stop_kl: see `ppo_update`.
         choose: (minibatch, key) -> minibatch with the tokens that the loss treats apart.
@@ -383,12 +396,21 @@ def take_steps(
         keys, key_of_choice = split_keys(keys, num_minibatches)
     orders = jax.vmap(lambda k: jax.random.permutation(k, batch_size))(keys)
     rates = {name: rates[name] for name in params}
+    trained = [getattr(networks, part) for part in params]
+    samples = grouped_samples(trained, options, batch_size, num_minibatches)
+    sums = accumulate_packed if options.packing else accumulate
+    if samples > 1:
+        outputs = functools.partial(outputs, samples_per_prompt=samples)
+        sums = functools.partial(accumulate_groups, samples=samples)
 
     def step(carry, inputs):
         (params, opt_state), (rows, key) = carry, inputs
-        minibatch = jax.tree.map(lambda x: x[rows], experience)
-        if choose is not None:
-            minibatch = choose(minibatch, key)
+        if samples > 1:
+            minibatch = whole_batch(experience, rows, key, choose)
+        else:
+            minibatch = jax.tree.map(lambda x: x[rows], experience)
+            if choose is not None:
+                minibatch = choose(minibatch, key)
         mask = minibatch.response_mask
         if options.aggregation != "token_mean":
             length = mask.shape[1] if options.aggregation == "constant" else None
@@ -402,12 +424,13 @@ def take_steps(
         def loss_of(params, some):
             return loss(outputs(params, some), some, **counts)
 
+        def loss_of_first(every):
+            mine = every if samples > 1 else every.take(rows, several=several)
+            return loss(mine, minibatch, **counts)
+
         if first is not None:
-            gradients, metrics = first.gradients(
-                lambda every: loss(every.take(rows, several=several), minibatch, **counts)
-            )
+            gradients, metrics = first.gradients(loss_of_first)
         else:
-            sums = accumulate_packed if options.packing else accumulate
             gradients, metrics = sums(loss_of, params, minibatch, options.num_micro_batches)
         params, opt_state, norm = apply_gradients(optimizer, gradients, opt_state, params, rates)
         return (params, opt_state), metrics | {f"{name}/grad_norm": norm}
@@ -468,27 +491,3 @@ def average_updates(
 
     averages = {name: average(name, x) for name, x in updates.items()}
     return averages if taken is None else averages | {"ppo/updates": taken.sum()}
-
-
-def accumulate_packed(
-    loss: Callable[..., tuple[jax.Array, dict]],
-    params: Params,
-    minibatch: Experience,
-    num_micro_batches: int,
-) -> tuple[Params, dict[str, jax.Array]]:
-    """`accumulate` with the responses packed into as few rows as possible.
-
-    Micro-batches have as many rows as without packing; those without a packed row are skipped.
-    """
-    rows, num_rows = pack_rows(minibatch.mask, minibatch.response_mask)
-    size = rows.mask.shape[0] // num_micro_batches
-    count = (num_rows + size - 1) // size
-    trips = max_lane(count)  # those beyond its own add 0 to a lane
-
-    def micro_batch(i):
-        some = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i * size, size), rows)
-        return packed_experience(minibatch, some)
-
-    gradients, metrics = accumulate_while(loss, params, micro_batch, trips)
-    real, total = (rows.segment_ids > 0).sum(), count * size * rows.segment_ids.shape[1]
-    return gradients, metrics | {"ppo/packing_efficiency": real / total}

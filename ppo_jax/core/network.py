@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from ppo_jax.core.masking import last_token_index
+from ppo_jax.core.shared_prompts import SharedPrompt
 from ppo_jax.core.types import Params
 
 
@@ -39,6 +40,8 @@ class Network(NamedTuple):
       holding all of the logits.
     - `supports_packing`: True where `apply` and `token_statistics` take `segment_ids` and
       `output_positions`.
+    - `supports_shared_prompts(num_prompts, samples) -> bool`: whether both take `shared_prompt`,
+      and it is less work for so many prompts with so many responses each.
 
     Value and reward networks need the first two only.
 
@@ -46,6 +49,10 @@ class Network(NamedTuple):
     and is 0 in padding: positions then start over with each text, and no text attends to another.
     `output_positions` [B, T] int32 is the positions that have an output, in place of
     `first_output`. Both are given to a network that `supports_packing` alone.
+
+    With a `shared_prompt` inputs and mask are those of joined rows, [B / n, P + n S], where the n
+    responses to a prompt follow it, see `SharedPrompt`. Outputs, and what says which, are those of
+    B rows apart.
     """
 
     init: Callable[[jax.Array], Params]
@@ -55,11 +62,34 @@ class Network(NamedTuple):
     refill: Callable[[Any, Any, jax.Array], Any] | None = None
     token_statistics: Callable[..., tuple[jax.Array, jax.Array]] | None = None
     supports_packing: bool = False
+    supports_shared_prompts: Callable[[int, int], bool] | None = None
 
 
-def last_outputs(network: Network, params: Any, inputs: Any, mask: jax.Array) -> jax.Array:
-    """The outputs of a value or reward network at the last real position of each row, [B]."""
+def shared_prompt(
+    network: Network, num_rows: int, *, prompt_length: int, samples: int
+) -> SharedPrompt | None:
+    """The shape of joined rows for so many responses, `samples` to each prompt; None where a prompt
+    has one, or the network does not support it."""
+    supports = network.supports_shared_prompts
+    if samples == 1 or supports is None or not supports(num_rows // samples, samples):
+        return None
+    return SharedPrompt(prompt_length, samples)
+
+
+def last_outputs(
+    network: Network,
+    params: Any,
+    inputs: Any,
+    mask: jax.Array,
+    shared: SharedPrompt | None = None,
+) -> jax.Array:
+    """The outputs of a value or reward network at the last real position of each row, [B]; with
+    `shared` the rows are joined on the way."""
     last = last_token_index(mask)[:, None]
+    if shared is not None:
+        joined = shared.join(inputs), shared.join(mask)
+        where = dict(output_positions=last, shared_prompt=shared)
+        return network.apply(params, *joined, **where)[:, 0]
     if network.supports_packing:  # its last layer computes no others
         return network.apply(params, inputs, mask, output_positions=last)[:, 0]
     return jnp.take_along_axis(network.apply(params, inputs, mask), last, axis=1)[:, 0]

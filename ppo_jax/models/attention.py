@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from ppo_jax.core.shared_prompts import SharedPrompt
 from ppo_jax.models.config import ModelConfig
 
 CACHE_BLOCK = 128  # slots
@@ -58,28 +59,37 @@ class AttentionFn(struct.PyTreeNode):
 
 
 class Outputs(struct.PyTreeNode):
-    """The positions of a call whose outputs are read: those from `first` on, or `positions`."""
+    """The positions of a call whose outputs are read: those from `first` on, or `positions`; of
+    joined rows those of rows apart."""
 
     positions: jax.Array | None = None  # [B, T] int
     first: int = struct.field(pytree_node=False, default=0)
+    shared: SharedPrompt | None = struct.field(pytree_node=False, default=None)
 
     @property
     def are_all(self) -> bool:
-        return self.positions is None and self.first == 0
+        return self.positions is None and self.first == 0 and self.shared is None
 
     def take(self, x: jax.Array) -> jax.Array:
         """[B, L, ...] -> [B, T, ...]."""
+        if self.shared is not None and self.positions is not None:
+            return self.shared.take(x, self.positions)
+        if self.shared is not None:
+            return self.shared.split(x, self.first)
         if self.positions is None:
             return x[:, self.first :]
         index = self.positions.reshape(*self.positions.shape, *(1,) * (x.ndim - 2))
         return jnp.take_along_axis(x, index, axis=1)
 
 
-def text_positions(mask_BL, segments_BL) -> jax.Array:
+def text_positions(mask_BL, segments_BL, shared: SharedPrompt | None = None) -> jax.Array:
     """[B, L] int32: the number of real positions of its text before each; arbitrary in padding.
 
-    A new text begins wherever `segments` changes; None means one text per row.
+    A new text begins wherever `segments` changes; None means one text per row. In joined rows each
+    response goes on where the prompt ends.
     """
+    if shared is not None:
+        return shared.join(text_positions(shared.split(mask_BL), None))
     seen_BL = jnp.cumsum(mask_BL, axis=1, dtype=jnp.int32)
     if segments_BL is None:
         return jnp.maximum(seen_BL - 1, 0)

@@ -53,10 +53,20 @@ def make_network(
 
     @renamed(**OLD_NAMES)
     def apply(
-        params, inputs, mask, *, first_output=0, segment_ids=None, output_positions=None, read=None
+        params,
+        inputs,
+        mask,
+        *,
+        first_output=0,
+        segment_ids=None,
+        output_positions=None,
+        shared_prompt=None,
+        read=None,
     ):
-        check_inputs(config, module.start, inputs, mask, segment_ids, output_positions)
-        outputs = Outputs(output_positions, 0 if output_positions is not None else first_output)
+        where = segment_ids, output_positions, shared_prompt
+        check_inputs(config, module.start, inputs, mask, *where)
+        first = 0 if output_positions is not None else first_output
+        outputs = Outputs(output_positions, first, shared_prompt)
         return module.apply({"params": params}, inputs, mask, segment_ids, None, outputs, read)[0]
 
     def init_cache(batch_size, length):
@@ -85,8 +95,19 @@ def make_network(
         axes = (None, *CACHE) if config.scan_layers else CACHE
         return cache.replace(layers=jax.tree.map(lambda x: constrain(x, axes), cache.layers))
 
+    def supports_shared_prompts(num_prompts, samples):
+        return num_prompts % num_batch_shards(constrain, num_prompts * samples) == 0
+
     functions = dict(init=init, apply=apply, init_cache=init_cache, decode=decode, refill=refill)
-    return Network(**functions, supports_packing=True)
+    more = dict(supports_packing=True, supports_shared_prompts=supports_shared_prompts)
+    return Network(**functions, **more)
+
+
+def num_batch_shards(constrain: ShardingConstraint, num_rows: int) -> int:
+    """How many parts the mesh cuts a batch of so many rows into."""
+    if constrain.sharding is None:
+        return 1
+    return num_rows // constrain.shard_shape(("batch",), (num_rows,))[0]
 
 
 def check_exits(config: ModelConfig, exits: Sequence[int], layer: int | None, *, last: bool):
@@ -104,7 +125,9 @@ def check_exits(config: ModelConfig, exits: Sequence[int], layer: int | None, *,
         )
 
 
-def check_inputs(config, start_layer, inputs, mask, segment_ids=None, output_positions=None):
+def check_inputs(
+    config, start_layer, inputs, mask, segment_ids=None, output_positions=None, shared_prompt=None
+):
     chex.assert_rank([mask, inputs], [2, 2 if start_layer is None else 3])
     chex.assert_equal_shape_prefix([inputs, mask], 2)
     chex.assert_type([inputs, mask], [int if start_layer is None else float, bool])
@@ -116,9 +139,14 @@ def check_inputs(config, start_layer, inputs, mask, segment_ids=None, output_pos
     if output_positions is not None:
         chex.assert_rank(output_positions, 2)
         chex.assert_type(output_positions, int)
-    if config.positions == "learned" and inputs.shape[1] > config.max_length:
+    if segment_ids is not None and shared_prompt is not None:
+        raise ValueError("rows hold several texts or a shared prompt: one of the two must be None")
+    length = inputs.shape[1]
+    if shared_prompt is not None:
+        length = shared_prompt.length + shared_prompt.response_length(length)
+    if config.positions == "learned" and length > config.max_length:
         raise ValueError(
-            f"{inputs.shape[1]} positions, but the model has {config.max_length} (model.max_length)"
+            f"{length} positions, but the model has {config.max_length} (model.max_length)"
         )
 
 

@@ -13,9 +13,11 @@ import math
 import jax
 import jax.numpy as jnp
 
+from ppo_jax.core.shared_prompts import SharedPrompt
 from ppo_jax.models.attention import AttentionFn, attend, causal_mask
 from ppo_jax.models.axes import ShardingConstraint
 from ppo_jax.models.config import ModelConfig
+from ppo_jax.models.shared_prompts import SharedPromptAttention, share_prompts
 
 LANES = 128  # of a TPU; block sizes are multiples of it
 MAX_BLOCK = 512  # positions
@@ -42,13 +44,20 @@ def kernel_of(config: ModelConfig, platform: str | None, length: int, packed: bo
 
 
 def make_attention(
-    config: ModelConfig, constrain: ShardingConstraint, mask: jax.Array, segments: jax.Array | None
-) -> AttentionFn:
+    config: ModelConfig,
+    constrain: ShardingConstraint,
+    mask: jax.Array,
+    segments: jax.Array | None,
+    shared: SharedPrompt | None = None,
+) -> AttentionFn | SharedPromptAttention:
     """The attention of every layer in a call without a cache.
 
-    `mask` is [B, L] bool, True on real positions; `segments` is [B, L] int32 or None, see
-    `core.network.Network`.
+    `mask` is [B, L] bool, True on real positions; `segments` is [B, L] int32 or None, `shared` the
+    shape of joined rows, see `core.network.Network`.
     """
+    if shared is not None:
+        apart = make_attention(config, constrain, shared.split(mask), None)
+        return share_prompts(apart, mask, shared)
     match kernel_of(config, constrain.platform, mask.shape[1], segments is not None):
         case "splash":
             segments = jnp.where(mask, 1 if segments is None else segments, 0)

@@ -187,8 +187,9 @@ class Transformer(nn.Module):
     def __call__(self, inputs, mask_BS, segments_BS, cache, outputs, read=None):
         c = self.config
         if cache is None:
-            positions = text_positions(mask_BS, segments_BS)
-            attention_fn = make_attention(c, self.constrain, mask_BS, segments_BS)
+            rows = mask_BS, segments_BS, outputs.shared
+            positions = text_positions(*rows)
+            attention_fn = make_attention(c, self.constrain, *rows)
         else:
             allowed_BSC, cache = cache_mask(mask_BS, cache)
             # A token attends to itself and all real ones before it: their count gives its position.

@@ -60,6 +60,53 @@ def attended_in_row(config: ModelConfig, length: int, platform: str | None) -> f
     return padded * (padded + block) / 2 / length
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Rows as a network reads them: of one response each, or joined ones, see `SharedPrompt`."""
+
+    sequences: int  # N
+    positions: int  # S
+    attended: float  # C, on average
+    outputs: int  # O
+    output_attended: float  # by these
+    length: int  # of a row of one response, for which the kernel of attention is chosen
+
+
+def rows_of(
+    config: ModelConfig,
+    platform: str | None,
+    *,
+    sequences: int,
+    positions: int,
+    outputs: int,
+    prompt_length: int = 0,
+    samples: int = 1,
+) -> Rows:
+    """The rows of N responses of S positions and O outputs, joined where prompts have several.
+
+    Plain attention is then that of prompts to themselves, P², and of R positions of each response
+    to P + R; a fused kernel has the rows apart.
+    """
+    apart = attended_in_row(config, positions, platform)
+    if samples == 1:
+        attended, width = apart, positions
+    else:
+        rest = positions - prompt_length
+        width = prompt_length + samples * rest
+        pairs = samples * positions * apart
+        if kernel_of(config, platform, positions) == "plain":
+            pairs = prompt_length**2 + samples * rest * positions
+        attended = pairs / width
+    return Rows(
+        sequences=sequences // samples,
+        positions=width,
+        attended=attended,
+        outputs=samples * outputs,
+        output_attended=apart,
+        length=positions,
+    )
+
+
 def everywhere_flops(config: ModelConfig, positions: int, platform: str | None) -> tuple[int, bool]:
     """Of a last layer that is read at O of S positions, what all S need, for one: (projections, is
     attention among it?).
@@ -86,20 +133,40 @@ def forward_flops(
     platform: str | None = None,
     num_layers: int | None = None,
     logits: int | None = None,
+    output_attended: float | None = None,
+    length: int | None = None,
 ) -> float:
     """N (S layers (projections + attention over C) + O head); the last layer is that of S positions
     in its keys and values alone, see `everywhere_flops`.
 
     `attended` is C, without a cache `attended_in_row`; `outputs` is O; `num_layers` are those that
-    are computed, None is all of the model; `logits` is O with the padding of chunks.
+    are computed, None is all of the model; `logits` is O with the padding of chunks. In joined rows
+    outputs attend to `output_attended`, and the kernel is that of rows of `length`, see `rows_of`.
     """
     c, depth = config, config.num_layers if num_layers is None else num_layers
-    attention = attention_flops(c, attended)
-    layer = projection_flops(c) + attention
-    products, attends = everywhere_flops(c, positions, platform)
-    saved = layer - products - attends * attention if depth else 0
-    layers = positions * depth * layer - (positions - outputs) * saved
+    outputs_attend = attention_flops(c, attended if output_attended is None else output_attended)
+    parts = (positions, outputs, attention_flops(c, attended), outputs_attend)
+    layers = untrained_flops(c, depth, *parts, *everywhere_flops(c, length or positions, platform))
     return sequences * (layers + (logits or outputs) * head_flops(c, head))
+
+
+def untrained_flops(
+    config: ModelConfig,
+    depth: int,
+    positions: int,
+    outputs: int,
+    attention: float,
+    output_attention: float,
+    products: int,
+    attends: bool,
+) -> float:
+    """The layers of one sequence, where the last is read at `outputs`: with what `everywhere_flops`
+    gives, and attention for one position, and for one with an output."""
+    if not depth:
+        return 0
+    projections = projection_flops(config)
+    whole = (depth - 1) * (projections + attention) + products + attends * attention
+    return positions * whole + outputs * (projections - products + (not attends) * output_attention)
 
 
 # --- training -------------------------------------------------------------------------------------
@@ -152,8 +219,11 @@ def training_flops(
     platform: str | None = None,
     trained: TrainedParts = ALL,
     logits: int | None = None,
+    prompt_length: int = 0,
+    samples: int = 1,
 ) -> float:
-    """Forward and backward of all positions, but in the last layer, see `forward_flops`.
+    """Forward and backward of all positions, but in the last layer, see `forward_flops`; in joined
+    rows where prompts have several `samples`, see `rows_of`.
 
     Each product y = x w costs two of the same size in the backward pass, dx = dy w' and
     dw = x' dy; kernels with adapters have no dw. Frozen layers below all trained ones have neither.
@@ -161,26 +231,32 @@ def training_flops(
     than is counted here. The lowest layer of adapters needs a little less.
     """
     c, adapters = config, trained.adapter_flops
-    attended = attended_in_row(c, positions, platform)
-    projections, attention = projection_flops(c), attention_flops(c, attended)
+    sizes = dict(sequences=sequences, positions=positions, outputs=outputs)
+    rows = rows_of(c, platform, prompt_length=prompt_length, samples=samples, **sizes)
+    positions, outputs = rows.positions, rows.outputs
+    projections, attention = projection_flops(c), attention_flops(c, rows.attended)
+    of_outputs = attention_flops(c, rows.output_attended)
     depth = c.num_layers - trained.trunk - trained.frozen_layers
-    fused = kernel_of(c, platform, positions) == "splash"
+    fused = kernel_of(c, platform, rows.length) == "splash"
     trained_layer = functools.partial(trained_layer_flops, c, frozen=adapters > 0, fused=fused)
     layer = trained_layer(projections, attention, adapters)
-    layers = positions * (depth * layer + trained.frozen_layers * (projections + attention))
-    products, attends = everywhere_flops(c, positions, platform)
-    if depth:
+    products, attends = everywhere_flops(c, rows.length, platform)
+    if not depth:
+        parts = (positions, outputs, attention, of_outputs, products, attends)
+        layers = untrained_flops(c, trained.frozen_layers, *parts)
+    else:
+        keys = adapters if c.scan_layers else trained.key_adapter_flops
+        read = projections - products, (not attends) * of_outputs, adapters - keys
+        layers = positions * trained.frozen_layers * (projections + attention)
+        layers += positions * (depth - 1) * layer + outputs * trained_layer(*read)
+        layers += positions * trained_layer(products, attends * attention, keys)
         if c.remat == "full":  # the last product of a layer is not computed again
             at_top = positions if c.scan_layers else outputs
             layers -= 2 * c.mlp_dim * c.embed_dim * (positions * (depth - 1) + at_top)
-        keys = adapters if c.scan_layers else trained.key_adapter_flops
-        saved = layer - trained_layer(products, attends * attention, keys)
-        layers -= (positions - outputs) * saved
-    elif trained.frozen_layers:
-        layers -= (positions - outputs) * (projections + attention - products - attends * attention)
     # Two products: without its own gradient, or without that of a body that has no trained layers.
     head_products = 3 if trained.head and depth else 2
-    return sequences * (layers + (logits or outputs) * head_products * head_flops(c, head))
+    head = (logits or sizes["outputs"]) * head_products * head_flops(c, head)
+    return rows.sequences * layers + sequences * head
 
 
 # --- the phases of an iteration -------------------------------------------------------------------
@@ -237,6 +313,7 @@ def scoring_flops(
     trunks: Sequence[int] = (0, 0, 0),
     value_outputs: int = 1,
     num_critics: int = 1,
+    samples: int = 1,
 ) -> float:
     """Reference and critic over P + T - 1 positions, with T outputs; the reward model over P + T,
     with one.
@@ -249,22 +326,21 @@ def scoring_flops(
         trunks: how many lowest layers of each of the three the rollout has computed.
         value_outputs: what the critic gives for a position.
         num_critics: how many there are.
+        samples: responses that share their prompt, see `rows_of`.
     """
     length, logits = prompt_length + response_length, padded_outputs(response_length, logits_chunk)
     passes = [(policy, length - 1, response_length, "logits", trunks[0])] * policy_passes
     passes += [(value, length - 1, response_length, value_outputs, trunks[1])] * num_critics
     passes.append((reward, length, 1, "scalar", trunks[2]))
+    shared = dict(sequences=sequences, prompt_length=prompt_length, samples=samples)
     return sum(
         forward_flops(
             config,
-            sequences=sequences,
-            positions=positions,
-            attended=attended_in_row(config, positions, platform),
-            outputs=outputs,
+            **vars(rows_of(config, platform, positions=positions, outputs=outputs, **shared)),
             head=head,
             platform=platform,
             num_layers=config.num_layers - trunk,
-            logits=logits if head == "logits" else None,
+            logits=samples * logits if head == "logits" else None,
         )
         for config, positions, outputs, head, trunk in passes
         if config is not None
@@ -285,23 +361,25 @@ def update_flops(
     trained: Sequence[TrainedParts] = (ALL, ALL),
     value_outputs: int = 1,
     num_critics: int = 1,
+    samples: Sequence[int] = (1, 1),
 ) -> float:
     """num_epochs x (training of the policy + value_updates x training of the critic) over P + T - 1
     positions.
 
     The same for any number of minibatches and micro-batches. Logits in chunks are computed once
-    more in the backward pass. `trained` is of policy and critic.
+    more in the backward pass. `trained` is of policy and critic, and so are `samples`, the
+    responses that share their prompt, see `rows_of`.
     """
     positions = prompt_length + response_length - 1
     training = functools.partial(
         training_flops, sequences=sequences, positions=positions, platform=platform
     )
-    training = functools.partial(training, outputs=response_length)
+    training = functools.partial(training, outputs=response_length, prompt_length=prompt_length)
     logits = padded_outputs(response_length, logits_chunk)
-    total = training(policy, head="logits", trained=trained[0], logits=logits)
+    total = training(policy, head="logits", trained=trained[0], samples=samples[0], logits=logits)
     if value is not None:
-        critics = num_critics * value_updates
-        total += critics * training(value, head=value_outputs, trained=trained[1])
+        critic = dict(head=value_outputs, trained=trained[1], samples=samples[1])
+        total += num_critics * value_updates * training(value, **critic)
     if logits_chunk:
         total += sequences * logits * head_flops(policy, "logits")
     return num_epochs * total

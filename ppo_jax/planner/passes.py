@@ -35,7 +35,8 @@ def passes_before_update(
     s, policy, critic = settings, models.policy, models.critic
     recomputes = s.old_logprobs == "recompute" and "policy" not in in_common
     has_values = needs_critic(s.advantage) and "value" not in in_common
-    positions = s.rollout_batch_size * (s.max_prompt_length + s.response_length - 1)
+    prompts = s.max_prompt_length / sizes["samples"]
+    positions = s.rollout_batch_size * (prompts + s.response_length - 1)
     of_policy = positions * policy.num_layers * trained[0].adapter_flops
     count = functools.partial(scoring_flops, policy, reward=None, **sizes)
     flops = 0.0

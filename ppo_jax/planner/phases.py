@@ -21,6 +21,7 @@ from ppo_jax.algorithms.experience import (
     sample_responses,
 )
 from ppo_jax.algorithms.greedy import greedy_options, greedy_responses
+from ppo_jax.algorithms.minibatches import whole_groups
 from ppo_jax.algorithms.ppo import kl_of_update, update_from_rollout
 from ppo_jax.algorithms.references import reference_options, reference_responses
 from ppo_jax.algorithms.supervised import text_scores
@@ -131,9 +132,10 @@ def phases(config: Config, models: Models, layouts: tuple[Layout, Layout]) -> li
         texts = args.rows(jnp.int32, *shape), args.rows(bool, *shape)
         programs["reward model"] = trace(reader, *texts, out_shardings=batch_sharding)
     programs |= {"scoring": scoring, "update": updates}
-    flops = analytic_flops(s, models, args.starts, layout.constrain.platform)
+    shards = dict(shards=layout.num_shards("batch"))
+    flops = analytic_flops(s, models, args.starts, layout.constrain.platform, **shards)
     unchunked = dataclasses.replace(s, logits_chunk=0)
-    model_flops = analytic_flops(unchunked, without_remat(models), args.starts)
+    model_flops = analytic_flops(unchunked, without_remat(models), args.starts, **shards)
     trunk = args.networks.trunk is not None
     trip_counts: dict[str, TripCounts] = {
         "rollout": decode_trip_counts(s.rollout_batch_size, options.sampling, trunk),
@@ -168,29 +170,41 @@ def score(
     where no reward model is in the program."""
     scored = functools.partial(with_scores, frozen=frozen, networks=networks, options=options)
     parts = dict(frozen=moved_reference(frozen, state), networks=networks, options=options)
-    others = dict(greedy=scored(greedy), references=scored(references))
+    references = scored(references, samples=options.reference_responses)
+    others = dict(greedy=scored(greedy, samples=1), references=references)
     return make_experience(*scored(rollout), state, hyperparameters, **others, **parts)
 
 
 def score_alone(
-    state, hyperparameters, rollout, *others, frozen: FrozenParams, networks, options
+    state,
+    hyperparameters,
+    rollout,
+    greedy=None,
+    references=None,
+    *,
+    frozen: FrozenParams,
+    networks,
+    options,
 ) -> tuple[list[jax.Array | None], jax.Array]:
     """`score` without what the update computes: (scores of each of the responses, log-probs of the
     reference)."""
     scored = functools.partial(with_scores, frozen=frozen, networks=networks, options=options)
     responses, scores = scored(rollout)
     reference = dict(frozen=moved_reference(frozen, state), networks=networks)
-    found = [other and scored(other)[1] for other in others]
+    reference |= dict(samples_per_prompt=options.sampling.samples_per_prompt)
+    others = (greedy, 1), (references, options.reference_responses)
+    found = [other and scored(other, samples=count)[1] for other, count in others]
     return [scores, *found], reference_logprobs(responses, hyperparameters, **reference)
 
 
-def with_scores(responses, *, frozen, networks, options):
+def with_scores(responses, *, frozen, networks, options, samples=None):
     """(responses, their scores), if there are any; those that have come with their scores as they
-    are."""
+    are. `samples` to each prompt, None is as many as of the policy's."""
     if responses is None or isinstance(responses, tuple):
         return responses
-    eos_id = options.score_eos
-    return responses, response_scores(responses, frozen=frozen, networks=networks, eos_id=eos_id)
+    how = dict(eos_id=options.score_eos)
+    how |= dict(samples_per_prompt=samples or options.sampling.samples_per_prompt)
+    return responses, response_scores(responses, frozen=frozen, networks=networks, **how)
 
 
 def other_rollouts(settings: PPOSettings) -> dict[str, tuple[int, Sampling]]:
@@ -349,6 +363,7 @@ def analytic_flops(
     models: Models,
     starts: Sequence[int | None] = (None,) * 3,
     platform: str | None = None,
+    shards: int = 1,
 ) -> dict[str, float]:
     """What each phase should compute, on all devices together.
 
@@ -357,6 +372,7 @@ def analytic_flops(
         models: the run's models.
         starts: the layers at which policy, critic and reward model start above the trunk.
         platform: of the devices, whose attention kernel it is, see `kernels.kernel_of`.
+        shards: of a batch.
     """
     s, policy, critic = settings, models.policy, models.critic
     sizes = dict(
@@ -370,16 +386,20 @@ def analytic_flops(
     if critic is not None:
         trained.append(trained_parts(critic, s.value_trainable, trunks[1], s.lora, "scalar"))
     reward = None if models.reads_text else models.reward
-    scoring = scoring_flops(policy, None, reward, trunks=trunks, **kernels, **sizes)
+    samples = shared_samples(s, shards)
+    shared = dict(samples=samples[0], trunks=trunks)
+    scoring = scoring_flops(policy, None, reward, **shared, **kernels, **sizes)
     kernels |= dict(value_outputs=s.value_bins or 1, num_critics=s.num_critics)
-    count = num_other_responses(s)
-    if count and reward is not None:
-        how = dict(policy_passes=0, trunks=trunks)
-        of_others = sizes | dict(sequences=count)
-        scoring += scoring_flops(policy, None, reward, **how, **kernels, **of_others)
-    whole, texts = s.max_prompt_length + s.response_length, s.rollout_batch_size + count
-    for config in () if s.reward_rule == AVERAGE else models.others:
-        scoring += score_flops(config, texts, whole, platform)
+    read = {"rollout": (s.rollout_batch_size, samples[0])}
+    for name, (count, sampling) in other_rollouts(s).items():
+        read[name] = count, sampling.samples_per_prompt
+    of_texts = functools.partial(scoring_flops, policy, None, policy_passes=0)
+    for name, (count, own) in read.items():
+        more = () if s.reward_rule == AVERAGE else models.others
+        how = sizes | dict(sequences=count, samples=own, platform=platform)
+        if name != "rollout" and reward is not None:
+            scoring += of_texts(reward, trunks=trunks, **how)
+        scoring += sum(of_texts(config, **how) for config in more)
     flops = {
         "rollout": rollout_flops(
             policy,
@@ -396,6 +416,7 @@ def analytic_flops(
             num_epochs=s.num_epochs,
             value_updates=s.value_updates,
             trained=trained,
+            samples=samples[1:],
             **kernels,
             **sizes | {"sequences": s.update_batch_size},
         ),
@@ -404,17 +425,31 @@ def analytic_flops(
         outputs = s.num_epochs * s.update_batch_size * s.response_length
         flops["update"] += 3 * outputs * value_head_flops(s, policy)
     in_common = networks_in_common(s)
-    of_passes = passes_before_update(s, models, trunks, trained, in_common, kernels | sizes)
+    of_rows = kernels | sizes | dict(samples=samples[0])
+    of_passes = passes_before_update(s, models, trunks, trained, in_common, of_rows)
     flops["update" if in_common else "scoring"] += of_passes
     if s.penalty_target_kl > 0:
-        updated = sizes | {"sequences": s.update_batch_size}
+        learned = abstract_options(s).learned_samples
+        updated = sizes | dict(sequences=s.update_batch_size, samples=learned)
         flops["update"] += scoring_flops(policy, None, None, trunks=trunks, **kernels, **updated)
     for name, (count, sampling) in other_rollouts(s).items():
         flops[f"{name} rollout"] = other_rollout_flops(s, policy, count, sampling, trunk)
     if models.reads_text:
         width = text_width(s, models.reward)
+        texts = s.rollout_batch_size + num_other_responses(s)
         flops["reward model"] = score_flops(models.reward, texts, width, platform)
     return flops
+
+
+def shared_samples(settings: PPOSettings, shards: int) -> tuple[int, int, int]:
+    """How many responses share their prompt's part of the work in (scoring, the policy's update,
+    the critic's), see `grouped_samples`."""
+    s, options = settings, abstract_options(settings)
+    own = s.value_num_minibatches if s.critic_has_optimizer else 0
+    counts = s.num_minibatches, own or s.num_minibatches
+    groups = [whole_groups(options, s.update_batch_size, count) for count in counts]
+    of_updates = (options.learned_samples if x and x % shards == 0 else 1 for x in groups)
+    return s.samples_per_prompt, *of_updates
 
 
 def other_rollout_flops(

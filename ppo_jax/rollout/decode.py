@@ -15,7 +15,7 @@ from flax import struct
 
 from ppo_jax.core.distributions import token_statistics
 from ppo_jax.core.lanes import any_lane
-from ppo_jax.core.network import Network
+from ppo_jax.core.network import Network, shared_prompt
 from ppo_jax.core.renamed import renamed
 from ppo_jax.core.types import Params, Prompts
 from ppo_jax.rollout.sampling import Sampling, choose, find_stops, init_matched
@@ -213,6 +213,7 @@ def response_outputs(
     response_length: int,
     segment_ids: jax.Array | None = None,
     output_positions: jax.Array | None = None,
+    samples_per_prompt: int = 1,
 ) -> jax.Array:
     """The network's outputs at the positions that predict response tokens, and nowhere else.
 
@@ -224,17 +225,25 @@ def response_outputs(
         response_length: T.
         segment_ids: of packed rows, see `Experience`; inputs and mask then have L - 1 positions.
         output_positions: of packed rows.
+        samples_per_prompt: so many rows after another have one prompt, which is computed once for
+            all of them where the network supports it.
 
     Returns:
         [B, T, V] float32, the logits that predict each token, or [B, T] float32, the value of the
         state before it.
     """
-    inputs, mask, where = predictors(inputs, mask, response_length, segment_ids, output_positions)
+    packed = segment_ids, output_positions
+    inputs, mask, where = predictors(
+        network, inputs, mask, response_length, *packed, samples_per_prompt
+    )
     return network.apply(params, inputs, mask, **where)
 
 
-def predictors(inputs, mask, response_length, segment_ids, output_positions):
-    """(inputs, mask, where to read the outputs) of the positions that predict something.
+def predictors(
+    network, inputs, mask, response_length, segment_ids, output_positions, samples_per_prompt
+):
+    """(inputs, mask, where to read the outputs) of the positions that predict something, in joined
+    rows where several have a prompt that the network can share.
 
     Raises:
         ValueError: a response of no token, or one before which there is nothing to predict it from.
@@ -246,7 +255,12 @@ def predictors(inputs, mask, response_length, segment_ids, output_positions):
         )
     if output_positions is not None:
         return inputs, mask, {"segment_ids": segment_ids, "output_positions": output_positions}
-    return inputs[:, :-1], mask[:, :-1], {"first_output": mask.shape[1] - response_length - 1}
+    prompt_length = mask.shape[1] - response_length
+    inputs, mask, where = inputs[:, :-1], mask[:, :-1], {"first_output": prompt_length - 1}
+    groups = dict(prompt_length=prompt_length, samples=samples_per_prompt)
+    if (shared := shared_prompt(network, len(mask), **groups)) is None:
+        return inputs, mask, where
+    return shared.join(inputs), shared.join(mask), where | {"shared_prompt": shared}
 
 
 @renamed(segments="segment_ids", at="output_positions")
@@ -260,6 +274,7 @@ def response_statistics(
     temperature: jax.Array | float = 1.0,
     segment_ids: jax.Array | None = None,
     output_positions: jax.Array | None = None,
+    samples_per_prompt: int = 1,
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probability of each response token, and the entropy of the distribution it is from.
 
@@ -274,11 +289,15 @@ def response_statistics(
         temperature: divides the logits; 0 counts as 1.
         segment_ids: see `response_outputs`.
         output_positions: see `response_outputs`.
+        samples_per_prompt: see `response_outputs`.
 
     Returns:
         (logprobs, entropies in nats), each [B, T] float32, undefined where mask is False.
     """
-    inputs, mask, where = predictors(inputs, mask, tokens.shape[1], segment_ids, output_positions)
+    packed = segment_ids, output_positions
+    inputs, mask, where = predictors(
+        network, inputs, mask, tokens.shape[1], *packed, samples_per_prompt
+    )
     if network.token_statistics is not None:
         return network.token_statistics(params, inputs, mask, tokens, temperature, **where)
     logits = network.apply(params, inputs, mask, **where)

@@ -24,14 +24,15 @@ SCORES = np.array([0.3, 2.0, -1.0, 0.5, 4.0, 3.0, 5.0, 4.5], np.float32)
 KEPT = np.array([1, 2, 5, 6])  # the best and the worst of each four
 
 
-def options(**changes):
+def options(samples=4, **changes):
     """Two groups of four."""
-    return tiny.options(sampling=tiny.sampling(samples_per_prompt=4), **changes)
+    return tiny.options(sampling=tiny.sampling(samples_per_prompt=samples), **changes)
 
 
 def responses():
-    """Eight of them."""
-    return tiny.Run("whole").rollout()
+    """Eight of them, four to each of two prompts."""
+    run, prompts = tiny.Run("whole", options()), tiny.prompts(batch_size=2)
+    return tiny.sample_responses(run.state, run.numbers, prompts, tiny.RUN_KEY, **run.parts)
 
 
 def of_rows(tree, rows):
@@ -47,8 +48,9 @@ def test_the_experience_is_that_of_a_rollout_of_the_kept_responses(of_tokens, ol
     if of_tokens:
         scores = token_scores(scores, rollout.response_mask)
     got, metrics = run.experience(rollout, scores)
-    run.parts["options"] = options(old_logprobs=old_logprobs)
+    run.parts["options"] = options(samples=2, old_logprobs=old_logprobs)
     expected, of_kept = run.experience(of_rows(rollout, KEPT), scores[KEPT])
+    run.parts["options"] = options(old_logprobs=old_logprobs)
     chex.assert_trees_all_equal_shapes(got, expected)
     tiny.leaves_close(got, expected, rtol=1e-5, atol=1e-6)
     assert np.abs(expected.advantages).max() > 0.1
@@ -65,7 +67,7 @@ def test_an_update_is_that_of_the_kept_responses(num_micro_batches):
     run = tiny.Run("whole", options(keep_samples=2, **chosen))
     rollout, scores = responses(), jnp.asarray(SCORES)
     state, _ = run.update_from_rollout(rollout, scores)
-    run.parts["options"] = options(**chosen)
+    run.parts["options"] = options(samples=2, **chosen)
     expected, _ = run.update_from_rollout(of_rows(rollout, KEPT), scores[KEPT])
     tiny.leaves_close(state.policy_params, expected.policy_params, rtol=1e-4, atol=1e-6)
     tiny.leaves_close(state.value_params, expected.value_params, rtol=1e-4, atol=1e-6)

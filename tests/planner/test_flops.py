@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import pytest
 
 from ppo_jax.algorithms import experience
-from ppo_jax.algorithms.ppo import update_from_rollout
+from ppo_jax.algorithms.ppo import init_ppo, update_from_rollout
 from ppo_jax.algorithms.update import ppo_update
 from ppo_jax.core.types import Optimizer
-from ppo_jax.models.build import policy_network, reward_network
+from ppo_jax.models.build import policy_network, reward_network, value_network
 from ppo_jax.planner import flops
 from ppo_jax.planner.hlo.cost import cost_analysis
 from ppo_jax.rollout.rollout import rollout
@@ -193,6 +193,57 @@ def test_an_update_of_one_step_is_all_that_policy_and_critic_compute(old_logprob
     expected = flops.update_flops(config, config, num_epochs=1, **where)
     found = measured(update, state, responses, scores, numbers_BT)
     assert found == pytest.approx(expected, rel=0.01)
+
+
+SAMPLES = 4
+GROUPED = tiny.sampling(samples_per_prompt=SAMPLES)
+
+
+def test_a_prompt_of_several_responses_is_scored_once():
+    setup, numbers = tiny.setup(), tiny.hyperparameters()
+    parts = dict(networks=setup.networks, frozen=setup.frozen)
+    options, state = tiny.options(sampling=GROUPED), setup.start(numbers)
+
+    def score(responses):
+        scores = experience.response_scores(responses, samples_per_prompt=SAMPLES, **parts)
+        return experience.make_experience(
+            responses, scores, state, numbers, options=options, **parts
+        )
+
+    shapes = jax.eval_shape(
+        functools.partial(rollout, setup.networks.policy, sampling=GROUPED),
+        setup.policy_params,
+        tiny.prompts(batch_size=B // SAMPLES),
+        jax.random.key(0),
+    )
+    config = tiny.model_config()
+    where = dict(sequences=B, prompt_length=P, response_length=T)
+    apart, expected = (
+        flops.scoring_flops(config, config, config, samples=n, **where) for n in (1, SAMPLES)
+    )
+    assert expected < 0.8 * apart
+    assert measured(score, shapes) == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize(("scan_layers", "remat"), [(False, "none"), (True, "full")])
+@pytest.mark.parametrize(("num_minibatches", "shared"), [(1, SAMPLES), (2, 1)])
+def test_an_update_of_one_minibatch_has_a_prompt_once(num_minibatches, shared, scan_layers, remat):
+    config = tiny.model_config(scan_layers=scan_layers, remat=remat)
+    networks = experience.PPONetworks(policy=policy_network(config), value=value_network(config))
+    numbers = tiny.hyperparameters()
+    made = (networks.policy, networks.value)
+    params = [jax.eval_shape(network.init, jax.random.key(0)) for network in made]
+    state = jax.eval_shape(lambda *params: init_ppo(*params, numbers), *params)
+    options = dict(num_minibatches=num_minibatches, num_micro_batches=2, sampling=GROUPED)
+    parts = dict(frozen=tiny.setup().frozen, networks=networks, options=tiny.options(**options))
+    update = functools.partial(ppo_update, **parts)
+    where = dict(sequences=B, prompt_length=P, response_length=T, num_epochs=2)
+    apart, expected = (
+        flops.update_flops(config, config, samples=(n, n), **where) for n in (1, shared)
+    )
+    assert expected <= (0.8 if shared > 1 else 1) * apart
+    args = state, fresh_experience(tiny.setup()), numbers, jax.random.key(0)
+    assert measured(update, *args) == pytest.approx(expected, rel=0.01)
 
 
 def test_a_critic_with_bins_has_more_outputs():

@@ -186,7 +186,7 @@ def program(function):
         return function(*args, **kwargs)
 
     static = ("networks", "options", "policy", "trunk", "sampling", "num_micro_batches", "network")
-    static += ("eos_id",)
+    static += ("eos_id", "samples_per_prompt")
     names = inspect.signature(function).parameters
     return jit(counted, static_argnames=[name for name in static if name in names])
 
