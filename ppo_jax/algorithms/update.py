@@ -13,11 +13,13 @@ import jax.numpy as jnp
 
 from ppo_jax.algorithms.critics import critic_loss, outputs_of, statistics_of, take_critic
 from ppo_jax.algorithms.options import PPONetworks, PPOOptions
+from ppo_jax.algorithms.stopping import until_far
 from ppo_jax.algorithms.supervised import accumulate, accumulate_while
 from ppo_jax.algorithms.token_choice import make_choice, split_keys
+from ppo_jax.core import cpu
 from ppo_jax.core.checks import assert_divides, assert_numbers
 from ppo_jax.core.kl import kl_loss
-from ppo_jax.core.lanes import any_lane, max_lane
+from ppo_jax.core.lanes import max_lane
 from ppo_jax.core.losses import ppo_loss
 from ppo_jax.core.named import fields_of
 from ppo_jax.core.network import merge_params
@@ -91,10 +93,63 @@ def experience_loss(
     Returns:
         (loss, metrics).
     """
+    outputs = forward(params, experience, hyperparameters, frozen=frozen, networks=networks)
+    counts = dict(normalizer=normalizer, num_sequences=num_sequences)
+    return loss_of_outputs(*outputs, experience, hyperparameters, options, **counts)
+
+
+def experience_gradients(
+    params: Params,
+    experience: Experience,
+    hyperparameters: Hyperparameters,
+    *,
+    frozen: FrozenParams,
+    networks: PPONetworks,
+    options: PPOOptions,
+    **counts: jax.Array,
+) -> tuple[Params, dict[str, jax.Array]]:
+    """(gradients, metrics) of `experience_loss`, whose arguments these are.
+
+    A critic of its own is run when the gradients of the policy are there, which do not depend on
+    it: only one of the two has its activations in memory.
+    """
+    parts = dict(frozen=frozen, networks=networks)
+    if "value" not in params or networks.value_on_policy:
+        gradient = jax.grad(experience_loss, has_aux=True)
+        return gradient(params, experience, hyperparameters, options=options, **parts, **counts)
+
+    def of_policy(policy):
+        return forward({"policy": policy}, experience, hyperparameters, **parts)[:2]
+
+    def of_value(value):
+        return critic_outputs({"value": value}, later, **parts)
+
+    def loss(*outputs):
+        return loss_of_outputs(*outputs, experience, hyperparameters, options, **counts)
+
+    statistics, backward = jax.vjp(of_policy, params["policy"])
+    of_statistics = jax.grad(lambda both: loss(*both, None)[0])(statistics)
+    gradients = {"policy": backward(of_statistics)[0]}
+    mask = cpu.after(experience.mask, gradients)
+    later = dataclasses.replace(experience, mask=mask)
+    outputs, backward = jax.vjp(of_value, params["value"])
+    of_outputs, metrics = jax.grad(lambda x: loss(*statistics, x), has_aux=True)(outputs)
+    return gradients | {"value": backward(of_outputs)[0]}, metrics
+
+
+def loss_of_outputs(
+    logprobs: jax.Array,
+    entropies: jax.Array,
+    outputs: jax.Array | None,
+    experience: Experience,
+    hyperparameters: Hyperparameters,
+    options: PPOOptions | None,
+    *,
+    normalizer: jax.Array | None,
+    num_sequences: jax.Array | None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """`experience_loss` of what `forward` gives; without `outputs` that of the policy alone."""
     e, mask = experience, experience.response_mask
-    logprobs, entropies, outputs = forward(
-        params, e, hyperparameters, frozen=frozen, networks=networks
-    )
     classifies = hyperparameters.value_range is not None
     loss, metrics = ppo_loss(
         logprobs,
@@ -254,11 +309,12 @@ def ppo_update(
     trained, opt_state = trained_params(state.policy_params, state.value_params), state.opt_state
     numbers, rates = hyperparameters, learning_rates(state, hyperparameters)
     parts = dict(frozen=frozen, networks=networks)
-    loss = functools.partial(experience_loss, hyperparameters=numbers, options=options, **parts)
+    how = dict(hyperparameters=numbers, **parts)
+    gradient = functools.partial(experience_gradients, options=options, **how)
     steps = functools.partial(take_steps, experience=experience, options=options)
     policy_steps = functools.partial(
         steps,
-        loss=loss,
+        gradient=gradient,
         optimizer=numbers.optimizer,
         num_minibatches=options.num_minibatches,
         stop_kl=numbers.stop_kl,
@@ -280,7 +336,7 @@ def ppo_update(
             opt_state["value"],
             rates,
             keys[options.num_epochs :],
-            loss=functools.partial(value_loss, hyperparameters=numbers, **parts),
+            gradient=functools.partial(jax.grad(value_loss, has_aux=True), **how),
             optimizer=numbers.value_optimizer,
             num_minibatches=options.value_num_minibatches or options.num_minibatches,
         )
@@ -339,7 +395,7 @@ def take_steps(
     keys: jax.Array,
     *,
     experience: Experience,
-    loss: Callable[..., tuple[jax.Array, dict]],
+    gradient: Callable[..., tuple[Params, dict]],
     optimizer: Optimizer,
     num_minibatches: int,
     options: PPOOptions,
@@ -354,7 +410,7 @@ def take_steps(
         rates: of policy and critic.
         keys: [E], consumed.
         experience: B responses.
-        loss: (params, experience, normalizer=, num_sequences=) -> (loss, metrics).
+        gradient: (params, experience, normalizer=, num_sequences=) -> (gradients, metrics).
         optimizer: its numbers.
         num_minibatches: of an epoch.
         options: micro-batches, packing and aggregation are read.
@@ -393,7 +449,7 @@ def take_steps(
         )
         sums = accumulate_packed if options.packing else accumulate
         gradients, metrics = sums(
-            lambda params, rows: loss(params, rows, **counts),
+            lambda params, rows: gradient(params, rows, **counts),
             params,
             minibatch,
             options.num_micro_batches,
@@ -412,55 +468,8 @@ def take_steps(
     return params, opt_state, metrics | rates
 
 
-def until_far(step: Callable[..., tuple[Any, dict]], stop_kl: jax.Array | float):
-    """A step of `ppo_update` with its brake: the carry is (that of `step`, whether to go on)."""
-
-    def step_if_near(carry, inputs):
-        before, goes_on = carry
-        _, shapes = jax.eval_shape(step, before, inputs)
-
-        def compute():
-            after, metrics = step(before, inputs)
-            near = goes_on & (metrics["policy/approx_kl"] <= stop_kl)
-            after = jax.tree.map(lambda new, old: jnp.where(near, new, old), after, before)
-            metrics = {name: jnp.where(goes_on, x, 0.0) for name, x in metrics.items()}
-            flags = {"ppo/computed": goes_on, "ppo/taken": near}
-            return (after, near), metrics | {k: x.astype(jnp.float32) for k, x in flags.items()}
-
-        def skip():
-            zeros = {name: jnp.zeros(x.shape, x.dtype) for name, x in shapes.items()}
-            flags = {"ppo/computed": jnp.float32(0.0), "ppo/taken": jnp.float32(0.0)}
-            return (before, jnp.bool_(False)), zeros | flags
-
-        return jax.lax.cond(any_lane(goes_on), compute, skip)
-
-    return step_if_near
-
-
-def average_updates(
-    updates: dict[str, jax.Array], critic_apart: bool = False
-) -> dict[str, jax.Array]:
-    """The metrics of `ppo_update` over its steps: means, and maxima of those named `*_max`.
-
-    With stop_kl they are of the minibatches that were computed, but for those of a critic that
-    takes steps of its own; `ppo/updates` is the number of steps that were taken.
-    """
-    updates = dict(updates)
-    computed, taken = (updates.pop(f"ppo/{name}", None) for name in ("computed", "taken"))
-
-    def average(name, x):
-        if name.endswith("_max"):
-            return x.max()
-        if computed is None or critic_apart and name.startswith("value/"):
-            return x.mean()
-        return (x * computed).sum() / computed.sum()
-
-    averages = {name: average(name, x) for name, x in updates.items()}
-    return averages if taken is None else averages | {"ppo/updates": taken.sum()}
-
-
 def accumulate_packed(
-    loss: Callable[..., tuple[jax.Array, dict]],
+    gradient: Callable[..., tuple[Params, dict]],
     params: Params,
     minibatch: Experience,
     num_micro_batches: int,
@@ -478,6 +487,6 @@ def accumulate_packed(
         some = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i * size, size), rows)
         return packed_experience(minibatch, some)
 
-    gradients, metrics = accumulate_while(loss, params, micro_batch, trips)
+    gradients, metrics = accumulate_while(gradient, params, micro_batch, trips)
     real, total = (rows.segment_ids > 0).sum(), count * size * rows.segment_ids.shape[1]
     return gradients, metrics | {"ppo/packing_efficiency": real / total}

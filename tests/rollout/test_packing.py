@@ -224,7 +224,7 @@ def test_as_many_micro_batches_are_computed_as_there_are_rows_for(num_micro_batc
             params, micro_batch, numbers, frozen=FrozenParams(ref_policy={}), networks=networks
         )
 
-    args = loss, params, e, num_micro_batches
+    args = jax.grad(loss, has_aux=True), params, e, num_micro_batches
     jax.block_until_ready(tiny.jit(lambda: accumulate_packed(*args))())
     jax.effects_barrier()
     used, size = int(pack(e.mask, e.response_mask)[1]), B // num_micro_batches
