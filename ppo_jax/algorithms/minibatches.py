@@ -53,7 +53,7 @@ def whole_batch(
 
 
 def accumulate_groups(
-    loss: Callable[..., tuple[jax.Array, dict]],
+    gradient: Callable[..., tuple[Params, dict]],
     params: Params,
     minibatch: Experience,
     num_micro_batches: int,
@@ -63,14 +63,14 @@ def accumulate_groups(
     """`accumulate` with the responses to a prompt, `samples` after another, in one micro-batch."""
 
     def of_groups(params, groups):
-        return loss(params, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), groups))
+        return gradient(params, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), groups))
 
     groups = jax.tree.map(lambda x: x.reshape(-1, samples, *x.shape[1:]), minibatch)
     return accumulate(of_groups, params, groups, num_micro_batches)
 
 
 def accumulate_packed(
-    loss: Callable[..., tuple[jax.Array, dict]],
+    gradient: Callable[..., tuple[Params, dict]],
     params: Params,
     minibatch: Experience,
     num_micro_batches: int,
@@ -88,6 +88,6 @@ def accumulate_packed(
         some = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i * size, size), rows)
         return packed_experience(minibatch, some)
 
-    gradients, metrics = accumulate_while(loss, params, micro_batch, trips)
+    gradients, metrics = accumulate_while(gradient, params, micro_batch, trips)
     real, total = (rows.segment_ids > 0).sum(), count * size * rows.segment_ids.shape[1]
     return gradients, metrics | {"ppo/packing_efficiency": real / total}

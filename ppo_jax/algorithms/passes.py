@@ -3,6 +3,7 @@
 Dimension key: B responses, T response tokens, N bins, K critics.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from ppo_jax.algorithms.critics import (
     take_critic,
 )
 from ppo_jax.algorithms.options import PPONetworks, PPOOptions
+from ppo_jax.core import cpu
 from ppo_jax.core.network import merge_params
 from ppo_jax.core.types import Experience, FrozenParams, Hyperparameters, Params, Rollout
 from ppo_jax.rollout.decode import response_statistics
@@ -62,6 +64,36 @@ class FirstPass(NamedTuple):
         """(gradients, metrics) of a loss of the outputs: outputs -> (loss, metrics)."""
         of_outputs, metrics = jax.grad(loss, has_aux=True)(self.outputs)
         return self.pullback(of_outputs)[0], metrics
+
+
+def gradients_in_turn(
+    params: Params,
+    experience: Experience,
+    outputs: Callable[[Params, Experience], Outputs],
+    loss: Callable[[Outputs, Experience], tuple[jax.Array, dict]],
+    *,
+    apart: bool,
+) -> tuple[Params, dict[str, jax.Array]]:
+    """(gradients, metrics) of loss(outputs(params, experience), experience).
+
+    A critic that is `apart` from the policy is run when the gradients of the policy are there,
+    which do not depend on it: only one of the two has its activations in memory.
+    """
+    if len(params) == 1 or not apart:
+        both = jax.grad(lambda p: loss(outputs(p, experience), experience), has_aux=True)
+        return both(params)
+
+    def run(part, experience):
+        return FirstPass(*jax.vjp(lambda x: outputs({part: x}, experience), params[part]))
+
+    policy = run("policy", experience)
+    of_policy, _ = policy.gradients(lambda mine: loss(mine, experience))
+    mask = cpu.after(experience.mask, of_policy)
+    value = run("value", dataclasses.replace(experience, mask=mask))
+    of_value, metrics = value.gradients(
+        lambda mine: loss(mine.filled_by(jax.lax.stop_gradient(policy.outputs)), experience)
+    )
+    return {"policy": of_policy, "value": of_value}, metrics
 
 
 def passes_in_common(

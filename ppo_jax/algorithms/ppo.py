@@ -28,8 +28,8 @@ from ppo_jax.algorithms.greedy import greedy_rollout
 from ppo_jax.algorithms.options import PPONetworks, PPOOptions
 from ppo_jax.algorithms.references import reference_rollout
 from ppo_jax.algorithms.scores import count_scores
+from ppo_jax.algorithms.stopping import average_updates
 from ppo_jax.algorithms.update import (
-    average_updates,
     first_passes,
     has_own_optimizer,
     init_optimizers,

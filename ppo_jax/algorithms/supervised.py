@@ -66,7 +66,8 @@ def sft_step(
     def loss(params, micro_batch):
         return sft_loss(network, merge_params(frozen, params), micro_batch, normalizer=normalizer)
 
-    gradients, metrics = accumulate(loss, state.params, batch, num_micro_batches)
+    gradient = jax.grad(loss, has_aux=True)
+    gradients, metrics = accumulate(gradient, state.params, batch, num_micro_batches)
     return apply_update(state, gradients, metrics, optimizer, "sft")
 
 
@@ -168,13 +169,13 @@ def split_batch(batch: Any, count: int) -> Any:
 
 
 def accumulate(
-    loss: Callable[..., tuple[jax.Array, dict]], params: Params, batch: Any, num_micro_batches: int
+    gradient: Callable[..., tuple[Params, dict]], params: Params, batch: Any, num_micro_batches: int
 ) -> tuple[Params, dict[str, jax.Array]]:
     """Gradient and metrics of a loss summed over micro-batches.
 
     Args:
-        loss: (params, micro_batch) -> (loss, metrics), both divided by the count of the *whole*
-            batch, so that they add up. Metrics named `*_max` are maxima instead.
+        gradient: (params, micro_batch) -> (gradients, metrics), both divided by the count of the
+            *whole* batch, so that they add up. Metrics named `*_max` are maxima instead.
         params: differentiated.
         batch: a tree of [N, ...].
         num_micro_batches: divides N.
@@ -182,7 +183,6 @@ def accumulate(
     Returns:
         (gradients, metrics).
     """
-    gradient = jax.grad(loss, has_aux=True)
     if num_micro_batches == 1:
         return gradient(params, batch)
     micro_batches = split_batch(batch, num_micro_batches)
@@ -192,7 +192,7 @@ def accumulate(
 
 
 def accumulate_while(
-    loss: Callable[..., tuple[jax.Array, dict]],
+    gradient: Callable[..., tuple[Params, dict]],
     params: Params,
     micro_batch: Callable[[jax.Array], Any],
     count: jax.Array,
@@ -201,7 +201,6 @@ def accumulate_while(
 
     Maxima of the metrics are at least 0.
     """
-    gradient = jax.grad(loss, has_aux=True)
     shapes = jax.eval_shape(lambda: gradient(params, micro_batch(jnp.int32(0))))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     return jax.lax.fori_loop(

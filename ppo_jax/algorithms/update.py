@@ -23,14 +23,15 @@ from ppo_jax.algorithms.passes import (
     FirstPass,
     Outputs,
     forward,
+    gradients_in_turn,
     passes_in_common,
     without_outputs,
 )
+from ppo_jax.algorithms.stopping import until_far
 from ppo_jax.algorithms.supervised import accumulate
 from ppo_jax.algorithms.token_choice import make_choice, split_keys
 from ppo_jax.core.checks import assert_divides, assert_numbers
 from ppo_jax.core.kl import kl_loss
-from ppo_jax.core.lanes import any_lane
 from ppo_jax.core.losses import ppo_loss
 from ppo_jax.core.named import fields_of
 from ppo_jax.core.optimizer import apply_gradients, init_optimizer, schedule
@@ -421,8 +422,9 @@ def take_steps(
             num_sequences=mask.any(axis=1).sum().astype(jnp.float32),
         )
 
-        def loss_of(params, some):
-            return loss(outputs(params, some), some, **counts)
+        def gradient(params, some):
+            given = (params, some, outputs, functools.partial(loss, **counts))
+            return gradients_in_turn(*given, apart=not networks.value_on_policy)
 
         def loss_of_first(every):
             mine = every if samples > 1 else every.take(rows, several=several)
@@ -431,7 +433,7 @@ def take_steps(
         if first is not None:
             gradients, metrics = first.gradients(loss_of_first)
         else:
-            gradients, metrics = sums(loss_of, params, minibatch, options.num_micro_batches)
+            gradients, metrics = sums(gradient, params, minibatch, options.num_micro_batches)
         params, opt_state, norm = apply_gradients(optimizer, gradients, opt_state, params, rates)
         return (params, opt_state), metrics | {f"{name}/grad_norm": norm}
 
@@ -444,50 +446,3 @@ def take_steps(
         ((params, opt_state), _), metrics = jax.lax.scan(until_far(step, stop_kl), carry, inputs)
     rates = {f"{name}/learning_rate": jnp.full(len(rows), x) for name, x in rates.items()}
     return params, opt_state, metrics | rates
-
-
-def until_far(step: Callable[..., tuple[Any, dict]], stop_kl: jax.Array | float):
-    """A step of `ppo_update` with its brake: the carry is (that of `step`, whether to go on)."""
-
-    def step_if_near(carry, inputs):
-        before, goes_on = carry
-        _, shapes = jax.eval_shape(step, before, inputs)
-
-        def compute():
-            after, metrics = step(before, inputs)
-            near = goes_on & (metrics["policy/approx_kl"] <= stop_kl)
-            after = jax.tree.map(lambda new, old: jnp.where(near, new, old), after, before)
-            metrics = {name: jnp.where(goes_on, x, 0.0) for name, x in metrics.items()}
-            flags = {"ppo/computed": goes_on, "ppo/taken": near}
-            return (after, near), metrics | {k: x.astype(jnp.float32) for k, x in flags.items()}
-
-        def skip():
-            zeros = {name: jnp.zeros(x.shape, x.dtype) for name, x in shapes.items()}
-            flags = {"ppo/computed": jnp.float32(0.0), "ppo/taken": jnp.float32(0.0)}
-            return (before, jnp.bool_(False)), zeros | flags
-
-        return jax.lax.cond(any_lane(goes_on), compute, skip)
-
-    return step_if_near
-
-
-def average_updates(
-    updates: dict[str, jax.Array], critic_apart: bool = False
-) -> dict[str, jax.Array]:
-    """The metrics of `ppo_update` over its steps: means, and maxima of those named `*_max`.
-
-    With stop_kl they are of the minibatches that were computed, but for those of a critic that
-    takes steps of its own; `ppo/updates` is the number of steps that were taken.
-    """
-    updates = dict(updates)
-    computed, taken = (updates.pop(f"ppo/{name}", None) for name in ("computed", "taken"))
-
-    def average(name, x):
-        if name.endswith("_max"):
-            return x.max()
-        if computed is None or critic_apart and name.startswith("value/"):
-            return x.mean()
-        return (x * computed).sum() / computed.sum()
-
-    averages = {name: average(name, x) for name, x in updates.items()}
-    return averages if taken is None else averages | {"ppo/updates": taken.sum()}

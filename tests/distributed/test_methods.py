@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from ppo_jax.algorithms.advantages import estimate_advantages
+from ppo_jax.algorithms.minibatches import accumulate_packed
 from ppo_jax.algorithms.supervised import accumulate
 from ppo_jax.algorithms.token_choice import make_choice
-from ppo_jax.algorithms.update import accumulate_packed, experience_loss
+from ppo_jax.algorithms.update import experience_loss
 from ppo_jax.config.objectives import (
     ADVANTAGES,
     LOSSES,
@@ -64,7 +65,8 @@ def gradients_of(e, shape, packing):
             e = choose(e, jax.random.key(2))
 
         def of_rows(params, rows):
-            return experience_loss(params, rows, run.numbers, **parts, **counts)
+            gradient = jax.grad(experience_loss, has_aux=True)
+            return gradient(params, rows, run.numbers, **parts, **counts)
 
         sums, count = (accumulate_packed, 4) if packing else (accumulate, 1)
         return sums(of_rows, params, e, count)[0]

@@ -202,7 +202,7 @@ def measured_training(make, config, params, frozen, first_output=3):
             outputs = network.apply(merge_params(frozen, params), *piece, first_output=first_output)
             return (outputs**2).sum(), {}
 
-        return accumulate(loss, params, batch, 1)
+        return accumulate(jax.grad(loss, has_aux=True), params, batch, 1)
 
     lowered = tiny.jit(gradient).lower(params, frozen, tiny.tokens_and_mask(0, 4, 12))
     return cost_analysis(lowered.compile()).flops

@@ -8,8 +8,9 @@ import numpy as np
 import optax
 import pytest
 
+from ppo_jax.algorithms.minibatches import accumulate_packed
 from ppo_jax.algorithms.options import PPONetworks
-from ppo_jax.algorithms.update import accumulate_packed, experience_loss, ppo_update
+from ppo_jax.algorithms.update import experience_loss, ppo_update
 from ppo_jax.core.network import Network
 from ppo_jax.core.optimizer import init_optimizer
 from ppo_jax.core.types import Experience, FrozenParams, PPOState
@@ -224,7 +225,7 @@ def test_as_many_micro_batches_are_computed_as_there_are_rows_for(num_micro_batc
             params, micro_batch, numbers, frozen=FrozenParams(ref_policy={}), networks=networks
         )
 
-    args = loss, params, e, num_micro_batches
+    args = jax.grad(loss, has_aux=True), params, e, num_micro_batches
     jax.block_until_ready(tiny.jit(lambda: accumulate_packed(*args))())
     jax.effects_barrier()
     used, size = int(pack(e.mask, e.response_mask)[1]), B // num_micro_batches
