@@ -43,8 +43,9 @@ def default() -> config_dict.ConfigDict:
                 validation_fraction=0.03,
                 trainable="4",  # top layers
                 num_epochs=0.6,  # passes over the data
-                batch_size=16,  # texts
+                batch_size=8,  # rows, of two texts each
                 max_length=48,  # tokens
+                packing=True,  # texts share rows
                 eval_every=50,  # steps
                 save_every=100,  # steps
                 optimizer=dict(learning_rate=3e-4, warmup_steps=10, schedule="cosine"),
@@ -60,8 +61,8 @@ def default() -> config_dict.ConfigDict:
                 pairs_per_batch=256,  # comparisons drawn among them
                 max_length=40,  # tokens
                 packing=True,  # the texts of a batch share rows
-                eval_every=80,  # steps
-                save_every=80,  # steps
+                eval_every=150,  # steps
+                save_every=150,  # steps
                 optimizer=dict(learning_rate=1e-4, warmup_steps=20, weight_decay=0.01),
             ),
             ppo=dict(
@@ -72,7 +73,10 @@ def default() -> config_dict.ConfigDict:
                 rollout_batch_size=64,  # episodes
                 num_epochs=1,  # passes over a rollout
                 num_minibatches=4,  # optimizer steps a pass
-                max_prompt_length=24,  # tokens
+                num_micro_batches=4,  # parts of a minibatch; those without a row are skipped
+                packing=True,  # responses share rows in the updates
+                max_concurrent=32,  # responses decoded at a time
+                max_prompt_length=10,  # tokens; 15 of 3,381 prompts are longer
                 response_length=24,  # tokens
                 missing_eos="penalty",
                 missing_eos_score=0.2,
@@ -109,11 +113,13 @@ def tiny() -> config_dict.ConfigDict:
     config.model.scratch = dict(
         vocab_size=2048, num_layers=4, embed_dim=128, num_heads=4, mlp_dim=384
     )
-    config.sft.update(trainable="all", num_epochs=0.8, batch_size=32)
+    config.sft.update(trainable="all", num_epochs=0.8, batch_size=32, packing=False)
     config.sft.optimizer.learning_rate = 2e-3
     config.reward.update(trainable="all", num_layers=0, num_epochs=0.7, max_length=48)
+    config.reward.update(eval_every=80, save_every=80)
     config.reward.optimizer.learning_rate = 1e-3
     config.ppo.update(trainable="all", value_trainable="all", max_prompt_length=32)
+    config.ppo.update(num_micro_batches=1, packing=False, max_concurrent=0)
     config.ppo.num_iterations = 25
     config.ppo.optimizer.learning_rate = 5e-4
     config.ppo.value_learning_rate = 5e-4

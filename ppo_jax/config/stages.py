@@ -151,7 +151,8 @@ class RewardSettings:
     pairs_per_batch: int = 256  # ratings only: comparisons drawn among the texts of a batch
     num_micro_batches: int = changeable(1)  # parts of a batch, in memory one after the other
     max_length: int = 512  # tokens; longer texts are left out and counted
-    packing: bool = changeable(False)  # the texts of a batch share rows of max_length tokens
+    packing: bool = changeable(False)  # the texts of a batch share rows of max_length tokens, or of
+    # 64 where that is less
     hidden_cache_gb: Limit = changeable(4.0)  # for frozen layers' states; not by several processes
     eval_every: int = changeable(50)  # steps between validations
     save_every: int = changeable(100)  # steps between checkpoints

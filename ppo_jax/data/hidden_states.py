@@ -15,6 +15,7 @@ from ppo_jax.core.network import Network
 from ppo_jax.core.types import Params
 from ppo_jax.data.encode import TokenizedTexts
 from ppo_jax.data.packing import pack
+from ppo_jax.data.shared_states import SharedStates
 from ppo_jax.distributed.layout import Layout, fetch, one_device
 
 MULTIPLE = 16  # batches are as wide as their longest text, rounded up: few compiled shapes
@@ -36,7 +37,10 @@ def make_inputs(
     cache_gb: float,
     context: int = TRUNK_ROW,
     layout: Layout | None = None,
+    num_exits: int = 1,
     used: Rows | None = None,
+    known: SharedStates | None = None,
+    later: SharedStates | None = None,
 ) -> Inputs:
     """A function (rows [N], width L) -> inputs of these texts: [N, L] or [N, L, D].
 
@@ -48,7 +52,10 @@ def make_inputs(
             and with several processes, the trunk runs for each batch.
         context: tokens that the model can read.
         layout: of the trunk's batches, whose rows it divides.
+        num_exits: of the trunk, whose last is what the network reads.
         used: the rows that will be asked for; None is all.
+        known: states after the trunk's last layer, which are not computed again; None is none.
+        later: keeps the states after the trunk's first exit; None keeps none.
     """
     if trunk is None:
         return lambda rows, width: texts.tokens[rows, :width]
@@ -59,14 +66,22 @@ def make_inputs(
         return run(trunk_params, tokens, mask, segment_ids=segment_ids)
 
     shape = jax.eval_shape(trunk.apply, trunk_params, texts.tokens[:1], texts.mask[:1])
+    size = shape.shape[-1] // num_exits
     used = np.arange(len(texts.mask)) if used is None else np.unique(used)
     gigabytes = texts.mask[used].sum() * shape.shape[-1] * shape.dtype.itemsize / 1e9
     if gigabytes > cache_gb or jax.process_count() > 1:
-        return lambda rows, width: states_of(*row_arrays(texts, rows, width))
-    states = dict(packed_outputs(texts, states_of, context, layout, used))
+        if num_exits == 1:
+            return lambda rows, width: states_of(*row_arrays(texts, rows, width))
+        return lambda rows, width: states_of(*row_arrays(texts, rows, width))[..., -size:]
+    states = {} if known is None else known.of(texts, used)
+    unknown = np.array([row for row in used.tolist() if row not in states], int)
+    for row, outputs in packed_outputs(texts, states_of, context, layout, unknown):
+        states[row] = outputs if num_exits == 1 else outputs[:, -size:].copy()
+        if later is not None:
+            later.keep(texts, row, outputs[:, :size])
 
     def look_up(rows, width):
-        out = np.zeros((len(rows), width, shape.shape[-1]), shape.dtype)
+        out = np.zeros((len(rows), width, size), shape.dtype)
         for i, row in enumerate(rows):
             out[i, : len(states[row])] = states[row]
         return out

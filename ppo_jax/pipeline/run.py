@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import datetime
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -17,6 +18,7 @@ from ml_collections import config_dict
 from ppo_jax.config.parsing import FunctionFailed, failure, load_function
 from ppo_jax.config.run import STAGE_NAMES, Config, from_config_dict
 from ppo_jax.data.atomic import PARTIAL, atomic_folder
+from ppo_jax.data.shared_states import FOLDER
 from ppo_jax.distributed.folder_lock import hold_folder
 from ppo_jax.distributed.layout import make_mesh
 from ppo_jax.distributed.processes import barrier, on_primary, stop_if_asked
@@ -272,6 +274,8 @@ def run_stage(stage: str, config: Config, workdir: Path, base: str, data: Any):
     with timed(workdir, stage, before):
         chosen([stage])[0].train(config, workdir, base, data)
     barrier(f"the end of {stage}")
+    if stage == "reward":
+        on_primary(shutil.rmtree, workdir / FOLDER, ignore_errors=True)  # no other stage reads it
     if stage == "evaluate":
         subject = evaluation_subject(config, workdir)
         write_results(workdir, read_results(workdir) | {"evaluated": subject})

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from ppo_jax.core.optimizer import init_optimizer
 from ppo_jax.core.types import Optimizer, Params, TrainState
 from ppo_jax.data.hidden_states import make_inputs
 from ppo_jax.data.records import TextSettings
+from ppo_jax.data.shared_states import FOLDER, SharedStates, layers_name
 from ppo_jax.distributed.layout import Layout, device_put, init_sharded
 from ppo_jax.io.stage_folder import Model
 from ppo_jax.models.build import trunk_network
@@ -138,16 +140,37 @@ def compile_step(
 
 
 def inputs_reader(
-    config: ModelConfig, start: int | None, trunk_params: Params, layout: Layout, cache_gb: float
+    config: ModelConfig,
+    start: int | None,
+    trunk_params: Params,
+    layout: Layout,
+    cache_gb: float,
+    known: SharedStates | None = None,
+    later: SharedStates | None = None,
 ):
-    """(texts, used=None) -> `Inputs`: tokens, or the states below layer `start`."""
-    constrain = layout.constrain
-    trunk = None if start is None else trunk_network(config, end_layer=start, constrain=constrain)
+    """(texts, used=None) -> `Inputs`: tokens, or the states below layer `start`; see `make_inputs`
+    for what is known of them, and what is kept for a later stage."""
+    exits = () if later is None else sorted({start, later.layer})
+    how = dict(exits=exits, constrain=layout.constrain)
+    trunk = None if start is None else trunk_network(config, end_layer=start, **how)
     return functools.partial(
         make_inputs,
         trunk=trunk,
         trunk_params=trunk_params,
         layout=layout,
+        num_exits=len(exits) or 1,
         cache_gb=cache_gb,
         context=config.max_length,
+        known=known,
+        later=later,
     )
+
+
+def shared_states(
+    config: ModelConfig, layer: int | None, trunk_params: Params, workdir: Path
+) -> SharedStates | None:
+    """Where the states of texts after a layer of a trunk are; None where none are shared: of no
+    frozen layer, of scanned ones, among several processes."""
+    if not layer or config.scan_layers or jax.process_count() > 1:
+        return None
+    return SharedStates(workdir / FOLDER, layers_name(config, trunk_params, layer), layer)

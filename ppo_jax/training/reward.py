@@ -13,19 +13,21 @@ from ppo_jax.algorithms.supervised import reward_step, text_scores
 from ppo_jax.config.run import Config
 from ppo_jax.config.stages import RewardSettings
 from ppo_jax.core.network import merge_params
-from ppo_jax.core.types import PreferenceBatch, TrainState
+from ppo_jax.core.types import Params, PreferenceBatch, TrainState
 from ppo_jax.data.comparisons import RewardData, reward_data
 from ppo_jax.data.encode import TokenizedTexts, encode_demonstrations, with_dropped
-from ppo_jax.data.hidden_states import Inputs, batch_width
+from ppo_jax.data.hidden_states import TRUNK_ROW, Inputs, batch_width
 from ppo_jax.data.messages import count_left_out
 from ppo_jax.data.packing import best_fit
 from ppo_jax.data.readers import naming_data
 from ppo_jax.data.records import load_texts
+from ppo_jax.data.shared_states import FOLDER, SharedStates
 from ppo_jax.distributed.layout import Layout, fetch, make_layouts
 from ppo_jax.inference.score import all_scores
 from ppo_jax.io.model_spec import ModelSpec
 from ppo_jax.io.stage_folder import Model, load_source, source_steps
 from ppo_jax.models.build import reward_network
+from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.partition import keep_layers
 from ppo_jax.training.common import (
     compile_step,
@@ -34,12 +36,13 @@ from ppo_jax.training.common import (
     init_train_state,
     inputs_reader,
     make_optimizer,
+    shared_states,
     with_adapters,
 )
 from ppo_jax.training.resume import fingerprint
 from ppo_jax.training.stage import Stage, open_stage, stage_run
 
-ROWS = 4  # packed batches have a multiple of so many rows
+ROWS = 2  # packed batches have a multiple of so many rows
 
 # To train on, to validate on, and to score 0 on average: None is the second.
 RewardParts = tuple[RewardData, RewardData, TokenizedTexts | None]
@@ -75,13 +78,17 @@ def train_reward(config: Config, workdir: Path, base: str, data: RewardParts):
     )
     network = reward_network(model.config, start_layer=start, constrain=layout.constrain)
     trunk_params, frozen = freeze((parts.trunk, parts.frozen), layout, config.model.frozen_dtype)
-    read = inputs_reader(model.config, start, trunk_params, layout, settings.hidden_cache_gb)
+    known = known_states(model.config, start, trunk_params, workdir)
+    cache_gb = settings.hidden_cache_gb
+    read = inputs_reader(model.config, start, trunk_params, layout, cache_gb, known=known)
     steps = () if start is None else range(num_steps)
     used = [comparisons.batch(config.seed, i, settings)[0] for i in steps]
     inputs = read(comparisons.texts, used=np.concatenate(used) if used else None)
     unseen_inputs = read(unseen.texts)
+    del known
     optimizer = layout.replicate(make_optimizer(settings.optimizer, num_steps))
     num_micro_batches, trained = settings.num_micro_batches, layout.shard_params(parts.trained)
+    context = model.config.max_length
     # What of them is used is in `frozen`, in the inputs and, soon, in the state.
     del model, parts, sources
     score = jax.jit(functools.partial(text_scores, network))
@@ -100,7 +107,7 @@ def train_reward(config: Config, workdir: Path, base: str, data: RewardParts):
             scores = scores_of(state, unseen.texts, unseen_inputs)
             run.log_start(unseen.accuracy(scores, config.seed))
         for i in run.steps():
-            batch = preference_batch(comparisons, inputs, config.seed, i, settings, layout)
+            batch = preference_batch(comparisons, inputs, config.seed, i, settings, layout, context)
             state, metrics = step(state, batch, optimizer, frozen=frozen)
             if i + 1 == num_steps or (i + 1) % settings.eval_every == 0:
                 run.finish_step()
@@ -113,6 +120,16 @@ def train_reward(config: Config, workdir: Path, base: str, data: RewardParts):
                 state = shift_scores(state, shift)
                 metrics |= {"reward_model/calibration_shift": shift}
             run.end_step(i + 1, state, metrics)
+
+
+def known_states(
+    config: ModelConfig, start: int | None, trunk_params: Params, workdir: Path
+) -> SharedStates | None:
+    """The states after layer `start` that SFT has kept; None where there are none."""
+    if not (workdir / FOLDER).is_dir():
+        return None
+    states = shared_states(config, start, trunk_params, workdir)
+    return None if states is None else states.load()
 
 
 def init_reward_model(model: Model, num_layers: int, seed: int) -> Model:
@@ -134,14 +151,16 @@ def preference_batch(
     step: int,
     settings: RewardSettings,
     layout: Layout,
+    context: int,
 ) -> PreferenceBatch:
+    """The batch of a step; `context` is the tokens that the model can read."""
     rows, pairs, valid, margins = data.batch(seed, step, settings)
     width = batch_width(data.texts, rows)
     # Each micro-batch is sharded; no pair has what fills the batch up.
     multiple = settings.num_micro_batches * layout.num_shards("batch")
     if settings.packing:
         found = inputs(layout.pad_batch(rows), width)
-        parts, texts = packed_rows(data.texts, rows, fetch(found)[: len(rows)], multiple)
+        parts, texts = packed_rows(data.texts, rows, fetch(found)[: len(rows)], multiple, context)
         pairs = texts[pairs]
     else:
         rows = layout.pad_batch(rows, multiple)
@@ -151,23 +170,29 @@ def preference_batch(
 
 
 def packed_rows(
-    texts: TokenizedTexts, rows: np.ndarray, inputs: np.ndarray, multiple: int
+    texts: TokenizedTexts,
+    rows: np.ndarray,
+    inputs: np.ndarray,
+    multiple: int,
+    context: int,
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Some texts, several a row, as a `PreferenceBatch` has them.
 
-    Rows are as wide as those of all texts, and so many that few shapes are compiled.
+    Rows are as wide as those of all texts, and so many that few shapes are compiled. Those of short
+    texts are wider, `TRUNK_ROW`: several fill them better.
 
     Args:
         texts: of the data set, each at most a row long.
         rows: [N], which of them.
         inputs: [N, W] or [N, W, D], theirs.
         multiple: of the number of rows.
+        context: tokens that the model can read, at least those of a text.
 
     Returns:
         ({name: the array}, [N] int32: the number of each text in it).
     """
     mask = texts.mask[rows]
-    lengths, width = mask.sum(axis=1), mask.shape[1]
+    lengths, width = mask.sum(axis=1), max(mask.shape[1], min(TRUNK_ROW, context))
     chosen = best_fit(lengths, width)
     multiple = math.lcm(multiple, ROWS)
     count = -(-len(chosen) // multiple) * multiple

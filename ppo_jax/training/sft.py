@@ -1,6 +1,7 @@
 """The loop of supervised fine-tuning."""
 
 import collections
+import dataclasses
 import functools
 import math
 from pathlib import Path
@@ -31,6 +32,8 @@ from ppo_jax.io.model_spec import ModelSpec
 from ppo_jax.io.stage_folder import load_source, source_steps
 from ppo_jax.io.tokenizers import declared_stops
 from ppo_jax.models.build import policy_network
+from ppo_jax.models.config import ModelConfig
+from ppo_jax.models.partition import start_layer
 from ppo_jax.training.common import (
     compile_step,
     count_steps,
@@ -38,6 +41,7 @@ from ppo_jax.training.common import (
     init_train_state,
     inputs_reader,
     make_optimizer,
+    shared_states,
     with_adapters,
 )
 from ppo_jax.training.resume import fingerprint
@@ -82,9 +86,16 @@ def train_sft(config: Config, workdir: Path, base: str, data: Texts):
     rows_of = functools.partial(
         batch_indices, config.seed, num_examples=len(texts.tokens), batch_size=settings.batch_size
     )
-    read = inputs_reader(model.config, start, trunk_params, layout, settings.hidden_cache_gb)
+    later = shared_states(
+        model.config, reward_layer(config, model.config, start), trunk_params, workdir
+    )
+    cache_gb = settings.hidden_cache_gb
+    read = inputs_reader(model.config, start, trunk_params, layout, cache_gb, later=later)
     used = None if start is None else np.concatenate([rows_of(i) for i in range(num_steps)])
     inputs, unseen_inputs = read(texts, used=used), read(unseen)
+    if later is not None:
+        later.save()
+        del later
     optimizer = layout.replicate(make_optimizer(settings.optimizer, num_steps))
     num_micro_batches = settings.num_micro_batches
     multiple = num_micro_batches * layout.num_shards("batch")  # each micro-batch is sharded
@@ -123,6 +134,19 @@ def train_sft(config: Config, workdir: Path, base: str, data: Texts):
                 run.finish_step()
                 metrics |= validate(state)
             run.end_step(i + 1, state, metrics)
+
+
+def reward_layer(config: Config, shape: ModelConfig, start: int | None) -> int | None:
+    """The layer after which the reward model of the run reads the states of texts, where SFT trains
+    none below it, but those from `start` on; else None."""
+    reward = config.reward
+    if start is None or reward is None:
+        return None
+    if reward.init_from.partition("@")[0] not in ("sft", config.sft.init_from):
+        return None
+    kept = dataclasses.replace(shape, num_layers=reward.num_layers or shape.num_layers)
+    layer = start_layer(kept, reward.trainable)
+    return layer if layer and layer <= start else None
 
 
 def as_text_batch(

@@ -1,5 +1,6 @@
 """Several texts in a row: nothing passes from one to another, and nothing else changes."""
 
+import collections
 import dataclasses
 import functools
 import json
@@ -21,6 +22,7 @@ from ppo_jax.models.build import policy_network
 from ppo_jax.models.partition import split_params
 from ppo_jax.pipeline import run as pipeline
 from ppo_jax.training.common import init_train_state, make_optimizer
+from ppo_jax.training.reward import packed_rows
 from ppo_jax.training.sft import as_text_batch, sft_data
 from tests.support import tiny, tiny_run
 
@@ -250,6 +252,24 @@ def test_a_reward_model_learns_from_packed_batches_what_it_learns_from_single_te
             np.testing.assert_allclose(
                 packed[name], single[name], rtol=1e-3, atol=1e-5, err_msg=name
             )
+
+
+@pytest.mark.parametrize("context", [64, 48])
+def test_short_texts_fill_the_rows_of_a_reward_batch(context):
+    """Of few shapes, and none wider than the model can read."""
+    rng, shapes = np.random.default_rng(0), collections.Counter()
+    lengths = np.clip(rng.normal(23, 9, size=1000), 5, 40).astype(int)
+    mask = np.arange(40) < lengths[:, None]
+    texts = TokenizedTexts(np.ones(mask.shape, np.int32), mask, mask, np.arange(1000))
+    tokens = 0
+    for _ in range(100):
+        rows = rng.choice(1000, 32, replace=False)
+        parts, _ = packed_rows(texts, rows, texts.tokens[rows], 1, context)
+        assert parts["mask"].sum() == mask[rows].sum()
+        tokens += mask[rows].sum()
+        shapes[parts["mask"].shape] += 1
+    assert tokens / sum(np.prod(shape) * n for shape, n in shapes.items()) > 0.85
+    assert len(shapes) <= 6 and {width for _, width in shapes} == {context}
 
 
 def train_on_single_texts(workdir, settings):
