@@ -231,17 +231,21 @@ def _attend_forward(q_BSHK, k_BGCK, v_BGCK, allowed_BSC):
     scores_BGRSC = jnp.where(allowed_BSC[:, None, None], scores_BGRSC, floor)
     probs_BGNC = jax.nn.softmax(scores_BGRSC, axis=-1).astype(v_BGCK.dtype).reshape(B, G, -1, C)
     output_BGNK = jnp.einsum("BGNC,BGCK->BGNK", probs_BGNC, v_BGCK)
-    return _by_position(output_BGNK, S), (q_BGNK, k_BGCK, v_BGCK, probs_BGNC, output_BGNK)
+    saved = q_BGNK, k_BGCK, v_BGCK, allowed_BSC, probs_BGNC, output_BGNK
+    return _by_position(output_BGNK, S), saved
 
 
 def _attend_backward(saved, g_BSHK):
-    q_BGNK, k_BGCK, v_BGCK, probs_BGNC, output_BGNK = saved
+    q_BGNK, k_BGCK, v_BGCK, allowed_BSC, probs_BGNC, output_BGNK = saved
+    B, G, N, C = probs_BGNC.shape
     S, K = g_BSHK.shape[1], g_BSHK.shape[3]
     g_BGNK = _by_group(g_BSHK, k_BGCK.shape[1])
     mean_BGN = jnp.sum(g_BGNK.astype(jnp.float32) * output_BGNK.astype(jnp.float32), axis=-1)
     of_probs = jnp.einsum("BGNK,BGCK->BGNC", g_BGNK, v_BGCK, preferred_element_type=jnp.float32)
     of_scores = probs_BGNC.astype(jnp.float32) * (of_probs - mean_BGN[..., None]) / math.sqrt(K)
-    of_scores = of_scores.astype(q_BGNK.dtype)
+    # A query without any key gives an average, whatever its scores are.
+    of_scores = jnp.where(allowed_BSC[:, None, None], of_scores.reshape(B, G, N // S, S, C), 0.0)
+    of_scores = of_scores.astype(q_BGNK.dtype).reshape(B, G, N, C)
     of_q = jnp.einsum("BGNC,BGCK->BGNK", of_scores, k_BGCK)
     of_k = jnp.einsum("BGNC,BGNK->BGCK", of_scores, q_BGNK)
     of_v = jnp.einsum("BGNC,BGNK->BGCK", probs_BGNC, g_BGNK)

@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -101,3 +102,51 @@ def test_no_token_copies_the_cache(shape, slots):
     assert found["dynamic-update-slice"]
     # Where a prompt enters a slot its keys and values are gathered, a row at a time.
     assert not [name for name in found["copy"] if not name.endswith("/gather")]
+
+
+def plain(q_BSHK, k_BGCK, v_BGCK, allowed_BSC):
+    """The formula with keys repeated for each head, and autodiff's gradient."""
+    k, v = (jnp.repeat(x, q_BSHK.shape[2] // x.shape[1], axis=1) for x in (k_BGCK, v_BGCK))
+    scores = jnp.einsum("bshk,bhck->bhsc", q_BSHK, k).astype(jnp.float32)
+    scores = scores / math.sqrt(q_BSHK.shape[3])
+    scores = jnp.where(allowed_BSC[:, None], scores, jnp.finfo(jnp.float32).min)
+    return jnp.einsum("bhsc,bhck->bshk", jax.nn.softmax(scores).astype(v.dtype), v)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 2e-6), ("bfloat16", 0.06)])
+@pytest.mark.parametrize("new", [1, 5, 7])
+def test_attention_and_its_gradient_are_those_of_the_formula(new, dtype, tolerance):
+    """With queries that attend to nothing, as those of padding do."""
+    q, k, v, allowed = arrays(7, 7, new)
+    allowed = allowed.at[0, 0].set(False)
+    g = jnp.asarray(np.random.default_rng(1).normal(size=q.shape), dtype)
+    q, k, v = (x.astype(dtype) for x in (q, k, v))
+
+    def both(f):
+        output, backward = jax.vjp(lambda *qkv: f(*qkv, allowed), q, k, v)
+        return output, *backward(g)
+
+    for got, expected in zip(both(attend), both(plain), strict=True):
+        assert got.dtype == expected.dtype
+        got, expected = (np.asarray(x, np.float32) for x in (got, expected))
+        np.testing.assert_allclose(got, expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("num_layers", [1, 4])
+def test_rotary_angles_are_computed_once(num_layers):
+    """A cosine for each position and pair, not for each head of each layer, forward and back."""
+    config = tiny.model_config(**tiny.SHAPES["llama"] | dict(num_layers=num_layers))
+    network = policy_network(config)
+    tokens, mask = tiny.tokens_and_mask(0, 3, 9)
+
+    def loss(params):
+        return network.apply(params, tokens, mask).sum()
+
+    text = jax.jit(jax.grad(loss)).lower(tiny.random_params(network)).compile().as_text()
+    cosines = [
+        i
+        for computation in parse_module(text).computations.values()
+        for i in computation
+        if i.opcode == "cosine"
+    ]
+    assert sum(math.prod(i.outputs[0].dims) for i in cosines) == 3 * 9 * config.head_dim // 2
