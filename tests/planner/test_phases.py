@@ -375,7 +375,7 @@ def test_the_rollout_of_the_reference_is_planned(reward_model):
     one, other = (phases.analytic_flops(x.ppo, models) for x in (plain, config))
     reads = 0.0
     if reward_model:
-        of_reward = dict(sequences=24, policy_passes=0, **lengths)
+        of_reward = dict(sequences=24, samples=3, policy_passes=0, **lengths)
         reads = flops.scoring_flops(models.policy, None, models.reward, **of_reward)
     assert other["scoring"] - one["scoring"] == pytest.approx(reads)
     assert one["rollout"] == other["rollout"] and one["update"] == other["update"]
