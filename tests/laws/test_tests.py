@@ -15,6 +15,7 @@ MODULES = sorted(
 )
 ELSEWHERE = {  # module: where it is tested, since it is a part of what is tested there
     "algorithms/experience": "algorithms/test_ppo",
+    "algorithms/stopping": "algorithms/test_update",
     "cli": "runs/test_mistakes",
     "commands/evaluate": "evaluation/test_side_by_side",
     "commands/export": "commands/test_commands",
