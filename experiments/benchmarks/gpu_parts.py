@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from benchmarks.measure import FLAGS, matmul_seconds, print_json
+from benchmarks.measure import FLAGS, matmul_seconds
 from benchmarks.profile import CONTROL_FLOW
+from benchmarks.report import print_json
 from benchmarks.workload import Workload
 from ppo_jax.algorithms.ppo import ppo_iteration
 from ppo_jax.core.masking import masked_mean

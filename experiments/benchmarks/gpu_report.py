@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from benchmarks.measure import print_json
+from benchmarks.report import print_json
 from ppo_jax import cli
 
 FLAGS = flags.FLAGS
