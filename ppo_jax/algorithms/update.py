@@ -412,11 +412,8 @@ def take_steps(
             minibatch = jax.tree.map(lambda x: x[rows], experience)
             if choose is not None:
                 minibatch = choose(minibatch, key)
+        minibatch = with_weights(minibatch, options.aggregation)
         mask = minibatch.response_mask
-        if options.aggregation != "token_mean":
-            length = mask.shape[1] if options.aggregation == "constant" else None
-            weights = aggregation_weights(mask, how=options.aggregation, length=length)
-            minibatch = dataclasses.replace(minibatch, weights=weights)
         counts = dict(
             normalizer=mask.sum().astype(jnp.float32),
             num_sequences=mask.any(axis=1).sum().astype(jnp.float32),
@@ -446,3 +443,13 @@ def take_steps(
         ((params, opt_state), _), metrics = jax.lax.scan(until_far(step, stop_kl), carry, inputs)
     rates = {f"{name}/learning_rate": jnp.full(len(rows), x) for name, x in rates.items()}
     return params, opt_state, metrics | rates
+
+
+def with_weights(minibatch: Experience, aggregation: str) -> Experience:
+    """With the weights of its tokens, where their mean is another than that of all."""
+    if aggregation == "token_mean":
+        return minibatch
+    mask = minibatch.response_mask
+    length = mask.shape[1] if aggregation == "constant" else None
+    weights = aggregation_weights(mask, how=aggregation, length=length)
+    return dataclasses.replace(minibatch, weights=weights)

@@ -70,19 +70,7 @@ def make_network(
         return module.apply({"params": params}, inputs, mask, segment_ids, None, outputs, read)[0]
 
     def init_cache(batch_size, length):
-        shape = (batch_size, config.num_kv_heads, length, config.head_dim)
-        count = end - (module.start or 0)
-
-        def pair(lead, axes):
-            empty = jnp.zeros((*lead, *shape), config.dtype)
-            return tuple(constrain(empty, axes) for _ in range(2))
-
-        if config.scan_layers:
-            layers = pair((count,), (None, *CACHE))
-        else:
-            layers = tuple(pair((), CACHE) for _ in range(count))
-        mask = constrain(jnp.zeros((batch_size, length), bool), ("batch", None))
-        return KVCache(layers=layers, mask=mask, index=jnp.zeros((), jnp.int32))
+        return empty_cache(config, end - (module.start or 0), batch_size, length, constrain)
 
     @renamed(start="first_output")
     def decode(params, inputs, mask, cache, *, first_output=0):
@@ -101,6 +89,28 @@ def make_network(
     functions = dict(init=init, apply=apply, init_cache=init_cache, decode=decode, refill=refill)
     more = dict(supports_packing=True, supports_shared_prompts=supports_shared_prompts)
     return Network(**functions, **more)
+
+
+def empty_cache(
+    config: ModelConfig,
+    num_layers: int,
+    batch_size: int,
+    length: int,
+    constrain: ShardingConstraint,
+) -> KVCache:
+    """A cache of so many layers, each with `length` slots for a sequence."""
+    shape = (batch_size, config.num_kv_heads, length, config.head_dim)
+
+    def pair(lead, axes):
+        empty = jnp.zeros((*lead, *shape), config.dtype)
+        return tuple(constrain(empty, axes) for _ in range(2))
+
+    if config.scan_layers:
+        layers = pair((num_layers,), (None, *CACHE))
+    else:
+        layers = tuple(pair((), CACHE) for _ in range(num_layers))
+    mask = constrain(jnp.zeros((batch_size, length), bool), ("batch", None))
+    return KVCache(layers=layers, mask=mask, index=jnp.zeros((), jnp.int32))
 
 
 def num_batch_shards(constrain: ShardingConstraint, num_rows: int) -> int:

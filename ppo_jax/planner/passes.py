@@ -1,16 +1,17 @@
-"""Forward passes of the networks that are trained, before an update: which of them there are, and
-their analytic flops."""
+"""Forward passes before an update: which of them there are, and their analytic flops."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ppo_jax.algorithms.minibatches import whole_groups
 from ppo_jax.algorithms.passes import passes_in_common
-from ppo_jax.config.objectives import needs_critic
+from ppo_jax.config.objectives import AVERAGE, needs_critic
 from ppo_jax.config.ppo import PPOSettings
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.planner.flops import TrainedParts, head_flops, scoring_flops
 from ppo_jax.planner.models import Models
+from ppo_jax.rollout.sampling import Sampling
 from ppo_jax.training.ppo_setup import abstract_options
 
 
@@ -57,3 +58,36 @@ def passes_before_update(
 def value_head_flops(settings: PPOSettings, policy: ModelConfig) -> int:
     """The heads of critics on the policy, for one position."""
     return head_flops(policy, settings.num_critics * (settings.value_bins or 1))
+
+
+def flops_of_other_scores(
+    settings: PPOSettings,
+    models: Models,
+    trunks: Sequence[int],
+    sizes: dict[str, Any],
+    others: Mapping[str, tuple[int, Sampling]],
+) -> float:
+    """What further reward models read of the rollout, and all of them of the other rollouts."""
+    s, reward = settings, None if models.reads_text else models.reward
+    read = {"rollout": (s.rollout_batch_size, s.samples_per_prompt)}
+    for name, (count, sampling) in others.items():
+        read[name] = count, sampling.samples_per_prompt
+    of_texts = functools.partial(scoring_flops, models.policy, None, policy_passes=0)
+    more, flops = () if s.reward_rule == AVERAGE else models.others, 0.0
+    for name, (count, samples) in read.items():
+        how = sizes | dict(sequences=count, samples=samples)
+        if name != "rollout" and reward is not None:
+            flops += of_texts(reward, trunks=trunks, **how)
+        flops += sum(of_texts(config, **how) for config in more)
+    return flops
+
+
+def shared_samples(settings: PPOSettings, shards: int) -> tuple[int, int, int]:
+    """How many responses share their prompt's part of the work in (scoring, the policy's update,
+    the critic's), see `grouped_samples`."""
+    s, options = settings, abstract_options(settings)
+    own = s.value_num_minibatches if s.critic_has_optimizer else 0
+    counts = s.num_minibatches, own or s.num_minibatches
+    groups = [whole_groups(options, s.update_batch_size, count) for count in counts]
+    of_updates = (options.learned_samples if x and x % shards == 0 else 1 for x in groups)
+    return s.samples_per_prompt, *of_updates

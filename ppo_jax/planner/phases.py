@@ -21,12 +21,11 @@ from ppo_jax.algorithms.experience import (
     sample_responses,
 )
 from ppo_jax.algorithms.greedy import greedy_options, greedy_responses
-from ppo_jax.algorithms.minibatches import whole_groups
 from ppo_jax.algorithms.ppo import kl_of_update, update_from_rollout
 from ppo_jax.algorithms.references import reference_options, reference_responses
 from ppo_jax.algorithms.supervised import text_scores
 from ppo_jax.algorithms.update import ppo_update
-from ppo_jax.config.objectives import AVERAGE, needs_greedy
+from ppo_jax.config.objectives import needs_greedy
 from ppo_jax.config.ppo import PPOSettings, names_critic
 from ppo_jax.config.run import Config
 from ppo_jax.config.stages import LoRASettings
@@ -49,7 +48,13 @@ from ppo_jax.planner.flops import (
 )
 from ppo_jax.planner.hlo.trip_counts import TripCounts
 from ppo_jax.planner.models import Models, common_layers
-from ppo_jax.planner.passes import networks_in_common, passes_before_update, value_head_flops
+from ppo_jax.planner.passes import (
+    flops_of_other_scores,
+    networks_in_common,
+    passes_before_update,
+    shared_samples,
+    value_head_flops,
+)
 from ppo_jax.rollout.continuous_batching import max_trip_counts
 from ppo_jax.rollout.decode import max_steps
 from ppo_jax.rollout.sampling import Sampling
@@ -115,10 +120,7 @@ def phases(config: Config, models: Models, layouts: tuple[Layout, Layout]) -> li
     out = dict(donate_argnums=0, out_shardings=(state_shardings, replicated))
     if networks_in_common(s):
         scoring = trace(score_alone, *inputs, out_shardings=batch_sharding)
-        scores, ref_logprobs = args.shard_rows(scoring.out_info)
-        responses = [x[0] if isinstance(x, tuple) else x for x in inputs]
-        scored = [x and (x, own) for x, own in zip(responses, scores, strict=True)]
-        updates = trace(update_from_scores, scored, ref_logprobs, args.key, **out)
+        updates = trace(update_from_scores, *after_scoring(args, inputs, scoring), args.key, **out)
     else:
         scoring = trace(score, *inputs, out_shardings=(batch_sharding, replicated))
         experience = args.shard_rows(scoring.out_info[0])
@@ -137,12 +139,7 @@ def phases(config: Config, models: Models, layouts: tuple[Layout, Layout]) -> li
     unchunked = dataclasses.replace(s, logits_chunk=0)
     model_flops = analytic_flops(unchunked, without_remat(models), args.starts, **shards)
     trunk = args.networks.trunk is not None
-    trip_counts: dict[str, TripCounts] = {
-        "rollout": decode_trip_counts(s.rollout_batch_size, options.sampling, trunk),
-        "update": s.num_micro_batches if s.packing else None,
-    }
-    for name, (count, sampling) in others.items():
-        trip_counts[f"{name} rollout"] = decode_trip_counts(count, sampling, trunk)
+    trip_counts = max_trips(s, options.sampling, trunk)
     return [
         Phase(
             name=name,
@@ -153,6 +150,25 @@ def phases(config: Config, models: Models, layouts: tuple[Layout, Layout]) -> li
         )
         for name, program in programs.items()
     ]
+
+
+def after_scoring(
+    args: "AbstractArguments", inputs: Sequence[Any], scoring: Any
+) -> tuple[list, Any]:
+    """What `score_alone` leaves: (each rollout with its scores, log-probs of the reference)."""
+    scores, ref_logprobs = args.shard_rows(scoring.out_info)
+    responses = [x[0] if isinstance(x, tuple) else x for x in inputs]
+    return [x and (x, own) for x, own in zip(responses, scores, strict=True)], ref_logprobs
+
+
+def max_trips(settings: PPOSettings, sampling: Sampling, trunk: bool) -> dict[str, TripCounts]:
+    """Of the loops of each phase whose trips the data decide."""
+    s = settings
+    counts: dict[str, TripCounts] = {"update": s.num_micro_batches if s.packing else None}
+    rollouts = {f"{name} rollout": other for name, other in other_rollouts(s).items()}
+    for name, own in ({"rollout": (s.rollout_batch_size, sampling)} | rollouts).items():
+        counts[name] = decode_trip_counts(*own, trunk)
+    return counts
 
 
 def decode_trip_counts(num_rows: int, sampling: Sampling, trunk: bool) -> TripCounts:
@@ -389,17 +405,9 @@ def analytic_flops(
     samples = shared_samples(s, shards)
     shared = dict(samples=samples[0], trunks=trunks)
     scoring = scoring_flops(policy, None, reward, **shared, **kernels, **sizes)
+    of_texts = sizes | dict(platform=platform)
+    scoring += flops_of_other_scores(s, models, trunks, of_texts, other_rollouts(s))
     kernels |= dict(value_outputs=s.value_bins or 1, num_critics=s.num_critics)
-    read = {"rollout": (s.rollout_batch_size, samples[0])}
-    for name, (count, sampling) in other_rollouts(s).items():
-        read[name] = count, sampling.samples_per_prompt
-    of_texts = functools.partial(scoring_flops, policy, None, policy_passes=0)
-    for name, (count, own) in read.items():
-        more = () if s.reward_rule == AVERAGE else models.others
-        how = sizes | dict(sequences=count, samples=own, platform=platform)
-        if name != "rollout" and reward is not None:
-            scoring += of_texts(reward, trunks=trunks, **how)
-        scoring += sum(of_texts(config, **how) for config in more)
     flops = {
         "rollout": rollout_flops(
             policy,
@@ -439,17 +447,6 @@ def analytic_flops(
         texts = s.rollout_batch_size + num_other_responses(s)
         flops["reward model"] = score_flops(models.reward, texts, width, platform)
     return flops
-
-
-def shared_samples(settings: PPOSettings, shards: int) -> tuple[int, int, int]:
-    """How many responses share their prompt's part of the work in (scoring, the policy's update,
-    the critic's), see `grouped_samples`."""
-    s, options = settings, abstract_options(settings)
-    own = s.value_num_minibatches if s.critic_has_optimizer else 0
-    counts = s.num_minibatches, own or s.num_minibatches
-    groups = [whole_groups(options, s.update_batch_size, count) for count in counts]
-    of_updates = (options.learned_samples if x and x % shards == 0 else 1 for x in groups)
-    return s.samples_per_prompt, *of_updates
 
 
 def other_rollout_flops(

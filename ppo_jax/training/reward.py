@@ -66,16 +66,8 @@ def train_reward(config: Config, workdir: Path, base: str, data: RewardParts):
     num_steps = count_steps(settings, comparisons.num_rows)
     model = init_reward_model(model, settings.num_layers, config.seed)
     model = with_adapters(model, settings.trainable, settings.lora, config.seed, layout)
-    sources = {"init_from": model}
-    start, parts = open_stage(
-        REWARD,
-        config,
-        workdir,
-        model,
-        num_steps=num_steps,
-        data=fingerprint(comparisons),
-        sources=sources,
-    )
+    about = dict(data=fingerprint(comparisons), sources={"init_from": model})
+    start, parts = open_stage(REWARD, config, workdir, model, num_steps=num_steps, **about)
     network = reward_network(model.config, start_layer=start, constrain=layout.constrain)
     trunk_params, frozen = freeze((parts.trunk, parts.frozen), layout, config.model.frozen_dtype)
     known = known_states(model.config, start, trunk_params, workdir)
@@ -90,7 +82,7 @@ def train_reward(config: Config, workdir: Path, base: str, data: RewardParts):
     num_micro_batches, trained = settings.num_micro_batches, layout.shard_params(parts.trained)
     context = model.config.max_length
     # What of them is used is in `frozen`, in the inputs and, soon, in the state.
-    del model, parts, sources
+    del model, parts, about
     score = jax.jit(functools.partial(text_scores, network))
 
     def scores_of(state, texts, inputs):

@@ -86,9 +86,8 @@ def train_sft(config: Config, workdir: Path, base: str, data: Texts):
     rows_of = functools.partial(
         batch_indices, config.seed, num_examples=len(texts.tokens), batch_size=settings.batch_size
     )
-    later = shared_states(
-        model.config, reward_layer(config, model.config, start), trunk_params, workdir
-    )
+    layer = reward_layer(config, model.config, start)
+    later = shared_states(model.config, layer, trunk_params, workdir)
     cache_gb = settings.hidden_cache_gb
     read = inputs_reader(model.config, start, trunk_params, layout, cache_gb, later=later)
     used = None if start is None else np.concatenate([rows_of(i) for i in range(num_steps)])
