@@ -11,13 +11,8 @@ import time
 import common
 
 
-def main():
-    flags = common.parser(__doc__)
-    common.add_numbers(flags, prompt_len=32, response_len=64, num_epochs=4, num_minibatches=1)
-    flags.add_argument("--collect-garbage", action="store_true")
-    args = flags.parse_args()
-    common.one_thread()
-
+def make_trainer(args, settings, marks):
+    """TRL's trainer of four random models; each iteration adds (CPU, wall) seconds to `marks`."""
     import numpy as np
     from datasets import Dataset
     from transformers import (
@@ -26,23 +21,47 @@ def main():
         DataCollatorWithPadding,
         TrainerCallback,
     )
-    from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
+    from trl.experimental.ppo import PPOTrainer
 
     def model(kind):
         return kind.from_config(common.model_config(args, args.prompt_len + args.response_len))
-
-    policy, reference = (model(AutoModelForCausalLM) for _ in range(2))
-    reference.load_state_dict(policy.state_dict())
-    critic, reward = (model(AutoModelForSequenceClassification) for _ in range(2))
-    words, iterations = common.tokenizer(args.vocab), args.warmup + args.repeats
-    shape = (4 * args.batch, args.prompt_len)
-    prompts = np.random.default_rng(0).integers(2, args.vocab, size=shape)
-    marks = []
 
     class Marks(TrainerCallback):
         def on_step_end(self, args, state, control, **_):
             marks.append((time.process_time(), time.perf_counter()))
 
+    policy, reference = (model(AutoModelForCausalLM) for _ in range(2))
+    reference.load_state_dict(policy.state_dict())
+    critic, reward = (model(AutoModelForSequenceClassification) for _ in range(2))
+    words, shape = common.tokenizer(args.vocab), (4 * args.batch, args.prompt_len)
+    prompts = np.random.default_rng(0).integers(2, args.vocab, size=shape)
+    trainer = PPOTrainer(
+        args=settings,
+        processing_class=words,
+        model=policy,
+        ref_model=reference,
+        reward_model=reward,
+        value_model=critic,
+        train_dataset=Dataset.from_dict({"input_ids": prompts.tolist()}),
+        data_collator=DataCollatorWithPadding(words),
+        callbacks=[Marks()],
+    )
+    policy.generation_config.eos_token_id = None  # responses of full length
+    policy.generation_config.pad_token_id = common.PAD
+    trainer.accelerator.gradient_accumulation_steps = 1
+    return trainer
+
+
+def main():
+    flags = common.parser(__doc__)
+    common.add_numbers(flags, prompt_len=32, response_len=64, num_epochs=4, num_minibatches=1)
+    flags.add_argument("--collect-garbage", action="store_true")
+    args = flags.parse_args()
+    common.one_thread()
+
+    from trl.experimental.ppo import PPOConfig, ppo_trainer
+
+    iterations, marks = args.warmup + args.repeats, []
     if not args.collect_garbage:
         ppo_trainer.gc = type("NoCollection", (), {"collect": staticmethod(lambda *_: 0)})
     with common.scratch() as folder:
@@ -60,20 +79,7 @@ def main():
             temperature=0.7,
             learning_rate=3e-6,
         )
-        trainer = PPOTrainer(
-            args=settings,
-            processing_class=words,
-            model=policy,
-            ref_model=reference,
-            reward_model=reward,
-            value_model=critic,
-            train_dataset=Dataset.from_dict({"input_ids": prompts.tolist()}),
-            data_collator=DataCollatorWithPadding(words),
-            callbacks=[Marks()],
-        )
-        policy.generation_config.eos_token_id = None  # responses of full length
-        policy.generation_config.pad_token_id = common.PAD
-        trainer.accelerator.gradient_accumulation_steps = 1
+        trainer = make_trainer(args, settings, marks)
         inner, taken = trainer.optimizer.optimizer, []
         step = inner.step
         inner.step = lambda *given, **named: (taken.append(1), step(*given, **named))[1]

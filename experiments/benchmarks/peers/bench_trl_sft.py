@@ -43,9 +43,7 @@ def main():
             processing_class=common.tokenizer(args.vocab),
             callbacks=[clock.callback()],
         )
-        batches = trainer.data_collator = common.CountedBatches(trainer.data_collator)
-        common.in_order(trainer)
-        trainer.train()
+        batches = common.train(trainer)
     steps_an_epoch = -(-num_rows // rows_a_step)
     figures = common.stage_figures(clock, batches, args.warmup * steps_an_epoch)
     common.print_report("trl_sft", args, ["trl", "transformers", "torch"], figures)

@@ -34,25 +34,13 @@ class NumberTokenizer:
         return common.PAD
 
 
-def main():
-    flags = common.parser(__doc__)
-    common.add_numbers(flags, prompt_len=32, response_len=64, num_epochs=4, num_minibatches=1)
-    flags.set_defaults(family="qwen2")
-    args = flags.parse_args()
-    if args.family != "qwen2":
-        flags.error(f"--family must be qwen2, the one that Tunix's PPO runs, got {args.family}")
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
-
+def make_models(args, mesh):
+    """(policy, reference, critic) of Tunix, random; the critic is a second full network."""
     import jax
-    import numpy as np
-    import optax
     from flax import nnx
     from tunix.models.qwen2.model import ModelConfig, Qwen2
-    from tunix.rl import rl_cluster, utils
-    from tunix.rl.ppo import ppo_learner
-    from tunix.rl.rollout import base_rollout
+    from tunix.rl import utils
 
-    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("fsdp", "tp"))
     config = ModelConfig(
         num_layers=args.layers,
         vocab_size=args.vocab,
@@ -64,55 +52,77 @@ def main():
         rope_theta=10_000,
         norm_eps=1e-5,
     )
+    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
     def on_mesh(model):
         graph, state = nnx.split(model)
-        return nnx.merge(graph, jax.device_put(state, jax.sharding.NamedSharding(mesh, P())))
+        return nnx.merge(graph, jax.device_put(state, replicated))
 
-    P = jax.sharding.PartitionSpec
     with mesh:
         policy, reference, body = (on_mesh(Qwen2(config, rngs=nnx.Rngs(i))) for i in (0, 0, 1))
-        critic = on_mesh(utils.create_critic_model(body))
-    role, rows = rl_cluster.Role, args.batch // args.num_minibatches
-    sizes = dict.fromkeys(
-        (
-            "mini_batch_size",
-            "train_micro_batch_size",
-            "rollout_micro_batch_size",
-            "compute_logps_micro_batch_size",
-        ),
-        rows,
+        return policy, reference, on_mesh(utils.create_critic_model(body))
+
+
+def make_cluster(args, mesh):
+    """Tunix's models on a mesh, with their optimizers and the sizes of an iteration."""
+    import optax
+    from tunix.rl import rl_cluster
+    from tunix.rl.rollout import base_rollout
+
+    policy, reference, critic = make_models(args, mesh)
+    words, role = NumberTokenizer(args.vocab), rl_cluster.Role
+    roles = role.ACTOR, role.CRITIC, role.REFERENCE, role.ROLLOUT, role.REWARD
+    parts = "mini", "train_micro", "rollout_micro", "compute_logps_micro"
+    rows = args.batch // args.num_minibatches
+    training = rl_cluster.RLTrainingConfig(
+        actor_optimizer=optax.adamw(3e-6, weight_decay=0.0),
+        critic_optimizer=optax.adamw(3e-6, weight_decay=0.0),
+        eval_every_n_steps=10**9,
+        max_steps=10**9,
+        **{f"{part}_batch_size": rows for part in parts},
     )
-    words = NumberTokenizer(args.vocab)
-    cluster = rl_cluster.RLCluster(
-        actor=policy,
-        critic=critic,
-        reference=reference,
-        tokenizer=words,
-        cluster_config=rl_cluster.ClusterConfig(
-            role_to_mesh=dict.fromkeys(
-                (role.ACTOR, role.CRITIC, role.REFERENCE, role.ROLLOUT, role.REWARD), mesh
-            ),
-            rollout_engine="vanilla",
-            offload_to_cpu=False,
-            training_config=rl_cluster.RLTrainingConfig(
-                actor_optimizer=optax.adamw(3e-6, weight_decay=0.0),
-                critic_optimizer=optax.adamw(3e-6, weight_decay=0.0),
-                eval_every_n_steps=10**9,
-                max_steps=10**9,
-                **sizes,
-            ),
-            rollout_config=base_rollout.RolloutConfig(
-                max_tokens_to_generate=args.response_len,
-                max_prompt_length=args.prompt_len,
-                kv_cache_size=args.prompt_len + args.response_len,
-                temperature=0.7,
-                top_p=1.0,
-                top_k=None,
-                eos_tokens=[words.eos_id()],
-            ),
-        ),
+    rollout = base_rollout.RolloutConfig(
+        max_tokens_to_generate=args.response_len,
+        max_prompt_length=args.prompt_len,
+        kv_cache_size=args.prompt_len + args.response_len,
+        temperature=0.7,
+        top_p=1.0,
+        top_k=None,
+        eos_tokens=[words.eos_id()],
     )
+    config = rl_cluster.ClusterConfig(
+        role_to_mesh=dict.fromkeys(roles, mesh),
+        rollout_engine="vanilla",
+        offload_to_cpu=False,
+        training_config=training,
+        rollout_config=rollout,
+    )
+    return rl_cluster.RLCluster(
+        actor=policy, critic=critic, reference=reference, tokenizer=words, cluster_config=config
+    )
+
+
+def even_tokens(prompts, completions, **_):
+    """The reward: how many tokens of a response are even numbers."""
+    return [float(sum(int(x) % 2 == 0 for x in text.split())) for text in completions]
+
+
+def main():
+    flags = common.parser(__doc__)
+    common.add_numbers(flags, prompt_len=32, response_len=64, num_epochs=4, num_minibatches=1)
+    flags.set_defaults(family="qwen2")
+    args = flags.parse_args()
+    if args.family != "qwen2":
+        flags.error(f"--family must be qwen2, the one that Tunix's PPO runs, got {args.family}")
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
+
+    import jax
+    import numpy as np
+    from flax import nnx
+    from tunix.rl.ppo import ppo_learner
+
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("fsdp", "tp"))
+    cluster = make_cluster(args, mesh)
     cpu, wall = [], []
 
     class Learner(ppo_learner.PPOLearner):
@@ -124,9 +134,6 @@ def main():
             cpu.append(time.process_time() - start[0])
             wall.append(time.perf_counter() - start[1])
             return result
-
-    def even_tokens(prompts, completions, **_):
-        return [float(sum(int(x) % 2 == 0 for x in text.split())) for text in completions]
 
     algorithm = ppo_learner.PPOConfig(num_iterations=args.num_epochs, beta=0.05, kl_method="kl")
     learner = Learner(rl_cluster=cluster, ppo_config=algorithm, reward_fns=even_tokens)

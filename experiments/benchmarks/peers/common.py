@@ -160,6 +160,14 @@ def in_order(trainer):
     trainer._get_train_sampler = lambda *_: SequentialSampler(trainer.train_dataset)
 
 
+def train(trainer) -> "CountedBatches":
+    """Train on batches in their own order; returns what has counted them."""
+    batches = trainer.data_collator = CountedBatches(trainer.data_collator)
+    in_order(trainer)
+    trainer.train()
+    return batches
+
+
 def stage_figures(clock: StepClock, batches: CountedBatches, warmup: int) -> dict:
     """Means over the steps after `warmup`."""
     steps = slice(warmup, len(clock.cpu))
