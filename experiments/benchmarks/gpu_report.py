@@ -1,6 +1,6 @@
 """What one GPU does, as JSON: experiments/launch/gpu_report.sh starts it.
 
-    python experiments/benchmark.py gpu_report --out=runs/gpu
+    python experiments/benchmark.py gpu_report --report=runs/gpu
     python experiments/benchmark.py gpu_report --table=runs/gpu/report.json
 
 Each part is a process with a limit of its own, 15 minutes in all; one that fails is told with its
@@ -24,7 +24,9 @@ from benchmarks.report import print_json
 from ppo_jax import cli
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("out", "runs/gpu_report", "Folder of the report and of what its parts print.")
+flags.DEFINE_string(
+    "report", "runs/gpu_report", "Folder of the report and of what its parts print."
+)
 flags.DEFINE_bool("tiny", False, "All parts on the CPU, in tiny sizes.")
 flags.DEFINE_string("table", "", "A report to print as a table, in place of a new one.")
 
@@ -94,7 +96,7 @@ def main():
         return
     if not FLAGS.tiny:
         check_gpu()
-    out, begin = Path(FLAGS.out), time.monotonic()
+    out, begin = Path(FLAGS.report), time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     found: dict[str, dict[str, Any]] = {}
     for name, part in parts(FLAGS.tiny).items():

@@ -2,7 +2,7 @@
 # What one NVIDIA GPU does, in at most 15 minutes: tests, kernels, iterations, rollout, trace.
 #
 #   SETUP=1 bash experiments/launch/gpu_report.sh                 # once: a virtual environment
-#   bash experiments/launch/gpu_report.sh --out=runs/gpu          # JSON lines, runs/gpu/report.json
+#   bash experiments/launch/gpu_report.sh --report=runs/gpu          # JSON lines, runs/gpu/report.json
 #   bash experiments/launch/gpu_report.sh --table=runs/gpu/report.json    # as a table of Markdown
 #   bash experiments/launch/gpu_report.sh --tiny                  # on a CPU, to see that it runs
 #

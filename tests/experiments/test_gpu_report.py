@@ -55,14 +55,14 @@ def test_utilisation_is_over_the_large_product_and_the_table_tells_failures():
 
 
 def test_without_a_gpu_it_stops_with_one_line(tmp_path):
-    ended = run_script("benchmark", "gpu_report", f"--out={tmp_path / 'out'}")
+    ended = run_script("benchmark", "gpu_report", f"--report={tmp_path / 'out'}")
     assert ended.code == 2 and len(ended.err.strip().splitlines()) == 1
     assert "needs an NVIDIA GPU that jax sees, or --tiny; got 'cpu'" in ended.err
 
 
 @pytest.mark.slow
 def test_every_part_runs_and_tells_its_figures(tmp_path):
-    command = ["bash", str(SCRIPT), "--tiny", f"--out={tmp_path}"]
+    command = ["bash", str(SCRIPT), "--tiny", f"--report={tmp_path}"]
     environment = os.environ | {"PYTHON": sys.executable}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
