@@ -140,7 +140,7 @@ def reward():
         return layer_products(config, math.prod(batch.inputs.shape))
 
     batches = [
-        preference_batch(data, inputs, 0, i, settings, layout)
+        preference_batch(data, inputs, 0, i, settings, layout, config.max_length)
         for i in range(math.ceil(FLAGS.texts / FLAGS.batch))
     ]
     network = reward_network(config, constrain=layout.constrain)

@@ -63,14 +63,19 @@ def params(folder, step=None):
     return load_checkpoint_item(folder / "ppo" / "checkpoints", "policy_params", step)
 
 
-def assert_same_run(lane, alone, rate=RATE):
-    """Samples as they are; parameters to a tenth of the learning rate, a checkpoint after three."""
-    one, other = (rows(folder, "samples.jsonl")[0] for folder in (lane, alone))
+def assert_same_start(lane, other_run, rate=RATE):
+    """Samples as they are; parameters to a tenth of the learning rate after three iterations."""
+    one, other = (rows(folder, "samples.jsonl")[0] for folder in (lane, other_run))
     assert one == other | {"score": pytest.approx(other["score"], abs=1e-5)}
+    for x, y in zip(*(jax.tree.leaves(params(f, 3)) for f in (lane, other_run)), strict=True):
+        np.testing.assert_allclose(x, y, atol=0.1 * rate)
+
+
+def assert_same_run(lane, alone, rate=RATE):
+    """Besides the start: the checkpoints, and the metrics of three iterations."""
+    assert_same_start(lane, alone, rate)
     kept = [Checkpoints(x / "ppo" / "checkpoints").steps() for x in (lane, alone)]
     assert kept[0] == kept[1]
-    for x, y in zip(*(jax.tree.leaves(params(f, 3)) for f in (lane, alone)), strict=True):
-        np.testing.assert_allclose(x, y, atol=0.1 * rate)
     for one, other in zip(rows(lane)[:3], rows(alone)[:3], strict=True):
         assert one.keys() - {"time/compile_s"} == other.keys() - {"time/compile_s"}
         for name in ("response/length", "response/eos_fraction", "kl/coef"):
@@ -149,11 +154,7 @@ def test_eight_lanes_on_eight_devices_are_those_of_one_device(
     (leaf, *_) = jax.tree.leaves(states[0].policy_params)
     assert leaf.sharding.spec[0] == "data" and len(leaf.sharding.device_set) == 8
     for (_, folder), (_, one_device) in zip(many[:3], one_program[0], strict=True):
-        assert rows(folder, "samples.jsonl")[0] == rows(one_device, "samples.jsonl")[0]
-        for x, y in zip(
-            *(jax.tree.leaves(params(f, 3)) for f in (folder, one_device)), strict=True
-        ):
-            np.testing.assert_allclose(x, y, atol=0.1 * RATE)
+        assert_same_start(folder, one_device)
 
 
 def test_lanes_that_share_little_take_turns_on_each_device(root, all_devices, capsys):
