@@ -34,6 +34,10 @@ class Network(NamedTuple):
       Needed where `Sampling` has `max_concurrent` below the number of responses, or several samples
       of a prompt; the cache must then hold a sequence of its length wherever it begins (ours is a
       ring).
+    - `map_rows(function, cache) -> cache`: function(x) in the place of each array x of the cache
+      that has a row for each sequence, its first axis. With it the last responses of a rollout
+      with `max_concurrent` move into fewer rows, and cost less.
+    - `num_shards(num_rows) -> int`: how many equal parts a mesh cuts so many rows into, 1 without.
     - `token_statistics(params, inputs, mask, tokens, temperature, *, first_output=0,
       segment_ids=None, output_positions=None) -> (logprobs, entropies)`: what
       `distributions.token_statistics` gives for the logits of `apply` and tokens [B, O], without
@@ -63,6 +67,8 @@ class Network(NamedTuple):
     token_statistics: Callable[..., tuple[jax.Array, jax.Array]] | None = None
     supports_packing: bool = False
     supports_shared_prompts: Callable[[int, int], bool] | None = None
+    map_rows: Callable[[Callable[[jax.Array], jax.Array], Any], Any] | None = None
+    num_shards: Callable[[int], int] = lambda num_rows: 1
 
 
 def shared_prompt(

@@ -175,6 +175,13 @@ def refill_cache(cache: KVCache, fresh: KVCache, source_B: jax.Array) -> KVCache
     return cache.replace(layers=layers, mask=mask_BC, index=index)
 
 
+def map_cache_rows(function: Callable[[jax.Array], jax.Array], cache: KVCache) -> KVCache:
+    """A cache of other sequences: function(x) of each array [B, ...]."""
+    stacked = jax.tree.leaves(cache.layers)[0].ndim == 5
+    layers = jax.tree.map(jax.vmap(function) if stacked else function, cache.layers)
+    return cache.replace(layers=layers, mask=function(cache.mask))
+
+
 def rotary_frequencies(config: ModelConfig) -> list[float]:
     """Radians per position of each rotated pair, [K / 2], with the scaling of Llama 3."""
     base = [config.rope_theta ** (-i / config.head_dim) for i in range(0, config.head_dim, 2)]

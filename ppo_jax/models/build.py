@@ -7,6 +7,7 @@ default it does nothing.
 Dimension key: B sequences, L positions, D model, V vocabulary.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -20,7 +21,7 @@ from ppo_jax.core.distributions import chunked_token_statistics
 from ppo_jax.core.network import Network
 from ppo_jax.core.renamed import renamed
 from ppo_jax.core.types import Params
-from ppo_jax.models.attention import KVCache, Outputs, refill_cache
+from ppo_jax.models.attention import KVCache, Outputs, map_cache_rows, refill_cache
 from ppo_jax.models.axes import CACHE, ShardingConstraint, unconstrained
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.layers import Projection
@@ -78,17 +79,23 @@ def make_network(
         outputs = Outputs(first=first_output)
         return module.apply({"params": params}, inputs, mask, None, cache, outputs)
 
-    def refill(cache, fresh, source):
-        cache = refill_cache(cache, fresh, source)
+    def pinned(cache):
         axes = (None, *CACHE) if config.scan_layers else CACHE
         return cache.replace(layers=jax.tree.map(lambda x: constrain(x, axes), cache.layers))
+
+    def refill(cache, fresh, source):
+        return pinned(refill_cache(cache, fresh, source))
+
+    def map_rows(function, cache):
+        return pinned(map_cache_rows(function, cache))
 
     def supports_shared_prompts(num_prompts, samples):
         return num_prompts % num_batch_shards(constrain, num_prompts * samples) == 0
 
-    functions = dict(init=init, apply=apply, init_cache=init_cache, decode=decode, refill=refill)
+    shards = functools.partial(num_batch_shards, constrain)
+    of_caches = dict(init_cache=init_cache, refill=refill, map_rows=map_rows, num_shards=shards)
     more = dict(supports_packing=True, supports_shared_prompts=supports_shared_prompts)
-    return Network(**functions, **more)
+    return Network(init=init, apply=apply, decode=decode, **of_caches, **more)
 
 
 def empty_cache(
@@ -265,7 +272,7 @@ def policy_value_network(
         return policy.apply(params, inputs, mask, read=read, **where)
 
     more = dict(init=init, apply=apply, token_statistics=token_statistics)
-    return policy._replace(**more, init_cache=None, decode=None, refill=None)
+    return policy._replace(**more, init_cache=None, decode=None, refill=None, map_rows=None)
 
 
 def read_statistics(logits, weights, hidden, tokens, temperature, logits_chunk):

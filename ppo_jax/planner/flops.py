@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from ppo_jax.core.distributions import chunk_shape
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.kernels import kernel_of, splash_blocks
-from ppo_jax.rollout.continuous_batching import FIRST, LATER, REFILLS, max_trip_counts
+from ppo_jax.rollout.continuous_batching import DECODING, REFILLS, max_trip_counts
 from ppo_jax.rollout.decode import max_steps
 
 
@@ -276,8 +276,8 @@ def rollout_flops(
     """Prefill of the prompts, then single tokens, each over the whole cache of P + T positions: all
     of a response but the last, which only a `trunk` computes.
 
-    With fewer `slots` than sequences, waiting prompts are admitted in groups, and each decode step
-    is one of all slots: as many steps as `continuous_batching.max_trip_counts` has.
+    With fewer `slots` than sequences, prompts are admitted in groups, and each decode step is one
+    of all slots: as many steps as `continuous_batching.max_trip_counts` has.
 
     The worst case: the decode loop ends earlier when every row has stopped, and accelerators skip
     empty blocks of the cache. Several samples of a prompt share its prefill, which is over the
@@ -287,16 +287,13 @@ def rollout_flops(
     steps = max_steps(response_length, trunk)
     forward = functools.partial(forward_flops, policy, outputs=1, head="logits")
     prefill = functools.partial(forward, positions=prompt_length)
-    first = prefill(
-        sequences=num_rows // samples_per_prompt,
-        attended=capacity if samples_per_prompt == 1 else prompt_length,
-    )
     step = forward(sequences=num_rows, positions=1, attended=capacity)
     if num_rows == sequences:
-        return first + steps * step
+        attended = capacity if samples_per_prompt == 1 else prompt_length
+        return prefill(sequences=num_rows // samples_per_prompt, attended=attended) + steps * step
     trips = max_trip_counts(sequences, num_rows, group, steps)
     refill = prefill(sequences=group // samples_per_prompt, attended=prompt_length)
-    return first + trips[FIRST] * step + trips[REFILLS] * (refill + trips[LATER] * step)
+    return trips[REFILLS] * (refill + trips[DECODING] * step)
 
 
 def scoring_flops(

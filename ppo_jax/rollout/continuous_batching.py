@@ -1,14 +1,17 @@
 """Continuous batching: a finished response frees its slot for the next prompt.
 
 N responses in S = `max_concurrent` slots, which are rows of a `DecodeState`, as one program.
-Prompts wait until G slots are free and are admitted together: one prefill of G prompts.
+Prompts wait until G slots are free and are admitted together: one prefill of G prompts. At the end,
+when no prompt waits, the responses that are still under way move into fewer rows.
 
 Dimension key: N responses, S slots, P prompt tokens, T response tokens, D model, G rows that are
 admitted together.
 """
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +19,11 @@ from flax import struct
 
 from ppo_jax.core.lanes import any_lane
 from ppo_jax.core.types import Prompts
-from ppo_jax.rollout.decode import DecodeState, Policy, add_tokens, decode_step, init_decode
+from ppo_jax.rollout.decode import DecodeState, Policy, add_tokens, decode_step, empty_rows
 from ppo_jax.rollout.sampling import Sampling, choose
 
 # Name scopes of the loops, by which a compiled program is read, see `max_trip_counts`.
-FIRST, REFILLS, LATER = "first_decoding", "refills", "later_decoding"
+REFILLS, DECODING, DRAINING = "refills", "decoding", "draining"
 
 
 @struct.dataclass(kw_only=True)
@@ -54,45 +57,61 @@ def decode_with_refills(
 ) -> tuple[Finished, jax.Array | None]:
     """`decode.decode_all` with at most S responses at a time: (responses, prompts' states)."""
     num_rows, num_slots = len(keys), sampling.max_concurrent
-    group = sampling.group(num_slots)
+    group, shards = sampling.group(num_slots), policy.num_shards(num_slots)
+    width = narrow_width(num_slots, shards) if policy.moves_rows else 0
 
-    def run(s: RefillState, scope: str) -> RefillState:
-        """Decode until as many slots are free as the next group needs."""
-        admitted = jnp.minimum(group, num_rows - s.waiting)
+    def fit_into(active: jax.Array, width: int) -> jax.Array:
+        """Whether so many rows can hold those that are active, on each shard its own."""
+        return (active.reshape(shards, -1).sum(axis=1) <= width // shards).all()
 
-        def more(slots):
-            enough = (admitted > 0) & ((~slots.active).sum() >= admitted)
-            return any_lane(slots.active.any() & ~enough)
-
-        def step(slots):
-            return decode_step(policy, slots, sampling, temperature)
-
+    def run(s: RefillState, scope: str, enough: Callable[[jax.Array], jax.Array]) -> RefillState:
+        """Decode until those that are still active are few enough, and free the other slots."""
         with jax.named_scope(scope):
-            return dataclasses.replace(s, slots=jax.lax.while_loop(more, step, s.slots))
+            slots = jax.lax.while_loop(
+                lambda slots: any_lane(~enough(slots.active)),
+                lambda slots: decode_step(policy, slots, sampling, temperature),
+                s.slots,
+            )
+        return retire(dataclasses.replace(s, slots=slots))
 
     def refill(s: RefillState) -> RefillState:
-        return run(admit(policy, retire(s), prompts, keys, sampling, temperature, group), LATER)
+        s = admit(policy, s, prompts, keys, sampling, temperature, group)
+        left = num_rows - s.waiting
 
-    state = init_refills(policy, prompts, keys, sampling, temperature, num_slots)
-    state = run(state, FIRST)
+        def enough(active):
+            room = (~active).sum() >= jnp.minimum(group, left)
+            return jnp.where(left > 0, room, fit_into(active, width))
+
+        return run(s, DECODING, enough)
+
+    state = init_refills(policy, prompts, keys, sampling)
     with jax.named_scope(REFILLS):
         state = jax.lax.while_loop(lambda s: s.waiting < num_rows, refill, state)
-    state = retire(state)
+    if width:
+        all_ended = functools.partial(fit_into, width=0)
+        state = run(narrow(policy, state, width, shards), DRAINING, all_ended)
     return state.finished, state.prompt_states
 
 
+def narrow_width(num_slots: int, shards: int) -> int:
+    """The number of rows that the last responses move into: a quarter of the slots, and on each
+    shard of a mesh one or more. 0 where that would be all.
+
+    >>> narrow_width(16, 1), narrow_width(16, 8), narrow_width(8, 8)
+    (4, 8, 0)
+    """
+    width = max(num_slots // 4 // shards, 1) * shards
+    return width if width < num_slots else 0
+
+
 def init_refills(
-    policy: Policy,
-    prompts: Prompts,
-    keys: jax.Array,
-    sampling: Sampling,
-    temperature: jax.Array | float,
-    num_slots: int,
+    policy: Policy, prompts: Prompts, keys: jax.Array, sampling: Sampling
 ) -> RefillState:
-    """The first S rows in their slots, none retired."""
-    num_rows, count = len(keys), num_slots // sampling.samples_per_prompt
-    first = jax.tree.map(lambda x: x[:count], prompts)
-    slots, prompt_states = init_decode(policy, first, keys[:num_slots], sampling, temperature)
+    """S free slots."""
+    num_rows, num_slots = len(keys), sampling.max_concurrent
+    prompt_states = policy.empty_states(prompts)
+    caches = policy.init_caches(num_slots, prompts.tokens.shape[1] + sampling.response_length)
+    slots = empty_rows(keys[:num_slots], caches, prompt_states, sampling)
 
     def empty(x):
         return jnp.zeros((num_rows, *x.shape[1:]), x.dtype)
@@ -104,13 +123,10 @@ def init_refills(
         stopped=empty(slots.stopped),
         hidden_states=None if prompt_states is None else empty(slots.hidden_states),
     )
-    if prompt_states is not None:
-        rest = len(prompts.tokens) - count
-        prompt_states = jnp.pad(prompt_states, ((0, rest), (0, 0), (0, 0)))
     return RefillState(
         slots=slots,
-        row=jnp.arange(num_slots, dtype=jnp.int32),
-        waiting=jnp.int32(num_slots),
+        row=jnp.full(num_slots, num_rows, jnp.int32),
+        waiting=jnp.int32(0),
         finished=finished,
         prompt_states=prompt_states,
     )
@@ -192,18 +208,33 @@ def admit(
     )
 
 
+def narrow(policy: Policy, state: RefillState, width: int, shards: int) -> RefillState:
+    """Move the active slots into `width` rows, from each shard of a mesh into its own."""
+    s = state.slots
+    inactive = ~s.active.reshape(shards, -1)
+    kept = jnp.argsort(inactive, axis=1, stable=True)[:, : width // shards]
+
+    def move(x):
+        of_shards = jax.vmap(lambda x, kept: x[kept])(x.reshape(shards, -1, *x.shape[1:]), kept)
+        return of_shards.reshape(width, *x.shape[1:])
+
+    row, rows = jax.tree.map(move, (state.row, dataclasses.replace(s, step=None, caches=None)))
+    slots = dataclasses.replace(rows, step=s.step, caches=policy.map_rows(move, s.caches))
+    return dataclasses.replace(state, slots=slots, row=row)
+
+
 def max_trip_counts(num_rows: int, num_slots: int, group: int, steps: int) -> dict[str, float]:
     """Trip counts of the loops in the worst case: N rows in S < N slots, groups of G.
 
-    That of `LATER` is per trip of `REFILLS`. In the worst case every response has its full length,
-    which is K steps, see `decode.max_steps`. Within K steps of the admission of a group, as many
-    groups as fit into the slots are admitted: each that ends makes room for one that waits. So
-    R = ceil((N - S) / G) groups take at most K (1 + ceil(R / floor(S / G))) steps, those of the
-    first rows included; where G divides S that is K ceil(N / S), and is reached.
+    That of `DECODING` is per trip of `REFILLS`. In the worst case every response has its full
+    length, which is K steps, see `decode.max_steps`, and all end at once: none is left for
+    `DRAINING`. Within K steps of the admission of a group, as many groups as fit into the slots are
+    admitted: each that ends makes room for one that waits. So R = ceil(N / G) groups take at most
+    K ceil(R / floor(S / G)) steps; where G divides S that is K ceil(N / S), and is reached.
 
     >>> max_trip_counts(12, 4, 2, 10)
-    {'first_decoding': 10, 'refills': 4, 'later_decoding': 5.0}
+    {'refills': 6, 'decoding': 5.0, 'draining': 0}
     """
-    refills = math.ceil((num_rows - num_slots) / group)
-    later = steps * math.ceil(refills / (num_slots // group))
-    return {FIRST: steps, REFILLS: refills, LATER: later / refills}
+    refills = math.ceil(num_rows / group)
+    decoding = steps * math.ceil(refills / (num_slots // group))
+    return {REFILLS: refills, DECODING: decoding / refills, DRAINING: 0}

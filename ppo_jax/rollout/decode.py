@@ -7,6 +7,7 @@ tokens, L = P + T, D model, V vocabulary.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -38,6 +39,33 @@ class Policy(NamedTuple):
         """Row b starts over with prompt source[b] of the fresh caches, where that is not -1."""
         trunk = None if self.trunk is None else self.trunk.refill(caches[0], fresh[0], source)
         return trunk, self.network.refill(caches[1], fresh[1], source)
+
+    @property
+    def moves_rows(self) -> bool:
+        """Whether the caches of some rows can be kept alone."""
+        return all(n is None or n.map_rows is not None for n in (self.trunk, self.network))
+
+    def num_shards(self, num_rows: int) -> int:
+        """How many parts a mesh cuts so many rows into."""
+        return self.network.num_shards(num_rows)
+
+    def map_rows(self, function: Callable, caches: tuple) -> tuple[Any, Any]:
+        """The caches with function(x) for each array x that has a row for each sequence."""
+        trunk = None if self.trunk is None else self.trunk.map_rows(function, caches[0])
+        return trunk, self.network.map_rows(function, caches[1])
+
+    def empty_states(self, prompts: Prompts) -> jax.Array | None:
+        """Zeros in the place of the trunk's hidden states of prompts; None without a trunk."""
+        if self.trunk is None:
+            return None
+        tokens, mask = prompts.tokens, prompts.mask
+
+        def states():
+            cache = self.trunk.init_cache(*tokens.shape)
+            return self.trunk.decode(self.trunk_params, tokens, mask, cache)[0]
+
+        shape = jax.eval_shape(states)
+        return jnp.zeros(shape.shape, shape.dtype)
 
     def forward(self, tokens, mask, caches, first_output=0):
         """New tokens through trunk and policy: (hidden states or None, logits [B, V], caches)."""
@@ -109,24 +137,31 @@ def init_decode(
         source = jnp.arange(num_rows, dtype=jnp.int32) // samples
         caches = policy.refill_caches(policy.init_caches(num_rows, capacity), caches, source)
         logits = logits[source]
-    shape, states = (num_rows, sampling.response_length), None
+    state = empty_rows(keys, caches, prompt_states, sampling)
+    chosen = choose(logits, keys, jnp.int32(0), sampling, temperature)
+    return add_tokens(state, *chosen, jnp.ones(num_rows, bool), sampling), prompt_states
+
+
+def empty_rows(
+    keys: jax.Array, caches: Any, prompt_states: jax.Array | None, sampling: Sampling
+) -> DecodeState:
+    """Rows without a token, none of which is active; hidden states are as those of prompts."""
+    shape, states = (len(keys), sampling.response_length), None
     if prompt_states is not None:
         states = jnp.zeros((*shape, prompt_states.shape[-1]), prompt_states.dtype)
-    state = DecodeState(
+    return DecodeState(
         step=jnp.int32(0),
-        first_step=jnp.zeros(num_rows, jnp.int32),
+        first_step=jnp.zeros(len(keys), jnp.int32),
         keys=keys,
-        active=jnp.zeros(num_rows, bool),
-        stopped=jnp.zeros(num_rows, bool),
-        matched=init_matched(num_rows, sampling),
+        active=jnp.zeros(len(keys), bool),
+        stopped=jnp.zeros(len(keys), bool),
+        matched=init_matched(len(keys), sampling),
         tokens=jnp.zeros(shape, jnp.int32),
         logprobs=jnp.zeros(shape, jnp.float32),
         mask=jnp.zeros(shape, bool),
         hidden_states=states,
         caches=caches,
     )
-    chosen = choose(logits, keys, jnp.int32(0), sampling, temperature)
-    return add_tokens(state, *chosen, jnp.ones(num_rows, bool), sampling), prompt_states
 
 
 def decode_step(

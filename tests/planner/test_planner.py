@@ -91,10 +91,10 @@ def test_packed_rows_are_planned_for_as_if_they_saved_nothing():
 
 @pytest.mark.parametrize("samples", [1, 2])
 def test_slots_are_planned_for_as_if_every_response_were_of_full_length(samples):
-    """32 responses in 16 slots, entering by 8: first 7 steps, then two groups and 7 more."""
+    """32 responses in 16 slots, entering by 8: four groups, and 7 steps for each two of them."""
     by_slots = settings(ppo=dict(max_concurrent=16, min_free_slots=8, samples_per_prompt=samples))
     rollout = planner.prepare(by_slots, TARGET)[2][0]
-    assert rollout.max_trip_counts == {"first_decoding": 7, "refills": 2, "later_decoding": 3.5}
+    assert rollout.max_trip_counts == {"refills": 4, "decoding": 3.5, "draining": 0}
     cost = planner.compile_phase(rollout, TARGET, {})
     assert cost.program_cost.flops * 8 == pytest.approx(rollout.flops, rel=0.01)
     at_once = planner.prepare(settings(ppo=dict(samples_per_prompt=samples)), TARGET)[2][0]

@@ -14,7 +14,7 @@ from ppo_jax.core.types import Prompts
 from ppo_jax.models.build import policy_network, trunk_network
 from ppo_jax.models.partition import split_params
 from ppo_jax.planner.hlo.text import parse_module
-from ppo_jax.rollout.continuous_batching import FIRST, LATER, REFILLS, max_trip_counts
+from ppo_jax.rollout.continuous_batching import DECODING, DRAINING, REFILLS, max_trip_counts
 from ppo_jax.rollout.rollout import rollout
 from tests.support import tiny
 from tests.support.meshes import WIDE, layout_of
@@ -101,7 +101,7 @@ def test_several_samples_of_a_prompt_are_responses_to_its_copies(kind, trunk, sl
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 1, 8)])
 def test_slots_on_a_mesh_give_the_responses_of_one_device(shape):
-    """And the decode loop sends only what tensor parallelism sums: nothing of caches or prompts."""
+    """And the decode loops send only what tensor parallelism sums: nothing of caches or prompts."""
     config = tiny.model_config(**WIDE)
     params = tiny.random_params(policy_network(config))
 
@@ -118,9 +118,9 @@ def test_slots_on_a_mesh_give_the_responses_of_one_device(shape):
     text, got = compiled(shape, max_concurrent=16, min_free_slots=8)
     assert_same(got, compiled((1, 1, 1))[1])
     # A program that was kept from before may lack the name scopes: they are no part of its key.
-    of_loop = re.compile(r"/while/body/(later_decoding/)?while/body/")
+    of_loop = re.compile(rf"/while/body/({DECODING}/)?while/body/|{DRAINING}/while/body/")
     inner = [line for line in text.splitlines() if of_loop.search(line)]
-    assert inner
+    assert any(DRAINING in line for line in inner)
     moves = r" (all-gather|all-to-all|collective-permute)(-start)?\("
     assert not [line for line in inner if re.search(moves, line)]
 
@@ -140,6 +140,7 @@ def counted(calls: collections.Counter) -> Network:
         init_cache=lambda *_: None,
         decode=decode,
         refill=lambda cache, fresh, source: cache,
+        map_rows=lambda function, cache: cache,
     )
 
 
@@ -165,7 +166,7 @@ def test_nobody_waits_for_the_longest_response():
     assert count_to_20(first)["decode"] == 15
     calls = count_to_20(first, max_concurrent=4, min_free_slots=1)
     assert calls["decode"] <= 20  # 4 x 15 + 4 tokens before the last ones, in four slots
-    assert calls["prefill"] == 1 + 12
+    assert calls["prefill"] == 16
 
 
 def test_prompts_enter_together():
@@ -177,6 +178,31 @@ def test_prompts_enter_together():
     # The last ones do not wait until more slots are free than there are prompts.
     calls = count_to_20([19, 4, 4, 4, 18], max_concurrent=4, min_free_slots=4)
     assert (calls["decode"], calls["prefill"]) == (15, 2)
+
+
+def test_the_last_responses_move_into_fewer_rows():
+    """Two long ones among twelve: after two steps of all eight slots they have two rows alone."""
+    first = [4, 5] + [18] * 10
+    calls = count_to_20(first, max_concurrent=8)
+    assert calls["decode"] == 15 and calls["decode rows"] == 2 * 8 + 13 * 2
+    assert calls["prefill rows"] == 12
+    assert count_to_20(first[::-1], max_concurrent=8)["decode rows"] == 2 * 8 + 14 * 2
+
+
+def test_a_network_that_cannot_move_rows_keeps_its_slots():
+    calls: collections.Counter = collections.Counter()
+    fixed = counted(calls)._replace(map_rows=None)
+    tokens = jnp.asarray([[0, 4], [0, 18], [0, 18], [0, 18], [0, 18]], jnp.int32)
+    found = tiny.sample(
+        policy=fixed,
+        params={},
+        prompts=Prompts(tokens=tokens, mask=jnp.ones_like(tokens, bool)),
+        key=KEY,
+        sampling=tiny.sampling(response_length=16, eos_ids=(20,), max_concurrent=4),
+    )
+    jax.effects_barrier()
+    assert found.response_mask.sum(axis=1).tolist() == [16, 2, 2, 2, 2]
+    assert calls["decode rows"] == 15 * 4
 
 
 def test_a_trunk_also_computes_the_last_tokens():
@@ -219,13 +245,14 @@ def test_the_decode_loop_carries_no_logits_and_copies_no_cache():
     program = jax.jit(lambda *args: rollout(policy, *args, sampling=sampling)).lower(*args)
     module = parse_module(program.compile().as_text())
     capacity = tiny.PROMPT_LENGTH + tiny.RESPONSE_LENGTH
-    cache = (4, config.num_kv_heads, capacity, config.head_dim)
+    wide, narrow = ((n, config.num_kv_heads, capacity, config.head_dim) for n in (4, 1))
     instructions = [i for c in module.computations.values() for i in c]
-    loops = [i for i in instructions if i.opcode == "while" and cache in shapes(i)]
-    assert len(loops) == 3  # FIRST, REFILLS and LATER
-    assert not [i.name for i in loops if (4, tiny.VOCAB) in shapes(i)]
-    copies = [i for i in instructions if i.opcode == "copy" and cache in shapes(i)]
-    assert not [i.name for i in copies if re.search(f"{FIRST}|{LATER}", i.op_name)]
+    loops = [i for i in instructions if i.opcode == "while" and {wide, narrow} & set(shapes(i))]
+    assert [wide in shapes(i) for i in loops].count(True) == 2  # REFILLS and DECODING in it
+    assert [narrow in shapes(i) for i in loops].count(True) == 1  # DRAINING
+    assert not [i.name for i in loops if {(4, tiny.VOCAB), (1, tiny.VOCAB)} & set(shapes(i))]
+    copies = [i for i in instructions if i.opcode == "copy" and {wide, narrow} & set(shapes(i))]
+    assert not [i.name for i in copies if re.search(f"{DECODING}|{DRAINING}", i.op_name)]
 
 
 def shapes(instruction):
@@ -237,15 +264,15 @@ def shapes(instruction):
 )
 def test_no_lengths_need_more_turns_than_full_ones(rows, slots, refill):
     turns = max_trip_counts(rows, slots, refill, 15)
-    most = turns[FIRST] + turns[REFILLS] * turns[LATER]
+    most = turns[REFILLS] * turns[DECODING]
     full = count_to_20([4] * rows, max_concurrent=slots, min_free_slots=refill)
-    assert full["prefill"] == 1 + turns[REFILLS]
+    assert full["prefill"] == turns[REFILLS]
     assert full["decode"] == most
     if slots % refill == 0:
         assert most == 15 * -(-rows // slots)
     for first in np.random.default_rng(0).integers(0, 20, size=(3, rows)).tolist():
         calls = count_to_20(first, max_concurrent=slots, min_free_slots=refill)
-        assert calls["prefill"] == 1 + turns[REFILLS] and calls["decode"] <= most
+        assert calls["prefill"] == turns[REFILLS] and calls["decode"] <= most
 
 
 def test_what_does_not_fit_is_refused():
