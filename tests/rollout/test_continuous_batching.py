@@ -241,16 +241,16 @@ def test_the_decode_loop_carries_no_logits_and_copies_no_cache():
     config = tiny.model_config()
     policy = policy_network(config)
     args = tiny.random_params(policy), tiny.prompts(batch_size=12), KEY
-    sampling = tiny.sampling(max_concurrent=4, min_free_slots=2)
+    sampling = tiny.sampling(max_concurrent=8)
     program = jax.jit(lambda *args: rollout(policy, *args, sampling=sampling)).lower(*args)
     module = parse_module(program.compile().as_text())
     capacity = tiny.PROMPT_LENGTH + tiny.RESPONSE_LENGTH
-    wide, narrow = ((n, config.num_kv_heads, capacity, config.head_dim) for n in (4, 1))
+    wide, narrow = ((n, config.num_kv_heads, capacity, config.head_dim) for n in (8, 2))
     instructions = [i for c in module.computations.values() for i in c]
     loops = [i for i in instructions if i.opcode == "while" and {wide, narrow} & set(shapes(i))]
     assert [wide in shapes(i) for i in loops].count(True) == 2  # REFILLS and DECODING in it
     assert [narrow in shapes(i) for i in loops].count(True) == 1  # DRAINING
-    assert not [i.name for i in loops if {(4, tiny.VOCAB), (1, tiny.VOCAB)} & set(shapes(i))]
+    assert not [i.name for i in loops if {(8, tiny.VOCAB), (2, tiny.VOCAB)} & set(shapes(i))]
     copies = [i for i in instructions if i.opcode == "copy" and {wide, narrow} & set(shapes(i))]
     assert not [i.name for i in copies if re.search(f"{DECODING}|{DRAINING}", i.op_name)]
 
