@@ -4,7 +4,8 @@ Dimension key: B responses, T response tokens, N bins, K critics.
 """
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -58,6 +59,11 @@ class FirstPass(NamedTuple):
     outputs: Outputs
     pullback: Callable[[Outputs], tuple[Params]]  # gradients to the outputs -> (to the parameters,)
 
+    def take(self, rows: jax.Array, *, several: bool) -> "FirstPass":
+        """The pass of responses in another order, see `Outputs.take`."""
+        outputs, back = jax.vjp(lambda x: x.take(rows, several=several), self.outputs)
+        return FirstPass(outputs, lambda gradients: self.pullback(*back(gradients)))
+
     def gradients(
         self, loss: Callable[[Outputs], tuple[jax.Array, dict]]
     ) -> tuple[Params, dict[str, jax.Array]]:
@@ -73,27 +79,31 @@ def gradients_in_turn(
     loss: Callable[[Outputs, Experience], tuple[jax.Array, dict]],
     *,
     apart: bool,
+    first: Mapping[str, FirstPass] | None = None,
 ) -> tuple[Params, dict[str, jax.Array]]:
     """(gradients, metrics) of loss(outputs(params, experience), experience).
 
-    A critic that is `apart` from the policy is run when the gradients of the policy are there,
-    which do not depend on it: only one of the two has its activations in memory.
+    Where policy and critic are `apart`, the second is run when the gradients of the first are
+    there: only one of the two has its activations in memory. They may be taken one by one, as
+    neither's gradients depend on the other's outputs. The policy is the first, whose logits take
+    the most, but not where the critic's pass is made already: it waits for its gradients alone.
+
+    `first`: passes that are made already, by the first name of those that are not apart.
     """
-    if len(params) == 1 or not apart:
-        both = jax.grad(lambda p: loss(outputs(p, experience), experience), has_aux=True)
-        return both(params)
-
-    def run(part, experience):
-        return FirstPass(*jax.vjp(lambda x: outputs({part: x}, experience), params[part]))
-
-    policy = run("policy", experience)
-    of_policy, _ = policy.gradients(lambda mine: loss(mine, experience))
-    mask = cpu.after(experience.mask, of_policy)
-    value = run("value", dataclasses.replace(experience, mask=mask))
-    of_value, metrics = value.gradients(
-        lambda mine: loss(mine.filled_by(jax.lax.stop_gradient(policy.outputs)), experience)
-    )
-    return {"policy": of_policy, "value": of_value}, metrics
+    e, first, gradients, metrics = experience, first or {}, {}, {}
+    turns = [{name: x} for name, x in params.items()] if apart else [params]
+    if "value" in first:
+        turns = turns[::-1]
+    known = Outputs(e.logprobs, jnp.zeros_like(e.logprobs))  # of the policy before its turn: any
+    for some in turns:
+        if (one := first.get(next(iter(some)))) is None:
+            mask = cpu.after(e.mask, gradients) if gradients else e.mask
+            inputs = dataclasses.replace(e, mask=mask)
+            one = FirstPass(*jax.vjp(functools.partial(outputs, experience=inputs), some))
+        found, metrics = one.gradients(lambda mine, known=known: loss(mine.filled_by(known), e))
+        known = jax.lax.stop_gradient(one.outputs.filled_by(known))
+        gradients |= found
+    return gradients, metrics
 
 
 def passes_in_common(

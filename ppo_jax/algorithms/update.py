@@ -199,15 +199,15 @@ def first_passes(
     networks: PPONetworks,
     options: PPOOptions,
 ) -> dict[str, FirstPass]:
-    """The forward passes of an update of one step whose outputs its experience is made of, by what
-    takes the step: "policy", with the critic where both take the same, or "value". None of them
-    where there is nothing in common, see `passes_in_common`."""
+    """The forward passes of an update of one step whose outputs its experience is made of, by
+    their networks: "value", or "policy", with a critic that is on it. None of them where there is
+    nothing in common, see `passes_in_common`."""
     trained = trained_params(state.policy_params, state.value_params)
     own_optimizer = has_own_optimizer(trained, hyperparameters)
     names = passes_in_common(options, has_critic="value" in trained, own_optimizer=own_optimizer)
-    groups = {"policy": trained} if names else {}
-    if own_optimizer:
-        groups = {name: {name: trained[name]} for name in names}
+    groups = {name: {name: trained[name]} for name in names}
+    if names and networks.value_on_policy:
+        groups = {"policy": trained}
     outputs = functools.partial(
         forward,
         experience=without_outputs(rollout, networks, options),
@@ -264,15 +264,13 @@ def ppo_update(
     check_networks(networks, hyperparameters, options)
     trained, opt_state = trained_params(state.policy_params, state.value_params), state.opt_state
     numbers, rates = hyperparameters, learning_rates(state, hyperparameters)
-    first = first or {}
     how = dict(hyperparameters=numbers, frozen=frozen, networks=networks)
     outputs = functools.partial(forward, **how)
-    data = dict(experience=experience, outputs=outputs)
+    data = dict(experience=experience, outputs=outputs, first=first or {})
     steps = functools.partial(take_steps, **data, networks=networks, options=options)
     policy_steps = functools.partial(
         steps,
         loss=functools.partial(loss_of_outputs, hyperparameters=numbers, options=options),
-        first=first.get("policy"),
         optimizer=numbers.optimizer,
         num_minibatches=options.num_minibatches,
         stop_kl=numbers.stop_kl,
@@ -295,7 +293,6 @@ def ppo_update(
             rates,
             keys[options.num_epochs :],
             loss=functools.partial(value_loss, hyperparameters=numbers),
-            first=first.get("value"),
             optimizer=numbers.value_optimizer,
             num_minibatches=options.value_num_minibatches or options.num_minibatches,
         )
@@ -360,7 +357,7 @@ def take_steps(
     num_minibatches: int,
     networks: PPONetworks,
     options: PPOOptions,
-    first: FirstPass | None = None,
+    first: Mapping[str, FirstPass],
     stop_kl: jax.Array | float | None = None,
     choose: Callable[[Experience, jax.Array], Experience] | None = None,
 ) -> tuple[dict[str, Params], Any, dict[str, jax.Array]]:
@@ -378,7 +375,7 @@ def take_steps(
         num_minibatches: of an epoch.
         networks: those of the params say whether they share prompts.
         options: micro-batches, packing, samples and aggregation are read.
-        first: the pass of the only step, of all responses in their own order, if it is made.
+        first: passes of the only step, of all responses in their own order, that are made.
         stop_kl: see `ppo_update`.
         choose: (minibatch, key) -> minibatch with the tokens that the loss treats apart.
 
@@ -418,19 +415,16 @@ def take_steps(
             normalizer=mask.sum().astype(jnp.float32),
             num_sequences=mask.any(axis=1).sum().astype(jnp.float32),
         )
+        passes = {k: x for k, x in first.items() if k in params}
+        if samples == 1:
+            passes = {k: x.take(rows, several=several) for k, x in passes.items()}
 
         def gradient(params, some):
             given = (params, some, outputs, functools.partial(loss, **counts))
-            return gradients_in_turn(*given, apart=not networks.value_on_policy)
+            apart = not networks.value_on_policy
+            return gradients_in_turn(*given, apart=apart, first=passes)
 
-        def loss_of_first(every):
-            mine = every if samples > 1 else every.take(rows, several=several)
-            return loss(mine, minibatch, **counts)
-
-        if first is not None:
-            gradients, metrics = first.gradients(loss_of_first)
-        else:
-            gradients, metrics = sums(gradient, params, minibatch, options.num_micro_batches)
+        gradients, metrics = sums(gradient, params, minibatch, options.num_micro_batches)
         params, opt_state, norm = apply_gradients(optimizer, gradients, opt_state, params, rates)
         return (params, opt_state), metrics | {f"{name}/grad_norm": norm}
 

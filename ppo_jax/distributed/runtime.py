@@ -49,11 +49,14 @@ def processor() -> str:
 
 
 _durations: list[float] = []  # jax reports each compilation once
+_retains: list[bool] = []  # not empty after `retain_freed_memory`
 
 
 def _on_event(event: str, seconds: float, **_):
     if event == EVENT:
         _durations.append(seconds)
+        if _retains and seconds > MIN_COMPILE_SECONDS:
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 jax.monitoring.register_event_duration_secs_listener(_on_event)
@@ -78,7 +81,11 @@ def retain_freed_memory():
     A program's temporary buffers are one block of up to gigabytes, allocated at each call. glibc
     takes such a block from Linux and returns it after the call, so that every step maps and zeroes
     all its pages again: 1.5 of 9 seconds in an update of two models of 29 million parameters. The
-    process then holds its peak usage from there on.
+    process then holds its peak usage from there on, or some blocks more: glibc before 2.39 may keep
+    the few bytes beside an aligned block for other uses, and the next one does not fit between.
+
+    What is free when a program has been compiled is given back all the same: XLA has used hundreds
+    of megabytes in pieces, between which no such block fits.
 
     All threads share one arena: only that one can hold large blocks. Nothing changes with
     accelerators (large buffers are not on the host), where the user has set malloc, or without
@@ -91,6 +98,7 @@ def retain_freed_memory():
         return
     for parameter, value, _ in MALLOC_SETTINGS:
         libc.mallopt(parameter, value)
+    _retains.append(True)
 
 
 def accelerators_may_be_used() -> bool:

@@ -8,6 +8,7 @@ import pytest
 
 from ppo_jax.algorithms.options import PPONetworks
 from ppo_jax.algorithms.passes import forward, gradients_in_turn
+from ppo_jax.algorithms.ppo import init_ppo, update_from_rollout
 from ppo_jax.algorithms.update import loss_of_outputs, trained_params
 from ppo_jax.core.types import FrozenParams
 from ppo_jax.models.build import policy_network, value_network
@@ -43,18 +44,45 @@ def test_gradients_in_turn_are_those_of_the_one_loss(kind, kl_loss_coef):
     tiny.leaves_close(metrics, of_one, rtol=1e-6, atol=1e-7)
 
 
-def test_the_activations_of_one_network_at_a_time_are_in_memory():
+@pytest.fixture(scope="module")
+def deep():
+    """(networks, their parameters, more responses): activations are most of the memory."""
     config = tiny.model_config(num_layers=4, embed_dim=64, mlp_dim=256)
     networks = PPONetworks(policy=policy_network(config), value=value_network(config), reward=None)
     params = dict(
         policy=tiny.random_params(networks.policy), value=tiny.random_params(networks.value)
     )
+    rollout = jax.tree.map(lambda x: np.repeat(x, 8, axis=0), tiny.Run("whole").rollout())
+    return networks, params, rollout
+
+
+def temporaries(function, *args):
+    """Bytes."""
+    return jax.jit(function).lower(*args).compile().memory_analysis().temp_size_in_bytes
+
+
+def test_the_activations_of_one_network_at_a_time_are_in_memory(deep):
+    networks, params, _ = deep
     e = tiny.Run("whole").experience(tiny.Run("whole").rollout())[0]
     e = jax.tree.map(lambda x: np.repeat(x, 8, axis=0), e)
     frozen = FrozenParams(ref_policy={})
     parts = dict(frozen=frozen, networks=networks, options=tiny.options())
-    in_turn, of_one = (
-        jax.jit(f).lower(params, e, tiny.hyperparameters()).compile().memory_analysis()
-        for f in both_ways(**parts)
-    )
-    assert in_turn.temp_size_in_bytes < 0.7 * of_one.temp_size_in_bytes
+    given = (params, e, tiny.hyperparameters())
+    in_turn, of_one = (temporaries(f, *given) for f in both_ways(**parts))
+    assert in_turn < 0.7 * of_one
+
+
+def test_a_pass_in_common_with_scoring_is_held_alone(deep):
+    networks, params, rollout = deep
+    numbers = tiny.hyperparameters()
+    state = init_ppo(params["policy"], params["value"], numbers)
+    scores = np.zeros(len(rollout.mask), np.float32)
+
+    def step(num_epochs):
+        options = tiny.options(num_epochs=num_epochs, num_minibatches=1)
+        parts = dict(networks=networks, options=options)
+        parts |= dict(frozen=FrozenParams(ref_policy=params["policy"]))
+        update = functools.partial(update_from_rollout, **parts)
+        return temporaries(update, state, numbers, rollout, scores, tiny.RUN_KEY)
+
+    assert step(1) < 1.1 * step(2)
