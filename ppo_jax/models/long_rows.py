@@ -19,6 +19,7 @@ from ppo_jax.core.distributions import chunk_shape
 LONG = 80  # queries, from which on blocks are faster; they need less memory, too
 BLOCK = 64  # queries
 MAX_CUTS = 4  # each is one more loop to compile
+CACHED_SCORES = 2**19  # float32, which a core's cache holds from one product to the next
 FLOOR = float(jnp.finfo(jnp.float32).min)
 
 
@@ -103,6 +104,37 @@ def attend_in_blocks(q_BSHK, k_BGCK, v_BGCK, pairs: CausalRows | GivenPairs) -> 
 
 
 def _forward(q_BSHK, k_BGCK, v_BGCK, pairs):
+    given = q_BSHK, k_BGCK, v_BGCK, pairs
+    output_BSHK, normalizer_BnGN = _in_groups(_forward_of_rows, *given)
+    return output_BSHK, (*given, output_BSHK, normalizer_BnGN)
+
+
+def _backward(saved, g_BSHK):
+    return *_in_groups(_backward_of_rows, *saved, g_BSHK), None
+
+
+def _in_groups(fn: Callable, q_BSHK, k_BGCK, *more: Any) -> Any:
+    """`fn` of arrays of B rows; on a CPU of some rows at a time, whose scores stay in its cache.
+
+    Rows are dealt out, so that those of each group are on all devices of a mesh.
+    """
+    B, S, H, _ = q_BSHK.shape
+    scores = H * chunk_shape(S, BLOCK)[1] * k_BGCK.shape[2]
+    most = max(1, CACHED_SCORES // scores)
+    size = B if B <= 2 * most else max(x for x in range(1, most + 1) if B % x == 0)
+
+    def some_rows(*args):
+        def deal(x):
+            return x.reshape(size, B // size, *x.shape[1:]).swapaxes(0, 1)
+
+        done = jax.lax.map(lambda group: fn(*group), jax.tree.map(deal, args))
+        return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(B, *x.shape[2:]), done)
+
+    args = q_BSHK, k_BGCK, *more
+    return fn(*args) if size == B else jax.lax.platform_dependent(*args, cpu=some_rows, default=fn)
+
+
+def _forward_of_rows(q_BSHK, k_BGCK, v_BGCK, pairs):
     S = q_BSHK.shape[1]
     scores_of = _scores_of(q_BSHK, k_BGCK, pairs)
 
@@ -127,12 +159,10 @@ def _forward(q_BSHK, k_BGCK, v_BGCK, pairs):
         body = functools.partial(attend_block, keys)
         outputs.append(_loop(body, None, blocks, begin, end)[1])
     output_nBGNK, normalizer_nBGN = (jnp.concatenate(x) for x in zip(*outputs, strict=True))
-    output_BSHK = _by_position(output_nBGNK, q_BSHK.shape)
-    return output_BSHK, (q_BSHK, k_BGCK, v_BGCK, pairs, output_BSHK, normalizer_nBGN)
+    return _by_position(output_nBGNK, q_BSHK.shape), normalizer_nBGN.swapaxes(0, 1)
 
 
-def _backward(saved, g_BSHK):
-    q_BSHK, k_BGCK, v_BGCK, pairs, output_BSHK, normalizer_nBGN = saved
+def _backward_of_rows(q_BSHK, k_BGCK, v_BGCK, pairs, output_BSHK, normalizer_BnGN, g_BSHK):
     S, K = q_BSHK.shape[1], q_BSHK.shape[3]
     scores_of = _scores_of(q_BSHK, k_BGCK, pairs)
     dtype = q_BSHK.dtype
@@ -152,7 +182,7 @@ def _backward(saved, g_BSHK):
         return (sums[0] + of_k_BGEK, sums[1] + of_v_BGEK), of_q_BGNK.astype(dtype)
 
     grouped = (_by_group(x, k_BGCK) for x in (q_BSHK, g_BSHK, mean_BSH1))
-    blocks = *grouped, normalizer_nBGN, _blocks_of(pairs.of_queries(S), S)
+    blocks = *grouped, normalizer_BnGN.swapaxes(0, 1), _blocks_of(pairs.of_queries(S), S)
     of_q, of_keys = [], [jnp.zeros(x.shape, jnp.float32) for x in (k_BGCK, v_BGCK)]
     for begin, end, num_keys in cuts(S, pairs.first, k_BGCK.shape[2]):
         keys = tuple(x[:, :, :num_keys] for x in (k_BGCK, v_BGCK))
@@ -162,7 +192,7 @@ def _backward(saved, g_BSHK):
         of_q.append(of_blocks)
         of_keys = [x.at[:, :, :num_keys].add(y) for x, y in zip(of_keys, sums, strict=True)]
     of_q_BSHK = _by_position(jnp.concatenate(of_q), q_BSHK.shape)
-    return of_q_BSHK, of_keys[0].astype(k_BGCK.dtype), of_keys[1].astype(v_BGCK.dtype), None
+    return of_q_BSHK, of_keys[0].astype(k_BGCK.dtype), of_keys[1].astype(v_BGCK.dtype)
 
 
 attend_in_blocks.defvjp(_forward, _backward)

@@ -1,6 +1,7 @@
 """Attention block by block: the same outputs and gradients, with memory linear in the length."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -96,6 +97,48 @@ def test_heads_in_groups(short, heads):
 def test_bfloat16(short):
     mask, _ = rows(40)
     compare(mask, None, arrays(40, dtype="bfloat16"), tolerance=0.06)
+
+
+@pytest.mark.parametrize("queries", [Outputs(), Outputs(first=20)], ids=["all", "last"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_some_rows_at_a_time(short, monkeypatch, queries, packed):
+    mask, segments = rows(40)
+    monkeypatch.setattr(long_rows, "CACHED_SCORES", 1)
+    compare(mask, segments if packed else None, arrays(40), queries)
+    positions = jnp.asarray(np.random.default_rng(0).integers(0, 40, (B, 17)), jnp.int32)
+    compare(mask, segments if packed else None, arrays(40), Outputs(positions))
+
+
+def compiled_gradient(num_rows, length, sharding=None):
+    """Of attention with 4 heads on 2, compiled."""
+    shapes = [(num_rows, length, 4, K), *[(num_rows, 2, length, K)] * 2, (num_rows, length, 4, K)]
+    args = [jax.ShapeDtypeStruct(s, jnp.float32, sharding=sharding) for s in shapes]
+    mask = jax.ShapeDtypeStruct((num_rows, length), bool, sharding=sharding)
+
+    def gradient(q, k, v, g, mask):
+        return jax.vjp(plain_attention(mask, None), q, k, v)[1](g)
+
+    return jax.jit(gradient, out_shardings=sharding).lower(*args, mask).compile()
+
+
+def test_scores_are_those_of_some_rows(monkeypatch):
+    """So many that a core's cache holds them, however many rows there are."""
+
+    def temporaries():
+        return compiled_gradient(64, 200).memory_analysis().temp_size_in_bytes
+
+    some = temporaries()
+    monkeypatch.setattr(long_rows, "CACHED_SCORES", 2**40)
+    assert temporaries() - some > (64 - 2 * 16) * 4 * 50 * 200 * 4  # bytes; 10 rows at a time
+
+
+def test_each_device_has_rows_of_every_group(monkeypatch):
+    monkeypatch.setattr(long_rows, "CACHED_SCORES", 8 * 4 * 50 * 100)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    text = compiled_gradient(32, 100, sharding).as_text()
+    assert "while(" in text
+    assert not re.findall(r"all-gather|all-to-all|collective-permute|all-reduce", text)
 
 
 @pytest.mark.parametrize("packed", [False, True])
