@@ -3,7 +3,6 @@
 Networks, options and numbers are made of the settings of a run by the functions of a run.
 """
 
-import dataclasses
 import functools
 import time
 from collections.abc import Callable
@@ -56,7 +55,7 @@ BATCH = {
 define_numbers(BATCH, 1)
 NUMBERS = {
     "lora": (0, "Rank of adapters, which alone are trained, of policy and critic; 0 trains all."),
-    "logits_chunk": (0, "Response positions whose logits are held at a time; 0 is all."),
+    "logits_chunk": (0, "Response positions whose logits are held at a time; 0 is as many as fit."),
     "min_free_slots": (0, "Free slots that prompts wait for; 0 is a quarter."),
 }
 define_numbers(NUMBERS, 0)
@@ -127,8 +126,7 @@ class Workload:
 
     def flops(self) -> dict[str, float]:
         """Analytic flops of each phase, without what is computed again."""
-        settings = dataclasses.replace(self.settings, logits_chunk=0)
-        found = analytic_flops(settings, self.models)
+        found = analytic_flops(self.settings, self.models, again=False)
         return {"score" if name == "scoring" else name: flops for name, flops in found.items()}
 
     @functools.cached_property

@@ -24,7 +24,8 @@ def sft_loss(
     """Negative log-likelihood of the tokens in `loss_mask`, nats a token.
 
     Args:
-        network: returns logits; it must take `segment_ids` where the batch has them.
+        network: returns logits, or has `summed_logprobs`; it must take `segment_ids` where the
+            batch has them.
         params: all of the network's.
         batch: N texts, or N rows of texts.
         normalizer: [] float, the token count to divide by; by default this batch's own.
@@ -33,9 +34,15 @@ def sft_loss(
         (loss, metrics).
     """
     packed = {} if batch.segment_ids is None else {"segment_ids": batch.segment_ids[:, :-1]}
-    logits = network.apply(params, batch.inputs[:, :-1], batch.mask[:, :-1], **packed)
-    logprobs = token_logprobs(logits, batch.tokens[:, 1:])
-    return next_token_loss(logprobs, batch.loss_mask[:, 1:], normalizer=normalizer)
+    args = params, batch.inputs[:, :-1], batch.mask[:, :-1]
+    tokens, loss_mask = batch.tokens[:, 1:], batch.loss_mask[:, 1:]
+    if network.summed_logprobs is None:
+        logprobs = token_logprobs(network.apply(*args, **packed), tokens)
+        return next_token_loss(logprobs, loss_mask, normalizer=normalizer)
+    total = network.summed_logprobs(*args, tokens, loss_mask.astype(jnp.float32), **packed)
+    count = jnp.asarray(loss_mask.sum() if normalizer is None else normalizer, jnp.float32)
+    loss = -total / jnp.where(count == 0, 1.0, count)
+    return loss, {"sft/loss": jax.lax.stop_gradient(loss)}
 
 
 def sft_step(

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 
 from ppo_jax.core.checks import Number, assert_counts, assert_numbers, known
 
+MOST_LOGITS = 2**26  # numbers that are held at once: 256 MB, and as much for their gradient
+CHUNK_LOGITS = 2**24  # numbers that are held at a time where there are more
 MIN_TEMPERATURE = 1e-6  # smaller ones but 0 make logits infinite, and what is drawn arbitrary
 
 
@@ -202,24 +204,118 @@ def chunked_token_statistics(
     chex.assert_equal_shape_prefix([hidden, tokens], 2)
     check_temperature(temperature)
     batch_size, length = tokens.shape
-    count, size = chunk_shape(length, chunk)
     # In float32, so that the gradients of the chunks are added in float32.
     wide = weights.astype(jnp.float32)
-
-    def split(x):
-        """[B, T, ...] to [count, B, size, ...]."""
-        x = jnp.pad(x, [(0, 0), (0, count * size - length)] + [(0, 0)] * (x.ndim - 2))
-        return x.reshape(batch_size, count, size, *x.shape[2:]).swapaxes(0, 1)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def statistics(wide, hidden, tokens):
         z = logits(wide.astype(weights.dtype), hidden)
         return token_statistics(z, tokens, temperature=temperature)
 
-    chunks = split(hidden), split(tokens)
+    chunks = split_chunks(hidden, chunk), split_chunks(tokens, chunk)
     _, outputs = jax.lax.scan(lambda _, x: (None, statistics(wide, *x)), None, chunks)
     logprobs, entropies = (x.swapaxes(0, 1).reshape(batch_size, -1)[:, :length] for x in outputs)
     return logprobs, entropies
+
+
+def summed_logprobs(
+    logits: Callable[[jax.Array, jax.Array], jax.Array],
+    weights: jax.Array,
+    hidden: jax.Array,
+    tokens: jax.Array,
+    factors: jax.Array,
+    *,
+    chunk: int,
+) -> jax.Array:
+    """Σ factor x `token_logprobs` of logits that are computed for a chunk of positions at a time.
+
+    The factors are known beforehand, so the gradient of a chunk is computed with its logits,
+    dL/dz_v = factor (1[v = token] - p_v), and none are computed again.
+
+    Reverse mode only, for the weights and the hidden states: `jax.jvp` is refused.
+
+    Args:
+        logits: (weights, [B, C, D] hidden states) -> [B, C, V] float.
+        weights: what `logits` depends on besides the hidden states.
+        hidden: [B, T, D] float.
+        tokens: [B, T] int.
+        factors: [B, T] float; where one is 0, what the other arrays hold has no effect.
+        chunk: the most positions C of each sequence at a time, at least 1.
+
+    Returns:
+        [] float32.
+
+    Raises:
+        ValueError: the chunk is less than 1.
+    """
+    chex.assert_rank([hidden, tokens, factors], [3, 2, 2])
+    chex.assert_equal_shape_prefix([hidden, tokens, factors], 2)
+    arrays = (split_chunks(x, chunk) for x in (hidden, tokens, factors.astype(jnp.float32)))
+    # In float32, so that the gradients of the chunks are added in float32.
+    wide = weights.astype(jnp.float32)
+    return _summed(lambda wide, x: logits(wide.astype(weights.dtype), x), wide, *arrays)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _summed(logits, weights, *chunks):
+    def add(total, chunk):
+        hidden, tokens, factors = chunk
+        return total + _weighted(token_logprobs(logits(weights, hidden), tokens), factors), None
+
+    return jax.lax.scan(add, jnp.float32(0.0), chunks)[0]
+
+
+def _summed_forward(logits, weights, *chunks):
+    def add(sums, chunk):
+        hidden, tokens, factors = chunk
+        z, backward = jax.vjp(logits, weights, hidden)
+        scaled = z.astype(jnp.float32)
+        normalizer = jax.nn.logsumexp(scaled, axis=-1)
+        ids = jax.lax.broadcasted_iota(jnp.int32, z.shape, z.ndim - 1)
+        hit = ids == tokens[..., None].astype(jnp.int32)
+        probs = jnp.exp(scaled - normalizer[..., None])
+        of_z = jnp.where(factors[..., None] == 0, 0.0, factors[..., None] * (hit - probs))
+        of_weights, of_hidden = backward(of_z.astype(z.dtype))
+        total = _weighted(_chosen(z, tokens) - normalizer, factors)
+        return jax.tree.map(jnp.add, sums, (total, of_weights)), of_hidden
+
+    first = jnp.float32(0.0), jnp.zeros_like(weights)
+    (total, of_weights), of_hidden = jax.lax.scan(add, first, chunks)
+    return total, (of_weights, of_hidden)
+
+
+def _summed_backward(_, saved, g):
+    of_weights, of_hidden = saved
+    return of_weights * g, (of_hidden * g).astype(of_hidden.dtype), None, None
+
+
+_summed.defvjp(_summed_forward, _summed_backward)
+
+
+def _weighted(logprobs, factors):
+    return jnp.sum(jnp.where(factors == 0, 0.0, logprobs * factors))
+
+
+def split_chunks(x: jax.Array, chunk: int) -> jax.Array:
+    """[B, T, ...] -> [count, B, size, ...], padded with zeros, see `chunk_shape`."""
+    batch_size, length = x.shape[:2]
+    count, size = chunk_shape(length, chunk)
+    x = jnp.pad(x, [(0, 0), (0, count * size - length)] + [(0, 0)] * (x.ndim - 2))
+    return x.reshape(batch_size, count, size, *x.shape[2:]).swapaxes(0, 1)
+
+
+def positions_at_once(
+    num_rows: int, length: int, vocab_size: int, *, most: int = MOST_LOGITS
+) -> int:
+    """Positions of each row whose logits are computed at a time: all of them where these are at
+    most so many numbers, else as many as have `CHUNK_LOGITS` together, and at least one.
+
+    >>> positions_at_once(16, 64, 8192), positions_at_once(8, 512, 49152)
+    (64, 42)
+    """
+    if num_rows * length * vocab_size <= most:
+        return length
+    return min(length, max(1, CHUNK_LOGITS // (num_rows * vocab_size)))
 
 
 def chunk_shape(length: int, chunk: int) -> tuple[int, int]:

@@ -42,8 +42,10 @@ class Network(NamedTuple):
       segment_ids=None, output_positions=None) -> (logprobs, entropies)`: what
       `distributions.token_statistics` gives for the logits of `apply` and tokens [B, O], without
       holding all of the logits.
-    - `supports_packing`: True where `apply` and `token_statistics` take `segment_ids` and
-      `output_positions`.
+    - `summed_logprobs(params, inputs, mask, tokens, factors, *, segment_ids=None) -> [] float32`:
+      what `distributions.summed_logprobs` gives for them and factors [B, L], likewise.
+    - `supports_packing`: True where `apply`, `token_statistics` and `summed_logprobs` take
+      `segment_ids`, and the first two `output_positions`.
     - `supports_shared_prompts(num_prompts, samples) -> bool`: whether both take `shared_prompt`,
       and it is less work for so many prompts with so many responses each.
 
@@ -65,6 +67,7 @@ class Network(NamedTuple):
     decode: Callable[..., tuple[jax.Array, Any]] | None = None
     refill: Callable[[Any, Any, jax.Array], Any] | None = None
     token_statistics: Callable[..., tuple[jax.Array, jax.Array]] | None = None
+    summed_logprobs: Callable[..., jax.Array] | None = None
     supports_packing: bool = False
     supports_shared_prompts: Callable[[int, int], bool] | None = None
     map_rows: Callable[[Callable[[jax.Array], jax.Array], Any], Any] | None = None

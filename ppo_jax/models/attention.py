@@ -15,6 +15,7 @@ from flax import struct
 
 from ppo_jax.core.shared_prompts import SharedPrompt
 from ppo_jax.models.config import ModelConfig
+from ppo_jax.models.long_rows import LONG, CausalRows, GivenPairs, attend_in_blocks
 
 CACHE_BLOCK = 128  # slots
 MAX_CACHE_BLOCKS = 4  # each is one more branch to compile
@@ -46,7 +47,7 @@ class AttentionFn(struct.PyTreeNode):
     @property
     def takes_some_queries(self) -> bool:
         """Whether the keys may be those of more positions than the queries."""
-        return self.fn in (attend, attend_cached)
+        return self.fn in (attend, attend_cached, attend_in_blocks)
 
     def of(self, queries: "Outputs") -> "AttentionFn":
         """The attention of some queries alone; of all where it takes no fewer."""
@@ -54,6 +55,9 @@ class AttentionFn(struct.PyTreeNode):
             return self
         if self.fn is attend:
             return self.replace(mask=queries.take(self.mask))
+        if self.fn is attend_in_blocks:
+            first = queries.first if queries.positions is None else None
+            return self.replace(mask=self.mask.replace(first=first, positions=queries.positions))
         allowed_BSC, filled = self.mask
         return self.replace(mask=(queries.take(allowed_BSC), filled))
 
@@ -112,6 +116,13 @@ def causal_mask(mask_BL, segments_BL) -> jax.Array:
     if segments_BL is not None:
         allowed_BLL &= segments_BL[:, :, None] == segments_BL[:, None]
     return allowed_BLL
+
+
+def plain_attention(mask: jax.Array, segments: jax.Array | None) -> AttentionFn:
+    """Causal attention of rows by products that any platform has; arguments as `causal_mask`."""
+    if mask.shape[1] < LONG:
+        return AttentionFn(causal_mask(mask, segments), attend)
+    return AttentionFn(CausalRows(mask, segments), attend_in_blocks)
 
 
 def cache_mask(mask_BS, cache: KVCache):
@@ -285,8 +296,15 @@ def attend_cached(q_BSHK, k_BGCK, v_BGCK, mask) -> jax.Array:
     """
     args = q_BSHK, k_BGCK, v_BGCK, *mask
     return jax.lax.platform_dependent(
-        *args, cpu=lambda *args: attend(*args[:-1]), default=attend_blocks
+        *args, cpu=lambda *args: attend_any(*args[:-1]), default=attend_blocks
     )
+
+
+def attend_any(q_BSHK, k_BGCK, v_BGCK, allowed_BSC) -> jax.Array:
+    """`attend`, many queries block by block."""
+    if q_BSHK.shape[1] < LONG:
+        return attend(q_BSHK, k_BGCK, v_BGCK, allowed_BSC)
+    return attend_in_blocks(q_BSHK, k_BGCK, v_BGCK, GivenPairs(allowed_BSC))
 
 
 def attend_blocks(q_BSHK, k_BGCK, v_BGCK, allowed_BSC, filled) -> jax.Array:
@@ -295,7 +313,10 @@ def attend_blocks(q_BSHK, k_BGCK, v_BGCK, allowed_BSC, filled) -> jax.Array:
     block = CACHE_BLOCK * -(-capacity // (CACHE_BLOCK * MAX_CACHE_BLOCKS))
 
     def upto(end):
-        return lambda q, k, v, allowed: attend(q, k[:, :, :end], v[:, :, :end], allowed[:, :, :end])
+        def attend_some(q, k, v, allowed):
+            return attend_any(q, k[:, :, :end], v[:, :, :end], allowed[:, :, :end])
+
+        return attend_some
 
     branches = [upto(min(end, capacity)) for end in range(block, capacity + block, block)]
     return jax.lax.switch((filled - 1) // block, branches, q_BSHK, k_BGCK, v_BGCK, allowed_BSC)

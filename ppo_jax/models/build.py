@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from ppo_jax.core import distributions
 from ppo_jax.core.checks import assert_ids
-from ppo_jax.core.distributions import chunked_token_statistics
+from ppo_jax.core.distributions import CHUNK_LOGITS, chunked_token_statistics, positions_at_once
 from ppo_jax.core.network import Network
 from ppo_jax.core.renamed import renamed
 from ppo_jax.core.types import Params
@@ -179,21 +179,27 @@ def policy_network(
 
     `exits` are those of the trunk, see `trunk_network`.
 
-    With a `logits_chunk` its `token_statistics` hold the logits of so many positions at a time, and
-    recompute them in the backward pass.
+    Its `token_statistics` hold the logits of at most `logits_chunk` positions of a row at a time,
+    and recompute them in the backward pass; 0 is as many as `chunk_of` says.
     """
     network = make_network(config, start_layer, config.num_layers, "logits", constrain, exits)
-    if not logits_chunk:
-        return network
 
     @renamed(**OLD_NAMES)
     def token_statistics(params, inputs, mask, tokens, temperature, **where):
         def read(*of_head):
-            return read_statistics(*of_head, tokens, temperature, logits_chunk)
+            chunk = chunk_of(config, constrain, tokens, logits_chunk)
+            return read_statistics(*of_head, tokens, temperature, chunk)
 
         return network.apply(params, inputs, mask, read=read, **where)
 
-    return network._replace(token_statistics=token_statistics)
+    def summed_logprobs(params, inputs, mask, tokens, factors, **where):
+        def read(*of_head):
+            chunk = chunk_of(config, constrain, tokens, most=CHUNK_LOGITS)
+            return distributions.summed_logprobs(*of_head, tokens, factors, chunk=chunk)
+
+        return network.apply(params, inputs, mask, read=read, **where)
+
+    return network._replace(token_statistics=token_statistics, summed_logprobs=summed_logprobs)
 
 
 def reward_network(
@@ -266,7 +272,8 @@ def policy_value_network(
 
     def token_statistics(params, inputs, mask, tokens, temperature, **where):
         def read(*of_head):
-            both = read_statistics(*of_head, tokens, temperature, logits_chunk)
+            chunk = chunk_of(config, constrain, tokens, logits_chunk)
+            both = read_statistics(*of_head, tokens, temperature, chunk)
             return *both, values(params, of_head[-1])
 
         return policy.apply(params, inputs, mask, read=read, **where)
@@ -275,11 +282,27 @@ def policy_value_network(
     return policy._replace(**more, init_cache=None, decode=None, refill=None, map_rows=None)
 
 
-def read_statistics(logits, weights, hidden, tokens, temperature, logits_chunk):
-    """`token_statistics` of the logits of hidden states, `logits_chunk` positions at a time."""
-    numbers = dict(temperature=temperature)
+def chunk_of(
+    config: ModelConfig,
+    constrain: ShardingConstraint,
+    tokens: jax.Array,
+    logits_chunk: int = 0,
+    **limit: int,
+) -> int:
+    """Positions of each row whose logits a device computes at a time: those of `logits_chunk`, or
+    where it is 0 `positions_at_once`."""
+    num_rows, length = tokens.shape
     if logits_chunk:
-        how = dict(chunk=logits_chunk, **numbers)
+        return min(logits_chunk, length)
+    num_rows = math.ceil(num_rows / num_batch_shards(constrain, num_rows))
+    return positions_at_once(num_rows, length, config.vocab_size, **limit)
+
+
+def read_statistics(logits, weights, hidden, tokens, temperature, chunk):
+    """`token_statistics` of the logits of hidden states, `chunk` positions of a row at a time."""
+    numbers = dict(temperature=temperature)
+    if chunk < tokens.shape[1]:
+        how = dict(chunk=chunk, **numbers)
         return chunked_token_statistics(logits, weights, hidden, tokens, **how)
     return distributions.token_statistics(all_logits(logits, weights, hidden), tokens, **numbers)
 

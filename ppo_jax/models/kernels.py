@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from ppo_jax.core.shared_prompts import SharedPrompt
-from ppo_jax.models.attention import AttentionFn, attend, causal_mask
+from ppo_jax.models.attention import AttentionFn, plain_attention
 from ppo_jax.models.axes import ShardingConstraint
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.shared_prompts import SharedPromptAttention, share_prompts
@@ -65,7 +65,7 @@ def make_attention(
         case "cudnn":
             fn = functools.partial(cudnn_attention, constrain=constrain)
             return AttentionFn(left_align(mask), fn)
-    return AttentionFn(causal_mask(mask, segments), attend)
+    return plain_attention(mask, segments)
 
 
 def shard_kernel(constrain, kernel, q_BLHK, k_BGLK, v_BGLK, *masks):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from ppo_jax.core.shared_prompts import SharedPrompt
-from ppo_jax.models.attention import AttentionFn, Outputs, attend, causal_mask
+from ppo_jax.models.attention import AttentionFn, Outputs, plain_attention
 
 
 def share_prompts(
@@ -23,17 +23,17 @@ def share_prompts(
     A fused kernel has the rows apart, prompt by prompt: it is what lies around it, the products
     with parameters, that is computed once.
     """
-    if apart.fn is not attend:
+    if not apart.takes_some_queries:
         return apart.replace(fn=functools.partial(attend_apart, fn=apart.fn, shared=shared))
-    of_prompts_GPP = causal_mask(mask_GW[:, : shared.length], None)
-    return SharedPromptAttention(of_prompts_GPP, apart.mask, shared)
+    of_prompts = plain_attention(mask_GW[:, : shared.length], None)
+    return SharedPromptAttention(of_prompts, apart, shared)
 
 
 class SharedPromptAttention(struct.PyTreeNode):
     """`AttentionFn` of joined rows by plain attention."""
 
-    of_prompts_GPP: jax.Array
-    of_rows_NLL: jax.Array  # of the rows apart
+    of_prompts: AttentionFn
+    apart: AttentionFn  # of the rows apart
     shared: SharedPrompt = struct.field(pytree_node=False)
 
     takes_some_queries = True
@@ -42,7 +42,7 @@ class SharedPromptAttention(struct.PyTreeNode):
         """[G, W, H, K]: prompts attend to prompts, and responses to their own rows."""
         length = self.shared.length
         keys_of_prompts = k_GJWK[:, :, :length], v_GJWK[:, :, :length]
-        prompts = attend(q_GWHK[:, :length], *keys_of_prompts, self.of_prompts_GPP)
+        prompts = self.of_prompts(q_GWHK[:, :length], *keys_of_prompts)
         queries = Outputs(first=length, shared=self.shared)
         responses = self.of(queries)(queries.take(q_GWHK), k_GJWK, v_GJWK)
         responses = responses.reshape(len(prompts), -1, *prompts.shape[2:])
@@ -52,15 +52,17 @@ class SharedPromptAttention(struct.PyTreeNode):
         """The attention of some queries of rows apart; that of joined rows where they are all."""
         if queries.are_all:
             return self
-        mask_NTL = queries.replace(shared=None).take(self.of_rows_NLL)
-        return AttentionFn(mask_NTL, functools.partial(attend_rows, shared=self.shared))
+        apart = self.apart.of(queries.replace(shared=None))
+        return apart.replace(fn=functools.partial(attend_rows, fn=apart.fn, shared=self.shared))
 
 
-def attend_rows(q_NTHK, k_GJWK, v_GJWK, allowed_NTL, *, shared: SharedPrompt) -> jax.Array:
+def attend_rows(
+    q_NTHK, k_GJWK, v_GJWK, mask: Any, *, fn: Callable[..., jax.Array], shared: SharedPrompt
+) -> jax.Array:
     """[N, T, H, K], queries of rows apart over the keys of joined rows: one softmax over those of
     the prompt, of which each has a copy, and its own."""
     keys = (split_keys(x, shared) for x in (k_GJWK, v_GJWK))
-    return attend(q_NTHK, *keys, allowed_NTL)
+    return fn(q_NTHK, *keys, mask)
 
 
 def attend_apart(

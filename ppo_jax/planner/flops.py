@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from ppo_jax.core.distributions import chunk_shape
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.kernels import kernel_of, splash_blocks
+from ppo_jax.models.long_rows import LONG, num_pairs
 from ppo_jax.rollout.continuous_batching import DECODING, REFILLS, max_trip_counts
 from ppo_jax.rollout.decode import max_steps
 
@@ -52,12 +53,20 @@ def head_flops(config: ModelConfig, head: str | int) -> int:
 
 def attended_in_row(config: ModelConfig, length: int, platform: str | None) -> float:
     """C of a row of S positions, on average: S, or for the TPU kernel, which skips blocks above the
-    diagonal, N (N + b) / 2 S where it pads the row to N in blocks of b."""
-    if kernel_of(config, platform, length) != "splash":
-        return length
-    block, count = splash_blocks(length)
-    padded = count * block
-    return padded * (padded + block) / 2 / length
+    diagonal, N (N + b) / 2 S where it pads the row to N in blocks of b. Plain attention skips
+    blocks of long rows, see `long_rows.cuts`."""
+    kernel = kernel_of(config, platform, length)
+    if kernel == "splash":
+        block, count = splash_blocks(length)
+        padded = count * block
+        return padded * (padded + block) / 2 / length
+    return plain_pairs(length, 0, length) / length if kernel == "plain" else length
+
+
+def plain_pairs(queries: int, first: int, length: int) -> int:
+    """Pairs of the queries behind the `first` positions with the keys of a row, by plain
+    attention."""
+    return queries * length if length < LONG else num_pairs(queries, first, length)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,24 +94,28 @@ def rows_of(
     """The rows of N responses of S positions and O outputs, joined where prompts have several.
 
     Plain attention is then that of prompts to themselves, P², and of R positions of each response
-    to P + R; a fused kernel has the rows apart.
+    to P + R, less what long rows skip; a fused kernel has the rows apart.
     """
-    apart = attended_in_row(config, positions, platform)
+    apart = output_attended = attended_in_row(config, positions, platform)
+    plain = kernel_of(config, platform, positions) == "plain"
+    if plain:
+        output_attended = plain_pairs(outputs, positions - outputs, positions) / outputs
     if samples == 1:
         attended, width = apart, positions
     else:
         rest = positions - prompt_length
         width = prompt_length + samples * rest
         pairs = samples * positions * apart
-        if kernel_of(config, platform, positions) == "plain":
-            pairs = prompt_length**2 + samples * rest * positions
+        if plain:
+            pairs = plain_pairs(prompt_length, 0, prompt_length)
+            pairs += samples * plain_pairs(rest, prompt_length, positions)
         attended = pairs / width
     return Rows(
         sequences=sequences // samples,
         positions=width,
         attended=attended,
         outputs=samples * outputs,
-        output_attended=apart,
+        output_attended=output_attended,
         length=positions,
     )
 
@@ -172,6 +185,15 @@ def untrained_flops(
 # --- training -------------------------------------------------------------------------------------
 
 
+def scores_again(config: ModelConfig, platform: str | None, length: int) -> float:
+    """What the backward pass of attention has more than twice its forward pass, in passes: the TPU
+    kernel needs 7 products for its 2, plain attention 5 where rows are long."""
+    kernel = kernel_of(config, platform, length)
+    if kernel == "plain":
+        return 0.5 if length >= LONG else 0.0
+    return 1.5 if kernel == "splash" else 0.0
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainedParts:
     """Which parts of a network have gradients; by default all of it."""
@@ -193,17 +215,17 @@ def trained_layer_flops(
     adapters: float,
     *,
     frozen: bool,
-    fused: bool,
+    scores_again: float,
 ) -> float:
     """Forward and backward of a layer, or of a part of it, for one position.
 
     3 x forward + what is computed again - what has no gradient. By the model's `remat` the backward
     pass computes nothing again for "none"; the attention for "dots", which keeps the products with
-    parameters; for "full" all, but for the layer's last product (2 F D, see `training_flops`). The
-    TPU kernel of attention (`fused`) needs 7 products for its 2, as it keeps no scores.
+    parameters; for "full" all, but for the layer's last product (2 F D, see `training_flops`).
+    Where attention keeps no scores its backward pass has `scores_again` of it more.
     """
     again = {"none": 0, "dots": attention, "full": projections + attention}[config.remat]
-    flops = 3 * (projections + attention + adapters) + again + fused * 1.5 * attention
+    flops = 3 * (projections + attention + adapters) + again + scores_again * attention
     if frozen:  # the kernels below the adapters
         flops += (adapters if config.remat == "full" else 0) - projections
     return flops
@@ -221,9 +243,11 @@ def training_flops(
     logits: int | None = None,
     prompt_length: int = 0,
     samples: int = 1,
+    again: bool = True,
 ) -> float:
     """Forward and backward of all positions, but in the last layer, see `forward_flops`; in joined
-    rows where prompts have several `samples`, see `rows_of`.
+    rows where prompts have several `samples`, see `rows_of`. `again` counts the scores of attention
+    that the backward pass computes once more.
 
     Each product y = x w costs two of the same size in the backward pass, dx = dy w' and
     dw = x' dy; kernels with adapters have no dw. Frozen layers below all trained ones have neither.
@@ -237,8 +261,9 @@ def training_flops(
     projections, attention = projection_flops(c), attention_flops(c, rows.attended)
     of_outputs = attention_flops(c, rows.output_attended)
     depth = c.num_layers - trained.trunk - trained.frozen_layers
-    fused = kernel_of(c, platform, rows.length) == "splash"
-    trained_layer = functools.partial(trained_layer_flops, c, frozen=adapters > 0, fused=fused)
+    how = dict(frozen=adapters > 0)
+    how |= dict(scores_again=scores_again(c, platform, rows.length) if again else 0.0)
+    trained_layer = functools.partial(trained_layer_flops, c, **how)
     layer = trained_layer(projections, attention, adapters)
     products, attends = everywhere_flops(c, rows.length, platform)
     if not depth:
@@ -344,6 +369,19 @@ def scoring_flops(
     )
 
 
+def score_flops(config: ModelConfig, texts: int, width: int, platform: str | None) -> float:
+    """One score for each of some texts of so many tokens, by a reward model that reads tokens."""
+    return forward_flops(
+        config,
+        sequences=texts,
+        positions=width,
+        attended=attended_in_row(config, width, platform),
+        outputs=1,
+        head="scalar",
+        platform=platform,
+    )
+
+
 def update_flops(
     policy: ModelConfig,
     value: ModelConfig | None,
@@ -359,17 +397,18 @@ def update_flops(
     value_outputs: int = 1,
     num_critics: int = 1,
     samples: Sequence[int] = (1, 1),
+    again: bool = True,
 ) -> float:
     """num_epochs x (training of the policy + value_updates x training of the critic) over P + T - 1
     positions.
 
-    The same for any number of minibatches and micro-batches. Logits in chunks are computed once
-    more in the backward pass. `trained` is of policy and critic, and so are `samples`, the
-    responses that share their prompt, see `rows_of`.
+    The same for any number of minibatches and micro-batches. Logits in chunks are computed again in
+    the backward pass, and scores of long rows: what is counted with `again`. `trained` is of policy
+    and critic, and so are `samples`, the responses that share their prompt, see `rows_of`.
     """
     positions = prompt_length + response_length - 1
     training = functools.partial(
-        training_flops, sequences=sequences, positions=positions, platform=platform
+        training_flops, sequences=sequences, positions=positions, platform=platform, again=again
     )
     training = functools.partial(training, outputs=response_length, prompt_length=prompt_length)
     logits = padded_outputs(response_length, logits_chunk)
@@ -377,13 +416,18 @@ def update_flops(
     if value is not None:
         critic = dict(head=value_outputs, trained=trained[1], samples=samples[1])
         total += num_critics * value_updates * training(value, **critic)
-    if logits_chunk:
+    if again and in_chunks(response_length, logits_chunk):
         total += sequences * logits * head_flops(policy, "logits")
     return num_epochs * total
 
 
+def in_chunks(response_length: int, logits_chunk: int) -> bool:
+    """Whether the logits of fewer than T positions are computed at a time; 0 is of all."""
+    return 0 < logits_chunk < response_length
+
+
 def padded_outputs(response_length: int, logits_chunk: int) -> int:
     """Positions that have logits: T, padded to whole chunks."""
-    if not logits_chunk:
+    if not in_chunks(response_length, logits_chunk):
         return response_length
     return math.prod(chunk_shape(response_length, logits_chunk))

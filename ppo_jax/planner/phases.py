@@ -40,9 +40,8 @@ from ppo_jax.models.partition import start_layer
 from ppo_jax.planner.flops import (
     TrainedParts,
     adapter_flops,
-    attended_in_row,
-    forward_flops,
     rollout_flops,
+    score_flops,
     scoring_flops,
     update_flops,
 )
@@ -52,6 +51,7 @@ from ppo_jax.planner.passes import (
     flops_of_other_scores,
     networks_in_common,
     passes_before_update,
+    planned_chunk,
     shared_samples,
     value_head_flops,
 )
@@ -136,8 +136,8 @@ def phases(config: Config, models: Models, layouts: tuple[Layout, Layout]) -> li
     programs |= {"scoring": scoring, "update": updates}
     shards = dict(shards=layout.num_shards("batch"))
     flops = analytic_flops(s, models, args.starts, layout.constrain.platform, **shards)
-    unchunked = dataclasses.replace(s, logits_chunk=0)
-    model_flops = analytic_flops(unchunked, without_remat(models), args.starts, **shards)
+    once = dict(again=False, **shards)
+    model_flops = analytic_flops(s, without_remat(models), args.starts, **once)
     trunk = args.networks.trunk is not None
     trip_counts = max_trips(s, options.sampling, trunk)
     return [
@@ -380,6 +380,7 @@ def analytic_flops(
     starts: Sequence[int | None] = (None,) * 3,
     platform: str | None = None,
     shards: int = 1,
+    again: bool = True,
 ) -> dict[str, float]:
     """What each phase should compute, on all devices together.
 
@@ -389,6 +390,8 @@ def analytic_flops(
         starts: the layers at which policy, critic and reward model start above the trunk.
         platform: of the devices, whose attention kernel it is, see `kernels.kernel_of`.
         shards: of a batch.
+        again: count what the backward pass computes once more, but for the models' `remat`: logits
+            in chunks, the scores of long rows.
     """
     s, policy, critic = settings, models.policy, models.critic
     sizes = dict(
@@ -396,7 +399,11 @@ def analytic_flops(
         prompt_length=s.max_prompt_length,
         response_length=s.response_length,
     )
-    kernels = dict(logits_chunk=s.logits_chunk, platform=platform)
+    chunk = functools.partial(planned_chunk, s, policy, shards, again)
+    kernels = dict(logits_chunk=chunk(s.rollout_batch_size), platform=platform)
+    num_parts = s.num_minibatches * s.num_micro_batches
+    of_update = dict(logits_chunk=chunk(s.update_batch_size // num_parts))
+    of_update |= dict(again=again, sequences=s.update_batch_size)
     trunks, trunk = [start or 0 for start in starts], starts[0] is not None
     trained = [trained_parts(policy, s.trainable, trunks[0], s.lora, "logits")]
     if critic is not None:
@@ -425,8 +432,7 @@ def analytic_flops(
             value_updates=s.value_updates,
             trained=trained,
             samples=samples[1:],
-            **kernels,
-            **sizes | {"sequences": s.update_batch_size},
+            **kernels | sizes | of_update,
         ),
     }
     if s.shared_critic:
@@ -463,19 +469,6 @@ def other_rollout_flops(
         slots=slots,
         group=sampling.group(slots),
         trunk=trunk,
-    )
-
-
-def score_flops(config: ModelConfig, texts: int, width: int, platform: str | None) -> float:
-    """One score for each of some texts of so many tokens, by a reward model that reads tokens."""
-    return forward_flops(
-        config,
-        sequences=texts,
-        positions=width,
-        attended=attended_in_row(config, width, platform),
-        outputs=1,
-        head="scalar",
-        platform=platform,
     )
 
 

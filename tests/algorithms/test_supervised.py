@@ -164,7 +164,11 @@ def test_a_network_that_knows_no_segments_learns_from_single_texts():
     def apply(params, inputs, mask, *, first_output=0):
         return POLICY.apply(params, inputs, mask, first_output=first_output)
 
-    network, params, batch = POLICY._replace(apply=apply), tiny.random_params(POLICY), texts()
+    network, params, batch = (
+        POLICY._replace(apply=apply, summed_logprobs=None),
+        tiny.random_params(POLICY),
+        texts(),
+    )
     assert sft_loss(network, params, batch)[0] > 0.0
     with pytest.raises(TypeError, match="segment_ids"):
         sft_loss(network, params, packed(batch))

@@ -10,7 +10,7 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-from ppo_jax.models import axes
+from ppo_jax.models import attention, axes
 from ppo_jax.models import kernels as attention_kernels
 from ppo_jax.models.attention import attend, causal_mask, text_positions
 from ppo_jax.models.build import policy_network
@@ -167,14 +167,17 @@ def pairs(text, length=L):
     return re.findall(rf"tensor<(?:\d+x)*{length}x{length}x\w+>", text)
 
 
-def test_with_the_kernel_nothing_is_as_large_as_all_pairs(on):
+def test_with_the_kernel_nothing_is_as_large_as_all_pairs(on, monkeypatch):
     mask, _ = rows()
     on("tpu")
     config = tiny.model_config(**WIDE, dtype="bfloat16")
     text = lowered("tpu", config, mask)
     assert text.count("@tpu_custom_call(") >= 3 and not pairs(text)
-    plain = lowered("tpu", tiny.model_config(**WIDE, dtype="bfloat16", attention="plain"), mask)
-    assert "@tpu_custom_call(" not in plain and pairs(plain)
+    config = tiny.model_config(**WIDE, dtype="bfloat16", attention="plain")
+    plain = lowered("tpu", config, mask)
+    assert "@tpu_custom_call(" not in plain and not pairs(plain)
+    monkeypatch.setattr(attention, "LONG", L + 1)
+    assert pairs(lowered("tpu", config, mask))
 
 
 def test_blocks_cover_a_row_with_little_to_spare():

@@ -1,0 +1,259 @@
+"""Plain attention of many queries, block by block: its memory grows with the length of a row, not
+with its square.
+
+Dimension key: B sequences, S queries, C keys, n blocks of b queries, E keys up to the last that a
+block attends to, H heads, G key/value heads, R = H / G queries per key, N = R b, K head size.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from ppo_jax.core.distributions import chunk_shape
+
+LONG = 80  # queries, from which on blocks are faster; they need less memory, too
+BLOCK = 64  # queries
+MAX_CUTS = 4  # each is one more loop to compile
+CACHED_SCORES = 2**19  # float32, which a core's cache holds from one product to the next
+FLOOR = float(jnp.finfo(jnp.float32).min)
+
+
+class CausalRows(struct.PyTreeNode):
+    """Queries attend to themselves and to earlier real positions of their row, with `segments` to
+    those of their own segment. They are those from `first` on, or at `positions`."""
+
+    mask: jax.Array  # [B, C] bool
+    segments: jax.Array | None = None  # [B, C] int
+    positions: jax.Array | None = None  # [B, S] int
+    first: int | None = struct.field(pytree_node=False, default=0)  # None: at any positions
+
+    def of_queries(self, num_queries: int) -> tuple[jax.Array, ...]:
+        """(slots [B, S], with segments also these [B, S])."""
+        slots_BS = self.positions
+        if slots_BS is None:
+            slots_S = self.first + jnp.arange(num_queries, dtype=jnp.int32)
+            slots_BS = jnp.broadcast_to(slots_S, (len(self.mask), num_queries))
+        if self.segments is None:
+            return (slots_BS,)
+        return slots_BS, jnp.take_along_axis(self.segments, slots_BS, axis=1)
+
+    def allowed(self, of_block: tuple[jax.Array, ...], num_keys: int) -> jax.Array:
+        """[B, b, E] bool, of what `of_queries` has of b queries."""
+        slots_Bb, *segments_Bb = of_block
+        keys_11E = jnp.arange(num_keys, dtype=jnp.int32)[None, None]
+        allowed_BbE = (keys_11E <= slots_Bb[:, :, None]) & self.mask[:, None, :num_keys]
+        for own_Bb in segments_Bb:
+            allowed_BbE &= own_Bb[:, :, None] == self.segments[:, None, :num_keys]
+        return allowed_BbE
+
+
+class GivenPairs(struct.PyTreeNode):
+    """As `CausalRows`, for an array [B, S, C] bool that says which keys a query attends to."""
+
+    mask: jax.Array
+    first = None
+
+    def of_queries(self, num_queries: int) -> jax.Array:
+        return self.mask
+
+    def allowed(self, of_block: jax.Array, num_keys: int) -> jax.Array:
+        return of_block[:, :, :num_keys]
+
+
+def cuts(num_queries: int, first: int | None, num_keys: int) -> list[tuple[int, int, int]]:
+    """[(first block, end, keys)]: the blocks of queries that read so many keys.
+
+    Queries in the order of a row, its position `first` and those that follow, need no keys behind
+    the last of them. Of whole rows of many blocks that leaves 5/8 of all pairs. Queries at any
+    positions (None) read all keys.
+
+    >>> cuts(1024, 0, 1024)
+    [(0, 4, 256), (4, 8, 512), (8, 12, 768), (12, 16, 1024)]
+    """
+    count, size = chunk_shape(num_queries, BLOCK)
+    if first is None:
+        return [(0, count, num_keys)]
+    parts = min(count, MAX_CUTS)
+    ends = [count * (i + 1) // parts for i in range(parts)]
+    keys = [min(num_keys, first + end * size) for end in ends]
+    return list(zip([0, *ends[:-1]], ends, keys, strict=True))
+
+
+def num_pairs(num_queries: int, first: int | None, num_keys: int) -> int:
+    """Scores that are computed of a head."""
+    size = chunk_shape(num_queries, BLOCK)[1]
+    return sum(
+        (end - begin) * size * keys for begin, end, keys in cuts(num_queries, first, num_keys)
+    )
+
+
+@jax.custom_vjp
+def attend_in_blocks(q_BSHK, k_BGCK, v_BGCK, pairs: CausalRows | GivenPairs) -> jax.Array:
+    """`attention.attend`, [B, S, H, K], a block of queries at a time.
+
+    The forward pass keeps outputs and normalizers, and the backward pass computes the probabilities
+    again: p = exp(q k' / √K - normalizer). The output of a query that attends to nothing is 0.
+    Reverse mode only: `jax.jvp` is refused.
+    """
+    return _forward(q_BSHK, k_BGCK, v_BGCK, pairs)[0]
+
+
+def _forward(q_BSHK, k_BGCK, v_BGCK, pairs):
+    given = q_BSHK, k_BGCK, v_BGCK, pairs
+    output_BSHK, normalizer_BnGN = _in_groups(_forward_of_rows, *given)
+    return output_BSHK, (*given, output_BSHK, normalizer_BnGN)
+
+
+def _backward(saved, g_BSHK):
+    return *_in_groups(_backward_of_rows, *saved, g_BSHK), None
+
+
+def _in_groups(fn: Callable, q_BSHK, k_BGCK, *more: Any) -> Any:
+    """`fn` of arrays of B rows; on a CPU of some rows at a time, whose scores stay in its cache.
+
+    Rows are dealt out, so that those of each group are on all devices of a mesh.
+    """
+    B, S, H, _ = q_BSHK.shape
+    scores = H * chunk_shape(S, BLOCK)[1] * k_BGCK.shape[2]
+    most = max(1, CACHED_SCORES // scores)
+    size = B if B <= 2 * most else max(x for x in range(1, most + 1) if B % x == 0)
+
+    def some_rows(*args):
+        def deal(x):
+            return x.reshape(size, B // size, *x.shape[1:]).swapaxes(0, 1)
+
+        done = jax.lax.map(lambda group: fn(*group), jax.tree.map(deal, args))
+        return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(B, *x.shape[2:]), done)
+
+    args = q_BSHK, k_BGCK, *more
+    return fn(*args) if size == B else jax.lax.platform_dependent(*args, cpu=some_rows, default=fn)
+
+
+def _forward_of_rows(q_BSHK, k_BGCK, v_BGCK, pairs):
+    S = q_BSHK.shape[1]
+    scores_of = _scores_of(q_BSHK, k_BGCK, pairs)
+
+    def attend_block(keys, _, block):
+        q_BGNK, of_block = block
+        k_BGEK, v_BGEK = keys
+        scores_BGNE = scores_of(q_BGNK, k_BGEK, of_block)
+        top_BGN = scores_BGNE.max(axis=-1)
+        exp_BGNE = jnp.exp(scores_BGNE - top_BGN[..., None])
+        sum_BGN = exp_BGNE.sum(axis=-1)
+        output_BGNK = _product("BGNE,BGEK->BGNK", exp_BGNE.astype(v_BGEK.dtype), v_BGEK)
+        some_BGN = top_BGN > FLOOR
+        output_BGNK = jnp.where(some_BGN[..., None], output_BGNK / sum_BGN[..., None], 0.0)
+        normalizer_BGN = jnp.where(some_BGN, top_BGN + jnp.log(sum_BGN), jnp.inf)
+        return None, (output_BGNK.astype(v_BGEK.dtype), normalizer_BGN)
+
+    of_queries = _blocks_of(pairs.of_queries(S), S)
+    blocks = _by_group(q_BSHK, k_BGCK), of_queries
+    outputs = []
+    for begin, end, num_keys in cuts(S, pairs.first, k_BGCK.shape[2]):
+        keys = tuple(x[:, :, :num_keys] for x in (k_BGCK, v_BGCK))
+        body = functools.partial(attend_block, keys)
+        outputs.append(_loop(body, None, blocks, begin, end)[1])
+    output_nBGNK, normalizer_nBGN = (jnp.concatenate(x) for x in zip(*outputs, strict=True))
+    return _by_position(output_nBGNK, q_BSHK.shape), normalizer_nBGN.swapaxes(0, 1)
+
+
+def _backward_of_rows(q_BSHK, k_BGCK, v_BGCK, pairs, output_BSHK, normalizer_BnGN, g_BSHK):
+    S, K = q_BSHK.shape[1], q_BSHK.shape[3]
+    scores_of = _scores_of(q_BSHK, k_BGCK, pairs)
+    dtype = q_BSHK.dtype
+    mean_BSH1 = _wide(g_BSHK * _wide(output_BSHK)).sum(axis=-1, keepdims=True)
+
+    def block_gradient(keys, sums, block):
+        q_BGNK, g_BGNK, mean_BGN1, normalizer_BGN, of_block = block
+        k_BGEK, v_BGEK = keys
+        scores_BGNE = scores_of(q_BGNK, k_BGEK, of_block)
+        probs_BGNE = jnp.exp(scores_BGNE - normalizer_BGN[..., None])
+        of_probs_BGNE = _product("BGNK,BGEK->BGNE", g_BGNK, v_BGEK)
+        of_scores_BGNE = probs_BGNE * (of_probs_BGNE - mean_BGN1) / math.sqrt(K)
+        of_scores_BGNE = of_scores_BGNE.astype(dtype)
+        of_q_BGNK = _product("BGNE,BGEK->BGNK", of_scores_BGNE, k_BGEK)
+        of_k_BGEK = _product("BGNE,BGNK->BGEK", of_scores_BGNE, q_BGNK)
+        of_v_BGEK = _product("BGNE,BGNK->BGEK", probs_BGNE.astype(dtype), g_BGNK)
+        return (sums[0] + of_k_BGEK, sums[1] + of_v_BGEK), of_q_BGNK.astype(dtype)
+
+    grouped = (_by_group(x, k_BGCK) for x in (q_BSHK, g_BSHK, mean_BSH1))
+    blocks = *grouped, normalizer_BnGN.swapaxes(0, 1), _blocks_of(pairs.of_queries(S), S)
+    of_q, of_keys = [], [jnp.zeros(x.shape, jnp.float32) for x in (k_BGCK, v_BGCK)]
+    for begin, end, num_keys in cuts(S, pairs.first, k_BGCK.shape[2]):
+        keys = tuple(x[:, :, :num_keys] for x in (k_BGCK, v_BGCK))
+        zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in keys)
+        body = functools.partial(block_gradient, keys)
+        sums, of_blocks = _loop(body, zeros, blocks, begin, end)
+        of_q.append(of_blocks)
+        of_keys = [x.at[:, :, :num_keys].add(y) for x, y in zip(of_keys, sums, strict=True)]
+    of_q_BSHK = _by_position(jnp.concatenate(of_q), q_BSHK.shape)
+    return of_q_BSHK, of_keys[0].astype(k_BGCK.dtype), of_keys[1].astype(v_BGCK.dtype)
+
+
+attend_in_blocks.defvjp(_forward, _backward)
+
+
+def _scores_of(q_BSHK, k_BGCK, pairs):
+    """A function of a block of queries, keys and what `pairs` says of the queries: [B, G, N, E]
+    float32, `FLOOR` where a query does not attend to a key."""
+    K, groups = q_BSHK.shape[3], k_BGCK.shape[1]
+    repeats = q_BSHK.shape[2] // groups
+
+    def scores_of(q_BGNK, k_BGEK, of_block):
+        scores_BGNE = _product("BGNK,BGEK->BGNE", q_BGNK, k_BGEK) / math.sqrt(K)
+        allowed_BbE = pairs.allowed(of_block, k_BGEK.shape[2])
+        B, G, N, E = scores_BGNE.shape
+        scores_BGRbE = scores_BGNE.reshape(B, G, repeats, N // repeats, E)
+        scores_BGRbE = jnp.where(allowed_BbE[:, None, None], scores_BGRbE, FLOOR)
+        return scores_BGRbE.reshape(B, G, N, E)
+
+    return scores_of
+
+
+def _loop(body: Callable, carry: Any, blocks: Any, begin: int, end: int) -> tuple[Any, Any]:
+    """`jax.lax.scan` over some of the blocks; of one block without a loop."""
+    if end - begin > 1:
+        return jax.lax.scan(body, carry, jax.tree.map(lambda x: x[begin:end], blocks))
+    carry, output = body(carry, jax.tree.map(lambda x: x[begin], blocks))
+    return carry, jax.tree.map(lambda x: x[None], output)
+
+
+def _product(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32)
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.float32)
+
+
+def _blocks_of(tree: Any, num_queries: int) -> Any:
+    """[B, S, ...] -> [n, B, b, ...], padded with zeros."""
+    count, size = chunk_shape(num_queries, BLOCK)
+
+    def split(x):
+        padding = [(0, 0), (0, count * size - num_queries)] + [(0, 0)] * (x.ndim - 2)
+        return jnp.pad(x, padding).reshape(-1, count, size, *x.shape[2:]).swapaxes(0, 1)
+
+    return jax.tree.map(split, tree)
+
+
+def _by_group(x_BSHK, k_BGCK):
+    """[n, B, G, N, K], the queries of a group side by side."""
+    blocks_nBbHK = _blocks_of(x_BSHK, x_BSHK.shape[1])
+    n, B, b, H, K = blocks_nBbHK.shape
+    G = k_BGCK.shape[1]
+    blocks_nBbGRK = blocks_nBbHK.reshape(n, B, b, G, H // G, K)
+    return blocks_nBbGRK.transpose(0, 1, 3, 4, 2, 5).reshape(n, B, G, -1, K)
+
+
+def _by_position(x_nBGNK, shape):
+    """The inverse of `_by_group`, [B, S, H, K]."""
+    n, B, G, N, K = x_nBGNK.shape
+    S, H = shape[1:3]
+    x_nBGRbK = x_nBGNK.reshape(n, B, G, H // G, -1, K)
+    return x_nBGRbK.transpose(1, 0, 4, 2, 3, 5).reshape(B, -1, H, K)[:, :S]
