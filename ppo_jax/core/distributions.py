@@ -305,15 +305,16 @@ def split_chunks(x: jax.Array, chunk: int) -> jax.Array:
 
 
 def positions_at_once(
-    num_rows: int, length: int, vocab_size: int, *, most: int = MOST_LOGITS
+    num_rows: int, length: int, vocab_size: int, *, most: int | None = None
 ) -> int:
     """Positions of each row whose logits are computed at a time: all of them where these are at
-    most so many numbers, else as many as have `CHUNK_LOGITS` together, and at least one.
+    most so many numbers, `MOST_LOGITS` by default, else as many as have `CHUNK_LOGITS` together,
+    and at least one.
 
     >>> positions_at_once(16, 64, 8192), positions_at_once(8, 512, 49152)
     (64, 42)
     """
-    if num_rows * length * vocab_size <= most:
+    if num_rows * length * vocab_size <= (MOST_LOGITS if most is None else most):
         return length
     return min(length, max(1, CHUNK_LOGITS // (num_rows * vocab_size)))
 

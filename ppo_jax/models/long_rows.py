@@ -84,12 +84,13 @@ def cuts(num_queries: int, first: int | None, num_keys: int) -> list[tuple[int, 
     return list(zip([0, *ends[:-1]], ends, keys, strict=True))
 
 
-def num_pairs(num_queries: int, first: int | None, num_keys: int) -> int:
-    """Scores that are computed of a head."""
-    size = chunk_shape(num_queries, BLOCK)[1]
-    return sum(
-        (end - begin) * size * keys for begin, end, keys in cuts(num_queries, first, num_keys)
-    )
+def num_pairs(num_queries: int, first: int | None, num_keys: int, *, in_loops: bool = False) -> int:
+    """Scores that are computed of a head; `in_loops` those of several blocks with the same keys,
+    which are one loop. XLA finds the scores of single blocks in the forward pass, and the backward
+    pass does not compute them again."""
+    size, parts = chunk_shape(num_queries, BLOCK)[1], cuts(num_queries, first, num_keys)
+    counts = [(end - begin, keys) for begin, end, keys in parts]
+    return sum(count * size * keys for count, keys in counts if count > 1 or not in_loops)
 
 
 @jax.custom_vjp
@@ -97,7 +98,8 @@ def attend_in_blocks(q_BSHK, k_BGCK, v_BGCK, pairs: CausalRows | GivenPairs) -> 
     """`attention.attend`, [B, S, H, K], a block of queries at a time.
 
     The forward pass keeps outputs and normalizers, and the backward pass computes the probabilities
-    again: p = exp(q k' / √K - normalizer). The output of a query that attends to nothing is 0.
+    again: p = exp(q k' / √K - normalizer), of rows up to `MAX_CUTS` blocks from scores that XLA
+    keeps. The output of a query that attends to nothing is 0.
     Reverse mode only: `jax.jvp` is refused.
     """
     return _forward(q_BSHK, k_BGCK, v_BGCK, pairs)[0]

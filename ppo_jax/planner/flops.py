@@ -187,11 +187,17 @@ def untrained_flops(
 
 def scores_again(config: ModelConfig, platform: str | None, length: int) -> float:
     """What the backward pass of attention has more than twice its forward pass, in passes: the TPU
-    kernel needs 7 products for its 2, plain attention 5 where rows are long."""
+    kernel needs 7 products for its 2, plain attention 5 where it is a loop over blocks.
+
+    In a stack (`scan_layers`) every block is computed in other loops than those of the forward
+    pass, unless `remat` computes that again.
+    """
     kernel = kernel_of(config, platform, length)
-    if kernel == "plain":
-        return 0.5 if length >= LONG else 0.0
-    return 1.5 if kernel == "splash" else 0.0
+    if kernel != "plain" or length < LONG:
+        return 1.5 if kernel == "splash" else 0.0
+    if config.scan_layers and config.remat == "none":
+        return 0.5
+    return 0.5 * num_pairs(length, 0, length, in_loops=True) / num_pairs(length, 0, length)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

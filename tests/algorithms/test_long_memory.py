@@ -10,8 +10,10 @@ from ppo_jax.algorithms.options import PPONetworks
 from ppo_jax.algorithms.ppo import init_ppo
 from ppo_jax.algorithms.supervised import sft_loss, sft_step
 from ppo_jax.algorithms.update import ppo_update
+from ppo_jax.core import distributions
 from ppo_jax.core.optimizer import init_optimizer
 from ppo_jax.core.types import Experience, FrozenParams, Optimizer, TextBatch, TrainState
+from ppo_jax.models import build
 from ppo_jax.models.build import policy_network, value_network
 from tests.support import tiny
 
@@ -86,3 +88,14 @@ def validation_bytes(length, vocab=tiny.VOCAB):
 @pytest.mark.parametrize("bytes_of", [update_bytes, sft_bytes, validation_bytes])
 def test_rows_twice_as_long_need_twice_the_memory(bytes_of):
     assert bytes_of(1024) < 2.2 * bytes_of(512)
+
+
+@pytest.mark.parametrize("bytes_of", [update_bytes, sft_bytes, validation_bytes])
+def test_a_larger_vocabulary_needs_no_more_than_its_table_and_a_chunk(monkeypatch, bytes_of):
+    chunk = 2**16  # numbers; all logits of the larger one have 2**22 or 2**23
+    for module in (distributions, build):
+        monkeypatch.setattr(module, "CHUNK_LOGITS", chunk)
+    monkeypatch.setattr(distributions, "MOST_LOGITS", chunk)
+    few, many = 4096, 16384
+    table = (many - few) * model(256, few).embed_dim
+    assert bytes_of(256, many) - bytes_of(256, few) < 4 * (table + chunk)

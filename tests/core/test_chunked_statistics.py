@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from ppo_jax.algorithms.update import experience_loss
+from ppo_jax.core.distributions import summed_logprobs, token_logprobs
 from ppo_jax.core.types import Experience, FrozenParams
 from ppo_jax.models.build import policy_network, value_network
 from ppo_jax.rollout.decode import response_statistics
@@ -88,3 +89,28 @@ def test_a_network_without_the_function_goes_by_its_logits():
     got, expected = (response_statistics(n, *args, temperature=0.7) for n in (chunked, plain))
     for x, y in zip(got, expected, strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 7])
+def test_summed_logprobs_and_their_gradients_are_those_of_all_logits(chunk):
+    """Also where a position without a factor has a token that is none."""
+    rng = np.random.default_rng(0)
+    weights, hidden = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((6, 11), (2, 7, 6)))
+    tokens = jnp.asarray(rng.integers(0, 11, (2, 7)), jnp.int32).at[0, 3].set(-1)
+    factors = jnp.asarray(rng.normal(size=(2, 7)), jnp.float32).at[0, 3].set(0.0)
+
+    def matmul(weights, hidden):
+        return hidden @ weights
+
+    def whole(weights, hidden):
+        logprobs = token_logprobs(matmul(weights, hidden), tokens)
+        return 3.0 * jnp.where(factors == 0, 0.0, logprobs * factors).sum()
+
+    def in_chunks(weights, hidden):
+        return 3.0 * summed_logprobs(matmul, weights, hidden, tokens, factors, chunk=chunk)
+
+    args = weights, hidden
+    np.testing.assert_allclose(in_chunks(*args), whole(*args), rtol=1e-5)
+    got, expected = (tiny.jit(jax.grad(f, argnums=(0, 1)))(*args) for f in (in_chunks, whole))
+    tiny.leaves_close(got, expected, rtol=1e-5, atol=1e-5)
+    assert (got[1][0, 3] == 0).all()
