@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import pytest
@@ -35,11 +36,11 @@ GROWN = """
 import ctypes
 from ppo_jax.distributed.runtime import retain_freed_memory
 
-retain_freed_memory()
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
 libc.free.argtypes, libc.sbrk.restype = [ctypes.c_void_p], ctypes.c_void_p
 before = libc.sbrk(0)
+retain_freed_memory()
 libc.free(libc.malloc(3 * 2**30))
 print(libc.sbrk(0) - before)
 """
@@ -58,6 +59,32 @@ del blocks[::2]
 before = resident()
 jax.monitoring.record_event_duration_secs(runtime.EVENT, float(sys.argv[1]))
 print(int(before - resident()))
+"""
+# Whether blocks of 64 MB are where Linux is asked for huge pages: before, after, and when a program
+# has been compiled.
+ASKS = """
+import ctypes
+import jax
+from ppo_jax.distributed import runtime
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+
+def asks():
+    address, inside = libc.malloc(2**26) + 2**25, False
+    for line in open("/proc/self/smaps"):
+        head = line.split()[0]
+        if "-" in head:
+            begin, end = (int(x, 16) for x in head.split("-"))
+            inside = begin <= address < end
+        elif inside and head == "VmFlags:":
+            return "hg" in line.split()
+
+print(asks(), end=" ")
+runtime.retain_freed_memory()
+print(asks(), end=" ")
+jax.monitoring.record_event_duration_secs(runtime.EVENT, 9.0)
+print(asks())
 """
 GLIBC = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library's malloc")
 
@@ -93,6 +120,15 @@ def test_what_a_compilation_has_freed_is_given_back(seconds, given_back):
     command = [sys.executable, "-c", COMPILED, seconds]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert (int(done.stdout) > 40) == given_back
+
+
+@GLIBC
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="a kernel without huge pages"
+)
+def test_memory_is_in_huge_pages():
+    done = subprocess.run([sys.executable, "-c", ASKS], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True", "True"]
 
 
 @pytest.mark.parametrize(
