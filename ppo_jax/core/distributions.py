@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from ppo_jax.core.checks import Number, assert_counts, assert_numbers, known
 
 MOST_LOGITS = 2**26  # numbers that are held at once: 256 MB, and as much for their gradient
-CHUNK_LOGITS = 2**23  # numbers that are held at a time where there are more
+CHUNK_LOGITS = 2**24  # numbers that are held at a time where there are more
 MIN_TEMPERATURE = 1e-6  # smaller ones but 0 make logits infinite, and what is drawn arbitrary
 
 
@@ -313,7 +313,7 @@ def positions_at_once(
     and at least one.
 
     >>> positions_at_once(16, 64, 8192), positions_at_once(8, 512, 49152)
-    (64, 21)
+    (64, 42)
     """
     if num_rows * length * vocab_size <= (MOST_LOGITS if most is None else most):
         return length
