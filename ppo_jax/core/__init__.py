@@ -36,7 +36,6 @@ from ppo_jax.core.critics import (
 from ppo_jax.core.distributions import (
     chunked_token_statistics,
     entropy,
-    summed_logprobs,
     token_logprobs,
     token_statistics,
 )
@@ -173,7 +172,6 @@ __all__ = [
     "rloo_advantages",
     "running_baseline",
     "schedule",
-    "summed_logprobs",
     "threshold_scores",
     "token_covariances",
     "token_logprobs",

@@ -260,7 +260,7 @@ def summed_logprobs(
 def _summed(logits, weights, *chunks):
     def add(total, chunk):
         hidden, tokens, factors = chunk
-        return total + _weighted(token_logprobs(logits(weights, hidden), tokens), factors), None
+        return total + weighted_sum(token_logprobs(logits(weights, hidden), tokens), factors), None
 
     return jax.lax.scan(add, jnp.float32(0.0), chunks)[0]
 
@@ -276,7 +276,7 @@ def _summed_forward(logits, weights, *chunks):
         probs = jnp.exp(scaled - normalizer[..., None])
         of_z = jnp.where(factors[..., None] == 0, 0.0, factors[..., None] * (hit - probs))
         of_weights, of_hidden = backward(of_z.astype(z.dtype))
-        total = _weighted(_chosen(z, tokens) - normalizer, factors)
+        total = weighted_sum(_chosen(z, tokens) - normalizer, factors)
         return jax.tree.map(jnp.add, sums, (total, of_weights)), of_hidden
 
     first = jnp.float32(0.0), jnp.zeros_like(weights)
@@ -292,7 +292,8 @@ def _summed_backward(_, saved, g):
 _summed.defvjp(_summed_forward, _summed_backward)
 
 
-def _weighted(logprobs, factors):
+def weighted_sum(logprobs: jax.Array, factors: jax.Array) -> jax.Array:
+    """Σ factor x logprob, [] float32; where a factor is 0, the other has no effect."""
     return jnp.sum(jnp.where(factors == 0, 0.0, logprobs * factors))
 
 

@@ -195,7 +195,10 @@ def policy_network(
     def summed_logprobs(params, inputs, mask, tokens, factors, **where):
         def read(*of_head):
             chunk = chunk_of(config, constrain, tokens, most=CHUNK_LOGITS)
-            return distributions.summed_logprobs(*of_head, tokens, factors, chunk=chunk)
+            if chunk < tokens.shape[1]:
+                return distributions.summed_logprobs(*of_head, tokens, factors, chunk=chunk)
+            logprobs = distributions.token_logprobs(all_logits(*of_head), tokens)
+            return distributions.weighted_sum(logprobs, factors)
 
         return network.apply(params, inputs, mask, read=read, **where)
 
