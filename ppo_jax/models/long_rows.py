@@ -93,6 +93,18 @@ def num_pairs(num_queries: int, first: int | None, num_keys: int, *, in_loops: b
     return sum(count * size * keys for count, keys in counts if count > 1 or not in_loops)
 
 
+def rows_at_a_time(num_rows: int, num_heads: int, num_queries: int, num_keys: int) -> int:
+    """Rows whose scores are computed together on a CPU: all where a cache holds the half of them.
+
+    >>> rows_at_a_time(16, 8, 100, 100), rows_at_a_time(30, 5, 200, 200)
+    (16, 10)
+    """
+    most = max(1, CACHED_SCORES // (num_heads * chunk_shape(num_queries, BLOCK)[1] * num_keys))
+    if num_rows <= 2 * most:
+        return num_rows
+    return max(size for size in range(1, most + 1) if num_rows % size == 0)
+
+
 @jax.custom_vjp
 def attend_in_blocks(q_BSHK, k_BGCK, v_BGCK, pairs: CausalRows | GivenPairs) -> jax.Array:
     """`attention.attend`, [B, S, H, K], a block of queries at a time.
@@ -121,9 +133,7 @@ def _in_groups(fn: Callable, q_BSHK, k_BGCK, *more: Any) -> Any:
     Rows are dealt out, so that those of each group are on all devices of a mesh.
     """
     B, S, H, _ = q_BSHK.shape
-    scores = H * chunk_shape(S, BLOCK)[1] * k_BGCK.shape[2]
-    most = max(1, CACHED_SCORES // scores)
-    size = B if B <= 2 * most else max(x for x in range(1, most + 1) if B % x == 0)
+    size = rows_at_a_time(B, H, S, k_BGCK.shape[2])
 
     def some_rows(*args):
         def deal(x):
