@@ -5,6 +5,7 @@
 iteration, rollout, update: PPO on random models, in seconds of CPU time.
 sft, reward: a step of these stages on random models and texts, likewise.
 grid: one of these stages at random shapes, each beside another library, in turn.
+attention: plain attention of long rows in blocks, beside products with all pairs.
 cpu_tricks: what the forms of `ppo_jax.core.cpu` save, as ratios of CPU times. Three minutes.
 lanes: a sweep as one program beside its lanes one by one, in CPU seconds of an iteration.
 scaling: cost per chip of a PPO iteration on more and more chips; compiled, not run.
@@ -28,6 +29,7 @@ SUBCOMMANDS = {
     "sft": ("supervised", "sft"),
     "reward": ("supervised", "reward"),
     "grid": ("grid", "main"),
+    "attention": ("attention", "main"),
     "cpu_tricks": ("cpu_tricks", "main"),
     "lanes": ("lanes", "main"),
     "scaling": ("scaling", "main"),

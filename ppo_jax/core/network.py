@@ -43,7 +43,8 @@ class Network(NamedTuple):
       `distributions.token_statistics` gives for the logits of `apply` and tokens [B, O], without
       holding all of the logits.
     - `summed_logprobs(params, inputs, mask, tokens, factors, *, segment_ids=None) -> [] float32`:
-      what `distributions.summed_logprobs` gives for them and factors [B, L], likewise.
+      what `distributions.summed_logprobs` gives for them and factors [B, L], likewise. A network
+      with another `apply` needs these two anew, or None.
     - `supports_packing`: True where `apply`, `token_statistics` and `summed_logprobs` take
       `segment_ids`, and the first two `output_positions`.
     - `supports_shared_prompts(num_prompts, samples) -> bool`: whether both take `shared_prompt`,

@@ -135,6 +135,22 @@ def test_what_cannot_be_compiled_is_refused_at_once(arguments, message):
     assert ended.code == 2 and message in ended.err and "Traceback" not in ended.err
 
 
+def test_attention_is_timed_in_blocks_and_with_all_pairs():
+    report = last_line(benchmark("attention", "--case=3,90,4,2,8", "--repeats=1"))
+    (figures,) = report["cases"]
+    assert figures.pop("case") == "3,90,4,2,8"
+    assert len(figures) == 4 and min(figures.values()) > 0
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [("3,90,4,2", "--case must be five integers"), ("3,90,4,3,8", "heads a multiple of kv heads")],
+)
+def test_attention_that_cannot_be_is_refused(case, message):
+    ended = run_script("benchmark", "attention", f"--case={case}")
+    assert ended.code == 2 and message in ended.err and "Traceback" not in ended.err
+
+
 def test_every_subcommand_tells_its_flags():
     for name, flag in (("iteration", "--num_epochs"), ("scaling", "--rows")):
         assert flag in benchmark(name, "--help").stdout
