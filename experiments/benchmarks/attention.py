@@ -30,10 +30,8 @@ flags.DEFINE_multi_string(
 
 def main():
     pin_threads()
-    print(
-        "| rows, length, heads, key/value heads, size | blocks, ms | all pairs, ms | ratio | MB |"
-    )
-    print("| --- | --- | --- | --- | --- |")
+    heads = ("rows, length, heads, key/value heads, size", "blocks, ms", "all pairs, ms", "times")
+    print("| " + " | ".join((*heads, "temporaries, MB")) + " |\n" + "| --- " * 5 + "|")
     print_json({"benchmark": "attention", "cases": [measure(text) for text in FLAGS.case]})
 
 
@@ -62,12 +60,8 @@ def measure(text: str) -> dict[str, float | str]:
     cells = [f"{1e3 * fast:.3g}", f"{1e3 * slow:.3g}", f"{slow / fast:.2f}"]
     cells.append(" / ".join(f"{x:.3g}" for x in temporaries))
     print("| " + " | ".join([text, *cells]) + " |", flush=True)
-    figures = {"blocks_seconds": fast, "pairs_seconds": slow}
-    return {
-        "rows": text,
-        **figures,
-        **dict(zip(("blocks_mb", "pairs_mb"), temporaries, strict=True)),
-    }
+    names = ("blocks_seconds", "pairs_seconds", "blocks_mb", "pairs_mb")
+    return {"case": text, **dict(zip(names, (fast, slow, *temporaries), strict=True))}
 
 
 def in_blocks(mask):
