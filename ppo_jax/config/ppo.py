@@ -123,8 +123,8 @@ class PPOSettings:
     num_micro_batches: int = changeable(1)  # parts of a minibatch, in memory one after another
     packing: bool = changeable(False)  # responses share rows in the updates: the same gradient.
     # Empty micro-batches are skipped, so that many small ones save the most
-    logits_chunk: int = 0  # response positions whose logits are held at a time, where these are not
-    # all the backward pass computes them again; 0 is all up to 256 MB on a device, else 64 MB
+    logits_chunk: int = 0  # response positions whose logits are held at a time; where these are not
+    # all the backward pass computes them again. 0 is all, on one device up to 256 MB, else 64 MB
     samples_per_prompt: int = 1  # responses of an iteration to each of its prompts
     keep_samples: int = 0  # responses to each prompt that are learned from: half of them those of
     # the highest scores, half those of the lowest; 0 is all

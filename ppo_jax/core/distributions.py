@@ -239,7 +239,7 @@ def summed_logprobs(
         weights: what `logits` depends on besides the hidden states.
         hidden: [B, T, D] float.
         tokens: [B, T] int.
-        factors: [B, T] float; where one is 0, what the other arrays hold has no effect.
+        factors: [B, T] float; where one is 0, what `tokens` holds has no effect.
         chunk: the most positions C of each sequence at a time, at least 1.
 
     Returns:

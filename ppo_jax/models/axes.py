@@ -50,6 +50,11 @@ class ShardingConstraint:
         """The platform of the mesh, real or only described: "cpu", "gpu", "tpu"."""
         return self.sharding and next(iter(self.sharding((), ()).device_set)).platform
 
+    @property
+    def num_devices(self) -> int:
+        """Of the mesh; 1 without."""
+        return len(self.sharding((), ()).device_set) if self.sharding else 1
+
     def shard_shape(self, axes: Axes, shape: Sequence[int]) -> tuple[int, ...]:
         """The shape of one device's shard of an array."""
         return self.sharding(axes, shape).shard_shape(tuple(shape))

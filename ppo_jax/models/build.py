@@ -282,7 +282,8 @@ def policy_value_network(
         return policy.apply(params, inputs, mask, read=read, **where)
 
     more = dict(init=init, apply=apply, token_statistics=token_statistics)
-    return policy._replace(**more, init_cache=None, decode=None, refill=None, map_rows=None)
+    unused = dict.fromkeys(("init_cache", "decode", "refill", "map_rows", "summed_logprobs"))
+    return policy._replace(**more, **unused)
 
 
 def chunk_of(
@@ -292,12 +293,14 @@ def chunk_of(
     logits_chunk: int = 0,
     **limit: int,
 ) -> int:
-    """Positions of each row whose logits a device computes at a time: those of `logits_chunk`, or
-    where it is 0 `positions_at_once`."""
+    """Positions of each row whose logits are computed at a time: those of `logits_chunk`, or where
+    it is 0 `positions_at_once`. On several devices that is all: each chunk would send the head's
+    gradient around the mesh."""
     num_rows, length = tokens.shape
     if logits_chunk:
         return min(logits_chunk, length)
-    num_rows = math.ceil(num_rows / num_batch_shards(constrain, num_rows))
+    if constrain.num_devices > 1:
+        return length
     return positions_at_once(num_rows, length, config.vocab_size, **limit)
 
 

@@ -19,7 +19,6 @@ from ppo_jax.core.distributions import chunk_shape
 LONG = 80  # queries, from which on blocks are faster; they need less memory, too
 BLOCK = 64  # queries
 MAX_CUTS = 4  # each is one more loop to compile
-CACHED_SCORES = 2**19  # float32, which a core's cache holds from one product to the next
 FLOOR = float(jnp.finfo(jnp.float32).min)
 
 
@@ -93,18 +92,6 @@ def num_pairs(num_queries: int, first: int | None, num_keys: int, *, in_loops: b
     return sum(count * size * keys for count, keys in counts if count > 1 or not in_loops)
 
 
-def rows_at_a_time(num_rows: int, num_heads: int, num_queries: int, num_keys: int) -> int:
-    """Rows whose scores are computed together on a CPU: all where a cache holds the half of them.
-
-    >>> rows_at_a_time(16, 8, 100, 100), rows_at_a_time(30, 5, 200, 200)
-    (16, 10)
-    """
-    most = max(1, CACHED_SCORES // (num_heads * chunk_shape(num_queries, BLOCK)[1] * num_keys))
-    if num_rows <= 2 * most:
-        return num_rows
-    return max(size for size in range(1, most + 1) if num_rows % size == 0)
-
-
 @jax.custom_vjp
 def attend_in_blocks(q_BSHK, k_BGCK, v_BGCK, pairs: CausalRows | GivenPairs) -> jax.Array:
     """`attention.attend`, [B, S, H, K], a block of queries at a time.
@@ -118,35 +105,6 @@ def attend_in_blocks(q_BSHK, k_BGCK, v_BGCK, pairs: CausalRows | GivenPairs) -> 
 
 
 def _forward(q_BSHK, k_BGCK, v_BGCK, pairs):
-    given = q_BSHK, k_BGCK, v_BGCK, pairs
-    output_BSHK, normalizer_BnGN = _in_groups(_forward_of_rows, *given)
-    return output_BSHK, (*given, output_BSHK, normalizer_BnGN)
-
-
-def _backward(saved, g_BSHK):
-    return *_in_groups(_backward_of_rows, *saved, g_BSHK), None
-
-
-def _in_groups(fn: Callable, q_BSHK, k_BGCK, *more: Any) -> Any:
-    """`fn` of arrays of B rows; on a CPU of some rows at a time, whose scores stay in its cache.
-
-    Rows are dealt out, so that those of each group are on all devices of a mesh.
-    """
-    B, S, H, _ = q_BSHK.shape
-    size = rows_at_a_time(B, H, S, k_BGCK.shape[2])
-
-    def some_rows(*args):
-        def deal(x):
-            return x.reshape(size, B // size, *x.shape[1:]).swapaxes(0, 1)
-
-        done = jax.lax.map(lambda group: fn(*group), jax.tree.map(deal, args))
-        return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(B, *x.shape[2:]), done)
-
-    args = q_BSHK, k_BGCK, *more
-    return fn(*args) if size == B else jax.lax.platform_dependent(*args, cpu=some_rows, default=fn)
-
-
-def _forward_of_rows(q_BSHK, k_BGCK, v_BGCK, pairs):
     S = q_BSHK.shape[1]
     scores_of = _scores_of(q_BSHK, k_BGCK, pairs)
 
@@ -158,9 +116,9 @@ def _forward_of_rows(q_BSHK, k_BGCK, v_BGCK, pairs):
         exp_BGNE = jnp.exp(scores_BGNE - top_BGN[..., None])
         sum_BGN = exp_BGNE.sum(axis=-1)
         output_BGNK = _product("BGNE,BGEK->BGNK", exp_BGNE.astype(v_BGEK.dtype), v_BGEK)
-        some_BGN = top_BGN > FLOOR
-        output_BGNK = jnp.where(some_BGN[..., None], output_BGNK / sum_BGN[..., None], 0.0)
-        normalizer_BGN = jnp.where(some_BGN, top_BGN + jnp.log(sum_BGN), jnp.inf)
+        none_BGN = top_BGN == FLOOR  # not of NaN, which is to be seen
+        output_BGNK = jnp.where(none_BGN[..., None], 0.0, output_BGNK / sum_BGN[..., None])
+        normalizer_BGN = jnp.where(none_BGN, jnp.inf, top_BGN + jnp.log(sum_BGN))
         return None, (output_BGNK.astype(v_BGEK.dtype), normalizer_BGN)
 
     of_queries = _blocks_of(pairs.of_queries(S), S)
@@ -171,10 +129,12 @@ def _forward_of_rows(q_BSHK, k_BGCK, v_BGCK, pairs):
         body = functools.partial(attend_block, keys)
         outputs.append(_loop(body, None, blocks, begin, end)[1])
     output_nBGNK, normalizer_nBGN = (jnp.concatenate(x) for x in zip(*outputs, strict=True))
-    return _by_position(output_nBGNK, q_BSHK.shape), normalizer_nBGN.swapaxes(0, 1)
+    output_BSHK = _by_position(output_nBGNK, q_BSHK.shape)
+    return output_BSHK, (q_BSHK, k_BGCK, v_BGCK, pairs, output_BSHK, normalizer_nBGN)
 
 
-def _backward_of_rows(q_BSHK, k_BGCK, v_BGCK, pairs, output_BSHK, normalizer_BnGN, g_BSHK):
+def _backward(saved, g_BSHK):
+    q_BSHK, k_BGCK, v_BGCK, pairs, output_BSHK, normalizer_nBGN = saved
     S, K = q_BSHK.shape[1], q_BSHK.shape[3]
     scores_of = _scores_of(q_BSHK, k_BGCK, pairs)
     dtype = q_BSHK.dtype
@@ -194,7 +154,7 @@ def _backward_of_rows(q_BSHK, k_BGCK, v_BGCK, pairs, output_BSHK, normalizer_BnG
         return (sums[0] + of_k_BGEK, sums[1] + of_v_BGEK), of_q_BGNK.astype(dtype)
 
     grouped = (_by_group(x, k_BGCK) for x in (q_BSHK, g_BSHK, mean_BSH1))
-    blocks = *grouped, normalizer_BnGN.swapaxes(0, 1), _blocks_of(pairs.of_queries(S), S)
+    blocks = *grouped, normalizer_nBGN, _blocks_of(pairs.of_queries(S), S)
     of_q, of_keys = [], [jnp.zeros(x.shape, jnp.float32) for x in (k_BGCK, v_BGCK)]
     for begin, end, num_keys in cuts(S, pairs.first, k_BGCK.shape[2]):
         keys = tuple(x[:, :, :num_keys] for x in (k_BGCK, v_BGCK))
@@ -204,7 +164,7 @@ def _backward_of_rows(q_BSHK, k_BGCK, v_BGCK, pairs, output_BSHK, normalizer_BnG
         of_q.append(of_blocks)
         of_keys = [x.at[:, :, :num_keys].add(y) for x, y in zip(of_keys, sums, strict=True)]
     of_q_BSHK = _by_position(jnp.concatenate(of_q), q_BSHK.shape)
-    return of_q_BSHK, of_keys[0].astype(k_BGCK.dtype), of_keys[1].astype(v_BGCK.dtype)
+    return of_q_BSHK, of_keys[0].astype(k_BGCK.dtype), of_keys[1].astype(v_BGCK.dtype), None
 
 
 attend_in_blocks.defvjp(_forward, _backward)

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from ppo_jax.core.distributions import chunk_shape
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.kernels import kernel_of, splash_blocks
-from ppo_jax.models.long_rows import LONG, num_pairs, rows_at_a_time
+from ppo_jax.models.long_rows import LONG, num_pairs
 from ppo_jax.rollout.continuous_batching import DECODING, REFILLS, max_trip_counts
 from ppo_jax.rollout.decode import max_steps
 
@@ -185,19 +185,17 @@ def untrained_flops(
 # --- training -------------------------------------------------------------------------------------
 
 
-def scores_again(config: ModelConfig, platform: str | None, num_rows: int, length: int) -> float:
+def scores_again(config: ModelConfig, platform: str | None, length: int) -> float:
     """What the backward pass of attention has more than twice its forward pass, in passes: the TPU
     kernel needs 7 products for its 2, plain attention 5 where it is a loop over blocks.
 
-    In a stack (`scan_layers`), and on a CPU with so many rows that it takes some at a time, every
-    block is computed in other loops than those of the forward pass, unless `remat` computes that
-    again.
+    In a stack (`scan_layers`) every block is computed in other loops than those of the forward
+    pass, unless `remat` computes that again.
     """
     kernel = kernel_of(config, platform, length)
     if kernel != "plain" or length < LONG:
         return 1.5 if kernel == "splash" else 0.0
-    grouped = rows_at_a_time(num_rows, config.num_heads, length, length) < num_rows
-    if (config.scan_layers and config.remat == "none") or (grouped and platform in (None, "cpu")):
+    if config.scan_layers and config.remat == "none":
         return 0.5
     return 0.5 * num_pairs(length, 0, length, in_loops=True) / num_pairs(length, 0, length)
 
@@ -270,8 +268,7 @@ def training_flops(
     of_outputs = attention_flops(c, rows.output_attended)
     depth = c.num_layers - trained.trunk - trained.frozen_layers
     how = dict(frozen=adapters > 0)
-    of_rows = scores_again(c, platform, rows.sequences, rows.length)
-    how |= dict(scores_again=of_rows if again else 0.0)
+    how |= dict(scores_again=scores_again(c, platform, rows.length) if again else 0.0)
     trained_layer = functools.partial(trained_layer_flops, c, **how)
     layer = trained_layer(projections, attention, adapters)
     products, attends = everywhere_flops(c, rows.length, platform)

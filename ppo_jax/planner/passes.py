@@ -1,7 +1,6 @@
 """Forward passes before an update: which of them there are, and their analytic flops."""
 
 import functools
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -85,14 +84,16 @@ def flops_of_other_scores(
 
 
 def planned_chunk(
-    settings: PPOSettings, policy: ModelConfig, shards: int, again: bool, rows: int
+    settings: PPOSettings, policy: ModelConfig, devices: int, again: bool, rows: int
 ) -> int:
     """Positions of each response whose logits are computed at a time, see `chunk_of`; all where
     what is computed `again` does not count."""
     s = settings
     if s.logits_chunk or not again:
         return again * s.logits_chunk
-    return positions_at_once(math.ceil(rows / shards), s.response_length, policy.vocab_size)
+    if devices > 1:
+        return 0
+    return positions_at_once(rows, s.response_length, policy.vocab_size)
 
 
 def shared_samples(settings: PPOSettings, shards: int) -> tuple[int, int, int]:

@@ -134,7 +134,7 @@ def phases(config: Config, models: Models, layouts: tuple[Layout, Layout]) -> li
         texts = args.rows(jnp.int32, *shape), args.rows(bool, *shape)
         programs["reward model"] = trace(reader, *texts, out_shardings=batch_sharding)
     programs |= {"scoring": scoring, "update": updates}
-    shards = dict(shards=layout.num_shards("batch"))
+    shards = dict(shards=layout.num_shards("batch"), devices=layout.constrain.num_devices)
     flops = analytic_flops(s, models, args.starts, layout.constrain.platform, **shards)
     once = dict(again=False, **shards)
     model_flops = analytic_flops(s, without_remat(models), args.starts, **once)
@@ -380,6 +380,7 @@ def analytic_flops(
     starts: Sequence[int | None] = (None,) * 3,
     platform: str | None = None,
     shards: int = 1,
+    devices: int = 1,
     again: bool = True,
 ) -> dict[str, float]:
     """What each phase should compute, on all devices together.
@@ -390,6 +391,7 @@ def analytic_flops(
         starts: the layers at which policy, critic and reward model start above the trunk.
         platform: of the devices, whose attention kernel it is, see `kernels.kernel_of`.
         shards: of a batch.
+        devices: of the mesh.
         again: count what the backward pass computes once more, but for the models' `remat`: logits
             in chunks, the scores of long rows.
     """
@@ -399,7 +401,7 @@ def analytic_flops(
         prompt_length=s.max_prompt_length,
         response_length=s.response_length,
     )
-    chunk = functools.partial(planned_chunk, s, policy, shards, again)
+    chunk = functools.partial(planned_chunk, s, policy, devices, again)
     kernels = dict(logits_chunk=chunk(s.rollout_batch_size), platform=platform)
     num_parts = s.num_minibatches * s.num_micro_batches
     of_update = dict(logits_chunk=chunk(s.update_batch_size // num_parts))

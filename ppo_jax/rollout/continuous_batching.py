@@ -79,7 +79,7 @@ def decode_with_refills(
         left = num_rows - s.waiting
 
         def enough(active):
-            room = (~active).sum() >= jnp.minimum(group, left)
+            room = (~active).sum() >= jnp.minimum(num_entering(s, group), left)
             return jnp.where(left > 0, room, fit_into(active, width))
 
         return run(s, DECODING, enough)
@@ -161,6 +161,13 @@ def retire(state: RefillState) -> RefillState:
     )
 
 
+def num_entering(state: RefillState, group: int) -> jax.Array:
+    """How many responses enter next: G, but no more than fill the slots for the first time, so that
+    none of them waits for a group where G does not divide S."""
+    unused = len(state.row) - state.waiting
+    return jnp.where(unused > 0, jnp.minimum(group, unused), group)
+
+
 def admit(
     policy: Policy,
     state: RefillState,
@@ -181,8 +188,8 @@ def admit(
     fresh_keys = keys.at[state.waiting + offsets].get(mode="clip")
     chosen = choose(logits[offsets // samples], fresh_keys, jnp.int32(0), sampling, temperature)
     rank = jnp.cumsum(~s.active, dtype=jnp.int32) - 1  # of a free slot among the free ones
-    row = state.waiting + rank
-    enters = ~s.active & (rank < group) & (row < num_rows)
+    row, count = state.waiting + rank, num_entering(state, group)
+    enters = ~s.active & (rank < count) & (row < num_rows)
     source = jnp.where(enters, rank // samples, -1)
     row = jnp.where(enters, row, num_rows)
     slots = dataclasses.replace(
@@ -203,7 +210,7 @@ def admit(
         state,
         slots=slots,
         row=jnp.where(enters, row, state.row),
-        waiting=jnp.minimum(state.waiting + group, num_rows),  # there was room for all of them
+        waiting=jnp.minimum(state.waiting + count, num_rows),  # there was room for all of them
         prompt_states=prompt_states,
     )
 
@@ -228,13 +235,16 @@ def max_trip_counts(num_rows: int, num_slots: int, group: int, steps: int) -> di
 
     That of `DECODING` is per trip of `REFILLS`. In the worst case every response has its full
     length, which is K steps, see `decode.max_steps`, and all end at once: none is left for
-    `DRAINING`. Within K steps of the admission of a group, as many groups as fit into the slots are
-    admitted: each that ends makes room for one that waits. So R = ceil(N / G) groups take at most
-    K ceil(R / floor(S / G)) steps; where G divides S that is K ceil(N / S), and is reached.
+    `DRAINING`. The first S rows enter at once, in ceil(S / G) groups. Within K steps of the
+    admission of a later group, as many groups as fit into the slots are admitted: each that ends
+    makes room for one that waits. So the R = ceil((N - S) / G) later groups take at most
+    K ceil(R / floor(S / G)) steps more than the K of the first; where G divides S that is
+    K ceil(N / S) in all, and is reached.
 
     >>> max_trip_counts(12, 4, 2, 10)
     {'refills': 6, 'decoding': 5.0, 'draining': 0}
     """
-    refills = math.ceil(num_rows / group)
-    decoding = steps * math.ceil(refills / (num_slots // group))
+    later = math.ceil((num_rows - num_slots) / group)
+    refills = math.ceil(num_slots / group) + later
+    decoding = steps * (1 + math.ceil(later / (num_slots // group)))
     return {REFILLS: refills, DECODING: decoding / refills, DRAINING: 0}

@@ -1,7 +1,6 @@
 """Attention block by block: the same outputs and gradients, with memory linear in the length."""
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -99,48 +98,6 @@ def test_bfloat16(short):
     compare(mask, None, arrays(40, dtype="bfloat16"), tolerance=0.06)
 
 
-@pytest.mark.parametrize("queries", [Outputs(), Outputs(first=20)], ids=["all", "last"])
-@pytest.mark.parametrize("packed", [False, True])
-def test_some_rows_at_a_time(short, monkeypatch, queries, packed):
-    mask, segments = rows(40)
-    monkeypatch.setattr(long_rows, "CACHED_SCORES", 1)
-    compare(mask, segments if packed else None, arrays(40), queries)
-    positions = jnp.asarray(np.random.default_rng(0).integers(0, 40, (B, 17)), jnp.int32)
-    compare(mask, segments if packed else None, arrays(40), Outputs(positions))
-
-
-def compiled_gradient(num_rows, length, sharding=None):
-    """Of attention with 4 heads on 2, compiled."""
-    shapes = [(num_rows, length, 4, K), *[(num_rows, 2, length, K)] * 2, (num_rows, length, 4, K)]
-    args = [jax.ShapeDtypeStruct(s, jnp.float32, sharding=sharding) for s in shapes]
-    mask = jax.ShapeDtypeStruct((num_rows, length), bool, sharding=sharding)
-
-    def gradient(q, k, v, g, mask):
-        return jax.vjp(plain_attention(mask, None), q, k, v)[1](g)
-
-    return jax.jit(gradient, out_shardings=sharding).lower(*args, mask).compile()
-
-
-def test_scores_are_those_of_some_rows(monkeypatch):
-    """So many that a core's cache holds them, however many rows there are."""
-
-    def temporaries():
-        return compiled_gradient(64, 200).memory_analysis().temp_size_in_bytes
-
-    some = temporaries()
-    monkeypatch.setattr(long_rows, "CACHED_SCORES", 2**40)
-    assert temporaries() - some > (64 - 2 * 16) * 4 * 50 * 200 * 4  # bytes; 10 rows at a time
-
-
-def test_each_device_has_rows_of_every_group(monkeypatch):
-    monkeypatch.setattr(long_rows, "CACHED_SCORES", 8 * 4 * 50 * 100)
-    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-    text = compiled_gradient(32, 100, sharding).as_text()
-    assert "while(" in text
-    assert not re.findall(r"all-gather|all-to-all|collective-permute|all-reduce", text)
-
-
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("first", [1, 20, 39])
 def test_the_queries_behind_a_prompt(short, first, packed):
@@ -171,6 +128,14 @@ def test_a_query_that_attends_to_nothing_gives_nothing(short):
     nothing = plain_attention(jnp.zeros((B, 12), bool), None)
     found = outputs_and_gradients(nothing, jnp.ones((B, 12), bool), q, k, v, g)
     assert all((np.asarray(x) == 0).all() for x in found)
+
+
+def test_nan_is_seen(short):
+    q, k, v, g = arrays(12)
+    blocks = plain_attention(jnp.ones((B, 12), bool), None)
+    found = np.isnan(blocks(q.at[0, 7, 0].set(jnp.nan), k, v)).any(axis=(2, 3))
+    assert found.sum() == 1 and found[0, 7]
+    assert np.isnan(blocks(q, k.at[0, 0, 0].set(jnp.nan), v))[0].any(axis=(1, 2)).all()
 
 
 def test_members_of_a_population_under_vmap(short):
