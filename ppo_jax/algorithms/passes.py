@@ -88,7 +88,7 @@ def gradients_in_turn(
     neither's gradients depend on the other's outputs. The policy is the first, whose logits take
     the most, but not where the critic's pass is made already: it waits for its gradients alone.
 
-    `first`: passes that are made already, by the first name of those that are not apart.
+    `first`: passes that are made already, by network; "policy" is of both where they are not apart.
     """
     e, first, gradients, metrics = experience, first or {}, {}, {}
     turns = [{name: x} for name, x in params.items()] if apart else [params]

@@ -47,10 +47,11 @@ class Network(NamedTuple):
       with another `apply` needs these two anew, or None.
     - `supports_packing`: True where `apply`, `token_statistics` and `summed_logprobs` take
       `segment_ids`, and the first two `output_positions`.
-    - `supports_shared_prompts(num_prompts, samples) -> bool`: whether both take `shared_prompt`,
-      and it is less work for so many prompts with so many responses each.
+    - `supports_shared_prompts(num_prompts, samples) -> bool`: whether `apply` and
+      `token_statistics` take `shared_prompt`, and it is less work for so many prompts with so many
+      responses each.
 
-    Value and reward networks need the first two only.
+    Value and reward networks need `init` and `apply` only.
 
     Where several texts share a row, `segment_ids` [B, L] int32 numbers the texts of a row 1, 2, ...
     and is 0 in padding: positions then start over with each text, and no text attends to another.

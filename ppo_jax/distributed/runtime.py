@@ -112,9 +112,14 @@ def use_huge_pages():
 
     Linux gives them to addresses that ask for them (`transparent_hugepage/enabled` is `madvise`),
     and malloc has those of a block that was freed for the next ones. So one as large as half of
-    the machine's memory asks, and is freed; no page of it is touched. Where it cannot be had (a
-    limit of a user's addresses) nothing changes.
+    the machine's memory asks, and is freed; its pages are not touched. Where the addresses of a
+    process are limited nothing changes.
     """
+    import resource  # of Unix alone
+
+    limits = (resource.getrlimit(x)[0] for x in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
+    if any(limit != resource.RLIM_INFINITY for limit in limits):
+        return
     libc, size = ctypes.CDLL(None), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     libc.free.argtypes = [ctypes.c_void_p]
