@@ -40,9 +40,8 @@ def sft_loss(
         logprobs = token_logprobs(network.apply(*args, **packed), tokens)
         return next_token_loss(logprobs, loss_mask, normalizer=normalizer)
     total = network.summed_logprobs(*args, tokens, loss_mask.astype(jnp.float32), **packed)
-    count = jnp.asarray(loss_mask.sum() if normalizer is None else normalizer, jnp.float32)
-    loss = -total / jnp.where(count == 0, 1.0, count)
-    return loss, {"sft/loss": jax.lax.stop_gradient(loss)}
+    count = loss_mask.sum() if normalizer is None else normalizer
+    return next_token_loss(total[None], jnp.ones(1, bool), normalizer=count)
 
 
 def sft_step(
