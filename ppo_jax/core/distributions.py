@@ -306,15 +306,26 @@ def split_chunks(x: jax.Array, chunk: int) -> jax.Array:
 
 
 def positions_at_once(
-    num_rows: int, length: int, vocab_size: int, *, most: int | None = None
+    num_rows: int,
+    length: int,
+    vocab_size: int,
+    *,
+    chunk: int = 0,
+    devices: int = 1,
+    most: int | None = None,
 ) -> int:
-    """Positions of each row whose logits are computed at a time: all of them where these are at
-    most so many numbers, `MOST_LOGITS` by default, else as many as have `CHUNK_LOGITS` together,
-    and at least one.
+    """Positions of each row whose logits are computed at a time: those of a `chunk` that is given.
+    Else all where these are at most so many numbers, `MOST_LOGITS` by default, or on several
+    devices, as each chunk would send the head's gradient around; of more as many as have
+    `CHUNK_LOGITS` together, and at least one.
 
     >>> positions_at_once(16, 64, 8192), positions_at_once(8, 512, 49152)
     (64, 42)
+    >>> positions_at_once(8, 512, 49152, devices=4), positions_at_once(8, 512, 49152, chunk=64)
+    (512, 64)
     """
+    if chunk or devices > 1:
+        return min(chunk or length, length)
     if num_rows * length * vocab_size <= (MOST_LOGITS if most is None else most):
         return length
     return min(length, max(1, CHUNK_LOGITS // (num_rows * vocab_size)))

@@ -84,8 +84,8 @@ def retain_freed_memory():
     A program's temporary buffers are one block of up to gigabytes, allocated at each call. glibc
     takes such a block from Linux and returns it after the call, so that every step maps and zeroes
     all its pages again: 1.5 of 9 seconds in an update of two models of 29 million parameters. The
-    process then holds its peak usage from there on, or some blocks more: glibc before 2.39 may keep
-    the few bytes beside an aligned block for other uses, and the next one does not fit between.
+    process then holds its peak usage from there on, or some blocks more: glibc may use
+    the few bytes beside an aligned block for others, and the next one does not fit between.
 
     What is free when a program has been compiled is given back all the same: XLA has used hundreds
     of megabytes in pieces, between which no such block fits. Pages are huge where Linux has them to

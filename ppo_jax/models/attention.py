@@ -15,7 +15,15 @@ from flax import struct
 
 from ppo_jax.core.shared_prompts import SharedPrompt
 from ppo_jax.models.config import ModelConfig
-from ppo_jax.models.long_rows import LONG, CausalRows, GivenPairs, attend_in_blocks
+from ppo_jax.models.long_rows import (
+    FLOOR,
+    LONG,
+    CausalRows,
+    GivenPairs,
+    attend_in_blocks,
+    by_group,
+    by_position,
+)
 
 CACHE_BLOCK = 128  # slots
 MAX_CACHE_BLOCKS = 4  # each is one more branch to compile
@@ -241,23 +249,21 @@ def attend(q_BSHK, k_BGCK, v_BGCK, allowed_BSC) -> jax.Array:
 def _attend_forward(q_BSHK, k_BGCK, v_BGCK, allowed_BSC):
     B, S, H, K = q_BSHK.shape
     G, C = k_BGCK.shape[1:3]
-    q_BGNK = _by_group(q_BSHK, G)
+    q_BGNK = by_group(q_BSHK, G)
     scores_BGNC = jnp.einsum("BGNK,BGCK->BGNC", q_BGNK, k_BGCK, preferred_element_type=jnp.float32)
     scores_BGRSC = scores_BGNC.reshape(B, G, H // G, S, C) / math.sqrt(K)
-    # A finite floor: a padded query without any key gives an average, not NaN.
-    floor = jnp.finfo(jnp.float32).min
-    scores_BGRSC = jnp.where(allowed_BSC[:, None, None], scores_BGRSC, floor)
+    scores_BGRSC = jnp.where(allowed_BSC[:, None, None], scores_BGRSC, FLOOR)
     probs_BGNC = jax.nn.softmax(scores_BGRSC, axis=-1).astype(v_BGCK.dtype).reshape(B, G, -1, C)
     output_BGNK = jnp.einsum("BGNC,BGCK->BGNK", probs_BGNC, v_BGCK)
     saved = q_BGNK, k_BGCK, v_BGCK, allowed_BSC, probs_BGNC, output_BGNK
-    return _by_position(output_BGNK, S), saved
+    return by_position(output_BGNK, S), saved
 
 
 def _attend_backward(saved, g_BSHK):
     q_BGNK, k_BGCK, v_BGCK, allowed_BSC, probs_BGNC, output_BGNK = saved
     B, G, N, C = probs_BGNC.shape
     S, K = g_BSHK.shape[1], g_BSHK.shape[3]
-    g_BGNK = _by_group(g_BSHK, k_BGCK.shape[1])
+    g_BGNK = by_group(g_BSHK, k_BGCK.shape[1])
     mean_BGN = jnp.sum(g_BGNK.astype(jnp.float32) * output_BGNK.astype(jnp.float32), axis=-1)
     of_probs = jnp.einsum("BGNK,BGCK->BGNC", g_BGNK, v_BGCK, preferred_element_type=jnp.float32)
     of_scores = probs_BGNC.astype(jnp.float32) * (of_probs - mean_BGN[..., None]) / math.sqrt(K)
@@ -267,25 +273,10 @@ def _attend_backward(saved, g_BSHK):
     of_q = jnp.einsum("BGNC,BGCK->BGNK", of_scores, k_BGCK)
     of_k = jnp.einsum("BGNC,BGNK->BGCK", of_scores, q_BGNK)
     of_v = jnp.einsum("BGNC,BGNK->BGCK", probs_BGNC, g_BGNK)
-    return _by_position(of_q, S), of_k, of_v, None
+    return by_position(of_q, S), of_k, of_v, None
 
 
 attend.defvjp(_attend_forward, _attend_backward)
-
-
-def _by_group(x_BSHK, num_groups):
-    """[B, G, R S, K]: with the queries of a group side by side each product is one of matrices,
-    whose result a CPU need not transpose number by number."""
-    B, S, H, K = x_BSHK.shape
-    x_BSGRK = x_BSHK.reshape(B, S, num_groups, H // num_groups, K)
-    return x_BSGRK.transpose(0, 2, 3, 1, 4).reshape(B, num_groups, -1, K)
-
-
-def _by_position(x_BGNK, num_positions):
-    """The inverse of `_by_group`."""
-    B, G, N, K = x_BGNK.shape
-    x_BGRSK = x_BGNK.reshape(B, G, N // num_positions, num_positions, K)
-    return x_BGRSK.transpose(0, 3, 1, 2, 4).reshape(B, num_positions, -1, K)
 
 
 def attend_cached(q_BSHK, k_BGCK, v_BGCK, mask) -> jax.Array:

@@ -180,14 +180,14 @@ def policy_network(
     `exits` are those of the trunk, see `trunk_network`.
 
     Its `token_statistics` hold the logits of at most `logits_chunk` positions of a row at a time,
-    and recompute them in the backward pass; 0 is as many as `chunk_of` says.
+    and recompute them in the backward pass; 0 is as many as `positions_at_once` says.
     """
     network = make_network(config, start_layer, config.num_layers, "logits", constrain, exits)
 
     @renamed(**OLD_NAMES)
     def token_statistics(params, inputs, mask, tokens, temperature, **where):
         def read(*of_head):
-            chunk = chunk_of(config, constrain, tokens, logits_chunk)
+            chunk = chunk_of(config, constrain, tokens, chunk=logits_chunk)
             return read_statistics(*of_head, tokens, temperature, chunk)
 
         return network.apply(params, inputs, mask, read=read, **where)
@@ -275,7 +275,7 @@ def policy_value_network(
 
     def token_statistics(params, inputs, mask, tokens, temperature, **where):
         def read(*of_head):
-            chunk = chunk_of(config, constrain, tokens, logits_chunk)
+            chunk = chunk_of(config, constrain, tokens, chunk=logits_chunk)
             both = read_statistics(*of_head, tokens, temperature, chunk)
             return *both, values(params, of_head[-1])
 
@@ -287,21 +287,11 @@ def policy_value_network(
 
 
 def chunk_of(
-    config: ModelConfig,
-    constrain: ShardingConstraint,
-    tokens: jax.Array,
-    logits_chunk: int = 0,
-    **limit: int,
+    config: ModelConfig, constrain: ShardingConstraint, tokens: jax.Array, **limits: int
 ) -> int:
-    """Positions of each row whose logits are computed at a time: those of `logits_chunk`, or where
-    it is 0 `positions_at_once`. On several devices that is all: each chunk would send the head's
-    gradient around the mesh."""
-    num_rows, length = tokens.shape
-    if logits_chunk:
-        return min(logits_chunk, length)
-    if constrain.num_devices > 1:
-        return length
-    return positions_at_once(num_rows, length, config.vocab_size, **limit)
+    """Positions of each row whose logits are computed at a time, see `positions_at_once`."""
+    sizes = *tokens.shape, config.vocab_size
+    return positions_at_once(*sizes, devices=constrain.num_devices, **limits)
 
 
 def read_statistics(logits, weights, hidden, tokens, temperature, chunk):

@@ -19,6 +19,7 @@ from ppo_jax.core.distributions import chunk_shape
 LONG = 80  # queries, from which on blocks are faster; they need less memory, too
 BLOCK = 64  # queries
 MAX_CUTS = 4  # each is one more loop to compile
+# Of scores: a query that attends to nothing gives an average, or 0, not NaN.
 FLOOR = float(jnp.finfo(jnp.float32).min)
 
 
@@ -122,14 +123,14 @@ def _forward(q_BSHK, k_BGCK, v_BGCK, pairs):
         return None, (output_BGNK.astype(v_BGEK.dtype), normalizer_BGN)
 
     of_queries = _blocks_of(pairs.of_queries(S), S)
-    blocks = _by_group(q_BSHK, k_BGCK), of_queries
+    blocks = _grouped_blocks(q_BSHK, k_BGCK), of_queries
     outputs = []
     for begin, end, num_keys in cuts(S, pairs.first, k_BGCK.shape[2]):
         keys = tuple(x[:, :, :num_keys] for x in (k_BGCK, v_BGCK))
         body = functools.partial(attend_block, keys)
         outputs.append(_loop(body, None, blocks, begin, end)[1])
     output_nBGNK, normalizer_nBGN = (jnp.concatenate(x) for x in zip(*outputs, strict=True))
-    output_BSHK = _by_position(output_nBGNK, q_BSHK.shape)
+    output_BSHK = _rows_of(output_nBGNK, S)
     return output_BSHK, (q_BSHK, k_BGCK, v_BGCK, pairs, output_BSHK, normalizer_nBGN)
 
 
@@ -153,7 +154,7 @@ def _backward(saved, g_BSHK):
         of_v_BGEK = _product("BGNE,BGNK->BGEK", probs_BGNE.astype(dtype), g_BGNK)
         return (sums[0] + of_k_BGEK, sums[1] + of_v_BGEK), of_q_BGNK.astype(dtype)
 
-    grouped = (_by_group(x, k_BGCK) for x in (q_BSHK, g_BSHK, mean_BSH1))
+    grouped = (_grouped_blocks(x, k_BGCK) for x in (q_BSHK, g_BSHK, mean_BSH1))
     blocks = *grouped, normalizer_nBGN, _blocks_of(pairs.of_queries(S), S)
     of_q, of_keys = [], [jnp.zeros(x.shape, jnp.float32) for x in (k_BGCK, v_BGCK)]
     for begin, end, num_keys in cuts(S, pairs.first, k_BGCK.shape[2]):
@@ -163,7 +164,7 @@ def _backward(saved, g_BSHK):
         sums, of_blocks = _loop(body, zeros, blocks, begin, end)
         of_q.append(of_blocks)
         of_keys = [x.at[:, :, :num_keys].add(y) for x, y in zip(of_keys, sums, strict=True)]
-    of_q_BSHK = _by_position(jnp.concatenate(of_q), q_BSHK.shape)
+    of_q_BSHK = _rows_of(jnp.concatenate(of_q), S)
     return of_q_BSHK, of_keys[0].astype(k_BGCK.dtype), of_keys[1].astype(v_BGCK.dtype), None
 
 
@@ -214,18 +215,30 @@ def _blocks_of(tree: Any, num_queries: int) -> Any:
     return jax.tree.map(split, tree)
 
 
-def _by_group(x_BSHK, k_BGCK):
-    """[n, B, G, N, K], the queries of a group side by side."""
+def _grouped_blocks(x_BSHK, k_BGCK):
+    """[n, B, G, N, K]."""
     blocks_nBbHK = _blocks_of(x_BSHK, x_BSHK.shape[1])
-    n, B, b, H, K = blocks_nBbHK.shape
-    G = k_BGCK.shape[1]
-    blocks_nBbGRK = blocks_nBbHK.reshape(n, B, b, G, H // G, K)
-    return blocks_nBbGRK.transpose(0, 1, 3, 4, 2, 5).reshape(n, B, G, -1, K)
+    return jax.vmap(lambda x: by_group(x, k_BGCK.shape[1]))(blocks_nBbHK)
 
 
-def _by_position(x_nBGNK, shape):
-    """The inverse of `_by_group`, [B, S, H, K]."""
-    n, B, G, N, K = x_nBGNK.shape
-    S, H = shape[1:3]
-    x_nBGRbK = x_nBGNK.reshape(n, B, G, H // G, -1, K)
-    return x_nBGRbK.transpose(1, 0, 4, 2, 3, 5).reshape(B, -1, H, K)[:, :S]
+def _rows_of(x_nBGNK, num_queries):
+    """The inverse of `_grouped_blocks`, [B, S, H, K]."""
+    size = chunk_shape(num_queries, BLOCK)[1]
+    blocks_nBbHK = jax.vmap(lambda x: by_position(x, size))(x_nBGNK)
+    _, B, _, H, K = blocks_nBbHK.shape
+    return blocks_nBbHK.swapaxes(0, 1).reshape(B, -1, H, K)[:, :num_queries]
+
+
+def by_group(x_BSHK, num_groups):
+    """[B, G, R S, K]: with the queries of a group side by side each product is one of matrices,
+    whose result a CPU need not transpose number by number."""
+    B, S, H, K = x_BSHK.shape
+    x_BSGRK = x_BSHK.reshape(B, S, num_groups, H // num_groups, K)
+    return x_BSGRK.transpose(0, 2, 3, 1, 4).reshape(B, num_groups, -1, K)
+
+
+def by_position(x_BGNK, num_positions):
+    """The inverse of `by_group`."""
+    B, G, N, K = x_BGNK.shape
+    x_BGRSK = x_BGNK.reshape(B, G, N // num_positions, num_positions, K)
+    return x_BGRSK.transpose(0, 3, 1, 2, 4).reshape(B, num_positions, -1, K)

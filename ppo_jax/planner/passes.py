@@ -8,7 +8,6 @@ from ppo_jax.algorithms.minibatches import whole_groups
 from ppo_jax.algorithms.passes import passes_in_common
 from ppo_jax.config.objectives import AVERAGE, needs_critic
 from ppo_jax.config.ppo import PPOSettings
-from ppo_jax.core.distributions import positions_at_once
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.planner.flops import TrainedParts, head_flops, scoring_flops
 from ppo_jax.planner.models import Models
@@ -81,19 +80,6 @@ def flops_of_other_scores(
             flops += of_texts(reward, trunks=trunks, **how)
         flops += sum(of_texts(config, **how) for config in more)
     return flops
-
-
-def planned_chunk(
-    settings: PPOSettings, policy: ModelConfig, devices: int, again: bool, rows: int
-) -> int:
-    """Positions of each response whose logits are computed at a time, see `chunk_of`; all where
-    what is computed `again` does not count."""
-    s = settings
-    if s.logits_chunk or not again:
-        return again * s.logits_chunk
-    if devices > 1:
-        return 0
-    return positions_at_once(rows, s.response_length, policy.vocab_size)
 
 
 def shared_samples(settings: PPOSettings, shards: int) -> tuple[int, int, int]:

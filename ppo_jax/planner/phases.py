@@ -29,6 +29,7 @@ from ppo_jax.config.objectives import needs_greedy
 from ppo_jax.config.ppo import PPOSettings, names_critic
 from ppo_jax.config.run import Config
 from ppo_jax.config.stages import LoRASettings
+from ppo_jax.core.distributions import positions_at_once
 from ppo_jax.core.types import FrozenParams, Hyperparameters, Params, PPOState, Prompts
 from ppo_jax.distributed.layout import Layout, abstract
 from ppo_jax.inference.generate import prompt_width
@@ -51,7 +52,6 @@ from ppo_jax.planner.passes import (
     flops_of_other_scores,
     networks_in_common,
     passes_before_update,
-    planned_chunk,
     shared_samples,
     value_head_flops,
 )
@@ -401,11 +401,16 @@ def analytic_flops(
         prompt_length=s.max_prompt_length,
         response_length=s.response_length,
     )
-    chunk = functools.partial(planned_chunk, s, policy, devices, again)
-    kernels = dict(logits_chunk=chunk(s.rollout_batch_size), platform=platform)
+
+    def chunk(rows):
+        limits = dict(chunk=s.logits_chunk, devices=devices)
+        return positions_at_once(rows, s.response_length, policy.vocab_size, **limits)
+
+    kernels = dict(logits_chunk=chunk(s.rollout_batch_size) if again else 0, platform=platform)
     num_parts = s.num_minibatches * s.num_micro_batches
-    of_update = dict(logits_chunk=chunk(s.update_batch_size // num_parts))
-    of_update |= dict(again=again, sequences=s.update_batch_size)
+    of_update = dict(again=again, sequences=s.update_batch_size)
+    if again:
+        of_update |= dict(logits_chunk=chunk(s.update_batch_size // num_parts))
     trunks, trunk = [start or 0 for start in starts], starts[0] is not None
     trained = [trained_parts(policy, s.trainable, trunks[0], s.lora, "logits")]
     if critic is not None:

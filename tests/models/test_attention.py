@@ -84,10 +84,11 @@ def test_the_platform_chooses():
     assert "conditional" not in here.compile().as_text()
 
 
-@pytest.mark.parametrize("slots", [0, 8])  # of one row XLA does copy the cache
+@pytest.mark.parametrize("slots", [0, 4, 8])
 @pytest.mark.parametrize("shape", ["gpt2", "llama", "scanned"])
 def test_no_token_copies_the_cache(shape, slots):
-    """A token's keys and values are written where they belong; nothing of the cache is moved."""
+    """A token's keys and values are written where they belong; nothing of the cache is moved, but
+    for the one row that is left of four slots: XLA copies the cache of a single row."""
     config = tiny.model_config(**tiny.SHAPES[shape])
     network = policy_network(config)
     run = functools.partial(rollout, network, sampling=tiny.sampling(max_concurrent=slots))
@@ -97,7 +98,8 @@ def test_no_token_copies_the_cache(shape, slots):
     found = collections.defaultdict(list)
     for computation in module.computations.values():
         for i in computation:
-            if any(x.dims[-2:] == of_cache for x in i.outputs) and computation != module.entry:
+            caches = [x for x in i.outputs if x.dims[-2:] == of_cache and x.dims[-4:-3] != (1,)]
+            if caches and computation != module.entry:
                 found[i.opcode].append(i.op_name)
     assert found["dynamic-update-slice"]
     # Where a prompt enters a slot its keys and values are gathered, a row at a time.

@@ -180,6 +180,13 @@ def test_prompts_enter_together():
     assert (calls["decode"], calls["prefill"]) == (15, 2)
 
 
+@pytest.mark.parametrize(("slots", "group"), [(5, 2), (7, 3), (6, 4), (11, 0)])
+def test_all_slots_are_filled_at_first_whatever_the_groups(slots, group):
+    calls = count_to_20([4] * slots * 2, max_concurrent=slots, min_free_slots=group)
+    assert calls["prefill"] == 2 * -(-slots // (group or slots // 4))
+    assert calls["decode"] == 2 * 15
+
+
 def test_the_last_responses_move_into_fewer_rows():
     """Two long ones among twelve: after two steps of all eight slots they have two rows alone."""
     first = [4, 5] + [18] * 10
