@@ -18,7 +18,6 @@ from ppo_jax.inference.score import row_texts, text_logprobs
 from ppo_jax.io.stage_folder import Model
 from ppo_jax.rollout.sampling import Sampling
 
-SLOT_ROUNDS = 16  # times the responses of a program may be those that it decodes at a time
 REPEATED = 3  # words of an n-gram whose repetition within a response is measured
 
 
@@ -39,20 +38,13 @@ def respond(policy: Model, prompts: Sequence[str], how: How, layout: Layout | No
     Raises:
         ValueError: as `generate` does.
     """
-    sampling = how.sampling(policy.tokenizer)
-    pieces = 1 if layout is None else layout.num_shards("batch")
-    slots = -(-how.batch_size // pieces) * pieces
-    batch_size = slots
-    if slots < len(prompts):  # a response that has ended makes room for the next
-        batch_size = min(-(-len(prompts) // pieces) * pieces, SLOT_ROUNDS * slots)
-        sampling = dataclasses.replace(sampling, max_concurrent=slots)
     texts, rollouts = generate(
         policy,
         prompts,
-        sampling=sampling,
+        sampling=how.sampling(policy.tokenizer),
         temperature=how.temperature,
         seed=how.seed,
-        batch_size=batch_size,
+        batch_size=how.batch_size,
         max_prompt_length=how.max_prompt_length,
         layout=layout,
         before_batch=lambda: stop_if_asked("the same command takes up the evaluation again"),

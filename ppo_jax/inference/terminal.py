@@ -21,7 +21,6 @@ from ppo_jax.io.model_spec import reread_reason
 from ppo_jax.io.stage_folder import Model
 from ppo_jax.rollout.sampling import Sampling
 
-BATCH_SIZE = 64  # prompts
 NEW = "/new"
 
 
@@ -267,6 +266,5 @@ def respond(
         prompts,
         sampling=sampling,
         **settings,
-        batch_size=min(len(prompts), BATCH_SIZE),
         max_prompt_length=prompt_room(model, sampling) if room is None else room,
     )

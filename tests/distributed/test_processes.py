@@ -21,7 +21,7 @@ from ppo_jax.core.types import Prompts
 from ppo_jax.data.prompts import PromptData
 from ppo_jax.distributed.layout import Layout, fetch, make_mesh
 from ppo_jax.distributed.processes import is_multiprocess, on_primary, preempted
-from ppo_jax.inference.generate import generate
+from ppo_jax.inference.generate import BATCHES, generate
 from ppo_jax.io import integrity as checksums
 from ppo_jax.io import tokenizers as vocabulary
 from ppo_jax.io.checkpoints import Checkpoints, load_checkpoint_item, load_params, save_params
@@ -320,12 +320,12 @@ def test_numbers_and_numpy_are_fetched_as_they_are():
     assert [np.asarray(leaf).tolist() for leaf in found] == [[0, 1], [0, 1, 2], 5]
 
 
-def test_generation_may_end_before_each_batch():
+def test_generation_may_end_before_each_program():
     asked = []
     sampling = Sampling(response_length=2, eos_ids=(0,))
     how = {"sampling": sampling, "temperature": 1.0, "seed": 0, "max_prompt_length": 20}
     how |= {"batch_size": 2, "before_batch": lambda: asked.append(1)}
-    generate(random_model(max_length=32), ["a film"] * 5, **how)
+    generate(random_model(max_length=32), ["a film"] * (2 * 2 * BATCHES + 1), **how)
     assert len(asked) == 3
 
 

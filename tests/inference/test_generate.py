@@ -1,5 +1,6 @@
 """generate.py: how a model is sampled, streams, the chat, files of prompts."""
 
+import collections
 import dataclasses
 import io
 import json
@@ -10,13 +11,18 @@ import jax
 import numpy as np
 import pytest
 
+from ppo_jax.config.mesh import ROLLOUT_RULES
 from ppo_jax.data.records import load_texts, write_jsonl
 from ppo_jax.inference import terminal
 from ppo_jax.inference.generate import (
+    BATCHES,
+    compiled_rollout,
     compiled_stream,
     decode_stream,
     find_sampling,
     generate,
+    make_sampling,
+    program_size,
     stream,
 )
 from ppo_jax.inference.score import score_ids
@@ -27,9 +33,10 @@ from ppo_jax.inference.terminal import (
     respond_to_file,
 )
 from ppo_jax.io import tokenizers as vocabulary
-from ppo_jax.models.build import reward_network
+from ppo_jax.models.build import policy_network, reward_network
 from ppo_jax.rollout.sampling import Sampling
 from tests.support.command_line import run_script
+from tests.support.meshes import layout_of
 from tests.support.run_files import read_jsonl
 from tests.support.tiny_stage import TEMPLATE, byte_tokenizer, random_model, write_stage
 
@@ -74,6 +81,87 @@ def test_a_folder_is_sampled_with_the_defaults_and_its_stop_tokens(tmp_path, mod
         find_sampling(str(tmp_path), model.tokenizer)
     write_stage(tmp_path, "sft", model)
     assert find_sampling(str(tmp_path / "sft"), model.tokenizer) == default
+
+
+# --- batches and slots ----------------------------------------------------------------------------
+
+STOPS = dict(stop_tokens=("ilm", "e", "s o"), top_k=0, top_p=0.9, min_p=0.0)
+
+
+def compare(model, count, batch_size, layout=None, **how):
+    """A call of `generate` gives the responses of one batch without slots; their lengths."""
+    prompts = (WORDS * count)[:count]
+    how = dict(seed=3, max_prompt_length=150) | how
+    expected, [whole] = generate(model, prompts, batch_size=count, **how)
+    got, rollouts = generate(model, prompts, batch_size=batch_size, layout=layout, **how)
+    assert got == expected
+    for name in ("prompt_tokens", "response_tokens", "response_mask", "has_eos"):
+        values = np.concatenate([getattr(rollout, name) for rollout in rollouts])[:count]
+        np.testing.assert_array_equal(values, getattr(whole, name)[:count], name)
+    logprobs = np.concatenate([rollout.logprobs for rollout in rollouts])[:count]
+    np.testing.assert_allclose(logprobs, whole.logprobs[:count], atol=1e-5)
+    return np.asarray(whole.response_mask).sum(axis=1)
+
+
+@pytest.mark.parametrize(
+    ("count", "batch_size"),
+    [(1, 4), (3, 4), (4, 4), (5, 4), (13, 4), (3 * BATCHES + 5, 3), (2 * BATCHES + 1, 1)],
+)
+def test_a_response_does_not_depend_on_what_is_decoded_beside_it(model, count, batch_size):
+    """Fewer prompts than a batch, no multiple of it, and more than one program takes."""
+    sampling = make_sampling(STOPS | {"response_length": 12}, model.tokenizer)
+    sampling = dataclasses.replace(sampling, eos_ids=(0, *range(40, 60)))
+    lengths = compare(model, count, batch_size, sampling=sampling)
+    assert len(set(lengths.tolist())) > 1 or count == 1
+
+
+def test_slots_are_those_that_the_sampling_allows_and_greedy_is_greedy(model):
+    sampling = Sampling(response_length=12, eos_ids=tuple(range(40, 60)), max_concurrent=2)
+    compare(model, 9, 4, sampling=sampling, temperature=0.0)
+    with pytest.raises(ValueError, match="batch_size must be at least 1 and whole, got 0"):
+        generate(model, WORDS, batch_size=0)
+
+
+def test_slots_on_a_mesh_are_a_multiple_of_its_pieces(model):
+    sampling = Sampling(response_length=12, eos_ids=(0, *range(40, 60)))
+    layout = layout_of((8, 1, 1), ROLLOUT_RULES)
+    compare(model, 21, 5, layout, sampling=sampling)
+
+
+def test_nobody_waits_for_the_longest_response_of_a_batch(model, monkeypatch):
+    """The program's steps are far fewer than those of batches that wait for their longest one."""
+    calls: collections.Counter = collections.Counter()
+
+    def counted(config, **how):
+        network = policy_network(config, **how)
+
+        def decode(params, tokens, mask, cache, **where):
+            kind = "step" if tokens.shape[1] == 1 else "prefill"
+            jax.debug.callback(lambda: calls.update({kind: 1, f"{kind} rows": len(tokens)}))
+            return network.decode(params, tokens, mask, cache, **where)
+
+        return network._replace(decode=decode)
+
+    monkeypatch.setattr("ppo_jax.inference.generate.policy_network", counted)
+    compiled_rollout.cache_clear()
+    sampling = Sampling(response_length=48, eos_ids=(0, *range(40, 60)))
+    _, [rollout] = generate(model, ["a film"] * 48, sampling=sampling, batch_size=8)
+    jax.effects_barrier()
+    compiled_rollout.cache_clear()
+    lengths = np.asarray(rollout.response_mask).sum(axis=1)
+    static = (lengths.reshape(-1, 8).max(axis=1) - 1).sum()
+    assert calls["step"] < 0.7 * static and calls["step rows"] < 0.6 * 8 * static
+    assert calls["prefill rows"] == 48
+
+
+def test_few_programs_are_compiled_whatever_the_number_of_prompts():
+    sizes = {program_size(count, 64, 1) for count in range(1, 5000)}
+    assert len(sizes) < 40
+    for count in range(1, 5000, 7):
+        rows, slots = program_size(count, 64, 1)
+        programs = -(-count // rows)
+        assert slots == min(rows, 64) or count <= 64 and slots == rows
+        assert programs == -(-count // (64 * BATCHES)) and programs * rows <= 1.25 * count + 2
 
 
 # --- streams --------------------------------------------------------------------------------------
