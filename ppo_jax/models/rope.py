@@ -30,7 +30,7 @@ class Scaling:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             for number in value if isinstance(value, tuple) else (value,):
-                if isinstance(number, int | float) and not 0 < number < math.inf:
+                if not isinstance(number, bool) and not 0 < number < math.inf:
                     raise ValueError(f"model.rope_scaling.{field.name} must be > 0, got {value!r}")
 
     @property

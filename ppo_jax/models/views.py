@@ -5,7 +5,6 @@ Dimension key: B sequences, L positions, S new positions, C cache slots, H heads
 K head size.
 """
 
-import functools
 from collections.abc import Sequence
 
 import jax

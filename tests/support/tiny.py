@@ -14,8 +14,9 @@ from ppo_jax.algorithms.update import ppo_update
 from ppo_jax.core.network import Network, merge_params
 from ppo_jax.core.types import FrozenParams, Hyperparameters, Optimizer, Params, Prompts
 from ppo_jax.models.build import policy_network, reward_network, trunk_network, value_network
-from ppo_jax.models.config import ModelConfig, RopeScaling
+from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.partition import split_params, start_layer
+from ppo_jax.models.rope import RopeScaling
 from ppo_jax.rollout.rollout import rollout
 from ppo_jax.rollout.sampling import Sampling
 

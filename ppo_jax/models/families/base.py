@@ -155,6 +155,7 @@ OPTIONS: dict[str, Kind] = {
     **dict.fromkeys(
         ("sliding_window", "max_window_layers", "no_rope_layer_interval"), whole(0, 2**31 - 1)
     ),
+    **dict.fromkeys(("sliding_window_pattern", "_sliding_window_pattern"), whole(1, 2**31 - 1)),
     **dict.fromkeys(
         ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", "partial_rotary_factor"),
         positive(1.0),

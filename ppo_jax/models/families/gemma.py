@@ -27,6 +27,8 @@ SANDWICH = TENSORS | {
     "layers.mlp_norm.scale": Tensor("model.layers.{}.pre_feedforward_layernorm.weight"),
     "layers.mlp_post_norm.scale": Tensor("model.layers.{}.post_feedforward_layernorm.weight"),
 }
+# Every so many layers one has no window: as files and as transformers call it.
+PATTERN = ("sliding_window_pattern", "_sliding_window_pattern")
 LOCAL_THETA, GLOBAL_THETA = 10_000.0, 1_000_000.0  # of Gemma 3, by layer
 
 
@@ -50,7 +52,7 @@ def read_gemma2(raw: Json) -> Json:
 
 
 def read_gemma3(raw: Json) -> Json:
-    count, every = need(raw, "num_hidden_layers"), raw.get("sliding_window_pattern") or 6
+    count, every = need(raw, "num_hidden_layers"), next(filter(None, map(raw.get, PATTERN)), 6)
     types = [SLIDING if (i + 1) % every else FULL for i in range(count)]
     theta = float(raw.get("rope_local_base_freq") or LOCAL_THETA)
     local = rope.read_local_theta(raw, SLIDING, theta)
@@ -131,6 +133,6 @@ GEMMA3 = dataclasses.replace(
     read=read_gemma3,
     write=write_gemma3,
     required=GEMMA2.required | {"attn_logit_softcapping": (None,)},
-    understood=GEMMA2.understood | {"rope_local_base_freq", "sliding_window_pattern"},
+    understood=GEMMA2.understood | {"rope_local_base_freq", *PATTERN},
     implied={"query_pre_attn_scalar": 256, "sliding_window": 4096},
 )

@@ -94,9 +94,9 @@ def read_attention_bias(raw: Json) -> Json:
     return {"qkv_bias": bias, "attention_output_bias": bias}
 
 
-def read_llama(raw: Json) -> Json:
+def read_llama(raw: Json, theta: float = 10_000.0) -> Json:
     mlp_bias = bool(raw.get("mlp_bias", False))
-    return read_shape(raw) | read_attention_bias(raw) | {"mlp_bias": mlp_bias}
+    return read_shape(raw, theta=theta) | read_attention_bias(raw) | {"mlp_bias": mlp_bias}
 
 
 def read_mistral(raw: Json) -> Json:
@@ -137,7 +137,7 @@ def read_smollm3(raw: Json) -> Json:
         raise ValueError(f"no_rope_layers must have one for each of {count} layers, got {rotary}")
     kinds = tuple(LayerKind(rotary=bool(x)) for x in rotary)
     raw = {"num_key_value_heads": 4, "tie_word_embeddings": True, **raw}
-    return read_llama(raw) | {"layer_kinds": kinds}
+    return read_llama(raw, theta=2e6) | {"layer_kinds": kinds}
 
 
 def read_granite(raw: Json) -> Json:

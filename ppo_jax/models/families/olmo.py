@@ -25,15 +25,15 @@ NORMS = {
 }
 
 
-def read_olmo2(raw: Json) -> Json:
-    fields = read_shape({"rms_norm_eps": 1e-5, **raw}) | read_attention_bias(raw)
+def read_olmo2(raw: Json, theta: float = 10_000.0) -> Json:
+    fields = read_shape({"rms_norm_eps": 1e-5, **raw}, theta=theta) | read_attention_bias(raw)
     return fields | {"residual": "post", "qk_norm": "whole"}
 
 
 def read_olmo3(raw: Json) -> Json:
     count = need(raw, "num_hidden_layers")
     types = [SLIDING if (i + 1) % 4 else FULL for i in range(count)]
-    fields = read_olmo2(raw)
+    fields = read_olmo2(raw, theta=500_000.0)
     # Scaling is of layers without a window.
     theta = rope.read_local_theta(raw, SLIDING, fields["rope_theta"])
     same = fields["rope_scaling"] is None and theta == fields["rope_theta"]
