@@ -39,7 +39,7 @@ SHAPES = {
             factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_length=16
         )
     ),
-    "qk_norm": dict(qk_norm=True, head_dim=16, qkv_bias=True, tie_embeddings=False),
+    "qk_norm": dict(qk_norm="head", head_dim=16, qkv_bias=True, tie_embeddings=False),
     "scanned": dict(scan_layers=True, num_layers=3),
 }
 
