@@ -24,6 +24,7 @@ from ppo_jax.io.safetensors import (
     Files,
     NotFinite,
     find_parameters,
+    join_fused,
     matrix_shape,
     read_parameters,
 )
@@ -354,7 +355,7 @@ def params_to_hf(config: ModelConfig, family: str, params: Params) -> dict[str, 
             if len(parts) < len(row.fusion.paths):
                 continue
             ordered = [fused[name].pop(other) for other in row.fusion.paths]
-            matrix = row.fusion.join(ordered, config.head_dim)
+            matrix = join_fused(row.fusion, ordered, config.head_dim)
         tensors[name] = np.ascontiguousarray(matrix.T if row.transposed else matrix)
     return tensors
 

@@ -16,6 +16,7 @@ import numpy as np
 from ppo_jax.core.types import Params
 from ppo_jax.io.base_model import save_tensors
 from ppo_jax.io.huggingface import leaves_by_layer
+from ppo_jax.io.safetensors import join_fused
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.families import family_of
 from ppo_jax.models.families.base import Fusion
@@ -79,7 +80,7 @@ def join_adapters(
         own = pairs[path]["lora_b"].T  # [r, O]
         zeros = (np.zeros((len(own), num_outputs(config, x)), own.dtype) for x in fusion.paths)
         parts = [own if x == path else zero for x, zero in zip(fusion.paths, zeros, strict=True)]
-        columns.append(fusion.join(parts, config.head_dim).T)
+        columns.append(join_fused(fusion, parts, config.head_dim).T)
     return a, np.concatenate(columns, axis=1)
 
 

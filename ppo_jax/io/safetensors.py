@@ -20,7 +20,7 @@ from ppo_jax.core.types import Params
 from ppo_jax.models.build import policy_network, reward_network
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.families import family_of
-from ppo_jax.models.families.base import DERIVED, Family, Tensor
+from ppo_jax.models.families.base import DERIVED, Family, Fusion, Tensor
 
 DTYPES = ("F32", "F16", "BF16")  # as the headers call them
 COMPARED_ROWS = 4096  # of a head and an embedding, at a time
@@ -126,6 +126,15 @@ def stored_shape(
         before = 0 if row.fusion.by_head else sum(sizes[: paths.index(path)])
     expected = (*inputs, outputs)
     return expected[::-1] if row.transposed else expected, before
+
+
+def join_fused(fusion: Fusion, matrices: Sequence[np.ndarray], head_dim: int) -> np.ndarray:
+    """The matrices [..., O] of fused parameters, in order -> that of their tensor [..., all O]."""
+    if not fusion.by_head:
+        return np.concatenate(matrices, axis=-1)
+    lead = matrices[0].shape[:-1]
+    heads = [x.reshape(*lead, -1, 1, head_dim) for x in matrices]
+    return np.concatenate(heads, axis=-2).reshape(*lead, -1)
 
 
 def find_parameters(

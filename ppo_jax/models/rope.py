@@ -1,6 +1,6 @@
 """Rotary positions: the frequencies of each kind of scaling, and the rotation.
 
-Every kind is a value with `frequencies`, equal to that of transformers' `ROPE_INIT_FUNCTIONS`.
+Every kind is a value with `frequencies`, equal to those that transformers computes.
 
 Dimension key: B sequences, L positions, H heads, K head size, r rotated numbers of a head.
 """

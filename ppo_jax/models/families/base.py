@@ -6,10 +6,8 @@ An option that would change the outputs and that our Transformer lacks is refuse
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from ppo_jax.models.config import ModelConfig
 
@@ -21,14 +19,6 @@ class Fusion(NamedTuple):
 
     paths: tuple[str, ...]  # in this order
     by_head: bool = False  # of each head one after the other, else parameter after parameter
-
-    def join(self, matrices: Sequence[np.ndarray], head_dim: int) -> np.ndarray:
-        """[..., O] of each, in order -> [..., all O]."""
-        if not self.by_head:
-            return np.concatenate(matrices, axis=-1)
-        lead = matrices[0].shape[:-1]
-        heads = [x.reshape(*lead, -1, 1, head_dim) for x in matrices]
-        return np.concatenate(heads, axis=-2).reshape(*lead, -1)
 
 
 class Tensor(NamedTuple):
