@@ -191,7 +191,7 @@ def layer_products(config: ModelConfig, positions: int) -> list[Product]:
     c, width = config, config.embed_dim
     sizes = [c.num_heads * c.head_dim] * 2 + [c.num_kv_heads * c.head_dim] * 2
     layer = [(positions, width, size) for size in sizes] + [(positions, c.mlp_dim, width)]
-    layer += [(positions, width, c.mlp_dim)] * (2 if c.mlp == "gated_silu" else 1)
+    layer += [(positions, width, c.mlp_dim)] * (2 if c.gated else 1)
     return layer * c.num_layers
 
 

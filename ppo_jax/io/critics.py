@@ -18,6 +18,7 @@ from ppo_jax.io.checkpoints import load_checkpoint_item, load_params, save_param
 from ppo_jax.io.stage_folder import (
     Model,
     compute_as,
+    config_values,
     describe_stage,
     device_put,
     find_source,
@@ -50,7 +51,7 @@ def keep_critic(
         return
     if frozen:
         save_params(folder / FROZEN, frozen)
-    kept = {"model": dataclasses.asdict(config), "frozen": bool(frozen), "trunk": trunk}
+    kept = {"model": config_values(config), "frozen": bool(frozen), "trunk": trunk}
     kept |= {"shared": True} if shared else {}
     update_stage(folder, {"critic": kept})
 

@@ -24,6 +24,7 @@ from ppo_jax.io.safetensors import (
     Files,
     NotFinite,
     find_parameters,
+    join_fused,
     matrix_shape,
     read_parameters,
 )
@@ -340,6 +341,7 @@ def params_to_hf(config: ModelConfig, family: str, params: Params) -> dict[str, 
     """
     rows = family_of(family).tensors
     tensors: dict[str, np.ndarray] = {}
+    fused: dict[str, dict[str, np.ndarray]] = {}
     for path, layer, leaf in leaves_by_layer(config, params):
         if path not in rows:
             raise ValueError(f"a {family} checkpoint has no place for the parameter {path}")
@@ -347,13 +349,14 @@ def params_to_hf(config: ModelConfig, family: str, params: Params) -> dict[str, 
         array = np.asarray(leaf)
         matrix = array.reshape(matrix_shape(path, array.shape))
         name = row.name.format(layer)
-        if row.third is not None:
-            thirds = tensors.setdefault(
-                name, np.empty((*matrix.shape[:-1], 3 * matrix.shape[-1]), matrix.dtype)
-            )
-            np.split(thirds, 3, axis=-1)[row.third][...] = matrix
-        else:
-            tensors[name] = np.ascontiguousarray(matrix.T if row.transposed else matrix)
+        if row.fusion is not None:
+            parts = fused.setdefault(name, {})
+            parts[path] = matrix
+            if len(parts) < len(row.fusion.paths):
+                continue
+            ordered = [fused[name].pop(other) for other in row.fusion.paths]
+            matrix = join_fused(row.fusion, ordered, config.head_dim)
+        tensors[name] = np.ascontiguousarray(matrix.T if row.transposed else matrix)
     return tensors
 
 

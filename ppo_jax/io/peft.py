@@ -16,8 +16,10 @@ import numpy as np
 from ppo_jax.core.types import Params
 from ppo_jax.io.base_model import save_tensors
 from ppo_jax.io.huggingface import leaves_by_layer
+from ppo_jax.io.safetensors import join_fused
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.families import family_of
+from ppo_jax.models.families.base import Fusion
 
 PREFIX = "base_model.model."
 
@@ -41,38 +43,52 @@ def write_adapter(
 def peft_tensors(config: ModelConfig, family: str, adapters: Params) -> dict[str, np.ndarray]:
     """Adapters under peft's names: lora_A.weight [r, I], lora_B.weight [O, r].
 
-    GPT-2 has query, key and value side by side in one matrix. With adapters of n of them that has
-    one of rank n r, which is exact; of query and value,
+    Some families have projections side by side in one matrix, as GPT-2 has query, key and value.
+    With adapters of n of them that has one of rank n r, which is exact; of query and value,
 
         A = [A_q; A_v],  B = [[B_q, 0], [0, 0], [0, B_v]].
     """
     rows = family_of(family).tensors
-    modules: dict[str, dict] = {}
+    modules: dict[str, tuple[Fusion | None, dict]] = {}
     for path, layer, leaf in leaves_by_layer(config, adapters):
         projection, _, name = path.rpartition(".")
         row = rows[f"{projection}.kernel"]
         rank = leaf.shape[-1 if name == "lora_a" else 0]
         matrix = np.asarray(leaf).reshape((-1, rank) if name == "lora_a" else (rank, -1)).T
         module = row.name.format(layer).removesuffix(".weight")
-        modules.setdefault(module, {}).setdefault(row.third, {})[name] = matrix
+        fusion, pairs = modules.setdefault(module, (row.fusion, {}))
+        pairs.setdefault(f"{projection}.kernel", {})[name] = matrix
     tensors = {}
-    for module, thirds in modules.items():
-        whole = thirds.get(None)
-        a, b = (whole["lora_a"], whole["lora_b"]) if whole else join_thirds(thirds)
+    for module, (fusion, pairs) in modules.items():
+        if fusion is None:
+            ((a, b),) = ((pair["lora_a"], pair["lora_b"]) for pair in pairs.values())
+        else:
+            a, b = join_adapters(config, fusion, pairs)
         tensors[f"{PREFIX}{module}.lora_A.weight"] = np.ascontiguousarray(a)
         tensors[f"{PREFIX}{module}.lora_B.weight"] = np.ascontiguousarray(b)
     return tensors
 
 
-def join_thirds(thirds: Mapping[int, Mapping[str, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """One pair for a matrix of three parts, some of which have pairs of their own."""
-    adapted = sorted(thirds)
-    a = np.concatenate([thirds[third]["lora_a"] for third in adapted])
-    size, rank = thirds[adapted[0]]["lora_b"].shape
-    b = np.zeros((3, size, len(adapted), rank), a.dtype)
-    for i, third in enumerate(adapted):
-        b[third, :, i] = thirds[third]["lora_b"]
-    return a, b.reshape(3 * size, -1)
+def join_adapters(
+    config: ModelConfig, fusion: Fusion, pairs: Mapping[str, Mapping[str, np.ndarray]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """One pair for a fused matrix, some of whose parameters have pairs of their own."""
+    adapted = [path for path in fusion.paths if path in pairs]
+    a = np.concatenate([pairs[path]["lora_a"] for path in adapted])
+    columns = []
+    for path in adapted:
+        own = pairs[path]["lora_b"].T  # [r, O]
+        zeros = (np.zeros((len(own), num_outputs(config, x)), own.dtype) for x in fusion.paths)
+        parts = [own if x == path else zero for x, zero in zip(fusion.paths, zeros, strict=True)]
+        columns.append(join_fused(fusion, parts, config.head_dim).T)
+    return a, np.concatenate(columns, axis=1)
+
+
+def num_outputs(config: ModelConfig, path: str) -> int:
+    """Of a projection that may be part of a fused matrix."""
+    heads = {"query": config.num_heads, "key": config.num_kv_heads, "value": config.num_kv_heads}
+    name = path.split(".")[-2]
+    return heads[name] * config.head_dim if name in heads else config.mlp_dim
 
 
 def adapter_config(

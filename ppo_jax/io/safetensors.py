@@ -8,7 +8,7 @@ Dimension key: D model, H heads, K head size.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ from ppo_jax.core.types import Params
 from ppo_jax.models.build import policy_network, reward_network
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.families import family_of
-from ppo_jax.models.families.base import DERIVED, Family, Tensor
+from ppo_jax.models.families.base import DERIVED, Family, Fusion, Tensor
 
 DTYPES = ("F32", "F16", "BF16")  # as the headers call them
 COMPARED_ROWS = 4096  # of a head and an embedding, at a time
@@ -45,6 +45,7 @@ class StoredParameter:
     tensors: Sequence[Any]  # unread: one a layer where `stacked`, else one alone
     shape: tuple[int, ...]  # with the leading layer axis where `stacked`
     stacked: bool
+    before: int = 0  # outputs of its tensor that are other parameters', see `Fusion`
 
     def read(self, index: Index | None = None) -> np.ndarray:
         """A slice of the parameter, or all of it, as float32; one tensor's slice is held on top.
@@ -65,19 +66,28 @@ class StoredParameter:
     def read_layer(self, layer: int, ranges: Sequence[range]) -> np.ndarray:
         """A slice of one layer's parameter as a matrix [in, out] or a vector."""
         stored = self.tensors[layer][self.stored_index(ranges)]
-        return stored.T if self.row.transposed else stored
+        matrix = stored.T if self.row.transposed else stored
+        fusion = self.row.fusion
+        if fusion is None or not fusion.by_head:
+            return matrix
+        head_dim, parts = self.shape[-1], len(fusion.paths)
+        heads = matrix.reshape(*matrix.shape[:-1], -1, parts, head_dim)
+        own = heads[..., fusion.paths.index(self.path), :]
+        return own.reshape(*matrix.shape[:-1], -1)
 
     def stored_index(self, ranges: Sequence[range]) -> Index:
-        """The rows and columns of a tensor that hold a slice of one layer's parameter."""
+        """The rows and columns of a tensor that hold a slice of one layer's parameter; of
+        parameters that are fused by head, whole heads of all of them."""
         shape = self.shape[1:] if self.stacked else self.shape
-        begin = (self.row.third or 0) * matrix_shape(self.path, shape)[-1]
-        index = []
+        fusion, index = self.row.fusion, []
         for (first, *_), (_, *inner) in zip(
             group_dims(self.path, ranges), group_dims(self.path, shape), strict=True
         ):
             size = math.prod(inner)  # of a head, where heads are flattened
             index.append(slice(first.start * size, first.stop * size))
-        index[-1] = slice(begin + index[-1].start, begin + index[-1].stop)
+        times = len(fusion.paths) if fusion and fusion.by_head else 1
+        start, stop = index[-1].start * times, index[-1].stop * times
+        index[-1] = slice(self.before + start, self.before + stop)
         return tuple(index[::-1] if self.row.transposed else index)
 
 
@@ -102,11 +112,29 @@ def matrix_shape(path: str, shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(math.prod(dims) for dims in group_dims(path, shape))
 
 
-def stored_shape(path: str, row: Tensor, shape: Sequence[int]) -> tuple[int, ...]:
-    """The shape, in the files, of the tensor of one layer's parameter."""
-    *before, last = matrix_shape(path, shape)
-    expected = (*before, last if row.third is None else 3 * last)
-    return expected[::-1] if row.transposed else expected
+def stored_shape(
+    path: str, row: Tensor, shapes: Mapping[str, Sequence[int]]
+) -> tuple[tuple[int, ...], int]:
+    """(the shape, in the files, of the tensor of one layer's parameter; how many of its outputs
+    come before the parameter's own). `shapes` are those of all parameters of a layer."""
+    *inputs, size = matrix_shape(path, shapes[path])
+    outputs, before = size, 0
+    if row.fusion is not None:
+        paths = row.fusion.paths
+        sizes = [matrix_shape(other, shapes[other])[-1] for other in paths]
+        outputs = sum(sizes)
+        before = 0 if row.fusion.by_head else sum(sizes[: paths.index(path)])
+    expected = (*inputs, outputs)
+    return expected[::-1] if row.transposed else expected, before
+
+
+def join_fused(fusion: Fusion, matrices: Sequence[np.ndarray], head_dim: int) -> np.ndarray:
+    """The matrices [..., O] of fused parameters, in order -> that of their tensor [..., all O]."""
+    if not fusion.by_head:
+        return np.concatenate(matrices, axis=-1)
+    lead = matrices[0].shape[:-1]
+    heads = [x.reshape(*lead, -1, 1, head_dim) for x in matrices]
+    return np.concatenate(heads, axis=-2).reshape(*lead, -1)
 
 
 def find_parameters(
@@ -136,19 +164,20 @@ def find_parameters(
     slices = {name: file.get_slice(key) for name, (file, key) in tensors.items()}
     own_names = {name: key for name, (_, key) in tensors.items()}  # as the files have them
     tree: Params = {}
+    of_layer = {x: shape[x.startswith("layers.") :] for x, shape in shapes.items()}
     for path, shape in shapes.items():
-        row, in_layers = rows[path], path.startswith("layers.")
-        layer_shape = shape[1:] if in_layers else shape
+        row, in_layers, layer_shape = rows[path], path.startswith("layers."), of_layer[path]
+        expected, before = stored_shape(path, row, of_layer)
         full = [row.name.format(i) for i in range(shape[0] if in_layers else 1)]
         layers, names_there = [slices[x] for x in full], [own_names[x] for x in full]
         for name, tensor in zip(names_there, layers, strict=True):
-            check_tensor(name, tensor, stored_shape(path, row, layer_shape))
+            check_tensor(name, tensor, expected)
         if in_layers and config.scan_layers:
-            stack = StoredParameter(path, names_there, row, layers, shape, stacked=True)
+            stack = StoredParameter(path, names_there, row, layers, shape, True, before)
             set_leaf(tree, path.replace("layers.", "layers.stack.", 1), stack)
             continue
         for i, (name, tensor) in enumerate(zip(names_there, layers, strict=True)):
-            leaf = StoredParameter(path, [name], row, [tensor], layer_shape, stacked=False)
+            leaf = StoredParameter(path, [name], row, [tensor], layer_shape, False, before)
             set_leaf(tree, path.replace("layers.", f"layers.{i}.", 1), leaf)
     if ties and head in slices:
         check_tied(head, rows["embed.tokens"].name, slices)

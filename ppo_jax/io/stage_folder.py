@@ -34,9 +34,10 @@ from ppo_jax.io.checkpoints import (
 )
 from ppo_jax.io.hub import model_folder
 from ppo_jax.io.run_folder import read_object, read_rows
-from ppo_jax.models.config import ModelConfig, RopeScaling, computation
+from ppo_jax.models.config import LayerKind, ModelConfig, computation
 from ppo_jax.models.lora import merge_lora, split_lora
 from ppo_jax.models.partition import Parts, stack_layers, unstack_layers
+from ppo_jax.models.rope import SCALINGS
 
 DESCRIPTION = {  # what stage.json holds
     **{"stage": "a text", "kind": "a text", "model": "an object", "frozen": "true or false"},
@@ -246,9 +247,9 @@ def describe_stage(folder: Path) -> dict | None:
     if missing := sorted(DESCRIPTION.keys() - LATER - description.keys()):
         raise ValueError(f"{path} must be as a stage writes it, but lacks {missing}")
     try:
-        build(ModelConfig, description["model"], "model.")
+        model_config(description["model"])
         if critic := description.get("critic"):
-            build(ModelConfig, critic.get("model"), "critic.model.")
+            model_config(critic.get("model"), "critic.model.")
         if description["kind"] not in ("policy", "reward"):
             raise ValueError(f"kind must be 'policy' or 'reward', got {description['kind']!r}")
     except ValueError as error:
@@ -270,7 +271,7 @@ def begin_stage(folder: Path, model: Model, parts: Parts, description: dict):
     frozen = merge_params(parts.trunk, parts.frozen)
     if frozen:
         save_params(folder / "frozen", frozen)
-    spec = {"kind": model.kind, "model": dataclasses.asdict(model.config)}
+    spec = {"kind": model.kind, "model": config_values(model.config)}
     on_primary(write_description, folder, description | spec | {"frozen": bool(frozen)})
 
 
@@ -386,11 +387,37 @@ def trained_config(description: dict) -> ModelConfig:
     return model_config(description["model"])
 
 
-def model_config(values: Mapping[str, Any]) -> ModelConfig:
-    """The config of a model from what `stage.json` keeps of it."""
-    values = dict(values)
-    scaling = values.pop("rope_scaling")
-    return ModelConfig(**values, rope_scaling=RopeScaling(**scaling) if scaling else None)
+def config_values(config: ModelConfig) -> dict[str, Any]:
+    """What `stage.json` keeps of a model's config."""
+    scaling = config.rope_scaling
+    if scaling is not None:
+        scaling = {"kind": scaling.kind, **dataclasses.asdict(scaling)}
+    return dataclasses.asdict(config) | {"rope_scaling": scaling}
+
+
+def model_config(values: Any, section: str = "model.") -> ModelConfig:
+    """The inverse of `config_values`; `section` is what comes before a field in messages.
+
+    Raises:
+        ValueError: it is none; the message names the field.
+    """
+    if not isinstance(values, dict):
+        return build(ModelConfig, values, section)  # which refuses it
+    values, parts = dict(values), {}
+    if isinstance(values.get("qk_norm"), bool):  # of before there was "whole"
+        values["qk_norm"] = "head" if values["qk_norm"] else "none"
+    if scaling := values.pop("rope_scaling", None):
+        scaling = {"kind": "llama3", **scaling}  # the only one there was
+        if (kind := scaling.pop("kind")) not in SCALINGS:
+            known = sorted(SCALINGS)
+            raise ValueError(f"{section}rope_scaling.kind must be one of {known}, got {kind!r}")
+        parts["rope_scaling"] = build(SCALINGS[kind], scaling, f"{section}rope_scaling.")
+    if kinds := values.pop("layer_kinds", None):
+        name = f"{section}layer_kinds"
+        parts["layer_kinds"] = tuple(
+            build(LayerKind, kind, f"{name}[{i}].") for i, kind in enumerate(kinds)
+        )
+    return dataclasses.replace(build(ModelConfig, values, section), **parts)
 
 
 def trained_field(description: dict) -> str:

@@ -15,9 +15,10 @@ from ppo_jax.models.build import (
     trunk_network,
     value_network,
 )
-from ppo_jax.models.config import ModelConfig, RopeScaling
+from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.lora import init_lora, merge_lora
 from ppo_jax.models.partition import split_params
+from ppo_jax.models.rope import RopeScaling
 from ppo_jax.models.transformer import Transformer
 
 __all__ = [

@@ -5,6 +5,7 @@ R = H / G queries per key, N = R S, K head size; F prompts of P positions that a
 cache.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,6 @@ import jax.numpy as jnp
 from flax import struct
 
 from ppo_jax.core.shared_prompts import SharedPrompt
-from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.long_rows import (
     FLOOR,
     LONG,
@@ -23,6 +23,8 @@ from ppo_jax.models.long_rows import (
     attend_in_blocks,
     by_group,
     by_position,
+    scaled_scores,
+    slope_of_cap,
 )
 
 CACHE_BLOCK = 128  # slots
@@ -46,11 +48,15 @@ class AttentionFn(struct.PyTreeNode):
     """One implementation of attention, with its mask in the form that it takes."""
 
     mask: Any
-    fn: Callable[..., jax.Array] = struct.field(pytree_node=False)  # (q, k, v, mask) -> output
+    fn: Callable[..., jax.Array] = struct.field(
+        pytree_node=False
+    )  # (q, k, v, mask, [cap]) -> output
+    score_cap: float = struct.field(pytree_node=False, default=0.0)  # see `scaled_scores`
 
     def __call__(self, q_BSHK, k_BGCK, v_BGCK) -> jax.Array:
         """[B, S, H, K]."""
-        return self.fn(q_BSHK, k_BGCK, v_BGCK, self.mask)
+        cap = (self.score_cap,) if self.score_cap else ()  # fused kernels have none
+        return self.fn(q_BSHK, k_BGCK, v_BGCK, self.mask, *cap)
 
     @property
     def takes_some_queries(self) -> bool:
@@ -115,26 +121,31 @@ def text_positions(mask_BL, segments_BL, shared: SharedPrompt | None = None) -> 
     return jnp.maximum(seen_BL - 1 - before_BL, 0)
 
 
-def causal_mask(mask_BL, segments_BL) -> jax.Array:
+def causal_mask(mask_BL, segments_BL, window: int = 0) -> jax.Array:
     """[B, L, L] bool: each position attends to itself and to earlier real positions, with
-    `segments` only to those of its own segment."""
+    `segments` only to those of its own segment, with a `window` only to so many places."""
     length = mask_BL.shape[1]
     causal = jnp.tril(jnp.ones((length, length), bool))
+    if window:
+        causal &= ~jnp.tril(causal, -window)
     allowed_BLL = causal[None] & mask_BL[:, None]
     if segments_BL is not None:
         allowed_BLL &= segments_BL[:, :, None] == segments_BL[:, None]
     return allowed_BLL
 
 
-def plain_attention(mask: jax.Array, segments: jax.Array | None) -> AttentionFn:
+def plain_attention(
+    mask: jax.Array, segments: jax.Array | None, window: int = 0, score_cap: float = 0.0
+) -> AttentionFn:
     """Causal attention of rows by products that any platform has; arguments as `causal_mask`."""
     if mask.shape[1] < LONG:
-        return AttentionFn(causal_mask(mask, segments), attend)
-    return AttentionFn(CausalRows(mask, segments), attend_in_blocks)
+        return AttentionFn(causal_mask(mask, segments, window), attend, score_cap)
+    return AttentionFn(CausalRows(mask, segments, window=window), attend_in_blocks, score_cap)
 
 
 def cache_mask(mask_BS, cache: KVCache):
-    """([B, S, C] bool, the slots that each new position attends to; the cache with its mask)."""
+    """([B, S, C] bool, the slots that each new position attends to; [S, C] int32, how many places
+    before it they are; the cache with its mask)."""
     length, capacity = mask_BS.shape[1], cache.mask.shape[1]
     begin = cache.index % capacity
     mask_BC = jax.lax.dynamic_update_slice_in_dim(cache.mask, mask_BS, begin, axis=1)
@@ -142,7 +153,8 @@ def cache_mask(mask_BS, cache: KVCache):
     order_C = (jnp.arange(capacity, dtype=jnp.int32) - begin) % capacity
     new_S = jnp.arange(length, dtype=jnp.int32)
     causal_SC = (order_C[None] <= new_S[:, None]) | (order_C[None] >= length)
-    return causal_SC[None] & mask_BC[:, None], cache.replace(mask=mask_BC)
+    age_SC = (new_S[:, None] - order_C[None]) % capacity
+    return causal_SC[None] & mask_BC[:, None], age_SC, cache.replace(mask=mask_BC)
 
 
 def update_cache(cache, new_BGSK, slot, layer):
@@ -201,57 +213,22 @@ def map_cache_rows(function: Callable[[jax.Array], jax.Array], cache: KVCache) -
     return cache.replace(layers=layers, mask=function(cache.mask))
 
 
-def rotary_frequencies(config: ModelConfig) -> list[float]:
-    """Radians per position of each rotated pair, [K / 2], with the scaling of Llama 3."""
-    base = [config.rope_theta ** (-i / config.head_dim) for i in range(0, config.head_dim, 2)]
-    if config.rope_scaling is None:
-        return base
-    s = config.rope_scaling
-
-    def scaled(frequency):
-        rotations = s.original_max_length * frequency / (2 * math.pi)
-        ramp = (rotations - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
-        keep = min(max(ramp, 0.0), 1.0)
-        return keep * frequency + (1 - keep) * frequency / s.factor
-
-    return [scaled(frequency) for frequency in base]
-
-
-def rotary_angles(positions_BL: jax.Array, config: ModelConfig) -> jax.Array:
-    """[B, L, 2, K / 2] float32: cosine and sine of each rotated pair, the same in every layer.
-
-    The barrier keeps XLA from computing them again for each head of each layer, inside of what
-    reads them: a CPU then spends ten times as long on a rotation.
-    """
-    frequencies = jnp.asarray(rotary_frequencies(config), jnp.float32)
-    angles = positions_BL[:, :, None] * frequencies[None, None, :]
-    return jax.lax.optimization_barrier(jnp.stack([jnp.cos(angles), jnp.sin(angles)], axis=2))
-
-
-def rotate(x_BLHK: jax.Array, angles_BL2K: jax.Array) -> jax.Array:
-    """Rotary position embedding by `rotary_angles`, in the half-split layout of Hugging Face."""
-    cos, sin = angles_BL2K[:, :, None, 0], angles_BL2K[:, :, None, 1]
-    a, b = jnp.split(x_BLHK.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BLHK.dtype)
-
-
-@jax.custom_vjp
-def attend(q_BSHK, k_BGCK, v_BGCK, allowed_BSC) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def attend(q_BSHK, k_BGCK, v_BGCK, allowed_BSC, score_cap=0.0) -> jax.Array:
     """Softmax attention in float32, [B, S, H, K], grouped queries without repeating keys.
 
     With p = softmax(q k' / √K) and o = p v, the gradient of the scores is p (do v' - Σ_K do o): the
-    sum that a softmax needs is one over K numbers of the output, not over C. Reverse mode only:
-    `jax.jvp` is refused.
+    sum that a softmax needs is one over K numbers of the output, not over C. Scores may
+    have a cap, see `scaled_scores`. Reverse mode only: `jax.jvp` is refused.
     """
-    return _attend_forward(q_BSHK, k_BGCK, v_BGCK, allowed_BSC)[0]
+    return _attend_forward(q_BSHK, k_BGCK, v_BGCK, allowed_BSC, score_cap)[0]
 
 
-def _attend_forward(q_BSHK, k_BGCK, v_BGCK, allowed_BSC):
-    B, S, H, K = q_BSHK.shape
+def _attend_forward(q_BSHK, k_BGCK, v_BGCK, allowed_BSC, score_cap):
+    B, S, H, _ = q_BSHK.shape
     G, C = k_BGCK.shape[1:3]
     q_BGNK = by_group(q_BSHK, G)
-    scores_BGNC = jnp.einsum("BGNK,BGCK->BGNC", q_BGNK, k_BGCK, preferred_element_type=jnp.float32)
-    scores_BGRSC = scores_BGNC.reshape(B, G, H // G, S, C) / math.sqrt(K)
+    scores_BGRSC = scaled_scores(q_BGNK, k_BGCK, score_cap).reshape(B, G, H // G, S, C)
     scores_BGRSC = jnp.where(allowed_BSC[:, None, None], scores_BGRSC, FLOOR)
     probs_BGNC = jax.nn.softmax(scores_BGRSC, axis=-1).astype(v_BGCK.dtype).reshape(B, G, -1, C)
     output_BGNK = jnp.einsum("BGNC,BGCK->BGNK", probs_BGNC, v_BGCK)
@@ -259,7 +236,7 @@ def _attend_forward(q_BSHK, k_BGCK, v_BGCK, allowed_BSC):
     return by_position(output_BGNK, S), saved
 
 
-def _attend_backward(saved, g_BSHK):
+def _attend_backward(score_cap, saved, g_BSHK):
     q_BGNK, k_BGCK, v_BGCK, allowed_BSC, probs_BGNC, output_BGNK = saved
     B, G, N, C = probs_BGNC.shape
     S, K = g_BSHK.shape[1], g_BSHK.shape[3]
@@ -267,6 +244,8 @@ def _attend_backward(saved, g_BSHK):
     mean_BGN = jnp.sum(g_BGNK.astype(jnp.float32) * output_BGNK.astype(jnp.float32), axis=-1)
     of_probs = jnp.einsum("BGNK,BGCK->BGNC", g_BGNK, v_BGCK, preferred_element_type=jnp.float32)
     of_scores = probs_BGNC.astype(jnp.float32) * (of_probs - mean_BGN[..., None]) / math.sqrt(K)
+    if score_cap:
+        of_scores *= slope_of_cap(scaled_scores(q_BGNK, k_BGCK, score_cap), score_cap)
     # A query without any key gives an average, whatever its scores are.
     of_scores = jnp.where(allowed_BSC[:, None, None], of_scores.reshape(B, G, N // S, S, C), 0.0)
     of_scores = of_scores.astype(q_BGNK.dtype).reshape(B, G, N, C)
@@ -279,7 +258,7 @@ def _attend_backward(saved, g_BSHK):
 attend.defvjp(_attend_forward, _attend_backward)
 
 
-def attend_cached(q_BSHK, k_BGCK, v_BGCK, mask) -> jax.Array:
+def attend_cached(q_BSHK, k_BGCK, v_BGCK, mask, score_cap=0.0) -> jax.Array:
     """`attend` over a cache; `mask` is (allowed [B, S, C], the number of filled slots, the first).
 
     Accelerators read only blocks with filled slots: decoding is bound by memory bandwidth, and
@@ -287,25 +266,28 @@ def attend_cached(q_BSHK, k_BGCK, v_BGCK, mask) -> jax.Array:
     """
     args = q_BSHK, k_BGCK, v_BGCK, *mask
     return jax.lax.platform_dependent(
-        *args, cpu=lambda *args: attend_any(*args[:-1]), default=attend_blocks
+        *args,
+        cpu=lambda *args: attend_any(*args[:-1], score_cap),
+        default=functools.partial(attend_blocks, score_cap=score_cap),
     )
 
 
-def attend_any(q_BSHK, k_BGCK, v_BGCK, allowed_BSC) -> jax.Array:
+def attend_any(q_BSHK, k_BGCK, v_BGCK, allowed_BSC, score_cap) -> jax.Array:
     """`attend`, many queries block by block."""
     if q_BSHK.shape[1] < LONG:
-        return attend(q_BSHK, k_BGCK, v_BGCK, allowed_BSC)
-    return attend_in_blocks(q_BSHK, k_BGCK, v_BGCK, GivenPairs(allowed_BSC))
+        return attend(q_BSHK, k_BGCK, v_BGCK, allowed_BSC, score_cap)
+    return attend_in_blocks(q_BSHK, k_BGCK, v_BGCK, GivenPairs(allowed_BSC), score_cap)
 
 
-def attend_blocks(q_BSHK, k_BGCK, v_BGCK, allowed_BSC, filled) -> jax.Array:
+def attend_blocks(q_BSHK, k_BGCK, v_BGCK, allowed_BSC, filled, *, score_cap) -> jax.Array:
     """`attend` over the fewest whole blocks of slots that hold the first `filled`."""
     capacity = k_BGCK.shape[2]
     block = CACHE_BLOCK * -(-capacity // (CACHE_BLOCK * MAX_CACHE_BLOCKS))
 
     def upto(end):
         def attend_some(q, k, v, allowed):
-            return attend_any(q, k[:, :, :end], v[:, :, :end], allowed[:, :, :end])
+            keys = k[:, :, :end], v[:, :, :end]
+            return attend_any(q, *keys, allowed[:, :, :end], score_cap)
 
         return attend_some
 

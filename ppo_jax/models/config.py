@@ -6,30 +6,48 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from ppo_jax.models.rope import Scaling
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RopeScaling:
-    """The frequency scaling of Llama 3: long wavelengths are stretched by `factor`."""
+class LayerKind:
+    """What the layers of one model may differ in; by default nothing."""
 
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_length: int
+    window: int = 0  # positions that a query attends to, its own included; 0 is all before it
+    rotary: bool = True  # False: without positions, in a model with rotary ones
+    rope_theta: float = 0.0  # of these layers, then without scaling; 0 is the model's, with it
 
     def __post_init__(self):
-        for field, value in vars(self).items():
-            if not 0 < value < math.inf:
-                raise ValueError(f"model.rope_scaling.{field} must be > 0, got {value!r}")
-        if self.low_freq_factor == self.high_freq_factor:
-            raise ValueError(
-                "model.rope_scaling.high_freq_factor must differ from low_freq_factor, got "
-                f"{self.high_freq_factor!r} for both"
-            )
+        if type(self.window) is not int or self.window < 0:
+            raise ValueError(f"model.layer_kinds: window must be an int >= 0, got {self.window!r}")
+        if not 0 <= self.rope_theta < math.inf:
+            raise ValueError(f"model.layer_kinds: rope_theta must be >= 0, got {self.rope_theta!r}")
+
+
+PLAIN_LAYER = LayerKind()
+
+# Where a layer has norms: (before attention and MLP, after them).
+NORMS = {
+    "pre": (True, False),
+    "post": (False, True),
+    "both": (True, True),
+    "parallel": (True, False),
+}
+CHOICES = {
+    "positions": ("rotary", "learned"),
+    "norm": ("rmsnorm", "rmsnorm_plus_one", "layernorm"),
+    "qk_norm": ("none", "head", "whole"),
+    "residual": tuple(NORMS),
+    "mlp": ("gated_silu", "gated_gelu", "gelu", "gelu_erf"),
+    "dtype": ("float32", "bfloat16", "float16"),
+    "remat": ("none", "dots", "full"),
+    "attention": ("auto", "plain"),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """What sets the shape of a Transformer: GPT-2, Llama, Qwen2 and Qwen3 are values of it."""
+    """What sets the shape of a Transformer: each model family is values of it."""
 
     vocab_size: int
     num_layers: int
@@ -41,15 +59,27 @@ class ModelConfig:
     max_length: int  # positions, prompt and response together
     positions: str = "rotary"  # or "learned"
     rope_theta: float = 10_000.0
-    rope_scaling: RopeScaling | None = None
-    norm: str = "rmsnorm"  # or "layernorm"
+    rope_scaling: Scaling | None = None  # see `rope`
+    rotary_dim: int = 0  # numbers of a head that are rotated, its first ones; 0 is all
+    norm: str = "rmsnorm"  # or "rmsnorm_plus_one" (scale 1 + w), "layernorm"
     norm_eps: float = 1e-5
-    mlp: str = "gated_silu"  # or "gelu" (tanh form)
+    qk_norm: str = "none"  # of queries and keys: or of each "head", or of all heads as one, "whole"
+    residual: str = (
+        "pre"  # norms before attention and MLP, or "post", "both", "parallel" (x + both)
+    )
+    mlp: str = "gated_silu"  # or "gated_gelu", "gelu" (tanh form), "gelu_erf"
     qkv_bias: bool = False
     attention_output_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False
     tie_embeddings: bool = True
+    # Factors: of token embeddings, of what attention and MLP add, of scores (0: 1 / √K).
+    embed_scale: float = 1.0
+    residual_scale: float = 1.0
+    score_scale: float = 0.0
+    logits_divisor: float = 1.0
+    score_cap: float = 0.0  # scores become cap · tanh(score / cap); 0 is without
+    logits_cap: float = 0.0  # logits alike
+    layer_kinds: tuple[LayerKind, ...] = ()  # of each layer; () is `LayerKind()` for all
     scan_layers: bool = False  # True compiles faster; False runs faster on CPUs
     dtype: str = "float32"  # of activations; parameters are always float32
     remat: str = "none"  # what the backward pass recomputes: or "dots", "full"
@@ -58,35 +88,73 @@ class ModelConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "dtype", dtype_name(self.dtype))
-        choices = {
-            "positions": ("rotary", "learned"),
-            "norm": ("rmsnorm", "layernorm"),
-            "mlp": ("gated_silu", "gelu"),
-            "dtype": ("float32", "bfloat16", "float16"),
-            "remat": ("none", "dots", "full"),
-            "attention": ("auto", "plain"),
-        }
-        for field, allowed in choices.items():
+        for field, allowed in CHOICES.items():
             if getattr(self, field) not in allowed:
                 raise ValueError(
                     f"model.{field} must be one of {list(allowed)}, got {getattr(self, field)!r}"
                 )
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type in (int, "int") and (type(value) is not int or value < 1):
+            value, least = getattr(self, field.name), int(field.name != "rotary_dim")
+            if field.type in (int, "int") and (type(value) is not int or value < least):
                 raise ValueError(f"model.{field.name} must be a positive integer, got {value!r}")
-        for name in ("norm_eps", "rope_theta"):
+        for name in ("norm_eps", "rope_theta", "embed_scale", "residual_scale", "logits_divisor"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"model.{name} must be > 0, got {getattr(self, name)!r}")
-        if not 0 <= self.lora_alpha < math.inf:
-            raise ValueError(f"model.lora_alpha must be >= 0, got {self.lora_alpha}")
+        for name in ("lora_alpha", "score_scale", "score_cap", "logits_cap"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"model.{name} must be >= 0, got {getattr(self, name)}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"model.num_heads ({self.num_heads}) must be a multiple of "
                 f"model.num_kv_heads ({self.num_kv_heads})"
             )
-        if self.positions == "rotary" and self.head_dim % 2:
+        self.check_rotary()
+        self.check_layers()
+
+    def check_rotary(self):
+        if self.positions != "rotary":
+            return
+        if self.head_dim % 2 and not self.rotary_dim:
             raise ValueError(f"model.head_dim must be even for rotary, got {self.head_dim}")
+        if self.rotary_dim % 2 or self.rotary_dim > self.head_dim:
+            raise ValueError(
+                f"model.rotary_dim must be even and at most head_dim ({self.head_dim}), got "
+                f"{self.rotary_dim}"
+            )
+        for name in ("short_factor", "long_factor"):
+            factors = getattr(self.rope_scaling, name, None)
+            if factors is not None and len(factors) != self.num_rotated // 2:
+                raise ValueError(
+                    f"model.rope_scaling.{name} must have {self.num_rotated // 2} numbers, one for "
+                    f"each rotated pair of a head, got {len(factors)}"
+                )
+
+    def check_layers(self):
+        kinds = self.layer_kinds[: self.num_layers]  # of a model that was cut down to some layers
+        if kinds and len(kinds) != self.num_layers:
+            raise ValueError(
+                f"model.layer_kinds must have one for each of {self.num_layers} layers, got "
+                f"{len(kinds)}"
+            )
+        object.__setattr__(self, "layer_kinds", () if set(kinds) <= {PLAIN_LAYER} else kinds)
+
+    @property
+    def num_rotated(self) -> int:
+        """Of the numbers of a head."""
+        return self.rotary_dim or self.head_dim
+
+    @property
+    def gated(self) -> bool:
+        """Whether the MLP has a gate."""
+        return self.mlp.startswith("gated")
+
+    def kind_of(self, layer: int) -> LayerKind:
+        return self.layer_kinds[layer] if self.layer_kinds else PLAIN_LAYER
+
+    @property
+    def kinds(self) -> tuple[LayerKind, ...]:
+        """Those that differ, in the order of their first layers."""
+        return tuple(dict.fromkeys(self.layer_kinds)) or (PLAIN_LAYER,)
 
 
 def dtype_name(dtype: Any) -> Any:

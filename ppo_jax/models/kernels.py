@@ -28,13 +28,19 @@ QUERIES = ("batch", None, "heads", None)
 KEYS = ("batch", "heads", None, None)
 
 
-def kernel_of(config: ModelConfig, platform: str | None, length: int, packed: bool = False) -> str:
+def kernel_of(
+    config: ModelConfig,
+    platform: str | None,
+    length: int,
+    packed: bool = False,
+    window: int = 0,
+) -> str:
     """The kernel for rows of `length`: "splash" (Pallas, TPUs), "cudnn" (GPUs) or "plain".
 
     The fused kernel of the platform, unless `config.attention` is "plain" or the kernel does not
     support such rows. `platform` is None without a mesh; `packed` rows hold several texts.
     """
-    if config.attention == "plain":
+    if config.attention == "plain" or config.score_cap or 0 < window < length:
         return "plain"
     if platform == "tpu" and splash_supports(config, length):
         return "splash"
@@ -49,23 +55,26 @@ def make_attention(
     mask: jax.Array,
     segments: jax.Array | None,
     shared: SharedPrompt | None = None,
+    *,
+    window: int = 0,
 ) -> AttentionFn | SharedPromptAttention:
     """The attention of every layer in a call without a cache.
 
     `mask` is [B, L] bool, True on real positions; `segments` is [B, L] int32 or None, `shared` the
-    shape of joined rows, see `core.network.Network`.
+    shape of joined rows, see `core.network.Network`. With a `window` a position attends to so many
+    places, its own included.
     """
     if shared is not None:
-        apart = make_attention(config, constrain, shared.split(mask), None)
-        return share_prompts(apart, mask, shared)
-    match kernel_of(config, constrain.platform, mask.shape[1], segments is not None):
+        apart = make_attention(config, constrain, shared.split(mask), None, window=window)
+        return share_prompts(apart, mask, shared, window)
+    match kernel_of(config, constrain.platform, mask.shape[1], segments is not None, window):
         case "splash":
             segments = jnp.where(mask, 1 if segments is None else segments, 0)
             return AttentionFn(segments, functools.partial(splash_attention, constrain=constrain))
         case "cudnn":
             fn = functools.partial(cudnn_attention, constrain=constrain)
             return AttentionFn(left_align(mask), fn)
-    return plain_attention(mask, segments)
+    return plain_attention(mask, segments, window, config.score_cap)
 
 
 def shard_kernel(constrain, kernel, q_BLHK, k_BGLK, v_BGLK, *masks):

@@ -24,22 +24,23 @@ from ppo_jax.models.lora import lora_scale
 
 
 class Norm(nn.Module):
-    """LayerNorm or RMSNorm, computed in float32."""
+    """LayerNorm or RMSNorm over the last axis, computed in float32."""
 
     config: ModelConfig
 
     @nn.compact
     def __call__(self, x):
-        size = x.shape[-1]
-        scale = self.param("scale", nn.initializers.ones, (size,))
+        c, shape = self.config, (1,) * (x.ndim - 1) + x.shape[-1:]
+        from_one = c.norm == "rmsnorm_plus_one"  # the parameter is what is added to 1
+        init = nn.initializers.zeros if from_one else nn.initializers.ones
+        scale = self.param("scale", init, x.shape[-1:]).reshape(shape)
         y = x.astype(jnp.float32)
-        if self.config.norm == "layernorm":
+        if c.norm == "layernorm":
             y = y - y.mean(-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.config.norm_eps)
-        y = y * scale.reshape((1,) * (x.ndim - 1) + (size,))
-        if self.config.norm == "layernorm":
-            bias = self.param("bias", nn.initializers.zeros, (size,))
-            y = y + bias.reshape((1,) * (x.ndim - 1) + (size,))
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + c.norm_eps)
+        y = y * (1 + scale if from_one else scale)
+        if c.norm == "layernorm":
+            y = y + self.param("bias", nn.initializers.zeros, x.shape[-1:]).reshape(shape)
         return y.astype(x.dtype)
 
 
@@ -97,6 +98,8 @@ class Embedding(nn.Module):
 
     def __call__(self, tokens_BS, positions_BS):
         x = self.table("tokens")[tokens_BS]
+        if self.config.embed_scale != 1:
+            x = x * jnp.asarray(self.config.embed_scale, x.dtype)
         if self.config.positions == "learned":
             x = x + self.table("positions")[positions_BS]
         return self.constrain(x, HIDDEN)

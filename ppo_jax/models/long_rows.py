@@ -25,12 +25,14 @@ FLOOR = float(jnp.finfo(jnp.float32).min)
 
 class CausalRows(struct.PyTreeNode):
     """Queries attend to themselves and to earlier real positions of their row, with `segments` to
-    those of their own segment. They are those from `first` on, or at `positions`."""
+    those of their own segment, with a `window` to so many places, their own included. They are
+    those from `first` on, or at `positions`."""
 
     mask: jax.Array  # [B, C] bool
     segments: jax.Array | None = None  # [B, C] int
     positions: jax.Array | None = None  # [B, S] int
     first: int | None = struct.field(pytree_node=False, default=0)  # None: at any positions
+    window: int = struct.field(pytree_node=False, default=0)
 
     def of_queries(self, num_queries: int) -> tuple[jax.Array, ...]:
         """(slots [B, S], with segments also these [B, S])."""
@@ -47,6 +49,8 @@ class CausalRows(struct.PyTreeNode):
         slots_Bb, *segments_Bb = of_block
         keys_11E = jnp.arange(num_keys, dtype=jnp.int32)[None, None]
         allowed_BbE = (keys_11E <= slots_Bb[:, :, None]) & self.mask[:, None, :num_keys]
+        if self.window:
+            allowed_BbE &= keys_11E > slots_Bb[:, :, None] - self.window
         for own_Bb in segments_Bb:
             allowed_BbE &= own_Bb[:, :, None] == self.segments[:, None, :num_keys]
         return allowed_BbE
@@ -93,8 +97,10 @@ def num_pairs(num_queries: int, first: int | None, num_keys: int, *, in_loops: b
     return sum(count * size * keys for count, keys in counts if count > 1 or not in_loops)
 
 
-@jax.custom_vjp
-def attend_in_blocks(q_BSHK, k_BGCK, v_BGCK, pairs: CausalRows | GivenPairs) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def attend_in_blocks(
+    q_BSHK, k_BGCK, v_BGCK, pairs: CausalRows | GivenPairs, score_cap: float = 0.0
+) -> jax.Array:
     """`attention.attend`, [B, S, H, K], a block of queries at a time.
 
     The forward pass keeps outputs and normalizers, and the backward pass computes the probabilities
@@ -102,12 +108,12 @@ def attend_in_blocks(q_BSHK, k_BGCK, v_BGCK, pairs: CausalRows | GivenPairs) -> 
     keeps. The output of a query that attends to nothing is 0.
     Reverse mode only: `jax.jvp` is refused.
     """
-    return _forward(q_BSHK, k_BGCK, v_BGCK, pairs)[0]
+    return _forward(q_BSHK, k_BGCK, v_BGCK, pairs, score_cap)[0]
 
 
-def _forward(q_BSHK, k_BGCK, v_BGCK, pairs):
+def _forward(q_BSHK, k_BGCK, v_BGCK, pairs, score_cap):
     S = q_BSHK.shape[1]
-    scores_of = _scores_of(q_BSHK, k_BGCK, pairs)
+    scores_of = _scores_of(q_BSHK, k_BGCK, pairs, score_cap)
 
     def attend_block(keys, _, block):
         q_BGNK, of_block = block
@@ -134,10 +140,10 @@ def _forward(q_BSHK, k_BGCK, v_BGCK, pairs):
     return output_BSHK, (q_BSHK, k_BGCK, v_BGCK, pairs, output_BSHK, normalizer_nBGN)
 
 
-def _backward(saved, g_BSHK):
+def _backward(score_cap, saved, g_BSHK):
     q_BSHK, k_BGCK, v_BGCK, pairs, output_BSHK, normalizer_nBGN = saved
     S, K = q_BSHK.shape[1], q_BSHK.shape[3]
-    scores_of = _scores_of(q_BSHK, k_BGCK, pairs)
+    scores_of = _scores_of(q_BSHK, k_BGCK, pairs, score_cap)
     dtype = q_BSHK.dtype
     mean_BSH1 = _wide(g_BSHK * _wide(output_BSHK)).sum(axis=-1, keepdims=True)
 
@@ -148,6 +154,8 @@ def _backward(saved, g_BSHK):
         probs_BGNE = jnp.exp(scores_BGNE - normalizer_BGN[..., None])
         of_probs_BGNE = _product("BGNK,BGEK->BGNE", g_BGNK, v_BGEK)
         of_scores_BGNE = probs_BGNE * (of_probs_BGNE - mean_BGN1) / math.sqrt(K)
+        if score_cap:  # a score that is masked has p = 0
+            of_scores_BGNE *= slope_of_cap(jnp.maximum(scores_BGNE, -score_cap), score_cap)
         of_scores_BGNE = of_scores_BGNE.astype(dtype)
         of_q_BGNK = _product("BGNE,BGEK->BGNK", of_scores_BGNE, k_BGEK)
         of_k_BGEK = _product("BGNE,BGNK->BGEK", of_scores_BGNE, q_BGNK)
@@ -171,14 +179,24 @@ def _backward(saved, g_BSHK):
 attend_in_blocks.defvjp(_forward, _backward)
 
 
-def _scores_of(q_BSHK, k_BGCK, pairs):
+def scaled_scores(q_BGNK, k_BGCK, score_cap):
+    """q k' / √K in float32, [B, G, N, C]; with a cap c, c tanh(score / c)."""
+    scores_BGNC = _product("BGNK,BGCK->BGNC", q_BGNK, k_BGCK) / math.sqrt(q_BGNK.shape[-1])
+    return score_cap * jnp.tanh(scores_BGNC / score_cap) if score_cap else scores_BGNC
+
+
+def slope_of_cap(scores, score_cap):
+    """The derivative of a score with a cap by the one without: 1 - (score / c)^2."""
+    return 1 - jnp.square(scores / score_cap)
+
+
+def _scores_of(q_BSHK, k_BGCK, pairs, score_cap):
     """A function of a block of queries, keys and what `pairs` says of the queries: [B, G, N, E]
     float32, `FLOOR` where a query does not attend to a key."""
-    K, groups = q_BSHK.shape[3], k_BGCK.shape[1]
-    repeats = q_BSHK.shape[2] // groups
+    repeats = q_BSHK.shape[2] // k_BGCK.shape[1]
 
     def scores_of(q_BGNK, k_BGEK, of_block):
-        scores_BGNE = _product("BGNK,BGEK->BGNE", q_BGNK, k_BGEK) / math.sqrt(K)
+        scores_BGNE = scaled_scores(q_BGNK, k_BGEK, score_cap)
         allowed_BbE = pairs.allowed(of_block, k_BGEK.shape[2])
         B, G, N, E = scores_BGNE.shape
         scores_BGRbE = scores_BGNE.reshape(B, G, repeats, N // repeats, E)

@@ -31,7 +31,7 @@ def check_targets(config: ModelConfig, targets: Sequence[str], field: str = "tar
     Raises:
         ValueError: it names `field`, the first such target, and the projections.
     """
-    known = [name for name in TARGETS if name != "gate" or config.mlp == "gated_silu"]
+    known = [name for name in TARGETS if name != "gate" or config.gated]
     for target in targets:
         if target not in known:
             raise ValueError(f"{field} must be among {known} for this model, got {target!r}")

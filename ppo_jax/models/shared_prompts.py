@@ -16,7 +16,7 @@ from ppo_jax.models.attention import AttentionFn, Outputs, plain_attention
 
 
 def share_prompts(
-    apart: AttentionFn, mask_GW: jax.Array, shared: SharedPrompt
+    apart: AttentionFn, mask_GW: jax.Array, shared: SharedPrompt, window: int = 0
 ) -> "AttentionFn | SharedPromptAttention":
     """The attention of joined rows by that of the rows apart.
 
@@ -25,7 +25,7 @@ def share_prompts(
     """
     if not apart.takes_some_queries:
         return apart.replace(fn=functools.partial(attend_apart, fn=apart.fn, shared=shared))
-    of_prompts = plain_attention(mask_GW[:, : shared.length], None)
+    of_prompts = plain_attention(mask_GW[:, : shared.length], None, window, apart.score_cap)
     return SharedPromptAttention(of_prompts, apart, shared)
 
 
@@ -57,20 +57,20 @@ class SharedPromptAttention(struct.PyTreeNode):
 
 
 def attend_rows(
-    q_NTHK, k_GJWK, v_GJWK, mask: Any, *, fn: Callable[..., jax.Array], shared: SharedPrompt
+    q_NTHK, k_GJWK, v_GJWK, mask: Any, *cap, fn: Callable[..., jax.Array], shared: SharedPrompt
 ) -> jax.Array:
     """[N, T, H, K], queries of rows apart over the keys of joined rows: one softmax over those of
     the prompt, of which each has a copy, and its own."""
     keys = (split_keys(x, shared) for x in (k_GJWK, v_GJWK))
-    return fn(q_NTHK, *keys, mask)
+    return fn(q_NTHK, *keys, mask, *cap)
 
 
 def attend_apart(
-    q_GWHK, k_GJWK, v_GJWK, mask: Any, *, fn: Callable[..., jax.Array], shared: SharedPrompt
+    q_GWHK, k_GJWK, v_GJWK, mask: Any, *cap, fn: Callable[..., jax.Array], shared: SharedPrompt
 ) -> jax.Array:
     """[G, W, H, K] by a function of rows apart."""
     keys = (split_keys(x, shared) for x in (k_GJWK, v_GJWK))
-    return shared.join(fn(shared.split(q_GWHK), *keys, mask))
+    return shared.join(fn(shared.split(q_GWHK), *keys, mask, *cap))
 
 
 def split_keys(x_GJWK: jax.Array, shared: SharedPrompt) -> jax.Array:

@@ -16,20 +16,12 @@ import jax
 import jax.numpy as jnp
 
 from ppo_jax.core import cpu
-from ppo_jax.models.attention import (
-    AttentionFn,
-    Outputs,
-    attend_cached,
-    cache_mask,
-    rotary_angles,
-    rotate,
-    text_positions,
-    update_cache,
-)
+from ppo_jax.models.attention import Outputs, update_cache
 from ppo_jax.models.axes import HIDDEN, ShardingConstraint, unconstrained
-from ppo_jax.models.config import ModelConfig
-from ppo_jax.models.kernels import make_attention
+from ppo_jax.models.config import NORMS, ModelConfig
 from ppo_jax.models.layers import Embedding, Head, Norm, Projection
+from ppo_jax.models.rope import rotate
+from ppo_jax.models.views import View, cache_views, choose_view, row_views
 
 # What is saved for the backward pass: products with parameters, or only a layer's input.
 REMAT = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
@@ -39,27 +31,25 @@ ALL = Outputs()
 
 
 class Attention(nn.Module):
-    """Causal self-attention of some positions, `outputs`, over all of them and those in a cache.
-
-    `angles` are `rotary_angles`, None without rotary positions.
-    """
+    """Causal self-attention of some positions, `outputs`, over all of them and those in a cache."""
 
     config: ModelConfig
     constrain: ShardingConstraint = unconstrained
 
     @nn.compact
-    def __call__(self, x_BSD, angles, attention_fn, cache, layer, next_slot, outputs):
-        c = self.config
+    def __call__(self, x_BSD, view: View, cache, layer, next_slot, outputs):
+        c, attention_fn = self.config, view.attention_fn
         project = functools.partial(Projection, constrain=self.constrain, lora_alpha=c.lora_alpha)
         queries = outputs if attention_fn.takes_some_queries else ALL
         q = project((c.num_heads, c.head_dim), c.qkv_bias, name="query")(queries.take(x_BSD))
         k = project((c.num_kv_heads, c.head_dim), c.qkv_bias, name="key")(x_BSD)
         v = project((c.num_kv_heads, c.head_dim), c.qkv_bias, name="value")(x_BSD)
-        if c.qk_norm:
-            q = Norm(c, name="query_norm")(q)
-            k = Norm(c, name="key_norm")(k)
-        if angles is not None:
-            q, k = rotate(q, queries.take(angles)), rotate(k, angles)
+        if c.qk_norm != "none":
+            q, k = self.normed(q, "query_norm"), self.normed(k, "key_norm")
+        if view.angles is not None:
+            q, k = rotate(q, queries.take(view.angles)), rotate(k, view.angles)
+        if c.score_scale:
+            q = q * jnp.asarray(c.score_scale * math.sqrt(c.head_dim), q.dtype)
         k, v = (x.swapaxes(1, 2) for x in (k, v))
         if cache is not None:
             cache, (k, v) = update_cache(cache, (k, v), next_slot, layer)
@@ -73,9 +63,23 @@ class Attention(nn.Module):
         attended = attention_fn.of(queries)(q, k, v)
         return output(attended if queries is outputs else outputs.take(attended)), cache
 
+    def normed(self, x_BSHK, name):
+        norm = Norm(self.config, name=name)
+        if self.config.qk_norm == "head":
+            return norm(x_BSHK)
+        return norm(x_BSHK.reshape(*x_BSHK.shape[:2], -1)).reshape(x_BSHK.shape)
+
+
+ACTIVATIONS = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu_erf": functools.partial(jax.nn.gelu, approximate=False),
+    "gated_gelu": functools.partial(jax.nn.gelu, approximate=True),
+    "gated_silu": jax.nn.silu,
+}
+
 
 class MLP(nn.Module):
-    """gelu(up) or silu(gate) * up, then down."""
+    """activation(up), or activation(gate) * up, then down."""
 
     config: ModelConfig
     constrain: ShardingConstraint = unconstrained
@@ -84,38 +88,61 @@ class MLP(nn.Module):
     def __call__(self, x_BSD):
         c = self.config
         project = functools.partial(Projection, constrain=self.constrain, lora_alpha=c.lora_alpha)
-        hidden = project((c.mlp_dim,), c.mlp_bias, name="up")(x_BSD)
-        if c.mlp == "gelu":
-            hidden = jax.nn.gelu(hidden, approximate=True)
-        else:
+        up = project((c.mlp_dim,), c.mlp_bias, name="up")(x_BSD)
+        if c.gated:
             gate = project((c.mlp_dim,), c.mlp_bias, name="gate")(x_BSD)
-            hidden = jax.nn.silu(gate) * hidden
+            hidden = ACTIVATIONS[c.mlp](gate) * up
+        else:
+            hidden = ACTIVATIONS[c.mlp](up)
         std = 0.02 / math.sqrt(2 * c.num_layers)
         return project((c.embed_dim,), c.mlp_bias, std=std, name="down")(hidden)
 
 
 class Block(nn.Module):
-    """One pre-norm layer, whose result is that at `outputs` alone. The order of arguments and
-    results is that of `nn.scan`.
+    """One layer, whose result is that at `outputs` alone. The order of arguments and results is
+    that of `nn.scan`.
+
+    Attention and MLP read their input with or without a norm, and what they add may have one, see
+    `config.NORMS`; in parallel both read the input of the layer.
 
     `cache` is the layer's own, or that of all layers when they are scanned: then `layer` is its
     index, and every layer writes into the one array. Scanned over as an input and an output, it
-    would be copied whole for each token.
+    would be copied whole for each token. `kind` is which of the `views` the layer has, an array
+    where layers are scanned.
     """
 
     config: ModelConfig
     constrain: ShardingConstraint = unconstrained
 
     @nn.compact
-    def __call__(self, carry, layer, angles, attention_fn, next_slot, outputs=ALL):
+    def __call__(self, carry, layer, kind, views, next_slot, outputs=ALL):
         c, constrain, (x_BSD, cache) = self.config, self.constrain, carry
-        normed = Norm(c, name="attention_norm")(x_BSD)
-        output, cache = Attention(c, constrain, name="attention")(
-            normed, angles, attention_fn, cache, layer, next_slot, outputs
+        attention = Attention(c, constrain, name="attention")
+        mlp, view = MLP(c, constrain, name="mlp"), choose_view(views, kind)
+        added, cache = attention(
+            self.before("attention", x_BSD), view, cache, layer, next_slot, outputs
         )
-        x_BSD = outputs.take(x_BSD) + output
-        x_BSD = x_BSD + MLP(c, constrain, name="mlp")(Norm(c, name="mlp_norm")(x_BSD))
+        x_BSD = outputs.take(x_BSD)
+        if c.residual == "parallel":
+            added = added + mlp(self.before("mlp", x_BSD))
+            x_BSD = x_BSD + self.scaled(added)
+        else:
+            x_BSD = x_BSD + self.scaled(self.after("attention", added))
+            added = mlp(self.before("mlp", x_BSD))
+            x_BSD = x_BSD + self.scaled(self.after("mlp", added))
         return (constrain(x_BSD, HIDDEN), cache), None
+
+    def before(self, part, x_BSD):
+        first, _ = NORMS[self.config.residual]
+        return Norm(self.config, name=f"{part}_norm")(x_BSD) if first else x_BSD
+
+    def after(self, part, x_BSD):
+        _, last = NORMS[self.config.residual]
+        return Norm(self.config, name=f"{part}_post_norm")(x_BSD) if last else x_BSD
+
+    def scaled(self, x_BSD):
+        scale = self.config.residual_scale
+        return x_BSD if scale == 1 else x_BSD * jnp.asarray(scale, x_BSD.dtype)
 
 
 class Layers(nn.Module):
@@ -132,31 +159,32 @@ class Layers(nn.Module):
     constrain: ShardingConstraint = unconstrained
 
     @nn.compact
-    def __call__(self, x_BSD, caches, *args, outputs=ALL):
+    def __call__(self, x_BSD, caches, views, next_slot, outputs=ALL):
         if self.start == self.end:
             return [outputs.take(x_BSD)], caches
+        c, count = self.config, self.end - self.start
+        kinds = [c.kinds.index(c.kind_of(i)) for i in range(self.start, self.end)]
         block = Block
-        if self.config.remat != "none":
+        if c.remat != "none":
             # Under a scan there is no common subexpression to prevent.
-            prevent_cse = not self.config.scan_layers
-            block = nn.remat(Block, prevent_cse=prevent_cse, policy=REMAT[self.config.remat])
-        count = self.end - self.start
-        if self.config.scan_layers:
+            block = nn.remat(Block, prevent_cse=not c.scan_layers, policy=REMAT[c.remat])
+        if c.scan_layers:
             stack = nn.scan(
                 block,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
-                in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+                in_axes=(0, 0, nn.broadcast, nn.broadcast),
                 length=count,
             )
-            layers = stack(self.config, self.constrain, name="stack")
-            (x_BSD, caches), _ = layers((x_BSD, caches), jnp.arange(count, dtype=jnp.int32), *args)
+            layers = stack(c, self.constrain, name="stack")
+            numbers = jnp.arange(count, dtype=jnp.int32), jnp.asarray(kinds, jnp.int32)
+            (x_BSD, caches), _ = layers((x_BSD, caches), *numbers, views, next_slot)
             return [outputs.take(x_BSD)], caches
         states, updated = [], []
         for i, cache in enumerate(caches or [None] * count, start=self.start):
-            layer = block(self.config, self.constrain, name=str(i))
-            read = outputs if i + 1 == self.end else ALL
-            (x_BSD, cache), _ = layer((x_BSD, cache), None, *args, read)
+            layer = block(c, self.constrain, name=str(i))
+            read, view = outputs if i + 1 == self.end else ALL, views[kinds[i - self.start]]
+            (x_BSD, cache), _ = layer((x_BSD, cache), None, None, (view,), next_slot, read)
             updated.append(cache)
             if i + 1 in self.exits:
                 states.append(x_BSD if i + 1 == self.end else outputs.take(x_BSD))
@@ -188,14 +216,9 @@ class Transformer(nn.Module):
         c = self.config
         if cache is None:
             rows = mask_BS, segments_BS, outputs.shared
-            positions = text_positions(*rows)
-            attention_fn = make_attention(c, self.constrain, *rows)
+            positions, views = row_views(c, self.constrain, *rows)
         else:
-            allowed_BSC, cache = cache_mask(mask_BS, cache)
-            # A token attends to itself and all real ones before it: their count gives its position.
-            positions = jnp.maximum(allowed_BSC.sum(axis=2, dtype=jnp.int32) - 1, 0)
-            filled = jnp.minimum(cache.index + mask_BS.shape[1], cache.mask.shape[1])
-            attention_fn = AttentionFn((allowed_BSC, filled), attend_cached)
+            positions, views, cache = cache_views(c, mask_BS, cache)
         needs_table = self.start is None or (self.head == "logits" and c.tie_embeddings)
         # Above a trunk only the token table is needed.
         table_config = c if self.start is None else dataclasses.replace(c, positions="rotary")
@@ -212,8 +235,7 @@ class Transformer(nn.Module):
         layers = Layers(c, self.start or 0, self.end, exits, self.constrain, name="layers")
         next_slot = None if cache is None else cache.index % cache.mask.shape[1]
         caches = None if cache is None else cache.layers
-        angles = rotary_angles(positions, c) if c.positions == "rotary" else None
-        states, caches = layers(x, caches, angles, attention_fn, next_slot, outputs=outputs)
+        states, caches = layers(x, caches, views, next_slot, outputs=outputs)
         if cache is not None:
             cache = cache.replace(layers=caches, index=cache.index + mask_BS.shape[1])
         if self.head == "none":
@@ -221,19 +243,24 @@ class Transformer(nn.Module):
         return self.finish(states[-1], embed, read or all_logits), cache
 
     def finish(self, x_BSD, embed, read):
-        x_BSD = Norm(self.config, name="final_norm")(x_BSD)
+        c, constrain = self.config, self.constrain
+        x_BSD = Norm(c, name="final_norm")(x_BSD)
         if self.head == "scalar":
             shape, std = (self.num_outputs,), self.head_std
-            outputs = Projection(shape, True, 1, std, self.constrain, name="head")(
+            outputs = Projection(shape, True, 1, std, constrain, name="head")(
                 x_BSD.astype(jnp.float32)
             )
             return outputs[..., 0] if self.num_outputs == 1 else outputs
-        tied, constrain = self.config.tie_embeddings, self.constrain
-        weights = embed.table("tokens") if tied else Head(self.config, constrain, name="head")()
+        tied = c.tie_embeddings
+        weights = embed.table("tokens") if tied else Head(c, constrain, name="head")()
 
         def logits(weights, x_BSD):
             # Arrays alone, no Module: it may run in a scan.
             z = cpu.matmul(x_BSD, weights.T, "float32") if tied else cpu.matmul(x_BSD, weights)
+            if c.logits_divisor != 1:
+                z = z / c.logits_divisor
+            if c.logits_cap:
+                z = c.logits_cap * jnp.tanh(z / c.logits_cap)
             return constrain(z, ("batch", None, "vocab"))
 
         return read(logits, weights, x_BSD)

@@ -135,7 +135,8 @@ def check_base(path: str, source: Path) -> str:
     _, found = hf.load_policy(path, **computation(config))
     if other := other_weights(found, load_params(source / "frozen")):
         raise ValueError(f"{beginning}got {path!r}, which has other weights, such as {other}")
-    return family
+    # Of several families that have such models the modules may have other names.
+    return hf.read_config_json(Path(path))["model_type"]
 
 
 def other_weights(found: Params, expected: Params) -> str:

@@ -26,7 +26,7 @@ def projection_flops(config: ModelConfig) -> int:
     is 3 with a gate and 2 without."""
     c = config
     heads = 2 * c.num_heads * c.head_dim + 2 * c.num_kv_heads * c.head_dim
-    return 2 * c.embed_dim * (heads + (3 if c.mlp == "gated_silu" else 2) * c.mlp_dim)
+    return 2 * c.embed_dim * (heads + (3 if c.gated else 2) * c.mlp_dim)
 
 
 def attention_flops(config: ModelConfig, attended: float) -> float:

@@ -130,7 +130,7 @@ FAMILIES = {
     "gpt2": tiny.SHAPES["gpt2"],
     "llama": tiny.SHAPES["llama"],
     "qwen2": dict(qkv_bias=True),
-    "qwen3": dict(qk_norm=True, head_dim=16, tie_embeddings=False),
+    "qwen3": dict(qk_norm="head", head_dim=16, tie_embeddings=False),
 }
 
 

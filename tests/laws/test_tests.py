@@ -65,6 +65,10 @@ ELSEWHERE = {  # module: where it is tested, since it is a part of what is teste
     "training/ppo_models": "runs/test_reward_ensemble",
     "models/config": "models/test_families",
     "models/families/base": "models/test_families",
+    **dict.fromkeys(
+        (f"models/families/{name}" for name in ("gemma", "neox", "olmo", "phi", "rope")),
+        "io/test_huggingface",
+    ),
     "models/families/gpt2": "models/test_families",
     "models/families/llama": "models/test_families",
     "models/families/presets": "planner/test_planner",

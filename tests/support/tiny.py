@@ -14,8 +14,9 @@ from ppo_jax.algorithms.update import ppo_update
 from ppo_jax.core.network import Network, merge_params
 from ppo_jax.core.types import FrozenParams, Hyperparameters, Optimizer, Params, Prompts
 from ppo_jax.models.build import policy_network, reward_network, trunk_network, value_network
-from ppo_jax.models.config import ModelConfig, RopeScaling
+from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.partition import split_params, start_layer
+from ppo_jax.models.rope import RopeScaling
 from ppo_jax.rollout.rollout import rollout
 from ppo_jax.rollout.sampling import Sampling
 
@@ -38,7 +39,7 @@ SHAPES = {
             factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_length=16
         )
     ),
-    "qk_norm": dict(qk_norm=True, head_dim=16, qkv_bias=True, tie_embeddings=False),
+    "qk_norm": dict(qk_norm="head", head_dim=16, qkv_bias=True, tie_embeddings=False),
     "scanned": dict(scan_layers=True, num_layers=3),
 }
 

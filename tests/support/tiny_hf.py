@@ -42,6 +42,13 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 500.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+NEOX = {"num_key_value_heads": None, "layer_norm_eps": 1e-3, "rms_norm_eps": None}
 TINY_MODELS = {
     "gpt2": ("gpt2", {}),
     "gpt2-untied": ("gpt2", {"tie_word_embeddings": False, "n_inner": 48}),
@@ -67,6 +74,104 @@ TINY_MODELS = {
     "seed_oss-biases": (
         "seed_oss",
         {"head_dim": 8, "attention_bias": False, "attention_out_bias": True, "mlp_bias": True},
+    ),
+    "mistral-window": ("mistral", {"sliding_window": 5, "head_dim": 12}),
+    "qwen2-windows": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
+    ),
+    "qwen3-windows": (
+        "qwen3",
+        {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1, "head_dim": 6},
+    ),
+    "llama-linear": (
+        "llama",
+        {"rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 500.0}},
+    ),
+    "llama-dynamic": (
+        "llama",
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 3.0, "rope_theta": 500.0}},
+    ),
+    "llama-yarn": ("llama", {"rope_parameters": YARN_ROPE, "head_dim": 16}),
+    "llama-yarn-mscale": (
+        "llama",
+        {
+            "rope_parameters": YARN_ROPE
+            | {"mscale": 0.7, "mscale_all_dim": 0.4, "truncate": False, "beta_fast": 16.0}
+        },
+    ),
+    "gemma": ("gemma", {"head_dim": 12}),
+    "gemma-untied": ("gemma", {"head_dim": 8, "tie_word_embeddings": False}),
+    "gemma2": ("gemma2", {"head_dim": 12, "sliding_window": 6, "query_pre_attn_scalar": 20}),
+    "gemma2-caps": (
+        "gemma2",
+        {"head_dim": 8, "attn_logit_softcapping": 0.7, "final_logit_softcapping": 2.0},
+    ),
+    "gemma3": (
+        "gemma3_text",
+        {
+            "head_dim": 12,
+            "num_hidden_layers": 3,
+            "sliding_window": 6,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 900.0},
+            },
+            "query_pre_attn_scalar": 10,
+        },
+    ),
+    "phi3": ("phi3", {"pad_token_id": 0}),
+    "phi3-long": (
+        "phi3",
+        {
+            "pad_token_id": 0,
+            "head_dim": 8,
+            "original_max_position_embeddings": 32,
+            "sliding_window": 9,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 500.0,
+                "partial_rotary_factor": 0.75,
+                "short_factor": [1.0, 1.1, 1.5],
+                "long_factor": [1.0, 2.0, 4.0],
+            },
+        },
+    ),
+    "pythia": ("gpt_neox", NEOX),
+    "neox-sequential": (
+        "gpt_neox",
+        NEOX
+        | {
+            "use_parallel_residual": False,
+            "hidden_act": "gelu_new",
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_theta": 300.0, "partial_rotary_factor": 1.0},
+        },
+    ),
+    "olmo2": ("olmo2", {"num_key_value_heads": 1}),
+    "olmo3": ("olmo3", {"num_hidden_layers": 4, "sliding_window": 5}),
+    "olmo3-yarn": (
+        "olmo3",
+        {
+            "num_hidden_layers": 4,
+            "sliding_window": 5,
+            "rope_parameters": {
+                "full_attention": YARN_ROPE,
+                "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+            },
+        },
+    ),
+    "smollm3": ("smollm3", {"num_hidden_layers": 4, "pad_token_id": 0}),
+    "smollm3-own": ("smollm3", {"no_rope_layers": [0, 1], "pad_token_id": 0}),
+    "granite": (
+        "granite",
+        {
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.3,
+            "attention_multiplier": 0.2,
+            "logits_scaling": 4.0,
+        },
     ),
 }
 

@@ -8,10 +8,26 @@ from typing import Any
 
 from ppo_jax.models.config import ModelConfig, computation
 from ppo_jax.models.families.base import Family, Json, check_options, refuse_unsupported
+from ppo_jax.models.families.gemma import GEMMA, GEMMA2, GEMMA3
 from ppo_jax.models.families.gpt2 import GPT2
-from ppo_jax.models.families.llama import LLAMA, MISTRAL, QWEN2, QWEN3, SEED_OSS
+from ppo_jax.models.families.llama import (
+    GRANITE,
+    LLAMA,
+    MISTRAL,
+    QWEN2,
+    QWEN3,
+    SEED_OSS,
+    SMOLLM3,
+)
+from ppo_jax.models.families.neox import NEOX
+from ppo_jax.models.families.olmo import OLMO2, OLMO3
+from ppo_jax.models.families.phi import PHI3
 
-FAMILIES = (GPT2, LLAMA, QWEN2, QWEN3, MISTRAL, SEED_OSS)
+# Where several can hold a model, it is exported as the first.
+FAMILIES = (
+    *(GPT2, LLAMA, QWEN2, QWEN3, MISTRAL, SEED_OSS, SMOLLM3, GRANITE),
+    *(GEMMA, GEMMA2, GEMMA3, PHI3, NEOX, OLMO2, OLMO3),
+)
 
 
 def family_of(model_type: Any) -> Family:
@@ -37,7 +53,7 @@ def read_config(raw: Json, **options: Any) -> ModelConfig:
     family = family_of(raw.get("model_type"))
     check_options(raw)
     refuse_unsupported(raw, family)
-    given = {key: value for key, value in raw.items() if value is not None}
+    given = {key: value for key, value in {**family.implied, **raw}.items() if value is not None}
     return ModelConfig(**options, **family.read(given))
 
 

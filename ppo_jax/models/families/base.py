@@ -9,9 +9,16 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from ppo_jax.models.config import ModelConfig, RopeScaling
+from ppo_jax.models.config import ModelConfig
 
 Json = dict[str, Any]
+
+
+class Fusion(NamedTuple):
+    """Parameters that are one tensor in a checkpoint, side by side along their outputs."""
+
+    paths: tuple[str, ...]  # in this order
+    by_head: bool = False  # of each head one after the other, else parameter after parameter
 
 
 class Tensor(NamedTuple):
@@ -19,7 +26,7 @@ class Tensor(NamedTuple):
 
     name: str  # {} stands for the layer
     transposed: bool = False  # stored as [out, in]
-    third: int | None = None  # 0, 1, 2: query, key, value in a fused tensor
+    fusion: Fusion | None = None  # with other parameters, of which this is one
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,7 +43,8 @@ class Family:
     required: Mapping[str, tuple]
     # Options that match `SUSPICIOUS` and that `read` handles, or that have no effect.
     understood: frozenset[str] = frozenset()
-    # Options that are on where a config.json does not have them -> the value that they then have.
+    # Options that are on where a config.json does not have them -> the value that they then have;
+    # null is another matter.
     implied: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
@@ -45,22 +53,31 @@ class Family:
         return self.tensors["layers.mlp.up.kernel"].transposed
 
 
+QKV = ("layers.attention.query", "layers.attention.key", "layers.attention.value")
+
+
 def linear(
-    path: str, name: str, *, transposed: bool = False, third: int | None = None
+    paths: str | tuple[str, ...], name: str, *, transposed: bool = False, by_head: bool = False
 ) -> dict[str, Tensor]:
-    """Kernel and bias of a linear map; the `ModelConfig` says whether it has a bias."""
-    return {
-        f"{path}.kernel": Tensor(f"{name}.weight", transposed, third),
-        f"{path}.bias": Tensor(f"{name}.bias", third=third),
-    }
+    """Kernel and bias of a linear map; the `ModelConfig` says whether it has a bias. Several paths
+    are those of maps that are fused into one."""
+    fused, tensors = isinstance(paths, tuple), {}
+    for leaf, file in (("kernel", "weight"), ("bias", "bias")):
+        own = tuple(f"{path}.{leaf}" for path in (paths if fused else (paths,)))
+        fusion = Fusion(own, by_head) if fused else None
+        row = Tensor(f"{name}.{file}", transposed and leaf == "kernel", fusion)
+        tensors |= dict.fromkeys(own, row)
+    return tensors
 
 
 # Causal masks and rotary frequencies in old files; both follow from the config.
-DERIVED = re.compile(r"h\.\d+\.attn\.(masked_)?bias|.*rotary_emb\.inv_freq")
+DERIVED = re.compile(
+    r"(h\.\d+\.attn|layers\.\d+\.attention)\.(masked_)?bias|.*rotary_emb\.inv_freq"
+)
 
 # Forks of a family add options: one that sounds like arithmetic and is on is refused, not ignored.
 SUSPICIOUS = re.compile(
-    r"expert|moe|sliding|window|softcap|multiplier|scal(e|ing)|rotary|rope|alibi|lora"
+    r"expert|moe|sliding|window|softcap|multiplier|scal(e|ing|ar)|rotary|rope|alibi|lora|parallel"
     r"|cross_attention|encoder_decoder|bidirectional|layer_types|quantization"
 )
 
@@ -104,9 +121,18 @@ TEXTS = Kind(
 )
 IDS = Kind("a token id or a list of them", is_ids)
 
+
+def is_list_of(kind: Kind) -> Callable[[Any], bool]:
+    return lambda x: isinstance(x, list) and all(kind.holds(y) for y in x)
+
+
+FACTORS = Kind("a list of numbers above 0", is_list_of(NUMBER))
+BITS = Kind("a list of 0 and 1", is_list_of(whole(0, 1)))
+
 # Every option that is read anywhere, and those of rotary positions inside of their object.
 OPTIONS: dict[str, Kind] = {
     **dict.fromkeys(("model_type", "hidden_act", "activation_function", "rope_type", "type"), TEXT),
+    "hidden_activation": TEXT,
     **dict.fromkeys(("vocab_size", "hidden_size", "n_embd", "intermediate_size", "n_inner"), SIZE),
     **dict.fromkeys(("num_hidden_layers", "n_layer"), whole(1, 2**12)),
     **dict.fromkeys(
@@ -116,13 +142,29 @@ OPTIONS: dict[str, Kind] = {
         ("max_position_embeddings", "n_positions", "original_max_position_embeddings"),
         whole(1, 2**31 - 1),
     ),
-    "sliding_window": whole(0, 2**31 - 1),
-    **dict.fromkeys(("rms_norm_eps", "layer_norm_epsilon"), positive(1.0)),
+    **dict.fromkeys(
+        ("sliding_window", "max_window_layers", "no_rope_layer_interval"), whole(0, 2**31 - 1)
+    ),
+    **dict.fromkeys(("sliding_window_pattern", "_sliding_window_pattern"), whole(1, 2**31 - 1)),
+    **dict.fromkeys(
+        ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", "partial_rotary_factor"),
+        positive(1.0),
+    ),
+    "rotary_pct": positive(1.0),
     **dict.fromkeys(("rope_theta", "factor", "low_freq_factor", "high_freq_factor"), NUMBER),
+    **dict.fromkeys(("attention_factor", "beta_fast", "beta_slow", "rotary_emb_base"), NUMBER),
+    **dict.fromkeys(("rope_local_base_freq", "query_pre_attn_scalar"), NUMBER),
+    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping"), NUMBER),
+    **dict.fromkeys(("embedding_multiplier", "residual_multiplier"), NUMBER),
+    **dict.fromkeys(("attention_multiplier", "logits_scaling"), NUMBER),
+    **dict.fromkeys(("short_factor", "long_factor"), FACTORS),
+    "no_rope_layers": BITS,
     **dict.fromkeys(
         ("tie_word_embeddings", "attention_bias", "attention_out_bias", "mlp_bias"), FLAG
     ),
+    **dict.fromkeys(("use_sliding_window", "use_parallel_residual", "truncate"), FLAG),
     **dict.fromkeys(("rope_parameters", "rope_scaling"), OBJECT),
+    **dict.fromkeys(("full_attention", "sliding_attention"), OBJECT),  # inside of the former
     **dict.fromkeys(("layer_types", "architectures"), TEXTS),
     **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), IDS),
 }
@@ -159,16 +201,17 @@ def refuse_unsupported(raw: Json, family: Family) -> None:
                 f"only {allowed[0]!r} is"
             )
     other = [kind for kind in raw.get("layer_types") or [] if kind != "full_attention"]
-    if other:
-        raise ValueError(f"layer_types has {other[0]!r}; only 'full_attention' is supported")
-    for key, value in {**family.implied, **raw}.items():
+    if other and "layer_types" not in family.understood:
+        raise ValueError(
+            f"layer_types has {other[0]!r}; only 'full_attention' is supported for {family.name}"
+        )
+    for key, value in raw.items():
         neutral = not value or (value is not True and value == 1)
         if key == "sliding_window":  # one that no text of the model's length reaches
             neutral = neutral or value >= (raw.get("max_position_embeddings") or 0)
         known = key in family.understood or key == "layer_types"
         if SUSPICIOUS.search(key) and not known and not neutral:
-            implied = "" if key in raw else ", which is what a config.json without it means,"
-            raise ValueError(f"{key}={short(value)}{implied} is not supported for {family.name}")
+            raise ValueError(f"{key}={short(value)} is not supported for {family.name}")
 
 
 def need(raw: Json, key: str) -> Any:
@@ -183,61 +226,3 @@ def split_heads(raw: Json, width_key: str, heads_key: str) -> int:
     if width % heads:
         raise ValueError(f"{width_key} ({width}) must be a multiple of {heads_key} ({heads})")
     return width // heads
-
-
-ORIGINAL = "original_max_position_embeddings"
-FACTORS = ("factor", "low_freq_factor", "high_freq_factor")
-# Kinds of rotary positions that a factor of 1 leaves as they are -> what else they may have then,
-# which has no effect.
-PLAIN_AT_ONE: dict[str, frozenset[str]] = {
-    "default": frozenset(),
-    "linear": frozenset(),
-    "dynamic": frozenset(),
-    "yarn": frozenset({"beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"}),
-}
-
-
-def read_rope(raw: Json) -> tuple[float, RopeScaling | None]:
-    """Base and scaling of rotary positions, in the form of older or newer transformers."""
-    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-    theta = float(rope.pop("rope_theta", None) or raw.get("rope_theta") or 10_000.0)
-    old_kind = rope.pop("type", "default")
-    kind = rope.pop("rope_type", old_kind)
-    if rope.pop("partial_rotary_factor", None) not in (None, 1):
-        raise ValueError("partial_rotary_factor is not supported: all of a head is rotated")
-    if kind in PLAIN_AT_ONE and is_plain(rope, raw):
-        ignored = {"factor", "attention_factor", ORIGINAL} | PLAIN_AT_ONE[kind]
-        rope = {key: value for key, value in rope.items() if key not in ignored}
-    elif kind not in ("default", "llama3"):
-        but = f", or {kind!r} with a factor of 1" if kind in PLAIN_AT_ONE else ""
-        raise ValueError(
-            f"rope_type {kind!r} is not supported; choose from ['default', 'llama3']{but}"
-        )
-    scaling = None
-    if kind == "llama3":
-        factors = {key: float(need(rope, key)) for key in FACTORS}
-        length = need(rope, ORIGINAL)
-        scaling = RopeScaling(**factors, original_max_length=length)
-        rope = rope.keys() - {*FACTORS, ORIGINAL}
-    if rope:
-        raise ValueError(f"{sorted(rope)} are not understood in the settings of rope type {kind!r}")
-    return theta, scaling
-
-
-def is_plain(rope: Json, raw: Json) -> bool:
-    """Whether a scaling is by 1, in the frequencies as in the attention.
-
-    Of another original length the factor would be the ratio of the two.
-    """
-    length = raw.get("max_position_embeddings")
-    same_length = rope.get(ORIGINAL) in (None, length)
-    return rope.get("factor") == 1 and rope.get("attention_factor") in (None, 1) and same_length
-
-
-def write_rope(theta: float, scaling: RopeScaling | None) -> Json:
-    """The older form, which all versions of transformers read."""
-    if scaling is None:
-        return {"rope_theta": theta}
-    numbers = dataclasses.asdict(scaling)
-    numbers["original_max_position_embeddings"] = numbers.pop("original_max_length")
-    return {"rope_theta": theta, "rope_scaling": {"rope_type": "llama3", **numbers}}

@@ -1,16 +1,22 @@
 """GPT-2: learned positions, LayerNorm, query, key and value in one matrix."""
 
 from ppo_jax.models.config import ModelConfig
-from ppo_jax.models.families.base import Family, Json, Tensor, linear, need, split_heads
+from ppo_jax.models.families.base import (
+    QKV,
+    Family,
+    Json,
+    Tensor,
+    linear,
+    need,
+    split_heads,
+)
 
 TENSORS = {
     "embed.tokens": Tensor("transformer.wte.weight"),
     "embed.positions": Tensor("transformer.wpe.weight"),
     "layers.attention_norm.scale": Tensor("transformer.h.{}.ln_1.weight"),
     "layers.attention_norm.bias": Tensor("transformer.h.{}.ln_1.bias"),
-    **linear("layers.attention.query", "transformer.h.{}.attn.c_attn", third=0),
-    **linear("layers.attention.key", "transformer.h.{}.attn.c_attn", third=1),
-    **linear("layers.attention.value", "transformer.h.{}.attn.c_attn", third=2),
+    **linear(QKV, "transformer.h.{}.attn.c_attn"),
     **linear("layers.attention.output", "transformer.h.{}.attn.c_proj"),
     "layers.mlp_norm.scale": Tensor("transformer.h.{}.ln_2.weight"),
     "layers.mlp_norm.bias": Tensor("transformer.h.{}.ln_2.bias"),

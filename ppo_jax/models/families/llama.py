@@ -1,65 +1,92 @@
-"""Llama, Qwen2 and Qwen3, which differ in biases and in the norm of queries and keys.
-
-Mistral without its window is Llama by another name, Seed-OSS is Qwen2 with options for biases.
+"""Llama and the families that are Llama but for some options: Mistral (a window), Qwen2 (biases,
+windows in some layers), Qwen3 (norms of queries and keys), Seed-OSS (biases), SmolLM3 (layers
+without positions), Granite (scale factors).
 """
 
 import dataclasses
 
-from ppo_jax.models.config import ModelConfig
-from ppo_jax.models.families.base import (
-    Family,
-    Json,
-    Tensor,
-    linear,
-    need,
-    read_rope,
-    split_heads,
-    write_rope,
-)
+from ppo_jax.models.config import LayerKind, ModelConfig
+from ppo_jax.models.families import rope
+from ppo_jax.models.families.base import Family, Json, Tensor, linear, need, split_heads
 
+SELF = "model.layers.{}.self_attn"
+MLP = "model.layers.{}.mlp"
 TENSORS = {
     "embed.tokens": Tensor("model.embed_tokens.weight"),
     "layers.attention_norm.scale": Tensor("model.layers.{}.input_layernorm.weight"),
-    **linear("layers.attention.query", "model.layers.{}.self_attn.q_proj", transposed=True),
-    **linear("layers.attention.key", "model.layers.{}.self_attn.k_proj", transposed=True),
-    **linear("layers.attention.value", "model.layers.{}.self_attn.v_proj", transposed=True),
-    **linear("layers.attention.output", "model.layers.{}.self_attn.o_proj", transposed=True),
-    "layers.attention.query_norm.scale": Tensor("model.layers.{}.self_attn.q_norm.weight"),
-    "layers.attention.key_norm.scale": Tensor("model.layers.{}.self_attn.k_norm.weight"),
+    **linear("layers.attention.query", f"{SELF}.q_proj", transposed=True),
+    **linear("layers.attention.key", f"{SELF}.k_proj", transposed=True),
+    **linear("layers.attention.value", f"{SELF}.v_proj", transposed=True),
+    **linear("layers.attention.output", f"{SELF}.o_proj", transposed=True),
+    "layers.attention.query_norm.scale": Tensor(f"{SELF}.q_norm.weight"),
+    "layers.attention.key_norm.scale": Tensor(f"{SELF}.k_norm.weight"),
     "layers.mlp_norm.scale": Tensor("model.layers.{}.post_attention_layernorm.weight"),
-    **linear("layers.mlp.gate", "model.layers.{}.mlp.gate_proj", transposed=True),
-    **linear("layers.mlp.up", "model.layers.{}.mlp.up_proj", transposed=True),
-    **linear("layers.mlp.down", "model.layers.{}.mlp.down_proj", transposed=True),
+    **linear("layers.mlp.gate", f"{MLP}.gate_proj", transposed=True),
+    **linear("layers.mlp.up", f"{MLP}.up_proj", transposed=True),
+    **linear("layers.mlp.down", f"{MLP}.down_proj", transposed=True),
     "final_norm.scale": Tensor("model.norm.weight"),
     "head.kernel": Tensor("lm_head.weight", transposed=True),
 }
+FULL, SLIDING = "full_attention", "sliding_attention"
 
 
-def read_shape(raw: Json) -> Json:
-    """What these families share, without biases."""
+def read_shape(raw: Json, *, theta: float = 10_000.0, partial: bool = False) -> Json:
+    """What these families share, without biases; `theta` is the base of rotary positions where the
+    config.json has none, `partial` whether the family can rotate a part of a head."""
     heads = need(raw, "num_attention_heads")
-    rope_theta, rope_scaling = read_rope(raw)
+    head_dim = raw.get("head_dim") or split_heads(raw, "hidden_size", "num_attention_heads")
+    positions = rope.read_rope(raw, theta=theta)
+    if positions.partial != 1 and not partial:
+        raise ValueError("partial_rotary_factor is not supported: all of a head is rotated")
     return {
         "vocab_size": need(raw, "vocab_size"),
         "num_layers": need(raw, "num_hidden_layers"),
         "embed_dim": need(raw, "hidden_size"),
         "num_heads": heads,
         "num_kv_heads": raw.get("num_key_value_heads") or heads,
-        "head_dim": raw.get("head_dim") or split_heads(raw, "hidden_size", "num_attention_heads"),
+        "head_dim": head_dim,
         "mlp_dim": need(raw, "intermediate_size"),
         "max_length": need(raw, "max_position_embeddings"),
         "positions": "rotary",
-        "rope_theta": rope_theta,
-        "rope_scaling": rope_scaling,
+        "rope_theta": positions.theta,
+        "rope_scaling": positions.scaling,
+        "rotary_dim": 0 if positions.partial == 1 else int(head_dim * positions.partial),
         "norm": "rmsnorm",
         "norm_eps": raw.get("rms_norm_eps", 1e-6),
         "mlp": "gated_silu",
         "qkv_bias": False,
         "attention_output_bias": False,
         "mlp_bias": False,
-        "qk_norm": False,
+        "qk_norm": "none",
         "tie_embeddings": raw.get("tie_word_embeddings", False),
     }
+
+
+def read_window(raw: Json) -> int:
+    """The window of layers that have one; 0 where no text of the model's length reaches it."""
+    window = raw.get("sliding_window") or 0
+    return window if window < need(raw, "max_position_embeddings") else 0
+
+
+def same_window(raw: Json, num_layers: int) -> Json:
+    return {"layer_kinds": (LayerKind(window=read_window(raw)),) * num_layers}
+
+
+def local_layers(raw: Json, types: list[str], **local: float) -> tuple[LayerKind, ...]:
+    """The kinds of layers by their types, "sliding_attention" ones with what is `local`."""
+    kinds = {FULL: LayerKind(), SLIDING: LayerKind(window=read_window(raw), **local)}
+    return tuple(kinds[x] for x in rope.check_layer_types(raw, kinds) or types)
+
+
+def window_of(config: ModelConfig) -> int | None:
+    """Of the layers that have one."""
+    return max(kind.window for kind in config.kinds) or None
+
+
+def write_layer_types(config: ModelConfig) -> Json:
+    layers = range(config.num_layers)
+    types = [SLIDING if config.kind_of(i).window else FULL for i in layers]
+    return {"sliding_window": window_of(config), "layer_types": types}
 
 
 def read_attention_bias(raw: Json) -> Json:
@@ -67,19 +94,33 @@ def read_attention_bias(raw: Json) -> Json:
     return {"qkv_bias": bias, "attention_output_bias": bias}
 
 
-def read_llama(raw: Json) -> Json:
+def read_llama(raw: Json, theta: float = 10_000.0) -> Json:
     mlp_bias = bool(raw.get("mlp_bias", False))
-    return read_shape(raw) | read_attention_bias(raw) | {"mlp_bias": mlp_bias}
+    return read_shape(raw, theta=theta) | read_attention_bias(raw) | {"mlp_bias": mlp_bias}
+
+
+def read_mistral(raw: Json) -> Json:
+    fields = read_shape(raw)
+    return fields | same_window(raw, fields["num_layers"])
+
+
+def read_qwen_layers(raw: Json) -> Json:
+    count, first = need(raw, "num_hidden_layers"), raw.get("max_window_layers", 28)
+    if not raw.get("use_sliding_window"):
+        return {}
+    types = [SLIDING if i >= first else FULL for i in range(count)]
+    return {"layer_kinds": local_layers({"sliding_window": 4096} | raw, types)}
 
 
 def read_qwen2(raw: Json) -> Json:
-    return read_shape(raw) | {"qkv_bias": True}
+    return read_shape(raw) | {"qkv_bias": True} | read_qwen_layers(raw)
 
 
 def read_qwen3(raw: Json) -> Json:
     # Its default head size does not follow from the width.
     raw = raw | {"head_dim": raw.get("head_dim") or 128}
-    return read_shape(raw) | read_attention_bias(raw) | {"qk_norm": True}
+    shape = read_shape(raw) | read_attention_bias(raw) | {"qk_norm": "head"}
+    return shape | read_qwen_layers(raw)
 
 
 def read_seed_oss(raw: Json) -> Json:
@@ -87,8 +128,29 @@ def read_seed_oss(raw: Json) -> Json:
     return read_llama(raw) | {"attention_output_bias": raw.get("attention_out_bias", False)}
 
 
+def read_smollm3(raw: Json) -> Json:
+    count, every = need(raw, "num_hidden_layers"), raw.get("no_rope_layer_interval", 4)
+    rotary = raw.get("no_rope_layers")
+    if rotary is None:
+        rotary = [int(every == 0 or (i + 1) % every != 0) for i in range(count)]
+    if len(rotary) != count:
+        raise ValueError(f"no_rope_layers must have one for each of {count} layers, got {rotary}")
+    kinds = tuple(LayerKind(rotary=bool(x)) for x in rotary)
+    raw = {"num_key_value_heads": 4, "tie_word_embeddings": True, **raw}
+    return read_llama(raw, theta=2e6) | {"layer_kinds": kinds}
+
+
+def read_granite(raw: Json) -> Json:
+    return read_llama(raw) | {
+        "embed_scale": float(raw.get("embedding_multiplier", 1.0)),
+        "residual_scale": float(raw.get("residual_multiplier", 1.0)),
+        "score_scale": float(raw.get("attention_multiplier", 1.0)),
+        "logits_divisor": float(raw.get("logits_scaling", 1.0)),
+    }
+
+
 def write_shape(config: ModelConfig) -> Json:
-    """What these families share; Qwen2 and Mistral have no other options."""
+    """What these families share."""
     return {
         "vocab_size": config.vocab_size,
         "num_hidden_layers": config.num_layers,
@@ -101,16 +163,36 @@ def write_shape(config: ModelConfig) -> Json:
         "rms_norm_eps": config.norm_eps,
         "hidden_act": "silu",
         "tie_word_embeddings": config.tie_embeddings,
-        **write_rope(config.rope_theta, config.rope_scaling),
+        **rope.write_rope(config.rope_theta, config.rope_scaling, rotated_part(config)),
     }
 
 
+def rotated_part(config: ModelConfig) -> float:
+    """Of a head: a number that `int(head_dim * part)` gives the rotated ones of."""
+    part = config.num_rotated / config.head_dim
+    exact = int(config.head_dim * part) == config.num_rotated
+    return part if exact else (config.num_rotated + 0.5) / config.head_dim
+
+
+def write_mistral(config: ModelConfig) -> Json:
+    return write_shape(config) | {"sliding_window": window_of(config)}
+
+
+def write_qwen2(config: ModelConfig) -> Json:
+    if window_of(config) is None:
+        return write_shape(config)
+    first = next(i for i in range(config.num_layers) if config.kind_of(i).window)
+    windows = {"use_sliding_window": True, "max_window_layers": first}
+    return write_shape(config) | windows | write_layer_types(config)
+
+
 def write_qwen3(config: ModelConfig) -> Json:
-    return write_shape(config) | {"attention_bias": config.attention_output_bias}
+    return write_qwen2(config) | {"attention_bias": config.attention_output_bias}
 
 
 def write_llama(config: ModelConfig) -> Json:
-    return write_qwen3(config) | {"mlp_bias": config.mlp_bias}
+    biases = {"attention_bias": config.attention_output_bias, "mlp_bias": config.mlp_bias}
+    return write_shape(config) | biases
 
 
 def write_seed_oss(config: ModelConfig) -> Json:
@@ -121,8 +203,22 @@ def write_seed_oss(config: ModelConfig) -> Json:
     }
 
 
+def write_smollm3(config: ModelConfig) -> Json:
+    rotary = [int(config.kind_of(i).rotary) for i in range(config.num_layers)]
+    return write_llama(config) | {"no_rope_layers": rotary}
+
+
+def write_granite(config: ModelConfig) -> Json:
+    return write_llama(config) | {
+        "embedding_multiplier": config.embed_scale,
+        "residual_multiplier": config.residual_scale,
+        "attention_multiplier": config.score_scale,
+        "logits_scaling": config.logits_divisor,
+    }
+
+
 SILU = ("silu", "swish")
-ROPE = frozenset({"rope_theta", "rope_scaling", "rope_parameters"})
+ROPE = frozenset(rope.OPTIONS)
 
 LLAMA = Family(
     name="llama",
@@ -140,10 +236,9 @@ QWEN2 = Family(
     tensors=TENSORS,
     prefix="model.",
     read=read_qwen2,
-    write=write_shape,
-    required={"hidden_act": SILU, "use_sliding_window": (False,)},
-    # Without use_sliding_window the last two have no effect.
-    understood=ROPE | {"sliding_window", "max_window_layers"},
+    write=write_qwen2,
+    required={"hidden_act": SILU},
+    understood=ROPE | {"use_sliding_window", "sliding_window", "max_window_layers", "layer_types"},
 )
 QWEN3 = dataclasses.replace(
     QWEN2, name="qwen3", hf_class="Qwen3", read=read_qwen3, write=write_qwen3
@@ -152,11 +247,31 @@ MISTRAL = dataclasses.replace(
     LLAMA,
     name="mistral",
     hf_class="Mistral",
-    read=read_shape,
-    write=write_shape,
+    read=read_mistral,
+    write=write_mistral,
     required={"hidden_act": SILU},
+    understood=ROPE | {"sliding_window"},
     implied={"sliding_window": 4096},
 )
 SEED_OSS = dataclasses.replace(
     LLAMA, name="seed_oss", hf_class="SeedOss", read=read_seed_oss, write=write_seed_oss
+)
+SMOLLM3 = dataclasses.replace(
+    LLAMA,
+    name="smollm3",
+    hf_class="SmolLM3",
+    read=read_smollm3,
+    write=write_smollm3,
+    required={"hidden_act": SILU, "use_sliding_window": (False,)},
+    understood=ROPE | {"no_rope_layers", "no_rope_layer_interval", "sliding_window"},
+)
+GRANITE = dataclasses.replace(
+    LLAMA,
+    name="granite",
+    hf_class="Granite",
+    read=read_granite,
+    write=write_granite,
+    required={"hidden_act": SILU},
+    understood=ROPE
+    | {"embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"},
 )

@@ -1,0 +1,125 @@
+"""What the layers of a model see of the positions: angles, and which attend to which. Layers of one
+kind (`config.LayerKind`) have the same view.
+
+Dimension key: B sequences, L positions, S new positions, C cache slots, H heads, G key/value heads,
+K head size.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from ppo_jax.core.shared_prompts import SharedPrompt
+from ppo_jax.models.attention import (
+    AttentionFn,
+    KVCache,
+    Outputs,
+    attend_cached,
+    cache_mask,
+    text_positions,
+)
+from ppo_jax.models.axes import ShardingConstraint
+from ppo_jax.models.config import LayerKind, ModelConfig
+from ppo_jax.models.kernels import make_attention
+from ppo_jax.models.rope import rotary_angles
+from ppo_jax.models.shared_prompts import SharedPromptAttention
+
+
+class AnyAttention(struct.PyTreeNode):
+    """`AttentionFn` of a layer whose kind is an array."""
+
+    kind: jax.Array  # [] int32
+    choices: tuple[AttentionFn | SharedPromptAttention, ...]
+
+    takes_some_queries = False
+
+    def of(self, queries: Outputs) -> "AnyAttention":
+        return self
+
+    def __call__(self, q_BSHK, k_BGCK, v_BGCK) -> jax.Array:
+        # A tree is no function for `switch`, which wants to hash it.
+        branches = [(lambda *qkv, fn=fn: fn(*qkv)) for fn in self.choices]
+        return jax.lax.switch(self.kind, branches, q_BSHK, k_BGCK, v_BGCK)
+
+
+class View(struct.PyTreeNode):
+    """What a layer sees."""
+
+    angles: jax.Array | None  # `rotary_angles`, None without rotary positions
+    attention_fn: AttentionFn | SharedPromptAttention | AnyAttention
+
+
+def row_views(
+    config: ModelConfig,
+    constrain: ShardingConstraint,
+    mask: jax.Array,
+    segments: jax.Array | None,
+    shared: SharedPrompt | None,
+) -> tuple[jax.Array, tuple[View, ...]]:
+    """(positions [B, L], a view for each of `config.kinds`) of rows; arguments as
+    `kernels.make_attention`."""
+    positions = text_positions(mask, segments, shared)
+    length = mask.shape[1]
+    if shared is not None:
+        length = shared.length + shared.response_length(length)
+    # Layers that differ in their angles alone share one mask.
+    attention_of = {
+        window: make_attention(config, constrain, mask, segments, shared, window=window)
+        for window in {kind.window for kind in config.kinds}
+    }
+    views = (
+        View(angles_of(config, kind, positions, length), attention_of[kind.window])
+        for kind in config.kinds
+    )
+    return positions, tuple(views)
+
+
+def cache_views(
+    config: ModelConfig, mask_BS: jax.Array, cache: KVCache
+) -> tuple[jax.Array, tuple[View, ...], KVCache]:
+    """(positions [B, S], a view for each of `config.kinds`, the cache with its mask) of new
+    positions that attend to those in a cache as well."""
+    allowed_BSC, age_SC, cache = cache_mask(mask_BS, cache)
+    # A token attends to itself and all real ones before it: their count gives its position.
+    positions = jnp.maximum(allowed_BSC.sum(axis=2, dtype=jnp.int32) - 1, 0)
+    capacity = cache.mask.shape[1]
+    filled = jnp.minimum(cache.index + mask_BS.shape[1], capacity)
+
+    def view(kind):
+        seen_BSC = allowed_BSC & (age_SC < kind.window)[None] if kind.window else allowed_BSC
+        attention = AttentionFn((seen_BSC, filled), attend_cached, config.score_cap)
+        return View(angles_of(config, kind, positions, capacity), attention)
+
+    return positions, tuple(view(kind) for kind in config.kinds), cache
+
+
+def angles_of(
+    config: ModelConfig, kind: LayerKind, positions: jax.Array, length: int
+) -> jax.Array | None:
+    """`rotary_angles` of the layers of a kind in rows of `length` positions."""
+    c = config
+    if c.positions != "rotary":
+        return None
+    if not kind.rotary:
+        # Of layers that are scanned together with rotary ones: no rotation, instead of none.
+        still = jnp.zeros_like(positions)
+        return (
+            rotary_angles(still, c.rope_theta, c.num_rotated, None, length)
+            if c.scan_layers
+            else None
+        )
+    own = kind.rope_theta, None
+    theta, scaling = own if kind.rope_theta else (c.rope_theta, c.rope_scaling)
+    return rotary_angles(positions, theta, c.num_rotated, scaling, length)
+
+
+def choose_view(views: Sequence[View], kind: jax.Array | None) -> View:
+    """The view of a layer, by its index where there are several."""
+    if len(views) == 1:
+        return views[0]
+    angles = None
+    if views[0].angles is not None:
+        angles = jnp.stack([view.angles for view in views])[kind]
+    return View(angles, AnyAttention(kind, tuple(view.attention_fn for view in views)))
