@@ -4,14 +4,11 @@ import collections
 import os
 import pathlib
 
+from tests.support import xla_flags
+
 # Before jax is imported: the platform reads these once.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "")
-    + " --xla_force_host_platform_device_count=8"
-    # A busy two-core machine may keep one of eight fake devices waiting for long.
-    + " --xla_cpu_collective_call_terminate_timeout_seconds=600"
-)
+os.environ["XLA_FLAGS"] = xla_flags.of_tests()
 
 import jax
 import jax.numpy as jnp

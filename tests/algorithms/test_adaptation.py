@@ -15,7 +15,7 @@ from ppo_jax.core.policy_losses import kl_penalty_policy_loss
 from tests.support import tiny
 
 PENALTY = tiny.options(loss=kl_penalty_policy_loss)
-logprobs_of = tiny.jit(policy_logprobs, static_argnames="networks")
+logprobs_of = jax.jit(policy_logprobs, static_argnames="networks")
 
 
 def iterations(run, count):

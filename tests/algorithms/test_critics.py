@@ -140,7 +140,7 @@ def test_lanes_may_have_ranges_of_their_own():
     lanes = [tiny.hyperparameters(value_range=ends) for ends in ([-3.0, 2.0], [-1.0, 8.0])]
     states = sweep.stack_lanes([run.setup.start(lane) for lane in lanes])
     parts = dict(networks=run.setup.networks, options=tiny.options(), axes=sweep.LaneAxes())
-    iterate = tiny.jit(functools.partial(sweep.sweep_iteration, **parts))
+    iterate = jax.jit(functools.partial(sweep.sweep_iteration, **parts))
     got, metrics = iterate(
         states,
         sweep.stack_lanes(lanes),

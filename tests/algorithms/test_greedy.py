@@ -136,7 +136,7 @@ def test_each_lane_is_the_run_alone():
 
     def program(function, **more):
         how = dict(networks=networks, axes=axes) | more
-        return functools.partial(tiny.jit(functools.partial(function, **how)), frozen=frozen)
+        return functools.partial(jax.jit(functools.partial(function, **how)), frozen=frozen)
 
     of_run = dict(options=run.parts["options"])
     numbers, given = sweep.stack_lanes(lanes), (few_prompts(), tiny.RUN_KEY)

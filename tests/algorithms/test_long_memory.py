@@ -21,7 +21,7 @@ B = 2
 
 
 def temporary_bytes(function, *args):
-    compiled = tiny.jit(function).lower(*args).compile()
+    compiled = jax.jit(function).lower(*args).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
 

@@ -93,7 +93,7 @@ def make_run(kind, chosen, numbers):
 
 def lower(run, rollout, scores):
     """`update_from_rollout` of a run: traced anew, whatever was before."""
-    step = tiny.jit(functools.partial(update_from_rollout, **run.parts))
+    step = jax.jit(functools.partial(update_from_rollout, **run.parts))
     return step.lower(run.state, run.numbers, rollout, scores, tiny.RUN_KEY)
 
 
@@ -164,7 +164,7 @@ def test_lanes_have_their_own_passes():
         numbers = run.numbers.replace(kl_coef=run.numbers.kl_coef * factor)
         return update_from_rollout(run.state, numbers, rollout, scores, tiny.RUN_KEY, **run.parts)
 
-    both, alone = tiny.jit(jax.vmap(one))(scores, rates), tiny.jit(one)
+    both, alone = jax.jit(jax.vmap(one))(scores, rates), jax.jit(one)
     for i in range(2):
         expected = alone(scores[i], rates[i])
         found = jax.tree.map(lambda x, i=i: np.asarray(x)[i], both)

@@ -38,7 +38,7 @@ def test_a_response_is_scored_like_a_text_that_ends_with_it(kind):
     else:
         reward = tiny.Run("frozen").setup.frozen.reward
     network = whole.setup.networks.reward
-    expected = tiny.jit(functools.partial(text_scores, network))(
+    expected = jax.jit(functools.partial(text_scores, network))(
         reward, rollout.tokens, rollout.mask
     )
     np.testing.assert_allclose(got, expected, atol=1e-5)
@@ -168,7 +168,7 @@ def test_the_state_shares_no_buffer_with_anything():
     assert len(set(buffers)) == len(buffers)
     others = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves((frozen, numbers))}
     assert others.isdisjoint(buffers)
-    donated = tiny.jit(lambda x: jax.tree.map(lambda leaf: leaf + 1, x), donate_argnums=0)(state)
+    donated = jax.jit(lambda x: jax.tree.map(lambda leaf: leaf + 1, x), donate_argnums=0)(state)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((frozen, numbers)))
     assert tiny.leaves_differ(donated.value_params, frozen.reward)

@@ -200,7 +200,7 @@ def test_each_lane_is_the_run_alone():
 
     def program(function, **parts):
         return functools.partial(
-            tiny.jit(functools.partial(function, **parts)), frozen=run.setup.frozen
+            jax.jit(functools.partial(function, **parts)), frozen=run.setup.frozen
         )
 
     got, _ = program(sweep.sweep_iteration, **of_run)(states, numbers, *given)

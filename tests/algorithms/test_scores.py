@@ -113,7 +113,7 @@ def test_each_lane_has_moments_of_its_own():
         scores = scale * jnp.asarray(given)
         return update_from_rollout(state, run.numbers, rollout, scores, tiny.RUN_KEY, **run.parts)
 
-    states, metrics = tiny.jit(jax.vmap(lane))(jnp.array([1.0, 10.0]))
+    states, metrics = jax.jit(jax.vmap(lane))(jnp.array([1.0, 10.0]))
     means = given.mean() * np.array([1.0, 10.0])
     np.testing.assert_allclose(states.score_moments.mean, means, rtol=1e-5)
     # In deviations both lanes learn from the same.

@@ -105,7 +105,7 @@ def test_lanes_keep_their_own_responses():
         )[0].policy_params
 
     every = jnp.stack([SCORES, -(SCORES**2)])
-    got = tiny.jit(jax.vmap(lane))(every)
+    got = jax.jit(jax.vmap(lane))(every)
     alone = [run.update_from_rollout(rollout, scores)[0].policy_params for scores in every]
     expected = jax.tree.map(lambda *x: jnp.stack(x), *alone)
     tiny.leaves_close(got, expected, rtol=1e-3, atol=2e-5)

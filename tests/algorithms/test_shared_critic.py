@@ -118,7 +118,7 @@ def test_its_gradient_is_the_sum_of_those_of_two_losses(kind, num_critics):
         return of_policy + VF_COEF * of_critic
 
     params = trained(run)
-    got, expected = (tiny.jit(jax.grad(loss))(params) for loss in (both, apart))
+    got, expected = (jax.jit(jax.grad(loss))(params) for loss in (both, apart))
     largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected))
     tiny.leaves_close(got, expected, rtol=1e-4, atol=1e-5 * largest)
     assert np.abs(got["value"]["value_head"]["kernel"]).max() > 0

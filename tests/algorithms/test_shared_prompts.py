@@ -160,7 +160,7 @@ def test_lanes_share_prompts_and_are_the_runs_alone():
     networks, seen = watched(run.setup.networks)
     how = dict(networks=networks, options=run.parts["options"], axes=sweep.LaneAxes(inputs=None))
     prompts = tiny.prompts(batch_size=4)
-    step = tiny.jit(functools.partial(sweep.sweep_iteration, **how))
+    step = jax.jit(functools.partial(sweep.sweep_iteration, **how))
     got, _ = step(states, numbers, prompts, tiny.RUN_KEY, frozen=run.setup.frozen)
     assert seen["policy"] == seen["value"] == seen["reward"] == ALL
     for i, lane in enumerate(lanes):

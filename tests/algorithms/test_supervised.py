@@ -60,7 +60,7 @@ def test_micro_batches_do_not_change_the_sft_gradient(num_micro_batches):
 def test_the_sft_loss_is_the_mean_over_learned_tokens():
     batch, state = texts(), start(POLICY)
     _, metrics = sft(state, batch, PLAIN, network=POLICY, frozen={})
-    logits = tiny.jit(POLICY.apply)(state.params, batch.tokens, batch.mask)
+    logits = jax.jit(POLICY.apply)(state.params, batch.tokens, batch.mask)
     terms = [
         -jax.nn.log_softmax(np.asarray(logits)[n, t - 1])[batch.tokens[n, t]]
         for n, t in np.argwhere(batch.loss_mask)
@@ -93,7 +93,7 @@ def test_a_pad_id_that_is_the_stop_token_changes_nothing():
             inputs=padded, tokens=padded, mask=mask, loss_mask=mask.at[:, 0].set(False)
         )
 
-    @tiny.jit
+    @jax.jit
     def logprob_of_eos(params):
         logits = POLICY.apply(params, tokens[:, :4], mask[:, :4])
         return token_logprobs(logits[:, 3], tokens[:, 4]).mean()
@@ -124,7 +124,7 @@ def test_cached_hidden_states_train_like_tokens():
     whole = split_params(config, params, 1, None)
     upper = split_params(config, params, 1, 1)
     trunk = trunk_network(config, end_layer=1)
-    hidden = tiny.jit(trunk.apply)(upper.trunk, batch.tokens, batch.mask)
+    hidden = jax.jit(trunk.apply)(upper.trunk, batch.tokens, batch.mask)
     network = policy_network(config, start_layer=1)
     cached = batch.replace(inputs=hidden)
     got, _ = sft(start(network, upper.trained), cached, PLAIN, network=network, frozen=upper.frozen)
@@ -136,7 +136,7 @@ def test_cached_hidden_states_train_like_tokens():
 
 def test_the_normalizer_of_the_sft_loss_is_its_own_count_by_default():
     batch, params = texts(), tiny.random_params(POLICY)
-    loss = tiny.jit(functools.partial(sft_loss, POLICY))
+    loss = jax.jit(functools.partial(sft_loss, POLICY))
     count = batch.loss_mask.sum().astype(jnp.float32)
     mean, total = loss(params, batch)[0], loss(params, batch, normalizer=jnp.float32(1.0))[0]
     np.testing.assert_allclose(total, mean * count, rtol=1e-5)
@@ -239,8 +239,8 @@ def test_texts_that_share_a_row_do_not_change_the_reward_gradient(num_micro_batc
 
 def test_texts_are_scored_at_their_last_token():
     batch, params = preferences(ALL_PAIRS), tiny.random_params(REWARD)
-    score = tiny.jit(text_scores, static_argnums=0, static_argnames="num_micro_batches")
-    values = np.asarray(tiny.jit(REWARD.apply)(params, batch.inputs, batch.mask))
+    score = jax.jit(text_scores, static_argnums=0, static_argnames="num_micro_batches")
+    values = np.asarray(jax.jit(REWARD.apply)(params, batch.inputs, batch.mask))
     lengths = np.asarray(batch.mask.sum(axis=1))
     expected = values[np.arange(4), lengths - 1]
     for count in (1, 2, 4):
@@ -296,7 +296,7 @@ def test_the_reward_model_learns_an_order():
     for _ in range(30):
         state, metrics = reward(state, batch, TRAIN, network=REWARD, frozen={})
     assert metrics["reward_model/accuracy"] == 1.0 and metrics["reward_model/margin"] > 1.0
-    scores = tiny.jit(text_scores, static_argnums=0)(REWARD, state.params, batch.inputs, batch.mask)
+    scores = jax.jit(text_scores, static_argnums=0)(REWARD, state.params, batch.inputs, batch.mask)
     assert np.argsort(-np.asarray(scores)).tolist() == [2, 0, 3, 1]
 
 

@@ -60,7 +60,7 @@ def together(kind, options, seeds, frozen=None, axes=None, at_once=None, iterati
     parts = dict(networks=run.setup.networks, options=options, axes=axes)
     chex.clear_trace_counter()
 
-    @tiny.jit
+    @jax.jit
     @chex.assert_max_traces(n=1)
     def iterate(*args, frozen):
         return sweep.sweep_iteration(*args, frozen=frozen, **parts)
@@ -131,10 +131,10 @@ def test_the_two_halves_are_those_of_the_run_alone():
     starts, numbers = [run.setup.start(lane) for lane in LANES], sweep.stack_lanes(LANES)
     states = sweep.stack_lanes(starts)
     prompts, keys = [tiny.prompts(seed) for seed in SEEDS], jnp.stack([key_of(s, 0) for s in SEEDS])
-    sample = tiny.jit(functools.partial(sweep.sweep_responses, axes=axes, **parts))
+    sample = jax.jit(functools.partial(sweep.sweep_responses, axes=axes, **parts))
     both = sample(states, numbers, sweep.stack_lanes(prompts), keys)
     scores = jnp.linspace(-1.0, 1.0, len(LANES) * tiny.BATCH)
-    update = tiny.jit(functools.partial(sweep.sweep_update, axes=axes, **parts))
+    update = jax.jit(functools.partial(sweep.sweep_update, axes=axes, **parts))
     got = update(states, numbers, both, scores, keys)
     for i, lane in enumerate(LANES):
         rows = slice(i * tiny.BATCH, (i + 1) * tiny.BATCH)

@@ -29,7 +29,7 @@ def fixed_experience(kind):
     return run.experience(run.rollout())[0]
 
 
-@functools.partial(tiny.jit, static_argnames="network")
+@functools.partial(jax.jit, static_argnames="network")
 def logprobs_now(network, params, inputs, mask, tokens, temperature):
     logits = response_outputs(network, params, inputs, mask, response_length=tokens.shape[1])
     return token_logprobs(logits, tokens, temperature=temperature)
@@ -72,7 +72,7 @@ def test_the_kl_to_itself_is_zero(kind, temperature):
     inputs = rollout.tokens if rollout.hidden_states is None else rollout.hidden_states
     network = run.setup.networks.policy
 
-    @tiny.jit
+    @jax.jit
     def kl(state, numbers, rollout, scores):
         length = rollout.response_mask.shape[1]
         logits = response_outputs(network, params, inputs, rollout.mask, response_length=length)
@@ -296,7 +296,7 @@ def test_each_lane_of_a_sweep_has_its_own_brake(packing):
         experience = fixed_experience("whole")
         return ppo_update(run.state, experience, numbers, tiny.RUN_KEY, **run.parts)
 
-    states, metrics = tiny.jit(jax.vmap(lane))(limits)
+    states, metrics = jax.jit(jax.vmap(lane))(limits)
     assert metrics["ppo/taken"].sum(axis=1).tolist() == [1.0, 3.0, 6.0]
     alone = [six_updates(float(x), chosen)[0].policy_params for x in limits]
     expected = jax.tree.map(lambda *x: jnp.stack(x), *alone)

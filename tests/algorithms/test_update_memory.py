@@ -37,7 +37,7 @@ def test_gradients_in_turn_are_those_of_the_one_loss(kind, kl_loss_coef):
     params = trained_params(run.state.policy_params, run.state.value_params)
     parts = dict(frozen=run.setup.frozen, networks=run.setup.networks, options=tiny.options())
     (got, metrics), (expected, of_one) = (
-        tiny.jit(f)(params, e, run.numbers) for f in both_ways(**parts)
+        jax.jit(f)(params, e, run.numbers) for f in both_ways(**parts)
     )
     assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(expected))
     tiny.leaves_close(got, expected, rtol=1e-5, atol=1e-7)

@@ -111,6 +111,6 @@ def test_summed_logprobs_and_their_gradients_are_those_of_all_logits(chunk):
 
     args = weights, hidden
     np.testing.assert_allclose(in_chunks(*args), whole(*args), rtol=1e-5)
-    got, expected = (tiny.jit(jax.grad(f, argnums=(0, 1)))(*args) for f in (in_chunks, whole))
+    got, expected = (jax.jit(jax.grad(f, argnums=(0, 1)))(*args) for f in (in_chunks, whole))
     tiny.leaves_close(got, expected, rtol=1e-5, atol=1e-5)
     assert (got[1][0, 3] == 0).all()

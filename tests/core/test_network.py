@@ -29,7 +29,7 @@ def test_the_average_of_heads_gives_the_average_of_scores():
     params = tiny.random_params(network)
     other = {**params, "head": jax.tree.map(lambda x: 2 - x, params["head"])}
     tokens, mask = tiny.tokens_and_mask(3, 2, 6, least=3, side="right")
-    apply = tiny.jit(network.apply)
+    apply = jax.jit(network.apply)
     mean = (apply(params, tokens, mask) + apply(other, tokens, mask)) / 2
     got = apply(average_params([params, other]), tokens, mask)
     np.testing.assert_allclose(got, mean, atol=1e-5)

@@ -121,7 +121,7 @@ def test_no_text_sees_another(shape):
     def outputs(inputs):
         return network.apply(params, inputs, MASK, segment_ids=SEGMENTS)[0, :, 3]
 
-    reaches = (tiny.jit(jax.jacobian(outputs))(inputs)[:, 0] != 0.0).any(axis=-1)
+    reaches = (jax.jit(jax.jacobian(outputs))(inputs)[:, 0] != 0.0).any(axis=-1)
     own = SEGMENTS[0][:, None] == SEGMENTS[0]
     real = MASK[0]
     np.testing.assert_array_equal(reaches[real], np.tril(own & real)[real])
@@ -131,7 +131,7 @@ def test_no_text_sees_another(shape):
 def test_another_text_in_the_row_changes_no_bit(shape):
     network = policy_network(tiny.model_config(**tiny.SHAPES[shape]))
     params = tiny.random_params(network)
-    apply = tiny.jit(network.apply)
+    apply = jax.jit(network.apply)
     rng = np.random.default_rng(5)
     tokens, others = (rng.integers(5, tiny.VOCAB, size=(1, 10)).astype(np.int32) for _ in range(2))
     own = SEGMENTS == 2
@@ -151,7 +151,7 @@ def test_positions_begin_anew_with_each_text():
         logits = network.apply(params, jnp.full((1, 10), 7), MASK, segment_ids=SEGMENTS)
         return jnp.where(SEGMENTS[..., None] == number, jnp.sin(logits), 0.0).sum()
 
-    gradient = tiny.jit(jax.grad(loss))
+    gradient = jax.jit(jax.grad(loss))
     for number, length in [(1, 3), (2, 4), (3, 1)]:
         used = (gradient(params, number)["embed"]["positions"] != 0.0).any(axis=1)
         assert used.tolist() == [True] * length + [False] * (32 - length)
@@ -174,7 +174,7 @@ def test_packed_rows_have_the_loss_and_the_gradient_of_their_texts(shape):
     network = policy_network(tiny.model_config(**tiny.SHAPES[shape]))
     params = tiny.random_params(network, std=0.1)
 
-    @tiny.jit
+    @jax.jit
     def run(params, batch):
         return jax.value_and_grad(lambda p: sft_loss(network, p, batch)[0])(params)
 
@@ -192,7 +192,7 @@ def test_a_loss_has_no_gradient_in_another_text_and_padding_may_hold_nan():
     second = (SEGMENTS == 2) & (np.diff(SEGMENTS, axis=1, prepend=0) == 0)
     batch = batch.replace(tokens=tokens, mask=MASK, segment_ids=SEGMENTS, loss_mask=second)
 
-    @tiny.jit
+    @jax.jit
     def run(params, hidden):
         def loss(params, hidden):
             return sft_loss(network, params, batch.replace(inputs=hidden))[0]

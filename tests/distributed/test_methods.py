@@ -74,7 +74,7 @@ def gradients_of(e, shape, packing):
     def every(params, e):
         return {name: gradient(params, e, loss) for name, loss in LOSSES.items()}
 
-    return fetch(tiny.jit(every)(params, e))
+    return fetch(jax.jit(every)(params, e))
 
 
 def assert_equal_gradients(got, expected):

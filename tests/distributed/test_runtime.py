@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from ppo_jax.distributed.runtime import compile_seconds, enable_compilation_cache, processor
+from tests.support import xla_flags
 from tests.support.command_line import ROOT
 
 PROGRAM = """
@@ -69,3 +70,13 @@ def test_compiling_is_counted():
     before = compile_seconds()
     jax.jit(lambda x: jnp.sin(x) + before)(1.0)
     assert compile_seconds() > before
+
+
+def test_flags_that_this_xla_lacks_are_left_out_of_the_tests(monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS")
+    monkeypatch.setattr(xla_flags, "CHEAP", (*xla_flags.CHEAP[:1], "--xla_of_another_version=1"))
+    flags = xla_flags.of_tests().split()
+    assert flags[0] == xla_flags.CHEAP[0] and "another" not in " ".join(flags)
+    assert xla_flags.DEVICES + "8" in flags
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=3")  # of who asks for it
+    assert xla_flags.of_tests().split() == ["--xla_backend_optimization_level=3", *flags[1:]]

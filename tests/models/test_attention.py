@@ -33,7 +33,7 @@ def arrays(capacity, filled, new=1):
 @pytest.mark.parametrize("capacity", [4, 8, 9, 16, 31, 33])
 def test_blocks_that_hold_something_are_enough(monkeypatch, capacity, new):
     monkeypatch.setattr(attention, "CACHE_BLOCK", 2)
-    blocks = tiny.jit(lambda *args: attend_blocks(*args))  # traced with these blocks
+    blocks = jax.jit(lambda *args: attend_blocks(*args))  # traced with these blocks
     for filled in range(new, capacity + 1):
         args = arrays(capacity, filled, new)
         np.testing.assert_allclose(blocks(*args, jnp.int32(filled)), attend(*args), atol=1e-6)

@@ -30,7 +30,7 @@ def test_prefill_and_decode_equal_the_full_forward(shape):
     tokens, mask = tiny.tokens_and_mask(1, 3, 10)
     mask = mask.at[:, 6:].set(True)  # the prompt, in the first 6 positions, is padded
 
-    @tiny.jit
+    @jax.jit
     def piecewise(params):
         cache = network.init_cache(3, 12)  # longer than needed: free slots are not seen
         outputs = []
@@ -41,7 +41,7 @@ def test_prefill_and_decode_equal_the_full_forward(shape):
         return jnp.concatenate(outputs, axis=1), cache.index
 
     got, index = piecewise(params)
-    expected = tiny.jit(network.apply)(params, tokens, mask)
+    expected = jax.jit(network.apply)(params, tokens, mask)
     assert index == 10
     np.testing.assert_allclose(got[mask], expected[mask], atol=1e-5, rtol=1e-5)
 
@@ -51,7 +51,7 @@ def test_padding_is_invisible_on_either_side(shape):
     network, params = make(shape)
     text = np.random.default_rng(2).integers(0, tiny.VOCAB, size=(1, 6)).astype(np.int32)
 
-    @tiny.jit
+    @jax.jit
     def run(params, tokens, mask):
         def loss(params):
             logits = jnp.where(mask[..., None], network.apply(params, tokens, mask), 0.0)
@@ -77,7 +77,7 @@ def test_nan_in_padded_hidden_states_is_invisible():
     _, mask = tiny.tokens_and_mask(3, 3, 7)
     hidden = jnp.asarray(np.random.default_rng(3).normal(size=(3, 7, 32)), jnp.float32)
 
-    @tiny.jit
+    @jax.jit
     def run(params, hidden):
         def loss(params, hidden):
             return jnp.where(mask, network.apply(params, hidden, mask), 0.0).sum()
@@ -96,7 +96,7 @@ def test_a_pad_id_with_a_broken_embedding_does_no_harm():
     tokens, mask = tiny.tokens_and_mask(11, 2, 6)
     table = jnp.where(jnp.arange(tiny.VOCAB)[:, None] == 4, jnp.nan, params["embed"]["tokens"])
     broken = params | {"embed": {"tokens": table}}
-    apply = tiny.jit(network.apply)
+    apply = jax.jit(network.apply)
     got, expected = apply(broken, jnp.where(mask, tokens, 4), mask), apply(params, tokens, mask)
     np.testing.assert_array_equal(np.asarray(got)[mask], np.asarray(expected)[mask])
 
@@ -109,7 +109,7 @@ def test_positions_are_counted_from_the_mask():
         logits = network.apply(params, jnp.full((1, 10), 7), mask)
         return jnp.where(mask[..., None], jnp.sin(logits), 0.0).sum()
 
-    used = (tiny.jit(jax.grad(loss))(params)["embed"]["positions"] != 0.0).any(axis=1)
+    used = (jax.jit(jax.grad(loss))(params)["embed"]["positions"] != 0.0).any(axis=1)
     assert used.tolist() == [True] * 6 + [False] * 26
 
 
@@ -123,7 +123,7 @@ def test_the_network_is_causal(shape):
     def outputs(inputs):
         return network.apply(params, inputs, jnp.ones((1, 6), bool))[0, :, 3]
 
-    reaches = (tiny.jit(jax.jacobian(outputs))(inputs)[:, 0] != 0.0).any(axis=-1)
+    reaches = (jax.jit(jax.jacobian(outputs))(inputs)[:, 0] != 0.0).any(axis=-1)
     np.testing.assert_array_equal(reaches, np.tril(np.ones((6, 6), bool)))
 
 
@@ -139,7 +139,7 @@ def test_scanned_layers_are_the_unrolled_ones():
             logits = policy_apply(config, params, tokens, mask)
             return jnp.where(mask[..., None], jnp.sin(logits), 0.0).sum(), logits
 
-        return tiny.jit(jax.grad(loss, has_aux=True))(params)
+        return jax.jit(jax.grad(loss, has_aux=True))(params)
 
     gradient, logits = run(dataclasses.replace(config, scan_layers=True), stacked)
     expected_gradient, expected = run(config, params)
@@ -157,8 +157,8 @@ def test_grouped_queries_are_attention_with_repeated_keys():
             layer["attention"][name]["kernel"] = jnp.repeat(kernel, 2, axis=1)
     tokens, mask = tiny.tokens_and_mask(6, 2, 8)
     full = dataclasses.replace(config, num_kv_heads=4)
-    got = tiny.jit(policy_apply, static_argnums=0)(config, params, tokens, mask)
-    expected = tiny.jit(policy_apply, static_argnums=0)(full, repeated, tokens, mask)
+    got = jax.jit(policy_apply, static_argnums=0)(config, params, tokens, mask)
+    expected = jax.jit(policy_apply, static_argnums=0)(full, repeated, tokens, mask)
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
@@ -184,8 +184,8 @@ def test_outputs_and_gradients_of_some_positions_are_theirs_among_all(family, re
         return logits, gradients
 
     for where, read in choices.values():
-        got = tiny.jit(lambda where=where: run(where, lambda x: x))()
-        expected = tiny.jit(lambda read=read: run({}, read))()
+        got = jax.jit(lambda where=where: run(where, lambda x: x))()
+        expected = jax.jit(lambda read=read: run({}, read))()
         tiny.leaves_close(got, expected, atol=1e-5, rtol=1e-4)
 
 
@@ -196,7 +196,7 @@ def take(x, positions):
 def test_the_last_layer_computes_nothing_at_positions_that_are_not_read():
     network, params = make("gpt2")
     tokens, mask = tiny.tokens_and_mask(7, 2, 8)
-    run = tiny.jit(network.apply, static_argnames="first_output")
+    run = jax.jit(network.apply, static_argnames="first_output")
     few, all_ = (
         run.lower(params, tokens, mask, first_output=n).compile().cost_analysis()["flops"]
         for n in (7, 0)
@@ -219,11 +219,11 @@ def test_llama_3_stretches_long_waves_alone():
 
 def test_heads_start_as_they_should():
     config = tiny.model_config(num_layers=1, embed_dim=4096, mlp_dim=1)
-    heads = tiny.jit(lambda key: reward_network(config).init(key)["head"])(jax.random.key(0))
+    heads = jax.jit(lambda key: reward_network(config).init(key)["head"])(jax.random.key(0))
     assert heads["kernel"].shape == (4096, 1)
     np.testing.assert_allclose(heads["kernel"].std(), 1 / np.sqrt(4097), rtol=0.05)
     assert heads["bias"].tolist() == [0.0]
-    heads = tiny.jit(lambda key: value_network(config).init(key)["head"])(jax.random.key(0))
+    heads = jax.jit(lambda key: value_network(config).init(key)["head"])(jax.random.key(0))
     assert not heads["kernel"].any() and not heads["bias"].any()
 
 
@@ -233,8 +233,8 @@ def test_policy_apply_takes_numpy_parameters_inside_a_jitted_function(shape):
     _, params = make(shape)
     tokens, mask = tiny.tokens_and_mask(8, 2, 6)
     numpy_params = jax.tree.map(np.asarray, params)
-    got = tiny.jit(lambda tokens: policy_apply(config, numpy_params, tokens, mask))(tokens)
-    expected = tiny.jit(policy_apply, static_argnums=0)(config, params, tokens, mask)
+    got = jax.jit(lambda tokens: policy_apply(config, numpy_params, tokens, mask))(tokens)
+    expected = jax.jit(policy_apply, static_argnums=0)(config, params, tokens, mask)
     assert got.shape == (2, 6, tiny.VOCAB) and got.dtype == jnp.float32
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
@@ -245,13 +245,13 @@ def test_bfloat16_computes_short_and_gives_float32(tie_embeddings):
     params = tiny.random_params(policy_network(config))
     tokens, mask = tiny.tokens_and_mask(9, 2, 6)
     short_config = dataclasses.replace(config, dtype="bfloat16")
-    short = tiny.jit(policy_apply, static_argnums=0)(short_config, params, tokens, mask)
-    exact = tiny.jit(policy_apply, static_argnums=0)(config, params, tokens, mask)
+    short = jax.jit(policy_apply, static_argnums=0)(short_config, params, tokens, mask)
+    exact = jax.jit(policy_apply, static_argnums=0)(config, params, tokens, mask)
     assert short.dtype == jnp.float32
     error = np.abs(short[mask] - exact[mask]).max()
     assert 1e-4 < error < 0.15
     values = reward_network(short_config)
-    scores = tiny.jit(values.apply)(tiny.random_params(values), tokens, mask)
+    scores = jax.jit(values.apply)(tiny.random_params(values), tokens, mask)
     assert scores.dtype == jnp.float32
     hidden = jax.eval_shape(trunk_network(short_config, end_layer=1).apply, params, tokens, mask)
     assert hidden.dtype == jnp.bfloat16

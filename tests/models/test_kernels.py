@@ -68,7 +68,7 @@ def outputs_and_gradients(attention, arrays, mask):
         weights = jax.random.normal(jax.random.key(1), out.shape)
         return (out * jnp.where(mask[:, :, None, None], weights, 0)).sum(), out
 
-    gradients, out = tiny.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(*arrays)
+    gradients, out = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(*arrays)
     assert np.isfinite(out).all()
     return [np.where(mask[:, :, None, None], out, 0), *gradients]
 
@@ -117,7 +117,7 @@ def test_a_population_under_vmap_has_the_kernel_too(interpreted):
     constrain = layout_of((1, 1, 1)).constrain
     attention = functools.partial(attention_kernels.splash_attention, constrain=constrain)
     several = [jnp.stack([x, x[::-1] + 1]) for x in inputs(2)]
-    found = tiny.jit(jax.vmap(attention, in_axes=(0, 0, 0, None)))(*several, mask.astype(jnp.int32))
+    found = jax.jit(jax.vmap(attention, in_axes=(0, 0, 0, None)))(*several, mask.astype(jnp.int32))
     for i in range(2):
         expected = attend(*(x[i] for x in several), causal_mask(mask, None))
         real = np.asarray(mask)
@@ -144,7 +144,7 @@ def test_a_network_is_the_same_with_the_kernel(interpreted, on, packed):
             params := tiny.random_params(network, 0)
         )
         assert ("pallas_call" in str(graph)) == (platform == "tpu")
-        gradients, logits = tiny.jit(jax.grad(loss, has_aux=True))(params)
+        gradients, logits = jax.jit(jax.grad(loss, has_aux=True))(params)
         found[platform] = gradients, jnp.where(mask[:, :, None], logits, 0)
     tiny.leaves_close(found["tpu"], found["cpu"], atol=5e-5)
 

@@ -9,7 +9,6 @@ import pytest
 
 from ppo_jax.models import attention, long_rows
 from ppo_jax.models.attention import Outputs, attend, attend_any, causal_mask, plain_attention
-from tests.support import tiny
 
 B, H, K = 3, 6, 8
 
@@ -49,7 +48,7 @@ def outputs_and_gradients(attend_rows, real, q, k, v, g):
         output, backward = jax.vjp(attend_rows, q, k, v)
         return output, *backward(g)
 
-    output, *gradients = tiny.jit(both)(q, k, v, jnp.where(real[..., None, None], g, 0))
+    output, *gradients = jax.jit(both)(q, k, v, jnp.where(real[..., None, None], g, 0))
     return [jnp.where(real[..., None, None], output, 0), *gradients]
 
 
@@ -141,7 +140,7 @@ def test_nan_is_seen(short):
 def test_members_of_a_population_under_vmap(short):
     mask, _ = rows(21)
     several = [jnp.stack([x, x[::-1] + 1]) for x in arrays(21)[:3]]
-    blocks = tiny.jit(jax.vmap(plain_attention(mask, None)))(*several)
+    blocks = jax.jit(jax.vmap(plain_attention(mask, None)))(*several)
     for i in range(2):
         expected = attend(*(x[i] for x in several), causal_mask(mask, None))
         np.testing.assert_allclose(blocks[i][mask], expected[mask], atol=5e-6)

@@ -41,7 +41,7 @@ def adapted(network=policy_network, targets=None, fresh=False, **changes):
 
 def logits(config, params):
     tokens, mask = tiny.tokens_and_mask(0, 4, 10)
-    return tiny.jit(policy_network(config).apply)(params, tokens, mask)
+    return jax.jit(policy_network(config).apply)(params, tokens, mask)
 
 
 # --- what they compute ----------------------------------------------------------------------------
@@ -202,7 +202,7 @@ def test_no_gradient_of_a_frozen_kernel_is_computed(scan_layers, remat):
         def loss(trained, frozen):
             return (apply(merge_params(frozen, trained), tokens, mask, first_output=6) ** 2).sum()
 
-        compiled = tiny.jit(jax.grad(loss)).lower(parts.trained, parts.frozen).compile()
+        compiled = jax.jit(jax.grad(loss)).lower(parts.trained, parts.frozen).compile()
         return cost_analysis(compiled).flops
 
     assert flops("lora") < 0.72 * flops("all")
@@ -226,8 +226,8 @@ def test_gradients_are_those_of_the_merged_kernels():
     def place(tree):
         return tree["layers"]["0"]["attention"]["query"]
 
-    got = place(tiny.jit(jax.grad(of_adapters))(adapters))
-    kernel = place(tiny.jit(jax.grad(of_merged))(merge_lora(config, params)))["kernel"]
+    got = place(jax.jit(jax.grad(of_adapters))(adapters))
+    kernel = place(jax.jit(jax.grad(of_merged))(merge_lora(config, params)))["kernel"]
     kernel = np.asarray(kernel).reshape(32, 32)
     a, b = (np.asarray(place(adapters)[name]) for name in ("lora_a", "lora_b"))
     expected = {"lora_a": kernel @ b.reshape(RANK, 32).T, "lora_b": a.T @ kernel}

@@ -59,7 +59,7 @@ def test_the_upper_network_on_the_trunk_is_the_whole_network(layout, trainable, 
     params = tiny.random_params(policy_network(config))
     tokens, mask = tiny.tokens_and_mask(0, 2, 7)
 
-    @tiny.jit
+    @jax.jit
     def both(params):
         trunk, frozen, trained = split_params(config, params, trainable, start)
         hidden = trunk_network(config, end_layer=start).apply(trunk, tokens, mask)
@@ -91,7 +91,7 @@ def test_networks_that_start_at_different_layers_share_a_trunk():
             yield upper.apply(merge_params(frozen, trained), states, mask)
         yield policy_network(config).apply(params, tokens, mask)
 
-    *got, expected = tiny.jit(lambda params: list(outputs(params)))(params)
+    *got, expected = jax.jit(lambda params: list(outputs(params)))(params)
     for logits in got:
         np.testing.assert_allclose(logits[mask], expected[mask], atol=1e-5)
 

@@ -73,7 +73,7 @@ def both(function, params):
         gradients, out = jax.grad(weighted, has_aux=True)(params)
         return out, jnp.concatenate([x.ravel() for x in jax.tree.leaves(gradients)])
 
-    return tiny.jit(functools.partial(run, 1))(), tiny.jit(functools.partial(run, SAMPLES))()
+    return jax.jit(functools.partial(run, 1))(), jax.jit(functools.partial(run, SAMPLES))()
 
 
 def assert_equal(apart, joined):
@@ -124,7 +124,7 @@ def test_a_response_sees_no_other():
     def logits(inputs):
         return response_outputs(network, params, inputs, mask, **how)[6, 5].sum()
 
-    gradient = tiny.jit(jax.grad(logits))(jnp.where(mask[..., None], inputs, 0.0))
+    gradient = jax.jit(jax.grad(logits))(jnp.where(mask[..., None], inputs, 0.0))
     seen = np.abs(gradient).sum(axis=2) > 0
     expected = np.zeros_like(seen)
     expected[6, P : P + 5] = True  # its own before token 5
@@ -187,6 +187,6 @@ def test_a_fused_kernel_has_the_rows_apart(interpreted, on):  # noqa: F811
     plain = share_prompts(AttentionFn(causal_mask(jnp.asarray(mask), None), attend), joined, shared)
     assert plain.takes_some_queries and not fused.takes_some_queries
     got, expected = (
-        np.where(joined[..., None, None], tiny.jit(f.__call__)(*arrays), 0) for f in (fused, plain)
+        np.where(joined[..., None, None], jax.jit(f.__call__)(*arrays), 0) for f in (fused, plain)
     )
     np.testing.assert_allclose(got, expected, atol=1e-5)

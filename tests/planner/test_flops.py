@@ -20,7 +20,7 @@ B, P, T = tiny.BATCH, tiny.PROMPT_LENGTH, tiny.RESPONSE_LENGTH
 
 
 def measured(function, *args, **options):
-    compiled = tiny.jit(function).lower(*args).compile()
+    compiled = jax.jit(function).lower(*args).compile()
     return cost_analysis(compiled, **options).flops
 
 

@@ -204,7 +204,7 @@ def measured_training(make, config, params, frozen, first_output=3):
 
         return accumulate(jax.grad(loss, has_aux=True), params, batch, 1)
 
-    lowered = tiny.jit(gradient).lower(params, frozen, tiny.tokens_and_mask(0, 4, 12))
+    lowered = jax.jit(gradient).lower(params, frozen, tiny.tokens_and_mask(0, 4, 12))
     return cost_analysis(lowered.compile()).flops
 
 

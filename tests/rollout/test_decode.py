@@ -41,7 +41,7 @@ def roll(prompts, seed=0, start=None, sampling=None, **kwargs):
     return jax.tree.map(np.asarray, got)
 
 
-@functools.partial(tiny.jit, static_argnames="network")
+@functools.partial(jax.jit, static_argnames="network")
 def full_forward(network, params, inputs, mask, tokens, temperature):
     logits = response_outputs(network, params, inputs, mask, response_length=tokens.shape[1])
     return logits, token_logprobs(logits, tokens, temperature=temperature)
@@ -155,7 +155,7 @@ def test_with_and_without_a_trunk_the_responses_are_the_same():
 def test_the_kept_hidden_states_are_those_of_the_trunk():
     rollout = roll(tiny.prompts(), start=1)
     kwargs = model(1)
-    expected = tiny.jit(kwargs["trunk"].apply)(kwargs["trunk_params"], rollout.tokens, rollout.mask)
+    expected = jax.jit(kwargs["trunk"].apply)(kwargs["trunk_params"], rollout.tokens, rollout.mask)
     expected = np.asarray(expected)
     np.testing.assert_allclose(
         rollout.hidden_states[rollout.mask], expected[rollout.mask], atol=1e-5

@@ -45,7 +45,7 @@ def first_fit_decreasing(sizes, room):
     return rows
 
 
-pack = tiny.jit(pack_rows)
+pack = jax.jit(pack_rows)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -54,7 +54,7 @@ def test_the_rows_are_those_of_first_fit_decreasing(seed):
     width, most = 20, 12
     counts = rng.integers(1, most + 1, size=30)
     lengths = np.minimum(counts + rng.integers(0, 9, size=30), width)
-    got = tiny.jit(functools.partial(first_fit, width=width, max_tokens=most))(lengths, counts)
+    got = jax.jit(functools.partial(first_fit, width=width, max_tokens=most))(lengths, counts)
     row, begin, token_begin, number = map(np.asarray, got)
     expected = first_fit_decreasing(list(zip(lengths, counts, strict=True)), (width, most))
     assert len(expected) < 30
@@ -226,7 +226,7 @@ def test_as_many_micro_batches_are_computed_as_there_are_rows_for(num_micro_batc
         )
 
     args = jax.grad(loss, has_aux=True), params, e, num_micro_batches
-    jax.block_until_ready(tiny.jit(lambda: accumulate_packed(*args))())
+    jax.block_until_ready(jax.jit(lambda: accumulate_packed(*args))())
     jax.effects_barrier()
     used, size = int(pack(e.mask, e.response_mask)[1]), B // num_micro_batches
     assert used < B - 2 and len(calls) == -(-used // size)

@@ -11,7 +11,7 @@ from ppo_jax.config.run import from_config_dict
 from ppo_jax.data.records import write_jsonl
 from ppo_jax.pipeline import run as pipeline
 from ppo_jax.pipeline.summary import stop_lines
-from tests.support import tiny_run
+from tests.support import tiny_run, xla_flags
 from tests.support.tiny_stage import byte_tokenizer
 
 # A config file that holds the tiny run with every section.
@@ -51,7 +51,12 @@ def test_a_dry_run_of_a_script_shows_every_stage_and_leaves_nothing(tmp_path):
     done = subprocess.run(
         [*command, f"--workdir={tmp_path / 'run'}"],
         cwd=tiny_run.ROOT,
-        env=os.environ | {"PYTHONPATH": str(tiny_run.ROOT), "TMPDIR": str(home), "XLA_FLAGS": ""},
+        env=os.environ
+        | {
+            "PYTHONPATH": str(tiny_run.ROOT),
+            "TMPDIR": str(home),
+            "XLA_FLAGS": xla_flags.with_devices(1),
+        },
         capture_output=True,
         text=True,
         encoding="utf-8",

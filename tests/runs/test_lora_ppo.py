@@ -143,7 +143,7 @@ def test_sampled_logprobs_are_those_of_the_update(scan_layers):
     run = Run(shape=dict(scan_layers=scan_layers))
     run.iterate(3)
     rollout = run.rollout()
-    logprobs, _ = tiny.jit(functools.partial(response_statistics, run.networks.policy))(
+    logprobs, _ = jax.jit(functools.partial(response_statistics, run.networks.policy))(
         merge_params(run.frozen.policy, run.state.policy_params),
         rollout.tokens,
         rollout.mask,

@@ -15,7 +15,7 @@ from ppo_jax.config.run import with_defaults
 from ppo_jax.pipeline import run as pipeline
 from ppo_jax.pipeline import study, sweep
 from ppo_jax.pipeline.export import export_stage
-from tests.support import tiny_run, two_processes
+from tests.support import tiny_run, two_processes, xla_flags
 from tests.support.command_line import ROOT, run_script
 from tests.support.finished_run import read_lines
 
@@ -94,7 +94,7 @@ def whole(tmp_path_factory):
 def as_children(monkeypatch):
     """Processes of a test have one device, and the programs of this one's cache."""
     cache = str(jax.config.jax_compilation_cache_dir)
-    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setenv("XLA_FLAGS", xla_flags.with_devices(1))
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", cache)
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

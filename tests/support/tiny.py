@@ -156,25 +156,6 @@ def setup(trainable="all", on_trunk=False, num_bins=0) -> Setup:
     )
 
 
-def known(options):
-    """The compiler options that this version of XLA has."""
-    found = {}
-    for name, value in options.items():
-        try:
-            jax.jit(lambda: 0, compiler_options={name: value})()
-        except jax.errors.JaxRuntimeError:
-            continue
-        found[name] = value
-    return found
-
-
-# Compiles five times as fast; the numbers differ by rounding alone.
-FAST = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-    "xla_cpu_use_fusion_emitters": False,
-}
-jit = functools.partial(jax.jit, compiler_options=known(FAST))
 TRACES = collections.Counter()
 
 
@@ -189,7 +170,7 @@ def program(function):
     static = ("networks", "options", "policy", "trunk", "sampling", "num_micro_batches", "network")
     static += ("eos_id", "samples_per_prompt")
     names = inspect.signature(function).parameters
-    return jit(counted, static_argnames=[name for name in static if name in names])
+    return jax.jit(counted, static_argnames=[name for name in static if name in names])
 
 
 sample = program(rollout)

@@ -16,6 +16,7 @@ from ppo_jax.data.records import write_jsonl
 from ppo_jax.evaluation.evaluate import JudgePanel
 from ppo_jax.pipeline import run as pipeline
 from ppo_jax.training.stage import StageRun
+from tests.support import xla_flags
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 GOOD = ["good", "fine", "great", "lovely"]
@@ -175,7 +176,7 @@ def start(settings, workdir, stall="none"):
     compiled = {
         "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
-        "XLA_FLAGS": "",  # one device, as the runs in this process have
+        "XLA_FLAGS": xla_flags.with_devices(1),  # as many as the runs in this process have
     }
     return subprocess.Popen(
         command,

@@ -21,7 +21,7 @@ from jax._src import compiler, distributed
 from ppo_jax.distributed.trees import named_leaves
 from ppo_jax.io.checkpoints import load_checkpoint_item
 from ppo_jax.training.stages import find_stage
-from tests.support import tiny_run
+from tests.support import tiny_run, xla_flags
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 NUM_DEVICES = 8
@@ -54,8 +54,7 @@ def start(what, workdir, num_processes=2, only=None, num_devices=NUM_DEVICES):
     address = f"localhost:{free_port()}"
     count = num_devices // num_processes
     environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={count} "
-        "--xla_cpu_collective_call_terminate_timeout_seconds=600",
+        "XLA_FLAGS": xla_flags.with_devices(count),
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir or "",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",  # for the next start
