@@ -17,7 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ppo_jax.config.mesh import MESH_AXES, RULES, AxisRules, MeshSettings
 from ppo_jax.distributed.processes import require_all_processes
 from ppo_jax.distributed.trees import map_named
-from ppo_jax.models.axes import Axes, ShardingConstraint, parameter_axes
+from ppo_jax.models.axes import OPTIONAL, Axes, ShardingConstraint, parameter_axes
 
 
 def devices_of_run() -> Sequence[jax.Device]:
@@ -85,7 +85,8 @@ class Layout:
         """
         spec: list[tuple[str, ...]] = []
         for axis, size in zip(axes, shape, strict=True):
-            names = () if size == 1 else self.mesh_axes(axis)
+            fits = axis not in OPTIONAL or size % self.num_shards(axis) == 0
+            names = self.mesh_axes(axis) if size > 1 and fits else ()
             if twice := sorted({x for entry in spec for x in entry} & set(names)):
                 raise ValueError(f"{name}: the rules shard it twice over the mesh axis {twice[0]}")
             if names and size % self.num_shards(axis):

@@ -345,10 +345,13 @@ def params_to_hf(config: ModelConfig, family: str, params: Params) -> dict[str, 
     for path, layer, leaf in leaves_by_layer(config, params):
         if path not in rows:
             raise ValueError(f"a {family} checkpoint has no place for the parameter {path}")
-        row = rows[path]
-        array = np.asarray(leaf)
-        matrix = array.reshape(matrix_shape(path, array.shape))
-        name = row.name.format(layer)
+        row, array = rows[path], np.asarray(leaf)
+        if row.per_expert:
+            for expert, own in enumerate(array):
+                matrix = own.T if row.transposed else own
+                tensors[row.name.format(layer, expert)] = np.ascontiguousarray(matrix)
+            continue
+        matrix, name = array.reshape(matrix_shape(path, array.shape)), row.name.format(layer)
         if row.fusion is not None:
             parts = fused.setdefault(name, {})
             parts[path] = matrix

@@ -1,15 +1,16 @@
 """Parameters stored in safetensors files: found and checked by the headers, read in slices.
 
 A slice of a parameter is read alone: transposed matrices, query, key and value side by side,
-flattened heads and layers that are one tensor each become ranges of rows and columns in the files.
+flattened heads, layers and experts that are one tensor each become ranges of rows and columns in
+the files.
 
 Dimension key: D model, H heads, K head size.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -18,7 +19,7 @@ from jax.sharding import NamedSharding
 from ppo_jax.core.network import Network
 from ppo_jax.core.types import Params
 from ppo_jax.models.build import policy_network, reward_network
-from ppo_jax.models.config import ModelConfig
+from ppo_jax.models.config import LayerKind, ModelConfig
 from ppo_jax.models.families import family_of
 from ppo_jax.models.families.base import DERIVED, Family, Fusion, Tensor
 
@@ -42,10 +43,23 @@ class StoredParameter:
     path: str  # its name, without the number of a layer
     names: Sequence[str]  # of its tensors, as the files have them
     row: Tensor  # the layout of each of its tensors in the files
-    tensors: Sequence[Any]  # unread: one a layer where `stacked`, else one alone
-    shape: tuple[int, ...]  # with the leading layer axis where `stacked`
-    stacked: bool
+    tensors: Sequence[Any]  # unread, in the order of the leading axes
+    shape: tuple[int, ...]
+    num_stacked: int = 0  # leading axes, of layers and of experts, with a tensor for each index
     before: int = 0  # outputs of its tensor that are other parameters', see `Fusion`
+
+    def stacked(self, num_layers: int) -> "StoredParameter":
+        """With the tensors of so many layers, as one parameter."""
+        shape = (num_layers, *self.shape)
+        return dataclasses.replace(self, shape=shape, num_stacked=self.num_stacked + 1)
+
+    def split(self, num_layers: int) -> list["StoredParameter"]:
+        """With the tensors of so many layers, as one parameter each."""
+        count = len(self.tensors) // num_layers
+        own = [slice(i * count, (i + 1) * count) for i in range(num_layers)]
+        return [
+            dataclasses.replace(self, names=self.names[x], tensors=self.tensors[x]) for x in own
+        ]
 
     def read(self, index: Index | None = None) -> np.ndarray:
         """A slice of the parameter, or all of it, as float32; one tensor's slice is held on top.
@@ -55,17 +69,19 @@ class StoredParameter:
         index = index or (slice(None),) * len(self.shape)
         ranges = [range(size)[bounds] for size, bounds in zip(self.shape, index, strict=True)]
         array = np.empty([len(r) for r in ranges], np.float32)
-        layers, *inside = ranges if self.stacked else [range(1), *ranges]
-        targets = array.reshape(len(layers), *map(len, inside))  # a view
-        for target, layer in zip(targets, layers, strict=True):
-            target[...] = self.read_layer(layer, inside).reshape(target.shape)
+        lead, inside = ranges[: self.num_stacked], ranges[self.num_stacked :]
+        numbers = np.arange(len(self.tensors)).reshape(self.shape[: self.num_stacked])
+        own = numbers[np.ix_(*lead)].ravel() if lead else [0]
+        targets = array.reshape(len(own), *map(len, inside))  # a view
+        for target, number in zip(targets, own, strict=True):
+            target[...] = self.read_tensor(number, inside).reshape(target.shape)
             if not is_finite(target):
-                raise NotFinite(f"{self.names[layer]} holds NaN or infinity")
+                raise NotFinite(f"{self.names[number]} holds NaN or infinity")
         return array
 
-    def read_layer(self, layer: int, ranges: Sequence[range]) -> np.ndarray:
-        """A slice of one layer's parameter as a matrix [in, out] or a vector."""
-        stored = self.tensors[layer][self.stored_index(ranges)]
+    def read_tensor(self, number: int, ranges: Sequence[range]) -> np.ndarray:
+        """A slice of one of the tensors as a matrix [in, out] or a vector."""
+        stored = self.tensors[number][self.stored_index(ranges)]
         matrix = stored.T if self.row.transposed else stored
         fusion = self.row.fusion
         if fusion is None or not fusion.by_head:
@@ -78,7 +94,7 @@ class StoredParameter:
     def stored_index(self, ranges: Sequence[range]) -> Index:
         """The rows and columns of a tensor that hold a slice of one layer's parameter; of
         parameters that are fused by head, whole heads of all of them."""
-        shape = self.shape[1:] if self.stacked else self.shape
+        shape = self.shape[self.num_stacked :]
         fusion, index = self.row.fusion, []
         for (first, *_), (_, *inner) in zip(
             group_dims(self.path, ranges), group_dims(self.path, shape), strict=True
@@ -156,35 +172,36 @@ def find_parameters(
     if score_bias is not None:
         names, ties = dataclasses.replace(names, tensors={**names.tensors, **SCORE}), False
     tensors = canonical_names(files, names)
-    shapes = parameter_shapes(config, policy_network if score_bias is None else reward_network)
-    shapes.pop("head.bias", None)
-    rows = {path: names.tensors[path] for path in shapes}
+    held = parameters_of(config, policy_network if score_bias is None else reward_network)
+    held.pop("head.bias", None)
+    rows = {path: names.tensors[path] for path in held}
+    full_names = {path: held[path].names(row) for path, row in rows.items()}
     head = names.tensors["head.kernel"].name
-    check_names(config, rows, tensors, {head} if ties else set())
+    check_names(sum(full_names.values(), []), tensors, {head} if ties else set())
     slices = {name: file.get_slice(key) for name, (file, key) in tensors.items()}
     own_names = {name: key for name, (_, key) in tensors.items()}  # as the files have them
+    of_tensor = {path: held[path].shape[row.per_expert :] for path, row in rows.items()}
     tree: Params = {}
-    of_layer = {x: shape[x.startswith("layers.") :] for x, shape in shapes.items()}
-    for path, shape in shapes.items():
-        row, in_layers, layer_shape = rows[path], path.startswith("layers."), of_layer[path]
-        expected, before = stored_shape(path, row, of_layer)
-        full = [row.name.format(i) for i in range(shape[0] if in_layers else 1)]
-        layers, names_there = [slices[x] for x in full], [own_names[x] for x in full]
-        for name, tensor in zip(names_there, layers, strict=True):
+    for path, (shape, layers) in held.items():
+        row, full = rows[path], full_names[path]
+        expected, before = stored_shape(path, row, of_tensor)
+        there, parts = [own_names[x] for x in full], [slices[x] for x in full]
+        for name, tensor in zip(there, parts, strict=True):
             check_tensor(name, tensor, expected)
-        if in_layers and config.scan_layers:
-            stack = StoredParameter(path, names_there, row, layers, shape, True, before)
-            set_leaf(tree, path.replace("layers.", "layers.stack.", 1), stack)
-            continue
-        for i, (name, tensor) in enumerate(zip(names_there, layers, strict=True)):
-            leaf = StoredParameter(path, [name], row, [tensor], layer_shape, False, before)
-            set_leaf(tree, path.replace("layers.", f"layers.{i}.", 1), leaf)
+        leaf = StoredParameter(path, there, row, parts, shape, int(row.per_expert), before)
+        if not layers:
+            set_leaf(tree, path, leaf)
+        elif config.scan_layers:
+            set_leaf(tree, path.replace("layers.", "layers.stack.", 1), leaf.stacked(len(layers)))
+        else:
+            for i, own in zip(layers, leaf.split(len(layers)), strict=True):
+                set_leaf(tree, path.replace("layers.", f"layers.{i}.", 1), own)
     if ties and head in slices:
         check_tied(head, rows["embed.tokens"].name, slices)
     if score_bias is not None:
         bias = [np.array([score_bias], np.float32)]
         row = Tensor("score_bias")
-        leaf = StoredParameter("head.bias", [row.name], row, bias, (1,), stacked=False)
+        leaf = StoredParameter("head.bias", [row.name], row, bias, (1,))
         set_leaf(tree, "head.bias", leaf)
     return tree
 
@@ -203,27 +220,43 @@ def canonical_names(files: Files, family: Family) -> dict[str, tuple[Any, str]]:
     return tensors
 
 
-def parameter_shapes(
+class Held(NamedTuple):
+    """A parameter of a network."""
+
+    shape: tuple[int, ...]  # in one layer
+    layers: tuple[int, ...]  # that have it; () outside of layers
+
+    def names(self, row: Tensor) -> list[str]:
+        """Those of all its tensors, layer after layer and in a layer expert after expert."""
+        experts = range(self.shape[0] if row.per_expert else 1)
+        return [row.name.format(i, j) for i in self.layers or (0,) for j in experts]
+
+
+def parameters_of(
     config: ModelConfig, network: Callable[[ModelConfig], Network]
-) -> dict[str, tuple[int, ...]]:
-    """Path -> shape of all parameters of a network; those of layers with a leading layer axis."""
-    # One layer to trace, however many there are.
-    stacked = dataclasses.replace(config, scan_layers=True)
-    tree = jax.eval_shape(network(stacked).init, jax.random.key(0))
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    paths = [(".".join(entry.key for entry in path), leaf.shape) for path, leaf in leaves]
-    return {path.replace("layers.stack.", "layers."): shape for path, shape in paths}
+) -> dict[str, Held]:
+    """Path, without its layer -> each parameter of a network."""
+    held: dict[str, Held] = {}
+    for dense in {kind.dense for kind in config.kinds}:
+        layers = {i for i in range(config.num_layers) if config.kind_of(i).dense == dense}
+        # One layer to trace, however many there are.
+        same = (LayerKind(dense=dense),) * config.num_layers
+        stacked = dataclasses.replace(config, scan_layers=True, layer_kinds=same)
+        tree = jax.eval_shape(network(stacked).init, jax.random.key(0))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            name = ".".join(entry.key for entry in path)
+            own = name.replace("layers.stack.", "layers.")
+            if own == name:
+                held[own] = Held(leaf.shape, ())
+                continue
+            others = held[own].layers if own in held else ()
+            held[own] = Held(leaf.shape[1:], tuple(sorted(layers.union(others))))
+    return held
 
 
-def check_names(
-    config: ModelConfig, rows: dict[str, Tensor], tensors: dict[str, Any], copies: set[str]
-) -> None:
+def check_names(names: Iterable[str], tensors: dict[str, Any], copies: set[str]) -> None:
     """Refuse files that lack a tensor or have one too many; `copies` of others may be there."""
-    needed = {
-        row.name.format(i)
-        for path, row in rows.items()
-        for i in range(config.num_layers if path.startswith("layers.") else 1)
-    }
+    needed = set(names)
     allowed = needed | copies
     if missing := sorted(needed - tensors.keys()):
         raise ValueError(f"the weight files lack {len(missing)} tensors: {first_names(missing)}")

@@ -34,7 +34,7 @@ from ppo_jax.io.checkpoints import (
 )
 from ppo_jax.io.hub import model_folder
 from ppo_jax.io.run_folder import read_object, read_rows
-from ppo_jax.models.config import LayerKind, ModelConfig, computation
+from ppo_jax.models.config import Experts, LayerKind, ModelConfig, computation
 from ppo_jax.models.lora import merge_lora, split_lora
 from ppo_jax.models.partition import Parts, stack_layers, unstack_layers
 from ppo_jax.models.rope import SCALINGS
@@ -417,6 +417,8 @@ def model_config(values: Any, section: str = "model.") -> ModelConfig:
         parts["layer_kinds"] = tuple(
             build(LayerKind, kind, f"{name}[{i}].") for i, kind in enumerate(kinds)
         )
+    if experts := values.pop("experts", None):
+        parts["experts"] = build(Experts, experts, f"{section}experts.")
     return dataclasses.replace(build(ModelConfig, values, section), **parts)
 
 

@@ -22,6 +22,14 @@ KERNELS: dict[str, tuple[Axes, Axes]] = {
     "head": (("embed",), ("vocab",)),
     "value_head": (("embed",), (None,)),  # of a critic that is a head of the policy
 }
+# Kernels of experts by their names, below `experts`.
+EXPERTS: dict[str, Axes] = {
+    "router": ("embed", None),
+    "up": ("expert", "embed", None),
+    "gate": ("expert", "embed", None),
+    "down": ("expert", None, "embed"),
+}
+OPTIONAL = ("expert",)  # whole on every device where the mesh does not divide them
 TABLES: dict[str, Axes] = {"tokens": ("vocab", "embed"), "positions": (None, "embed")}
 HEAD_NORMS = ("query_norm", "key_norm")  # over the head size; other norms over embed
 LORA = ("lora_a", "lora_b")  # adapters beside a kernel: [inputs, rank], [rank, outputs]
@@ -49,6 +57,11 @@ class ShardingConstraint:
     def platform(self) -> str | None:
         """The platform of the mesh, real or only described: "cpu", "gpu", "tpu"."""
         return self.sharding and next(iter(self.sharding((), ()).device_set)).platform
+
+    def mesh_axes(self, axis: str, size: int) -> tuple[str, ...]:
+        """The mesh axes over which a logical axis of this size is sharded."""
+        names = self.sharding((axis,), (size,)).spec[0] if self.sharding else None
+        return (names,) if isinstance(names, str) else tuple(names or ())
 
     @property
     def num_devices(self) -> int:
@@ -93,6 +106,8 @@ def parameter_axes(path: Sequence[str]) -> Axes | None:
     ('layers', 'embed')
     >>> parameter_axes(("policy_params", "layers", "0", "mlp", "down", "lora_a"))
     ('mlp', None)
+    >>> parameter_axes(("params", "layers", "0", "experts", "down", "kernel"))
+    ('expert', None, 'embed')
     >>> parameter_axes(("opt_state", "count")) is None
     True
     """
@@ -104,6 +119,8 @@ def parameter_axes(path: Sequence[str]) -> Axes | None:
     module, name = inside[-2:]
     if module == "embed" and name in TABLES:
         return TABLES[name]
+    if "experts" in inside and module in EXPERTS and name == "kernel":
+        return stacked + EXPERTS[module]
     if module in KERNELS and name in ("kernel", "bias", *LORA):
         before, after = KERNELS[module]
         adapters: dict[str, Axes] = {"lora_a": (*before, None), "lora_b": (None, *after)}

@@ -16,6 +16,7 @@ class LayerKind:
     window: int = 0  # positions that a query attends to, its own included; 0 is all before it
     rotary: bool = True  # False: without positions, in a model with rotary ones
     rope_theta: float = 0.0  # of these layers, then without scaling; 0 is the model's, with it
+    dense: bool = False  # without experts, in a model with some
 
     def __post_init__(self):
         if type(self.window) is not int or self.window < 0:
@@ -25,6 +26,31 @@ class LayerKind:
 
 
 PLAIN_LAYER = LayerKind()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experts:
+    """Feed-forward layers as mixtures of experts, of which each token has a few, see `moe`."""
+
+    num_experts: int
+    num_chosen: int  # experts of a token
+    dim: int  # width inside each expert
+    normalized: bool = False  # whether the weights of the chosen ones sum to 1
+    aux_coef: float = 0.0  # of the loss that balances them, as its checkpoint has it
+
+    def __post_init__(self):
+        for name in ("num_experts", "num_chosen", "dim"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"model.experts.{name} must be a positive integer, got {value!r}")
+        if self.num_chosen > self.num_experts:
+            raise ValueError(
+                f"model.experts.num_chosen must be at most num_experts ({self.num_experts}), got "
+                f"{self.num_chosen}"
+            )
+        if not 0 <= self.aux_coef < math.inf:
+            raise ValueError(f"model.experts.aux_coef must be >= 0, got {self.aux_coef!r}")
+
 
 # Where a layer has norms: (before attention and MLP, after them).
 NORMS = {
@@ -80,6 +106,7 @@ class ModelConfig:
     score_cap: float = 0.0  # scores become cap · tanh(score / cap); 0 is without
     logits_cap: float = 0.0  # logits alike
     layer_kinds: tuple[LayerKind, ...] = ()  # of each layer; () is `LayerKind()` for all
+    experts: Experts | None = None  # of layers that are not `dense`
     scan_layers: bool = False  # True compiles faster; False runs faster on CPUs
     dtype: str = "float32"  # of activations; parameters are always float32
     remat: str = "none"  # what the backward pass recomputes: or "dots", "full"
@@ -137,6 +164,17 @@ class ModelConfig:
                 f"{len(kinds)}"
             )
         object.__setattr__(self, "layer_kinds", () if set(kinds) <= {PLAIN_LAYER} else kinds)
+        dense = {kind.dense for kind in self.kinds}
+        if self.experts is None and True in dense:
+            raise ValueError("model.layer_kinds: dense layers are of a model with experts")
+        if self.experts is not None and not self.gated:
+            raise ValueError(f"model.mlp must be gated for experts, got {self.mlp!r}")
+        if self.experts is not None and self.mlp_bias:
+            raise ValueError("model.mlp_bias must be false for experts, which have none")
+        if self.scan_layers and len(dense) > 1:
+            raise ValueError(
+                "model.scan_layers must be false where some layers have experts and some are dense"
+            )
 
     @property
     def num_rotated(self) -> int:
@@ -150,6 +188,9 @@ class ModelConfig:
 
     def kind_of(self, layer: int) -> LayerKind:
         return self.layer_kinds[layer] if self.layer_kinds else PLAIN_LAYER
+
+    def has_experts(self, layer: int) -> bool:
+        return self.experts is not None and not self.kind_of(layer).dense
 
     @property
     def kinds(self) -> tuple[LayerKind, ...]:

@@ -3,6 +3,7 @@
 Dimension key: B sequences, L positions, S new positions, D model, V vocabulary.
 """
 
+import functools
 import math
 
 import flax.linen as nn
@@ -21,6 +22,13 @@ from ppo_jax.models.axes import (
 )
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.lora import lora_scale
+
+ACTIVATIONS = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu_erf": functools.partial(jax.nn.gelu, approximate=False),
+    "gated_gelu": functools.partial(jax.nn.gelu, approximate=True),
+    "gated_silu": jax.nn.silu,
+}
 
 
 class Norm(nn.Module):

@@ -26,12 +26,14 @@ TARGETS = tuple(PARTS)
 
 
 def check_targets(config: ModelConfig, targets: Sequence[str], field: str = "targets"):
-    """Refuse targets that are no projections of the model.
+    """Refuse targets that are no projections of the model; experts have no adapters.
 
     Raises:
         ValueError: it names `field`, the first such target, and the projections.
     """
     known = [name for name in TARGETS if name != "gate" or config.gated]
+    if config.experts is not None:
+        known = [name for name in known if PARTS[name] == "attention"]
     for target in targets:
         if target not in known:
             raise ValueError(f"{field} must be among {known} for this model, got {target!r}")

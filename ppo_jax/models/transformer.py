@@ -19,7 +19,8 @@ from ppo_jax.core import cpu
 from ppo_jax.models.attention import Outputs, update_cache
 from ppo_jax.models.axes import HIDDEN, ShardingConstraint, unconstrained
 from ppo_jax.models.config import NORMS, ModelConfig
-from ppo_jax.models.layers import Embedding, Head, Norm, Projection
+from ppo_jax.models.layers import ACTIVATIONS, Embedding, Head, Norm, Projection
+from ppo_jax.models.moe import MoE
 from ppo_jax.models.rope import rotate
 from ppo_jax.models.views import View, cache_views, choose_view, row_views
 
@@ -70,14 +71,6 @@ class Attention(nn.Module):
         return norm(x_BSHK.reshape(*x_BSHK.shape[:2], -1)).reshape(x_BSHK.shape)
 
 
-ACTIVATIONS = {
-    "gelu": functools.partial(jax.nn.gelu, approximate=True),
-    "gelu_erf": functools.partial(jax.nn.gelu, approximate=False),
-    "gated_gelu": functools.partial(jax.nn.gelu, approximate=True),
-    "gated_silu": jax.nn.silu,
-}
-
-
 class MLP(nn.Module):
     """activation(up), or activation(gate) * up, then down."""
 
@@ -108,17 +101,18 @@ class Block(nn.Module):
     `cache` is the layer's own, or that of all layers when they are scanned: then `layer` is its
     index, and every layer writes into the one array. Scanned over as an input and an output, it
     would be copied whole for each token. `kind` is which of the `views` the layer has, an array
-    where layers are scanned.
+    where layers are scanned. Padding, where `real_BS` is False, has no experts.
     """
 
     config: ModelConfig
     constrain: ShardingConstraint = unconstrained
+    has_experts: bool = False
 
     @nn.compact
-    def __call__(self, carry, layer, kind, views, next_slot, outputs=ALL):
+    def __call__(self, carry, layer, kind, views, real_BS, next_slot, outputs=ALL):
         c, constrain, (x_BSD, cache) = self.config, self.constrain, carry
         attention = Attention(c, constrain, name="attention")
-        mlp, view = MLP(c, constrain, name="mlp"), choose_view(views, kind)
+        mlp, view = self.feed_forward(outputs.take(real_BS)), choose_view(views, kind)
         added, cache = attention(
             self.before("attention", x_BSD), view, cache, layer, next_slot, outputs
         )
@@ -131,6 +125,11 @@ class Block(nn.Module):
             added = mlp(self.before("mlp", x_BSD))
             x_BSD = x_BSD + self.scaled(self.after("mlp", added))
         return (constrain(x_BSD, HIDDEN), cache), None
+
+    def feed_forward(self, real_BS):
+        if not self.has_experts:
+            return MLP(self.config, self.constrain, name="mlp")
+        return functools.partial(MoE(self.config, self.constrain, name="experts"), real_BS=real_BS)
 
     def before(self, part, x_BSD):
         first, _ = NORMS[self.config.residual]
@@ -159,7 +158,7 @@ class Layers(nn.Module):
     constrain: ShardingConstraint = unconstrained
 
     @nn.compact
-    def __call__(self, x_BSD, caches, views, next_slot, outputs=ALL):
+    def __call__(self, x_BSD, caches, views, real_BS, next_slot, outputs=ALL):
         if self.start == self.end:
             return [outputs.take(x_BSD)], caches
         c, count = self.config, self.end - self.start
@@ -173,18 +172,18 @@ class Layers(nn.Module):
                 block,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
-                in_axes=(0, 0, nn.broadcast, nn.broadcast),
+                in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
                 length=count,
             )
-            layers = stack(c, self.constrain, name="stack")
+            layers = stack(c, self.constrain, c.has_experts(self.start), name="stack")
             numbers = jnp.arange(count, dtype=jnp.int32), jnp.asarray(kinds, jnp.int32)
-            (x_BSD, caches), _ = layers((x_BSD, caches), *numbers, views, next_slot)
+            (x_BSD, caches), _ = layers((x_BSD, caches), *numbers, views, real_BS, next_slot)
             return [outputs.take(x_BSD)], caches
         states, updated = [], []
         for i, cache in enumerate(caches or [None] * count, start=self.start):
-            layer = block(c, self.constrain, name=str(i))
+            layer = block(c, self.constrain, c.has_experts(i), name=str(i))
             read, view = outputs if i + 1 == self.end else ALL, views[kinds[i - self.start]]
-            (x_BSD, cache), _ = layer((x_BSD, cache), None, None, (view,), next_slot, read)
+            (x_BSD, cache), _ = layer((x_BSD, cache), None, None, (view,), real_BS, next_slot, read)
             updated.append(cache)
             if i + 1 in self.exits:
                 states.append(x_BSD if i + 1 == self.end else outputs.take(x_BSD))
@@ -235,7 +234,7 @@ class Transformer(nn.Module):
         layers = Layers(c, self.start or 0, self.end, exits, self.constrain, name="layers")
         next_slot = None if cache is None else cache.index % cache.mask.shape[1]
         caches = None if cache is None else cache.layers
-        states, caches = layers(x, caches, views, next_slot, outputs=outputs)
+        states, caches = layers(x, caches, views, mask_BS, next_slot, outputs=outputs)
         if cache is not None:
             cache = cache.replace(layers=caches, index=cache.index + mask_BS.shape[1])
         if self.head == "none":

@@ -71,6 +71,7 @@ ELSEWHERE = {  # module: where it is tested, since it is a part of what is teste
     ),
     "models/families/gpt2": "models/test_families",
     "models/families/llama": "models/test_families",
+    "models/families/moe": "models/test_families",
     "models/families/presets": "planner/test_planner",
     "models/layers": "models/test_build",
     "models/transformer": "models/test_build",

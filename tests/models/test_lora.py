@@ -11,7 +11,7 @@ import pytest
 from ppo_jax.config.stages import LoRASettings
 from ppo_jax.core.network import merge_params
 from ppo_jax.models.build import policy_network, reward_network
-from ppo_jax.models.lora import TARGETS, init_lora, merge_lora, split_lora
+from ppo_jax.models.lora import TARGETS, check_targets, init_lora, merge_lora, split_lora
 from ppo_jax.models.partition import split_params, stack_layers, start_layer, unstack_layers
 from ppo_jax.pipeline.preflight import check_part
 from ppo_jax.planner.hlo.cost import cost_analysis
@@ -22,6 +22,8 @@ MLP_OF_GPT2 = ("up", "down")
 
 
 def targets_of(config):
+    if config.experts is not None:
+        return ("query", "value", "output")
     return TARGETS if config.mlp == "gated_silu" else ("query", "key", "output", *MLP_OF_GPT2)
 
 
@@ -134,6 +136,14 @@ def test_a_target_that_the_model_lacks_is_refused():
             "targets must be among ['query', 'key', 'value', 'output', 'up', 'down'] for this "
             f"model, got {target!r}"
         )
+
+
+@pytest.mark.parametrize("target", ["up", "gate", "down"])
+def test_experts_are_refused_as_targets(target):
+    config = tiny.model_config(**tiny.SHAPES["experts"])
+    known = r"\['query', 'key', 'value', 'output'\]"
+    with pytest.raises(ValueError, match=f"^targets must be among {known} for .*, got '{target}'$"):
+        check_targets(config, ("query", target))
 
 
 def test_a_run_is_told_of_targets_that_its_models_lack():

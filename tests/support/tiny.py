@@ -14,7 +14,7 @@ from ppo_jax.algorithms.update import ppo_update
 from ppo_jax.core.network import Network, merge_params
 from ppo_jax.core.types import FrozenParams, Hyperparameters, Optimizer, Params, Prompts
 from ppo_jax.models.build import policy_network, reward_network, trunk_network, value_network
-from ppo_jax.models.config import ModelConfig
+from ppo_jax.models.config import Experts, LayerKind, ModelConfig
 from ppo_jax.models.partition import split_params, start_layer
 from ppo_jax.models.rope import RopeScaling
 from ppo_jax.rollout.rollout import rollout
@@ -41,6 +41,11 @@ SHAPES = {
     ),
     "qk_norm": dict(qk_norm="head", head_dim=16, qkv_bias=True, tie_embeddings=False),
     "scanned": dict(scan_layers=True, num_layers=3),
+    "experts": dict(
+        num_layers=3,
+        layer_kinds=(LayerKind(), LayerKind(dense=True), LayerKind()),
+        experts=Experts(num_experts=5, num_chosen=2, dim=12, normalized=True),
+    ),
 }
 
 

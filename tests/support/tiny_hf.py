@@ -49,6 +49,7 @@ YARN_ROPE = {
     "original_max_position_embeddings": 16,
 }
 NEOX = {"num_key_value_heads": None, "layer_norm_eps": 1e-3, "rms_norm_eps": None}
+MOE = {"num_experts": 5, "num_experts_per_tok": 2}
 TINY_MODELS = {
     "gpt2": ("gpt2", {}),
     "gpt2-untied": ("gpt2", {"tie_word_embeddings": False, "n_inner": 48}),
@@ -173,7 +174,31 @@ TINY_MODELS = {
             "logits_scaling": 4.0,
         },
     ),
+    "qwen3_moe": (
+        "qwen3_moe",
+        MOE | {"head_dim": 12, "moe_intermediate_size": 14, "norm_topk_prob": True},
+    ),
+    "qwen3_moe-dense": (
+        "qwen3_moe",
+        MOE
+        | {
+            "num_hidden_layers": 3,
+            "mlp_only_layers": [1],
+            "moe_intermediate_size": 24,
+            "num_experts_per_tok": 3,
+            "use_sliding_window": True,
+            "sliding_window": 6,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "mixtral": (
+        "mixtral",
+        {"num_local_experts": 5, "sliding_window": 5, "head_dim": 6, "intermediate_size": 18},
+    ),
+    "olmoe": ("olmoe", MOE | {"intermediate_size": 18, "num_key_value_heads": 1}),
+    "olmoe-one": ("olmoe", MOE | {"num_experts_per_tok": 1, "norm_topk_prob": True}),
 }
+MIXED_LAYERS = ("qwen3_moe-dense",)  # have experts in some layers, and cannot be scanned
 
 
 def torch_model(name, task="CausalLM", **changes):
@@ -184,7 +209,9 @@ def torch_model(name, task="CausalLM", **changes):
     config = transformers.AutoConfig.for_model(family, **{**small, **options, **changes})
     torch.manual_seed(0)
     auto_class = getattr(transformers, f"AutoModelFor{task}")
-    model = auto_class.from_config(config, attn_implementation="eager")
+    # Its products of groups want widths that are multiples of 4.
+    eager = dict(attn_implementation="eager", experts_implementation="eager")
+    model = auto_class.from_config(config, **eager)
     with torch.no_grad():
         for parameter in model.parameters():
             around = 1.0 if parameter.ndim == 1 else 0.0

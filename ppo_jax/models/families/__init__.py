@@ -19,6 +19,7 @@ from ppo_jax.models.families.llama import (
     SEED_OSS,
     SMOLLM3,
 )
+from ppo_jax.models.families.moe import MIXTRAL, OLMOE, QWEN3_MOE
 from ppo_jax.models.families.neox import NEOX
 from ppo_jax.models.families.olmo import OLMO2, OLMO3
 from ppo_jax.models.families.phi import PHI3
@@ -27,6 +28,7 @@ from ppo_jax.models.families.phi import PHI3
 FAMILIES = (
     *(GPT2, LLAMA, QWEN2, QWEN3, MISTRAL, SEED_OSS, SMOLLM3, GRANITE),
     *(GEMMA, GEMMA2, GEMMA3, PHI3, NEOX, OLMO2, OLMO3),
+    *(QWEN3_MOE, MIXTRAL, OLMOE),
 )
 
 

@@ -24,9 +24,14 @@ class Fusion(NamedTuple):
 class Tensor(NamedTuple):
     """The name and layout of one parameter in a checkpoint."""
 
-    name: str  # {} stands for the layer
+    name: str  # {} stands for the layer, a second one for the expert
     transposed: bool = False  # stored as [out, in]
     fusion: Fusion | None = None  # with other parameters, of which this is one
+
+    @property
+    def per_expert(self) -> bool:
+        """Whether each expert of a layer has a tensor of its own, of one parameter."""
+        return self.name.count("{}") > 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,6 +140,10 @@ OPTIONS: dict[str, Kind] = {
     "hidden_activation": TEXT,
     **dict.fromkeys(("vocab_size", "hidden_size", "n_embd", "intermediate_size", "n_inner"), SIZE),
     **dict.fromkeys(("num_hidden_layers", "n_layer"), whole(1, 2**12)),
+    **dict.fromkeys(("num_experts", "num_local_experts", "num_experts_per_tok"), whole(1, 2**14)),
+    **dict.fromkeys(("moe_intermediate_size", "decoder_sparse_step"), SIZE),
+    "mlp_only_layers": Kind("a list of whole numbers", is_list_of(whole(0, 2**12))),
+    "router_aux_loss_coef": Kind("a number >= 0", lambda x: x == 0 or NUMBER.holds(x)),
     **dict.fromkeys(
         ("num_attention_heads", "n_head", "num_key_value_heads", "head_dim"), whole(1, 2**14)
     ),
@@ -163,6 +172,7 @@ OPTIONS: dict[str, Kind] = {
         ("tie_word_embeddings", "attention_bias", "attention_out_bias", "mlp_bias"), FLAG
     ),
     **dict.fromkeys(("use_sliding_window", "use_parallel_residual", "truncate"), FLAG),
+    "norm_topk_prob": FLAG,
     **dict.fromkeys(("rope_parameters", "rope_scaling"), OBJECT),
     **dict.fromkeys(("full_attention", "sliding_attention"), OBJECT),  # inside of the former
     **dict.fromkeys(("layer_types", "architectures"), TEXTS),

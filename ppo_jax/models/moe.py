@@ -1,0 +1,109 @@
+"""A feed-forward layer as a mixture of experts: each token has the few that a router chooses.
+
+Dropless: an expert computes all tokens that chose it, be they all. On a mesh the experts are
+sharded; each device has the tokens of its rows, computes those of its own experts, and the results
+are summed. No token is sent anywhere, for devices that share rows have all of them.
+
+Dimension key: B sequences, S positions, N = B S tokens, k experts of a token, P = N k pairs of a
+token and an expert, E experts, D model, F width of an expert.
+"""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ppo_jax.core import cpu
+from ppo_jax.core.grouped import grouped_matmul
+from ppo_jax.models.axes import EXPERTS, HIDDEN, ShardingConstraint, gathered, unconstrained
+from ppo_jax.models.config import Experts, ModelConfig
+from ppo_jax.models.layers import ACTIVATIONS
+
+
+class MoE(nn.Module):
+    """The sum of the chosen experts' outputs by their weights, each expert a gated MLP; 0 where
+    `real_BS` is False."""
+
+    config: ModelConfig
+    constrain: ShardingConstraint = unconstrained
+
+    @nn.compact
+    def __call__(self, x_BSD, real_BS):
+        c, experts, constrain = self.config, self.config.experts, self.constrain
+        num, width = experts.num_experts, experts.dim
+        kernel = functools.partial(ExpertKernel, dtype=x_BSD.dtype, constrain=constrain)
+        router_DE = kernel((c.embed_dim, num), name="router")()
+        logits_BSE = constrain(cpu.matmul(x_BSD, router_DE, "float32"), HIDDEN)
+        gate = kernel((num, c.embed_dim, width), name="gate")()
+        up = kernel((num, c.embed_dim, width), name="up")()
+        down = kernel((num, width, c.embed_dim), name="down")()
+        axes = constrain.mesh_axes("expert", num)
+        compute = functools.partial(mixture, experts, ACTIVATIONS[c.mlp], axes)
+        arrays = x_BSD, real_BS, logits_BSE, gate, up, down
+        if constrain.sharding is None:
+            return compute(*arrays)
+        of_experts = (("expert", None, None),) * 3
+        of_tokens = HIDDEN, ("batch", None), HIDDEN
+        return constrain.shard_map(compute, (*of_tokens, *of_experts), *arrays)
+
+
+class ExpertKernel(nn.Module):
+    """The matrices of all experts, or that of the router."""
+
+    shape: tuple[int, ...]
+    dtype: jnp.dtype
+    constrain: ShardingConstraint = unconstrained
+
+    @nn.compact
+    def __call__(self):
+        kernel = self.param("kernel", nn.initializers.normal(0.02), self.shape)
+        return self.constrain(jnp.asarray(kernel).astype(self.dtype), gathered(EXPERTS[self.name]))
+
+
+def route(logits_NE: jax.Array, experts: Experts) -> tuple[jax.Array, jax.Array]:
+    """(weights, experts) of each token, [N, k] both: those with the largest softmax."""
+    weights_Nk, chosen_Nk = jax.lax.top_k(jax.nn.softmax(logits_NE), experts.num_chosen)
+    if experts.normalized:
+        weights_Nk = weights_Nk / weights_Nk.sum(-1, keepdims=True)
+    return weights_Nk, chosen_Nk
+
+
+def mixture(experts, activation, mesh_axes, x_BSD, real_BS, logits_BSE, gate, up, down):
+    """The outputs [B, S, D] of the experts whose kernels are given; on a mesh, summed over
+    `mesh_axes`, whose devices hold the others."""
+    k, num_own = experts.num_chosen, len(gate)
+    x_ND = x_BSD.reshape(-1, x_BSD.shape[-1])
+    weights_Nk, chosen_Nk = route(logits_BSE.reshape(-1, logits_BSE.shape[-1]), experts)
+    own_Nk = chosen_Nk - (jax.lax.axis_index(mesh_axes) * num_own if mesh_axes else 0)
+    here_Nk = real_BS.reshape(-1, 1) & (own_Nk >= 0) & (own_Nk < num_own)
+    group_P = jnp.where(here_Nk, own_Nk, num_own).reshape(-1)  # the last is computed by nobody
+    order_P = jnp.argsort(group_P)
+    place_P = jnp.zeros_like(order_P).at[order_P].set(jnp.arange(len(order_P)))  # its inverse
+    sizes_E = (group_P[:, None] == jnp.arange(num_own)[None]).sum(0, dtype=jnp.int32)
+
+    x_PD = permuted(jnp.repeat(x_ND, k, axis=0), order_P, place_P)
+    hidden_PF = activation(grouped_matmul(x_PD, gate, sizes_E)) * grouped_matmul(x_PD, up, sizes_E)
+    y_PD = permuted(grouped_matmul(hidden_PF, down, sizes_E), place_P, order_P)
+    weights_Nk = jnp.where(here_Nk, weights_Nk, 0)
+    y_NkD = y_PD.reshape(-1, k, y_PD.shape[-1])
+    y_ND = (weights_Nk[..., None] * y_NkD).sum(1)
+    y_ND = jax.lax.psum(y_ND, mesh_axes) if mesh_axes else y_ND
+    return y_ND.reshape(x_BSD.shape).astype(x_BSD.dtype)
+
+
+@jax.custom_vjp
+def permuted(x_PD: jax.Array, order_P: jax.Array, inverse_P: jax.Array) -> jax.Array:
+    """x[order], whose gradient is read in order as well, and not added row by row."""
+    return x_PD[order_P]
+
+
+def _permuted_forward(x_PD, order_P, inverse_P):
+    return x_PD[order_P], inverse_P
+
+
+def _permuted_backward(inverse_P, g_PD):
+    return g_PD[inverse_P], None, None
+
+
+permuted.defvjp(_permuted_forward, _permuted_backward)

@@ -1,0 +1,150 @@
+"""Mixtures of experts: what a token's experts give, and the same on any mesh."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ppo_jax.models.build import policy_network, trunk_network
+from ppo_jax.models.config import Experts
+from ppo_jax.models.moe import mixture, route
+from ppo_jax.models.partition import split_params
+from tests.support import tiny
+from tests.support.meshes import WIDE, layout_of
+
+ROWS, LENGTH, EMBED, WIDTH, NUM = 3, 7, 6, 5, 5
+
+
+def experts_of(**changes):
+    return Experts(**dict(num_experts=NUM, num_chosen=2, dim=WIDTH) | changes)
+
+
+def problem(seed=0, *, favourite=None):
+    """(x, real, router logits, gate, up, down); all tokens choose the favourite expert first."""
+    rng = np.random.default_rng(seed)
+    up, down = (NUM, EMBED, WIDTH), (NUM, WIDTH, EMBED)
+    shapes = [(ROWS, LENGTH, EMBED), (ROWS, LENGTH, NUM), up, up, down]
+    x, logits, *kernels = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
+    if favourite is not None:
+        logits[..., favourite] = 9.0
+    real = rng.random((ROWS, LENGTH)) < 0.7
+    return jax.tree.map(jnp.asarray, (x, real, logits, *kernels))
+
+
+def silu(x):
+    return x / (1 + np.exp(-x))
+
+
+def oracle(experts, x, real, logits, gate, up, down):
+    """Token by token in float64."""
+    x, logits, gate, up, down = (np.asarray(a, np.float64) for a in (x, logits, gate, up, down))
+    output = np.zeros_like(x)
+    for place in np.argwhere(np.asarray(real)):
+        b, s = place
+        probs = np.exp(logits[b, s]) / np.exp(logits[b, s]).sum()
+        chosen = np.argsort(-probs)[: experts.num_chosen]
+        total = probs[chosen].sum() if experts.normalized else 1.0
+        for e in chosen:
+            hidden = silu(x[b, s] @ gate[e]) * (x[b, s] @ up[e])
+            output[b, s] += probs[e] / total * (hidden @ down[e])
+    return output
+
+
+def all_experts(experts, x, real, logits, gate, up, down):
+    """The same as products of all tokens with all experts, for autodiff."""
+    weights, chosen = route(logits, experts)
+    shares = (jax.nn.one_hot(chosen, NUM) * weights[..., None]).sum(-2) * real[..., None]
+    each = [jax.nn.silu(x @ gate[e]) * (x @ up[e]) @ down[e] for e in range(NUM)]
+    return (jnp.stack(each, -2) * shares[..., None]).sum(-2)
+
+
+@pytest.mark.parametrize("favourite", [None, 3])
+@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize("num_chosen", [1, 2, NUM])
+def test_outputs_are_those_token_by_token(num_chosen, normalized, favourite):
+    """Also where one expert has all tokens: none is dropped."""
+    experts, arrays = experts_of(num_chosen=num_chosen, normalized=normalized), problem()
+    arrays = problem(favourite=favourite)
+    ours = jax.jit(lambda *x: mixture(experts, jax.nn.silu, (), *x))(*arrays)
+    np.testing.assert_allclose(ours, oracle(experts, *arrays), atol=1e-5)
+    assert not np.asarray(ours)[~np.asarray(arrays[1])].any()
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+def test_gradients_are_those_of_products_with_all_experts(normalized):
+    """Of tokens, router and kernels."""
+    experts, arrays = experts_of(normalized=normalized), problem(favourite=1)
+    weights = jnp.asarray(np.random.default_rng(1).normal(size=arrays[0].shape), jnp.float32)
+
+    def gradients(compute):
+        loss = lambda *x: (compute(*x) * weights).sum()  # noqa: E731
+        return jax.jit(jax.grad(loss, (0, 2, 3, 4, 5)))(*arrays)
+
+    ours = gradients(lambda *x: mixture(experts, jax.nn.silu, (), *x))
+    theirs = gradients(lambda *x: all_experts(experts, *x))
+    for own, expected in zip(ours, theirs, strict=True):
+        assert np.abs(expected).max() > 1e-3
+        np.testing.assert_allclose(own, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("num_experts", [8, 5])
+@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 1, 8)])
+def test_a_mesh_computes_the_same(shape, num_experts):
+    """The experts are sharded where the mesh divides them, else whole on every device."""
+    experts = experts_of(num_experts=num_experts, dim=24, normalized=True)
+    config = tiny.model_config(**WIDE | dict(experts=experts))
+    tokens, mask = tiny.tokens_and_mask(0, 8, 10)
+    layout = layout_of(shape)
+    params = tiny.random_params(policy_network(config))
+    sharded = layout.shard_params(params)
+    kernel = sharded["layers"]["0"]["experts"]["up"]["kernel"]
+    parts = 1 if num_experts == 5 else shape[2]
+    assert kernel.addressable_shards[0].data.shape[0] == num_experts // parts
+
+    def run(params, network):
+        def loss(params):
+            return (jnp.where(mask[..., None], network.apply(params, tokens, mask), 0) ** 2).mean()
+
+        return jax.jit(jax.value_and_grad(loss))(params)
+
+    one = run(params, policy_network(config))
+    many = run(sharded, policy_network(config, constrain=layout.constrain))
+
+    def assert_close(a, b):
+        np.testing.assert_allclose(b, a, atol=1e-5 * max(1.0, float(np.abs(a).max())))
+
+    jax.tree.map(assert_close, one, many)
+
+
+def test_a_trunk_and_the_layers_above_it_are_the_whole():
+    config = tiny.model_config(**tiny.SHAPES["experts"])
+    params = tiny.random_params(policy_network(config))
+    tokens, mask = tiny.tokens_and_mask(0, 4, 10)
+    trunk, frozen, trained = split_params(config, params, 2, 1)
+    hidden = trunk_network(config, end_layer=1).apply(trunk, tokens, mask)
+    above = policy_network(config, start_layer=1).apply(frozen | trained, hidden, mask)
+    whole = policy_network(config).apply(params, tokens, mask)
+    real = np.asarray(mask)
+    np.testing.assert_allclose(np.asarray(above)[real], np.asarray(whole)[real], atol=1e-5)
+
+
+REFUSED = {
+    "num_chosen must be at most num_experts": lambda: experts_of(num_chosen=6),
+    "num_experts must be a positive integer": lambda: experts_of(num_experts=0),
+    "aux_coef must be >= 0": lambda: experts_of(aux_coef=-1.0),
+    "mlp must be gated": lambda: tiny.model_config(experts=experts_of(), mlp="gelu"),
+    "mlp_bias must be false": lambda: tiny.model_config(experts=experts_of(), mlp_bias=True),
+    "dense layers are of a model with experts": lambda: tiny.model_config(
+        **tiny.SHAPES["experts"] | {"experts": None}
+    ),
+    "scan_layers must be false": lambda: tiny.model_config(
+        **tiny.SHAPES["experts"], scan_layers=True
+    ),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_experts_that_cannot_be_are_refused_in_one_line(message):
+    with pytest.raises(ValueError, match=message) as error:
+        REFUSED[message]()
+    assert "\n" not in str(error.value)
