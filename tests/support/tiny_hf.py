@@ -174,6 +174,7 @@ TINY_MODELS = {
         },
     ),
 }
+UNCLASSIFIED = ("granite",)  # of which transformers has no sequence classification
 
 
 def torch_model(name, task="CausalLM", **changes):
