@@ -21,6 +21,7 @@ from ppo_jax.config.run import STAGE_NAMES, ModelSettings
 from ppo_jax.core.network import merge_params
 from ppo_jax.core.types import Params
 from ppo_jax.data.atomic import atomic_write, naming_file
+from ppo_jax.data.readers import short_repr
 from ppo_jax.distributed.layout import Layout
 from ppo_jax.distributed.processes import on_primary
 from ppo_jax.io import huggingface as hf
@@ -407,13 +408,18 @@ def model_config(values: Any, section: str = "model.") -> ModelConfig:
     if isinstance(values.get("qk_norm"), bool):  # of before there was "whole"
         values["qk_norm"] = "head" if values["qk_norm"] else "none"
     if scaling := values.pop("rope_scaling", None):
+        name = f"{section}rope_scaling"
+        if not isinstance(scaling, dict):
+            raise ValueError(f"{name} must be an object {{...}}, got {short_repr(scaling)}")
         scaling = {"kind": "llama3", **scaling}  # the only one there was
-        if (kind := scaling.pop("kind")) not in SCALINGS:
+        if (kind := scaling.pop("kind")) not in list(SCALINGS):
             known = sorted(SCALINGS)
-            raise ValueError(f"{section}rope_scaling.kind must be one of {known}, got {kind!r}")
-        parts["rope_scaling"] = build(SCALINGS[kind], scaling, f"{section}rope_scaling.")
+            raise ValueError(f"{name}.kind must be one of {known}, got {short_repr(kind)}")
+        parts["rope_scaling"] = build(SCALINGS[kind], scaling, f"{name}.")
     if kinds := values.pop("layer_kinds", None):
         name = f"{section}layer_kinds"
+        if not isinstance(kinds, list):
+            raise ValueError(f"{name} must be a list of objects, got {short_repr(kinds)}")
         parts["layer_kinds"] = tuple(
             build(LayerKind, kind, f"{name}[{i}].") for i, kind in enumerate(kinds)
         )

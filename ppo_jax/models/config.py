@@ -20,9 +20,9 @@ class LayerKind:
 
     def __post_init__(self):
         if type(self.window) is not int or self.window < 0:
-            raise ValueError(f"model.layer_kinds: window must be an int >= 0, got {self.window!r}")
+            raise ValueError(f"model.layer_kinds.window must be an int >= 0, got {self.window!r}")
         if not 0 <= self.rope_theta < math.inf:
-            raise ValueError(f"model.layer_kinds: rope_theta must be >= 0, got {self.rope_theta!r}")
+            raise ValueError(f"model.layer_kinds.rope_theta must be >= 0, got {self.rope_theta!r}")
 
 
 PLAIN_LAYER = LayerKind()

@@ -1,5 +1,6 @@
 """What a folder of weights lacks, has too much, or asks for in vain is refused by name."""
 
+import dataclasses
 import errno
 import io
 import json
@@ -12,6 +13,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from ppo_jax.io import huggingface as hf
+from ppo_jax.models import families
+from ppo_jax.models.config import LayerKind
+from ppo_jax.models.families import family_of
 from tests.support.meshes import layout_of
 from tests.support.tiny_hf import assert_same_tree, edit_config, edit_weights, saver
 
@@ -39,16 +43,36 @@ def saved(tmp_path_factory):
         ("llama", "partial_rotary_factor", 0.5, "partial_rotary_factor"),
         ("llama", "quantization_config", {"bits": 4}, "quantization_config"),
         ("llama", "auto_map", {"AutoModel": "modeling.Model"}, "auto_map"),
-        ("llama", "rope_parameters", {"rope_type": "yarn", "factor": 4.0}, "'yarn'"),
+        ("llama", "rope_parameters", {"rope_type": "ntk", "factor": 4.0}, "'ntk'"),
         ("llama", "rope_parameters", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ("llama", "rope_parameters", {"mrope_section": [2, 2, 2]}, "mrope_section"),
         ("llama", "rope_parameters", {"rope_type": "llama3"}, "'factor'"),
-        ("llama", "rope_parameters", {"rope_type": "linear", "factor": 2.0}, "'linear'"),
+        ("llama", "rope_parameters", {"rope_type": "linear"}, "'factor'"),
+        ("llama", "rope_parameters", {"rope_type": "linear", "factor": 2, "alpha": 1}, "alpha"),
+        ("llama", "rope_parameters", {"factor": 2.0}, "without a rope_type"),
         ("llama", "layer_types", ["chunked_attention"], "chunked_attention"),
-        ("mistral", "sliding_window", 63, "sliding_window=63"),
+        ("llama", "layer_types", ["sliding_attention"] * 2, "only 'full_attention' is supported"),
+        ("mistral", "layer_types", ["sliding_attention"] * 2, "for mistral"),
         ("seed_oss", "hidden_act", "gelu", "hidden_act='gelu'"),
-        ("qwen2", "use_sliding_window", True, "use_sliding_window"),
-        ("qwen3", "layer_types", ["full_attention", "sliding_attention"], "sliding_attention"),
+        ("gemma", "hidden_act", "silu", "hidden_act='silu'"),
+        ("gemma", "use_bidirectional_attention", True, "use_bidirectional_attention=True"),
+        ("gemma2", "hidden_activation", "gelu", "hidden_activation='gelu'"),
+        ("gemma2", "use_bidirectional_attention", True, "use_bidirectional_attention=True"),
+        ("gemma2", "layer_types", ["chunked_attention"] * 2, "chunked_attention"),
+        ("gemma3", "attn_logit_softcapping", 50.0, "attn_logit_softcapping=50.0"),
+        ("gemma3", "use_bidirectional_attention", True, "use_bidirectional_attention=True"),
+        ("gemma3", "model_type", "gemma3", "reads images, too; save the model of its text alone"),
+        ("phi3", "hidden_act", "gelu", "hidden_act='gelu'"),
+        ("phi3", "auto_map", {"AutoModel": "modeling_mine.Phi3"}, "auto_map"),
+        ("phi3", "model_type", "phi3small", "'phi3small' is not supported"),
+        ("pythia", "hidden_act", "relu", "hidden_act='relu'"),
+        ("pythia", "use_alibi", True, "use_alibi=True"),
+        ("olmo2", "hidden_act", "gelu", "hidden_act='gelu'"),
+        ("olmo2", "sliding_window", 8, "sliding_window=8"),
+        ("smollm3", "use_sliding_window", True, "use_sliding_window=True"),
+        ("smollm3", "layer_types", ["sliding_attention"] * 4, "for smollm3"),
+        ("granite", "sliding_window", 8, "sliding_window=8"),
+        ("granite", "num_local_experts", 8, "num_local_experts=8"),
     ],
 )
 def test_an_option_that_changes_the_outputs_is_refused_by_name(
@@ -59,11 +83,106 @@ def test_an_option_that_changes_the_outputs_is_refused_by_name(
         hf.load_config(folder)
 
 
-def test_a_window_that_a_config_implies_is_told(saved, tmp_path):
+def test_a_window_that_a_config_implies_is_told(saved, tmp_path, monkeypatch):
     changes = dict(sliding_window=None, max_position_embeddings=8192)  # None leaves it out
     folder = edit_config(saved("mistral")[1], tmp_path, **changes)
+    assert hf.load_config(folder).layer_kinds == (LayerKind(window=4096),) * 2
+    blind = dataclasses.replace(family_of("mistral"), understood=frozenset({"rope_parameters"}))
+    monkeypatch.setattr(families, "FAMILIES", (blind,))
     with pytest.raises(ValueError, match=r"sliding_window=4096, which is what .* without it means"):
         hf.load_config(folder)
+
+
+LONG = {"rope_type": "longrope", "short_factor": [1.0] * 3, "long_factor": [2.0] * 3}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "named"),
+    [
+        ("gemma2", {"layer_types": ["full_attention"]}, "layer_types must .* 2 layers, got 1"),
+        ("gemma2", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar must be a number above 0"),
+        ("gemma2", {"final_logit_softcapping": -1.0}, "final_logit_softcapping must be a number"),
+        ("gemma2", {"sliding_window": -4}, "sliding_window must be a whole number"),
+        ("gemma3", {"layer_types": ["full_attention"] * 5}, "layer_types must .* 3 layers, got 5"),
+        ("gemma3", {"layer_types": None, "sliding_window_pattern": 0}, "sliding_window_pattern"),
+        ("gemma3", {"rope_local_base_freq": "1e4"}, "rope_local_base_freq must be a number"),
+        (
+            "gemma3",
+            {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
+            "rope_parameters.sliding_attention may have a rope_theta alone",
+        ),
+        ("gemma3", {"rope_parameters": {"full_attention": []}}, "full_attention must be an object"),
+        (
+            "phi3-long",
+            {"rope_parameters": LONG},
+            "short_factor must have 4 numbers, one for each rotated pair of a head, got 3",
+        ),
+        ("phi3-long", {"rope_parameters": LONG | {"short_factor": ["a"]}}, "short_factor must be"),
+        ("phi3-long", {"rope_parameters": LONG | {"long_factor": [0.0]}}, "long_factor must be"),
+        ("phi3", {"rope_parameters": {"partial_rotary_factor": 1.5}}, "partial_rotary_factor must"),
+        ("phi3", {"rope_parameters": {"partial_rotary_factor": 0.4}}, "rotary_dim must be even"),
+        ("pythia", {"hidden_size": 30}, r"hidden_size \(30\) must be a multiple"),
+        ("pythia", {"rope_parameters": None, "rotary_pct": 0}, "rotary_pct must be a number"),
+        ("pythia", {"use_parallel_residual": "no"}, "use_parallel_residual must be true or false"),
+        ("olmo3", {"layer_types": ["full"] * 4}, "layer_types has 'full'"),
+        ("olmo3", {"sliding_window": 2.5}, "sliding_window must be a whole number"),
+        ("smollm3", {"no_rope_layers": [1, 1, 0]}, "no_rope_layers must .* 4 layers"),
+        ("smollm3", {"no_rope_layers": [1, 1, 0, 2]}, "no_rope_layers must be a list of 0 and 1"),
+        ("granite", {"logits_scaling": 0}, "logits_scaling must be a number above 0"),
+        ("granite", {"attention_multiplier": True}, "attention_multiplier must be a number"),
+        ("granite", {"attention_bias": 1}, "attention_bias must be true or false"),
+    ],
+)
+def test_a_malformed_config_of_a_newer_family_is_one_line(saved, tmp_path, name, changes, named):
+    folder = edit_config(saved(name)[1], tmp_path, **changes)
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(folder))}/config\.json: ") as error:
+        hf.load_policy(folder)
+    assert re.search(named, str(error.value)) and len(str(error.value).splitlines()) == 1
+
+
+def renamed(old, new):
+    return lambda tensors: tensors.update({new: tensors.pop(old)})
+
+
+def shorter(name):
+    return lambda tensors: tensors.update({name: tensors[name][:-1].copy()})
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "named"),
+    [
+        ("phi3", shorter("model.layers.1.self_attn.qkv_proj.weight"), "qkv_proj.weight has shape"),
+        (
+            "phi3",
+            shorter("model.layers.0.mlp.gate_up_proj.weight"),
+            "gate_up_proj.weight has shape",
+        ),
+        (
+            "pythia",
+            lambda x: x.pop("gpt_neox.layers.1.attention.query_key_value.bias"),
+            "lack 1 tensors: gpt_neox.layers.1.attention.query_key_value.bias",
+        ),
+        (
+            "gemma2",
+            lambda x: x.pop("model.layers.0.pre_feedforward_layernorm.weight"),
+            "lack 1 tensors: model.layers.0.pre_feedforward_layernorm.weight",
+        ),
+        ("gemma3", shorter("model.layers.0.self_attn.q_norm.weight"), "q_norm.weight has shape"),
+        (
+            "olmo2",
+            renamed(
+                "model.layers.0.post_feedforward_layernorm.weight",
+                "model.layers.0.input_layernorm.weight",
+            ),
+            "lack 1 tensors: model.layers.0.post_feedforward_layernorm.weight",
+        ),
+    ],
+)
+def test_malformed_tensors_of_a_newer_family_are_named(saved, tmp_path, name, change, named):
+    folder = edit_weights(saved(name)[1], tmp_path, change)
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(folder))}.*{named}") as error:
+        hf.load_policy(folder)
+    assert len(str(error.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -243,7 +362,7 @@ def test_a_file_that_may_not_be_read_is_not_called_damaged(saved, tmp_path, monk
 
 def test_an_unsupported_family_is_told_the_supported_ones(saved, tmp_path):
     folder = edit_config(saved("llama")[1], tmp_path, model_type="mamba")
-    with pytest.raises(ValueError, match=r"'mamba'.*\['gpt2', 'llama', 'mistral', 'qwen2'"):
+    with pytest.raises(ValueError, match=r"'mamba'.*\['gemma', .*'gpt2', .*'llama', 'mistral'"):
         hf.load_config(folder)
 
 

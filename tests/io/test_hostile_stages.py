@@ -14,6 +14,9 @@ SCALING = {
     "high_freq_factor": 4.0,
     "original_max_length": 64,
 }
+YARN = {"kind": "yarn", "factor": 2.0, "original_max_length": 64}
+LONG = {"kind": "longrope", "short_factor": [1.0] * 99, "long_factor": [1.0] * 99}
+LONG |= {"original_max_length": 64}
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +50,28 @@ def changed_stage(stage, section, field, value):
                 ("low_freq_factor", {"low_freq_factor": 0.0}),
                 ("high_freq_factor", {"low_freq_factor": 4.0}),
                 ("original_max_length", {"original_max_length": 0}),
+                ("kind", {"kind": "ntk"}),
+                ("kind", {"kind": ["yarn"]}),
+                ("attention_factor", {"attention_factor": 0.0}),
             )
         ),
+        ("model", "rope_scaling", [1], "model.rope_scaling"),
+        ("model", "rope_scaling", YARN | {"beta_fast": -1.0}, "model.rope_scaling.beta_fast"),
+        ("model", "rope_scaling", YARN | {"truncate": 3}, "model.rope_scaling.truncate"),
+        ("model", "rope_scaling", LONG | {"short_factor": "a"}, "model.rope_scaling.short_factor"),
+        ("model", "rope_scaling", LONG | {"long_factor": [0.0]}, "model.rope_scaling.long_factor"),
+        ("model", "rope_scaling", LONG, "model.rope_scaling.short_factor"),  # not of its heads
+        ("model", "layer_kinds", [{"window": -1}, {}], "model.layer_kinds.window"),
+        ("model", "layer_kinds", [{"window": 2.5}, {}], "model.layer_kinds[0].window"),
+        ("model", "layer_kinds", [{"rope_theta": -1.0}, {}], "model.layer_kinds.rope_theta"),
+        ("model", "layer_kinds", [{"window": 2}], "model.layer_kinds"),
+        ("model", "layer_kinds", [3], "model.layer_kinds[0]"),
+        ("model", "layer_kinds", 3, "model.layer_kinds"),
+        ("model", "qk_norm", "some", "model.qk_norm"),
+        ("model", "rotary_dim", 3, "model.rotary_dim"),
+        ("model", "score_cap", -1.0, "model.score_cap"),
+        ("model", "logits_divisor", 0, "model.logits_divisor"),
+        ("model", "residual", "sideways", "model.residual"),
         ("settings", "temperature", float("nan"), "settings.temperature"),
         ("settings", "temperature", -1.0, "settings.temperature"),
         ("settings", "response_length", "four", "settings.response_length"),

@@ -43,7 +43,7 @@ def workdir(tmp_path):
 
 def adapted(model, targets=None, seed=1):
     """The model with adapters that change what it computes; by default beside every projection."""
-    there = [x for x in TARGETS if x != "gate" or model.config.mlp == "gated_silu"]
+    there = [x for x in TARGETS if x != "gate" or model.config.gated]
     how = dict(targets=targets or there, rank=RANK)
     adapters = init_lora(jax.random.key(0), model.config, model.params, **how)
     rng = np.random.default_rng(seed)

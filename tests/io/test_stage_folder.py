@@ -1,5 +1,7 @@
 """Stage folders: what they hold, what is refused, how they are computed with."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,9 +10,26 @@ import pytest
 from ppo_jax.config.run import ModelSettings
 from ppo_jax.io import tokenizers as vocabulary
 from ppo_jax.io.checkpoints import Checkpoints
-from ppo_jax.io.stage_folder import Model, begin_stage, load_model, load_source, missing_steps
+from ppo_jax.io.stage_folder import (
+    Model,
+    begin_stage,
+    config_values,
+    load_model,
+    load_source,
+    missing_steps,
+    model_config,
+)
 from ppo_jax.models.build import policy_apply, policy_network
+from ppo_jax.models.config import LayerKind
 from ppo_jax.models.partition import split_params
+from ppo_jax.models.rope import (
+    SCALINGS,
+    DynamicScaling,
+    LinearScaling,
+    LongRopeScaling,
+    RopeScaling,
+    YarnScaling,
+)
 from ppo_jax.training.stage import check_settings
 from tests.support import tiny
 
@@ -74,3 +93,43 @@ def test_where_adaptive_control_began_cannot_change_later(stage):
     check_settings(folder, {"stage": "ppo", "settings": settings})
     with pytest.raises(ValueError, match="kl_coef: 0.1 -> 0.2"):
         check_settings(folder, {"stage": "ppo", "settings": settings | {"kl_coef": 0.2}})
+
+
+# --- what stage.json keeps of a model -------------------------------------------------------------
+
+
+LLAMA3 = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_length=64)
+KINDS = [
+    RopeScaling(**LLAMA3),
+    LinearScaling(factor=3.0),
+    DynamicScaling(factor=3.0, original_max_length=16),
+    YarnScaling(factor=4.0, original_max_length=16, truncate=False, attention_factor=1.2),
+    LongRopeScaling(
+        short_factor=(1.0,) * 4, long_factor=(2.0, 3.0, 4.0, 5.0), original_max_length=16
+    ),
+]
+
+
+@pytest.mark.parametrize("scaling", KINDS, ids=lambda scaling: scaling.kind)
+def test_every_scaling_and_kind_of_layer_is_kept(scaling):
+    assert {kind.kind for kind in KINDS} == set(SCALINGS)
+    kinds = (LayerKind(window=5, rope_theta=50.0), LayerKind(rotary=False))
+    shape = dict(num_layers=2, head_dim=8, qk_norm="whole", residual="both", score_cap=5.0)
+    config = tiny.model_config(rope_scaling=scaling, layer_kinds=kinds, **shape)
+    assert model_config(json.loads(json.dumps(config_values(config)))) == config
+
+
+LATER_FIELDS = ("rotary_dim", "residual", "embed_scale", "residual_scale", "score_scale")
+LATER_FIELDS += ("logits_divisor", "score_cap", "logits_cap", "layer_kinds")
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_a_stage_of_before_the_newer_families_loads(normed):
+    """Norms of queries and keys were a flag, the only scaling that of Llama 3, and has no kind."""
+    scaling = RopeScaling(**LLAMA3)
+    config = tiny.model_config(rope_scaling=scaling, qk_norm="head" if normed else "none")
+    old = json.loads(json.dumps(config_values(config)))
+    old = {name: value for name, value in old.items() if name not in LATER_FIELDS}
+    old["qk_norm"] = normed
+    del old["rope_scaling"]["kind"], old["rope_scaling"]["attention_factor"]
+    assert model_config(old) == config

@@ -161,6 +161,8 @@ def read_metadata(metadata: Metadata) -> dict[str, Any]:
         if raw.setdefault(option, value) != value:
             raise ValueError(f"GGUF option {prefix}{key}={value} must be {raw[option]}")
     check_rotation(own, raw, prefix)
+    if "num_key_value_heads" in options.values():  # as many as heads, where a file does not tell
+        raw.setdefault("num_key_value_heads", raw["num_attention_heads"])
     return {
         "model_type": architecture.model_type,
         "architectures": [architecture.hf_class],

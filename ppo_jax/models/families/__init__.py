@@ -31,6 +31,12 @@ FAMILIES = (
     *(QWEN3_MOE, MIXTRAL, OLMOE),
 )
 
+TEXT_OF_GEMMA3 = (
+    "save the model of its text alone: from transformers import AutoModelForImageTextToText as M, "
+    "Gemma3ForCausalLM as T; m = M.from_pretrained(FOLDER); t = T(m.config.text_config); "
+    "t.model = m.model.language_model; t.lm_head = m.lm_head; t.save_pretrained(NEW_FOLDER)"
+)
+
 
 def family_of(model_type: Any) -> Family:
     """The family with this `model_type`.
@@ -41,6 +47,8 @@ def family_of(model_type: Any) -> Family:
     for family in FAMILIES:
         if family.name == model_type:
             return family
+    if model_type == "gemma3":
+        raise ValueError(f"model_type 'gemma3' reads images, too; {TEXT_OF_GEMMA3}")
     names = sorted(family.name for family in FAMILIES)
     raise ValueError(f"model_type {model_type!r} is not supported; choose from {names}")
 

@@ -51,6 +51,8 @@ class Family:
     # Options that are on where a config.json does not have them -> the value that they then have;
     # null is another matter.
     implied: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    # The classes that `auto_map` may name, as a pattern: they compute what transformers does.
+    own_code: str = ""
 
     @property
     def linear_is_transposed(self) -> bool:
@@ -202,7 +204,7 @@ def short(value: Any) -> str:
 
 def refuse_unsupported(raw: Json, family: Family) -> None:
     """Raise a ValueError for every option that our Transformer does not compute."""
-    if raw.get("auto_map"):
+    if raw.get("auto_map") and not is_own_code(raw["auto_map"], family.own_code):
         raise ValueError("auto_map asks for code from the checkpoint, which is never run here")
     for key, allowed in family.required.items():
         if raw.get(key) is not None and raw[key] not in allowed:
@@ -215,13 +217,22 @@ def refuse_unsupported(raw: Json, family: Family) -> None:
         raise ValueError(
             f"layer_types has {other[0]!r}; only 'full_attention' is supported for {family.name}"
         )
-    for key, value in raw.items():
+    for key, value in {**family.implied, **raw}.items():
         neutral = not value or (value is not True and value == 1)
         if key == "sliding_window":  # one that no text of the model's length reaches
             neutral = neutral or value >= (raw.get("max_position_embeddings") or 0)
         known = key in family.understood or key == "layer_types"
         if SUSPICIOUS.search(key) and not known and not neutral:
-            raise ValueError(f"{key}={short(value)} is not supported for {family.name}")
+            implied = "" if key in raw else ", which is what a config.json without it means,"
+            raise ValueError(f"{key}={short(value)}{implied} is not supported for {family.name}")
+
+
+def is_own_code(classes: Any, pattern: str) -> bool:
+    """Whether an `auto_map` names models of this pattern alone; tokenizers are read elsewhere."""
+    if not isinstance(classes, dict) or not pattern:
+        return False
+    models = [name for auto, name in classes.items() if auto != "AutoTokenizer"]
+    return all(isinstance(name, str) and re.fullmatch(pattern, name) for name in models)
 
 
 def need(raw: Json, key: str) -> Any:

@@ -107,6 +107,7 @@ GEMMA = Family(
     # What is called gelu in old files was meant to be, and is, the tanh form.
     required={"hidden_act": (*GELU_TANH, "gelu"), "hidden_activation": GELU_TANH},
     understood=frozenset(rope.OPTIONS),
+    implied={"num_key_value_heads": 16},
 )
 GEMMA2 = dataclasses.replace(
     GEMMA,
@@ -118,8 +119,9 @@ GEMMA2 = dataclasses.replace(
     required={"hidden_activation": GELU_TANH, "use_bidirectional_attention": (False,)},
     understood=GEMMA.understood
     | {"query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"}
-    | {"sliding_window", "layer_types"},
+    | {"sliding_window", "sliding_window_size", "layer_types"},  # the second is read by nobody
     implied={
+        "num_key_value_heads": 4,
         "query_pre_attn_scalar": 256,
         "sliding_window": 4096,
         "attn_logit_softcapping": 50.0,
@@ -134,5 +136,5 @@ GEMMA3 = dataclasses.replace(
     write=write_gemma3,
     required=GEMMA2.required | {"attn_logit_softcapping": (None,)},
     understood=GEMMA2.understood | {"rope_local_base_freq", *PATTERN},
-    implied={"query_pre_attn_scalar": 256, "sliding_window": 4096},
+    implied={"num_key_value_heads": 4, "query_pre_attn_scalar": 256, "sliding_window": 4096},
 )

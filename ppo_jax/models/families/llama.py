@@ -136,7 +136,7 @@ def read_smollm3(raw: Json) -> Json:
     if len(rotary) != count:
         raise ValueError(f"no_rope_layers must have one for each of {count} layers, got {rotary}")
     kinds = tuple(LayerKind(rotary=bool(x)) for x in rotary)
-    raw = {"num_key_value_heads": 4, "tie_word_embeddings": True, **raw}
+    raw = {"tie_word_embeddings": True, **raw}
     return read_llama(raw, theta=2e6) | {"layer_kinds": kinds}
 
 
@@ -239,6 +239,7 @@ QWEN2 = Family(
     write=write_qwen2,
     required={"hidden_act": SILU},
     understood=ROPE | {"use_sliding_window", "sliding_window", "max_window_layers", "layer_types"},
+    implied={"num_key_value_heads": 32},
 )
 QWEN3 = dataclasses.replace(
     QWEN2, name="qwen3", hf_class="Qwen3", read=read_qwen3, write=write_qwen3
@@ -251,10 +252,15 @@ MISTRAL = dataclasses.replace(
     write=write_mistral,
     required={"hidden_act": SILU},
     understood=ROPE | {"sliding_window"},
-    implied={"sliding_window": 4096},
+    implied={"sliding_window": 4096, "num_key_value_heads": 8},
 )
 SEED_OSS = dataclasses.replace(
-    LLAMA, name="seed_oss", hf_class="SeedOss", read=read_seed_oss, write=write_seed_oss
+    LLAMA,
+    name="seed_oss",
+    hf_class="SeedOss",
+    read=read_seed_oss,
+    write=write_seed_oss,
+    implied={"num_key_value_heads": 8},
 )
 SMOLLM3 = dataclasses.replace(
     LLAMA,
@@ -263,7 +269,9 @@ SMOLLM3 = dataclasses.replace(
     read=read_smollm3,
     write=write_smollm3,
     required={"hidden_act": SILU, "use_sliding_window": (False,)},
-    understood=ROPE | {"no_rope_layers", "no_rope_layer_interval", "sliding_window"},
+    understood=ROPE
+    | {"no_rope_layers", "no_rope_layer_interval", "sliding_window", "max_window_layers"},
+    implied={"num_key_value_heads": 4},
 )
 GRANITE = dataclasses.replace(
     LLAMA,

@@ -45,7 +45,15 @@ def write_olmo2(config: ModelConfig) -> Json:
 
 
 def write_olmo3(config: ModelConfig) -> Json:
-    return write_olmo2(config) | write_layer_types(config)
+    # Without these, newer transformers gives layers with a window the base that is the default.
+    scaled = rope.write_rope(config.rope_theta, config.rope_scaling)
+    scaling = scaled.get("rope_scaling", {"rope_type": "default"})
+    local = max(kind.rope_theta for kind in config.kinds) or config.rope_theta
+    positions = {
+        FULL: {"rope_theta": config.rope_theta, **scaling},
+        SLIDING: {"rope_theta": local, "rope_type": "default"},
+    }
+    return write_olmo2(config) | write_layer_types(config) | {"rope_parameters": positions}
 
 
 OLMO2 = dataclasses.replace(

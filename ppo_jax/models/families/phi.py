@@ -53,4 +53,6 @@ PHI3 = dataclasses.replace(
     write=write_phi3,
     required={"hidden_act": SILU},
     understood=LLAMA.understood | {"sliding_window"},
+    # Its first files bring the code that transformers took over, from their own or another folder.
+    own_code=r"([\w./-]+--)?(configuration|modeling)_phi3\.Phi3\w+",
 )
