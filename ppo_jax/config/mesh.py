@@ -17,8 +17,7 @@ class AxisRules:
     heads: tuple[str, ...] = ("model",)  # query heads
     kv_heads: tuple[str, ...] = ("model",)  # key and value heads, in the KV cache as well
     mlp: tuple[str, ...] = ("model",)  # hidden units of the feed-forward layers
-    # Experts of a mixture; whole on every device where the axes do not divide their number.
-    expert: tuple[str, ...] = ("model",)
+    expert: tuple[str, ...] = ("model",)  # of a mixture; all on every device if not divisible
     layers: tuple[str, ...] = ()  # of scanned layers
 
 
