@@ -2,7 +2,7 @@
 
     python experiments/rlhf.py --config=configs/quickstart.py --workdir=runs/quickstart
 
-26 CPU minutes, 15 to 20 minutes on two cores. Expect a reward model that is right on 0.90 of the
+26 CPU minutes, 16 to 20 minutes on two cores. Expect a reward model that is right on 0.90 of the
 unseen pairs with a gap of 1 or more, and a policy that the gold judge prefers to SFT on 0.87 of
 unseen prompts, at 9 nats of KL per response. The settings were chosen with the variant
 `validation`, the same run judged on other unseen prompts and sentences.
