@@ -7,6 +7,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.custom_batching import sequential_vmap
 
 from ppo_jax.core.lanes import max_lane
 
@@ -36,13 +37,8 @@ def _forward(x_PI, kernels_EIO, sizes_E):
 
 def _backward(saved, g_PO):
     x_PI, kernels_EIO, sizes_E = saved
-
-    def autodiff(x, g, sizes):
-        transpose = jax.linear_transpose(lambda w: jax.lax.ragged_dot(x, w, sizes), kernels_EIO)
-        return transpose(g)[0]
-
     of_kernels = jax.lax.platform_dependent(
-        x_PI, g_PO, sizes_E, cpu=_kernel_gradients, default=autodiff
+        x_PI, g_PO, sizes_E, cpu=_kernel_gradients, default=_ragged_kernel_gradients
     )
     return _product(g_PO, kernels_EIO, sizes_E, True), of_kernels, None
 
@@ -54,10 +50,23 @@ def _product(x, kernels, sizes, transposed):
     """`grouped_matmul`, or with every matrix transposed."""
 
     def ragged(x, kernels, sizes):
-        return jax.lax.ragged_dot(x, kernels.swapaxes(1, 2) if transposed else kernels, sizes)
+        return _ragged(x, kernels.swapaxes(1, 2) if transposed else kernels, sizes)
 
     in_blocks = functools.partial(_product_in_blocks, transposed=transposed)
     return jax.lax.platform_dependent(x, kernels, sizes, cpu=in_blocks, default=ragged)
+
+
+# Lane after lane: jax batches `ragged_dot` over some axes only.
+@sequential_vmap
+def _ragged(x_PI, kernels_EIO, sizes_E):
+    return jax.lax.ragged_dot(x_PI, kernels_EIO, sizes_E)
+
+
+@sequential_vmap
+def _ragged_kernel_gradients(x_PI, g_PO, sizes_E):
+    shape = len(sizes_E), x_PI.shape[1], g_PO.shape[1]
+    kernels = jax.ShapeDtypeStruct(shape, x_PI.dtype)
+    return jax.linear_transpose(lambda w: jax.lax.ragged_dot(x_PI, w, sizes_E), kernels)(g_PO)[0]
 
 
 def _product_in_blocks(x_PI, kernels, sizes_E, transposed):

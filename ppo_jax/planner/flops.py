@@ -26,7 +26,21 @@ def projection_flops(config: ModelConfig) -> int:
     is 3 with a gate and 2 without."""
     c = config
     heads = 2 * c.num_heads * c.head_dim + 2 * c.num_kv_heads * c.head_dim
-    return 2 * c.embed_dim * (heads + (3 if c.gated else 2) * c.mlp_dim)
+    router = expert_share(c) * (c.experts.num_experts if c.experts else 0)
+    return round(2 * c.embed_dim * (heads + (3 if c.gated else 2) * mlp_width(c) + router))
+
+
+def expert_share(config: ModelConfig) -> float:
+    """The share of layers with experts."""
+    layers = range(config.num_layers)
+    return sum(config.has_experts(i) for i in layers) / config.num_layers
+
+
+def mlp_width(config: ModelConfig) -> float:
+    """F of one position, on average over the layers: with experts that of the chosen ones."""
+    c, share = config, expert_share(config)
+    chosen = c.experts.num_chosen * c.experts.dim if c.experts else 0
+    return share * chosen + (1 - share) * c.mlp_dim
 
 
 def attention_flops(config: ModelConfig, attended: float) -> float:
@@ -283,7 +297,7 @@ def training_flops(
         layers += positions * trained_layer(products, attends * attention, keys)
         if c.remat == "full":  # the last product of a layer is not computed again
             at_top = positions if c.scan_layers else outputs
-            layers -= 2 * c.mlp_dim * c.embed_dim * (positions * (depth - 1) + at_top)
+            layers -= 2 * mlp_width(c) * c.embed_dim * (positions * (depth - 1) + at_top)
     # Two products: without its own gradient, or without that of a body that has no trained layers.
     head_products = 3 if trained.head and depth else 2
     head = (logits or sizes["outputs"]) * head_products * head_flops(c, head)

@@ -48,6 +48,16 @@ def test_products_and_gradients_are_those_row_by_row(name):
         np.testing.assert_allclose(ours, expected, atol=1e-5)
 
 
+def test_the_form_of_accelerators_is_the_same(monkeypatch):
+    """With lanes, whose products are one after the other there."""
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *x, cpu, default: default(*x))
+    lanes = [problem(sizes, i) for i, sizes in enumerate([[40, 2, 1], [0, 0, 3]])]
+    together = jax.jit(jax.vmap(run))(*jax.tree.map(lambda *x: jnp.stack(x), *lanes))
+    for i, lane in enumerate(lanes):
+        for ours, expected in zip(together, oracle(*lane), strict=True):
+            np.testing.assert_allclose(ours[i], expected, atol=1e-5)
+
+
 def test_lanes_are_each_alone_however_many_blocks_they_need():
     lanes = [problem(sizes, i) for i, sizes in enumerate([[40, 2, 1], [0, 0, 3], [5, 6, 7]])]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *lanes)

@@ -1,5 +1,6 @@
 """The analytic counts equal what compiled programs compute."""
 
+import dataclasses
 import functools
 
 import jax
@@ -11,6 +12,7 @@ from ppo_jax.algorithms.ppo import init_ppo, update_from_rollout
 from ppo_jax.algorithms.update import ppo_update
 from ppo_jax.core.types import Optimizer
 from ppo_jax.models.build import policy_network, reward_network, value_network
+from ppo_jax.models.config import Experts
 from ppo_jax.planner import flops
 from ppo_jax.planner.hlo.cost import cost_analysis
 from ppo_jax.rollout.rollout import rollout
@@ -36,7 +38,7 @@ def test_a_forward_pass_by_hand():
     )
 
 
-@pytest.mark.parametrize("family", tiny.SHAPES)
+@pytest.mark.parametrize("family", sorted(tiny.SHAPES.keys() - {"experts"}))
 def test_the_forward_pass_of_every_family_is_counted_exactly(family):
     config = tiny.model_config(**tiny.SHAPES[family])
     network = policy_network(config)
@@ -48,6 +50,23 @@ def test_the_forward_pass_of_every_family_is_counted_exactly(family):
     assert (
         measured(functools.partial(network.apply, first_output=3), params, tokens, mask) == expected
     )
+
+
+@pytest.mark.parametrize("num_experts", [1, 2])
+def test_experts_are_counted_by_the_chosen_ones(num_experts):
+    """All tokens choose all experts: the rows of each are one block, of a loop that sees tokens."""
+    experts = Experts(num_experts=num_experts, num_chosen=num_experts, dim=12)
+    config = tiny.model_config(experts=experts, num_layers=1)
+    network = policy_network(config)
+    params = jax.eval_shape(network.init, jax.random.key(0))
+    tokens, mask = tiny.tokens_and_mask(0, 4, 16, least=16)
+    sizes = dict(sequences=4, positions=16, attended=16, outputs=16)
+    expected = flops.forward_flops(config, **sizes, head="logits")
+    assert measured(network.apply, params, tokens, mask, max_trip_counts=num_experts) == expected
+    many = dataclasses.replace(config, experts=Experts(num_experts=64, num_chosen=2, dim=12))
+    added = flops.projection_flops(many) - flops.projection_flops(config)
+    more = 3 * 12 * (2 - num_experts) + 64 - num_experts  # of the chosen ones, and of the router
+    assert added == 2 * config.embed_dim * more
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])
