@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from ppo_jax.core import cpu
-from ppo_jax.models.attention import Outputs, update_cache
+from ppo_jax.models.attention import Outputs
 from ppo_jax.models.axes import HIDDEN, ShardingConstraint, unconstrained
 from ppo_jax.models.config import NORMS, ModelConfig
 from ppo_jax.models.layers import Embedding, Head, Norm, Projection
@@ -37,7 +37,7 @@ class Attention(nn.Module):
     constrain: ShardingConstraint = unconstrained
 
     @nn.compact
-    def __call__(self, x_BSD, view: View, cache, layer, next_slot, outputs):
+    def __call__(self, x_BSD, view: View, cache, layer, outputs):
         c, attention_fn = self.config, view.attention_fn
         project = functools.partial(Projection, constrain=self.constrain, lora_alpha=c.lora_alpha)
         queries = outputs if attention_fn.takes_some_queries else ALL
@@ -52,7 +52,7 @@ class Attention(nn.Module):
             q = q * jnp.asarray(c.score_scale * math.sqrt(c.head_dim), q.dtype)
         k, v = (x.swapaxes(1, 2) for x in (k, v))
         if cache is not None:
-            cache, (k, v) = update_cache(cache, (k, v), next_slot, layer)
+            cache, (k, v) = view.write(cache, (k, v), layer)
         output = project(
             (c.embed_dim,),
             c.attention_output_bias,
@@ -115,13 +115,11 @@ class Block(nn.Module):
     constrain: ShardingConstraint = unconstrained
 
     @nn.compact
-    def __call__(self, carry, layer, kind, views, next_slot, outputs=ALL):
+    def __call__(self, carry, layer, kind, views, outputs=ALL):
         c, constrain, (x_BSD, cache) = self.config, self.constrain, carry
         attention = Attention(c, constrain, name="attention")
         mlp, view = MLP(c, constrain, name="mlp"), choose_view(views, kind)
-        added, cache = attention(
-            self.before("attention", x_BSD), view, cache, layer, next_slot, outputs
-        )
+        added, cache = attention(self.before("attention", x_BSD), view, cache, layer, outputs)
         x_BSD = outputs.take(x_BSD)
         if c.residual == "parallel":
             added = added + mlp(self.before("mlp", x_BSD))
@@ -159,7 +157,7 @@ class Layers(nn.Module):
     constrain: ShardingConstraint = unconstrained
 
     @nn.compact
-    def __call__(self, x_BSD, caches, views, next_slot, outputs=ALL):
+    def __call__(self, x_BSD, caches, views, outputs=ALL):
         if self.start == self.end:
             return [outputs.take(x_BSD)], caches
         c, count = self.config, self.end - self.start
@@ -173,18 +171,18 @@ class Layers(nn.Module):
                 block,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
-                in_axes=(0, 0, nn.broadcast, nn.broadcast),
+                in_axes=(0, 0, nn.broadcast),
                 length=count,
             )
             layers = stack(c, self.constrain, name="stack")
             numbers = jnp.arange(count, dtype=jnp.int32), jnp.asarray(kinds, jnp.int32)
-            (x_BSD, caches), _ = layers((x_BSD, caches), *numbers, views, next_slot)
+            (x_BSD, caches), _ = layers((x_BSD, caches), *numbers, views)
             return [outputs.take(x_BSD)], caches
         states, updated = [], []
         for i, cache in enumerate(caches or [None] * count, start=self.start):
             layer = block(c, self.constrain, name=str(i))
             read, view = outputs if i + 1 == self.end else ALL, views[kinds[i - self.start]]
-            (x_BSD, cache), _ = layer((x_BSD, cache), None, None, (view,), next_slot, read)
+            (x_BSD, cache), _ = layer((x_BSD, cache), None, None, (view,), read)
             updated.append(cache)
             if i + 1 in self.exits:
                 states.append(x_BSD if i + 1 == self.end else outputs.take(x_BSD))
@@ -233,9 +231,8 @@ class Transformer(nn.Module):
             x = self.constrain(x, HIDDEN)
         exits = self.exits if self.head == "none" and self.exits else (self.end,)
         layers = Layers(c, self.start or 0, self.end, exits, self.constrain, name="layers")
-        next_slot = None if cache is None else cache.index % cache.mask.shape[1]
         caches = None if cache is None else cache.layers
-        states, caches = layers(x, caches, views, next_slot, outputs=outputs)
+        states, caches = layers(x, caches, views, outputs=outputs)
         if cache is not None:
             cache = cache.replace(layers=caches, index=cache.index + mask_BS.shape[1])
         if self.head == "none":
