@@ -37,6 +37,9 @@ class KVCache(struct.PyTreeNode):
     `layers` is one (keys, values) pair of [B, G, C, K] a layer, or one pair with a leading layer
     axis when layers are scanned. A CPU reads this order of axes in place; with C before G it copies
     the whole cache for every token. `mask` is False on slots that are empty or hold padding.
+
+    A layer with a window of W < C has a ring of W slots, unless layers are scanned: position p is
+    in slot p mod W. Its mask is that of the last W positions.
     """
 
     layers: Any
@@ -70,8 +73,7 @@ class AttentionFn(struct.PyTreeNode):
         if self.fn is attend:
             return self.replace(mask=queries.take(self.mask))
         if self.fn is attend_in_blocks:
-            first = queries.first if queries.positions is None else None
-            return self.replace(mask=self.mask.replace(first=first, positions=queries.positions))
+            return self.replace(mask=self.mask.of(queries.first, queries.positions))
         allowed_BSC, filled = self.mask
         return self.replace(mask=(queries.take(allowed_BSC), filled))
 
@@ -138,6 +140,7 @@ def plain_attention(
     mask: jax.Array, segments: jax.Array | None, window: int = 0, score_cap: float = 0.0
 ) -> AttentionFn:
     """Causal attention of rows by products that any platform has; arguments as `causal_mask`."""
+    window = window if window < mask.shape[1] else 0
     if mask.shape[1] < LONG:
         return AttentionFn(causal_mask(mask, segments, window), attend, score_cap)
     return AttentionFn(CausalRows(mask, segments, window=window), attend_in_blocks, score_cap)
@@ -155,6 +158,49 @@ def cache_mask(mask_BS, cache: KVCache):
     causal_SC = (order_C[None] <= new_S[:, None]) | (order_C[None] >= length)
     age_SC = (new_S[:, None] - order_C[None]) % capacity
     return causal_SC[None] & mask_BC[:, None], age_SC, cache.replace(mask=mask_BC)
+
+
+def ring_mask(cache: KVCache, index: jax.Array, num_slots: int) -> jax.Array:
+    """[B, W] bool, which of the last W of `index` positions are real, in their order."""
+    capacity = cache.mask.shape[1]
+    return take_slots(cache.mask, index - num_slots, num_slots, capacity, axis=1)
+
+
+def take_slots(x: jax.Array, start: jax.Array, count: int, capacity: int, axis: int) -> jax.Array:
+    """So many slots of a ring from one on, in their order."""
+    slots = (start + jnp.arange(count, dtype=jnp.int32)) % capacity
+    return x.at[(slice(None),) * axis + (slots,)].get(mode="promise_in_bounds")
+
+
+class NextSlots(struct.PyTreeNode):
+    """Writes keys and values of new positions into a cache, `slot` and those that follow."""
+
+    slot: jax.Array  # [] int32
+
+    def __call__(self, cache, new_BGSK, layer):
+        return update_cache(cache, new_BGSK, self.slot, layer)
+
+
+class LastSlots(struct.PyTreeNode):
+    """Keeps the last of what is in a layer's own ring and of new positions, which may be more than
+    it has slots."""
+
+    index: jax.Array  # [] int32, positions seen before
+
+    def __call__(self, cache, new_BGSK, layer):
+        """(cache, (keys, values) of the positions in it and the new ones, [B, G, W + S, K])."""
+        num_slots, num_new = cache[0].shape[2], new_BGSK[0].shape[2]
+
+        def both(old, new):
+            old = take_slots(old, self.index, num_slots, num_slots, axis=2)
+            return jnp.concatenate([old, new.astype(old.dtype)], axis=2)
+
+        def kept(all_BGCK):
+            last = all_BGCK[:, :, num_new:]
+            return take_slots(last, -(self.index + num_new), num_slots, num_slots, axis=2)
+
+        all_of = tuple(both(old, new) for old, new in zip(cache, new_BGSK, strict=True))
+        return tuple(kept(x) for x in all_of), all_of
 
 
 def update_cache(cache, new_BGSK, slot, layer):
@@ -181,7 +227,7 @@ def refill_cache(cache: KVCache, fresh: KVCache, source_B: jax.Array) -> KVCache
 
     Args:
         cache: of B sequences.
-        fresh: of F prompts of P positions, P slots each, P <= C.
+        fresh: of F prompts of P positions, in a cache for as many, P <= C.
         source_B: [B] int32, the prompt that each sequence restarts with; -1 leaves it as it is.
 
     Returns:
@@ -189,19 +235,25 @@ def refill_cache(cache: KVCache, fresh: KVCache, source_B: jax.Array) -> KVCache
     """
     length, capacity = fresh.mask.shape[1], cache.mask.shape[1]
     index = jnp.maximum(cache.index, length)
-    slot_C = jnp.arange(capacity, dtype=jnp.int32)
-    position_C = (slot_C - index) % capacity - (capacity - length)
-    is_prompt_C, position_C = position_C >= 0, jnp.maximum(position_C, 0)
     restarts_B, source_B = source_B >= 0, jnp.maximum(source_B, 0)
 
+    def slots_of(capacity, of_prompt):
+        """([C], whether a slot is of the prompt; [C], which of its so many slots is read.)"""
+        slot_C = jnp.arange(capacity, dtype=jnp.int32)
+        position_C = (slot_C - index) % capacity - (capacity - length)
+        is_prompt_C, position_C = position_C >= 0, jnp.maximum(position_C, 0)
+        return is_prompt_C, position_C if of_prompt == length else position_C % of_prompt
+
     def refill(old_BGCK, new_FGPK):
-        new_BGCK = new_FGPK[source_B][:, :, position_C]
+        is_prompt_C, slot_C = slots_of(old_BGCK.shape[2], new_FGPK.shape[2])
+        new_BGCK = new_FGPK[source_B][:, :, slot_C]
         where_BC = restarts_B[:, None] & is_prompt_C[None]
         return jnp.where(where_BC[:, None, :, None], new_BGCK.astype(old_BGCK.dtype), old_BGCK)
 
     stacked = jax.tree.leaves(cache.layers)[0].ndim == 5
     layers = jax.tree.map(jax.vmap(refill) if stacked else refill, cache.layers, fresh.layers)
-    mask_BC = fresh.mask[source_B][:, position_C] & is_prompt_C[None]
+    is_prompt_C, slot_C = slots_of(capacity, length)
+    mask_BC = fresh.mask[source_B][:, slot_C] & is_prompt_C[None]
     mask_BC = jnp.where(restarts_B[:, None], mask_BC, cache.mask)
     return cache.replace(layers=layers, mask=mask_BC, index=index)
 
@@ -272,14 +324,14 @@ def attend_cached(q_BSHK, k_BGCK, v_BGCK, mask, score_cap=0.0) -> jax.Array:
     )
 
 
-def attend_any(q_BSHK, k_BGCK, v_BGCK, allowed_BSC, score_cap) -> jax.Array:
+def attend_any(q_BSHK, k_BGCK, v_BGCK, allowed_BSC, score_cap=0.0) -> jax.Array:
     """`attend`, many queries block by block."""
     if q_BSHK.shape[1] < LONG:
         return attend(q_BSHK, k_BGCK, v_BGCK, allowed_BSC, score_cap)
     return attend_in_blocks(q_BSHK, k_BGCK, v_BGCK, GivenPairs(allowed_BSC), score_cap)
 
 
-def attend_blocks(q_BSHK, k_BGCK, v_BGCK, allowed_BSC, filled, *, score_cap) -> jax.Array:
+def attend_blocks(q_BSHK, k_BGCK, v_BGCK, allowed_BSC, filled, *, score_cap=0.0) -> jax.Array:
     """`attend` over the fewest whole blocks of slots that hold the first `filled`."""
     capacity = k_BGCK.shape[2]
     block = CACHE_BLOCK * -(-capacity // (CACHE_BLOCK * MAX_CACHE_BLOCKS))

@@ -71,7 +71,7 @@ def make_network(
         return module.apply({"params": params}, inputs, mask, segment_ids, None, outputs, read)[0]
 
     def init_cache(batch_size, length):
-        return empty_cache(config, end - (module.start or 0), batch_size, length, constrain)
+        return empty_cache(config, range(module.start or 0, end), batch_size, length, constrain)
 
     @renamed(start="first_output")
     def decode(params, inputs, mask, cache, *, first_output=0):
@@ -100,22 +100,23 @@ def make_network(
 
 def empty_cache(
     config: ModelConfig,
-    num_layers: int,
+    numbers: Sequence[int],
     batch_size: int,
     length: int,
     constrain: ShardingConstraint,
 ) -> KVCache:
-    """A cache of so many layers, each with `length` slots for a sequence."""
-    shape = (batch_size, config.num_kv_heads, length, config.head_dim)
+    """A cache of the layers with these numbers, for sequences of `length`."""
 
-    def pair(lead, axes):
+    def pair(slots, lead, axes):
+        shape = (batch_size, config.num_kv_heads, slots, config.head_dim)
         empty = jnp.zeros((*lead, *shape), config.dtype)
         return tuple(constrain(empty, axes) for _ in range(2))
 
     if config.scan_layers:
-        layers = pair((num_layers,), (None, *CACHE))
+        layers = pair(length, (len(numbers),), (None, *CACHE))
     else:
-        layers = tuple(pair((), CACHE) for _ in range(num_layers))
+        slots = (config.cache_slots(config.kind_of(i), length) for i in numbers)
+        layers = tuple(pair(count, (), CACHE) for count in slots)
     mask = constrain(jnp.zeros((batch_size, length), bool), ("batch", None))
     return KVCache(layers=layers, mask=mask, index=jnp.zeros((), jnp.int32))
 

@@ -192,6 +192,12 @@ class ModelConfig:
     def has_experts(self, layer: int) -> bool:
         return self.experts is not None and not self.kind_of(layer).dense
 
+    def cache_slots(self, kind: LayerKind, length: int) -> int:
+        """Of the KV cache of a layer, for rows of `length`: no more than its window has places.
+        Scanned layers have one array for all, and so each as many as the longest."""
+        short = kind.window and not self.scan_layers
+        return min(length, kind.window) if short else length
+
     @property
     def kinds(self) -> tuple[LayerKind, ...]:
         """Those that differ, in the order of their first layers."""

@@ -28,19 +28,14 @@ QUERIES = ("batch", None, "heads", None)
 KEYS = ("batch", "heads", None, None)
 
 
-def kernel_of(
-    config: ModelConfig,
-    platform: str | None,
-    length: int,
-    packed: bool = False,
-    window: int = 0,
-) -> str:
+def kernel_of(config: ModelConfig, platform: str | None, length: int, packed: bool = False) -> str:
     """The kernel for rows of `length`: "splash" (Pallas, TPUs), "cudnn" (GPUs) or "plain".
 
     The fused kernel of the platform, unless `config.attention` is "plain" or the kernel does not
-    support such rows. `platform` is None without a mesh; `packed` rows hold several texts.
+    support such rows. `platform` is None without a mesh; `packed` rows hold several texts. Layers
+    of all kinds have the same kernel.
     """
-    if config.attention == "plain" or config.score_cap or 0 < window < length:
+    if config.attention == "plain":
         return "plain"
     if platform == "tpu" and splash_supports(config, length):
         return "splash"
@@ -67,13 +62,14 @@ def make_attention(
     if shared is not None:
         apart = make_attention(config, constrain, shared.split(mask), None, window=window)
         return share_prompts(apart, mask, shared, window)
-    match kernel_of(config, constrain.platform, mask.shape[1], segments is not None, window):
+    how = dict(constrain=constrain, window=window if window < mask.shape[1] else 0)
+    match kernel_of(config, constrain.platform, mask.shape[1], segments is not None):
         case "splash":
             segments = jnp.where(mask, 1 if segments is None else segments, 0)
-            return AttentionFn(segments, functools.partial(splash_attention, constrain=constrain))
+            how |= dict(score_cap=config.score_cap)
+            return AttentionFn(segments, functools.partial(splash_attention, **how))
         case "cudnn":
-            fn = functools.partial(cudnn_attention, constrain=constrain)
-            return AttentionFn(left_align(mask), fn)
+            return AttentionFn(left_align(mask), functools.partial(cudnn_attention, **how))
     return plain_attention(mask, segments, window, config.score_cap)
 
 
@@ -108,15 +104,27 @@ def splash_blocks(length: int) -> tuple[int, int]:
     return LANES * math.ceil(length / count / LANES), count
 
 
-def splash_attention(q_BLHK, k_BGLK, v_BGLK, segments_BL, *, constrain):
+def splash_pairs(length: int, window: int = 0) -> int:
+    """Pairs of a query and a key that are computed: of whole blocks that have one in the mask.
+
+    >>> splash_pairs(512), splash_pairs(1024) // 512**2, splash_pairs(2048, 512) // 512**2
+    (262144, 3, 7)
+    """
+    block, count = splash_blocks(length)
+    diagonals = min(count, 1 + math.ceil((window - 1) / block)) if window else count
+    return block**2 * (count * diagonals - diagonals * (diagonals - 1) // 2)
+
+
+def splash_attention(q_BLHK, k_BGLK, v_BGLK, segments_BL, *, constrain, window=0, score_cap=0.0):
     """[B, L, H, K], causal attention within segments, by the Pallas kernel for TPUs.
 
-    Padding is segment 0 and attends to itself only.
+    Padding is segment 0 and attends to itself only. Blocks outside of a `window` are skipped.
     """
-    return shard_kernel(constrain, _splash, q_BLHK, k_BGLK, v_BGLK, segments_BL)
+    kernel = functools.partial(_splash, window=window, score_cap=score_cap)
+    return shard_kernel(constrain, kernel, q_BLHK, k_BGLK, v_BGLK, segments_BL)
 
 
-def _splash(q_BLHK, k_BGLK, v_BGLK, segments_BL):
+def _splash(q_BLHK, k_BGLK, v_BGLK, segments_BL, *, window, score_cap):
     # Experimental in jax, and needed on TPUs only.
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
@@ -129,9 +137,12 @@ def _splash(q_BLHK, k_BGLK, v_BGLK, segments_BL):
     )
     segments_BN = jnp.pad(segments_BL, ((0, 0), (0, padding)))
     sides = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
+    whole = (count * block,) * 2
+    mask = splash.LocalMask(whole, (window - 1, 0), 0) if window else splash.CausalMask(whole)
     kernel = splash.make_splash_mha_single_device(
-        splash.MultiHeadMask([splash.CausalMask((count * block,) * 2)] * heads),
+        splash.MultiHeadMask([mask] * heads),
         block_sizes=splash.BlockSizes(**dict.fromkeys(sides, block)),
+        attn_logits_soft_cap=score_cap or None,
     )
     segment_ids = splash.SegmentIds(segments_BN, segments_BN)
     output_BHNK = jax.vmap(kernel)(q_BHNK, k_BGNK, v_BGNK, segment_ids)
@@ -142,14 +153,17 @@ def _splash(q_BLHK, k_BGLK, v_BGLK, segments_BL):
 
 
 def cudnn_supports(config: ModelConfig, length: int) -> bool:
-    """Whether jax finds a cuDNN kernel for this dtype, head size and GPU."""
+    """Whether jax finds a cuDNN kernel for this dtype, head size and GPU. None caps scores."""
+    if config.score_cap:
+        return False
     query, key = (
         jax.ShapeDtypeStruct((1, length, heads, config.head_dim), config.dtype)
         for heads in (config.num_heads, config.num_kv_heads)
     )
     lengths = jax.ShapeDtypeStruct((1,), jnp.int32)
     try:
-        jax.eval_shape(_cudnn, query, key, key, lengths)
+        for window in {kind.window for kind in config.kinds}:
+            jax.eval_shape(functools.partial(_cudnn, window=window), query, key, key, lengths)
     except (NotImplementedError, RuntimeError):
         return False
     return True
@@ -165,10 +179,11 @@ def left_align(mask_BL):
     return jnp.maximum(lengths_B, 1), order_BL, jnp.argsort(order_BL, axis=1)
 
 
-def cudnn_attention(q_BLHK, k_BGLK, v_BGLK, alignment, *, constrain):
+def cudnn_attention(q_BLHK, k_BGLK, v_BGLK, alignment, *, constrain, window=0):
     """[B, L, H, K], causal attention of real positions by cuDNN; 0 in padding.
 
-    `alignment` is the result of `left_align`.
+    `alignment` is the result of `left_align`. A `window` counts real positions, which are its
+    places where padding is on the sides of a row.
     """
 
     def on_device(q_BLHK, k_BGLK, v_BGLK, lengths_B, order_BL, inverse_BL):
@@ -189,12 +204,12 @@ def cudnn_attention(q_BLHK, k_BGLK, v_BGLK, alignment, *, constrain):
 
         qkv = q_BLHK, k_BGLK.swapaxes(1, 2), v_BGLK.swapaxes(1, 2)
         q, k, v = (zero_padding(permute(x, order_BL)) for x in qkv)
-        return permute(zero_padding(_cudnn(q, k, v, lengths_B)), inverse_BL)
+        return permute(zero_padding(_cudnn(q, k, v, lengths_B, window=window)), inverse_BL)
 
     return shard_kernel(constrain, on_device, q_BLHK, k_BGLK, v_BGLK, *alignment)
 
 
-def _cudnn(q_BLHK, k_BLGK, v_BLGK, lengths_B):
+def _cudnn(q_BLHK, k_BLGK, v_BLGK, lengths_B, *, window):
     return jax.nn.dot_product_attention(
         q_BLHK,
         k_BLGK,
@@ -202,5 +217,6 @@ def _cudnn(q_BLHK, k_BLGK, v_BLGK, lengths_B):
         is_causal=True,
         query_seq_lengths=lengths_B,
         key_value_seq_lengths=lengths_B,
+        local_window_size=(window - 1, 0) if window else None,
         implementation="cudnn",
     )

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from ppo_jax.core import cpu
-from ppo_jax.models.attention import Outputs, update_cache
+from ppo_jax.models.attention import Outputs
 from ppo_jax.models.axes import HIDDEN, ShardingConstraint, unconstrained
 from ppo_jax.models.config import NORMS, ModelConfig
 from ppo_jax.models.layers import ACTIVATIONS, Embedding, Head, Norm, Projection
@@ -38,7 +38,7 @@ class Attention(nn.Module):
     constrain: ShardingConstraint = unconstrained
 
     @nn.compact
-    def __call__(self, x_BSD, view: View, cache, layer, next_slot, outputs):
+    def __call__(self, x_BSD, view: View, cache, layer, outputs):
         c, attention_fn = self.config, view.attention_fn
         project = functools.partial(Projection, constrain=self.constrain, lora_alpha=c.lora_alpha)
         queries = outputs if attention_fn.takes_some_queries else ALL
@@ -53,7 +53,7 @@ class Attention(nn.Module):
             q = q * jnp.asarray(c.score_scale * math.sqrt(c.head_dim), q.dtype)
         k, v = (x.swapaxes(1, 2) for x in (k, v))
         if cache is not None:
-            cache, (k, v) = update_cache(cache, (k, v), next_slot, layer)
+            cache, (k, v) = view.write(cache, (k, v), layer)
         output = project(
             (c.embed_dim,),
             c.attention_output_bias,
@@ -109,13 +109,11 @@ class Block(nn.Module):
     has_experts: bool = False
 
     @nn.compact
-    def __call__(self, carry, layer, kind, views, real_BS, next_slot, outputs=ALL):
+    def __call__(self, carry, layer, kind, views, real_BS, outputs=ALL):
         c, constrain, (x_BSD, cache) = self.config, self.constrain, carry
         attention = Attention(c, constrain, name="attention")
         mlp, view = self.feed_forward(outputs.take(real_BS)), choose_view(views, kind)
-        added, cache = attention(
-            self.before("attention", x_BSD), view, cache, layer, next_slot, outputs
-        )
+        added, cache = attention(self.before("attention", x_BSD), view, cache, layer, outputs)
         x_BSD = outputs.take(x_BSD)
         if c.residual == "parallel":
             added = added + mlp(self.before("mlp", x_BSD))
@@ -158,7 +156,7 @@ class Layers(nn.Module):
     constrain: ShardingConstraint = unconstrained
 
     @nn.compact
-    def __call__(self, x_BSD, caches, views, real_BS, next_slot, outputs=ALL):
+    def __call__(self, x_BSD, caches, views, real_BS, outputs=ALL):
         if self.start == self.end:
             return [outputs.take(x_BSD)], caches
         c, count = self.config, self.end - self.start
@@ -172,18 +170,18 @@ class Layers(nn.Module):
                 block,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
-                in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
+                in_axes=(0, 0, nn.broadcast, nn.broadcast),
                 length=count,
             )
             layers = stack(c, self.constrain, c.has_experts(self.start), name="stack")
             numbers = jnp.arange(count, dtype=jnp.int32), jnp.asarray(kinds, jnp.int32)
-            (x_BSD, caches), _ = layers((x_BSD, caches), *numbers, views, real_BS, next_slot)
+            (x_BSD, caches), _ = layers((x_BSD, caches), *numbers, views, real_BS)
             return [outputs.take(x_BSD)], caches
         states, updated = [], []
         for i, cache in enumerate(caches or [None] * count, start=self.start):
             layer = block(c, self.constrain, c.has_experts(i), name=str(i))
             read, view = outputs if i + 1 == self.end else ALL, views[kinds[i - self.start]]
-            (x_BSD, cache), _ = layer((x_BSD, cache), None, None, (view,), real_BS, next_slot, read)
+            (x_BSD, cache), _ = layer((x_BSD, cache), None, None, (view,), real_BS, read)
             updated.append(cache)
             if i + 1 in self.exits:
                 states.append(x_BSD if i + 1 == self.end else outputs.take(x_BSD))
@@ -232,9 +230,8 @@ class Transformer(nn.Module):
             x = self.constrain(x, HIDDEN)
         exits = self.exits if self.head == "none" and self.exits else (self.end,)
         layers = Layers(c, self.start or 0, self.end, exits, self.constrain, name="layers")
-        next_slot = None if cache is None else cache.index % cache.mask.shape[1]
         caches = None if cache is None else cache.layers
-        states, caches = layers(x, caches, views, mask_BS, next_slot, outputs=outputs)
+        states, caches = layers(x, caches, views, mask_BS, outputs=outputs)
         if cache is not None:
             cache = cache.replace(layers=caches, index=cache.index + mask_BS.shape[1])
         if self.head == "none":

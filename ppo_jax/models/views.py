@@ -15,9 +15,14 @@ from ppo_jax.core.shared_prompts import SharedPrompt
 from ppo_jax.models.attention import (
     AttentionFn,
     KVCache,
+    LastSlots,
+    NextSlots,
     Outputs,
     attend_cached,
     cache_mask,
+    plain_attention,
+    ring_mask,
+    take_slots,
     text_positions,
 )
 from ppo_jax.models.axes import ShardingConstraint
@@ -49,6 +54,7 @@ class View(struct.PyTreeNode):
 
     angles: jax.Array | None  # `rotary_angles`, None without rotary positions
     attention_fn: AttentionFn | SharedPromptAttention | AnyAttention
+    write: NextSlots | LastSlots | None = None  # of keys and values, into a cache
 
 
 def row_views(
@@ -81,18 +87,34 @@ def cache_views(
 ) -> tuple[jax.Array, tuple[View, ...], KVCache]:
     """(positions [B, S], a view for each of `config.kinds`, the cache with its mask) of new
     positions that attend to those in a cache as well."""
-    allowed_BSC, age_SC, cache = cache_mask(mask_BS, cache)
+    before, (allowed_BSC, age_SC, cache) = cache, cache_mask(mask_BS, cache)
     # A token attends to itself and all real ones before it: their count gives its position.
     positions = jnp.maximum(allowed_BSC.sum(axis=2, dtype=jnp.int32) - 1, 0)
-    capacity = cache.mask.shape[1]
-    filled = jnp.minimum(cache.index + mask_BS.shape[1], capacity)
+    capacity, index = cache.mask.shape[1], cache.index + mask_BS.shape[1]
 
-    def view(kind):
-        seen_BSC = allowed_BSC & (age_SC < kind.window)[None] if kind.window else allowed_BSC
-        attention = AttentionFn((seen_BSC, filled), attend_cached, config.score_cap)
-        return View(angles_of(config, kind, positions, capacity), attention)
+    def cached(allowed, slots):
+        mask = allowed, jnp.minimum(index, slots)
+        return AttentionFn(mask, attend_cached, config.score_cap), NextSlots(cache.index % slots)
 
-    return positions, tuple(view(kind) for kind in config.kinds), cache
+    def attention(kind):
+        slots = config.cache_slots(kind, capacity)
+        if slots < capacity and mask_BS.shape[1] > 1:
+            # Of a row of what the layer's own ring has and the new positions, these.
+            row = jnp.concatenate([ring_mask(before, cache.index, slots), mask_BS], axis=1)
+            rows = plain_attention(row, None, kind.window, config.score_cap)
+            return rows.of(Outputs(first=slots)), LastSlots(cache.index)
+        if slots < capacity:
+            in_order = ring_mask(cache, index, slots)  # all of them are within the window
+            return cached(take_slots(in_order, -index, slots, slots, axis=1)[:, None], slots)
+        if kind.window and kind.window < capacity:
+            return cached(allowed_BSC & (age_SC < kind.window)[None], slots)
+        return cached(allowed_BSC, slots)
+
+    views = (
+        View(angles_of(config, kind, positions, capacity), *attention(kind))
+        for kind in config.kinds
+    )
+    return positions, tuple(views), cache
 
 
 def angles_of(
@@ -122,4 +144,5 @@ def choose_view(views: Sequence[View], kind: jax.Array | None) -> View:
     angles = None
     if views[0].angles is not None:
         angles = jnp.stack([view.angles for view in views])[kind]
-    return View(angles, AnyAttention(kind, tuple(view.attention_fn for view in views)))
+    attention_fn = AnyAttention(kind, tuple(view.attention_fn for view in views))
+    return View(angles, attention_fn, views[0].write)  # of scanned layers all write alike

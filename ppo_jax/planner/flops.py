@@ -11,11 +11,12 @@ tokens.
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from ppo_jax.core.distributions import chunk_shape
 from ppo_jax.models.config import ModelConfig
-from ppo_jax.models.kernels import kernel_of, splash_blocks
+from ppo_jax.models.kernels import kernel_of, splash_pairs
 from ppo_jax.models.long_rows import LONG, num_pairs
 from ppo_jax.rollout.continuous_batching import DECODING, REFILLS, max_trip_counts
 from ppo_jax.rollout.decode import max_steps
@@ -65,22 +66,35 @@ def head_flops(config: ModelConfig, head: str | int) -> int:
     return 2 * config.embed_dim * numbers.get(head, head)
 
 
-def attended_in_row(config: ModelConfig, length: int, platform: str | None) -> float:
-    """C of a row of S positions, on average: S, or for the TPU kernel, which skips blocks above the
-    diagonal, N (N + b) / 2 S where it pads the row to N in blocks of b. Plain attention skips
-    blocks of long rows, see `long_rows.cuts`."""
-    kernel = kernel_of(config, platform, length)
-    if kernel == "splash":
-        block, count = splash_blocks(length)
-        padded = count * block
-        return padded * (padded + block) / 2 / length
-    return plain_pairs(length, 0, length) / length if kernel == "plain" else length
+def attended_in_row(
+    config: ModelConfig, length: int, platform: str | None, window: int = 0
+) -> float:
+    """C of a row of S positions in layers with a window, on average: S, or what kernels do not
+    skip.
+
+    The TPU kernel computes whole blocks, see `kernels.splash_pairs`; the blocks of cuDNN are not
+    documented. Plain attention skips blocks of long rows, see `long_rows.cuts`.
+    """
+    match kernel_of(config, platform, length):
+        case "splash":
+            return splash_pairs(length, window) / length
+        case "cudnn":
+            return min(length, window or length)
+    return plain_pairs(length, 0, length, window) / length
 
 
-def plain_pairs(queries: int, first: int, length: int) -> int:
+def plain_pairs(queries: int, first: int, length: int, window: int = 0) -> int:
     """Pairs of the queries behind the `first` positions with the keys of a row, by plain
     attention."""
-    return queries * length if length < LONG else num_pairs(queries, first, length)
+    if length < LONG:
+        return queries * length
+    return num_pairs(queries, first, length, window if window < length else 0)
+
+
+def by_layer(config: ModelConfig, of_window: Callable[[int], float]) -> tuple[float, ...]:
+    """A number of each layer, by its window."""
+    found = {window: of_window(window) for window in {kind.window for kind in config.kinds}}
+    return tuple(found[config.kind_of(i).window] for i in range(config.num_layers))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,9 +103,9 @@ class Rows:
 
     sequences: int  # N
     positions: int  # S
-    attended: float  # C, on average
+    attended: tuple[float, ...]  # C in each layer, on average
     outputs: int  # O
-    output_attended: float  # by these
+    output_attended: float  # by these, in the last layer
     length: int  # of a row of one response, for which the kernel of attention is chosen
 
 
@@ -110,24 +124,28 @@ def rows_of(
     Plain attention is then that of prompts to themselves, P², and of R positions of each response
     to P + R, less what long rows skip; a fused kernel has the rows apart.
     """
-    apart = output_attended = attended_in_row(config, positions, platform)
     plain = kernel_of(config, platform, positions) == "plain"
-    if plain:
-        output_attended = plain_pairs(outputs, positions - outputs, positions) / outputs
-    if samples == 1:
-        attended, width = apart, positions
-    else:
-        rest = positions - prompt_length
+    rest, width = positions - prompt_length, positions
+    if samples > 1:
         width = prompt_length + samples * rest
-        pairs = samples * positions * apart
-        if plain:
-            pairs = plain_pairs(prompt_length, 0, prompt_length)
-            pairs += samples * plain_pairs(rest, prompt_length, positions)
-        attended = pairs / width
+
+    def attended(window):
+        apart = attended_in_row(config, positions, platform, window)
+        if samples == 1:
+            return apart
+        if not plain:
+            return samples * positions * apart / width
+        pairs = plain_pairs(prompt_length, 0, prompt_length, window)
+        return (pairs + samples * plain_pairs(rest, prompt_length, positions, window)) / width
+
+    last = config.kind_of(config.num_layers - 1).window
+    output_attended = attended_in_row(config, positions, platform, last)
+    if plain:
+        output_attended = plain_pairs(outputs, positions - outputs, positions, last) / outputs
     return Rows(
         sequences=sequences // samples,
         positions=width,
-        attended=attended,
+        attended=by_layer(config, attended),
         outputs=samples * outputs,
         output_attended=output_attended,
         length=positions,
@@ -154,7 +172,7 @@ def forward_flops(
     *,
     sequences: int,
     positions: int,
-    attended: float,
+    attended: float | Sequence[float],
     outputs: int,
     head: str,
     platform: str | None = None,
@@ -166,15 +184,23 @@ def forward_flops(
     """N (S layers (projections + attention over C) + O head); the last layer is that of S positions
     in its keys and values alone, see `everywhere_flops`.
 
-    `attended` is C, without a cache `attended_in_row`; `outputs` is O; `num_layers` are those that
-    are computed, None is all of the model; `logits` is O with the padding of chunks. In joined rows
-    outputs attend to `output_attended`, and the kernel is that of rows of `length`, see `rows_of`.
+    `attended` is C, one for all layers or that of each, see `rows_of`; `outputs` is O; `num_layers`
+    are those that are computed, None is all of the model; `logits` is O with the padding of chunks.
+    In joined rows outputs attend to `output_attended`, and the kernel is that of rows of `length`.
     """
     c, depth = config, config.num_layers if num_layers is None else num_layers
-    outputs_attend = attention_flops(c, attended if output_attended is None else output_attended)
-    parts = (positions, outputs, attention_flops(c, attended), outputs_attend)
+    attended = of_layers(c, attended)[c.num_layers - depth :]
+    if output_attended is None:
+        output_attended = attended[-1] if depth else 0
+    attention = [attention_flops(c, count) for count in attended]
+    parts = (positions, outputs, attention, attention_flops(c, output_attended))
     layers = untrained_flops(c, depth, *parts, *everywhere_flops(c, length or positions, platform))
     return sequences * (layers + (logits or outputs) * head_flops(c, head))
+
+
+def of_layers(config: ModelConfig, attended: float | Sequence[float]) -> Sequence[float]:
+    """C in each layer, where it may be one for all."""
+    return attended if isinstance(attended, Sequence) else [attended] * config.num_layers
 
 
 def untrained_flops(
@@ -182,24 +208,24 @@ def untrained_flops(
     depth: int,
     positions: int,
     outputs: int,
-    attention: float,
+    attention: Sequence[float],
     output_attention: float,
     products: int,
     attends: bool,
 ) -> float:
     """The layers of one sequence, where the last is read at `outputs`: with what `everywhere_flops`
-    gives, and attention for one position, and for one with an output."""
+    gives, and attention of each layer for one position, and of the last for one with an output."""
     if not depth:
         return 0
     projections = projection_flops(config)
-    whole = (depth - 1) * (projections + attention) + products + attends * attention
+    whole = (depth - 1) * projections + sum(attention[:-1]) + products + attends * attention[-1]
     return positions * whole + outputs * (projections - products + (not attends) * output_attention)
 
 
 # --- training -------------------------------------------------------------------------------------
 
 
-def scores_again(config: ModelConfig, platform: str | None, length: int) -> float:
+def scores_again(config: ModelConfig, platform: str | None, length: int, window: int = 0) -> float:
     """What the backward pass of attention has more than twice its forward pass, in passes: the TPU
     kernel needs 7 products for its 2, plain attention 5 where it is a loop over blocks.
 
@@ -211,7 +237,8 @@ def scores_again(config: ModelConfig, platform: str | None, length: int) -> floa
         return 1.5 if kernel == "splash" else 0.0
     if config.scan_layers and config.remat == "none":
         return 0.5
-    return 0.5 * num_pairs(length, 0, length, in_loops=True) / num_pairs(length, 0, length)
+    rows = length, 0, length, window if window < length else 0
+    return 0.5 * num_pairs(*rows, in_loops=True) / num_pairs(*rows)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -278,23 +305,27 @@ def training_flops(
     sizes = dict(sequences=sequences, positions=positions, outputs=outputs)
     rows = rows_of(c, platform, prompt_length=prompt_length, samples=samples, **sizes)
     positions, outputs = rows.positions, rows.outputs
-    projections, attention = projection_flops(c), attention_flops(c, rows.attended)
+    projections, attention = projection_flops(c), [attention_flops(c, n) for n in rows.attended]
     of_outputs = attention_flops(c, rows.output_attended)
     depth = c.num_layers - trained.trunk - trained.frozen_layers
-    how = dict(frozen=adapters > 0)
-    how |= dict(scores_again=scores_again(c, platform, rows.length) if again else 0.0)
-    trained_layer = functools.partial(trained_layer_flops, c, **how)
-    layer = trained_layer(projections, attention, adapters)
+    scores = by_layer(c, lambda window: again * scores_again(c, platform, rows.length, window))
     products, attends = everywhere_flops(c, rows.length, platform)
     if not depth:
+        attention = attention[trained.trunk :]
         parts = (positions, outputs, attention, of_outputs, products, attends)
         layers = untrained_flops(c, trained.frozen_layers, *parts)
     else:
         keys = adapters if c.scan_layers else trained.key_adapter_flops
         read = projections - products, (not attends) * of_outputs, adapters - keys
-        layers = positions * trained.frozen_layers * (projections + attention)
-        layers += positions * (depth - 1) * layer + outputs * trained_layer(*read)
-        layers += positions * trained_layer(products, attends * attention, keys)
+        body = c.num_layers - depth
+        layers = positions * trained.frozen_layers * projections
+        layers += positions * sum(attention[trained.trunk : body])
+        trained_layer = functools.partial(trained_layer_flops, c, frozen=adapters > 0)
+        for own, again_own in list(zip(attention, scores, strict=True))[body:-1]:
+            layers += positions * trained_layer(projections, own, adapters, scores_again=again_own)
+        trained_layer = functools.partial(trained_layer, scores_again=scores[-1])
+        layers += outputs * trained_layer(*read)
+        layers += positions * trained_layer(products, attends * attention[-1], keys)
         if c.remat == "full":  # the last product of a layer is not computed again
             at_top = positions if c.scan_layers else outputs
             layers -= 2 * mlp_width(c) * c.embed_dim * (positions * (depth - 1) + at_top)
@@ -318,8 +349,8 @@ def rollout_flops(
     group: int = 0,
     trunk: bool = False,
 ) -> float:
-    """Prefill of the prompts, then single tokens, each over the whole cache of P + T positions: all
-    of a response but the last, which only a `trunk` computes.
+    """Prefill of the prompts, then single tokens, each over the whole cache of P + T positions, or
+    of a layer's window: all of a response but the last, which only a `trunk` computes.
 
     With fewer `slots` than sequences, prompts are admitted in groups, and each decode step is one
     of all slots: as many steps as `continuous_batching.max_trip_counts` has.
@@ -331,14 +362,34 @@ def rollout_flops(
     capacity, num_rows = prompt_length + response_length, slots or sequences
     steps = max_steps(response_length, trunk)
     forward = functools.partial(forward_flops, policy, outputs=1, head="logits")
-    prefill = functools.partial(forward, positions=prompt_length)
-    step = forward(sequences=num_rows, positions=1, attended=capacity)
+    step = forward(sequences=num_rows, positions=1, **attended_in_cache(policy, 1, capacity))
+
+    def prefill(num_prompts, slots):
+        attended = attended_in_cache(policy, prompt_length, slots)
+        return forward(sequences=num_prompts, positions=prompt_length, **attended)
+
     if num_rows == sequences:
-        attended = capacity if samples_per_prompt == 1 else prompt_length
-        return prefill(sequences=num_rows // samples_per_prompt, attended=attended) + steps * step
+        slots = capacity if samples_per_prompt == 1 else prompt_length
+        return prefill(num_rows // samples_per_prompt, slots) + steps * step
     trips = max_trip_counts(sequences, num_rows, group, steps)
-    refill = prefill(sequences=group // samples_per_prompt, attended=prompt_length)
+    refill = prefill(group // samples_per_prompt, prompt_length)
     return trips[REFILLS] * (refill + trips[DECODING] * step)
+
+
+def attended_in_cache(config: ModelConfig, positions: int, capacity: int) -> dict[str, Any]:
+    """C of new positions in each layer, and of the last of them in the last: the slots of the
+    cache; several positions of a layer with a ring of its own attend to that and themselves."""
+
+    def attended(kind, queries):
+        slots = config.cache_slots(kind, capacity)
+        if slots == capacity or positions == 1:
+            return slots
+        row = slots + positions
+        return plain_pairs(queries, row - queries, row, kind.window) / queries
+
+    kinds = [config.kind_of(i) for i in range(config.num_layers)]
+    of_layer = [attended(kind, positions) for kind in kinds]
+    return dict(attended=of_layer, output_attended=attended(kinds[-1], 1))
 
 
 def scoring_flops(
@@ -395,7 +446,7 @@ def score_flops(config: ModelConfig, texts: int, width: int, platform: str | Non
         config,
         sequences=texts,
         positions=width,
-        attended=attended_in_row(config, width, platform),
+        attended=by_layer(config, lambda w: attended_in_row(config, width, platform, w)),
         outputs=1,
         head="scalar",
         platform=platform,

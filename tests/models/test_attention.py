@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ppo_jax.models import attention, transformer
+from ppo_jax.models import attention, views
 from ppo_jax.models.attention import attend, attend_blocks, attend_cached
 from ppo_jax.models.build import policy_network
 from ppo_jax.planner.hlo.text import parse_module
@@ -66,7 +66,7 @@ def test_a_rollout_by_blocks_samples_the_same_responses(monkeypatch, shape, of_r
 
     expected = sample()
     monkeypatch.setattr(attention, "CACHE_BLOCK", 2)
-    monkeypatch.setattr(transformer, "attend_cached", lambda q, k, v, x: attend_blocks(q, k, v, *x))
+    monkeypatch.setattr(views, "attend_cached", lambda q, k, v, x: attend_blocks(q, k, v, *x))
     got = sample()
     assert (got.response_tokens == expected.response_tokens).all()
     np.testing.assert_allclose(got.logprobs, expected.logprobs, atol=1e-5)

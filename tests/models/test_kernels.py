@@ -1,7 +1,10 @@
 """The kernels of TPUs and GPUs compute what plain attention computes; where which is used."""
 
 import functools
+import pathlib
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +17,11 @@ from ppo_jax.models import attention, axes
 from ppo_jax.models import kernels as attention_kernels
 from ppo_jax.models.attention import attend, causal_mask, text_positions
 from ppo_jax.models.build import policy_network
+from ppo_jax.models.config import LayerKind
 from tests.support import tiny
 from tests.support.meshes import WIDE, layout_of
 
+ROOT = pathlib.Path(__file__).parents[2]
 B, L, H, K = 4, 200, 4, 16  # two blocks of 128, the second padded
 
 
@@ -73,9 +78,9 @@ def outputs_and_gradients(attention, arrays, mask):
     return [np.where(mask[:, :, None, None], out, 0), *gradients]
 
 
-def assert_as_plain(attention, arrays, mask, segments=None):
+def assert_as_plain(attention, arrays, mask, segments=None, window=0, score_cap=0.0):
     def plain(q, k, v):
-        return attend(q, k, v, causal_mask(mask, segments))
+        return attend(q, k, v, causal_mask(mask, segments, window), score_cap)
 
     found, expected = (outputs_and_gradients(f, arrays, mask) for f in (attention, plain))
     for x, y in zip(found, expected, strict=True):
@@ -95,6 +100,22 @@ def test_the_tpu_kernel_is_plain_attention(interpreted, kv_heads, packed):
         return attention_kernels.splash_attention(q, k, v, texts, constrain=constrain)
 
     assert_as_plain(attention, inputs(kv_heads), mask, segments if packed else None)
+
+
+@pytest.mark.parametrize(
+    ("window", "score_cap", "packed"),
+    [(1, 0.0, False), (50, 0.0, True), (129, 0.7, False), (0, 0.7, True)],
+)
+def test_the_tpu_kernel_has_windows_and_caps(interpreted, window, score_cap, packed):
+    mask, segments = rows()
+    texts = segments if packed else mask.astype(jnp.int32)
+    how = dict(constrain=layout_of((1, 1, 1)).constrain, window=window, score_cap=score_cap)
+
+    def attention(q, k, v):
+        return attention_kernels.splash_attention(q, k, v, texts, **how)
+
+    segments = segments if packed else None
+    assert_as_plain(attention, inputs(2), mask, segments, window, score_cap)
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 2), (2, 1, 4)])
@@ -124,8 +145,11 @@ def test_a_population_under_vmap_has_the_kernel_too(interpreted):
         np.testing.assert_allclose(found[i][real], expected[real], atol=1e-5)
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_a_network_is_the_same_with_the_kernel(interpreted, on, packed):
+WINDOWS = dict(layer_kinds=(LayerKind(window=40), LayerKind()), score_cap=1.0)
+
+
+@pytest.mark.parametrize(("packed", "kinds"), [(False, {}), (True, {}), (False, WINDOWS)])
+def test_a_network_is_the_same_with_the_kernel(interpreted, on, packed, kinds):
     """Scanned layers, computed again in the backward pass, on a mesh that shards every axis."""
     mask, segments = rows()
     tokens = jax.random.randint(jax.random.key(0), mask.shape, 0, 64)
@@ -133,7 +157,7 @@ def test_a_network_is_the_same_with_the_kernel(interpreted, on, packed):
     found = {}
     for platform in ("cpu", "tpu"):
         on(platform)
-        config = tiny.model_config(**WIDE, scan_layers=True, remat="dots", max_length=L)
+        config = tiny.model_config(**WIDE, **kinds, scan_layers=True, remat="dots", max_length=L)
         network = policy_network(config, constrain=layout_of((2, 1, 2)).constrain)
 
         def loss(params, network=network):
@@ -180,6 +204,38 @@ def test_with_the_kernel_nothing_is_as_large_as_all_pairs(on, monkeypatch):
     assert pairs(lowered("tpu", config, mask))
 
 
+ON_A_TPU = """
+import jax, jax.numpy as jnp
+from jax.experimental import topologies
+from ppo_jax.models import kernels
+from ppo_jax.planner.hlo.cost import cost_analysis
+
+device = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0]
+length, heads, size = 2048, 4, 128
+for window, score_cap in ((0, 0.0), (512, 0.0), (600, 50.0)):
+    def loss(*args):
+        out = kernels._splash(*args, window=window, score_cap=score_cap)
+        return out.astype(jnp.float32).sum()
+
+    shapes = [(1, length, heads, size), *[(1, 2, length, size)] * 2, (1, length)]
+    dtypes = [*[jnp.bfloat16] * 3, jnp.int32]
+    where = jax.sharding.SingleDeviceSharding(device)
+    args = [jax.ShapeDtypeStruct(*x, sharding=where) for x in zip(shapes, dtypes)]
+    compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*args).compile()
+    expected = 2 * (2 + 3 + 4) * heads * size * kernels.splash_pairs(length, window)
+    assert cost_analysis(compiled).flops == expected, (window, score_cap)
+"""
+
+
+@pytest.mark.slow
+def test_kernels_with_windows_and_caps_compile_for_a_tpu():
+    """With libtpu, in a process of its own: the program has as many blocks as are counted."""
+    pytest.importorskip("libtpu")
+    command = [sys.executable, "-c", ON_A_TPU]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_blocks_cover_a_row_with_little_to_spare():
     for length in range(128, 3000, 37):
         block, count = attention_kernels.splash_blocks(length)
@@ -196,7 +252,8 @@ def test_rows_are_left_aligned_for_cudnn_and_back(monkeypatch, shape, kv_heads):
     """In the place of cuDNN an attention that leaves NaN behind the end of each row."""
     mask, _ = rows()
 
-    def by_lengths(q, k, v, lengths):
+    def by_lengths(q, k, v, lengths, window):
+        assert not window
         out = jax.nn.dot_product_attention(q, k, v, is_causal=True, key_value_seq_lengths=lengths)
         real = jnp.arange(q.shape[1])[None] < lengths[:, None]
         return jnp.where(real[:, :, None, None], out, jnp.nan)
@@ -206,6 +263,34 @@ def test_rows_are_left_aligned_for_cudnn_and_back(monkeypatch, shape, kv_heads):
     attention = functools.partial(attention_kernels.cudnn_attention, constrain=constrain)
     alignment = attention_kernels.left_align(mask)
     assert_as_plain(lambda q, k, v: attention(q, k, v, alignment), inputs(kv_heads), mask)
+
+
+@pytest.mark.parametrize("window", [1, 30])
+def test_cudnn_has_windows(monkeypatch, window):
+    """Of real positions, which are those of the row where padding is on its sides."""
+    mask = rows()[0].at[2].set(True).at[3, L - 20 :].set(False)
+
+    def by_xla(q, k, v, lengths, window):
+        how = dict(is_causal=True, key_value_seq_lengths=lengths)
+        return jax.nn.dot_product_attention(q, k, v, local_window_size=(window - 1, 0), **how)
+
+    monkeypatch.setattr(attention_kernels, "_cudnn", by_xla)
+    how = dict(constrain=layout_of((1, 1, 1)).constrain, window=window)
+    alignment = attention_kernels.left_align(mask)
+
+    def attention(q, k, v):
+        return attention_kernels.cudnn_attention(q, k, v, alignment, **how)
+
+    assert_as_plain(attention, inputs(2), mask, window=window)
+
+
+def test_the_program_of_a_gpu_names_its_windows(on):
+    mask, _ = rows()
+    on("gpu")
+    kinds = LayerKind(window=40), LayerKind()
+    text = lowered("cuda", tiny.model_config(**WIDE, dtype="bfloat16", layer_kinds=kinds), mask)
+    found = re.findall(r'sliding_window_length[\\"2]*: (\d+)', text)
+    assert set(found) == {"40", "0"} and len(found) == 4 and not pairs(text)
 
 
 def test_a_population_under_vmap_calls_cudnn_too(on):
@@ -259,6 +344,9 @@ CHOICES = [  # what changes in a model, the platform, the length, packed, what i
     (dict(dtype="bfloat16", head_dim=12), "gpu", 7, False, "plain"),
     (HALF, "cpu", 512, False, "plain"),
     (HALF, None, 512, False, "plain"),
+    (HALF | WINDOWS, "tpu", 128, True, "splash"),
+    (HALF | WINDOWS, "gpu", 7, False, "plain"),
+    (HALF | WINDOWS | dict(score_cap=0.0), "gpu", 7, False, "cudnn"),
     (HALF | dict(attention="plain"), "tpu", 512, False, "plain"),
     (HALF | dict(attention="plain"), "gpu", 512, False, "plain"),
 ]

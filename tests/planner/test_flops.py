@@ -12,7 +12,7 @@ from ppo_jax.algorithms.ppo import init_ppo, update_from_rollout
 from ppo_jax.algorithms.update import ppo_update
 from ppo_jax.core.types import Optimizer
 from ppo_jax.models.build import policy_network, reward_network, value_network
-from ppo_jax.models.config import Experts
+from ppo_jax.models.config import Experts, LayerKind
 from ppo_jax.planner import flops
 from ppo_jax.planner.hlo.cost import cost_analysis
 from ppo_jax.rollout.rollout import rollout
@@ -98,6 +98,55 @@ def test_long_rows_skip_keys_and_loops_compute_scores_again(length, scan_layers,
     expected = flops.training_flops(config, **how)
     assert measured(gradient, params) == pytest.approx(expected, rel=0.01)
     assert flops.scores_again(config, None, length) == again
+
+
+NEAR, FAR = LayerKind(window=24, rope_theta=100.0), LayerKind()
+OF_GEMMA = dict(residual="both", mlp="gated_gelu", norm="rmsnorm_plus_one")
+KINDS = {  # as Gemma 2 and 3 have them
+    "alternating": dict(num_layers=4, layer_kinds=(NEAR, FAR) * 2, score_cap=2.0, **OF_GEMMA),
+    "mostly near": dict(num_layers=6, layer_kinds=(*[NEAR] * 5, FAR), qk_norm="head", **OF_GEMMA),
+    "near at last": dict(num_layers=3, layer_kinds=(FAR, FAR, NEAR)),
+}
+
+
+@pytest.mark.parametrize(
+    ("kinds", "length"),
+    [("alternating", 12), ("alternating", 600), ("mostly near", 200), ("near at last", 600)],
+)
+def test_layers_of_several_kinds_count_the_keys_that_each_reads(kinds, length):
+    config = tiny.model_config(**KINDS[kinds], max_length=length)
+    network = policy_network(config)
+    params = jax.eval_shape(network.init, jax.random.key(0))
+    tokens, mask = tiny.tokens_and_mask(0, 2, length)
+    where = dict(sequences=2, positions=length, outputs=length // 2)
+    rows = flops.rows_of(config, None, **where)
+    apply = functools.partial(network.apply, first_output=length - length // 2)
+    forward = flops.forward_flops(config, **vars(rows), head="logits")
+    assert measured(apply, params, tokens, mask) == pytest.approx(forward, rel=0.001)
+    gradient = jax.grad(lambda p: (network.apply(p, tokens, mask, first_output=3) ** 2).sum())
+    where |= dict(outputs=length - 3)
+    expected = flops.training_flops(config, **where, head="logits")
+    assert measured(gradient, params) == pytest.approx(expected, rel=0.01)
+    if length > 100:
+        whole = dataclasses.replace(config, layer_kinds=())
+        assert expected < 0.9 * flops.training_flops(whole, **where, head="logits")
+
+
+@pytest.mark.parametrize("window", [4, 30])
+def test_a_rollout_reads_no_more_of_a_cache_than_a_window(window):
+    config = tiny.model_config(layer_kinds=(LayerKind(window=window), LayerKind()))
+    network = policy_network(config)
+    params = jax.eval_shape(network.init, jax.random.key(0))
+    sample = functools.partial(rollout, network, sampling=tiny.sampling())
+    expected = flops.rollout_flops(config, sequences=B, prompt_length=P, response_length=T)
+    args = params, tiny.prompts(), jax.random.key(0)
+    assert measured(sample, *args, max_trip_counts=T - 1) == expected
+
+
+def test_kernels_skip_what_is_outside_of_a_window():
+    config, length = tiny.model_config(layer_kinds=(NEAR, FAR), dtype="bfloat16"), 2048
+    near, far = flops.rows_of(config, "tpu", sequences=1, positions=length, outputs=1).attended
+    assert near * length == 512**2 * (4 + 3) and far * length == 512**2 * (4 + 3 + 2 + 1)
 
 
 def test_a_rollout_is_its_prompts_and_all_tokens_that_it_may_have_but_the_last():

@@ -131,14 +131,19 @@ def kernel(phase, block, *operands):
 
 @pytest.mark.parametrize(("phase", "products"), [("fwd", 2), ("dq", 3), ("dkv", 4)])
 @pytest.mark.parametrize(
-    ("block", "pairs"), [(512, 3 * 512**2), (1024, 1024**2), (128, 36 * 128**2)]
+    ("block", "grid", "blocks"),
+    [(512, "2,2", 3), (1024, "1,1", 1), (128, "8,8", 36), (128, "8,3", 21), (128, "2,8", 15)],
 )
-def test_a_kernel_of_attention_counts_the_blocks_that_it_computes(phase, products, block, pairs):
-    """Rows of 1,024 in blocks of 512: three of four lie on or below the diagonal."""
+def test_a_kernel_of_attention_counts_the_blocks_that_it_computes(
+    phase, products, block, grid, blocks
+):
+    """Rows of 1,024 in blocks of 512: three of four lie on or below the diagonal. Within a window
+    the grid has fewer blocks of keys for each of queries, or of queries for each of keys."""
+    pairs = blocks * block**2
     first, *more = kernel(phase, block, "%m", "%q", "%k", "%k")
     text = program(
         entry(
-            "%m = s8[1,2,2]{2,1,0:T(4,128)(4,1)} parameter(0)",
+            f"%m = s8[1,{grid}]{{2,1,0:T(4,128)(4,1)}} parameter(0)",
             "%q = bf16[2,9,1024,64]{3,2,1,0:T(8,128)(2,1)} parameter(1)",
             "%k = bf16[2,3,1024,64]{3,2,1,0:T(8,128)(2,1)} parameter(2)",
             "\n".join([first, *more]),

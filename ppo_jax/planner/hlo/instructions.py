@@ -50,11 +50,15 @@ def attention_flops(computation: Computation, instruction: Instruction) -> float
     """Flops of a call of fused causal attention, 0 for all else.
 
     2 H K x products x pairs of a query and a key. The TPU kernel computes whole blocks, those on
-    and below the diagonal. The blocks of cuDNN are not documented: half of all pairs count.
+    the diagonal and below it within a window. The blocks of cuDNN are not documented: half of all
+    pairs count, or those of the window where they are fewer.
     """
     if products := CUDNN_PRODUCTS.get(instruction.target):
         queries = computation.inputs(instruction)[0].outputs[0]  # [B, L, H, K]
-        return products * queries.size * queries.dims[-3]
+        length = queries.dims[-3]
+        found = re.search(r"sliding_window_length\W+(\d+)", instruction.attributes)
+        window = int(found[1]) if found else 0
+        return 2 * products * queries.size * min(length / 2, window or length)
     kernel = re.search(r"splash_m[hq]a_(fwd|dq|dkv)", instruction.op_name)
     if instruction.target != "tpu_custom_call" or not kernel:
         return 0.0
@@ -62,7 +66,10 @@ def attention_flops(computation: Computation, instruction: Instruction) -> float
     queries = next(x for x in arrays if x.dtype in ("bf16", "f32"))  # [..., H, L, K]
     length = queries.dims[-2]
     block = int(re.search(r"block_q(?:_dq|_dkv)?\W+(\d+)", instruction.attributes)[1])
-    pairs = length * (length + block) / 2
+    # The first operand has a number for each block of queries and those of keys that it reads.
+    count = length // block
+    diagonals = min(count, *arrays[0].dims[-2:])
+    pairs = block**2 * (count * diagonals - diagonals * (diagonals - 1) / 2)
     return 2.0 * SPLASH_PRODUCTS[kernel[1]] * queries.size / length * pairs
 
 
