@@ -18,6 +18,8 @@ SIZES = dict(vocab_size=48, embed_dim=16, mlp_dim=24, num_heads=8, num_kv_heads=
 GPT2 = dict(positions="learned", norm="layernorm", mlp="gelu", head_dim=2)
 GPT2 |= dict(qkv_bias=True, attention_output_bias=True, mlp_bias=True)
 BIASES = dict(qkv_bias=True, attention_output_bias=True, mlp_bias=True)
+NEOX = GPT2 | dict(mlp="gelu_erf", residual="parallel", positions="rotary")
+NEOX |= dict(head_dim=2, tie_embeddings=False)
 # Name -> (what sets the family apart, dtype of the file, number of files).
 MODELS = {
     "gpt2": (GPT2, np.float32, 1),
@@ -26,7 +28,9 @@ MODELS = {
     "llama-tied": ({}, np.float32, 1),
     "llama-biases": (BIASES | {"tie_embeddings": False}, np.float16, 2),
     "qwen2": ({"qkv_bias": True}, np.float16, 2),
-    "qwen3": ({"qk_norm": True, "tie_embeddings": False}, np.float32, 3),
+    "qwen3": ({"qk_norm": "head", "tie_embeddings": False}, np.float32, 3),
+    "gpt_neox": (NEOX, np.float32, 2),
+    "phi3": ({"rotary_dim": 4, "tie_embeddings": False}, ml_dtypes.bfloat16, 2),
 }
 
 

@@ -84,9 +84,13 @@ def window_of(config: ModelConfig) -> int | None:
 
 
 def write_layer_types(config: ModelConfig) -> Json:
-    layers = range(config.num_layers)
-    types = [SLIDING if config.kind_of(i).window else FULL for i in layers]
-    return {"sliding_window": window_of(config), "layer_types": types}
+    """Of families in which layers have one of two types.
+
+    transformers has to have a window, even where no layer or no text of the length needs it.
+    """
+    kinds = map(config.kind_of, range(config.num_layers))
+    types = [SLIDING if kind.window or kind.rope_theta else FULL for kind in kinds]
+    return {"sliding_window": window_of(config) or config.max_length, "layer_types": types}
 
 
 def read_attention_bias(raw: Json) -> Json:
