@@ -14,6 +14,7 @@ SCALING = {
     "high_freq_factor": 4.0,
     "original_max_length": 64,
 }
+EXPERTS = {"num_experts": 5, "num_chosen": 2, "dim": 12, "normalized": True, "aux_coef": 0.01}
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +48,16 @@ def changed_stage(stage, section, field, value):
                 ("low_freq_factor", {"low_freq_factor": 0.0}),
                 ("high_freq_factor", {"low_freq_factor": 4.0}),
                 ("original_max_length", {"original_max_length": 0}),
+            )
+        ),
+        *(
+            ("model", "experts", EXPERTS | change, f"model.experts.{next(iter(change))}")
+            for change in (
+                {"num_experts": 0},
+                {"num_chosen": 6},
+                {"dim": "two"},
+                {"normalized": 1},
+                {"aux_coef": -1.0},
             )
         ),
         ("settings", "temperature", float("nan"), "settings.temperature"),

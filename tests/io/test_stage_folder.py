@@ -1,5 +1,7 @@
 """Stage folders: what they hold, what is refused, how they are computed with."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,15 @@ import pytest
 from ppo_jax.config.run import ModelSettings
 from ppo_jax.io import tokenizers as vocabulary
 from ppo_jax.io.checkpoints import Checkpoints
-from ppo_jax.io.stage_folder import Model, begin_stage, load_model, load_source, missing_steps
+from ppo_jax.io.stage_folder import (
+    Model,
+    begin_stage,
+    config_values,
+    load_model,
+    load_source,
+    missing_steps,
+    model_config,
+)
 from ppo_jax.models.build import policy_apply, policy_network
 from ppo_jax.models.partition import split_params
 from ppo_jax.training.stage import check_settings
@@ -37,6 +47,12 @@ def stage(tmp_path_factory):
 def test_a_stage_gives_back_the_whole_model(stage):
     folder, model = stage
     tiny.leaves_close(load_model(folder).params, model.params, rtol=0.0)
+
+
+@pytest.mark.parametrize("shape", sorted(tiny.SHAPES))
+def test_a_stage_keeps_the_shape_of_its_model(shape):
+    config = tiny.model_config(**tiny.SHAPES[shape])
+    assert model_config(json.loads(json.dumps(config_values(config)))) == config
 
 
 def test_half_of_a_stage_is_not_a_source_of_the_next(stage):
