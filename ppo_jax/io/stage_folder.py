@@ -130,11 +130,10 @@ def device_put(params: Params, layout: Layout | None) -> Params:
 def compute_as(model: Model, settings: ModelSettings) -> Model:
     """The same model, computed as the settings ask for, with their chat template; its parameters
     are not moved."""
-    params = model.params
+    params, config = model.params, dataclasses.replace(model.config, **computation(settings))
     if model.config.scan_layers != settings.scan_layers:
         change = stack_layers if settings.scan_layers else unstack_layers
         params = device_put(change(params), model.layout)
-    config = dataclasses.replace(model.config, **computation(settings))
     tokenizer = vocabulary.with_chat(model.tokenizer, settings)
     return dataclasses.replace(model, config=config, params=params, tokenizer=tokenizer)
 

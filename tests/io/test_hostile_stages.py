@@ -17,6 +17,7 @@ SCALING = {
 YARN = {"kind": "yarn", "factor": 2.0, "original_max_length": 64}
 LONG = {"kind": "longrope", "short_factor": [1.0] * 99, "long_factor": [1.0] * 99}
 LONG |= {"original_max_length": 64}
+EXPERTS = {"num_experts": 5, "num_chosen": 2, "dim": 12, "normalized": True, "aux_coef": 0.01}
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +73,16 @@ def changed_stage(stage, section, field, value):
         ("model", "score_cap", -1.0, "model.score_cap"),
         ("model", "logits_divisor", 0, "model.logits_divisor"),
         ("model", "residual", "sideways", "model.residual"),
+        *(
+            ("model", "experts", EXPERTS | change, f"model.experts.{next(iter(change))}")
+            for change in (
+                {"num_experts": 0},
+                {"num_chosen": 6},
+                {"dim": "two"},
+                {"normalized": 1},
+                {"aux_coef": -1.0},
+            )
+        ),
         ("settings", "temperature", float("nan"), "settings.temperature"),
         ("settings", "temperature", -1.0, "settings.temperature"),
         ("settings", "response_length", "four", "settings.response_length"),

@@ -58,6 +58,12 @@ def test_a_stage_gives_back_the_whole_model(stage):
     tiny.leaves_close(load_model(folder).params, model.params, rtol=0.0)
 
 
+@pytest.mark.parametrize("shape", sorted(tiny.SHAPES))
+def test_a_stage_keeps_the_shape_of_its_model(shape):
+    config = tiny.model_config(**tiny.SHAPES[shape])
+    assert model_config(json.loads(json.dumps(config_values(config)))) == config
+
+
 def test_half_of_a_stage_is_not_a_source_of_the_next(stage):
     folder, _ = stage
     assert missing_steps(folder) == "it has 3 of 5 steps"

@@ -26,6 +26,8 @@ KINDS = {
     "llama": {},
     "qk_norm": {},
     "scanned": {},
+    "experts": {},
+    "experts, remat": dict(remat="dots"),
     "gpt2, remat": dict(remat="full"),
     "qk_norm, remat": dict(remat="dots"),
     "scanned, remat": dict(remat="full"),

@@ -110,6 +110,7 @@ KINDS = {
     "gpt2": {},
     "llama": {},
     "scanned": {},
+    "experts": {},
     "qk_norm": {},
     "hidden": {},
     "chunk": dict(logits_chunk=3),

@@ -142,7 +142,7 @@ OPTIONS: dict[str, Kind] = {
     "hidden_activation": TEXT,
     **dict.fromkeys(("vocab_size", "hidden_size", "n_embd", "intermediate_size", "n_inner"), SIZE),
     **dict.fromkeys(("num_hidden_layers", "n_layer"), whole(1, 2**12)),
-    **dict.fromkeys(("num_experts", "num_local_experts", "num_experts_per_tok"), whole(1, 2**14)),
+    **dict.fromkeys(("num_experts", "num_local_experts", "num_experts_per_tok"), whole(0, 2**14)),
     **dict.fromkeys(("moe_intermediate_size", "decoder_sparse_step"), SIZE),
     "mlp_only_layers": Kind("a list of whole numbers", is_list_of(whole(0, 2**12))),
     "router_aux_loss_coef": Kind("a number >= 0", lambda x: x == 0 or NUMBER.holds(x)),
