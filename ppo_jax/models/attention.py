@@ -54,7 +54,7 @@ class AttentionFn(struct.PyTreeNode):
     fn: Callable[..., jax.Array] = struct.field(
         pytree_node=False
     )  # (q, k, v, mask, [cap]) -> output
-    score_cap: float = struct.field(pytree_node=False, default=0.0)  # see `capped`
+    score_cap: float = struct.field(pytree_node=False, default=0.0)  # see `scaled_scores`
 
     def __call__(self, q_BSHK, k_BGCK, v_BGCK) -> jax.Array:
         """[B, S, H, K]."""
@@ -271,7 +271,7 @@ def attend(q_BSHK, k_BGCK, v_BGCK, allowed_BSC, score_cap=0.0) -> jax.Array:
 
     With p = softmax(q k' / √K) and o = p v, the gradient of the scores is p (do v' - Σ_K do o): the
     sum that a softmax needs is one over K numbers of the output, not over C. Scores may be
-    `capped`. Reverse mode only: `jax.jvp` is refused.
+    capped, see `scaled_scores`. Reverse mode only: `jax.jvp` is refused.
     """
     return _attend_forward(q_BSHK, k_BGCK, v_BGCK, allowed_BSC, score_cap)[0]
 
