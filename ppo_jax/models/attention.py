@@ -270,8 +270,8 @@ def attend(q_BSHK, k_BGCK, v_BGCK, allowed_BSC, score_cap=0.0) -> jax.Array:
     """Softmax attention in float32, [B, S, H, K], grouped queries without repeating keys.
 
     With p = softmax(q k' / √K) and o = p v, the gradient of the scores is p (do v' - Σ_K do o): the
-    sum that a softmax needs is one over K numbers of the output, not over C. Scores may
-    have a cap, see `scaled_scores`. Reverse mode only: `jax.jvp` is refused.
+    sum that a softmax needs is one over K numbers of the output, not over C. Scores may be
+    capped, see `scaled_scores`. Reverse mode only: `jax.jvp` is refused.
     """
     return _attend_forward(q_BSHK, k_BGCK, v_BGCK, allowed_BSC, score_cap)[0]
 

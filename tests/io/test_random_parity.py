@@ -104,6 +104,7 @@ def gemma3(draw):
 
 def phi3(draw):
     config = shape(draw) | rms(draw) | window(draw) | {"head_dim": draw.choice([8, 16])}
+    config["hidden_size"] = config["num_attention_heads"] * config["head_dim"]
     partial = draw.choice([0.75, 1.0])
     pairs = int(config["head_dim"] * partial) // 2
     numbers = [draw.uniform(1, 4) for _ in range(2 * pairs)]
