@@ -25,7 +25,8 @@ def shape(draw, *, head_dim=True, grouped=True):
     own = {"head_dim": draw.choice([size, size + 2])} if head_dim else {}
     return {
         "vocab_size": draw.choice([31, 61, 97]),
-        "hidden_size": heads * size,
+        # In fewer numbers a norm is close to 0 / 0, and what is rounded is what there is.
+        "hidden_size": max(12, heads * size) if head_dim else heads * size,
         "intermediate_size": draw.choice([7, 33, 50]),
         "num_hidden_layers": draw.choice(LAYERS),
         "num_attention_heads": heads,
@@ -94,6 +95,7 @@ def gemma2(draw):
 
 def local(draw):
     positions = {FULL: rope(draw), SLIDING: {"rope_type": "default", "rope_theta": 50.0}}
+    positions[FULL].pop("truncate", None)  # which transformers reads outside of the object
     return {"rope_parameters": positions}
 
 
