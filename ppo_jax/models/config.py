@@ -148,6 +148,8 @@ class ModelConfig:
                 f"model.rotary_dim must be even and at most head_dim ({self.head_dim}), got "
                 f"{self.rotary_dim}"
             )
+        if self.rotary_dim == self.head_dim:
+            object.__setattr__(self, "rotary_dim", 0)
         for name in ("short_factor", "long_factor"):
             factors = getattr(self.rope_scaling, name, None)
             if factors is not None and len(factors) != self.num_rotated // 2:

@@ -33,15 +33,13 @@ def projection_flops(config: ModelConfig) -> int:
 
 def expert_share(config: ModelConfig) -> float:
     """The share of layers with experts."""
-    layers = range(config.num_layers)
-    return sum(config.has_experts(i) for i in layers) / config.num_layers
+    return sum(map(config.has_experts, range(config.num_layers))) / config.num_layers
 
 
 def mlp_width(config: ModelConfig) -> float:
     """F of one position, on average over the layers: with experts that of the chosen ones."""
     c, share = config, expert_share(config)
-    chosen = c.experts.num_chosen * c.experts.dim if c.experts else 0
-    return share * chosen + (1 - share) * c.mlp_dim
+    return (1 - share) * c.mlp_dim + (share and share * c.experts.num_chosen * c.experts.dim)
 
 
 def attention_flops(config: ModelConfig, attended: float) -> float:
@@ -189,18 +187,14 @@ def forward_flops(
     In joined rows outputs attend to `output_attended`, and the kernel is that of rows of `length`.
     """
     c, depth = config, config.num_layers if num_layers is None else num_layers
-    attended = of_layers(c, attended)[c.num_layers - depth :]
+    every = attended if isinstance(attended, Sequence) else [attended] * c.num_layers
+    attended = every[c.num_layers - depth :]
     if output_attended is None:
         output_attended = attended[-1] if depth else 0
     attention = [attention_flops(c, count) for count in attended]
     parts = (positions, outputs, attention, attention_flops(c, output_attended))
     layers = untrained_flops(c, depth, *parts, *everywhere_flops(c, length or positions, platform))
     return sequences * (layers + (logits or outputs) * head_flops(c, head))
-
-
-def of_layers(config: ModelConfig, attended: float | Sequence[float]) -> Sequence[float]:
-    """C in each layer, where it may be one for all."""
-    return attended if isinstance(attended, Sequence) else [attended] * config.num_layers
 
 
 def untrained_flops(
