@@ -122,18 +122,12 @@ def angles_of(
 ) -> jax.Array | None:
     """`rotary_angles` of the layers of a kind in rows of `length` positions."""
     c = config
-    if c.positions != "rotary":
+    if c.positions != "rotary" or not (kind.rotary or c.scan_layers):
         return None
-    if not kind.rotary:
-        # Of layers that are scanned together with rotary ones: no rotation, instead of none.
-        still = jnp.zeros_like(positions)
-        return (
-            rotary_angles(still, c.rope_theta, c.num_rotated, None, length)
-            if c.scan_layers
-            else None
-        )
     own = kind.rope_theta, None
     theta, scaling = own if kind.rope_theta else (c.rope_theta, c.rope_scaling)
+    if not kind.rotary:  # scanned together with rotary layers: turned by nothing
+        positions, scaling = jnp.zeros_like(positions), None
     return rotary_angles(positions, theta, c.num_rotated, scaling, length)
 
 
