@@ -199,7 +199,8 @@ TINY_MODELS = {
     "olmoe-one": ("olmoe", MOE | {"num_experts_per_tok": 1, "norm_topk_prob": True}),
 }
 MIXED_LAYERS = ("qwen3_moe-dense",)  # have experts in some layers, and cannot be scanned
-UNCLASSIFIED = ("granite", "olmoe")  # of which transformers has no sequence classification
+# Of which transformers has no sequence classification.
+UNCLASSIFIED = ("granite", "olmoe", "olmoe-one")
 
 
 def torch_model(name, task="CausalLM", **changes):
