@@ -145,10 +145,11 @@ def compiled_rollout(config: ModelConfig, sampling: Sampling, layout: Layout):
 
 def check_context(config: ModelConfig, prompt_length: int, response_length: int):
     """A model can read a prompt and the whole response to it, both in tokens."""
-    if prompt_length + response_length > config.max_length:
+    if prompt_length + response_length > config.sampled_length:
         raise ValueError(
-            f"the longest prompt and response_length must be at most {config.max_length} tokens "
-            f"together (the model's context), got {prompt_length} + {response_length}"
+            "the longest prompt and response_length must be at most "
+            f"{config.sampled_length} tokens together (the model's context), got "
+            f"{prompt_length} + {response_length}"
         )
 
 

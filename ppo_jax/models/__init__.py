@@ -1,4 +1,4 @@
-"""The Transformer behind `Network`: GPT-2, Llama and Qwen families.
+"""The Transformer behind `Network`, for all of `families.FAMILIES`.
 
 `build` makes policy, value and reward networks of a `ModelConfig`; `lora` and `partition` say which
 parameters are trained; `families` maps checkpoints. Pure: imports `core` alone.

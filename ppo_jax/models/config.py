@@ -6,7 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from ppo_jax.models.rope import Scaling
+from ppo_jax.models.rope import LongRopeScaling, Scaling
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class Experts:
     num_chosen: int  # experts of a token
     dim: int  # width inside each expert
     normalized: bool = False  # whether the weights of the chosen ones sum to 1
-    aux_coef: float = 0.0  # of the loss that balances them, as its checkpoint has it
+    aux_coef: float = 0.0  # of the loss that balances them: kept for exports, no loss here has it
 
     def __post_init__(self):
         for name in ("num_experts", "num_chosen", "dim"):
@@ -165,6 +165,9 @@ class ModelConfig:
                 f"model.layer_kinds must have one for each of {self.num_layers} layers, got "
                 f"{len(kinds)}"
             )
+        if kinds and all(kind.dense for kind in kinds) and self.experts is not None:
+            object.__setattr__(self, "experts", None)
+            kinds = tuple(dataclasses.replace(kind, dense=False) for kind in kinds)
         object.__setattr__(self, "layer_kinds", () if set(kinds) <= {PLAIN_LAYER} else kinds)
         dense = {kind.dense for kind in self.kinds}
         if self.experts is None and True in dense:
@@ -177,6 +180,14 @@ class ModelConfig:
             raise ValueError(
                 "model.scan_layers must be false where some layers have experts and some are dense"
             )
+
+    @property
+    def sampled_length(self) -> int:
+        """Positions of a prompt and its response together, where they are sampled. LongRoPE turns
+        longer rows by other factors, and a prompt is prefilled before its row is long."""
+        if isinstance(self.rope_scaling, LongRopeScaling):
+            return min(self.max_length, self.rope_scaling.original_max_length)
+        return self.max_length
 
     @property
     def num_rotated(self) -> int:

@@ -39,6 +39,11 @@ class MoE(nn.Module):
         up = kernel((num, c.embed_dim, width), name="up")()
         down = kernel((num, width, c.embed_dim), name="down")()
         axes = constrain.mesh_axes("expert", num)
+        if both := set(axes) & set(constrain.mesh_axes("batch", len(x_BSD))):
+            raise ValueError(
+                "mesh.rules.expert must share no axis with mesh.rules.batch, but both have "
+                f"{sorted(both)}: devices that share rows have the other experts"
+            )
         compute = functools.partial(mixture, experts, ACTIVATIONS[c.mlp], axes)
         arrays = x_BSD, real_BS, logits_BSE, gate, up, down
         if constrain.sharding is None:

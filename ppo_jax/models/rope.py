@@ -133,8 +133,8 @@ class LongRopeScaling(Scaling):
     """Each pair has a factor of its own: one of `long_factor` in rows longer than
     `original_max_length`, else of `short_factor`.
 
-    Whether a row is long its width says, padding included, and the capacity of a cache: the same in
-    sampling and updates, and for all rows of a batch.
+    Whether a row is long its width says, padding included. What is sampled is never long, see
+    `ModelConfig.sampled_length`.
 
     Reference: Ding et al. 2024, https://arxiv.org/abs/2402.13753.
     """

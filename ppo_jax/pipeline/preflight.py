@@ -339,7 +339,7 @@ def check_ppo(
     critic that is named does."""
     reason = reread_reason(policy, score) if score else ""
     readers = [policy] if score is None or reason else [policy, score]
-    context = min(reader.config.max_length for reader in readers)
+    context = min(reader.config.sampled_length for reader in readers)
     total = settings.max_prompt_length + settings.response_length
     if total > context:
         raise ValueError(
@@ -370,7 +370,10 @@ def check_critic(settings: PPOSettings, policy: ModelSpec, critic: ModelSpec):
     given = "ppo.critic_init_from must be a model with the policy's tokens, got "
     if reason := reread_reason(policy, dataclasses.replace(critic, padding_id=None)):
         raise ValueError(f"{given}{settings.critic_init_from!r}: {reason}")
-    total, most = settings.max_prompt_length + settings.response_length, critic.config.max_length
+    total, most = (
+        settings.max_prompt_length + settings.response_length,
+        critic.config.sampled_length,
+    )
     if total > most:
         raise ValueError(
             f"ppo.max_prompt_length + ppo.response_length must be at most {most} (the context of "

@@ -136,10 +136,11 @@ def ppo_rows(s: PPOSettings, model: ModelConfig) -> Rows:
     micro_batch = minibatch // s.num_micro_batches
     length = s.max_prompt_length + s.response_length
     episodes = s.rollout_batch_size * s.num_iterations
-    heads = 2 * model.num_kv_heads * model.head_dim * model.num_layers
+    heads = 2 * model.num_kv_heads * model.head_dim
+    places = sum(model.cache_slots(model.kind_of(i), length) for i in range(model.num_layers))
     most = max(s.rollout_batch_size, num_prompts(s) * s.reference_responses)
     slots, size = s.max_concurrent or most, 4 if model.dtype == "float32" else 2
-    cache = slots * length * heads * size
+    cache = slots * places * heads * size
     unit = "packed rows " if s.packing else ""
     logits = micro_batch * s.response_length * model.vocab_size * 4
     return [

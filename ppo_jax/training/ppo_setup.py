@@ -110,11 +110,12 @@ def shared_layers(policy: Model, other: Model) -> int | None:
     """How many of the lowest layers two models have in common, weights and all; None if even the
     token tables differ."""
     depth = min(policy.config.num_layers, other.config.num_layers)
-    if dataclasses.replace(policy.config, num_layers=1) != dataclasses.replace(
-        other.config, num_layers=1
-    ) or not same(policy.params["embed"], other.params["embed"]):
+    shapes = (dataclasses.replace(m.config, num_layers=1, layer_kinds=()) for m in (policy, other))
+    if len(set(shapes)) > 1 or not same(policy.params["embed"], other.params["embed"]):
         return None
     for layer in range(depth):
+        if policy.config.kind_of(layer) != other.config.kind_of(layer):
+            return layer
         mine, theirs = (
             layer_range(m.config, m.params["layers"], layer, layer + 1) for m in (policy, other)
         )

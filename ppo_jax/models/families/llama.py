@@ -50,7 +50,7 @@ def read_shape(raw: Json, *, theta: float = 10_000.0, partial: bool = False) -> 
         "positions": "rotary",
         "rope_theta": positions.theta,
         "rope_scaling": positions.scaling,
-        "rotary_dim": 0 if positions.partial == 1 else int(head_dim * positions.partial),
+        "rotary_dim": rope.num_rotated(head_dim, positions.partial),
         "norm": "rmsnorm",
         "norm_eps": raw.get("rms_norm_eps", 1e-6),
         "mlp": "gated_silu",
@@ -111,6 +111,7 @@ def read_mistral(raw: Json) -> Json:
 def read_qwen_layers(raw: Json) -> Json:
     count, first = need(raw, "num_hidden_layers"), raw.get("max_window_layers", 28)
     if not raw.get("use_sliding_window"):
+        rope.check_layer_types(raw, (FULL,))
         return {}
     types = [SLIDING if i >= first else FULL for i in range(count)]
     return {"layer_kinds": local_layers({"sliding_window": 4096} | raw, types)}

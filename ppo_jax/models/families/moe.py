@@ -48,6 +48,10 @@ def read_qwen3_moe(raw: Json) -> Json:
     count, step = fields["num_layers"], raw.get("decoder_sparse_step", 1)
     window = read_window({"sliding_window": 4096} | raw) if raw.get("use_sliding_window") else 0
     dense = [i in raw.get("mlp_only_layers", ()) or (i + 1) % step > 0 for i in range(count)]
+    kinds = tuple(LayerKind(window=window, dense=x) for x in dense)
+    fields |= {"qk_norm": "head", "layer_kinds": kinds}
+    if all(dense) or raw.get("num_experts") == 0:
+        return fields | {"layer_kinds": (LayerKind(window=window),) * count}
     experts = read_experts(
         {"moe_intermediate_size": 768} | raw,
         "moe_intermediate_size",
@@ -56,10 +60,7 @@ def read_qwen3_moe(raw: Json) -> Json:
         normalized=raw.get("norm_topk_prob", False),
         aux_coef=float(raw.get("router_aux_loss_coef", 0.001)),
     )
-    if all(dense):
-        experts, dense = None, [False] * count
-    kinds = tuple(LayerKind(window=window, dense=x) for x in dense)
-    return fields | {"qk_norm": "head", "layer_kinds": kinds, "experts": experts}
+    return fields | {"experts": experts}
 
 
 def read_mixtral(raw: Json) -> Json:

@@ -44,7 +44,7 @@ def read_neox(raw: Json) -> Json:
         "positions": "rotary",
         "rope_theta": positions.theta,
         "rope_scaling": positions.scaling,
-        "rotary_dim": 0 if positions.partial == 1 else int(head_dim * positions.partial),
+        "rotary_dim": rope.num_rotated(head_dim, positions.partial),
         "norm": "layernorm",
         "norm_eps": raw.get("layer_norm_eps", 1e-5),
         "residual": "parallel" if raw.get("use_parallel_residual", True) else "pre",

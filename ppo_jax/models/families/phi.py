@@ -31,7 +31,7 @@ def read_phi3(raw: Json) -> Json:
 
 def with_longrope(raw: Json) -> Json:
     """Its first files call their scaling yarn, or su."""
-    name = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
+    name = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
     settings = dict(raw.get(name) or {})
     kind = settings.get("rope_type") or settings.get("type")
     return raw | {name: settings | {"rope_type": "longrope"}} if kind in ("su", "yarn") else raw
@@ -53,6 +53,7 @@ PHI3 = dataclasses.replace(
     write=write_phi3,
     required={"hidden_act": SILU},
     understood=LLAMA.understood | {"sliding_window"},
+    implied={rope.ORIGINAL: 4096},
     # Its first files bring the code that transformers took over, from their own or another folder.
     own_code=r"([\w./-]+--)?(configuration|modeling)_phi3\.Phi3\w+",
 )

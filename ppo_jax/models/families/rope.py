@@ -46,9 +46,12 @@ def read_rope(raw: Json, layer_type: str = "full_attention", theta: float = 10_0
     Raises:
         ValueError: a kind of scaling that is not supported, or an option that it does not have.
     """
-    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    rope, beside = dict(raw.get("rope_parameters") or {}), raw
     if isinstance(rope.get(layer_type), dict):
-        rope = dict(rope[layer_type])
+        rope = dict(rope[layer_type]) | (raw.get("rope_scaling") or {})
+        beside = {**raw, ORIGINAL: None}  # is not looked for outside of the object
+    else:
+        rope = dict(raw.get("rope_scaling") or rope)
     theta = float(rope.pop("rope_theta", None) or raw.get("rope_theta") or theta)
     partial = rope.pop("partial_rotary_factor", None) or raw.get("partial_rotary_factor") or 1.0
     old_kind = rope.pop("type", "default")
@@ -62,7 +65,16 @@ def read_rope(raw: Json, layer_type: str = "full_attention", theta: float = 10_0
     if kind == "default" and rope.get("factor") not in (None, 1):
         raise ValueError(f"a factor of {rope['factor']} is not understood without a rope_type")
     rope = {key: value for key, value in rope.items() if value is not None}
-    return Rope(theta, READERS[kind](rope, raw), partial)
+    return Rope(theta, READERS[kind](rope, beside), partial)
+
+
+def num_rotated(head_dim: int, partial: float) -> int:
+    """Of the numbers of a head, as `ModelConfig.rotary_dim`: 0 is all."""
+    if partial == 1:
+        return 0
+    if not int(head_dim * partial):
+        raise ValueError(f"a part of {partial} rotates no number of a head of {head_dim}")
+    return int(head_dim * partial)
 
 
 def read_local_theta(raw: Json, layer_type: str, theta: float) -> float:
@@ -122,9 +134,8 @@ def yarn_factor(factor: float, scale: float = 1.0) -> float:
 
 
 def read_longrope(rope: Json, raw: Json) -> Scaling:
-    # Phi-3 has the length beside the settings, and it counts.
-    length = original_length({ORIGINAL: raw.get(ORIGINAL) or rope.get(ORIGINAL)}, raw)
-    attention, factor = rope.get("attention_factor"), stretch({**rope, ORIGINAL: length}, raw)
+    length, factor = original_length(rope, raw), stretch(rope, raw)
+    attention = rope.get("attention_factor")
     if attention is None:
         attention = math.sqrt(1 + math.log(factor) / math.log(length)) if factor > 1 else 1.0
     return LongRopeScaling(
@@ -146,7 +157,8 @@ READERS = {
 
 
 def original_length(rope: Json, raw: Json) -> int:
-    return rope.get(ORIGINAL) or need(raw, "max_position_embeddings")
+    """Beside the settings, where Phi-3 has it, it counts more than among them."""
+    return raw.get(ORIGINAL) or rope.get(ORIGINAL) or need(raw, "max_position_embeddings")
 
 
 def stretch(rope: Json, raw: Json) -> float:
