@@ -1,5 +1,7 @@
 """Mixtures of experts: what a token's experts give, and the same on any mesh."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,11 +9,22 @@ import pytest
 
 from ppo_jax.models.build import policy_network, trunk_network
 from ppo_jax.models.config import Experts
+from ppo_jax.models.families import read_config
 from ppo_jax.models.moe import mixture, route
 from ppo_jax.models.partition import split_params
 from tests.support import tiny
-from tests.support.meshes import WIDE, layout_of
+from tests.support.meshes import RULES, WIDE, layout_of
 
+QWEN3_MOE = {
+    "model_type": "qwen3_moe",
+    "vocab_size": 11,
+    "hidden_size": 8,
+    "intermediate_size": 12,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 16,
+}
 ROWS, LENGTH, EMBED, WIDTH, NUM = 3, 7, 6, 5, 5
 
 
@@ -114,6 +127,25 @@ def test_a_mesh_computes_the_same(shape, num_experts):
         np.testing.assert_allclose(b, a, atol=1e-5 * max(1.0, float(np.abs(a).max())))
 
     jax.tree.map(assert_close, one, many)
+
+
+def test_experts_over_an_axis_of_the_rows_are_refused():
+    """Their devices would add up the outputs of different tokens."""
+    layout = layout_of((2, 2, 2), dataclasses.replace(RULES, expert=("data",)))
+    config = tiny.model_config(**WIDE | dict(experts=experts_of(num_experts=8)))
+    params = tiny.random_params(policy_network(config))
+    network = policy_network(config, constrain=layout.constrain)
+    with pytest.raises(ValueError, match=r"share no axis with mesh.rules.batch, .* \['data'\]"):
+        network.apply(params, *tiny.tokens_and_mask(0, 8, 10))
+
+
+def test_of_dense_layers_alone_there_are_no_experts():
+    config = tiny.model_config(**tiny.SHAPES["experts"])
+    dense = tuple(dataclasses.replace(kind, dense=True) for kind in config.layer_kinds)
+    assert dataclasses.replace(config, layer_kinds=dense).experts is None
+    raw = {**QWEN3_MOE, "num_experts": 0}
+    assert read_config(raw).experts is None and not read_config(raw).kinds[0].dense
+    assert read_config({**QWEN3_MOE, "mlp_only_layers": [0, 1]}) == read_config(raw)
 
 
 def test_a_trunk_and_the_layers_above_it_are_the_whole():

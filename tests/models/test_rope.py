@@ -6,7 +6,7 @@ import pytest
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from ppo_jax.models.families.rope import read_rope, write_rope
+from ppo_jax.models.families.rope import num_rotated, read_rope, write_rope
 from ppo_jax.models.rope import (
     SCALINGS,
     LinearScaling,
@@ -87,6 +87,24 @@ def test_the_first_numbers_of_a_head_turn_by_their_angle(size):
         np.testing.assert_allclose(turned[..., pair], expected.real, atol=1e-5)
         np.testing.assert_allclose(turned[..., pair + half], expected.imag, atol=1e-5)
     np.testing.assert_array_equal(turned[..., size:], x[..., size:].astype(np.float32))
+
+
+def test_of_two_forms_and_two_lengths_those_of_transformers_count():
+    old = {"rope_scaling": {"type": "linear", "factor": 2.0}, "max_position_embeddings": 64}
+    new = {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0}}
+    assert read_rope(old | new).scaling == LinearScaling(factor=2.0)
+    yarn = config_of("yarn", {"factor": 4.0, "original_max_position_embeddings": 16})
+    beside = yarn | {"original_max_position_embeddings": 8}
+    assert read_rope(beside).scaling.original_max_length == 8
+    nested = yarn | {"rope_parameters": {"full_attention": yarn["rope_parameters"]}}
+    nested |= {"original_max_position_embeddings": 8}
+    assert read_rope(nested).scaling.original_max_length == 16
+
+
+def test_a_part_that_rotates_nothing_is_refused():
+    assert num_rotated(64, 1.0) == 0 and num_rotated(64, 0.25) == 16
+    with pytest.raises(ValueError, match="a part of 0.01 rotates no number of a head of 64"):
+        num_rotated(64, 0.01)
 
 
 def test_cosines_and_sines_have_the_factor_of_the_attention():

@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ppo_jax.inference.generate import check_context
 from ppo_jax.models.axes import unconstrained
 from ppo_jax.models.build import policy_network
 from ppo_jax.models.config import LayerKind, ModelConfig
 from ppo_jax.models.partition import keep_layers, stack_layers
+from ppo_jax.models.rope import LongRopeScaling
 from ppo_jax.models.views import row_views
 
 LOCAL, STILL = LayerKind(window=3, rope_theta=50.0), LayerKind(rotary=False)
@@ -75,6 +77,15 @@ def test_tokens_one_by_one_over_a_cache_see_what_they_see_in_a_row(scan_layers):
         np.testing.assert_allclose(
             logits[MASK[:, columns]], expected[:, columns][MASK[:, columns]], atol=1e-5
         )
+
+
+def test_what_is_sampled_is_no_longer_than_longrope_leaves_positions():
+    factors = dict(short_factor=(1.0,) * 3, long_factor=(2.0,) * 3, original_max_length=16)
+    config = dataclasses.replace(CONFIG, rope_scaling=LongRopeScaling(**factors))
+    assert (CONFIG.sampled_length, config.sampled_length) == (32, 16)
+    check_context(config, 10, 6)
+    with pytest.raises(ValueError, match=r"at most 16 tokens together .*, got 10 \+ 7"):
+        check_context(config, 10, 7)
 
 
 def test_a_network_of_fewer_layers_has_their_kinds():

@@ -22,6 +22,7 @@ from ppo_jax.inference.generate import generate
 from ppo_jax.io.checkpoints import load_checkpoint_item
 from ppo_jax.io.stage_folder import load_model, resolve
 from ppo_jax.models.build import policy_network
+from ppo_jax.models.config import LayerKind
 from ppo_jax.models.partition import split_params
 from ppo_jax.pipeline import run as pipeline
 from ppo_jax.rollout.sampling import Sampling
@@ -235,6 +236,8 @@ def test_the_trunk_ends_where_the_first_network_departs(workdir):
     }
     differs = dataclasses.replace(same, params=changed)
     settings = ppo_settings()
+    local = dataclasses.replace(same.config, layer_kinds=(LayerKind(), LayerKind(window=3)))
+    assert ppo_setup.shared_layers(policy, dataclasses.replace(same, config=local)) == 1
     assert ppo_setup.shared_layers(policy, same) == 2
     assert ppo_setup.shared_layers(policy, differs) == 1
     assert ppo_setup.find_trunk(settings, policy, [(same, 1), (same, "head")]) == (1, [1, 1])
