@@ -59,7 +59,12 @@ def _product(x, kernels, sizes, transposed):
 # Lane after lane: jax batches `ragged_dot` over some axes only.
 @sequential_vmap
 def _ragged(x_PI, kernels_EIO, sizes_E):
-    return jax.lax.ragged_dot(x_PI, kernels_EIO, sizes_E)
+    # Of rows behind the last group jax promises nothing.
+    return _zero_rest(jax.lax.ragged_dot(x_PI, kernels_EIO, sizes_E), sizes_E)
+
+
+def _zero_rest(y_PO, sizes_E):
+    return jnp.where((jnp.arange(len(y_PO)) < sizes_E.sum())[:, None], y_PO, 0)
 
 
 @sequential_vmap
@@ -83,7 +88,7 @@ def _product_in_blocks(x_PI, kernels, sizes_E, transposed):
 
     y = jnp.zeros((len(padded), kernels.shape[1 if transposed else 2]), x_PI.dtype)
     y = _for_blocks(step, y, sizes_E, block)[: len(x_PI)]
-    return jnp.where((jnp.arange(len(x_PI)) < sizes_E.sum())[:, None], y, 0)
+    return _zero_rest(y, sizes_E)
 
 
 def _kernel_gradients(x_PI, g_PO, sizes_E):
