@@ -25,15 +25,19 @@ PARTS |= dict.fromkeys(("up", "gate", "down"), "mlp")
 TARGETS = tuple(PARTS)
 
 
+def targets_of(config: ModelConfig) -> list[str]:
+    """The projections that may have adapters: all, but for experts."""
+    known = [name for name in TARGETS if name != "gate" or config.gated]
+    return known if config.experts is None else [x for x in known if PARTS[x] == "attention"]
+
+
 def check_targets(config: ModelConfig, targets: Sequence[str], field: str = "targets"):
-    """Refuse targets that are no projections of the model; experts have no adapters.
+    """Refuse targets that are no projections of the model.
 
     Raises:
         ValueError: it names `field`, the first such target, and the projections.
     """
-    known = [name for name in TARGETS if name != "gate" or config.gated]
-    if config.experts is not None:
-        known = [name for name in known if PARTS[name] == "attention"]
+    known = targets_of(config)
     for target in targets:
         if target not in known:
             raise ValueError(f"{field} must be among {known} for this model, got {target!r}")
