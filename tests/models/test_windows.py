@@ -80,7 +80,7 @@ def compare(attend_rows, real, args, allowed, cap):
         output, backward = jax.vjp(attend_rows, *qkv)
         return output, *backward(g)
 
-    found, expected = tiny.jit(both)(*qkv), formula(*qkv, g, allowed, cap)
+    found, expected = jax.jit(both)(*qkv), formula(*qkv, g, allowed, cap)
     real = np.asarray(real)
     np.testing.assert_allclose(np.asarray(found[0])[real], expected[0][real], atol=2e-5)
     for x, y in zip(found[1:], expected[1:], strict=True):
@@ -225,9 +225,9 @@ def test_tokens_after_a_prompt_have_the_logits_of_the_whole_row(name, prompt):
     more = jax.random.randint(jax.random.key(1), (4, length - prompt), 5, tiny.VOCAB)
     tokens = jnp.concatenate([tokens, more], axis=1)
     mask = jnp.concatenate([mask, jnp.ones((4, length - prompt), bool)], axis=1)
-    expected = tiny.jit(network.apply)(params, tokens, mask)[:, prompt - 1 :]
-    step = tiny.jit(network.decode)
-    first, cache = tiny.jit(functools.partial(network.decode, first_output=prompt - 1))(
+    expected = jax.jit(network.apply)(params, tokens, mask)[:, prompt - 1 :]
+    step = jax.jit(network.decode)
+    first, cache = jax.jit(functools.partial(network.decode, first_output=prompt - 1))(
         params, tokens[:, :prompt], mask[:, :prompt], network.init_cache(4, length)
     )
     found = [first]
@@ -242,8 +242,8 @@ def test_tokens_after_a_prompt_have_the_logits_of_the_whole_row(name, prompt):
 def test_a_row_may_come_in_pieces(name, sizes):
     network, params = model(name)
     tokens, mask = tiny.tokens_and_mask(0, 4, sum(sizes))
-    expected, found = tiny.jit(network.apply)(params, tokens, mask), []
-    cache, step = network.init_cache(4, sum(sizes)), tiny.jit(network.decode)
+    expected, found = jax.jit(network.apply)(params, tokens, mask), []
+    cache, step = network.init_cache(4, sum(sizes)), jax.jit(network.decode)
     ends = np.cumsum(sizes)
     for begin, end in zip([0, *ends[:-1]], ends, strict=True):
         logits, cache = step(params, tokens[:, begin:end], mask[:, begin:end], cache)
@@ -281,7 +281,7 @@ def test_a_rollout_in_slots_has_the_same_tokens(name, of_slots):
     np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=1e-5)
     whole = jnp.concatenate([expected.prompt_tokens, expected.response_tokens], axis=1)
     mask = jnp.concatenate([expected.prompt_mask, expected.response_mask], axis=1)
-    logits = tiny.jit(network.apply)(params, whole, mask)[:, prompts.tokens.shape[1] - 1 : -1]
+    logits = jax.jit(network.apply)(params, whole, mask)[:, prompts.tokens.shape[1] - 1 : -1]
     logprobs = jax.nn.log_softmax(logits)
     chosen = jnp.take_along_axis(logprobs, expected.response_tokens[..., None], axis=2)[..., 0]
     real = np.asarray(expected.response_mask)
@@ -315,8 +315,8 @@ def test_a_long_prompt_leaves_its_last_positions_in_the_cache(prompt):
     network = policy_network(tiny.model_config(layer_kinds=kinds, max_length=200))
     params, length = tiny.random_params(network), prompt + 30
     tokens, mask = tiny.tokens_and_mask(0, 3, length, least=length - 40)
-    expected = tiny.jit(network.apply)(params, tokens, mask)
-    cache, step = network.init_cache(3, length), tiny.jit(network.decode)
+    expected = jax.jit(network.apply)(params, tokens, mask)
+    cache, step = network.init_cache(3, length), jax.jit(network.decode)
     assert cache.layers[0][0].shape[2] == 20
     logits, cache = step(params, tokens[:, :prompt], mask[:, :prompt], cache)
     found = [logits]
