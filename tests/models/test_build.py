@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ppo_jax.models.attention import rotary_frequencies
 from ppo_jax.models.build import (
     policy_apply,
     policy_network,
@@ -15,6 +14,7 @@ from ppo_jax.models.build import (
 )
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.partition import stack_layers, unstack_layers
+from ppo_jax.models.rope import plain_frequencies
 from tests.support import tiny
 
 
@@ -212,9 +212,10 @@ def test_llama_3_stretches_long_waves_alone():
     turns = 16 / (2 * np.pi)
     keep = (turns - 1) / 3
     expected = [keep + (1 - keep) / 8, 0.1 / 8, 0.01 / 8, 0.001 / 8]
-    np.testing.assert_allclose(rotary_frequencies(config), expected, rtol=1e-6)
-    plain = rotary_frequencies(dataclasses.replace(config, rope_scaling=None))
-    np.testing.assert_allclose(plain, [1.0, 0.1, 0.01, 0.001], rtol=1e-6)
+    of_model = config.rope_theta, config.num_rotated
+    found = config.rope_scaling.frequencies(*of_model, length=16)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    np.testing.assert_allclose(plain_frequencies(*of_model), [1.0, 0.1, 0.01, 0.001], rtol=1e-6)
 
 
 def test_heads_start_as_they_should():
