@@ -51,9 +51,8 @@ class AttentionFn(struct.PyTreeNode):
     """One implementation of attention, with its mask in the form that it takes."""
 
     mask: Any
-    fn: Callable[..., jax.Array] = struct.field(
-        pytree_node=False
-    )  # (q, k, v, mask, [cap]) -> output
+    # (q, k, v, mask, [cap]) -> output
+    fn: Callable[..., jax.Array] = struct.field(pytree_node=False)
     score_cap: float = struct.field(pytree_node=False, default=0.0)  # see `scaled_scores`
 
     def __call__(self, q_BSHK, k_BGCK, v_BGCK) -> jax.Array:

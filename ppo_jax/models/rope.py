@@ -22,7 +22,11 @@ def plain_frequencies(theta: float, size: int) -> list[float]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scaling:
-    """A kind of scaling; `attention_factor` is what cosines and sines are multiplied by."""
+    """What kinds of scaling share: `attention_factor`, by which cosines and sines are multiplied.
+
+    Each has `frequencies(theta, size, length)`: radians per position of each rotated pair, [r / 2],
+    in rows of `length` positions.
+    """
 
     attention_factor: float = 1.0
 
@@ -37,10 +41,6 @@ class Scaling:
     def kind(self) -> str:
         """As a config.json calls it, `rope_type`."""
         return next(name for name, scaling in SCALINGS.items() if type(self) is scaling)
-
-    def frequencies(self, theta: float, size: int, length: int) -> list[float]:
-        """Radians per position of each rotated pair, [r / 2], in rows of `length` positions."""
-        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

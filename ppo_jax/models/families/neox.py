@@ -5,9 +5,9 @@ Query, key and value are one matrix, head after head.
 
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.families import rope
-from ppo_jax.models.families.base import QKV, Family, Json, Tensor, linear, need, split_heads
+from ppo_jax.models.families.base import QKV, Family, Json, Tensor, linear
 from ppo_jax.models.families.gpt2 import GELU_TANH
-from ppo_jax.models.families.llama import rotated_part
+from ppo_jax.models.families.llama import read_shape, rotated_part
 
 LAYER = "gpt_neox.layers.{}"
 TENSORS = {
@@ -27,24 +27,11 @@ TENSORS = {
 
 
 def read_neox(raw: Json) -> Json:
-    head_dim = split_heads(raw, "hidden_size", "num_attention_heads")
     given = {"rope_theta": raw.get("rotary_emb_base")} | raw
     given |= {"partial_rotary_factor": raw.get("rotary_pct", 0.25)}
-    positions = rope.read_rope(given)
+    given |= dict.fromkeys(("head_dim", "num_key_value_heads"))  # it has neither
     bias = raw.get("attention_bias", True)
-    return {
-        "vocab_size": need(raw, "vocab_size"),
-        "num_layers": need(raw, "num_hidden_layers"),
-        "embed_dim": need(raw, "hidden_size"),
-        "num_heads": need(raw, "num_attention_heads"),
-        "num_kv_heads": need(raw, "num_attention_heads"),
-        "head_dim": head_dim,
-        "mlp_dim": need(raw, "intermediate_size"),
-        "max_length": need(raw, "max_position_embeddings"),
-        "positions": "rotary",
-        "rope_theta": positions.theta,
-        "rope_scaling": positions.scaling,
-        "rotary_dim": rope.num_rotated(head_dim, positions.partial),
+    return read_shape(given, partial=True) | {
         "norm": "layernorm",
         "norm_eps": raw.get("layer_norm_eps", 1e-5),
         "residual": "parallel" if raw.get("use_parallel_residual", True) else "pre",
@@ -52,7 +39,6 @@ def read_neox(raw: Json) -> Json:
         "qkv_bias": bias,
         "attention_output_bias": bias,
         "mlp_bias": True,
-        "tie_embeddings": raw.get("tie_word_embeddings", False),
     }
 
 
