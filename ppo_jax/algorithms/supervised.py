@@ -15,13 +15,21 @@ from ppo_jax.core.distributions import token_logprobs
 from ppo_jax.core.losses import next_token_loss, preference_loss
 from ppo_jax.core.network import Network, last_outputs, merge_params
 from ppo_jax.core.optimizer import apply_gradients, schedule
+from ppo_jax.core.router import load_balancing_loss
 from ppo_jax.core.types import Optimizer, Params, PreferenceBatch, TextBatch, TrainState
 
 
 def sft_loss(
-    network: Network, params: Params, batch: TextBatch, *, normalizer: jax.Array | None = None
+    network: Network,
+    params: Params,
+    batch: TextBatch,
+    *,
+    normalizer: jax.Array | None = None,
+    router_coef: float = 0.0,
+    num_positions: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Negative log-likelihood of the tokens in `loss_mask`, nats a token.
+    """Negative log-likelihood of the tokens in `loss_mask`, nats a token, and router_coef times the
+    `load_balancing_loss` of all positions but the last of a row, which predicts nothing.
 
     Args:
         network: returns logits, or has `summed_logprobs`; it must take `segment_ids` where the
@@ -29,19 +37,51 @@ def sft_loss(
         params: all of the network's.
         batch: N texts, or N rows of texts.
         normalizer: [] float, the token count to divide by; by default this batch's own.
+        router_coef: 0 is without; anything else needs a network with experts.
+        num_positions: [] float, real positions of the whole batch, of which this is a part: the
+            loss of the routers counts by its share of these. By default it is all.
 
     Returns:
-        (loss, metrics).
+        (loss, metrics): sft/loss, the first of the two, and with a router_coef sft/router_loss.
+
+    Raises:
+        ValueError: a router_coef, and no experts.
     """
+    if not router_coef:
+        return likelihood_loss(network, params, batch, normalizer=normalizer)[:2]
+    if network.routed is None:
+        raise ValueError(f"router_coef must be 0 of a network without experts, got {router_coef}")
+    loss, metrics, statistics = likelihood_loss(
+        network.routed, params, batch, normalizer=normalizer
+    )
+    balance = load_balancing_loss(statistics)
+    if num_positions is not None:
+        count = batch.mask[:, :-1].sum().astype(jnp.float32)
+        balance = balance * count / jnp.maximum(num_positions, 1.0)
+    metrics |= {"sft/router_loss": jax.lax.stop_gradient(balance)}
+    return loss + router_coef * balance, metrics
+
+
+def likelihood_loss(
+    network: Network, params: Params, batch: TextBatch, *, normalizer: jax.Array | None
+) -> tuple[jax.Array, dict[str, jax.Array], Any]:
+    """(loss, metrics, what a routed network gives besides), the first term of `sft_loss`."""
     packed = {} if batch.segment_ids is None else {"segment_ids": batch.segment_ids[:, :-1]}
     args = params, batch.inputs[:, :-1], batch.mask[:, :-1]
     tokens, loss_mask = batch.tokens[:, 1:], batch.loss_mask[:, 1:]
     if network.summed_logprobs is None:
-        logprobs = token_logprobs(network.apply(*args, **packed), tokens)
-        return next_token_loss(logprobs, loss_mask, normalizer=normalizer)
-    total = network.summed_logprobs(*args, tokens, loss_mask.astype(jnp.float32), **packed)
+        logits, more = apart(network.apply(*args, **packed))
+        logprobs = token_logprobs(logits, tokens)
+        return *next_token_loss(logprobs, loss_mask, normalizer=normalizer), more
+    factors = loss_mask.astype(jnp.float32)
+    total, more = apart(network.summed_logprobs(*args, tokens, factors, **packed))
     count = loss_mask.sum() if normalizer is None else normalizer
-    return next_token_loss(total[None], jnp.ones(1, bool), normalizer=count)
+    return *next_token_loss(total[None], jnp.ones(1, bool), normalizer=count), more
+
+
+def apart(result: Any) -> tuple[Any, Any]:
+    """(outputs, what a routed network gives besides; None of another)."""
+    return result if isinstance(result, tuple) else (result, None)
 
 
 def sft_step(
@@ -52,6 +92,7 @@ def sft_step(
     network: Network,
     frozen: Params,
     num_micro_batches: int = 1,
+    router_coef: float = 0.0,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One step of supervised fine-tuning.
 
@@ -62,15 +103,20 @@ def sft_step(
         network: returns logits; reads `batch.inputs`.
         frozen: the leaves of `network` that are not trained.
         num_micro_batches: the batch is held in memory in so many parts, one after the other; the
-            gradient does not depend on it.
+            gradient does not depend on it, but for that of the routers' loss: this is then the
+            mean of the losses of the parts, by their real positions.
+        router_coef: of the routers' loss, see `sft_loss`.
 
     Returns:
         (state, metrics).
     """
-    normalizer = batch.loss_mask[:, 1:].sum().astype(jnp.float32)
+    counts = dict(normalizer=batch.loss_mask[:, 1:].sum().astype(jnp.float32))
+    if router_coef:
+        counts |= dict(num_positions=batch.mask[:, :-1].sum().astype(jnp.float32))
 
     def loss(params, micro_batch):
-        return sft_loss(network, merge_params(frozen, params), micro_batch, normalizer=normalizer)
+        params = merge_params(frozen, params)
+        return sft_loss(network, params, micro_batch, router_coef=router_coef, **counts)
 
     gradient = jax.grad(loss, has_aux=True)
     gradients, metrics = accumulate(gradient, state.params, batch, num_micro_batches)

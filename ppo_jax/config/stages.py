@@ -116,6 +116,8 @@ class SFTSettings:
     packing: bool = False  # several texts a row, up to max_length; no text sees another
     turns: str = "all"  # of the assistant's to learn in a conversation, or "last"
     max_length: int = 512  # tokens; longer texts are left out and counted
+    router_coef: float | None = changeable(None)  # weight of the loss that balances experts; None:
+    # the model's own, router_aux_loss_coef of its config.json; 0 is off
     hidden_cache_gb: Limit = changeable(4.0)  # for frozen layers' states; not by several processes
     eval_every: int = changeable(50)  # steps between validations
     save_every: int = changeable(100)  # steps between checkpoints
@@ -127,6 +129,8 @@ class SFTSettings:
         check = Check(self, "sft")
         check_training(check)
         check.choice("turns", "all", "last")
+        rule = "None or a number >= 0"
+        check.that(self.router_coef is None or self.router_coef >= 0, "router_coef", rule)
         own, _, _ = self.init_from.partition("@")
         rule = "'base', a stage folder or a model: no stage of this run comes before sft"
         check.that(own not in ("", "sft", "reward", "ppo"), "init_from", rule)

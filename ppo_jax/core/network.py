@@ -51,6 +51,12 @@ class Network(NamedTuple):
       `token_statistics` take `shared_prompt`, and it is less work for so many prompts with so many
       responses each.
 
+    - `routed`: the same network where it has experts, else None. Its `apply`, `token_statistics`
+      and `summed_logprobs` give (outputs, `RouterStatistics`). They take `chosen` [B, L, M, k] int,
+      the experts of each position in each of M layers: the statistics compare with these, or, with
+      `replay=True`, they are what each position has, by weights of its router. Its `decode` gives
+      (outputs, cache, chosen).
+
     Value and reward networks need `init` and `apply` only.
 
     Where several texts share a row, `segment_ids` [B, L] int32 numbers the texts of a row 1, 2, ...
@@ -74,6 +80,7 @@ class Network(NamedTuple):
     supports_shared_prompts: Callable[[int, int], bool] | None = None
     map_rows: Callable[[Callable[[jax.Array], jax.Array], Any], Any] | None = None
     num_shards: Callable[[int], int] = lambda num_rows: 1
+    routed: "Network | None" = None
 
 
 def shared_prompt(

@@ -9,7 +9,7 @@ Dimension key: B sequences, L positions, D model, V vocabulary.
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import chex
 import jax
@@ -25,6 +25,7 @@ from ppo_jax.models.attention import KVCache, Outputs, map_cache_rows, refill_ca
 from ppo_jax.models.axes import CACHE, ShardingConstraint, unconstrained
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.layers import Projection
+from ppo_jax.models.routed import routed_network
 from ppo_jax.models.transformer import Transformer, all_logits
 
 OLD_NAMES = dict(start="first_output", segments="segment_ids", at="output_positions")
@@ -52,9 +53,7 @@ def make_network(
         free = module.clone(constrain=unconstrained)
         return free.init(key, inputs, mask, None, None, Outputs())["params"]
 
-    @renamed(**OLD_NAMES)
-    def apply(
-        params,
+    def arguments(
         inputs,
         mask,
         *,
@@ -68,7 +67,11 @@ def make_network(
         check_inputs(config, module.start, inputs, mask, *where)
         first = 0 if output_positions is not None else first_output
         outputs = Outputs(output_positions, first, shared_prompt)
-        return module.apply({"params": params}, inputs, mask, segment_ids, None, outputs, read)[0]
+        return inputs, mask, segment_ids, None, outputs, read
+
+    @renamed(**OLD_NAMES)
+    def apply(params, inputs, mask, **where):
+        return module.apply({"params": params}, *arguments(inputs, mask, **where))[0]
 
     def init_cache(batch_size, length):
         return empty_cache(config, range(module.start or 0, end), batch_size, length, constrain)
@@ -95,7 +98,8 @@ def make_network(
     shards = functools.partial(num_batch_shards, constrain)
     of_caches = dict(init_cache=init_cache, refill=refill, map_rows=map_rows, num_shards=shards)
     more = dict(supports_packing=True, supports_shared_prompts=supports_shared_prompts)
-    return Network(init=init, apply=apply, decode=decode, **of_caches, **more)
+    network = Network(init=init, apply=apply, decode=decode, **of_caches, **more)
+    return network._replace(routed=routed_network(network, module, arguments))
 
 
 def empty_cache(
@@ -183,17 +187,16 @@ def policy_network(
     Its `token_statistics` hold the logits of at most `logits_chunk` positions of a row at a time,
     and recompute them in the backward pass; 0 is as many as `positions_at_once` says.
     """
-    network = make_network(config, start_layer, config.num_layers, "logits", constrain, exits)
 
     @renamed(**OLD_NAMES)
-    def token_statistics(params, inputs, mask, tokens, temperature, **where):
+    def token_statistics(apply, params, inputs, mask, tokens, temperature, **where):
         def read(*of_head):
             chunk = chunk_of(config, constrain, tokens, chunk=logits_chunk)
             return read_statistics(*of_head, tokens, temperature, chunk)
 
-        return network.apply(params, inputs, mask, read=read, **where)
+        return apply(params, inputs, mask, read=read, **where)
 
-    def summed_logprobs(params, inputs, mask, tokens, factors, **where):
+    def summed_logprobs(apply, params, inputs, mask, tokens, factors, **where):
         def read(*of_head):
             chunk = chunk_of(config, constrain, tokens, most=CHUNK_LOGITS)
             if chunk < tokens.shape[1]:
@@ -201,9 +204,10 @@ def policy_network(
             logprobs = distributions.token_logprobs(all_logits(*of_head), tokens)
             return distributions.weighted_sum(logprobs, factors)
 
-        return network.apply(params, inputs, mask, read=read, **where)
+        return apply(params, inputs, mask, read=read, **where)
 
-    return network._replace(token_statistics=token_statistics, summed_logprobs=summed_logprobs)
+    network = make_network(config, start_layer, config.num_layers, "logits", constrain, exits)
+    return with_readers(network, token_statistics=token_statistics, summed_logprobs=summed_logprobs)
 
 
 def reward_network(
@@ -268,23 +272,30 @@ def policy_value_network(
         own = head.init(key, jnp.zeros((1, 1, config.embed_dim)))["params"]
         return {**policy.init(key), "value_head": own}
 
-    def apply(params, inputs, mask, **where):
+    def values_alone(apply, params, inputs, mask, **where):
         def read(logits, weights, hidden):
             return values(params, hidden)
 
-        return policy.apply(params, inputs, mask, read=read, **where)
+        return apply(params, inputs, mask, read=read, **where)
 
-    def token_statistics(params, inputs, mask, tokens, temperature, **where):
+    def token_statistics(apply, params, inputs, mask, tokens, temperature, **where):
         def read(*of_head):
             chunk = chunk_of(config, constrain, tokens, chunk=logits_chunk)
             both = read_statistics(*of_head, tokens, temperature, chunk)
             return *both, values(params, of_head[-1])
 
-        return policy.apply(params, inputs, mask, read=read, **where)
+        return apply(params, inputs, mask, read=read, **where)
 
-    more = dict(init=init, apply=apply, token_statistics=token_statistics)
     unused = dict.fromkeys(("init_cache", "decode", "refill", "map_rows", "summed_logprobs"))
-    return policy._replace(**more, **unused)
+    readers = dict(apply=values_alone, token_statistics=token_statistics)
+    return with_readers(policy._replace(init=init, **unused), **readers)
+
+
+def with_readers(network: Network, **readers: Callable) -> Network:
+    """The network with functions whose first argument is its `apply`, and `routed` alike."""
+    own = {name: functools.partial(reader, network.apply) for name, reader in readers.items()}
+    routed = None if network.routed is None else with_readers(network.routed, **readers)
+    return network._replace(**own, routed=routed)
 
 
 def chunk_of(

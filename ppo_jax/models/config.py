@@ -36,7 +36,7 @@ class Experts:
     num_chosen: int  # experts of a token
     dim: int  # width inside each expert
     normalized: bool = False  # whether the weights of the chosen ones sum to 1
-    aux_coef: float = 0.0  # of the loss that balances them: kept for exports, no loss here has it
+    aux_coef: float = 0.0  # of the loss that balances them, in SFT, see `load_balancing_loss`
 
     def __post_init__(self):
         for name in ("num_experts", "num_chosen", "dim"):

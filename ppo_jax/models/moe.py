@@ -16,9 +16,18 @@ import jax.numpy as jnp
 
 from ppo_jax.core import cpu
 from ppo_jax.core.grouped import grouped_matmul
+from ppo_jax.core.router import router_statistics
 from ppo_jax.models.axes import EXPERTS, HIDDEN, ShardingConstraint, gathered, unconstrained
 from ppo_jax.models.config import Experts, ModelConfig
 from ppo_jax.models.layers import ACTIVATIONS
+
+# Collections of variables, each with what a layer has of it. What is not asked for, by
+# `mutable`, is not computed.
+STATISTICS, CHOSEN = "router_statistics", "router_chosen"  # written: see `router_statistics`; [B,
+# S, k] int, the experts of each token
+REPLAYED, COMPARED = "router_replayed", "router_compared"  # given, [B, S, k] int: the experts that
+# each token has here as well; or those that the statistics compare with
+ROUTER, VARIABLE = (STATISTICS, CHOSEN, REPLAYED, COMPARED), "experts"  # the name in each
 
 
 class MoE(nn.Module):
@@ -44,13 +53,24 @@ class MoE(nn.Module):
                 "mesh.rules.expert must share no axis with mesh.rules.batch, but both have "
                 f"{sorted(both)}: devices that share rows have the other experts"
             )
+        replayed_BSk = self.get_variable(REPLAYED, VARIABLE)
         compute = functools.partial(mixture, experts, ACTIVATIONS[c.mlp], axes)
         arrays = x_BSD, real_BS, logits_BSE, gate, up, down
-        if constrain.sharding is None:
-            return compute(*arrays)
-        of_experts = (("expert", None, None),) * 3
-        of_tokens = HIDDEN, ("batch", None), HIDDEN
-        return constrain.shard_map(compute, (*of_tokens, *of_experts), *arrays)
+        placed = HIDDEN, ("batch", None), HIDDEN, *(("expert", None, None),) * 3
+        if replayed_BSk is not None:
+            arrays, placed = (*arrays, replayed_BSk), (*placed, HIDDEN)
+        mapped = functools.partial(constrain.shard_map, compute, placed)
+        y_BSD, chosen_BSk = (mapped if constrain.sharding else compute)(*arrays)
+        self.tell(CHOSEN, lambda: chosen_BSk)
+        before_BSk = self.get_variable(COMPARED, VARIABLE)
+        statistics = functools.partial(router_statistics, logits_BSE, chosen_BSk, real_BS)
+        self.tell(STATISTICS, lambda: statistics(before_BSk))
+        return y_BSD
+
+    def tell(self, collection, value):
+        """Write value() where the caller asks for the collection."""
+        if self.is_mutable_collection(collection) and not self.is_initializing():
+            self.put_variable(collection, VARIABLE, value())
 
 
 class ExpertKernel(nn.Module):
@@ -66,20 +86,33 @@ class ExpertKernel(nn.Module):
         return self.constrain(jnp.asarray(kernel).astype(self.dtype), gathered(EXPERTS[self.name]))
 
 
-def route(logits_NE: jax.Array, experts: Experts) -> tuple[jax.Array, jax.Array]:
-    """(weights, experts) of each token, [N, k] both: those with the largest softmax."""
-    weights_Nk, chosen_Nk = jax.lax.top_k(jax.nn.softmax(logits_NE), experts.num_chosen)
+def route(
+    logits_NE: jax.Array, experts: Experts, chosen_Nk: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """(weights, experts) of each token, [N, k] both: those with the largest softmax, or the given
+    ones."""
+    probs_NE = jax.nn.softmax(logits_NE)
+    if chosen_Nk is None:
+        weights_Nk, chosen_Nk = jax.lax.top_k(probs_NE, experts.num_chosen)
+    else:
+        chosen_Nk = chosen_Nk.astype(jnp.int32)
+        weights_Nk = jnp.take_along_axis(probs_NE, chosen_Nk, axis=-1)
     if experts.normalized:
         weights_Nk = weights_Nk / weights_Nk.sum(-1, keepdims=True)
     return weights_Nk, chosen_Nk
 
 
-def mixture(experts, activation, mesh_axes, x_BSD, real_BS, logits_BSE, gate, up, down):
-    """The outputs [B, S, D] of the experts whose kernels are given; on a mesh, summed over
-    `mesh_axes`, whose devices hold the others."""
+def mixture(
+    experts, activation, mesh_axes, x_BSD, real_BS, logits_BSE, gate, up, down, replayed_BSk=None
+):
+    """(the outputs [B, S, D] of the experts whose kernels are given, the experts of each token
+    [B, S, k]: those replayed, or what the router chooses). On a mesh the outputs are summed over
+    `mesh_axes`, whose devices hold the other experts."""
     k, num_own = experts.num_chosen, len(gate)
     x_ND = x_BSD.reshape(-1, x_BSD.shape[-1])
-    weights_Nk, chosen_Nk = route(logits_BSE.reshape(-1, logits_BSE.shape[-1]), experts)
+    replayed_Nk = None if replayed_BSk is None else replayed_BSk.reshape(-1, k)
+    logits_NE = logits_BSE.reshape(-1, logits_BSE.shape[-1])
+    weights_Nk, chosen_Nk = route(logits_NE, experts, replayed_Nk)
     own_Nk = chosen_Nk - (jax.lax.axis_index(mesh_axes) * num_own if mesh_axes else 0)
     here_Nk = real_BS.reshape(-1, 1) & (own_Nk >= 0) & (own_Nk < num_own)
     group_P = jnp.where(here_Nk, own_Nk, num_own).reshape(-1)  # the last is computed by nobody
@@ -94,7 +127,8 @@ def mixture(experts, activation, mesh_axes, x_BSD, real_BS, logits_BSE, gate, up
     y_NkD = y_PD.reshape(-1, k, y_PD.shape[-1])
     y_ND = (weights_Nk[..., None] * y_NkD).sum(1)
     y_ND = jax.lax.psum(y_ND, mesh_axes) if mesh_axes else y_ND
-    return y_ND.reshape(x_BSD.shape).astype(x_BSD.dtype)
+    chosen_BSk = chosen_Nk.reshape(*real_BS.shape, k)
+    return y_ND.reshape(x_BSD.shape).astype(x_BSD.dtype), chosen_BSk
 
 
 @jax.custom_vjp

@@ -20,7 +20,7 @@ from ppo_jax.models.attention import Outputs
 from ppo_jax.models.axes import HIDDEN, ShardingConstraint, unconstrained
 from ppo_jax.models.config import NORMS, ModelConfig
 from ppo_jax.models.layers import ACTIVATIONS, Embedding, Head, Norm, Projection
-from ppo_jax.models.moe import MoE
+from ppo_jax.models.moe import ROUTER, MoE
 from ppo_jax.models.rope import rotate
 from ppo_jax.models.views import View, cache_views, choose_view, row_views
 
@@ -168,7 +168,7 @@ class Layers(nn.Module):
         if c.scan_layers:
             stack = nn.scan(
                 block,
-                variable_axes={"params": 0},
+                variable_axes=dict.fromkeys(("params", *ROUTER), 0),
                 split_rngs={"params": True},
                 in_axes=(0, 0, nn.broadcast, nn.broadcast),
                 length=count,

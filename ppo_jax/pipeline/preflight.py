@@ -52,6 +52,7 @@ from ppo_jax.training.objectives import check_objectives
 from ppo_jax.training.ppo import PPO, train_ppo
 from ppo_jax.training.ppo_setup import critic_source
 from ppo_jax.training.reward_functions import load_reward_functions
+from ppo_jax.training.sft import router_coef
 from ppo_jax.training.stage import Stage
 from ppo_jax.training.stages import TRAINING_STAGES
 from ppo_jax.training.writers import check_writers
@@ -319,6 +320,8 @@ def check_policy(stage: str, config: Config, start: ModelSpec):
             "ties its head to the token table, got 'head'"
         )
     check_part(f"{stage}.trainable", trainable, getattr(config, stage).lora, start.config)
+    if stage == "sft":
+        router_coef(config.sft, start.config)
 
 
 def check_reward(config: Config, start: ModelSpec):

@@ -81,6 +81,7 @@ def train_sft(config: Config, workdir: Path, base: str, data: Texts):
     model = with_adapters(model, settings.trainable, settings.lora, config.seed, layout)
     about = dict(data=fingerprint(texts), sources={"init_from": model})
     start, parts = open_stage(SFT, config, workdir, model, num_steps=num_steps, **about)
+    coef = router_coef(settings, model.config)
     network = policy_network(model.config, start_layer=start, constrain=layout.constrain)
     trunk_params, frozen = freeze((parts.trunk, parts.frozen), layout, config.model.frozen_dtype)
     rows_of = functools.partial(
@@ -121,9 +122,8 @@ def train_sft(config: Config, workdir: Path, base: str, data: Texts):
     with stage_run(SFT, config, workdir, num_steps) as run:
         state = run.restore(layout, init_train_state, trained, optimizer)
         del trained
-        step = compile_step(
-            sft_step, state, layout, network=network, num_micro_batches=num_micro_batches
-        )
+        shape = dict(num_micro_batches=num_micro_batches, router_coef=coef)
+        step = compile_step(sft_step, state, layout, network=network, **shape)
         if run.start == 0:
             run.log_start(validate(state))
         for i in run.steps():
@@ -133,6 +133,26 @@ def train_sft(config: Config, workdir: Path, base: str, data: Texts):
                 run.finish_step()
                 metrics |= validate(state)
             run.end_step(i + 1, state, metrics)
+
+
+def router_coef(settings: SFTSettings, shape: ModelConfig) -> float:
+    """The weight of the loss that balances experts; 0 where no layer that is trained, or above one
+    that is, has any.
+
+    Raises:
+        ValueError: the settings have one, and it would have no effect.
+    """
+    start = start_layer(shape, settings.trainable) or 0
+    if any(shape.has_experts(i) for i in range(start, shape.num_layers)):
+        coef = settings.router_coef
+        return shape.experts.aux_coef if coef is None else coef
+    if settings.router_coef:
+        what = "a model" if shape.experts is None else f"{shape.num_layers - start} top layer(s)"
+        raise ValueError(
+            f"sft.router_coef must be None or 0 for {what} without experts, got "
+            f"{settings.router_coef}"
+        )
+    return 0.0
 
 
 def reward_layer(config: Config, shape: ModelConfig, start: int | None) -> int | None:

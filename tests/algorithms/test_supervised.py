@@ -174,6 +174,57 @@ def test_a_network_that_knows_no_segments_learns_from_single_texts():
         sft_loss(network, params, packed(batch))
 
 
+@functools.cache
+def routed():
+    """(a network with experts, its start, texts that end before their rows do)."""
+    network = policy_network(tiny.model_config(**tiny.SHAPES["experts"]))
+    wider = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 1))), texts())
+    return network, start(network, tiny.random_params(network, std=0.1)), wider
+
+
+def balance(network, params, batch):
+    """(loss of the routers, positions that it is of)."""
+    loss = jax.jit(functools.partial(sft_loss, network, router_coef=1.0))
+    return float(loss(params, batch)[1]["sft/router_loss"]), int(batch.mask[:, :-1].sum())
+
+
+def test_packed_rows_have_the_loss_of_the_routers_of_their_texts():
+    network, state, batch = routed()
+    rows = jax.tree.map(lambda x: x.reshape(N // 2, -1), batch)
+    numbers = jnp.arange(rows.mask.shape[1])[None] // (L + 1) + 1
+    rows = rows.replace(segment_ids=jnp.where(rows.mask, numbers, 0))
+    expected, count = balance(network, state.params, batch)
+    assert count == batch.mask.sum()
+    np.testing.assert_allclose(balance(network, state.params, rows)[0], expected, rtol=1e-5)
+
+
+def test_the_loss_of_the_routers_is_the_mean_over_micro_batches_by_their_positions():
+    network, state, batch = routed()
+    parts = [jax.tree.map(lambda x, i=i: x[i::2], batch) for i in range(2)]
+    each = [balance(network, state.params, part) for part in parts]
+    expected = np.average([x for x, _ in each], weights=[count for _, count in each])
+
+    def step(count, coef):
+        how = dict(network=network, frozen={}, num_micro_batches=count, router_coef=coef)
+        return jax.jit(functools.partial(sft_step, **how))(state, batch, PLAIN)
+
+    plain, metrics = step(2, 0.0)
+    assert "sft/router_loss" not in metrics
+    half, whole = step(2, 0.5), step(2, 1.0)
+    np.testing.assert_allclose(half[1]["sft/router_loss"], expected, rtol=1e-5)
+    np.testing.assert_allclose(half[1]["sft/loss"], metrics["sft/loss"], rtol=1e-5)
+    gradients = [gradient_of(x) for x in (plain, half[0], whole[0])]
+    more = jax.tree.map(lambda a, b: b - a, gradients[0], gradients[2])
+    assert max(np.abs(x).max() for x in jax.tree.leaves(more)) > 1e-3
+    between = jax.tree.map(lambda a, b: a + b / 2, gradients[0], more)
+    tiny.leaves_close(gradients[1], between, atol=1e-6, rtol=1e-4)
+
+
+def test_the_loss_of_the_routers_needs_experts():
+    with pytest.raises(ValueError, match="router_coef must be 0 of a network without experts"):
+        sft_loss(POLICY, start(POLICY).params, texts(), router_coef=0.1)
+
+
 def preferences(pairs, valid=None):
     tokens, mask = tiny.tokens_and_mask(3, 4, L, least=3, side="right")
     valid = [True] * len(pairs) if valid is None else valid

@@ -48,14 +48,14 @@ def silu(x):
     return x / (1 + np.exp(-x))
 
 
-def oracle(experts, x, real, logits, gate, up, down):
-    """Token by token in float64."""
+def oracle(experts, x, real, logits, gate, up, down, given=None):
+    """Token by token in float64; with the experts that are given, or those of the router."""
     x, logits, gate, up, down = (np.asarray(a, np.float64) for a in (x, logits, gate, up, down))
     output = np.zeros_like(x)
     for place in np.argwhere(np.asarray(real)):
         b, s = place
         probs = np.exp(logits[b, s]) / np.exp(logits[b, s]).sum()
-        chosen = np.argsort(-probs)[: experts.num_chosen]
+        chosen = np.argsort(-probs)[: experts.num_chosen] if given is None else given[b, s]
         total = probs[chosen].sum() if experts.normalized else 1.0
         for e in chosen:
             hidden = silu(x[b, s] @ gate[e]) * (x[b, s] @ up[e])
@@ -78,9 +78,22 @@ def test_outputs_are_those_token_by_token(num_chosen, normalized, favourite):
     """Also where one expert has all tokens: none is dropped."""
     experts, arrays = experts_of(num_chosen=num_chosen, normalized=normalized), problem()
     arrays = problem(favourite=favourite)
-    ours = jax.jit(lambda *x: mixture(experts, jax.nn.silu, (), *x))(*arrays)
+    ours = jax.jit(lambda *x: mixture(experts, jax.nn.silu, (), *x)[0])(*arrays)
     np.testing.assert_allclose(ours, oracle(experts, *arrays), atol=1e-5)
     assert not np.asarray(ours)[~np.asarray(arrays[1])].any()
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+def test_experts_that_are_given_have_the_weights_of_the_router(normalized):
+    """Whatever their order, and though it would choose others."""
+    experts, arrays = experts_of(normalized=normalized), problem()
+    given = np.argsort(np.random.default_rng(2).random((ROWS, LENGTH, NUM)))[..., :2]
+    run = jax.jit(lambda *x: mixture(experts, jax.nn.silu, (), *x))
+    ours, chosen = run(*arrays, jnp.asarray(given, jnp.uint8))
+    np.testing.assert_array_equal(chosen, given)
+    np.testing.assert_allclose(ours, oracle(experts, *arrays, given), atol=1e-5)
+    assert np.abs(ours - run(*arrays)[0]).max() > 1e-2
+    np.testing.assert_allclose(run(*arrays, jnp.asarray(given[..., ::-1]))[0], ours, atol=1e-6)
 
 
 @pytest.mark.parametrize("normalized", [False, True])
@@ -93,7 +106,7 @@ def test_gradients_are_those_of_products_with_all_experts(normalized):
         loss = lambda *x: (compute(*x) * weights).sum()  # noqa: E731
         return jax.jit(jax.grad(loss, (0, 2, 3, 4, 5)))(*arrays)
 
-    ours = gradients(lambda *x: mixture(experts, jax.nn.silu, (), *x))
+    ours = gradients(lambda *x: mixture(experts, jax.nn.silu, (), *x)[0])
     theirs = gradients(lambda *x: all_experts(experts, *x))
     for own, expected in zip(ours, theirs, strict=True):
         assert np.abs(expected).max() > 1e-3

@@ -15,6 +15,7 @@ from ppo_jax.algorithms.supervised import sft_step
 from ppo_jax.config.mesh import MeshSettings
 from ppo_jax.config.parsing import load_function
 from ppo_jax.config.run import from_config_dict
+from ppo_jax.config.stages import OptimizerSettings, SFTSettings
 from ppo_jax.core.network import merge_params
 from ppo_jax.distributed import runtime as compilation
 from ppo_jax.distributed.layout import init_sharded, make_layouts
@@ -30,8 +31,8 @@ from ppo_jax.training import ppo as ppo_loop
 from ppo_jax.training import ppo_setup
 from ppo_jax.training.common import init_train_state, make_optimizer
 from ppo_jax.training.reward import init_reward_model
-from ppo_jax.training.sft import as_text_batch, sft_data
-from tests.support import tiny_run
+from ppo_jax.training.sft import as_text_batch, router_coef, sft_data
+from tests.support import tiny, tiny_run
 
 
 @pytest.fixture(scope="module")
@@ -264,6 +265,29 @@ def test_a_reward_model_of_the_lower_layers_is_the_lower_layers(workdir):
     assert_same_bits(reward.params["layers"]["0"], policy.params["layers"]["0"])
     assert reward.params["head"]["kernel"].shape == (32, 1)
     assert_same_bits(init_reward_model(reward, 0, seed=9).params, reward.params)
+
+
+def test_the_weight_of_the_loss_of_the_routers_is_the_models_own_or_the_settings():
+    shape = tiny.model_config(**tiny.SHAPES["experts"])
+    shape = dataclasses.replace(shape, experts=dataclasses.replace(shape.experts, aux_coef=0.02))
+
+    def weight(shape, **changes):
+        return router_coef(
+            SFTSettings(data="x", optimizer=OptimizerSettings(learning_rate=1e-3), **changes), shape
+        )
+
+    assert weight(shape) == 0.02 and weight(shape, trainable=1) == 0.02
+    assert weight(shape, router_coef=0.5) == 0.5 and weight(shape, router_coef=0.0) == 0.0
+    dense = tiny.model_config()
+    assert weight(dense) == 0.0 and weight(dense, router_coef=0.0) == 0.0
+    lower = dataclasses.replace(shape, num_layers=2)  # the second layer is dense
+    assert weight(lower, trainable=1) == 0.0
+    with pytest.raises(ValueError, match=r"sft.router_coef .* a model without experts, got 0.5"):
+        weight(dense, router_coef=0.5)
+    with pytest.raises(ValueError, match=r"for 1 top layer.s. without experts, got 0.5"):
+        weight(lower, router_coef=0.5, trainable=1)
+    with pytest.raises(ValueError, match="sft.router_coef must be None or a number >= 0, got -1"):
+        weight(shape, router_coef=-1.0)
 
 
 def test_a_name_stands_for_the_base_a_stage_or_itself(tmp_path):
