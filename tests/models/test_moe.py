@@ -100,18 +100,23 @@ def test_gradients_are_those_of_products_with_all_experts(normalized):
         np.testing.assert_allclose(own, expected, atol=2e-5)
 
 
-@pytest.mark.parametrize("num_experts", [8, 5])
-@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 1, 8)])
-def test_a_mesh_computes_the_same(shape, num_experts):
+@pytest.mark.parametrize(
+    ("shape", "over", "num_experts", "parts"),
+    [
+        ((2, 2, 2), "model", 8, 2),
+        ((1, 1, 8), "model", 5, 1),
+        ((2, 2, 2), "fsdp", 8, 2),
+    ],
+)
+def test_a_mesh_computes_the_same(shape, over, num_experts, parts):
     """The experts are sharded where the mesh divides them, else whole on every device."""
     experts = experts_of(num_experts=num_experts, dim=24, normalized=True)
     config = tiny.model_config(**WIDE | dict(experts=experts))
     tokens, mask = tiny.tokens_and_mask(0, 8, 10)
-    layout = layout_of(shape)
+    layout = layout_of(shape, dataclasses.replace(RULES, expert=(over,)))
     params = tiny.random_params(policy_network(config))
     sharded = layout.shard_params(params)
     kernel = sharded["layers"]["0"]["experts"]["up"]["kernel"]
-    parts = 1 if num_experts == 5 else shape[2]
     assert kernel.addressable_shards[0].data.shape[0] == num_experts // parts
 
     def run(params, network):
@@ -127,16 +132,6 @@ def test_a_mesh_computes_the_same(shape, num_experts):
         np.testing.assert_allclose(b, a, atol=1e-5 * max(1.0, float(np.abs(a).max())))
 
     jax.tree.map(assert_close, one, many)
-
-
-def test_experts_over_an_axis_of_the_rows_are_refused():
-    """Their devices would add up the outputs of different tokens."""
-    layout = layout_of((2, 2, 2), dataclasses.replace(RULES, expert=("data",)))
-    config = tiny.model_config(**WIDE | dict(experts=experts_of(num_experts=8)))
-    params = tiny.random_params(policy_network(config))
-    network = policy_network(config, constrain=layout.constrain)
-    with pytest.raises(ValueError, match=r"share no axis with mesh.rules.batch, .* \['data'\]"):
-        network.apply(params, *tiny.tokens_and_mask(0, 8, 10))
 
 
 def test_of_dense_layers_alone_there_are_no_experts():
