@@ -108,6 +108,22 @@ def test_rows_are_gathered_and_sums_scattered():
     assert f"[{rows},{EMBED}]" in text and f"[{rows * k},{EMBED}]" not in text
 
 
+def test_experts_that_nobody_trains_have_no_gradient():
+    """The loop over chunks carries none, either."""
+    layout = layout_with((8, 1, 1), "data")
+    outputs = on_mesh(layout)
+
+    def compiled(*trained):
+        def loss(x, *arrays):
+            return (jax.tree.leaves(outputs(x, *arrays))[0] ** 2).sum()
+
+        return jax.jit(jax.grad(loss, trained)).lower(*problem()).compile().as_text()
+
+    # The down kernel of one expert, a sum over chunks.
+    of_kernel = rf"f32\[1,{WIDTH},{EMBED}\]\S* add\("
+    assert re.search(of_kernel, compiled(0, 5)) and not re.search(of_kernel, compiled(0))
+
+
 def test_stored_experts_leave_their_mesh_axes_to_none_else():
     """Numbers of a matrix are over the axes of `embed` that the experts do not have."""
 

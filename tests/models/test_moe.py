@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ppo_jax.core.network import merge_params
 from ppo_jax.models.build import policy_network, trunk_network
 from ppo_jax.models.config import Experts
 from ppo_jax.models.families import read_config
+from ppo_jax.models.lora import init_lora
 from ppo_jax.models.moe import mixture, route
 from ppo_jax.models.partition import split_params
 from tests.support import tiny
@@ -132,6 +134,30 @@ def test_a_mesh_computes_the_same(shape, over, num_experts, parts):
         np.testing.assert_allclose(b, a, atol=1e-5 * max(1.0, float(np.abs(a).max())))
 
     jax.tree.map(assert_close, one, many)
+
+
+@pytest.mark.parametrize("over", ["model", "fsdp"])
+def test_adapters_of_attention_have_the_gradients_of_one_device(over):
+    """Beside experts that nobody trains."""
+    experts = experts_of(num_experts=4, dim=16, normalized=True)
+    config = tiny.model_config(**WIDE | dict(experts=experts, num_layers=1, lora_alpha=8.0))
+    base = tiny.random_params(policy_network(config))
+    new = init_lora(jax.random.key(0), config, base, targets=("query", "output"), rank=2)
+    adapters = jax.tree.map(lambda x: x + 0.1, new)
+    tokens, mask = tiny.tokens_and_mask(0, 8, 10)
+    layout = layout_of((2, 2, 2), dataclasses.replace(RULES, expert=(over,)))
+
+    def gradients(network, put):
+        def loss(adapters, base):
+            logits = network.apply(merge_params(base, adapters), tokens, mask)
+            return (jnp.where(mask[..., None], logits, 0) ** 2).mean()
+
+        return jax.jit(jax.grad(loss))(put(adapters), put(base))
+
+    found = gradients(policy_network(config, constrain=layout.constrain), layout.shard_params)
+    expected = gradients(policy_network(config), lambda x: x)
+    assert min(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected)) > 1e-2
+    tiny.leaves_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_of_dense_layers_alone_there_are_no_experts():
