@@ -17,7 +17,7 @@ class AxisRules:
     heads: tuple[str, ...] = ("model",)  # query heads
     kv_heads: tuple[str, ...] = ("model",)  # key and value heads, in the KV cache as well
     mlp: tuple[str, ...] = ("model",)  # hidden units of the feed-forward layers
-    expert: tuple[str, ...] = ("model",)  # of a mixture; all on every device if not divisible
+    expert: tuple[str, ...] = ("model",)  # of a mixture; may be those of rows; whole if indivisible
     layers: tuple[str, ...] = ()  # of scanned layers
 
 

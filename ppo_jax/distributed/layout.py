@@ -87,9 +87,12 @@ class Layout:
         for axis, size in zip(axes, shape, strict=True):
             fits = axis not in OPTIONAL or size % self.num_shards(axis) == 0
             names = self.mesh_axes(axis) if size > 1 and fits else ()
-            if twice := sorted({x for entry in spec for x in entry} & set(names)):
+            taken = {x for entry in spec for x in entry}
+            if axis == "embed" and "expert" in axes:  # has the mesh axes that experts leave
+                names = tuple(name for name in names if name not in taken)
+            if twice := sorted(taken & set(names)):
                 raise ValueError(f"{name}: the rules shard it twice over the mesh axis {twice[0]}")
-            if names and size % self.num_shards(axis):
+            if size % math.prod(self.mesh.shape[name] for name in names):
                 raise ValueError(f"{name}: {self._indivisible(axis, size)}")
             spec.append(names)
         return NamedSharding(self.mesh, PartitionSpec(*(entry or None for entry in spec)))
@@ -184,9 +187,14 @@ def over_lanes(layouts: tuple[Layout, Layout], num_lanes: int) -> "LaneLayout":
     size = layouts[0].mesh.shape["data"]
     if size == 1 or num_lanes % size:
         return LaneLayout(layouts, layouts[0].batch_sharding, None)
-    rules = [x.rules for x in layouts]
-    rows = [tuple(name for name in x.batch if name != "data") for x in rules]
-    inner = [dataclasses.replace(x, batch=names) for x, names in zip(rules, rows, strict=True)]
+
+    def of_lane(rules: AxisRules) -> AxisRules:
+        left = ((axis, getattr(rules, axis)) for axis in ("batch", "expert"))
+        return dataclasses.replace(
+            rules, **{axis: tuple(x for x in names if x != "data") for axis, names in left}
+        )
+
+    inner = [of_lane(x.rules) for x in layouts]
     mesh = layouts[0].mesh
     both = Layout(mesh, inner[0]), Layout(mesh, inner[1])
     flat = NamedSharding(mesh, PartitionSpec(("data", *both[0].mesh_axes("batch"))))

@@ -1,8 +1,8 @@
 """A feed-forward layer as a mixture of experts: each token has the few that a router chooses.
 
 Dropless: an expert computes all tokens that chose it, be they all. On a mesh the experts are
-sharded; each device has the tokens of its rows, computes those of its own experts, and the results
-are summed. No token is sent anywhere, for devices that share rows have all of them.
+sharded. Devices that share rows have all of their tokens; each computes those of its own experts,
+and the results are summed. Devices with rows of their own exchange them, see `expert_exchange`.
 
 Dimension key: B sequences, S positions, N = B S tokens, k experts of a token, P = N k pairs of a
 token and an expert, E experts, D model, F width of an expert.
@@ -19,6 +19,7 @@ from ppo_jax.core.grouped import grouped_matmul
 from ppo_jax.core.router import router_statistics
 from ppo_jax.models.axes import EXPERTS, HIDDEN, ShardingConstraint, gathered, unconstrained
 from ppo_jax.models.config import Experts, ModelConfig
+from ppo_jax.models.expert_exchange import exchange
 from ppo_jax.models.layers import ACTIVATIONS
 
 # Collections of variables, each with what a layer has of it. What is not asked for, by
@@ -48,13 +49,10 @@ class MoE(nn.Module):
         up = kernel((num, c.embed_dim, width), name="up")()
         down = kernel((num, width, c.embed_dim), name="down")()
         axes = constrain.mesh_axes("expert", num)
-        if both := set(axes) & set(constrain.mesh_axes("batch", len(x_BSD))):
-            raise ValueError(
-                "mesh.rules.expert must share no axis with mesh.rules.batch, but both have "
-                f"{sorted(both)}: devices that share rows have the other experts"
-            )
         replayed_BSk = self.get_variable(REPLAYED, VARIABLE)
-        compute = functools.partial(mixture, experts, ACTIVATIONS[c.mlp], axes)
+        rows = constrain.mesh_axes("batch", len(x_BSD))
+        exchanged = tuple(name for name in axes if name in rows)
+        compute = functools.partial(mixture, experts, ACTIVATIONS[c.mlp], axes, exchanged)
         arrays = x_BSD, real_BS, logits_BSE, gate, up, down
         placed = HIDDEN, ("batch", None), HIDDEN, *(("expert", None, None),) * 3
         if replayed_BSk is not None:
@@ -103,32 +101,58 @@ def route(
 
 
 def mixture(
-    experts, activation, mesh_axes, x_BSD, real_BS, logits_BSE, gate, up, down, replayed_BSk=None
+    experts,
+    activation,
+    mesh_axes,
+    row_axes,
+    x_BSD,
+    real_BS,
+    logits_BSE,
+    gate,
+    up,
+    down,
+    replayed_BSk=None,
 ):
     """(the outputs [B, S, D] of the experts whose kernels are given, the experts of each token
     [B, S, k]: those replayed, or what the router chooses). On a mesh the outputs are summed over
-    `mesh_axes`, whose devices hold the other experts."""
-    k, num_own = experts.num_chosen, len(gate)
+    `mesh_axes`, whose devices hold the others; along `row_axes` of them the rows differ, too."""
     x_ND = x_BSD.reshape(-1, x_BSD.shape[-1])
-    replayed_Nk = None if replayed_BSk is None else replayed_BSk.reshape(-1, k)
     logits_NE = logits_BSE.reshape(-1, logits_BSE.shape[-1])
+    replayed_Nk = None if replayed_BSk is None else replayed_BSk.reshape(-1, experts.num_chosen)
     weights_Nk, chosen_Nk = route(logits_NE, experts, replayed_Nk)
-    own_Nk = chosen_Nk - (jax.lax.axis_index(mesh_axes) * num_own if mesh_axes else 0)
-    here_Nk = real_BS.reshape(-1, 1) & (own_Nk >= 0) & (own_Nk < num_own)
-    group_P = jnp.where(here_Nk, own_Nk, num_own).reshape(-1)  # the last is computed by nobody
+    computed_Nk = jnp.where(real_BS.reshape(-1, 1), chosen_Nk, experts.num_experts)  # or by nobody
+    first = jax.lax.axis_index(mesh_axes) * len(gate) if mesh_axes else 0
+    compute, kernels = functools.partial(outputs, activation), (gate, up, down)
+    if row_axes:
+        y_ND = exchange(compute, row_axes, x_ND, weights_Nk, computed_Nk, first, kernels)
+    else:
+        y_ND = own_sum(compute, x_ND, weights_Nk, computed_Nk - first, kernels)
+    sharing = tuple(name for name in mesh_axes if name not in row_axes)
+    y_ND = jax.lax.psum(y_ND, sharing) if sharing else y_ND
+    chosen_BSk = chosen_Nk.reshape(*real_BS.shape, -1)
+    return y_ND.reshape(x_BSD.shape).astype(x_BSD.dtype), chosen_BSk
+
+
+def own_sum(compute, x_ND, weights_Nk, own_Nk, kernels):
+    """The outputs [N, D] of those of each row's experts that are among the given ones."""
+    k, num_own = own_Nk.shape[1], len(kernels[0])
+    here_Nk = (own_Nk >= 0) & (own_Nk < num_own)
+    group_P = jnp.where(here_Nk, own_Nk, num_own).reshape(-1)
     order_P = jnp.argsort(group_P)
     place_P = jnp.zeros_like(order_P).at[order_P].set(jnp.arange(len(order_P)))  # its inverse
     sizes_E = (group_P[:, None] == jnp.arange(num_own)[None]).sum(0, dtype=jnp.int32)
-
     x_PD = permuted(jnp.repeat(x_ND, k, axis=0), order_P, place_P)
-    hidden_PF = activation(grouped_matmul(x_PD, gate, sizes_E)) * grouped_matmul(x_PD, up, sizes_E)
-    y_PD = permuted(grouped_matmul(hidden_PF, down, sizes_E), place_P, order_P)
+    y_PD = permuted(compute(x_PD, sizes_E, kernels), place_P, order_P)
     weights_Nk = jnp.where(here_Nk, weights_Nk, 0)
     y_NkD = y_PD.reshape(-1, k, y_PD.shape[-1])
-    y_ND = (weights_Nk[..., None] * y_NkD).sum(1)
-    y_ND = jax.lax.psum(y_ND, mesh_axes) if mesh_axes else y_ND
-    chosen_BSk = chosen_Nk.reshape(*real_BS.shape, k)
-    return y_ND.reshape(x_BSD.shape).astype(x_BSD.dtype), chosen_BSk
+    return (weights_Nk[..., None] * y_NkD).sum(1)
+
+
+def outputs(activation, x_PD, sizes_E, kernels):
+    """Of rows that are sorted by their expert, [P, D]."""
+    gate, up, down = kernels
+    hidden_PF = activation(grouped_matmul(x_PD, gate, sizes_E)) * grouped_matmul(x_PD, up, sizes_E)
+    return grouped_matmul(hidden_PF, down, sizes_E)
 
 
 @jax.custom_vjp

@@ -1,7 +1,9 @@
 """One program on many devices: the same numbers, and no parameter gathered while sampling."""
 
+import dataclasses
 import functools
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ import pytest
 
 from ppo_jax.algorithms import experience, ppo
 from ppo_jax.algorithms.update import experience_loss, ppo_update
-from ppo_jax.config.mesh import ROLLOUT_RULES
+from ppo_jax.config.mesh import ROLLOUT_RULES, RULES
 from ppo_jax.core.advantages import gae
 from ppo_jax.core.covariance import clip_cov_policy_loss, kl_cov_policy_loss
 from ppo_jax.core.critic_free import remax_advantages
@@ -38,7 +40,8 @@ class Run:
     """PPO with a reward model on a mesh; every number is the same for every mesh.
 
     `kind` is "whole", "scanned" (with remat) or "trunk": the top layer on a frozen one. The critic
-    has `num_bins`, or there are two, or it is `shared`: a head on the policy.
+    has `num_bins`, or there are two, or it is `shared`: a head on the policy. `rules` are those
+    that differ from the defaults, of updates and rollouts.
     """
 
     def __init__(
@@ -49,10 +52,13 @@ class Run:
         num_bins=0,
         num_critics=1,
         shared=False,
+        rules=types.MappingProxyType({}),
         **numbers,
     ):
         mesh = mesh_of(shape)
-        self.layout, self.of_rollout = Layout(mesh), Layout(mesh, ROLLOUT_RULES)
+        self.layout, self.of_rollout = (
+            Layout(mesh, dataclasses.replace(x, **rules)) for x in (RULES, ROLLOUT_RULES)
+        )
         scanned = dict(scan_layers=True, remat="full") if kind == "scanned" else {}
         self.config = config or tiny.model_config(**WIDE, **scanned)
         self.start = 1 if kind == "trunk" else None

@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ppo_jax.core.network import merge_params
 from ppo_jax.models.build import policy_network, trunk_network
 from ppo_jax.models.config import Experts
 from ppo_jax.models.families import read_config
+from ppo_jax.models.lora import init_lora
 from ppo_jax.models.moe import mixture, route
 from ppo_jax.models.partition import split_params
 from tests.support import tiny
@@ -113,18 +115,23 @@ def test_gradients_are_those_of_products_with_all_experts(normalized):
         np.testing.assert_allclose(own, expected, atol=2e-5)
 
 
-@pytest.mark.parametrize("num_experts", [8, 5])
-@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 1, 8)])
-def test_a_mesh_computes_the_same(shape, num_experts):
+@pytest.mark.parametrize(
+    ("shape", "over", "num_experts", "parts"),
+    [
+        ((2, 2, 2), "model", 8, 2),
+        ((1, 1, 8), "model", 5, 1),
+        ((2, 2, 2), "fsdp", 8, 2),
+    ],
+)
+def test_a_mesh_computes_the_same(shape, over, num_experts, parts):
     """The experts are sharded where the mesh divides them, else whole on every device."""
     experts = experts_of(num_experts=num_experts, dim=24, normalized=True)
     config = tiny.model_config(**WIDE | dict(experts=experts))
     tokens, mask = tiny.tokens_and_mask(0, 8, 10)
-    layout = layout_of(shape)
+    layout = layout_of(shape, dataclasses.replace(RULES, expert=(over,)))
     params = tiny.random_params(policy_network(config))
     sharded = layout.shard_params(params)
     kernel = sharded["layers"]["0"]["experts"]["up"]["kernel"]
-    parts = 1 if num_experts == 5 else shape[2]
     assert kernel.addressable_shards[0].data.shape[0] == num_experts // parts
 
     def run(params, network):
@@ -142,14 +149,28 @@ def test_a_mesh_computes_the_same(shape, num_experts):
     jax.tree.map(assert_close, one, many)
 
 
-def test_experts_over_an_axis_of_the_rows_are_refused():
-    """Their devices would add up the outputs of different tokens."""
-    layout = layout_of((2, 2, 2), dataclasses.replace(RULES, expert=("data",)))
-    config = tiny.model_config(**WIDE | dict(experts=experts_of(num_experts=8)))
-    params = tiny.random_params(policy_network(config))
-    network = policy_network(config, constrain=layout.constrain)
-    with pytest.raises(ValueError, match=r"share no axis with mesh.rules.batch, .* \['data'\]"):
-        network.apply(params, *tiny.tokens_and_mask(0, 8, 10))
+@pytest.mark.parametrize("over", ["model", "fsdp"])
+def test_adapters_of_attention_have_the_gradients_of_one_device(over):
+    """Beside experts that nobody trains."""
+    experts = experts_of(num_experts=4, dim=16, normalized=True)
+    config = tiny.model_config(**WIDE | dict(experts=experts, num_layers=1, lora_alpha=8.0))
+    base = tiny.random_params(policy_network(config))
+    new = init_lora(jax.random.key(0), config, base, targets=("query", "output"), rank=2)
+    adapters = jax.tree.map(lambda x: x + 0.1, new)
+    tokens, mask = tiny.tokens_and_mask(0, 8, 10)
+    layout = layout_of((2, 2, 2), dataclasses.replace(RULES, expert=(over,)))
+
+    def gradients(network, put):
+        def loss(adapters, base):
+            logits = network.apply(merge_params(base, adapters), tokens, mask)
+            return (jnp.where(mask[..., None], logits, 0) ** 2).mean()
+
+        return jax.jit(jax.grad(loss))(put(adapters), put(base))
+
+    found = gradients(policy_network(config, constrain=layout.constrain), layout.shard_params)
+    expected = gradients(policy_network(config), lambda x: x)
+    assert min(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected)) > 1e-2
+    tiny.leaves_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_of_dense_layers_alone_there_are_no_experts():

@@ -10,6 +10,7 @@ import pytest
 from ppo_jax.core.network import last_outputs, merge_params, shared_prompt
 from ppo_jax.models.attention import AttentionFn, attend, causal_mask
 from ppo_jax.models.build import policy_network, reward_network, value_network
+from ppo_jax.models.config import LayerKind
 from ppo_jax.models.kernels import make_attention
 from ppo_jax.models.lora import init_lora
 from ppo_jax.models.shared_prompts import share_prompts
@@ -26,6 +27,10 @@ KINDS = {
     "llama": {},
     "qk_norm": {},
     "scanned": {},
+    "windows": dict(
+        num_layers=3,
+        layer_kinds=(LayerKind(window=4, rope_theta=100.0), LayerKind(window=7), LayerKind()),
+    ),
     "experts": {},
     "experts, remat": dict(remat="dots"),
     "gpt2, remat": dict(remat="full"),

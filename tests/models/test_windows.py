@@ -11,7 +11,7 @@ from ppo_jax.core.shared_prompts import SharedPrompt
 from ppo_jax.models import long_rows
 from ppo_jax.models.attention import Outputs, attend, attend_any, plain_attention
 from ppo_jax.models.build import policy_network, trunk_network
-from ppo_jax.models.config import LayerKind
+from ppo_jax.models.config import Experts, LayerKind
 from ppo_jax.models.shared_prompts import share_prompts
 from ppo_jax.planner.hlo.cost import cost_analysis
 from tests.support import tiny
@@ -250,6 +250,30 @@ def test_a_row_may_come_in_pieces(name, sizes):
         found.append(logits)
     found = jnp.concatenate(found, axis=1)
     np.testing.assert_allclose(found[mask], expected[mask], atol=1e-4)
+
+
+@pytest.mark.parametrize("sizes", [(9, 2, 13), (100, 30, 1)], ids=str)
+def test_texts_of_a_packed_row_have_the_logits_of_each_alone(sizes):
+    """Texts that are longer than the windows, in rows that are computed at once and in blocks."""
+    kinds = (*KINDS, LayerKind(window=20, dense=True))
+    experts = Experts(num_experts=3, num_chosen=2, dim=12)
+    network = policy_network(
+        tiny.model_config(num_layers=4, layer_kinds=kinds, experts=experts, max_length=160)
+    )
+    params, length = tiny.random_params(network), sum(sizes) + 3
+    tokens, _ = tiny.tokens_and_mask(0, 1, length)
+    ends = np.cumsum(sizes)
+    segments = jnp.asarray(1 + np.searchsorted(ends, np.arange(length), side="right"))[None]
+    real = jnp.arange(length)[None] < ends[-1]
+    apply = jax.jit(network.apply)
+    found = apply(params, tokens, real, segment_ids=jnp.where(real, segments, 0))
+    # A text alone is one row of several, which ends where it does.
+    texts = zip(ends, sizes, strict=True)
+    rows = [jnp.pad(tokens[0, end - n : end], (0, max(sizes) - n)) for end, n in texts]
+    masks = jnp.arange(max(sizes))[None] < jnp.asarray(sizes)[:, None]
+    alone = apply(params, jnp.stack(rows), masks)
+    expected = jnp.concatenate([alone[i, :n] for i, n in enumerate(sizes)])
+    np.testing.assert_allclose(found[0, : ends[-1]], expected, atol=1e-4)
 
 
 SLOTS = dict(max_concurrent=4, min_free_slots=2)
