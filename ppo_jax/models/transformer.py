@@ -22,7 +22,8 @@ from ppo_jax.models.config import NORMS, ModelConfig
 from ppo_jax.models.layers import ACTIVATIONS, Embedding, Head, Norm, Projection
 from ppo_jax.models.moe import ROUTER, MoE
 from ppo_jax.models.rope import rotate
-from ppo_jax.models.views import View, cache_views, choose_view, row_views
+from ppo_jax.models.stacks import scan_kinds
+from ppo_jax.models.views import View, cache_views, row_views
 
 # What is saved for the backward pass: products with parameters, or only a layer's input.
 REMAT = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
@@ -100,8 +101,7 @@ class Block(nn.Module):
 
     `cache` is the layer's own, or that of all layers when they are scanned: then `layer` is its
     index, and every layer writes into the one array. Scanned over as an input and an output, it
-    would be copied whole for each token. `kind` is which of the `views` the layer has, an array
-    where layers are scanned. Padding, where `real_BS` is False, has no experts.
+    would be copied whole for each token. Padding, where `real_BS` is False, has no experts.
     """
 
     config: ModelConfig
@@ -109,10 +109,10 @@ class Block(nn.Module):
     has_experts: bool = False
 
     @nn.compact
-    def __call__(self, carry, layer, kind, views, real_BS, outputs=ALL):
+    def __call__(self, carry, layer, view, real_BS, outputs=ALL):
         c, constrain, (x_BSD, cache) = self.config, self.constrain, carry
         attention = Attention(c, constrain, name="attention")
-        mlp, view = self.feed_forward(outputs.take(real_BS)), choose_view(views, kind)
+        mlp = self.feed_forward(outputs.take(real_BS))
         added, cache = attention(self.before("attention", x_BSD), view, cache, layer, outputs)
         x_BSD = outputs.take(x_BSD)
         if c.residual == "parallel":
@@ -161,31 +161,70 @@ class Layers(nn.Module):
             return [outputs.take(x_BSD)], caches
         c, count = self.config, self.end - self.start
         kinds = [c.kinds.index(c.kind_of(i)) for i in range(self.start, self.end)]
-        block = Block
-        if c.remat != "none":
-            # Under a scan there is no common subexpression to prevent.
-            block = nn.remat(Block, prevent_cse=not c.scan_layers, policy=REMAT[c.remat])
+        views = [views[kind] for kind in kinds]
         if c.scan_layers:
-            stack = nn.scan(
-                block,
-                variable_axes=dict.fromkeys(("params", *ROUTER), 0),
-                split_rngs={"params": True},
-                in_axes=(0, 0, nn.broadcast, nn.broadcast),
-                length=count,
-            )
-            layers = stack(c, self.constrain, c.has_experts(self.start), name="stack")
-            numbers = jnp.arange(count, dtype=jnp.int32), jnp.asarray(kinds, jnp.int32)
-            (x_BSD, caches), _ = layers((x_BSD, caches), *numbers, views, real_BS)
+            several = len(set(kinds)) > 1 and not self.is_initializing()
+            scan = self.scan_kinds if several else self.scan
+            x_BSD, caches = scan((x_BSD, caches), kinds, views, real_BS)
             return [outputs.take(x_BSD)], caches
-        states, updated = [], []
-        for i, cache in enumerate(caches or [None] * count, start=self.start):
+        block, states, updated = self.block(in_loop=False), [], []
+        for i, cache, view in zip(
+            range(self.start, self.end), caches or [None] * count, views, strict=True
+        ):
             layer = block(c, self.constrain, c.has_experts(i), name=str(i))
-            read, view = outputs if i + 1 == self.end else ALL, views[kinds[i - self.start]]
-            (x_BSD, cache), _ = layer((x_BSD, cache), None, None, (view,), real_BS, read)
+            read = outputs if i + 1 == self.end else ALL
+            (x_BSD, cache), _ = layer((x_BSD, cache), None, view, real_BS, read)
             updated.append(cache)
             if i + 1 in self.exits:
                 states.append(x_BSD if i + 1 == self.end else outputs.take(x_BSD))
         return states, (None if caches is None else tuple(updated))
+
+    def block(self, in_loop):
+        """`Block`, or what computes it again in the backward pass."""
+        remat = self.config.remat
+        if remat == "none":
+            return Block
+        # In a loop there is no common subexpression to prevent.
+        return nn.remat(Block, prevent_cse=not in_loop, policy=REMAT[remat])
+
+    def scan(self, carry, kinds, views, real_BS):
+        """All layers, of one kind, as the body of a loop."""
+        stack = nn.scan(
+            self.block(in_loop=True),
+            variable_axes=dict.fromkeys(("params", *ROUTER), 0),
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast, nn.broadcast),
+            length=len(kinds),
+        )
+        layers = stack(self.config, self.constrain, self.has_experts, name="stack")
+        return layers(carry, jnp.arange(len(kinds), dtype=jnp.int32), views[0], real_BS)[0]
+
+    def scan_kinds(self, carry, kinds, views, real_BS):
+        """All layers, of several kinds, with the variables that `scan` would have."""
+        stack = {name: own["stack"] for name, own in self.variables.items() if "stack" in own}
+        view_of, written = dict(zip(kinds, views, strict=True)), self.scope.mutable or []
+        numbers, decodes = jnp.arange(len(kinds), dtype=jnp.int32), carry[1] is not None
+
+        def step(carry, own, kind, alone):
+            number, own = own
+            if decodes:
+                own = jax.tree.map(lambda x: jnp.asarray(x)[number], stack)
+            block = self.block(in_loop=not alone)(self.config, self.constrain, self.has_experts)
+            args = carry, number, view_of[kind], real_BS
+            (carry, _), new = block.apply(own, *args, mutable=written)
+            return carry, new
+
+        # Decoding reads each layer where it is: a part of a stack would be copied for every token.
+        xs = numbers, None if decodes else stack
+        carry, new = scan_kinds(step, carry, xs, kinds)
+        for name, values in new.items():
+            self.put_variable(name, "stack", values)
+        return carry
+
+    @property
+    def has_experts(self):
+        """Whether layers that are scanned do."""
+        return self.config.has_experts(self.start)
 
 
 class Transformer(nn.Module):

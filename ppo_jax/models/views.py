@@ -5,8 +5,6 @@ Dimension key: B sequences, L positions, S new positions, C cache slots, H heads
 K head size.
 """
 
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -32,28 +30,11 @@ from ppo_jax.models.rope import rotary_angles
 from ppo_jax.models.shared_prompts import SharedPromptAttention
 
 
-class AnyAttention(struct.PyTreeNode):
-    """`AttentionFn` of a layer whose kind is an array."""
-
-    kind: jax.Array  # [] int32
-    choices: tuple[AttentionFn | SharedPromptAttention, ...]
-
-    takes_some_queries = False
-
-    def of(self, queries: Outputs) -> "AnyAttention":
-        return self
-
-    def __call__(self, q_BSHK, k_BGCK, v_BGCK) -> jax.Array:
-        # A tree is no function for `switch`, which wants to hash it.
-        branches = [(lambda *qkv, fn=fn: fn(*qkv)) for fn in self.choices]
-        return jax.lax.switch(self.kind, branches, q_BSHK, k_BGCK, v_BGCK)
-
-
 class View(struct.PyTreeNode):
     """What a layer sees."""
 
     angles: jax.Array | None  # `rotary_angles`, None without rotary positions
-    attention_fn: AttentionFn | SharedPromptAttention | AnyAttention
+    attention_fn: AttentionFn | SharedPromptAttention
     write: NextSlots | LastSlots | None = None  # of keys and values, into a cache
 
 
@@ -122,21 +103,8 @@ def angles_of(
 ) -> jax.Array | None:
     """`rotary_angles` of the layers of a kind in rows of `length` positions."""
     c = config
-    if c.positions != "rotary" or not (kind.rotary or c.scan_layers):
+    if c.positions != "rotary" or not kind.rotary:
         return None
     own = kind.rope_theta, None
     theta, scaling = own if kind.rope_theta else (c.rope_theta, c.rope_scaling)
-    if not kind.rotary:  # scanned together with rotary layers: turned by nothing
-        positions, scaling = jnp.zeros_like(positions), None
     return rotary_angles(positions, theta, c.num_rotated, scaling, length)
-
-
-def choose_view(views: Sequence[View], kind: jax.Array | None) -> View:
-    """The view of a layer, by its index where there are several."""
-    if len(views) == 1:
-        return views[0]
-    angles = None
-    if views[0].angles is not None:
-        angles = jnp.stack([view.angles for view in views])[kind]
-    attention_fn = AnyAttention(kind, tuple(view.attention_fn for view in views))
-    return View(angles, attention_fn, views[0].write)  # of scanned layers all write alike

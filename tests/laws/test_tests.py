@@ -61,6 +61,8 @@ ELSEWHERE = {  # module: where it is tested, since it is a part of what is teste
     "algorithms/options": "config/test_stages",
     "algorithms/advantages": "algorithms/test_oracle",
     "config/ppo_checks": "config/test_objectives",
+    "planner/iteration": "planner/test_phases",
+    "planner/layers": "planner/test_flops",
     "planner/models": "planner/test_planner",
     "training/ppo_models": "runs/test_reward_ensemble",
     "models/config": "models/test_families",

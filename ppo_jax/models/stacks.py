@@ -1,0 +1,76 @@
+"""Loops over stacked layers of several kinds, each of which is compiled as what it is.
+
+A stack whose kinds repeat, five with a window and one without for instance, is a loop over these
+periods, and in each a loop over every run of layers of one kind.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def period_of(kinds: Sequence[int]) -> int:
+    """After how many layers the kinds repeat; the last time may be cut short.
+
+    >>> period_of([0, 0, 1, 0, 0, 1, 0]), period_of([0, 1, 2, 0, 0]), period_of([0, 0])
+    (3, 4, 1)
+    """
+    lengths = range(1, len(kinds) + 1)
+    return next(p for p in lengths if all(a == b for a, b in zip(kinds, kinds[p:], strict=False)))
+
+
+def scan_kinds(
+    step: Callable[..., tuple[Any, Any]], carry: Any, xs: Any, kinds: Sequence[int]
+) -> tuple[Any, Any]:
+    """`jax.lax.scan` over layers, whose kinds are numbers of the program and no arrays.
+
+    Args:
+        step: (carry, the layer's part of `xs`, its kind, whether it stands alone) -> (carry,
+            result). Alone is what is in no loop.
+        carry: of the first layer.
+        xs: arrays [layers, ...].
+        kinds: of each layer.
+
+    Returns:
+        (carry, the results [layers, ...])
+    """
+    period = period_of(kinds)
+    times = len(kinds) // period
+    whole = times * period
+
+    def in_order(carry, xs, kinds, in_loop):
+        begin, results = 0, []
+        for kind, run in itertools.groupby(kinds):
+            end = begin + len(list(run))
+            alone = not in_loop and end == begin + 1
+
+            def same(carry, x, kind=kind, alone=alone):
+                return step(carry, x, kind, alone)
+
+            carry, result = jax.lax.scan(same, carry, part(xs, begin, end))
+            results.append(result)
+            begin = end
+        return carry, joined(results)
+
+    def one_period(carry, xs):
+        return in_order(carry, xs, kinds[:period], times > 1)
+
+    grouped = jax.tree.map(lambda x: x.reshape(times, period, *x.shape[1:]), part(xs, 0, whole))
+    carry, results = jax.lax.scan(one_period, carry, grouped)
+    results = jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:]), results)
+    if whole == len(kinds):
+        return carry, results
+    carry, rest = in_order(carry, part(xs, whole, len(kinds)), kinds[whole:], False)
+    return carry, joined([results, rest])
+
+
+def part(xs: Any, begin: int, end: int) -> Any:
+    """Some of the layers of [layers, ...]."""
+    return jax.tree.map(lambda x: x if len(x) == end - begin else x[begin:end], xs)
+
+
+def joined(parts: Sequence[Any]) -> Any:
+    return jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
