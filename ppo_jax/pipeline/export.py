@@ -165,15 +165,19 @@ def write_model(
         write_json(folder / "generation_config.json", numbers)
     raw = write_config(model.config)
     family, tokenizer = raw["model_type"], model.tokenizer
-    about = {
-        "architectures": [family_of(family).hf_class + HEADS[model.kind]],
-        "torch_dtype": dtype,
-    }
+    about = {"architectures": [class_name(family, model.kind)], "torch_dtype": dtype}
     ids = {name: getattr(tokenizer, name) for name in TOKEN_IDS}
     write_json(folder / "config.json", about | raw | ids | extra)
     write_weights(folder, named_tensors(model, family), dtype=dtype)
     tokenizer.padding_side = "right" if model.kind == "reward" else "left"
     vocabulary.save_tokenizer(tokenizer, folder)
+
+
+def class_name(family: str, kind: str) -> str:
+    """Of transformers, for a policy or a reward model."""
+    names = family_of(family)
+    own = names.hf_classifier if kind == "reward" else ""
+    return (own or names.hf_class) + HEADS[kind]
 
 
 def padded(model: Model, ends: tuple[int, ...]) -> Model:

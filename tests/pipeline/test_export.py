@@ -67,6 +67,10 @@ def loaded(auto_class, folder, **how):
     return model.eval()
 
 
+def architectures(folder):
+    return json.loads((folder / "config.json").read_text())["architectures"]
+
+
 def logits_of_both(model, theirs):
     tokens = np.random.default_rng(0).integers(0, VOCAB, (2, LENGTH))
     with torch.no_grad():
@@ -78,6 +82,7 @@ def logits_of_both(model, theirs):
 def scores_of_both(model, folder):
     """Scores of three texts of different lengths, each ended by EOS, by ours and by theirs."""
     theirs = loaded(transformers.AutoModelForSequenceClassification, folder)
+    assert architectures(folder) == [type(theirs).__name__]
     tokenizer = load_tokenizer(folder)
     texts = ["w5 w6 w7 w8 w9", "w10", "w11 w12 w13"]
     rows = [text + tokenizer.eos_token for text in texts]

@@ -40,6 +40,7 @@ class Family:
 
     name: str  # `model_type` of its config.json
     hf_class: str  # the beginning of its class names in transformers, such as "Qwen3"
+    hf_classifier: str = ""  # of its sequence classification, where that is another
     tensors: Mapping[str, Tensor]  # path of a parameter, without its layer -> its tensor
     prefix: str  # of tensor names; files saved from the model without its head leave it out
     read: Callable[[Json], Json]  # config.json -> the fields of a `ModelConfig`
