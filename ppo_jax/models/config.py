@@ -114,6 +114,9 @@ class ModelConfig:
     remat: str = "none"  # what the backward pass recomputes: or "dots", "full"
     lora_alpha: float = 0.0  # adapters are scaled by lora_alpha / rank, see `lora`; 0 without any
     attention: str = "auto"  # the platform's, see `kernels`; or "plain" everywhere
+    # Of `families` that it was read from, by name; "" is not known. It changes nothing but what
+    # exports are called, so that models of different ones are equal.
+    family: str = dataclasses.field(default="", compare=False)
 
     def __post_init__(self):
         object.__setattr__(self, "dtype", dtype_name(self.dtype))

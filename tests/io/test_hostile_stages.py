@@ -75,6 +75,7 @@ def changed_stage(stage, section, field, value):
         ("model", "experts", {}, "model.experts.num_experts"),
         ("", "critic", {}, "critic.model"),
         ("", "critic", {"model": 0}, "critic.model"),
+        ("model", "family", 3, "model.family"),
         ("model", "qk_norm", "some", "model.qk_norm"),
         ("model", "rotary_dim", 3, "model.rotary_dim"),
         ("model", "score_cap", -1.0, "model.score_cap"),

@@ -134,7 +134,8 @@ GEMMA3 = dataclasses.replace(
     GEMMA2,
     name="gemma3_text",
     hf_class="Gemma3",
-    hf_classifier="Gemma3Text",  # Gemma3ForSequenceClassification reads images, too
+    # Gemma3ForSequenceClassification reads images, too.
+    hf_classes={"reward": "Gemma3TextForSequenceClassification"},
     read=read_gemma3,
     write=write_gemma3,
     required=GEMMA2.required | {"attn_logit_softcapping": (None,)},
