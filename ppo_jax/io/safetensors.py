@@ -172,7 +172,7 @@ def find_parameters(
     if score_bias is not None:
         names, ties = dataclasses.replace(names, tensors={**names.tensors, **SCORE}), False
     tensors = canonical_names(files, names)
-    held = parameters_of(config, policy_network if score_bias is None else reward_network)
+    held = held_parameters(config, policy_network if score_bias is None else reward_network)
     held.pop("head.bias", None)
     rows = {path: names.tensors[path] for path in held}
     full_names = {path: held[path].names(row) for path, row in rows.items()}
@@ -232,7 +232,7 @@ class Held(NamedTuple):
         return [row.name.format(i, j) for i in self.layers or (0,) for j in experts]
 
 
-def parameters_of(
+def held_parameters(
     config: ModelConfig, network: Callable[[ModelConfig], Network]
 ) -> dict[str, Held]:
     """Path, without its layer -> each parameter of a network."""

@@ -248,7 +248,7 @@ def describe_stage(folder: Path) -> dict | None:
         raise ValueError(f"{path} must be as a stage writes it, but lacks {missing}")
     try:
         model_config(description["model"])
-        if critic := description.get("critic"):
+        if (critic := description.get("critic")) is not None:
             model_config(critic.get("model"), "critic.model.")
         if description["kind"] not in ("policy", "reward"):
             raise ValueError(f"kind must be 'policy' or 'reward', got {description['kind']!r}")
@@ -401,12 +401,21 @@ def model_config(values: Any, section: str = "model.") -> ModelConfig:
     Raises:
         ValueError: it is none; the message names the field.
     """
+    try:
+        return build_model(values, section)
+    except ValueError as error:
+        message = str(error)  # of a config's own checks, which know no other section
+        named = message.startswith("model.")
+        raise ValueError(section + message.removeprefix("model.") if named else message) from error
+
+
+def build_model(values: Any, section: str) -> ModelConfig:
     if not isinstance(values, dict):
         return build(ModelConfig, values, section)  # which refuses it
     values, parts = dict(values), {}
     if isinstance(values.get("qk_norm"), bool):  # of before there was "whole"
         values["qk_norm"] = "head" if values["qk_norm"] else "none"
-    if scaling := values.pop("rope_scaling", None):
+    if (scaling := values.pop("rope_scaling", None)) is not None:
         name = f"{section}rope_scaling"
         if not isinstance(scaling, dict):
             raise ValueError(f"{name} must be an object {{...}}, got {short_repr(scaling)}")
@@ -415,14 +424,14 @@ def model_config(values: Any, section: str = "model.") -> ModelConfig:
             known = sorted(SCALINGS)
             raise ValueError(f"{name}.kind must be one of {known}, got {short_repr(kind)}")
         parts["rope_scaling"] = build(SCALINGS[kind], scaling, f"{name}.")
-    if kinds := values.pop("layer_kinds", None):
-        name = f"{section}layer_kinds"
+    if "layer_kinds" in values:
+        name, kinds = f"{section}layer_kinds", values.pop("layer_kinds")
         if not isinstance(kinds, list):
             raise ValueError(f"{name} must be a list of objects, got {short_repr(kinds)}")
         parts["layer_kinds"] = tuple(
             build(LayerKind, kind, f"{name}[{i}].") for i, kind in enumerate(kinds)
         )
-    if experts := values.pop("experts", None):
+    if (experts := values.pop("experts", None)) is not None:
         parts["experts"] = build(Experts, experts, f"{section}experts.")
     return dataclasses.replace(build(ModelConfig, values, section), **parts)
 

@@ -18,11 +18,12 @@ class LayerKind:
     rope_theta: float = 0.0  # of these layers, then without scaling; 0 is the model's, with it
     dense: bool = False  # without experts, in a model with some
 
-    def __post_init__(self):
+    def check(self, name: str):
+        """Refuse values that are out of range; `name` is what the message calls these layers."""
         if type(self.window) is not int or self.window < 0:
-            raise ValueError(f"model.layer_kinds.window must be an int >= 0, got {self.window!r}")
+            raise ValueError(f"{name}.window must be an int >= 0, got {self.window!r}")
         if not 0 <= self.rope_theta < math.inf:
-            raise ValueError(f"model.layer_kinds.rope_theta must be >= 0, got {self.rope_theta!r}")
+            raise ValueError(f"{name}.rope_theta must be >= 0, got {self.rope_theta!r}")
 
 
 PLAIN_LAYER = LayerKind()
@@ -38,18 +39,19 @@ class Experts:
     normalized: bool = False  # whether the weights of the chosen ones sum to 1
     aux_coef: float = 0.0  # of the loss that balances them, in SFT, see `load_balancing_loss`
 
-    def __post_init__(self):
-        for name in ("num_experts", "num_chosen", "dim"):
-            value = getattr(self, name)
+    def check(self, name: str):
+        """Refuse values that are out of range; `name` is what the message calls the experts."""
+        for field in ("num_experts", "num_chosen", "dim"):
+            value = getattr(self, field)
             if type(value) is not int or value < 1:
-                raise ValueError(f"model.experts.{name} must be a positive integer, got {value!r}")
+                raise ValueError(f"{name}.{field} must be a positive integer, got {value!r}")
         if self.num_chosen > self.num_experts:
             raise ValueError(
-                f"model.experts.num_chosen must be at most num_experts ({self.num_experts}), got "
+                f"{name}.num_chosen must be at most num_experts ({self.num_experts}), got "
                 f"{self.num_chosen}"
             )
         if not 0 <= self.aux_coef < math.inf:
-            raise ValueError(f"model.experts.aux_coef must be >= 0, got {self.aux_coef!r}")
+            raise ValueError(f"{name}.aux_coef must be >= 0, got {self.aux_coef!r}")
 
 
 # Where a layer has norms: (before attention and MLP, after them).
@@ -112,6 +114,9 @@ class ModelConfig:
     remat: str = "none"  # what the backward pass recomputes: or "dots", "full"
     lora_alpha: float = 0.0  # adapters are scaled by lora_alpha / rank, see `lora`; 0 without any
     attention: str = "auto"  # the platform's, see `kernels`; or "plain" everywhere
+    # Of `families` that it was read from, by name; "" is not known. It changes nothing but what
+    # exports are called, so that models of different ones are equal.
+    family: str = dataclasses.field(default="", compare=False)
 
     def __post_init__(self):
         object.__setattr__(self, "dtype", dtype_name(self.dtype))
@@ -159,6 +164,10 @@ class ModelConfig:
                 )
 
     def check_layers(self):
+        for i, kind in enumerate(self.layer_kinds):
+            kind.check(f"model.layer_kinds[{i}]")
+        if self.experts is not None:
+            self.experts.check("model.experts")
         kinds = self.layer_kinds[: self.num_layers]  # of a model that was cut down to some layers
         if kinds and len(kinds) != self.num_layers:
             raise ValueError(

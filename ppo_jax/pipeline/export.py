@@ -45,7 +45,6 @@ from ppo_jax.rollout.sampling import Sampling
 DTYPES = ("float32", "bfloat16")
 SHARD_BYTES = 5_000_000_000  # of one weight file, as far as its tensors allow
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-HEADS = {"policy": "ForCausalLM", "reward": "ForSequenceClassification"}
 
 
 def export_stage(
@@ -135,7 +134,7 @@ def check_base(path: str, source: Path) -> str:
     _, found = hf.load_policy(path, **computation(config))
     if other := other_weights(found, load_params(source / "frozen")):
         raise ValueError(f"{beginning}got {path!r}, which has other weights, such as {other}")
-    # Of several families that have such models the modules may have other names.
+    # It may be another family than the stage's, with other names of modules.
     return hf.read_config_json(Path(path))["model_type"]
 
 
@@ -165,10 +164,7 @@ def write_model(
         write_json(folder / "generation_config.json", numbers)
     raw = write_config(model.config)
     family, tokenizer = raw["model_type"], model.tokenizer
-    about = {
-        "architectures": [family_of(family).hf_class + HEADS[model.kind]],
-        "torch_dtype": dtype,
-    }
+    about = {"architectures": [family_of(family).class_name(model.kind)], "torch_dtype": dtype}
     ids = {name: getattr(tokenizer, name) for name in TOKEN_IDS}
     write_json(folder / "config.json", about | raw | ids | extra)
     write_weights(folder, named_tensors(model, family), dtype=dtype)

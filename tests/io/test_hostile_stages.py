@@ -1,6 +1,7 @@
 """A stage.json with numbers that no stage writes: one line with the file and the field."""
 
 import json
+import re
 
 import pytest
 
@@ -62,12 +63,19 @@ def changed_stage(stage, section, field, value):
         ("model", "rope_scaling", LONG | {"short_factor": "a"}, "model.rope_scaling.short_factor"),
         ("model", "rope_scaling", LONG | {"long_factor": [0.0]}, "model.rope_scaling.long_factor"),
         ("model", "rope_scaling", LONG, "model.rope_scaling.short_factor"),  # not of its heads
-        ("model", "layer_kinds", [{"window": -1}, {}], "model.layer_kinds.window"),
+        ("model", "layer_kinds", [{}, {"window": -1}], "model.layer_kinds[1].window"),
         ("model", "layer_kinds", [{"window": 2.5}, {}], "model.layer_kinds[0].window"),
-        ("model", "layer_kinds", [{"rope_theta": -1.0}, {}], "model.layer_kinds.rope_theta"),
+        ("model", "layer_kinds", [{"rope_theta": -1.0}, {}], "model.layer_kinds[0].rope_theta"),
         ("model", "layer_kinds", [{"window": 2}], "model.layer_kinds"),
         ("model", "layer_kinds", [3], "model.layer_kinds[0]"),
-        ("model", "layer_kinds", 3, "model.layer_kinds"),
+        *(("model", "layer_kinds", x, "model.layer_kinds") for x in (3, 0, False, "", {}, None)),
+        *(("model", "rope_scaling", x, "model.rope_scaling") for x in (0, False, "", [])),
+        ("model", "rope_scaling", {}, "model.rope_scaling.factor"),
+        *(("model", "experts", x, "model.experts") for x in (0, False, "", [])),
+        ("model", "experts", {}, "model.experts.num_experts"),
+        ("", "critic", {}, "critic.model"),
+        ("", "critic", {"model": 0}, "critic.model"),
+        ("model", "family", 3, "model.family"),
         ("model", "qk_norm", "some", "model.qk_norm"),
         ("model", "rotary_dim", 3, "model.rotary_dim"),
         ("model", "score_cap", -1.0, "model.score_cap"),
@@ -103,3 +111,21 @@ def test_a_number_that_no_stage_writes_is_one_line_with_file_and_field(
         (stage / "stage.json").write_text(old)
     message = str(error.value)
     assert message.startswith(f"{stage}/stage.json: {named} must") and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "named"),
+    [
+        ("rope_theta", 0, "critic.model.rope_theta"),
+        ("experts", EXPERTS | {"dim": 0}, "critic.model.experts.dim"),
+        ("layer_kinds", [{}, {"window": -1}], "critic.model.layer_kinds[1].window"),
+    ],
+)
+def test_a_number_of_the_critic_is_told_with_its_section(stage, field, value, named):
+    model = json.loads((stage / "stage.json").read_text())["model"] | {field: value}
+    old = changed_stage(stage, "", "critic", {"model": model})
+    try:
+        with pytest.raises(ValueError, match=rf"stage\.json: {re.escape(named)} must"):
+            load_model(stage)
+    finally:
+        (stage / "stage.json").write_text(old)

@@ -180,7 +180,9 @@ def test_every_pair_is_the_change_of_its_tensor(shape, targets):
 
 def test_the_names_are_those_of_peft(saved, workdir):
     """Written down from `get_peft_model(...).save_pretrained(...)`, so that no peft is needed."""
-    names = {"gpt2": "transformer.h.1.attn.c_attn", "llama": "model.layers.1.self_attn.q_proj"}
+    layer = "model.layers.1.self_attn"
+    names = {"gpt2": "transformer.h.1.attn.c_attn", "llama": f"{layer}.q_proj"}
+    names["phi3"] = f"{layer}.qkv_proj"  # Llama has this model, too, under other names
     for name, module in names.items():
         run = write_run(workdir / name, config={})
         model = policy(saved, name, ("query",))
@@ -192,7 +194,7 @@ def test_the_names_are_those_of_peft(saved, workdir):
         ]
         tensors = load_file(out / "adapter_model.safetensors")
         shapes = {key: x.shape for key, x in tensors.items() if ".1." in key}
-        width = 96 if name == "gpt2" else 32
+        width = {"gpt2": 96, "phi3": 64}.get(name, 32)
         assert shapes == {
             f"base_model.model.{module}.lora_A.weight": (RANK, 32),
             f"base_model.model.{module}.lora_B.weight": (width, RANK),

@@ -78,7 +78,7 @@ def all_experts(experts, x, real, logits, gate, up, down):
 @pytest.mark.parametrize("num_chosen", [1, 2, NUM])
 def test_outputs_are_those_token_by_token(num_chosen, normalized, favourite):
     """Also where one expert has all tokens: none is dropped."""
-    experts, arrays = experts_of(num_chosen=num_chosen, normalized=normalized), problem()
+    experts = experts_of(num_chosen=num_chosen, normalized=normalized)
     arrays = problem(favourite=favourite)
     ours = jax.jit(lambda *x: mixture(experts, jax.nn.silu, (), *x)[0])(*arrays)
     np.testing.assert_allclose(ours, oracle(experts, *arrays), atol=1e-5)

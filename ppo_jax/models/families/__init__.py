@@ -24,7 +24,7 @@ from ppo_jax.models.families.neox import NEOX
 from ppo_jax.models.families.olmo import OLMO2, OLMO3
 from ppo_jax.models.families.phi import PHI3
 
-# Where several can hold a model, it is exported as the first.
+# Where several can hold a model that is of none by name, it is exported as the first.
 FAMILIES = (
     *(GPT2, LLAMA, QWEN2, QWEN3, MISTRAL, SEED_OSS, SMOLLM3, GRANITE),
     *(GEMMA, GEMMA2, GEMMA3, PHI3, NEOX, OLMO2, OLMO3),
@@ -64,18 +64,19 @@ def read_config(raw: Json, **options: Any) -> ModelConfig:
     check_options(raw)
     refuse_unsupported(raw, family)
     given = {key: value for key, value in {**family.implied, **raw}.items() if value is not None}
-    return ModelConfig(**options, **family.read(given))
+    return ModelConfig(**options, **family.read(given), family=family.name)
 
 
 def write_config(config: ModelConfig) -> Json:
     """The inverse of `read_config`: the config.json of a model, without token ids.
 
-    The family is the first that can hold the model; the options of `computation` are not written.
+    The family is the one that the model was read from, or else, and where that cannot hold it, the
+    first that can; the options of `computation` are not written.
 
     Raises:
         ValueError: no family can hold it.
     """
-    for family in FAMILIES:
+    for family in sorted(FAMILIES, key=lambda x: x.name != config.family):
         raw = {"model_type": family.name, **family.write(config)}
         try:
             read = read_config(raw, **computation(config))

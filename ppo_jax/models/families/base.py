@@ -34,6 +34,10 @@ class Tensor(NamedTuple):
         return self.name.count("{}") > 1
 
 
+# Kind of a model -> the end of its class name in transformers.
+HEADS = {"policy": "ForCausalLM", "reward": "ForSequenceClassification"}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
     """The checkpoint format of one model family."""
@@ -53,6 +57,12 @@ class Family:
     implied: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     # The classes that `auto_map` may name, as a pattern: they compute what transformers does.
     own_code: str = ""
+    # Kind of a model, "policy" or "reward" -> its class, where `class_name` would not be right.
+    hf_classes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def class_name(self, kind: str) -> str:
+        """Of transformers, for a model of a kind, "policy" or "reward"."""
+        return self.hf_classes.get(kind, self.hf_class + HEADS[kind])
 
     @property
     def linear_is_transposed(self) -> bool:

@@ -6,6 +6,7 @@ layers a window with another base of rotary positions.
 """
 
 import dataclasses
+import math
 
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.families import rope
@@ -74,12 +75,11 @@ def write_gemma(config: ModelConfig) -> Json:
 
 
 def write_gemma2(config: ModelConfig) -> Json:
-    scale = config.score_scale or config.head_dim**-0.5
     return (
         write_gemma(config)
         | write_layer_types(config)
         | {
-            "query_pre_attn_scalar": near(scale**-2),
+            "query_pre_attn_scalar": query_scalar(config),
             "attn_logit_softcapping": config.score_cap or None,
             "final_logit_softcapping": config.logits_cap or None,
         }
@@ -91,10 +91,12 @@ def write_gemma3(config: ModelConfig) -> Json:
     return write_gemma2(config) | {"rope_local_base_freq": local}
 
 
-def near(number: float) -> float:
-    """A whole number where it is one but for rounding, as a config.json has it."""
-    whole = round(number)
-    return whole if abs(number - whole) < 1e-6 * number else number
+def query_scalar(config: ModelConfig) -> float:
+    """The s of scores that are q·k / √s: a whole number where it is one but for the rounding of
+    the root."""
+    scale = config.score_scale or config.head_dim**-0.5
+    number = 1 / scale**2
+    return round(number) if math.isclose(number, round(number), rel_tol=1e-6) else number
 
 
 GEMMA = Family(
@@ -132,6 +134,8 @@ GEMMA3 = dataclasses.replace(
     GEMMA2,
     name="gemma3_text",
     hf_class="Gemma3",
+    # Gemma3ForSequenceClassification reads images, too.
+    hf_classes={"reward": "Gemma3TextForSequenceClassification"},
     read=read_gemma3,
     write=write_gemma3,
     required=GEMMA2.required | {"attn_logit_softcapping": (None,)},

@@ -69,6 +69,7 @@ def write_gpt2(config: ModelConfig) -> Json:
 GPT2 = Family(
     name="gpt2",
     hf_class="GPT2",
+    hf_classes={"policy": "GPT2LMHeadModel"},
     tensors=TENSORS,
     prefix="transformer.",
     read=read_gpt2,
