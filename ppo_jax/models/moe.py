@@ -52,7 +52,7 @@ class MoE(nn.Module):
         replayed_BSk = self.get_variable(REPLAYED, VARIABLE)
         rows = constrain.mesh_axes("batch", len(x_BSD))
         exchanged = tuple(name for name in axes if name in rows)
-        compute = functools.partial(mixture, experts, ACTIVATIONS[c.mlp], axes, exchanged)
+        compute = functools.partial(mixture, experts, ACTIVATIONS[c.mlp], axes, row_axes=exchanged)
         arrays = x_BSD, real_BS, logits_BSE, gate, up, down
         placed = HIDDEN, ("batch", None), HIDDEN, *(("expert", None, None),) * 3
         if replayed_BSk is not None:
@@ -104,7 +104,6 @@ def mixture(
     experts,
     activation,
     mesh_axes,
-    row_axes,
     x_BSD,
     real_BS,
     logits_BSE,
@@ -112,6 +111,8 @@ def mixture(
     up,
     down,
     replayed_BSk=None,
+    *,
+    row_axes=(),
 ):
     """(the outputs [B, S, D] of the experts whose kernels are given, the experts of each token
     [B, S, k]: those replayed, or what the router chooses). On a mesh the outputs are summed over
