@@ -195,9 +195,13 @@ def test_a_trunk_and_the_layers_above_it_are_the_whole():
 
 
 REFUSED = {
-    "num_chosen must be at most num_experts": lambda: experts_of(num_chosen=6),
-    "num_experts must be a positive integer": lambda: experts_of(num_experts=0),
-    "aux_coef must be >= 0": lambda: experts_of(aux_coef=-1.0),
+    "num_chosen must be at most num_experts": lambda: tiny.model_config(
+        experts=experts_of(num_chosen=6)
+    ),
+    "num_experts must be a positive integer": lambda: tiny.model_config(
+        experts=experts_of(num_experts=0)
+    ),
+    "aux_coef must be >= 0": lambda: tiny.model_config(experts=experts_of(aux_coef=-1.0)),
     "mlp must be gated": lambda: tiny.model_config(experts=experts_of(), mlp="gelu"),
     "mlp_bias must be false": lambda: tiny.model_config(experts=experts_of(), mlp_bias=True),
     "dense layers are of a model with experts": lambda: tiny.model_config(
