@@ -145,10 +145,10 @@ def compiled_rollout(config: ModelConfig, sampling: Sampling, layout: Layout):
 
 def check_context(config: ModelConfig, prompt_length: int, response_length: int):
     """A model can read a prompt and the whole response to it, both in tokens."""
-    if prompt_length + response_length > config.sampled_length:
+    if prompt_length + response_length > config.max_length:
         raise ValueError(
             "the longest prompt and response_length must be at most "
-            f"{config.sampled_length} tokens together (the model's context), got "
+            f"{config.max_length} tokens together (the model's context), got "
             f"{prompt_length} + {response_length}"
         )
 
@@ -237,7 +237,8 @@ def generate(
     slots = min(batch_size, sampling.max_concurrent or batch_size)
     num_rows, slots = program_size(len(prompts), slots, pieces)
     sampling = in_slots(sampling, slots if slots < num_rows else 0, pieces)
-    sample = compiled_rollout(model.config, sampling, layout)
+    config = model.config.for_rows(longest + sampling.response_length)
+    sample = compiled_rollout(config, sampling, layout)
     # On a mesh the program itself casts and reshards them for the rollout.
     params = model.params if model.layout else layout.shard_params(model.params)
     key, temperature = layout.replicate((jax.random.key(seed), np.float32(temperature)))
@@ -305,7 +306,8 @@ def stream(
     tokens = np.zeros((1, width), np.int32)
     tokens[0, width - len(ids) :] = ids
     mask = np.arange(width)[None] >= width - len(ids)
-    prefill, decode = compiled_stream(model.config, sampling)
+    config = model.config.for_rows(len(ids) + sampling.response_length)
+    prefill, decode = compiled_stream(config, sampling)
     params = jax.device_put(model.params)
     state = prefill(params, tokens, mask)
     for t in range(0, sampling.response_length, CHUNK):

@@ -168,7 +168,8 @@ def compiled_scores(config: ModelConfig, layout: Layout):
 def score_rows(model: Model, rows: TokenizedTexts) -> np.ndarray:
     """A reward model's scores of tokenised texts, [N] float32; short ones share rows."""
     layout, rows = model.layout or one_device(), without_padding(rows, model.padding_id)
-    run, params = compiled_scores(model.config, layout), layout.shard_params(model.params)
+    config = model.config.for_rows(int(rows.mask.sum(axis=1).max(initial=0)))
+    run, params = compiled_scores(config, layout), layout.shard_params(model.params)
 
     def outputs(*arrays):
         tokens, mask, segment_ids = layout.shard_batch(arrays)
@@ -199,7 +200,8 @@ def text_logprobs(model: Model, texts: TokenizedTexts, temperature: float = 1.0)
     Short texts share rows, so that padding costs little. `temperature` divides the logits.
     """
     layout = model.layout or one_device()
-    run, params = compiled_logprobs(model.config, layout), layout.shard_params(model.params)
+    config = model.config.for_rows(int(texts.mask.sum(axis=1).max(initial=0)))
+    run, params = compiled_logprobs(config, layout), layout.shard_params(model.params)
     divisor = layout.replicate(np.float32(temperature))
 
     def outputs(*arrays):

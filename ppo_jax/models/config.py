@@ -6,7 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from ppo_jax.models.rope import LongRopeScaling, Scaling
+from ppo_jax.models.rope import Scaling
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -190,13 +190,13 @@ class ModelConfig:
                 "model.scan_layers must be false where some layers have experts and some are dense"
             )
 
-    @property
-    def sampled_length(self) -> int:
-        """Positions of a prompt and its response together, where they are sampled. LongRoPE turns
-        longer rows by other factors, and a prompt is prefilled before its row is long."""
-        if isinstance(self.rope_scaling, LongRopeScaling):
-            return min(self.max_length, self.rope_scaling.original_max_length)
-        return self.max_length
+    def for_rows(self, length: int) -> "ModelConfig":
+        """The model of rows of up to `length` positions. Where scalings of rotary positions are
+        different in long rows, each row is turned as one of this length: a response as its prompt
+        was, before it was long, and a row whatever it is padded to or packed with."""
+        if self.rope_scaling is None:
+            return self
+        return dataclasses.replace(self, rope_scaling=self.rope_scaling.for_rows(length))
 
     @property
     def num_rotated(self) -> int:

@@ -37,6 +37,10 @@ class Scaling:
                 if not isinstance(number, bool) and not 0 < number < math.inf:
                     raise ValueError(f"model.rope_scaling.{field.name} must be > 0, got {value!r}")
 
+    def for_rows(self, length: int) -> "Scaling":
+        """The scaling of rows of up to `length` positions, whatever they are padded to."""
+        return self
+
     @property
     def kind(self) -> str:
         """As a config.json calls it, `rope_type`."""
@@ -90,6 +94,10 @@ class DynamicScaling(Scaling):
     factor: float
     original_max_length: int
 
+    def for_rows(self, length: int) -> Scaling:
+        plain = LinearScaling(factor=1.0, attention_factor=self.attention_factor)
+        return plain if length <= self.original_max_length else self
+
     def frequencies(self, theta: float, size: int, length: int) -> list[float]:
         longer = max(1.0, length / self.original_max_length)
         growth = self.factor * longer - (self.factor - 1)
@@ -133,8 +141,8 @@ class LongRopeScaling(Scaling):
     """Each pair has a factor of its own: one of `long_factor` in rows longer than
     `original_max_length`, else of `short_factor`.
 
-    Whether a row is long its width says, padding included. What is sampled is never long, see
-    `ModelConfig.sampled_length`.
+    Whether a row is long its width says, padding included, unless it is decided for all rows, see
+    `ModelConfig.for_rows`.
 
     Reference: Ding et al. 2024, https://arxiv.org/abs/2402.13753.
     """
@@ -143,9 +151,15 @@ class LongRopeScaling(Scaling):
     long_factor: tuple[float, ...]
     original_max_length: int
 
+    def for_rows(self, length: int) -> Scaling:
+        factors = self.factors(length)
+        return dataclasses.replace(self, short_factor=factors, long_factor=factors)
+
+    def factors(self, length: int) -> tuple[float, ...]:
+        return self.long_factor if length > self.original_max_length else self.short_factor
+
     def frequencies(self, theta: float, size: int, length: int) -> list[float]:
-        is_long = length > self.original_max_length
-        factors = self.long_factor if is_long else self.short_factor
+        factors = self.factors(length)
         plain = plain_frequencies(theta, size)
         return [x / factor for x, factor in zip(plain, factors, strict=True)]
 

@@ -342,7 +342,7 @@ def check_ppo(
     critic that is named does."""
     reason = reread_reason(policy, score) if score else ""
     readers = [policy] if score is None or reason else [policy, score]
-    context = min(reader.config.sampled_length for reader in readers)
+    context = min(reader.config.max_length for reader in readers)
     total = settings.max_prompt_length + settings.response_length
     if total > context:
         raise ValueError(
@@ -375,7 +375,7 @@ def check_critic(settings: PPOSettings, policy: ModelSpec, critic: ModelSpec):
         raise ValueError(f"{given}{settings.critic_init_from!r}: {reason}")
     total, most = (
         settings.max_prompt_length + settings.response_length,
-        critic.config.sampled_length,
+        critic.config.max_length,
     )
     if total > most:
         raise ValueError(

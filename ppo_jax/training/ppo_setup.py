@@ -367,10 +367,11 @@ def setup_of(
     if reward is not None and reread_reason(policy, reward):
         text_reward, in_program = reward_network(reward.config, constrain=layout.constrain), None
     sampling = make_sampling(vars(settings), policy.tokenizer)
+    total = settings.max_prompt_length + settings.response_length
     networks = make_networks(
-        policy.config,
-        None if critic is None else critic.config,
-        None if in_program is None else in_program.config,
+        policy.config.for_rows(total),
+        None if critic is None else critic.config.for_rows(total),
+        None if in_program is None else in_program.config.for_rows(total),
         starts,
         layouts,
         settings.logits_chunk,
@@ -379,7 +380,8 @@ def setup_of(
         settings.shared_critic,
     )
     if in_program is not None:
-        shapes = [model.config for model in (in_program, *in_program.others)]
+        models = in_program, *in_program.others
+        shapes = [model.config.for_rows(total) for model in models]
         networks = with_ensemble(networks, settings, shapes, layout)
     return Setup(
         networks=networks,

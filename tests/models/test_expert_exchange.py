@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from ppo_jax.config.mesh import RULES
+from ppo_jax.distributed.layout import over_lanes
 from ppo_jax.models.axes import EXPERTS, HIDDEN
 from ppo_jax.models.config import Experts
 from ppo_jax.models.moe import mixture
@@ -80,6 +81,24 @@ def test_a_mesh_has_the_outputs_and_gradients_of_one_device(shape, axes):
             functools.partial(np.testing.assert_allclose, atol=2e-5),
             compute(*arrays),
             of_one_device()(*arrays),
+        )
+
+
+def test_lanes_over_the_data_exchange_rows_of_their_own():
+    """With as many chunks as the lane that needs most."""
+    layout = layout_with((2, 2, 2), "data", "fsdp")
+    lanes = over_lanes((layout, layout), 2)
+    assert lanes.layouts[0].rules.expert == lanes.layouts[0].rules.batch == ("fsdp",)
+    compute = outputs_and_gradients(on_mesh(lanes.layouts[0]))
+    arrays = [problem(), problem((0, 1, 2))]
+    found = jax.jit(jax.vmap(compute, spmd_axis_name=lanes.mesh_axis))(
+        *jax.tree.map(lambda *x: jnp.stack(x), *arrays)
+    )
+    for lane, alone in enumerate(arrays):
+        jax.tree.map(
+            lambda x, y, i=lane: np.testing.assert_allclose(x[i], y, atol=2e-5),
+            found,
+            of_one_device()(*alone),
         )
 
 

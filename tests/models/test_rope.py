@@ -9,7 +9,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from ppo_jax.models.families.rope import num_rotated, read_rope, write_rope
 from ppo_jax.models.rope import (
     SCALINGS,
+    DynamicScaling,
     LinearScaling,
+    LongRopeScaling,
     RopeScaling,
     YarnScaling,
     plain_frequencies,
@@ -99,6 +101,16 @@ def test_of_two_forms_and_two_lengths_those_of_transformers_count():
     nested = yarn | {"rope_parameters": {"full_attention": yarn["rope_parameters"]}}
     nested |= {"original_max_position_embeddings": 8}
     assert read_rope(nested).scaling.original_max_length == 16
+
+
+def test_scalings_of_rows_of_a_length_are_the_same_in_rows_of_any_width():
+    longrope = LongRopeScaling(short_factor=(1.0,), long_factor=(3.0,), original_max_length=16)
+    dynamic = DynamicScaling(factor=2.0, original_max_length=16, attention_factor=0.5)
+    for scaling in (longrope, dynamic, LinearScaling(factor=2.0)):
+        for length in (16, 17) if scaling is longrope else (16,):
+            of_rows, expected = scaling.for_rows(length), scaling.frequencies(50.0, 2, length)
+            assert of_rows.frequencies(50.0, 2, 1) == of_rows.frequencies(50.0, 2, 99) == expected
+            assert of_rows.attention_factor == scaling.attention_factor
 
 
 def test_a_part_that_rotates_nothing_is_refused():

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ppo_jax.inference.generate import check_context
 from ppo_jax.models.axes import unconstrained
 from ppo_jax.models.build import policy_network
 from ppo_jax.models.config import LayerKind, ModelConfig
 from ppo_jax.models.partition import keep_layers, stack_layers
 from ppo_jax.models.rope import LongRopeScaling
 from ppo_jax.models.views import row_views
+from tests.support import tiny
 
 LOCAL, STILL = LayerKind(window=3, rope_theta=50.0), LayerKind(rotary=False)
 CONFIG = ModelConfig(
@@ -79,13 +79,28 @@ def test_tokens_one_by_one_over_a_cache_see_what_they_see_in_a_row(scan_layers):
         )
 
 
-def test_what_is_sampled_is_no_longer_than_longrope_leaves_positions():
-    factors = dict(short_factor=(1.0,) * 3, long_factor=(2.0,) * 3, original_max_length=16)
-    config = dataclasses.replace(CONFIG, rope_scaling=LongRopeScaling(**factors))
-    assert (CONFIG.sampled_length, config.sampled_length) == (32, 16)
-    check_context(config, 10, 6)
-    with pytest.raises(ValueError, match=r"at most 16 tokens together .*, got 10 \+ 7"):
-        check_context(config, 10, 7)
+FACTORS = dict(short_factor=(1.0,) * 3, long_factor=(1.0, 2.0, 4.0), original_max_length=6)
+
+
+@pytest.mark.parametrize("length", [5, 9])
+def test_longrope_turns_all_rows_as_the_longest(length):
+    """A prompt that is short as its response is long, and short rows with much padding."""
+    config = dataclasses.replace(CONFIG, rope_scaling=LongRopeScaling(**FACTORS))
+    network, of_rows = policy_network(config), policy_network(config.for_rows(length))
+    params = tiny.random_params(network)
+    tokens = jnp.asarray(TOKENS[:1, :length], jnp.int32)
+    mask = jnp.ones(tokens.shape, bool)
+    expected = network.apply(params, tokens, mask)  # whose width is its length
+    padding = ((0, 0), (8, 0))
+    padded = of_rows.apply(params, jnp.pad(tokens, padding), jnp.pad(mask, padding))[:, 8:]
+    np.testing.assert_allclose(padded, expected, atol=1e-5)
+    cache = of_rows.init_cache(1, 20)
+    first, cache = of_rows.decode(params, tokens[:, :4], mask[:, :4], cache)
+    rest, _ = of_rows.decode(params, tokens[:, 4:], mask[:, 4:], cache)
+    found = jnp.concatenate([first, rest], axis=1)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    other = policy_network(config.for_rows(14 - length)).apply(params, tokens, mask)
+    assert np.abs(other - expected).max() > 1e-3
 
 
 def test_a_network_of_fewer_layers_has_their_kinds():

@@ -16,6 +16,7 @@ from ppo_jax.distributed.trees import named_leaves
 from ppo_jax.inference.stop_strings import make_stop_strings
 from ppo_jax.io.stage_folder import Model
 from ppo_jax.models.build import policy_network, reward_network
+from ppo_jax.models.rope import LongRopeScaling
 from ppo_jax.training import ppo_setup
 from ppo_jax.training.ppo_setup import (
     begin_models,
@@ -66,6 +67,22 @@ def test_the_critic_is_the_reward_model_or_the_body_of_the_policy():
         shapes = jax.eval_shape(reward_network(policy.config).init, jax.random.key(0))
         assert jax.tree.structure(critic.params) == jax.tree.structure(shapes)
         assert not any(leaf.any() for leaf in jax.tree.leaves(critic.params["head"]))
+
+
+@pytest.mark.parametrize("is_long", [False, True])
+def test_all_networks_turn_rows_as_the_longest_prompt_and_response_are(monkeypatch, is_long):
+    """Whatever their rows are padded to or packed with; an EOS may be behind the longest."""
+    settings, made = ppo_settings(), []
+    total = settings.max_prompt_length + settings.response_length
+    factors = dict(short_factor=(1.0,) * 4, long_factor=(2.0,) * 4)
+    longrope = LongRopeScaling(original_max_length=total - is_long, **factors)
+    models = [model(kind, rope_scaling=longrope) for kind in ("policy", "reward", "reward")]
+    monkeypatch.setattr(ppo_setup, "make_networks", lambda *args: made.extend(args[:3]))
+    layouts = make_layouts(MeshSettings())
+    ppo_setup.setup_of(settings, *models, layouts, starts=(None,) * 3, frozen=None)
+    scaling = longrope.for_rows(total)
+    assert scaling.long_factor == scaling.short_factor == ((2.0 if is_long else 1.0),) * 4
+    assert [config.rope_scaling for config in made] == [scaling] * 3
 
 
 def test_a_critic_from_scratch_has_the_policys_shape_and_none_of_its_weights():
