@@ -123,7 +123,7 @@ PIECES = {
     "llama-bpe": "I 'll Ġpay Ġ 123 45 , 67 Ġ,!?ĊĊ ĠĠ Ġx",
     "qwen2": "I 'll Ġpay Ġ 1 2 3 4 5 , 6 7 Ġ,!?ĊĊ ĠĠ Ġx",
     "olmo": "I 'll Ġpay Ġ12345 , 67 Ġ,!? ĊĊĠĠ Ġx",
-    "refact": "I 'll Ġpay Ġ 1 2 3 4 5 , 6 7 Ġ ,!? ĊĊĠĠ Ġx",
+    "refact": "I 'll Ġpay Ġ 1 2 3 4 5 , 6 7 Ġ,!? ĊĊĠĠ Ġx",
 }
 PIECES |= dict.fromkeys(("dbrx", "smaug-bpe"), PIECES["llama-bpe"])
 
