@@ -39,19 +39,18 @@ class Experts:
     normalized: bool = False  # whether the weights of the chosen ones sum to 1
     aux_coef: float = 0.0  # of the loss that balances them, in SFT, see `load_balancing_loss`
 
-    def check(self, name: str):
-        """Refuse values that are out of range; `name` is what the message calls the experts."""
-        for field in ("num_experts", "num_chosen", "dim"):
-            value = getattr(self, field)
+    def __post_init__(self):
+        for name in ("num_experts", "num_chosen", "dim"):
+            value = getattr(self, name)
             if type(value) is not int or value < 1:
-                raise ValueError(f"{name}.{field} must be a positive integer, got {value!r}")
+                raise ValueError(f"model.experts.{name} must be a positive integer, got {value!r}")
         if self.num_chosen > self.num_experts:
             raise ValueError(
-                f"{name}.num_chosen must be at most num_experts ({self.num_experts}), got "
+                f"model.experts.num_chosen must be at most num_experts ({self.num_experts}), got "
                 f"{self.num_chosen}"
             )
         if not 0 <= self.aux_coef < math.inf:
-            raise ValueError(f"{name}.aux_coef must be >= 0, got {self.aux_coef!r}")
+            raise ValueError(f"model.experts.aux_coef must be >= 0, got {self.aux_coef!r}")
 
 
 # Where a layer has norms: (before attention and MLP, after them).
@@ -166,8 +165,6 @@ class ModelConfig:
     def check_layers(self):
         for i, kind in enumerate(self.layer_kinds):
             kind.check(f"model.layer_kinds[{i}]")
-        if self.experts is not None:
-            self.experts.check("model.experts")
         kinds = self.layer_kinds[: self.num_layers]  # of a model that was cut down to some layers
         if kinds and len(kinds) != self.num_layers:
             raise ValueError(

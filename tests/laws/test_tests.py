@@ -52,6 +52,7 @@ ELSEWHERE = {  # module: where it is tested, since it is a part of what is teste
     "inference/score": "inference/test_generate",
     "inference/terminal": "inference/test_generate",
     "io/base_model": "pipeline/test_run",
+    "io/gguf/architectures": "io/test_gguf_families",
     "io/gguf/convert": "io/test_gguf",
     "io/gguf/header": "io/test_gguf",
     "io/gguf/tokenizer": "io/test_gguf",

@@ -3,7 +3,6 @@
 Dimension key: D model, H heads, K head size.
 """
 
-import dataclasses
 import json
 import math
 import mmap
@@ -14,6 +13,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ppo_jax.io.gguf.architectures import (
+    SCALING,
+    Architecture,
+    Place,
+    architecture_of,
+    as_printed,
+    own_keys,
+    places_of,
+    read_positions,
+    scaling_keys,
+)
 from ppo_jax.io.gguf.header import (
     Header,
     Metadata,
@@ -30,104 +40,20 @@ from ppo_jax.io.gguf.tokenizer import (
 )
 from ppo_jax.io.integrity import reading_file
 from ppo_jax.io.safetensors import find_parameters, is_finite
+from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.families import read_config
-from ppo_jax.models.families.base import OPTIONS, short
+from ppo_jax.models.families.base import OPTIONS, Json, need, short
+from ppo_jax.models.families.rope import ORIGINAL
 
-LLAMA_TENSORS = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-    "attn_norm": "model.layers.{}.input_layernorm",
-    "attn_q": "model.layers.{}.self_attn.q_proj",
-    "attn_k": "model.layers.{}.self_attn.k_proj",
-    "attn_v": "model.layers.{}.self_attn.v_proj",
-    "attn_output": "model.layers.{}.self_attn.o_proj",
-    "attn_q_norm": "model.layers.{}.self_attn.q_norm",
-    "attn_k_norm": "model.layers.{}.self_attn.k_norm",
-    "ffn_norm": "model.layers.{}.post_attention_layernorm",
-    "ffn_gate": "model.layers.{}.mlp.gate_proj",
-    "ffn_up": "model.layers.{}.mlp.up_proj",
-    "ffn_down": "model.layers.{}.mlp.down_proj",
-}
-GPT2_TENSORS = {
-    "token_embd": "transformer.wte",
-    "position_embd": "transformer.wpe",
-    "output_norm": "transformer.ln_f",
-    "output": "lm_head",
-    "attn_norm": "transformer.h.{}.ln_1",
-    "attn_qkv": "transformer.h.{}.attn.c_attn",
-    "attn_output": "transformer.h.{}.attn.c_proj",
-    "ffn_norm": "transformer.h.{}.ln_2",
-    "ffn_up": "transformer.h.{}.mlp.c_fc",
-    "ffn_down": "transformer.h.{}.mlp.c_proj",
-}
+# Keys of the sizes of a head, all of which must be one.
+HEAD_SIZES = ("attention.key_length", "attention.value_length", "rope.dimension_count")
+MOST_EXPERTS = 2**14
+ROTATED = ("layers.attention.query.", "layers.attention.key.")
 ROPE_FREQS = "rope_freqs.weight"  # the divisor of each frequency, where Llama 3 scales them
-
-# Keys of a file, after the name of its architecture -> options of config.json.
-LLAMA_KEYS = {
-    "block_count": "num_hidden_layers",
-    "context_length": "max_position_embeddings",
-    "embedding_length": "hidden_size",
-    "feed_forward_length": "intermediate_size",
-    "attention.head_count": "num_attention_heads",
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
-}
-LLAMA_OPTIONAL = {
-    "attention.head_count_kv": "num_key_value_heads",
-    "attention.key_length": "head_dim",
-    "rope.freq_base": "rope_theta",
-}
-GPT2_KEYS = {
-    "block_count": "n_layer",
-    "context_length": "n_positions",
-    "embedding_length": "n_embd",
-    "feed_forward_length": "n_inner",
-    "attention.head_count": "n_head",
-    "attention.layer_norm_epsilon": "layer_norm_epsilon",
-}
-# Keys that follow from others, and what those are in the options of config.json.
-HEAD_SIZES = ("attention.value_length", "rope.dimension_count")
-ROPE_SCALING = ("rope.scaling.type", "rope.scaling.factor")
+LONG, SHORT = "rope_factors_long.weight", "rope_factors_short.weight"  # of longrope
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Architecture:
-    """What GGUF calls the parts of a model family, and how it stores them."""
-
-    model_type: str
-    hf_class: str
-    tensors: Mapping[str, str] = dataclasses.field(default_factory=lambda: LLAMA_TENSORS)
-    required: Mapping[str, str] = dataclasses.field(default_factory=lambda: LLAMA_KEYS)
-    optional: Mapping[str, str] = dataclasses.field(default_factory=lambda: LLAMA_OPTIONAL)
-    interleaved: bool = False  # the two rows of each rotated pair of query and key side by side
-    transposed: tuple[str, ...] = ()  # matrices that Hugging Face has as [in, out]
-
-
-ARCHITECTURES = {
-    "llama": Architecture(model_type="llama", hf_class="LlamaForCausalLM", interleaved=True),
-    "qwen2": Architecture(model_type="qwen2", hf_class="Qwen2ForCausalLM"),
-    "qwen3": Architecture(model_type="qwen3", hf_class="Qwen3ForCausalLM"),
-    "gpt2": Architecture(
-        model_type="gpt2",
-        hf_class="GPT2LMHeadModel",
-        tensors=GPT2_TENSORS,
-        required=GPT2_KEYS,
-        optional={"attention.head_count_kv": "n_head"},
-        transposed=("attn_qkv", "attn_output", "ffn_up", "ffn_down"),
-    ),
-}
-
-
-def architecture_of(metadata: Metadata) -> Architecture:
-    name = metadata.get("general.architecture")
-    if not isinstance(name, str) or name not in ARCHITECTURES:
-        raise ValueError(
-            f"GGUF architecture {short(name)} is not supported; choose from {sorted(ARCHITECTURES)}"
-        )
-    return ARCHITECTURES[name]
-
-
-def read_metadata(metadata: Metadata) -> dict[str, Any]:
+def read_metadata(metadata: Metadata) -> Json:
     """The config.json of a file, but for what its tensors say.
 
     Raises:
@@ -140,76 +66,97 @@ def read_metadata(metadata: Metadata) -> dict[str, Any]:
             "join them: llama-gguf-split --merge FIRST_PART.gguf WHOLE.gguf"
         )
     architecture = architecture_of(metadata)
-    prefix = metadata["general.architecture"] + "."
-    own = {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)}
+    prefix, own = metadata["general.architecture"] + ".", own_keys(metadata, architecture)
     options = {**architecture.required, **architecture.optional}
-    known = {*options, "vocab_size", *HEAD_SIZES, *ROPE_SCALING}
+    known = {*options, *architecture.own_keys, "vocab_size", *HEAD_SIZES, *scaling_keys(own)}
     if unknown := sorted(own.keys() - known):
         value = short(own[unknown[0]])
         raise ValueError(f"GGUF option {prefix}{unknown[0]}={value} is not supported")
     refuse_missing(metadata, [prefix + key for key in architecture.required])
-    raw: dict[str, Any] = {}
+    raw: Json = {}
     for key, option in options.items():
         if key not in own:
             continue
-        # As printed in float32: 1e-05, not 9.999999747378752e-06.
-        value = own[key]
-        value = float(str(np.float32(value))) if isinstance(value, float) else value
+        value = as_printed(own[key])
         if not OPTIONS[option].holds(value):
             words = OPTIONS[option].words
             raise ValueError(f"GGUF option {prefix}{key} must be {words}, got {short(value)}")
         if raw.setdefault(option, value) != value:
             raise ValueError(f"GGUF option {prefix}{key}={value} must be {raw[option]}")
-    check_rotation(own, raw, prefix)
-    if "num_key_value_heads" in options.values():  # as many as heads, where a file does not tell
+    raw |= read_positions(own, raw, architecture, prefix)
+    if "num_key_value_heads" in options.values():  # what a file need not tell
         raw.setdefault("num_key_value_heads", raw["num_attention_heads"])
-    return {
-        "model_type": architecture.model_type,
-        "architectures": [architecture.hf_class],
-        **raw,
-    }
+        raw.setdefault("head_dim", raw["hidden_size"] // raw["num_attention_heads"])
+        raw.setdefault("rope_theta", 10_000.0)
+    raw |= architecture.more(own, raw)
+    names = architecture.names
+    about = {"model_type": names.name, "architectures": [names.class_name("policy")]}
+    return about | architecture.fixed | raw
 
 
-def check_rotation(own: Metadata, raw: dict[str, Any], prefix: str) -> None:
-    """Refuse rotary positions that are not of a whole head, or that are scaled by a factor."""
-    heads = raw.get("num_attention_heads") or raw["n_head"]
-    head_dim = raw.get("head_dim", (raw.get("hidden_size") or raw["n_embd"]) // heads)
-    for key in HEAD_SIZES:
-        if own.get(key, head_dim) != head_dim:
-            value = short(own[key])
-            raise ValueError(f"GGUF option {prefix}{key}={value} must be the head size, {head_dim}")
-    kind, factor = (own.get(key) for key in ROPE_SCALING)
-    if kind not in (None, "none", "linear") or factor not in (None, 1) + (0,) * (kind != "linear"):
-        raise ValueError(
-            f"GGUF option {prefix}rope.scaling.type={short(kind)} with a factor of {short(factor)} "
-            "is not supported"
-        )
+class Stored(NamedTuple):
+    """A tensor of a file."""
+
+    name: str
+    layer: str
+    place: Place
+    shape: tuple[int, ...]
+
+    @property
+    def to(self) -> list[str]:
+        """Its names in a Hugging Face folder: one for each expert."""
+        row = self.place.tensor
+        if not row.per_expert:
+            return [row.name.format(self.layer)]
+        return [row.name.format(self.layer, i) for i in range(self.shape[0])]
+
+    @property
+    def is_turned(self) -> bool:
+        """Whether it is a matrix that Hugging Face has as [in, out]."""
+        return self.place.path.endswith(".kernel") and not self.place.tensor.transposed
+
+    @property
+    def shape_there(self) -> tuple[int, ...]:
+        if self.place.tensor.per_expert:
+            return self.shape[1:]
+        return self.shape[::-1] if self.is_turned else self.shape
 
 
-def hf_name(name: str, architecture: Architecture) -> str:
-    """The name of a tensor in a Hugging Face folder."""
-    match = re.fullmatch(r"(blk\.(\d{1,9})\.)?([a-z_0-9]+)\.(weight|bias)", name, re.ASCII)
-    pattern = architecture.tensors.get(match[3]) if match else None
-    if not match or pattern is None or ("{}" in pattern) != bool(match[1]):
+def find_place(name: str, shape: tuple[int, ...], places: Mapping[str, Place]) -> Stored:
+    """What a tensor is, of those of an architecture.
+
+    Raises:
+        ValueError: none of them.
+    """
+    match = re.fullmatch(r"(blk\.(\d{1,9})\.)?([a-z_0-9]+\.(weight|bias))", name, re.ASCII)
+    place = places.get(match[3]) if match else None
+    if not match or place is None or ("{}" in place.tensor.name) != bool(match[1]):
         raise ValueError(f"GGUF tensor {short(name)} is not supported")
-    return f"{pattern.format(match[2])}.{match[4]}"
+    if place.tensor.per_expert and (len(shape) != 3 or shape[0] > MOST_EXPERTS):
+        raise ValueError(f"{name} has shape {shape}, but the file asks for a matrix per expert")
+    return Stored(name, match[2] or "", place, shape)
 
 
 def hf_layout(
-    weight: np.ndarray, name: str, architecture: Architecture, head_dim: int
+    weight: np.ndarray, stored: Stored, architecture: Architecture, config: ModelConfig
 ) -> np.ndarray:
-    """A tensor as Hugging Face has it: matrices transposed, rows of query and key in its order.
+    """A tensor as Hugging Face has it, [experts, ...] where each of them has one there.
 
     GGUF has the two rows of each rotated pair of a Llama side by side; Hugging Face has the first
-    rows of all pairs of a head, then the second. Their biases alike.
+    rows of all pairs of a head, then the second. Their biases alike. Of a matrix that is fused head
+    by head GGUF has all queries, then all keys, then all values; and the scale of a norm whole,
+    also where Hugging Face has what it is above 1.
     """
-    part = name.split(".")[-2]
-    if part in architecture.transposed and weight.ndim == 2:
-        return np.ascontiguousarray(weight.T)
-    if not (architecture.interleaved and part in ("attn_q", "attn_k")):
-        return weight
-    pairs = weight.reshape(-1, head_dim // 2, 2, *weight.shape[1:])
-    return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(weight.shape)
+    path, fusion, head_dim = stored.place.path, stored.place.tensor.fusion, config.head_dim
+    if path.endswith("norm.scale") and config.norm == "rmsnorm_plus_one":
+        return weight - 1
+    if architecture.interleaved and path.startswith(ROTATED):
+        pairs = weight.reshape(-1, head_dim // 2, 2, *weight.shape[1:])
+        weight = pairs.swapaxes(1, 2).reshape(weight.shape)
+    if fusion is not None and fusion.by_head:
+        heads = weight.reshape(len(fusion.paths), -1, head_dim, *weight.shape[1:])
+        weight = heads.swapaxes(0, 1).reshape(weight.shape)
+    return np.ascontiguousarray(weight.T if stored.is_turned and weight.ndim == 2 else weight)
 
 
 LENGTHS = (8192, *(2**i for i in range(5, 21)))  # of texts before the scaling; first Llama 3's
@@ -276,16 +223,17 @@ def convert_gguf(path: Path, folder: Path) -> None:
             metadata, tensors = Header(data).read()
         except ValueError as error:
             raise ValueError(f"it is not a readable GGUF file: {error}") from error
-        raw, names = plan_conversion(metadata, tensors, data)
+        raw, plan = plan_conversion(metadata, tensors, data)
         tokenizer, ends = build_tokenizer(metadata, raw["vocab_size"]), stop_tokens(metadata)
         weights = {}
-        architecture = architecture_of(metadata)
-        head_dim = read_config(raw).head_dim
-        for name, to in names.items():
-            weight = dequantized(data, tensors[name])
+        architecture, config = architecture_of(metadata), read_config(raw)
+        for stored in plan:
+            weight = dequantized(data, tensors[stored.name])
             if not is_finite(weight):
-                raise ValueError(f"{name} holds NaN or infinity")
-            weights[to] = hf_layout(weight, name, architecture, head_dim)
+                raise ValueError(f"{stored.name} holds NaN or infinity")
+            weight = hf_layout(weight, stored, architecture, config)
+            each = weight if stored.place.tensor.per_expert else [weight]
+            weights |= dict(zip(stored.to, each, strict=True))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(raw, indent=2))
     if ends != [raw["eos_token_id"]]:
@@ -296,57 +244,70 @@ def convert_gguf(path: Path, folder: Path) -> None:
 
 def plan_conversion(
     metadata: Metadata, tensors: Mapping[str, StoredTensor], data: mmap.mmap
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """(config.json, {name of a tensor: its name there}), checked by the header alone."""
-    raw = read_metadata(metadata)
-    architecture, tokens = architecture_of(metadata), read_tokens(metadata)
+) -> tuple[Json, list[Stored]]:
+    """(config.json, the tensors that go into the folder), checked by the header alone."""
+    raw, architecture = read_metadata(metadata), architecture_of(metadata)
+    tokens, places = read_tokens(metadata), places_of(architecture)
     for name, tensor in tensors.items():
         check_storage(name, tensor)
-    names = {x: hf_name(x, architecture) for x in tensors if x != ROPE_FREQS}
+    weights = {name: x for name, x in tensors.items() if name not in (ROPE_FREQS, LONG, SHORT)}
     if same_bytes(data, tensors, "output.weight", "token_embd.weight"):
-        del names["output.weight"]
+        del weights["output.weight"]
+    plan = [find_place(name, tensor.shape, places) for name, tensor in weights.items()]
     raw |= {
         "vocab_size": len(tokens),
-        "tie_word_embeddings": "output.weight" not in names,
+        "tie_word_embeddings": "output.weight" not in weights,
         "bos_token_id": special_id(metadata, "bos"),
         "eos_token_id": special_id(metadata, "eos"),
     }
-    if architecture.model_type == "gpt2":
-        raw["activation_function"] = "gelu_new"
-    else:
-        raw["hidden_act"] = "silu"
-        raw.setdefault("num_key_value_heads", raw["num_attention_heads"])
-        raw.setdefault("head_dim", raw["hidden_size"] // raw["num_attention_heads"])
-        raw.setdefault("rope_theta", 10_000.0)
-        if architecture.model_type != "qwen2" and any(x.endswith("attn_q.bias") for x in names):
-            raw["attention_bias"] = True
-    if ROPE_FREQS in tensors:
-        scaling = rope_scaling(dequantized(data, tensors[ROPE_FREQS]).ravel(), raw["rope_theta"])
-        raw |= {"rope_scaling": scaling} if scaling else {}
-    check_shapes(raw, {to: tensors[name].shape for name, to in names.items()}, architecture)
-    return raw, names
+    for bias, option in architecture.biases.items():
+        if f"blk.0.{bias}" in weights:
+            raw[option] = True
+    raw |= scaling_of_tensors(metadata, tensors, data, raw)
+    check_shapes(raw, plan, places)
+    return raw, plan
 
 
-def check_shapes(
-    raw: dict[str, Any], shapes: Mapping[str, tuple[int, ...]], architecture: Architecture
-) -> None:
-    """Refuse tensors that are missing, too many or of another shape, with their names in GGUF."""
-    turned = {architecture.tensors[part].partition("{}")[2] for part in architecture.transposed}
-    unread = Unread(
-        {
-            name: shape[::-1] if any(x and x in name for x in turned) else shape
-            for name, shape in shapes.items()
+def scaling_of_tensors(
+    metadata: Metadata, tensors: Mapping[str, StoredTensor], data: mmap.mmap, raw: Json
+) -> Json:
+    """The `rope_scaling` whose numbers are tensors of a file, {} where there are none."""
+    key = f"{metadata['general.architecture']}.{SCALING}attn_factor"
+    attention = as_printed(metadata.get(key, 1.0))
+    if LONG in tensors and SHORT in tensors:
+        names = {"short_factor": SHORT, "long_factor": LONG}
+        factors = {
+            option: [as_printed(float(x)) for x in dequantized(data, tensors[name]).ravel()]
+            for option, name in names.items()
         }
-    )
+        scaling = {"rope_type": "longrope", ORIGINAL: need(raw, ORIGINAL), **factors}
+        scaling |= {"attention_factor": attention} if key in metadata else {}
+        return {"rope_scaling": scaling}
+    if attention != 1 or metadata.get(key.replace("attn_factor", "type")) == "longrope":
+        raise ValueError(f"a scaling by longrope needs the tensors {LONG} and {SHORT}")
+    if ROPE_FREQS not in tensors:
+        return {}
+    scaling = rope_scaling(dequantized(data, tensors[ROPE_FREQS]).ravel(), raw["rope_theta"])
+    return {"rope_scaling": scaling} if scaling else {}
+
+
+def check_shapes(raw: Json, plan: list[Stored], places: Mapping[str, Place]) -> None:
+    """Refuse tensors that are missing, too many or of another shape, with their names in GGUF."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for stored in plan:
+        if shapes.keys() & stored.to:
+            raise ValueError(f"another tensor and {stored.name} are the same of the model")
+        shapes |= dict.fromkeys(stored.to, stored.shape_there)
+    unread = Unread(shapes)
     config = read_config(raw)
     try:
         find_parameters(config, raw["model_type"], dict.fromkeys(unread.shapes, unread))
     except ValueError as error:
         message = str(error).replace("config.json", "the file")
-        for part, name in architecture.tensors.items():
-            blocks = re.escape(name).replace(re.escape("{}"), r"(\d+)")
-            into = rf"blk.\1.{part}" if "{}" in name else part
-            message = re.sub(rf"\b{blocks}(?=\.(weight|bias)\b)", into, message)
+        for part, place in places.items():
+            name = re.escape(place.tensor.name).replace(re.escape("{}"), r"(\d+)")
+            into = rf"blk.\1.{part}" if "{}" in place.tensor.name else part
+            message = re.sub(rf"\b{name}", into, message)
         raise ValueError(message) from error
 
 

@@ -19,9 +19,15 @@ LLAMA3_PATTERN = (
 PATTERNS = {
     "gpt-2": None,
     "smollm": None,
+    "refact": None,  # Granite's
+    "olmo": None,  # of GPT-NeoX and what took its tokenizer over
     "llama-bpe": LLAMA3_PATTERN,
+    "dbrx": LLAMA3_PATTERN,  # of OLMo 2 and 3
+    "smaug-bpe": LLAMA3_PATTERN,  # of SmolLM3
     "qwen2": LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}"),
 }
+SINGLE_DIGITS = ("smollm", "refact")
+COMPOSED = ("qwen2", "olmo")  # accents and their letters become one
 
 
 def read_tokens(metadata: Metadata) -> list[str]:
@@ -108,7 +114,7 @@ def adds(ggml: Metadata, role: str) -> bool:
 
 
 def byte_level_bpe(ggml: Metadata):
-    """The tokenizer of GPT-2 and what came of it; SmolLM splits digits, Qwen composes accents."""
+    """The tokenizer of GPT-2 and what came of it."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     name = ggml["pre"]
@@ -118,14 +124,14 @@ def byte_level_bpe(ggml: Metadata):
         before = [split, level]
     else:
         before = [pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    if name == "smollm":
+    if name in SINGLE_DIGITS:
         before.insert(0, pre_tokenizers.Digits(individual_digits=True))
     vocab = {token: i for i, token in enumerate(ggml["tokens"])}
     merges = [tuple(merge.split(" ")) for merge in text_list(ggml, "merges")]
     # Llama 3 has words that its merges do not make.
     options = {"ignore_merges": True} if name == "llama-bpe" else {}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, **options))
-    if name == "qwen2":
+    if name in COMPOSED:
         backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = before[0] if len(before) == 1 else pre_tokenizers.Sequence(before)
     backend.decoder = decoders.ByteLevel()

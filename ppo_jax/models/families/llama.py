@@ -156,6 +156,7 @@ def read_granite(raw: Json) -> Json:
 
 def write_shape(config: ModelConfig) -> Json:
     """What these families share."""
+    part = part_of_head(config.num_rotated, config.head_dim)
     return {
         "vocab_size": config.vocab_size,
         "num_hidden_layers": config.num_layers,
@@ -168,15 +169,14 @@ def write_shape(config: ModelConfig) -> Json:
         "rms_norm_eps": config.norm_eps,
         "hidden_act": "silu",
         "tie_word_embeddings": config.tie_embeddings,
-        **rope.write_rope(config.rope_theta, config.rope_scaling, rotated_part(config)),
+        **rope.write_rope(config.rope_theta, config.rope_scaling, part),
     }
 
 
-def rotated_part(config: ModelConfig) -> float:
-    """Of a head: a number that `int(head_dim * part)` gives the rotated ones of."""
-    part = config.num_rotated / config.head_dim
-    exact = int(config.head_dim * part) == config.num_rotated
-    return part if exact else (config.num_rotated + 0.5) / config.head_dim
+def part_of_head(rotated: int, head_dim: int) -> float:
+    """The part of a head that is rotated: `int(head_dim * part)` is `rotated`."""
+    part = rotated / head_dim
+    return part if int(head_dim * part) == rotated else (rotated + 0.5) / head_dim
 
 
 def write_mistral(config: ModelConfig) -> Json:

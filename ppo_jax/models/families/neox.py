@@ -7,7 +7,7 @@ from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.families import rope
 from ppo_jax.models.families.base import QKV, Family, Json, Tensor, linear
 from ppo_jax.models.families.gpt2 import GELU_TANH
-from ppo_jax.models.families.llama import read_shape, rotated_part
+from ppo_jax.models.families.llama import part_of_head, read_shape
 
 LAYER = "gpt_neox.layers.{}"
 TENSORS = {
@@ -52,7 +52,7 @@ def write_neox(config: ModelConfig) -> Json:
         "intermediate_size": config.mlp_dim,
         "max_position_embeddings": config.max_length,
         "layer_norm_eps": config.norm_eps,
-        "rotary_pct": rotated_part(config),
+        "rotary_pct": part_of_head(config.num_rotated, config.head_dim),
         "rotary_emb_base": scaled.pop("rope_theta"),
         "use_parallel_residual": config.residual == "parallel",
         "hidden_act": "gelu" if config.mlp == "gelu_erf" else "gelu_new",
