@@ -41,6 +41,20 @@ VARIANTS = {
         mesh=dict(data=1, fsdp=-1, model=4),
         ppo=dict(rollout_batch_size=512, num_minibatches=2, num_micro_batches=2),
     ),
+    # v5p:4x4x4, 64 chips; the experts are sharded over `model`
+    "qwen3_30b_a3b": dict(
+        path="Qwen/Qwen3-30B-A3B",
+        remat="full",
+        mesh=dict(data=1, fsdp=-1, model=4),
+        ppo=dict(rollout_batch_size=512, num_minibatches=2, num_micro_batches=2),
+    ),
+    # v5p:4x4x4, 64 chips; a run needs the model of its text alone
+    "gemma3_27b": dict(
+        path="google/gemma-3-27b-it",
+        remat="full",
+        mesh=dict(data=1, fsdp=-1, model=4),
+        ppo=dict(rollout_batch_size=512, num_minibatches=2, num_micro_batches=2),
+    ),
     # v5p:8x8x8, 512 chips
     "llama3_70b": dict(
         path="meta-llama/Llama-3.1-70B-Instruct",

@@ -34,8 +34,8 @@ from ppo_jax.core.types import Prompts
 from ppo_jax.distributed.layout import Layout, init_sharded, one_device
 from ppo_jax.io.stage_folder import Model
 from ppo_jax.models.build import policy_network, reward_network
+from ppo_jax.planner.iteration import analytic_flops
 from ppo_jax.planner.models import Models
-from ppo_jax.planner.phases import analytic_flops
 from ppo_jax.rollout.sampling import Sampling
 from ppo_jax.training.common import freeze, with_adapters
 from ppo_jax.training.ppo_setup import (

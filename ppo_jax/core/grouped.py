@@ -11,7 +11,10 @@ from jax.custom_batching import sequential_vmap
 
 from ppo_jax.core.lanes import max_lane
 
-LEAST, MOST = 8, 256  # rows of a block on a CPU
+LEAST, MOST = 8, 256  # rows of a block
+# The name scope of a product, `blocks_12` where all rows fill so many: what its loop depends on is
+# data, so that this is all that a compiled program tells of its trips.
+BLOCKS = "blocks"
 
 
 @jax.custom_vjp
@@ -19,8 +22,8 @@ def grouped_matmul(x_PI: jax.Array, kernels_EIO: jax.Array, sizes_E: jax.Array) 
     """Rows of group e times matrix e, [P, O]; the rows are sorted by group.
 
     On accelerators this is `jax.lax.ragged_dot`. XLA computes that for a CPU as all rows times all
-    matrices; here it is one product a block of rows, and only as many blocks as are needed.
-    Reverse mode only: `jax.jvp` is refused.
+    matrices, and its gradient of the matrices on TPUs, too; here these are one product a block of
+    rows, and only as many blocks as are needed. Reverse mode only: `jax.jvp` is refused.
 
     Args:
         x_PI: rows, those of the first group first.
@@ -37,8 +40,9 @@ def _forward(x_PI, kernels_EIO, sizes_E):
 
 def _backward(saved, g_PO):
     x_PI, kernels_EIO, sizes_E = saved
+    in_blocks = dict.fromkeys(("cpu", "tpu"), _kernel_gradients)
     of_kernels = jax.lax.platform_dependent(
-        x_PI, g_PO, sizes_E, cpu=_kernel_gradients, default=_ragged_kernel_gradients
+        x_PI, g_PO, sizes_E, **in_blocks, default=_ragged_kernel_gradients
     )
     return _product(g_PO, kernels_EIO, sizes_E, True), of_kernels, None
 
@@ -59,8 +63,9 @@ def _product(x, kernels, sizes, transposed):
 # Lane after lane: jax batches `ragged_dot` over some axes only.
 @sequential_vmap
 def _ragged(x_PI, kernels_EIO, sizes_E):
-    # Of rows behind the last group jax promises nothing.
-    return _zero_rest(jax.lax.ragged_dot(x_PI, kernels_EIO, sizes_E), sizes_E)
+    with _scope(len(x_PI), len(sizes_E)):
+        y_PO = jax.lax.ragged_dot(x_PI, kernels_EIO, sizes_E)
+    return _zero_rest(y_PO, sizes_E)  # of rows behind the last group jax promises nothing
 
 
 def _zero_rest(y_PO, sizes_E):
@@ -87,7 +92,8 @@ def _product_in_blocks(x_PI, kernels, sizes_E, transposed):
         return jax.lax.dynamic_update_slice_in_dim(y, product, start, 0)
 
     y = jnp.zeros((len(padded), kernels.shape[1 if transposed else 2]), x_PI.dtype)
-    y = _for_blocks(step, y, sizes_E, block)[: len(x_PI)]
+    with _scope(len(x_PI), len(sizes_E)):
+        y = _for_blocks(step, y, sizes_E, block)[: len(x_PI)]
     return _zero_rest(y, sizes_E)
 
 
@@ -99,12 +105,19 @@ def _kernel_gradients(x_PI, g_PO, sizes_E):
     def step(group, start, count, sums):
         own = (jnp.arange(block) < count)[:, None]
         rows = jnp.where(own, jax.lax.dynamic_slice_in_dim(x, start, block), 0)
-        change = rows.T @ jax.lax.dynamic_slice_in_dim(g, start, block)
+        g_rows = jax.lax.dynamic_slice_in_dim(g, start, block)
+        change = jnp.matmul(rows.T, g_rows, preferred_element_type=sums.dtype)
         before = jax.lax.dynamic_index_in_dim(sums, group, keepdims=False)
         return jax.lax.dynamic_update_index_in_dim(sums, before + change, group, 0)
 
-    sums = jnp.zeros((len(sizes_E), x.shape[1], g.shape[1]), x.dtype)
-    return _for_blocks(step, sums, sizes_E, block)
+    exact = jnp.promote_types(x.dtype, jnp.float32)  # a sum of many blocks
+    sums = jnp.zeros((len(sizes_E), x.shape[1], g.shape[1]), exact)
+    with _scope(len(x_PI), len(sizes_E)):
+        return _for_blocks(step, sums, sizes_E, block).astype(x.dtype)
+
+
+def _scope(num_rows, num_groups):
+    return jax.named_scope(f"{BLOCKS}_{-(-num_rows // block_rows(num_rows, num_groups))}")
 
 
 def block_rows(num_rows: int, num_groups: int) -> int:
@@ -127,7 +140,9 @@ def _for_blocks(step, carry, sizes_E, block):
     def body(i, carry):
         # A lane of a sweep that needs fewer blocks repeats its last one, with no row of its own.
         number = jnp.minimum(i, jnp.maximum(until_E[last] - 1, 0))
-        group = jnp.minimum(jnp.searchsorted(until_E, number, side="right"), last)
+        group = jnp.minimum(
+            jnp.searchsorted(until_E, number, side="right", method="compare_all"), last
+        )
         inside = (number - (until_E[group] - blocks_E[group])) * block
         start = rows_until_E[group] - sizes_E[group] + inside
         count = jnp.where(i == number, sizes_E[group] - inside, 0)

@@ -4,165 +4,31 @@
 are left out: together they are of lower order.
 
 Dimension key: N sequences, S positions, C attended positions, O positions with an output, D model,
-H heads, G key/value heads, K head size, F feed-forward, V vocabulary, P prompt tokens, T response
-tokens.
+H heads, G key/value heads, K head size, F feed-forward, E experts, k of a token, V vocabulary, P
+prompt tokens, T response tokens.
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from ppo_jax.core.distributions import chunk_shape
 from ppo_jax.models.config import ModelConfig
-from ppo_jax.models.kernels import kernel_of, splash_pairs
-from ppo_jax.models.long_rows import LONG, num_pairs
+from ppo_jax.planner.layers import (
+    attended_in_cache,
+    attended_in_row,
+    attention_flops,
+    by_layer,
+    everywhere_flops,
+    expert_flops,
+    head_flops,
+    projection_flops,
+    rows_of,
+    scores_again,
+)
 from ppo_jax.rollout.continuous_batching import DECODING, REFILLS, max_trip_counts
 from ppo_jax.rollout.decode import max_steps
-
-
-def projection_flops(config: ModelConfig) -> int:
-    """Products with parameters in one layer, for one position: 2 D (2 H K + 2 G K + m F), where m
-    is 3 with a gate and 2 without."""
-    c = config
-    heads = 2 * c.num_heads * c.head_dim + 2 * c.num_kv_heads * c.head_dim
-    router = expert_share(c) * (c.experts.num_experts if c.experts else 0)
-    return round(2 * c.embed_dim * (heads + (3 if c.gated else 2) * mlp_width(c) + router))
-
-
-def expert_share(config: ModelConfig) -> float:
-    """The share of layers with experts."""
-    return sum(map(config.has_experts, range(config.num_layers))) / config.num_layers
-
-
-def mlp_width(config: ModelConfig) -> float:
-    """F of one position, on average over the layers: with experts that of the chosen ones."""
-    c, share = config, expert_share(config)
-    return (1 - share) * c.mlp_dim + (share and share * c.experts.num_chosen * c.experts.dim)
-
-
-def attention_flops(config: ModelConfig, attended: float) -> float:
-    """Scores and their products with values in one layer, for one position: 4 H K C.
-
-    Masked positions are computed, too.
-    """
-    return 4 * config.num_heads * config.head_dim * attended
-
-
-def adapter_flops(config: ModelConfig, targets: Sequence[str], rank: int) -> int:
-    """Products with the adapters of one layer, for one position: 2 r (I + O) for each target."""
-    c = config
-    heads, groups = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    other = dict(query=heads, output=heads, key=groups, value=groups)  # its width besides D
-    return 2 * rank * sum(c.embed_dim + other.get(name, c.mlp_dim) for name in targets)
-
-
-def head_flops(config: ModelConfig, head: str | int) -> int:
-    """The output of one position: 2 D V for "logits", 2 D for a "scalar", 2 D n for n numbers."""
-    numbers = {"logits": config.vocab_size, "scalar": 1}
-    return 2 * config.embed_dim * numbers.get(head, head)
-
-
-def attended_in_row(
-    config: ModelConfig, length: int, platform: str | None, window: int = 0
-) -> float:
-    """C of a row of S positions in layers with a window, on average: S, or what kernels do not
-    skip.
-
-    The TPU kernel computes whole blocks, see `kernels.splash_pairs`; the blocks of cuDNN are not
-    documented. Plain attention skips blocks of long rows, see `long_rows.cuts`.
-    """
-    match kernel_of(config, platform, length):
-        case "splash":
-            return splash_pairs(length, window) / length
-        case "cudnn":
-            return min(length, window or length)
-    return plain_pairs(length, 0, length, window) / length
-
-
-def plain_pairs(queries: int, first: int, length: int, window: int = 0) -> int:
-    """Pairs of the queries behind the `first` positions with the keys of a row, by plain
-    attention."""
-    if length < LONG:
-        return queries * length
-    return num_pairs(queries, first, length, window if window < length else 0)
-
-
-def by_layer(config: ModelConfig, of_window: Callable[[int], float]) -> tuple[float, ...]:
-    """A number of each layer, by its window."""
-    found = {window: of_window(window) for window in {kind.window for kind in config.kinds}}
-    return tuple(found[config.kind_of(i).window] for i in range(config.num_layers))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Rows:
-    """Rows as a network reads them: of one response each, or joined ones, see `SharedPrompt`."""
-
-    sequences: int  # N
-    positions: int  # S
-    attended: tuple[float, ...]  # C in each layer, on average
-    outputs: int  # O
-    output_attended: float  # by these, in the last layer
-    length: int  # of a row of one response, for which the kernel of attention is chosen
-
-
-def rows_of(
-    config: ModelConfig,
-    platform: str | None,
-    *,
-    sequences: int,
-    positions: int,
-    outputs: int,
-    prompt_length: int = 0,
-    samples: int = 1,
-) -> Rows:
-    """The rows of N responses of S positions and O outputs, joined where prompts have several.
-
-    Plain attention is then that of prompts to themselves, P², and of R positions of each response
-    to P + R, less what long rows skip; a fused kernel has the rows apart.
-    """
-    plain = kernel_of(config, platform, positions) == "plain"
-    rest, width = positions - prompt_length, positions
-    if samples > 1:
-        width = prompt_length + samples * rest
-
-    def attended(window):
-        apart = attended_in_row(config, positions, platform, window)
-        if samples == 1:
-            return apart
-        if not plain:
-            return samples * positions * apart / width
-        pairs = plain_pairs(prompt_length, 0, prompt_length, window)
-        return (pairs + samples * plain_pairs(rest, prompt_length, positions, window)) / width
-
-    last = config.kind_of(config.num_layers - 1).window
-    output_attended = attended_in_row(config, positions, platform, last)
-    if plain:
-        output_attended = plain_pairs(outputs, positions - outputs, positions, last) / outputs
-    return Rows(
-        sequences=sequences // samples,
-        positions=width,
-        attended=by_layer(config, attended),
-        outputs=samples * outputs,
-        output_attended=output_attended,
-        length=positions,
-    )
-
-
-def everywhere_flops(config: ModelConfig, positions: int, platform: str | None) -> tuple[int, bool]:
-    """Of a last layer that is read at O of S positions, what all S need, for one: (projections, is
-    attention among it?).
-
-    Keys and values: 4 D G K. A fused kernel takes the queries of all, 2 D H K, and a stack
-    (`scan_layers`) has no layer of its own kind.
-    """
-    c = config
-    if c.scan_layers:
-        return projection_flops(c), True
-    keys, queries = (2 * c.embed_dim * n * c.head_dim for n in (2 * c.num_kv_heads, c.num_heads))
-    fused = kernel_of(c, platform, positions) != "plain"
-    return keys + fused * queries, fused
 
 
 def forward_flops(
@@ -188,51 +54,40 @@ def forward_flops(
     """
     c, depth = config, config.num_layers if num_layers is None else num_layers
     every = attended if isinstance(attended, Sequence) else [attended] * c.num_layers
-    attended = every[c.num_layers - depth :]
+    products, attended = (x[c.num_layers - depth :] for x in (projection_flops(c), every))
     if output_attended is None:
         output_attended = attended[-1] if depth else 0
     attention = [attention_flops(c, count) for count in attended]
-    parts = (positions, outputs, attention, attention_flops(c, output_attended))
-    layers = untrained_flops(c, depth, *parts, *everywhere_flops(c, length or positions, platform))
+    at_outputs = outputs, attention_flops(c, output_attended)
+    everywhere = everywhere_flops(c, length or positions, platform)
+    layers = untrained_flops(positions, products, attention, at_outputs, everywhere)
     return sequences * (layers + (logits or outputs) * head_flops(c, head))
 
 
 def untrained_flops(
-    config: ModelConfig,
-    depth: int,
     positions: int,
-    outputs: int,
+    products: Sequence[int],
     attention: Sequence[float],
-    output_attention: float,
-    products: int,
-    attends: bool,
+    at_outputs: tuple[int, float],
+    everywhere: tuple[int, bool],
 ) -> float:
-    """The layers of one sequence, where the last is read at `outputs`: with what `everywhere_flops`
-    gives, and attention of each layer for one position, and of the last for one with an output."""
-    if not depth:
+    """Some layers of one sequence, where the last is read at its outputs.
+
+    Args:
+        positions: S.
+        products: of each layer, for one position.
+        attention: of each, for one.
+        at_outputs: (O, the attention of one of them).
+        everywhere: see `everywhere_flops`.
+    """
+    if not products:
         return 0
-    projections = projection_flops(config)
-    whole = (depth - 1) * projections + sum(attention[:-1]) + products + attends * attention[-1]
-    return positions * whole + outputs * (projections - products + (not attends) * output_attention)
+    (outputs, attention_there), (keys, attends) = at_outputs, everywhere
+    whole = sum(products[:-1]) + sum(attention[:-1]) + keys + attends * attention[-1]
+    return positions * whole + outputs * (products[-1] - keys + (not attends) * attention_there)
 
 
 # --- training -------------------------------------------------------------------------------------
-
-
-def scores_again(config: ModelConfig, platform: str | None, length: int, window: int = 0) -> float:
-    """What the backward pass of attention has more than twice its forward pass, in passes: the TPU
-    kernel needs 7 products for its 2, plain attention 5 where it is a loop over blocks.
-
-    In a stack (`scan_layers`) every block is computed in other loops than those of the forward
-    pass, unless `remat` computes that again.
-    """
-    kernel = kernel_of(config, platform, length)
-    if kernel != "plain" or length < LONG:
-        return 1.5 if kernel == "splash" else 0.0
-    if config.scan_layers and config.remat == "none":
-        return 0.5
-    rows = length, 0, length, window if window < length else 0
-    return 0.5 * num_pairs(*rows, in_loops=True) / num_pairs(*rows)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -249,27 +104,35 @@ class TrainedParts:
 ALL = TrainedParts()
 
 
-def trained_layer_flops(
-    config: ModelConfig,
-    projections: float,
-    attention: float,
-    adapters: float,
-    *,
-    frozen: bool,
-    scores_again: float,
-) -> float:
-    """Forward and backward of a layer, or of a part of it, for one position.
+@dataclasses.dataclass(frozen=True)
+class LayerFlops:
+    """Of a layer, or of a part of it, for one position."""
 
-    3 x forward + what is computed again - what has no gradient. By the model's `remat` the backward
-    pass computes nothing again for "none"; the attention for "dots", which keeps the products with
-    parameters; for "full" all, but for the layer's last product (2 F D, see `training_flops`).
-    Where attention keeps no scores its backward pass has `scores_again` of it more.
-    """
-    again = {"none": 0, "dots": attention, "full": projections + attention}[config.remat]
-    flops = 3 * (projections + attention + adapters) + again + scores_again * attention
-    if frozen:  # the kernels below the adapters
-        flops += (adapters if config.remat == "full" else 0) - projections
-    return flops
+    products: float  # with parameters
+    attention: float
+    adapters: float
+    scores_again: float  # see `scores_again`
+    experts: float = 0.0  # of the products
+
+    def trained(self, config: ModelConfig, *, frozen: bool) -> float:
+        """Forward and backward: 3 x forward + what is computed again - what has no gradient.
+
+        By the model's `remat` the backward pass computes nothing again for "none"; for "dots",
+        which keeps the products with parameters, the attention and the products of experts, for
+        these are in loops or kernels; for "full" all, but for the layer's last product (2 F D),
+        which experts alone need. Where attention keeps no scores its backward pass has
+        `scores_again` of it more. With adapters the kernels below them are `frozen`.
+        """
+        again = {
+            "none": 0,
+            "dots": self.attention + self.experts,
+            "full": self.products + self.attention,
+        }[config.remat]
+        flops = 3 * (self.products + self.attention + self.adapters) + again
+        flops += self.scores_again * self.attention
+        if frozen:
+            flops += (self.adapters if config.remat == "full" else 0) - self.products
+        return flops
 
 
 def training_flops(
@@ -295,38 +158,59 @@ def training_flops(
     In a stack (`scan_layers`) with trained ones XLA computes their gradients, too, which is more
     than is counted here. The lowest layer of adapters needs a little less.
     """
-    c, adapters = config, trained.adapter_flops
+    c = config
     sizes = dict(sequences=sequences, positions=positions, outputs=outputs)
     rows = rows_of(c, platform, prompt_length=prompt_length, samples=samples, **sizes)
-    positions, outputs = rows.positions, rows.outputs
-    projections, attention = projection_flops(c), [attention_flops(c, n) for n in rows.attended]
-    of_outputs = attention_flops(c, rows.output_attended)
+    attention = [attention_flops(c, count) for count in rows.attended]
+    at_outputs = rows.outputs, attention_flops(c, rows.output_attended)
     depth = c.num_layers - trained.trunk - trained.frozen_layers
-    scores = by_layer(c, lambda window: again * scores_again(c, platform, rows.length, window))
-    products, attends = everywhere_flops(c, rows.length, platform)
+    everywhere, body = everywhere_flops(c, rows.length, platform), c.num_layers - depth
     if not depth:
-        attention = attention[trained.trunk :]
-        parts = (positions, outputs, attention, of_outputs, products, attends)
-        layers = untrained_flops(c, trained.frozen_layers, *parts)
+        own = projection_flops(c)[trained.trunk :], attention[trained.trunk :]
+        layers = untrained_flops(rows.positions, *own, at_outputs, everywhere)
     else:
-        keys = adapters if c.scan_layers else trained.key_adapter_flops
-        read = projections - products, (not attends) * of_outputs, adapters - keys
-        body = c.num_layers - depth
-        layers = positions * trained.frozen_layers * projections
-        layers += positions * sum(attention[trained.trunk : body])
-        trained_layer = functools.partial(trained_layer_flops, c, frozen=adapters > 0)
-        for own, again_own in list(zip(attention, scores, strict=True))[body:-1]:
-            layers += positions * trained_layer(projections, own, adapters, scores_again=again_own)
-        trained_layer = functools.partial(trained_layer, scores_again=scores[-1])
-        layers += outputs * trained_layer(*read)
-        layers += positions * trained_layer(products, attends * attention[-1], keys)
-        if c.remat == "full":  # the last product of a layer is not computed again
-            at_top = positions if c.scan_layers else outputs
-            layers -= 2 * mlp_width(c) * c.embed_dim * (positions * (depth - 1) + at_top)
+        scores = by_layer(c, lambda window: again * scores_again(c, platform, rows.length, window))
+        below = slice(trained.trunk, body)
+        layers = rows.positions * (sum(projection_flops(c)[below]) + sum(attention[below]))
+        own = rows.positions, attention, scores, at_outputs, everywhere
+        layers += trained_layers_flops(c, body, trained, *own)
     # Two products: without its own gradient, or without that of a body that has no trained layers.
     head_products = 3 if trained.head and depth else 2
     head = (logits or sizes["outputs"]) * head_products * head_flops(c, head)
     return rows.sequences * layers + sequences * head
+
+
+def trained_layers_flops(
+    config: ModelConfig,
+    begin: int,
+    trained: TrainedParts,
+    positions: int,
+    attention: Sequence[float],
+    scores: Sequence[float],
+    at_outputs: tuple[int, float],
+    everywhere: tuple[int, bool],
+) -> float:
+    """Forward and backward of the layers from `begin` on; arguments as `untrained_flops`, of all
+    layers, and `scores_again` of each."""
+    c, products, (outputs, attention_there) = config, projection_flops(config), at_outputs
+    adapters, (keys, attends), last = trained.adapter_flops, everywhere, c.num_layers - 1
+    of_keys = adapters if c.scan_layers else trained.key_adapter_flops
+    experts = [expert_flops(c, i) for i in range(c.num_layers)]
+    parts = [
+        (positions, LayerFlops(products[i], attention[i], adapters, scores[i], experts[i]))
+        for i in range(begin, last)
+    ]
+    experts_at_outputs = 0 if c.scan_layers else experts[last]
+    rest = products[last] - keys, (not attends) * attention_there, adapters - of_keys
+    parts.append((outputs, LayerFlops(*rest, scores[last], experts_at_outputs)))
+    whole = keys, attends * attention[last], of_keys, scores[last]
+    parts.append((positions, LayerFlops(*whole, experts[last] - experts_at_outputs)))
+    flops = sum(count * part.trained(c, frozen=adapters > 0) for count, part in parts)
+    if c.remat == "full":  # the last product of a layer is not computed again
+        read = [positions] * last + [positions if c.scan_layers else outputs]
+        dense = (i for i in range(begin, c.num_layers) if not c.has_experts(i))
+        flops -= 2 * c.mlp_dim * c.embed_dim * sum(read[i] for i in dense)
+    return flops
 
 
 # --- the phases of an iteration -------------------------------------------------------------------
@@ -368,22 +252,6 @@ def rollout_flops(
     trips = max_trip_counts(sequences, num_rows, group, steps)
     refill = prefill(group // samples_per_prompt, prompt_length)
     return trips[REFILLS] * (refill + trips[DECODING] * step)
-
-
-def attended_in_cache(config: ModelConfig, positions: int, capacity: int) -> dict[str, Any]:
-    """C of new positions in each layer, and of the last of them in the last: the slots of the
-    cache; several positions of a layer with a ring of its own attend to that and themselves."""
-
-    def attended(kind, queries):
-        slots = config.cache_slots(kind, capacity)
-        if slots == capacity or positions == 1:
-            return slots
-        row = slots + positions
-        return plain_pairs(queries, row - queries, row, kind.window) / queries
-
-    kinds = [config.kind_of(i) for i in range(config.num_layers)]
-    of_layer = [attended(kind, positions) for kind in kinds]
-    return dict(attended=of_layer, output_attended=attended(kinds[-1], 1))
 
 
 def scoring_flops(

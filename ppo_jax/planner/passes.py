@@ -1,15 +1,19 @@
-"""Forward passes before an update: which of them there are, and their analytic flops."""
+"""Rollouts and passes before an update: which there are, and the analytic flops of passes."""
 
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ppo_jax.algorithms.greedy import greedy_options
 from ppo_jax.algorithms.minibatches import whole_groups
 from ppo_jax.algorithms.passes import passes_in_common
-from ppo_jax.config.objectives import AVERAGE, needs_critic
+from ppo_jax.algorithms.references import reference_options
+from ppo_jax.config.objectives import AVERAGE, needs_critic, needs_greedy
 from ppo_jax.config.ppo import PPOSettings
+from ppo_jax.inference.generate import prompt_width
 from ppo_jax.models.config import ModelConfig
-from ppo_jax.planner.flops import TrainedParts, head_flops, scoring_flops
+from ppo_jax.planner.flops import TrainedParts, scoring_flops
+from ppo_jax.planner.layers import head_flops
 from ppo_jax.planner.models import Models
 from ppo_jax.rollout.sampling import Sampling
 from ppo_jax.training.ppo_setup import abstract_options
@@ -91,3 +95,26 @@ def shared_samples(settings: PPOSettings, shards: int) -> tuple[int, int, int]:
     groups = [whole_groups(options, s.update_batch_size, count) for count in counts]
     of_updates = (options.learned_samples if x and x % shards == 0 else 1 for x in groups)
     return s.samples_per_prompt, *of_updates
+
+
+def other_rollouts(settings: PPOSettings) -> dict[str, tuple[int, Sampling]]:
+    """{rollout of an iteration besides that of the policy: (its responses, how it samples)}."""
+    options, found = abstract_options(settings), {}
+    num_prompts = settings.rollout_batch_size // settings.samples_per_prompt
+    if needs_greedy(settings.advantage):
+        found["greedy"] = num_prompts, greedy_options(options).sampling
+    if count := settings.reference_responses:
+        found["reference"] = num_prompts * count, reference_options(options).sampling
+    return found
+
+
+def num_other_responses(settings: PPOSettings) -> int:
+    """Responses of these rollouts together."""
+    return sum(count for count, _ in other_rollouts(settings).values())
+
+
+def text_width(settings: PPOSettings, reward: ModelConfig) -> int:
+    """Tokens that texts are padded to for a reward model that reads them, if it has as many for
+    one as the policy."""
+    longest = settings.max_prompt_length + settings.response_length
+    return min(prompt_width(longest), reward.max_length)

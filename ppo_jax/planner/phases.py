@@ -7,7 +7,7 @@ that they compile for devices that are not there.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,40 +20,27 @@ from ppo_jax.algorithms.experience import (
     response_scores,
     sample_responses,
 )
-from ppo_jax.algorithms.greedy import greedy_options, greedy_responses
+from ppo_jax.algorithms.greedy import greedy_responses
 from ppo_jax.algorithms.ppo import kl_of_update, update_from_rollout
-from ppo_jax.algorithms.references import reference_options, reference_responses
+from ppo_jax.algorithms.references import reference_responses
 from ppo_jax.algorithms.supervised import text_scores
 from ppo_jax.algorithms.update import ppo_update
-from ppo_jax.config.objectives import needs_greedy
 from ppo_jax.config.ppo import PPOSettings, names_critic
 from ppo_jax.config.run import Config
-from ppo_jax.config.stages import LoRASettings
-from ppo_jax.core.distributions import positions_at_once
+from ppo_jax.core.grouped import BLOCKS
 from ppo_jax.core.types import FrozenParams, Hyperparameters, Params, PPOState, Prompts
 from ppo_jax.distributed.layout import Layout, abstract
-from ppo_jax.inference.generate import prompt_width
 from ppo_jax.io.model_spec import parameters_of
 from ppo_jax.io.stage_folder import Model
 from ppo_jax.models.build import reward_network
-from ppo_jax.models.config import ModelConfig
-from ppo_jax.models.partition import start_layer
-from ppo_jax.planner.flops import (
-    TrainedParts,
-    adapter_flops,
-    rollout_flops,
-    score_flops,
-    scoring_flops,
-    update_flops,
-)
 from ppo_jax.planner.hlo.trip_counts import TripCounts
+from ppo_jax.planner.iteration import analytic_flops
 from ppo_jax.planner.models import Models, common_layers
 from ppo_jax.planner.passes import (
-    flops_of_other_scores,
     networks_in_common,
-    passes_before_update,
-    shared_samples,
-    value_head_flops,
+    num_other_responses,
+    other_rollouts,
+    text_width,
 )
 from ppo_jax.rollout.continuous_batching import max_trip_counts
 from ppo_jax.rollout.decode import max_steps
@@ -95,8 +82,30 @@ def phases(config: Config, models: Models, layouts: tuple[Layout, Layout]) -> li
     """
     s, layout = config.ppo, layouts[0]
     args = AbstractArguments(config, models, layouts)
-    options = abstract_options(s)
-    parts = dict(networks=args.networks, options=options)
+    programs = trace_programs(config, models, args)
+    shards = dict(shards=layout.num_shards("batch"), devices=layout.constrain.num_devices)
+    flops = analytic_flops(s, models, args.starts, layout.constrain.platform, **shards)
+    once = dict(again=False, **shards)
+    model_flops = analytic_flops(s, without_remat(models), args.starts, **once)
+    trip_counts = max_trips(s, models, layouts, trunk=args.networks.trunk is not None)
+    return [
+        Phase(
+            name=name,
+            lower=program.lower,
+            max_trip_counts=trip_counts.get(name),
+            flops=flops[name],
+            model_flops=model_flops[name],
+        )
+        for name, program in programs.items()
+    ]
+
+
+def trace_programs(
+    config: Config, models: Models, args: "AbstractArguments"
+) -> dict[str, jax.stages.Traced]:
+    """The program of each phase."""
+    s, layout = config.ppo, args.layout
+    parts = dict(networks=args.networks, options=abstract_options(s))
     batch_sharding, replicated = layout.batch_sharding, layout.replicated
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, args.state)
 
@@ -126,30 +135,15 @@ def phases(config: Config, models: Models, layouts: tuple[Layout, Layout]) -> li
         experience = args.shard_rows(scoring.out_info[0])
         updates = trace(update, experience, args.key, **out)
     if models.reads_text:
+        constrain = layout.constrain
         reader = functools.partial(
-            score_text, reader=reward_network(models.reward, constrain=layout.constrain)
+            score_text, reader=reward_network(models.reward, constrain=constrain)
         )
         num_texts = s.rollout_batch_size + num_other_responses(s)
         shape = num_texts, text_width(s, models.reward)
         texts = args.rows(jnp.int32, *shape), args.rows(bool, *shape)
         programs["reward model"] = trace(reader, *texts, out_shardings=batch_sharding)
-    programs |= {"scoring": scoring, "update": updates}
-    shards = dict(shards=layout.num_shards("batch"), devices=layout.constrain.num_devices)
-    flops = analytic_flops(s, models, args.starts, layout.constrain.platform, **shards)
-    once = dict(again=False, **shards)
-    model_flops = analytic_flops(s, without_remat(models), args.starts, **once)
-    trunk = args.networks.trunk is not None
-    trip_counts = max_trips(s, options.sampling, trunk)
-    return [
-        Phase(
-            name=name,
-            lower=program.lower,
-            max_trip_counts=trip_counts.get(name),
-            flops=flops[name],
-            model_flops=model_flops[name],
-        )
-        for name, program in programs.items()
-    ]
+    return programs | {"scoring": scoring, "update": updates}
 
 
 def after_scoring(
@@ -161,13 +155,26 @@ def after_scoring(
     return [x and (x, own) for x, own in zip(responses, scores, strict=True)], ref_logprobs
 
 
-def max_trips(settings: PPOSettings, sampling: Sampling, trunk: bool) -> dict[str, TripCounts]:
-    """Of the loops of each phase whose trips the data decide."""
-    s = settings
+def max_trips(
+    settings: PPOSettings, models: Models, layouts: tuple[Layout, Layout], *, trunk: bool
+) -> dict[str, TripCounts]:
+    """Of the loops of each phase whose trips the data decide. Experts are taken to be chosen alike:
+    each device has its share of the rows."""
+    s, sampling = settings, abstract_options(settings).sampling
     counts: dict[str, TripCounts] = {"update": s.num_micro_batches if s.packing else None}
     rollouts = {f"{name} rollout": other for name, other in other_rollouts(s).items()}
     for name, own in ({"rollout": (s.rollout_batch_size, sampling)} | rollouts).items():
         counts[name] = decode_trip_counts(*own, trunk)
+    networks = (models.policy, models.critic, models.reward, *models.others)
+    experts = {c.experts.num_experts for c in networks if c is not None and c.experts}
+    if not experts:
+        return counts
+    for name in ("scoring", "reward model", *counts):
+        layout, known = layouts["rollout" in name], counts.get(name)
+        known = {} if known is None else known
+        known = known if isinstance(known, Mapping) else {"": known}
+        shares = (layout.constrain.shard_shape(("expert",), (n,))[0] / n for n in experts)
+        counts[name] = {**known, BLOCKS: max(shares)}
     return counts
 
 
@@ -223,32 +230,9 @@ def with_scores(responses, *, frozen, networks, options, samples=None):
     return responses, response_scores(responses, frozen=frozen, networks=networks, **how)
 
 
-def other_rollouts(settings: PPOSettings) -> dict[str, tuple[int, Sampling]]:
-    """{rollout of an iteration besides that of the policy: (its responses, how it samples)}."""
-    options, found = abstract_options(settings), {}
-    num_prompts = settings.rollout_batch_size // settings.samples_per_prompt
-    if needs_greedy(settings.advantage):
-        found["greedy"] = num_prompts, greedy_options(options).sampling
-    if count := settings.reference_responses:
-        found["reference"] = num_prompts * count, reference_options(options).sampling
-    return found
-
-
-def num_other_responses(settings: PPOSettings) -> int:
-    """Responses of these rollouts together."""
-    return sum(count for count, _ in other_rollouts(settings).values())
-
-
 def score_text(state, hyperparameters, tokens, mask, *, frozen, reader, **parts):
     """A reward model that reads text, on its own tokens."""
     return text_scores(reader, frozen.reward, tokens, mask)
-
-
-def text_width(settings: PPOSettings, reward: ModelConfig) -> int:
-    """Tokens that texts are padded to for a reward model that reads them, if it has as many for
-    one as the policy."""
-    longest = settings.max_prompt_length + settings.response_length
-    return min(prompt_width(longest), reward.max_length)
 
 
 def update(state, hyperparameters, experience, key, **parts):
@@ -372,125 +356,3 @@ def without_remat(models: Models) -> Models:
     }
     others = tuple(dataclasses.replace(config, remat="none") for config in models.others)
     return dataclasses.replace(models, **plain, others=others)
-
-
-def analytic_flops(
-    settings: PPOSettings,
-    models: Models,
-    starts: Sequence[int | None] = (None,) * 3,
-    platform: str | None = None,
-    shards: int = 1,
-    devices: int = 1,
-    again: bool = True,
-) -> dict[str, float]:
-    """What each phase should compute, on all devices together.
-
-    Args:
-        settings: the ppo section.
-        models: the run's models.
-        starts: the layers at which policy, critic and reward model start above the trunk.
-        platform: of the devices, whose attention kernel it is, see `kernels.kernel_of`.
-        shards: of a batch.
-        devices: of the mesh.
-        again: count what the backward pass computes once more, but for the models' `remat`: logits
-            in chunks, the scores of long rows.
-    """
-    s, policy, critic = settings, models.policy, models.critic
-    sizes = dict(
-        sequences=s.rollout_batch_size,
-        prompt_length=s.max_prompt_length,
-        response_length=s.response_length,
-    )
-
-    def chunk(rows):
-        limits = dict(chunk=s.logits_chunk, devices=devices)
-        return positions_at_once(rows, s.response_length, policy.vocab_size, **limits)
-
-    kernels = dict(logits_chunk=chunk(s.rollout_batch_size) if again else 0, platform=platform)
-    num_parts = s.num_minibatches * s.num_micro_batches
-    of_update = dict(again=again, sequences=s.update_batch_size)
-    if again:
-        of_update |= dict(logits_chunk=chunk(s.update_batch_size // num_parts))
-    trunks, trunk = [start or 0 for start in starts], starts[0] is not None
-    trained = [trained_parts(policy, s.trainable, trunks[0], s.lora, "logits")]
-    if critic is not None:
-        trained.append(trained_parts(critic, s.value_trainable, trunks[1], s.lora, "scalar"))
-    reward = None if models.reads_text else models.reward
-    samples = shared_samples(s, shards)
-    shared = dict(samples=samples[0], trunks=trunks)
-    scoring = scoring_flops(policy, None, reward, **shared, **kernels, **sizes)
-    of_texts = sizes | dict(platform=platform)
-    scoring += flops_of_other_scores(s, models, trunks, of_texts, other_rollouts(s))
-    kernels |= dict(value_outputs=s.value_bins or 1, num_critics=s.num_critics)
-    flops = {
-        "rollout": rollout_flops(
-            policy,
-            samples_per_prompt=s.samples_per_prompt,
-            slots=s.max_concurrent,
-            group=abstract_options(s).sampling.group(s.max_concurrent),
-            trunk=trunk,
-            **sizes,
-        ),
-        "scoring": scoring,
-        "update": update_flops(
-            policy,
-            critic,
-            num_epochs=s.num_epochs,
-            value_updates=s.value_updates,
-            trained=trained,
-            samples=samples[1:],
-            **kernels | sizes | of_update,
-        ),
-    }
-    if s.shared_critic:
-        outputs = s.num_epochs * s.update_batch_size * s.response_length
-        flops["update"] += 3 * outputs * value_head_flops(s, policy)
-    in_common = networks_in_common(s)
-    of_rows = kernels | sizes | dict(samples=samples[0])
-    of_passes = passes_before_update(s, models, trunks, trained, in_common, of_rows)
-    flops["update" if in_common else "scoring"] += of_passes
-    if s.penalty_target_kl > 0:
-        learned = abstract_options(s).learned_samples
-        updated = sizes | dict(sequences=s.update_batch_size, samples=learned)
-        flops["update"] += scoring_flops(policy, None, None, trunks=trunks, **kernels, **updated)
-    for name, (count, sampling) in other_rollouts(s).items():
-        flops[f"{name} rollout"] = other_rollout_flops(s, policy, count, sampling, trunk)
-    if models.reads_text:
-        width = text_width(s, models.reward)
-        texts = s.rollout_batch_size + num_other_responses(s)
-        flops["reward model"] = score_flops(models.reward, texts, width, platform)
-    return flops
-
-
-def other_rollout_flops(
-    settings: PPOSettings, policy: ModelConfig, count: int, sampling: Sampling, trunk: bool
-) -> float:
-    """A rollout of so many responses besides that of the policy, see `other_rollouts`."""
-    slots = min(settings.max_concurrent or count, count)
-    return rollout_flops(
-        policy,
-        sequences=count,
-        prompt_length=settings.max_prompt_length,
-        response_length=settings.response_length,
-        samples_per_prompt=sampling.samples_per_prompt,
-        slots=slots,
-        group=sampling.group(slots),
-        trunk=trunk,
-    )
-
-
-def trained_parts(
-    config: ModelConfig, trainable: str | int, trunk: int, lora: LoRASettings, head: str
-) -> TrainedParts:
-    """What has gradients in a network above a trunk; its head gives "logits" or a "scalar"."""
-    if trainable == "lora":
-        adapters, of_keys = (
-            adapter_flops(config, targets, lora.rank)
-            for targets in (lora.targets, sorted({"key", "value"} & set(lora.targets)))
-        )
-        return TrainedParts(
-            adapter_flops=adapters, key_adapter_flops=of_keys, head=head == "scalar"
-        )
-    frozen = (start_layer(config, trainable) or 0) - trunk
-    frozen_head = head == "logits" and config.tie_embeddings and trainable != "all"
-    return TrainedParts(trunk=trunk, frozen_layers=frozen, head=not frozen_head)

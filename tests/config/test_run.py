@@ -42,7 +42,14 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 SWEEPS = [path for path in CONFIGS if "def sweep(" in path.read_text()]
 VARIANTS = {
-    "pod": ["llama3_70b", "llama3_8b", "qwen3_0_6b", "smollm2_135m"],
+    "pod": [
+        "gemma3_27b",
+        "llama3_70b",
+        "llama3_8b",
+        "qwen3_0_6b",
+        "qwen3_30b_a3b",
+        "smollm2_135m",
+    ],
     "ppo": ["default", "scratch"],
     "quickstart": ["default", "tiny", "validation"],
     "reward": ["default", "scratch"],

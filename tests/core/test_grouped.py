@@ -50,7 +50,7 @@ def test_products_and_gradients_are_those_row_by_row(name):
 
 def test_the_form_of_accelerators_is_the_same(monkeypatch):
     """With lanes, whose products are one after the other there."""
-    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *x, cpu, default: default(*x))
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *x, default, **_: default(*x))
     lanes = [problem(sizes, i) for i, sizes in enumerate([[40, 2, 1], [0, 0, 3]])]
     together = jax.jit(jax.vmap(run))(*jax.tree.map(lambda *x: jnp.stack(x), *lanes))
     for i, lane in enumerate(lanes):
@@ -72,3 +72,20 @@ def test_a_program_for_a_cpu_multiplies_a_block_of_rows_with_one_matrix():
     compiled = jax.jit(run).lower(x, kernels, g, jnp.zeros(16, jnp.int32)).compile()
     block = 3 * 2 * block_rows(ROWS, 16) * INPUTS * OUTPUTS  # a loop's body is counted once
     assert compiled.cost_analysis()["flops"] < 2 * ROWS * INPUTS * OUTPUTS + 4 * block
+
+
+def test_a_program_for_a_tpu_has_no_product_of_all_rows_with_all_matrices():
+    """Its compiler would make one of the third of these, the gradient of the matrices."""
+    x, kernels, g, _ = problem([0] * 16)
+    traced = jax.jit(run).trace(x, kernels, g, jnp.zeros(16, jnp.int32))
+    text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count('"chlo.ragged_dot"') == 2
+    assert text.count("stablehlo.while") == 1
+
+
+def test_gradients_of_matrices_are_sums_in_float32():
+    """4,096 ones: in bfloat16 they would stop at 256."""
+    x, g = jnp.ones((4096, 2), jnp.bfloat16), jnp.ones((4096, 3), jnp.bfloat16)
+    kernels, sizes = jnp.zeros((2, 2, 3), jnp.bfloat16), jnp.array([4095, 1], jnp.int32)
+    found = jax.jit(run)(x, kernels, g, sizes)[2]
+    np.testing.assert_array_equal(found, np.array([4096, 1.0])[:, None, None] + np.zeros((2, 2, 3)))

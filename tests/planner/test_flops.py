@@ -13,7 +13,7 @@ from ppo_jax.algorithms.update import ppo_update
 from ppo_jax.core.types import Optimizer
 from ppo_jax.models.build import policy_network, reward_network, value_network
 from ppo_jax.models.config import Experts, LayerKind
-from ppo_jax.planner import flops
+from ppo_jax.planner import flops, layers
 from ppo_jax.planner.hlo.cost import cost_analysis
 from ppo_jax.rollout.rollout import rollout
 from tests.support import tiny
@@ -38,9 +38,18 @@ def test_a_forward_pass_by_hand():
     )
 
 
-@pytest.mark.parametrize("family", sorted(tiny.SHAPES.keys() - {"experts"}))
+STILL = (LayerKind(), LayerKind(rotary=False))
+SHAPES = {name: own for name, own in tiny.SHAPES.items() if name != "experts"} | {
+    "phi": dict(rotary_dim=4, tie_embeddings=False),
+    "neox": dict(residual="parallel", norm="layernorm", mlp="gelu_erf", qkv_bias=True),
+    "olmo": dict(residual="post", qk_norm="whole"),
+    "granite and smollm": dict(residual_scale=0.5, logits_divisor=2.0, layer_kinds=STILL),
+}
+
+
+@pytest.mark.parametrize("family", SHAPES)
 def test_the_forward_pass_of_every_family_is_counted_exactly(family):
-    config = tiny.model_config(**tiny.SHAPES[family])
+    config = tiny.model_config(**SHAPES[family])
     network = policy_network(config)
     params = jax.eval_shape(network.init, jax.random.key(0))
     tokens, mask = tiny.tokens_and_mask(0, 4, 12)
@@ -64,9 +73,35 @@ def test_experts_are_counted_by_the_chosen_ones(num_experts):
     expected = flops.forward_flops(config, **sizes, head="logits")
     assert measured(network.apply, params, tokens, mask, max_trip_counts=num_experts) == expected
     many = dataclasses.replace(config, experts=Experts(num_experts=64, num_chosen=2, dim=12))
-    added = flops.projection_flops(many) - flops.projection_flops(config)
+    added = layers.projection_flops(many)[0] - layers.projection_flops(config)[0]
     more = 3 * 12 * (2 - num_experts) + 64 - num_experts  # of the chosen ones, and of the router
     assert added == 2 * config.embed_dim * more
+
+
+MIXED = dict(
+    num_layers=3,
+    layer_kinds=(LayerKind(dense=True), LayerKind(window=4), LayerKind()),
+    experts=Experts(num_experts=4, num_chosen=2, dim=16),
+    mlp_dim=96,
+)
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("kinds", [MIXED["layer_kinds"], (LayerKind(window=4),) * 3])
+def test_training_of_experts_counts_the_layers_that_there_are(remat, kinds):
+    """Whole blocks of the rows of each expert, by the name scopes of their loops."""
+    stacked = dict(scan_layers=True) if len(set(kinds)) == 1 else {}
+    config = tiny.model_config(**MIXED | dict(layer_kinds=kinds), remat=remat, **stacked)
+    network = policy_network(config)
+    params = jax.eval_shape(network.init, jax.random.key(0))
+    tokens, mask = tiny.tokens_and_mask(0, 4, 16, least=16)
+    gradient = jax.grad(lambda p: (network.apply(p, tokens, mask, first_output=8) ** 2).sum())
+    where = dict(sequences=4, positions=16, outputs=8, head="logits")
+    expected = flops.training_flops(config, **where)
+    found = measured(gradient, params, max_trip_counts={"blocks": 1})
+    assert found == pytest.approx(expected, rel=0.01)
+    half = measured(gradient, params, max_trip_counts={"blocks": 0.5})
+    assert half < found
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])
@@ -97,7 +132,7 @@ def test_long_rows_skip_keys_and_loops_compute_scores_again(length, scan_layers,
     how = dict(sequences=2, positions=length, outputs=length - 3, head="logits")
     expected = flops.training_flops(config, **how)
     assert measured(gradient, params) == pytest.approx(expected, rel=0.01)
-    assert flops.scores_again(config, None, length) == again
+    assert layers.scores_again(config, None, length) == again
 
 
 NEAR, FAR = LayerKind(window=24, rope_theta=100.0), LayerKind()
@@ -119,7 +154,7 @@ def test_layers_of_several_kinds_count_the_keys_that_each_reads(kinds, length):
     params = jax.eval_shape(network.init, jax.random.key(0))
     tokens, mask = tiny.tokens_and_mask(0, 2, length)
     where = dict(sequences=2, positions=length, outputs=length // 2)
-    rows = flops.rows_of(config, None, **where)
+    rows = layers.rows_of(config, None, **where)
     apply = functools.partial(network.apply, first_output=length - length // 2)
     forward = flops.forward_flops(config, **vars(rows), head="logits")
     assert measured(apply, params, tokens, mask) == pytest.approx(forward, rel=0.001)
@@ -145,7 +180,7 @@ def test_a_rollout_reads_no_more_of_a_cache_than_a_window(window):
 
 def test_kernels_skip_what_is_outside_of_a_window():
     config, length = tiny.model_config(layer_kinds=(NEAR, FAR), dtype="bfloat16"), 2048
-    near, far = flops.rows_of(config, "tpu", sequences=1, positions=length, outputs=1).attended
+    near, far = layers.rows_of(config, "tpu", sequences=1, positions=length, outputs=1).attended
     assert near * length == 512**2 * (4 + 3) and far * length == 512**2 * (4 + 3 + 2 + 1)
 
 

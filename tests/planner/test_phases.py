@@ -17,7 +17,7 @@ from ppo_jax.distributed.trees import named_leaves
 from ppo_jax.io.stage_folder import Model, load_model
 from ppo_jax.models.build import policy_network, reward_network
 from ppo_jax.models.lora import init_lora
-from ppo_jax.planner import flops, phases, planner
+from ppo_jax.planner import flops, iteration, phases, planner
 from ppo_jax.planner import report as plan_report
 from ppo_jax.planner.hlo.cost import cost_analysis
 from ppo_jax.planner.models import common_layers
@@ -214,7 +214,7 @@ def adapter_parts(make, config, targets):
     adapters = init_lora(jax.random.key(0), config, params, targets=targets, rank=4)
     trained = dict(adapters) if make is policy_network else adapters | {"head": params["head"]}
     head = "logits" if make is policy_network else "scalar"
-    of = phases.trained_parts(config, "lora", 0, LoRASettings(rank=4, targets=targets), head)
+    of = iteration.trained_parts(config, "lora", 0, LoRASettings(rank=4, targets=targets), head)
     return trained, params, of
 
 

@@ -214,6 +214,8 @@ SIZES = {  # millions of parameters, as their pages say
     "Qwen/Qwen3-0.6B": 596.0,
     "meta-llama/Llama-3.1-8B-Instruct": 8030.3,
     "meta-llama/Llama-3.1-70B-Instruct": 70553.7,
+    "Qwen/Qwen3-30B-A3B": 30532.1,
+    "google/gemma-3-27b-it": 27009.3,
 }
 
 

@@ -159,6 +159,43 @@ def test_a_kernel_of_attention_counts_the_blocks_that_it_computes(
     assert {"other", "out"} <= set(names)  # what follows the kernel's lines is read on
 
 
+GROUPED = 'metadata={op_name="jit(f)/while/body/blocks_16/ragged_dot_general/ragged-dot-none"}'
+
+
+@pytest.mark.parametrize(
+    ("counts", "share"), [(None, 1), (7, 1), ({"": 7, "decoding": 3}, 1), ({"blocks": 0.25}, 0.25)]
+)
+def test_a_product_by_group_counts_a_matrix_a_row(counts, share):
+    """By the TPU's kernel, of which others only say where the groups are; and where it is none."""
+    text = program(
+        entry(
+            "%n = s32[16] parameter(0)",
+            "%x = bf16[4096,256] parameter(1)",
+            "%w = bf16[16,256,384] parameter(2)",
+            '%where = s32[17] custom-call(%n), custom_call_target="tpu_custom_call", '
+            'metadata={op_name="ragged-dot-metadata"}',
+            "%y = bf16[4096,384] custom-call(%where, /*index=1*/%x, %w), "
+            f'custom_call_target="tpu_custom_call", {GROUPED}',
+            "ROOT %out = bf16[4096,384] add(%y, %y)",
+        )
+    )
+    product = 2 * 4096 * 256 * 384
+    assert hlo_cost(text, max_trip_counts=counts).flops == share * product
+    for left, right, out in (
+        ("4096,256", "16,256,384", "4096,384"),
+        ("4096,256", "4096,384", "16,256,384"),
+    ):
+        plain = program(
+            entry(
+                f"%x = bf16[{left}] parameter(0)",
+                f"%w = bf16[{right}] parameter(1)",
+                "%n = s32[16] parameter(2)",
+                f"ROOT %out = bf16[{out}] ragged-dot(%x, %w, %n), lhs_ragged_dims={{0}}, {GROUPED}",
+            )
+        )
+        assert hlo_cost(plain, max_trip_counts=counts).flops == share * product
+
+
 @pytest.mark.parametrize(("target", "products"), [("fmhaSoftmax", 2), ("fmhaSoftmaxBackward", 5)])
 def test_cudnn_counts_half_of_all_pairs(target, products):
     text = program(

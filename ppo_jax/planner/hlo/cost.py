@@ -10,9 +10,15 @@ from typing import NamedTuple
 
 import jax
 
-from ppo_jax.planner.hlo.instructions import attention_flops, collective, matmul_flops, traffic
+from ppo_jax.planner.hlo.instructions import (
+    attention_flops,
+    collective,
+    grouped_flops,
+    matmul_flops,
+    traffic,
+)
 from ppo_jax.planner.hlo.text import Instruction, parse_module
-from ppo_jax.planner.hlo.trip_counts import Scope, TripCounts, trip_count
+from ppo_jax.planner.hlo.trip_counts import Scope, TripCounts, share_of, trip_count
 
 
 class Sent(NamedTuple):
@@ -41,7 +47,7 @@ class Memory(NamedTuple):
 class ProgramCost:
     """The cost of one run of a program on one chip."""
 
-    flops: float = 0.0  # of matrix products, convolutions and attention kernels
+    flops: float = 0.0  # of products, convolutions and attention kernels
     attention_kernels: float = 0.0  # calls of one
     bytes_accessed: float = 0.0  # of main memory, read and written, see `instructions.traffic`
     collectives: Mapping[str, Sent] = dataclasses.field(default_factory=dict)
@@ -74,7 +80,8 @@ def cost_analysis(
     Args:
         compiled: for any platform, also for a described one that is not there.
         max_trip_counts: of loops whose end depends on data, in the worst case: of the decode loop
-            the response length. Of several such loops by the name scopes around them.
+            the response length. Of several such loops by the name scopes around them. Products by
+            group count so many of their rows as the count of their scope says, see `share_of`.
 
     Raises:
         ValueError: there is such a loop without a count.
@@ -109,17 +116,21 @@ def computation_cost(scope: Scope, max_trip_counts: TripCounts, fused: bool = Fa
             costs = [max(costs, key=lambda x: (x[1].flops, x[1].bytes_accessed))]
         for times, cost in costs:
             total = total.plus(cost, times)
-        total = total.plus(instruction_cost(scope, instruction, fused))
+        total = total.plus(instruction_cost(scope, instruction, max_trip_counts, fused))
     return total
 
 
-def instruction_cost(scope: Scope, instruction: Instruction, fused: bool) -> ProgramCost:
+def instruction_cost(
+    scope: Scope, instruction: Instruction, max_trip_counts: TripCounts, fused: bool
+) -> ProgramCost:
     """The cost of an instruction without that of the computations it calls."""
     module, computation = scope.module, scope.computation
     sent = collective(module, computation, instruction)
     kernel_flops = attention_flops(computation, instruction)
+    grouped = grouped_flops(computation, instruction)
+    grouped *= share_of(instruction.op_name, max_trip_counts)
     return ProgramCost(
-        flops=matmul_flops(computation, instruction) + kernel_flops,
+        flops=matmul_flops(computation, instruction) + kernel_flops + grouped,
         attention_kernels=float(kernel_flops > 0),
         bytes_accessed=0.0 if fused else traffic(module, computation, instruction),
         collectives={sent[0]: Sent(1, sent[1])} if sent else {},

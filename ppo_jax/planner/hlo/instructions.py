@@ -73,6 +73,23 @@ def attention_flops(computation: Computation, instruction: Instruction) -> float
     return 2.0 * SPLASH_PRODUCTS[kernel[1]] * queries.size / length * pairs
 
 
+def grouped_flops(computation: Computation, instruction: Instruction) -> float:
+    """Flops of a product of rows with the matrix of their group, 0 for all else: those of all rows,
+    each with one matrix.
+
+    `ragged-dot`, or the kernel that TPUs have for it; of the gradient of the matrices, which has a
+    dimension of groups, as well.
+    """
+    inputs = [x.outputs[0] for x in computation.inputs(instruction)]
+    if instruction.opcode == "ragged-dot":
+        left, right = inputs[:2]
+    elif instruction.target == "tpu_custom_call" and "ragged-dot-none" in instruction.op_name:
+        left, right = inputs[-2:]
+    else:
+        return 0.0
+    return 2.0 * left.size * right.dims[-1]
+
+
 def convolution_flops(instruction: Instruction, left: tuple, right: tuple) -> float:
     """2 x (batch / batch groups) x output features x input features per group x hits.
 

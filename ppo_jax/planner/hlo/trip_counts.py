@@ -31,7 +31,8 @@ class Scope:
 
 Value = tuple[Scope, Instruction]
 # For loops whose end depends on data: one count for all, or one for each name scope around them
-# (the innermost counts); the average where it varies.
+# (the innermost counts, "" is of all others); the average where it varies. Of scopes with a number,
+# `blocks_12`, the count of the name, `blocks`, is times the number.
 TripCounts = float | Mapping[str, float] | None
 
 
@@ -176,5 +177,25 @@ def innermost(op_name: str, counts: Mapping[str, float]) -> float | None:
 
     >>> innermost("jit(f)/outer/while/body/inner/while", {"outer": 2, "inner": 5})
     5
+    >>> innermost("jit(f)/blocks_12/while", {"": 3, "blocks": 0.5})
+    6.0
     """
-    return next((counts[part] for part in reversed(op_name.split("/")) if part in counts), None)
+    for scope in reversed(op_name.split("/")):
+        name, _, number = scope.rpartition("_")
+        if scope in counts:
+            return counts[scope]
+        if name in counts and number.isdecimal():
+            return counts[name] * int(number)
+    return counts.get("")
+
+
+def share_of(op_name: str, counts: TripCounts) -> float:
+    """The count of the innermost name scope with a number, without it; 1 where there is none.
+
+    >>> share_of("jit(f)/blocks_12/ragged_dot", {"": 3, "blocks": 0.5}), share_of("f", 3)
+    (0.5, 1)
+    """
+    if not isinstance(counts, Mapping):
+        return 1
+    names = (scope.rpartition("_")[0] for scope in reversed(op_name.split("/")))
+    return next((counts[name] for name in names if name and name in counts), 1)
