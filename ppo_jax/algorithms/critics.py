@@ -111,16 +111,19 @@ def statistics_of(
     *inputs: jax.Array,
     several: bool,
     **where: Any,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[Any, ...]:
     """`response_statistics` of a critic on the policy, whose parameters these are: (logprobs,
-    entropies, what `outputs_of` gives), all of one pass."""
+    entropies, what `outputs_of` gives), all of one pass; with experts (these, the statistics)."""
 
-    def statistics(own: Params) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def statistics(own: Params) -> tuple[Any, ...]:
         return response_statistics(network, merge_params(policy, own), *inputs, **where)
 
     if not several:
         return statistics(trained)
-    return jax.vmap(statistics, out_axes=(None, None, 0))(trained)
+    axes: tuple[Any, ...] = (None, None, 0)
+    if "experts" in where:
+        axes = (axes, None)
+    return jax.vmap(statistics, out_axes=axes)(trained)
 
 
 def take_critic(values: jax.Array, critics: jax.Array) -> jax.Array:

@@ -143,7 +143,7 @@ def with_eos(rollout: Rollout, eos_id: int) -> Rollout:
     """The rollout with one more column, for an EOS behind each response that has stopped at another
     token; those that were cut off and those that end with EOS stay as they are.
 
-    Log-probs are 0 there; there are no hidden states.
+    Log-probs are 0 there; there are no hidden states, and no experts.
     """
 
     def wider(x):
@@ -159,6 +159,7 @@ def with_eos(rollout: Rollout, eos_id: int) -> Rollout:
         response_mask=wider(rollout.response_mask) | is_new,
         logprobs=wider(rollout.logprobs),
         hidden_states=None,
+        experts=None,
     )
 
 

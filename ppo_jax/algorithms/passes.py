@@ -20,6 +20,7 @@ from ppo_jax.algorithms.critics import (
 from ppo_jax.algorithms.options import PPONetworks, PPOOptions
 from ppo_jax.core import cpu
 from ppo_jax.core.network import merge_params
+from ppo_jax.core.router import RouterStatistics
 from ppo_jax.core.types import Experience, FrozenParams, Hyperparameters, Params, Rollout
 from ppo_jax.rollout.decode import response_statistics
 
@@ -31,6 +32,7 @@ class Outputs(NamedTuple):
     logprobs: jax.Array | None = None  # [B, T] float32
     entropies: jax.Array | None = None  # [B, T] float32, nats
     values: jax.Array | None = None  # [B, T] float32, [B, T, N] logits; [K, B, T] of K critics
+    router: RouterStatistics | None = None  # of the policy, where the experience has its experts
 
     def of_own_critics(self, critics: jax.Array | None) -> "Outputs":
         """With the values [B, T] of each token's own among several critics, `Experience.critics`;
@@ -45,12 +47,13 @@ class Outputs(NamedTuple):
         return Outputs(*(b if a is None else a for a, b in pairs))
 
     def take(self, rows: jax.Array, *, several: bool) -> "Outputs":
-        """Those of some responses [R]; `several` critics have values [K, B, T]."""
+        """Those of some responses [R], but the sums over all; `several` critics have values
+        [K, B, T]."""
         values, axis = self.values, 1 if several else 0
         if values is not None:
             values = jnp.take(values, rows, axis=axis)
-        rest = jax.tree.map(lambda x: x[rows], self._replace(values=None))
-        return rest._replace(values=values)
+        rest = jax.tree.map(lambda x: x[rows], self._replace(values=None, router=None))
+        return rest._replace(values=values, router=self.router)
 
 
 class FirstPass(NamedTuple):
@@ -136,8 +139,14 @@ def passes_in_common(
 
 
 def without_outputs(rollout: Rollout, networks: PPONetworks, options: PPOOptions) -> Experience:
-    """A rollout as the update reads it, before there is anything that networks have given."""
+    """A rollout as the update reads it, before there is anything that networks have given.
+
+    Raises:
+        ValueError: experts are to be replayed, and there are none.
+    """
     mask, several = rollout.response_mask, options.num_critics > 1
+    if options.replay_experts and rollout.experts is None:
+        raise ValueError("replay_experts needs the experts of a rollout, and this policy has none")
     unknown: dict[str, Any] = dict(logprobs=None, values=None, advantages=None, returns=None)
     tokens, value_inputs, critics = rollout.tokens, None, None
     if networks.value is not None:
@@ -152,6 +161,8 @@ def without_outputs(rollout: Rollout, networks: PPONetworks, options: PPOOptions
         response_tokens=rollout.response_tokens,
         response_mask=mask,
         critics=critics,
+        experts=rollout.experts,
+        replays_experts=options.replay_experts,
         **unknown,
     )
 
@@ -177,14 +188,19 @@ def forward(
     how = dict(temperature=hyperparameters.temperature)
     how |= dict(segment_ids=e.segment_ids, output_positions=e.output_positions)
     how |= dict(samples_per_prompt=samples_per_prompt)
+    if routed := e.experts is not None:
+        how |= dict(experts=e.experts, replay=e.replays_experts)
     if "value" in params and networks.value_on_policy:
         several = e.critics is not None
         given = (networks.value, policy, params["value"], *inputs, e.response_tokens)
-        return Outputs(*statistics_of(*given, several=several, **how))
-    statistics = response_statistics(networks.policy, policy, *inputs, e.response_tokens, **how)
-    if "value" not in params:
-        return Outputs(*statistics)
-    return Outputs(*statistics, critic_outputs(params, e, **where))
+        statistics = statistics_of(*given, several=several, **how)
+    else:
+        statistics = response_statistics(networks.policy, policy, *inputs, e.response_tokens, **how)
+    statistics, router = statistics if routed else (statistics, None)
+    outputs = Outputs(*statistics, router=router)
+    if outputs.values is not None or "value" not in params:
+        return outputs
+    return outputs._replace(values=critic_outputs(params, e, **where))
 
 
 def critic_outputs(

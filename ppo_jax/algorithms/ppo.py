@@ -26,6 +26,7 @@ from ppo_jax.algorithms.experience import (
 )
 from ppo_jax.algorithms.greedy import greedy_rollout
 from ppo_jax.algorithms.options import PPONetworks, PPOOptions
+from ppo_jax.algorithms.passes import forward
 from ppo_jax.algorithms.references import reference_rollout
 from ppo_jax.algorithms.scores import count_scores
 from ppo_jax.algorithms.stopping import average_updates
@@ -38,7 +39,6 @@ from ppo_jax.algorithms.update import (
 )
 from ppo_jax.core.kl import adaptive_kl_coef, kl_estimate
 from ppo_jax.core.masking import masked_mean
-from ppo_jax.core.network import merge_params
 from ppo_jax.core.renamed import renamed
 from ppo_jax.core.shaping import Moments
 from ppo_jax.core.types import (
@@ -50,7 +50,6 @@ from ppo_jax.core.types import (
     Prompts,
     Rollout,
 )
-from ppo_jax.rollout.decode import response_statistics
 
 
 def init_ppo(
@@ -160,15 +159,8 @@ def kl_of_update(
     """KL(old || new) in nats a token, [] float32: of the policy before an update, which gave the
     experience, from that after it, by k3 on the sampled tokens. It is one more forward pass."""
     e = experience
-    new, _ = response_statistics(
-        networks.policy,
-        merge_params(frozen.policy, state.policy_params),
-        e.policy_inputs,
-        e.mask,
-        e.response_tokens,
-        temperature=hyperparameters.temperature,
-        samples_per_prompt=options.learned_samples,
-    )
+    parts = dict(frozen=frozen, networks=networks, samples_per_prompt=options.learned_samples)
+    new = forward({"policy": state.policy_params}, e, hyperparameters, **parts).logprobs
     return masked_mean(kl_estimate(e.logprobs, new, estimator="k3"), e.response_mask)
 
 

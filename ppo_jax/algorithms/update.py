@@ -37,6 +37,7 @@ from ppo_jax.core.named import fields_of
 from ppo_jax.core.optimizer import apply_gradients, init_optimizer, schedule
 from ppo_jax.core.policy_losses import clipped_policy_loss
 from ppo_jax.core.renamed import renamed
+from ppo_jax.core.router import router_metrics
 from ppo_jax.core.sequence_losses import aggregation_weights
 from ppo_jax.core.types import (
     Experience,
@@ -103,7 +104,7 @@ def experience_loss(
         samples_per_prompt: so many responses after another have one prompt; see `response_outputs`.
 
     Returns:
-        (loss, metrics).
+        (loss, metrics); among them "router", `RouterStatistics`, where the experience has experts.
     """
     parts = dict(frozen=frozen, networks=networks, samples_per_prompt=samples_per_prompt)
     outputs = forward(params, experience, hyperparameters, **parts)
@@ -122,7 +123,7 @@ def loss_of_outputs(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """`experience_loss` from what the networks give, see `forward`; other arguments as there."""
     e, mask = experience, experience.response_mask
-    logprobs, entropies, values = outputs.of_own_critics(e.critics)
+    logprobs, entropies, values, router = outputs.of_own_critics(e.critics)
     classifies = hyperparameters.value_range is not None
     loss, metrics = ppo_loss(
         logprobs,
@@ -150,6 +151,8 @@ def loss_of_outputs(
         )
         loss = loss + hyperparameters.vf_coef * value
         metrics = metrics | value_metrics | {"ppo/loss": jax.lax.stop_gradient(loss)}
+    if router is not None:
+        metrics = metrics | {"router": jax.lax.stop_gradient(router)}
     if options is None or hyperparameters.kl_loss_coef is None:
         return loss, metrics
     kl, kl_metrics = kl_loss(
@@ -425,6 +428,8 @@ def take_steps(
             return gradients_in_turn(*given, apart=apart, first=passes)
 
         gradients, metrics = sums(gradient, params, minibatch, options.num_micro_batches)
+        if "router" in metrics:  # of all micro-batches together
+            metrics |= router_metrics(metrics.pop("router"))
         params, opt_state, norm = apply_gradients(optimizer, gradients, opt_state, params, rates)
         return (params, opt_state), metrics | {f"{name}/grad_norm": norm}
 

@@ -54,8 +54,9 @@ class Network(NamedTuple):
     - `routed`: the same network where it has experts, else None. Its `apply`, `token_statistics`
       and `summed_logprobs` give (outputs, `RouterStatistics`). They take `chosen` [B, L, M, k] int,
       the experts of each position in each of M layers: the statistics compare with these, or, with
-      `replay=True`, they are what each position has, by weights of its router. Its `decode` gives
-      (outputs, cache, chosen).
+      `replay=True`, they are what each position has, by weights of its router; what is the number
+      of experts or more is none. Its `decode` gives (outputs, cache, chosen). Training and rollout
+      call it: a network with another `apply` or `decode` needs it anew, or None.
 
     Value and reward networks need `init` and `apply` only.
 

@@ -17,8 +17,8 @@ class RouterStatistics:
     chosen: jax.Array  # [M, E] float32, tokens that have an expert
     probs: jax.Array  # [M, E] float32, their router's probabilities
     entropy: jax.Array  # [M] float32, of these, in nats
-    changed: jax.Array  # [M] float32, choices of a token that are not among those it is compared
-    # with, see `router_statistics`
+    compared: jax.Array  # [M] float32, choices of another pass that these are compared with, and
+    changed: jax.Array  # [M] float32, those among them that the token has not made again
 
 
 def router_statistics(
@@ -30,8 +30,8 @@ def router_statistics(
         logits: [..., E] float, of the router.
         chosen: [..., k] int, the experts that each token has.
         mask: [...] bool, True on real tokens; what the others hold elsewhere has no effect.
-        before: [..., k] int, the experts that it had in another forward pass. Their order does not
-            matter. None compares nothing, and nothing is changed.
+        before: [..., k] int, the experts that each token had in another pass, in any order. What is
+            E or more is none, and is not compared. None compares nothing.
 
     Returns:
         The sums, whose gradient is that of `probs` and `entropy`.
@@ -42,15 +42,17 @@ def router_statistics(
     logits = jnp.where(real, logits.astype(jnp.float32), 0.0)
     probs = jnp.where(real, jax.nn.softmax(logits), 0.0)
     has = jax.nn.one_hot(jnp.where(real, chosen, -1), logits.shape[-1])  # of -1 all 0
-    changed = jnp.float32(0.0)
+    compared = changed = jnp.float32(0.0)
     if before is not None:
-        same = (chosen[..., None] == before[..., None, :].astype(chosen.dtype)).any(-1)
-        changed = (~same & real).sum(dtype=jnp.float32)
+        again = (before[..., None].astype(chosen.dtype) == chosen[..., None, :]).any(-1)
+        counts = real & (before < logits.shape[-1])
+        compared, changed = (x.sum(dtype=jnp.float32) for x in (counts, counts & ~again))
     return RouterStatistics(
         tokens=mask.sum(dtype=jnp.float32),
         chosen=has.sum((*every, -2)),
         probs=probs.sum(every),
         entropy=-(probs * jax.nn.log_softmax(logits)).sum(),
+        compared=compared,
         changed=changed,
     )
 
@@ -71,11 +73,10 @@ def load_balancing_loss(statistics: RouterStatistics) -> jax.Array:
     Reference: Fedus et al. 2021, https://arxiv.org/abs/2101.03961, eq. 4 to 6; of k experts, and
     over all layers, as transformers has it.
 
-    >>> numbers = jnp.array([[3.0, 1.0]]), jnp.array([[2.0, 2.0]]), jnp.zeros(1)
-    >>> chosen, probs, none = numbers
-    >>> statistics = RouterStatistics(
-    ...     tokens=jnp.array([4.0]), chosen=chosen, probs=probs, entropy=none, changed=none
-    ... )
+    >>> chosen, probs = jnp.array([[3.0, 1.0]]), jnp.array([[2.0, 2.0]])
+    >>> others = dict.fromkeys(("entropy", "compared", "changed"), jnp.zeros(1))
+    >>> tokens = jnp.array([4.0])
+    >>> statistics = RouterStatistics(tokens=tokens, chosen=chosen, probs=probs, **others)
     >>> load_balancing_loss(statistics).item()
     1.0
     """
@@ -100,5 +101,5 @@ def router_metrics(statistics: RouterStatistics) -> dict[str, jax.Array]:
         "policy/router_loss": load_balancing_loss(s),
         "policy/router_load_max": (s.chosen / tokens[:, None]).max(),
         "policy/router_entropy": s.entropy.sum() / jnp.maximum(s.tokens.sum(), 1.0),
-        "policy/router_mismatch": s.changed.sum() / jnp.maximum(s.chosen.sum(), 1.0),
+        "policy/router_mismatch": s.changed.sum() / jnp.maximum(s.compared.sum(), 1.0),
     }

@@ -44,6 +44,9 @@ class Rollout:
     has_eos: jax.Array  # [B] bool, the response ended with a stop token or a stop string
     hidden_states: jax.Array | None = None  # [B, L, D], the trunk's output, when there is a trunk
     is_safety: jax.Array | None = None  # [B] bool, that of the prompt
+    experts: jax.Array | None = None  # [B, L, M, k] uint8 or uint16, those that each position had
+    # in each of the policy's M layers with experts, if there are any; the largest number of the
+    # dtype where it had none: the last token of a response, and what the last layer has not run
 
     @property
     def tokens(self) -> jax.Array:
@@ -59,8 +62,8 @@ class Rollout:
 @renamed(segments="segment_ids", at="output_positions")
 @struct.dataclass(kw_only=True)
 class Experience:
-    """A rollout with all that the update needs. Everything but `policy_inputs`,
-    `value_inputs` and `mask` is over the response, and zero where `response_mask` is False.
+    """A rollout with all that the update needs. Everything but `policy_inputs`, `value_inputs`,
+    `mask` and `experts` is over the response, and zero where `response_mask` is False.
 
     Where responses share rows (see `rollout.packing`), there are `segment_ids` and
     `output_positions`: B is a number of rows, [B, L] is [B, L - 1], without the position that
@@ -89,6 +92,9 @@ class Experience:
     # own are the `values`
     segment_ids: jax.Array | None = None  # [B, L - 1] int32, as in `TextBatch`
     output_positions: jax.Array | None = None  # [B, T] int32, predict the response tokens
+    experts: jax.Array | None = None  # [B, L, M, k] int, those of the rollout
+    replays_experts: bool = struct.field(pytree_node=False, default=False)  # the policy has them in
+    # the update as well; False: it chooses by itself, and the two are compared
 
 
 @struct.dataclass(kw_only=True)

@@ -27,7 +27,7 @@ from ppo_jax.models.layers import ACTIVATIONS
 STATISTICS, CHOSEN = "router_statistics", "router_chosen"  # written: see `router_statistics`; [B,
 # S, k] int, the experts of each token
 REPLAYED, COMPARED = "router_replayed", "router_compared"  # given, [B, S, k] int: the experts that
-# each token has here as well; or those that the statistics compare with
+# each token has here as well, what is E or more being none; or those that the statistics compare
 ROUTER, VARIABLE = (STATISTICS, CHOSEN, REPLAYED, COMPARED), "experts"  # the name in each
 
 
@@ -87,13 +87,15 @@ class ExpertKernel(nn.Module):
 def route(
     logits_NE: jax.Array, experts: Experts, chosen_Nk: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """(weights, experts) of each token, [N, k] both: those with the largest softmax, or the given
-    ones."""
+    """(weights, experts) of each token, [N, k] both: those with the largest softmax; or the given
+    ones, where all of a token are below E."""
     probs_NE = jax.nn.softmax(logits_NE)
+    weights_Nk, own_Nk = jax.lax.top_k(probs_NE, experts.num_chosen)
     if chosen_Nk is None:
-        weights_Nk, chosen_Nk = jax.lax.top_k(probs_NE, experts.num_chosen)
+        chosen_Nk = own_Nk
     else:
-        chosen_Nk = chosen_Nk.astype(jnp.int32)
+        given_N1 = (chosen_Nk < experts.num_experts).all(-1, keepdims=True)
+        chosen_Nk = jnp.where(given_N1, chosen_Nk.astype(own_Nk.dtype), own_Nk)
         weights_Nk = jnp.take_along_axis(probs_NE, chosen_Nk, axis=-1)
     if experts.normalized:
         weights_Nk = weights_Nk / weights_Nk.sum(-1, keepdims=True)

@@ -90,12 +90,12 @@ def by_layer(told: dict[str, Any], axis: int) -> RouterStatistics | jax.Array:
 
 
 def all_chosen(told: dict[str, Any], config: ModelConfig, length: int) -> jax.Array:
-    """The experts [B, S, M, k] that the layers have told, in the smallest dtype; 0 where the last
-    layer has computed no position."""
+    """The experts [B, S, M, k] that the layers have told, in the smallest dtype; its largest number
+    where the last layer has computed no position."""
+    dtype = jnp.uint8 if config.experts.num_experts < 256 else jnp.uint16
 
     def whole(x):
-        dtype = jnp.uint8 if config.experts.num_experts <= 256 else jnp.uint16
-        skipped = length - x.shape[-2]
-        return jnp.pad(x.astype(dtype), (*[(0, 0)] * (x.ndim - 2), (skipped, 0), (0, 0)))
+        skipped = (*[(0, 0)] * (x.ndim - 2), (length - x.shape[-2], 0), (0, 0))
+        return jnp.pad(x.astype(dtype), skipped, constant_values=jnp.iinfo(dtype).max)
 
     return by_layer(jax.tree.map(whole, told), axis=2)

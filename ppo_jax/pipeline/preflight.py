@@ -349,6 +349,8 @@ def check_ppo(
             f"ppo.max_prompt_length + ppo.response_length must be at most {context} (the models' "
             f"context), got {settings.max_prompt_length} + {settings.response_length}"
         )
+    if settings.replay_experts and policy.config.experts is None:
+        raise ValueError("ppo.replay_experts must be False for a policy without experts, got True")
     reads_tokens = score is not None and not reason
     if reads_tokens and total == score.config.max_length and reads_eos(settings, policy):
         raise ValueError(

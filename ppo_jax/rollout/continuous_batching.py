@@ -19,7 +19,7 @@ from flax import struct
 
 from ppo_jax.core.lanes import any_lane
 from ppo_jax.core.types import Prompts
-from ppo_jax.rollout.decode import DecodeState, Policy, add_tokens, decode_step, empty_rows
+from ppo_jax.rollout.decode import DecodeState, Kept, Policy, add_tokens, decode_step, empty_rows
 from ppo_jax.rollout.sampling import Sampling, choose
 
 # Name scopes of the loops, by which a compiled program is read, see `max_trip_counts`.
@@ -34,7 +34,7 @@ class Finished:
     logprobs: jax.Array  # [N, T] float32
     mask: jax.Array  # [N, T] bool
     stopped: jax.Array  # [N] bool
-    hidden_states: jax.Array | None  # [N, T, D]
+    kept: Kept  # [N, T, ...]
 
 
 @struct.dataclass(kw_only=True)
@@ -45,7 +45,7 @@ class RefillState:
     row: jax.Array  # [S] int32, the response in each slot; N where the slot is free
     waiting: jax.Array  # [] int32, the first row that was not admitted yet
     finished: Finished
-    prompt_states: jax.Array | None  # [N / samples, P, D], the trunk's
+    of_prompts: Kept  # [N / samples, P, ...]
 
 
 def decode_with_refills(
@@ -54,8 +54,8 @@ def decode_with_refills(
     keys: jax.Array,
     sampling: Sampling,
     temperature: jax.Array | float,
-) -> tuple[Finished, jax.Array | None]:
-    """`decode.decode_all` with at most S responses at a time: (responses, prompts' states)."""
+) -> tuple[Finished, Kept]:
+    """`decode.decode_all` with at most S responses at a time: (responses, the kept of prompts)."""
     num_rows, num_slots = len(keys), sampling.max_concurrent
     group, shards = sampling.group(num_slots), policy.num_shards(num_slots)
     width = narrow_width(num_slots, shards) if policy.moves_rows else 0
@@ -90,7 +90,7 @@ def decode_with_refills(
     if width:
         all_ended = functools.partial(fit_into, width=0)
         state = run(narrow(policy, state, width, shards), DRAINING, all_ended)
-    return state.finished, state.prompt_states
+    return state.finished, state.of_prompts
 
 
 def narrow_width(num_slots: int, shards: int) -> int:
@@ -109,9 +109,9 @@ def init_refills(
 ) -> RefillState:
     """S free slots."""
     num_rows, num_slots = len(keys), sampling.max_concurrent
-    prompt_states = policy.empty_states(prompts)
+    of_prompts = policy.empty_kept(prompts)
     caches = policy.init_caches(num_slots, prompts.tokens.shape[1] + sampling.response_length)
-    slots = empty_rows(keys[:num_slots], caches, prompt_states, sampling)
+    slots = empty_rows(keys[:num_slots], caches, of_prompts, sampling)
 
     def empty(x):
         return jnp.zeros((num_rows, *x.shape[1:]), x.dtype)
@@ -121,14 +121,14 @@ def init_refills(
         logprobs=empty(slots.logprobs),
         mask=empty(slots.mask),
         stopped=empty(slots.stopped),
-        hidden_states=None if prompt_states is None else empty(slots.hidden_states),
+        kept=jax.tree.map(empty, slots.kept),
     )
     return RefillState(
         slots=slots,
         row=jnp.full(num_slots, num_rows, jnp.int32),
         waiting=jnp.int32(0),
         finished=finished,
-        prompt_states=prompt_states,
+        of_prompts=of_prompts,
     )
 
 
@@ -143,18 +143,15 @@ def retire(state: RefillState) -> RefillState:
         return array.at[row].set(values, mode="drop")
 
     def in_order(x):
-        index = columns if x.ndim == 2 else columns[:, :, None]
+        index = columns.reshape(*columns.shape, *(1,) * (x.ndim - 2))
         return jnp.take_along_axis(x, index, axis=1)
 
-    states = None
-    if finished.hidden_states is not None:
-        states = write(finished.hidden_states, in_order(s.hidden_states))
     finished = Finished(
         tokens=write(finished.tokens, in_order(s.tokens * s.mask)),
         logprobs=write(finished.logprobs, in_order(s.logprobs * s.mask)),
         mask=write(finished.mask, in_order(s.mask)),
         stopped=write(finished.stopped, s.stopped),
-        hidden_states=states,
+        kept=jax.tree.map(lambda x, new: write(x, in_order(new)), finished.kept, s.kept),
     )
     return dataclasses.replace(
         state, finished=finished, row=jnp.where(s.active, state.row, num_rows)
@@ -183,7 +180,7 @@ def admit(
     numbers = state.waiting // samples + offsets  # of the prompts
     admitted = jax.tree.map(lambda x: x.at[numbers].get(mode="clip"), prompts)
     fresh = policy.init_caches(group // samples, prompts.tokens.shape[1])
-    fresh_states, logits, fresh = policy.prefill(admitted, fresh)
+    kept, logits, fresh = policy.prefill(admitted, fresh)
     offsets = jnp.arange(group, dtype=jnp.int32)
     fresh_keys = keys.at[state.waiting + offsets].get(mode="clip")
     chosen = choose(logits[offsets // samples], fresh_keys, jnp.int32(0), sampling, temperature)
@@ -203,15 +200,15 @@ def admit(
     )
     chosen = (x.at[rank].get(mode="clip") for x in chosen)
     slots = add_tokens(slots, *chosen, enters, sampling)
-    prompt_states = state.prompt_states
-    if prompt_states is not None:
-        prompt_states = prompt_states.at[numbers].set(fresh_states, mode="drop")
+    of_prompts = jax.tree.map(
+        lambda x, new: x.at[numbers].set(new, mode="drop"), state.of_prompts, kept
+    )
     return dataclasses.replace(
         state,
         slots=slots,
         row=jnp.where(enters, row, state.row),
         waiting=jnp.minimum(state.waiting + count, num_rows),  # there was room for all of them
-        prompt_states=prompt_states,
+        of_prompts=of_prompts,
     )
 
 

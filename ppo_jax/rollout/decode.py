@@ -22,6 +22,13 @@ from ppo_jax.core.types import Params, Prompts
 from ppo_jax.rollout.sampling import Sampling, choose, find_stops, init_matched
 
 
+class Kept(NamedTuple):
+    """What is kept of each position besides its token."""
+
+    hidden_states: jax.Array | None = None  # [B, L, D], the trunk's; None without one
+    experts: jax.Array | None = None  # [B, L, M, k] int, see `Network.routed`; None without any
+
+
 class Policy(NamedTuple):
     """The policy with its parameters, above a trunk if there is one."""
 
@@ -54,31 +61,31 @@ class Policy(NamedTuple):
         trunk = None if self.trunk is None else self.trunk.map_rows(function, caches[0])
         return trunk, self.network.map_rows(function, caches[1])
 
-    def empty_states(self, prompts: Prompts) -> jax.Array | None:
-        """Zeros in the place of the trunk's hidden states of prompts; None without a trunk."""
-        if self.trunk is None:
-            return None
-        tokens, mask = prompts.tokens, prompts.mask
+    def empty_kept(self, prompts: Prompts) -> Kept:
+        """Zeros in the place of what is kept of prompts."""
+        if self.trunk is None and self.network.routed is None:
+            return Kept()
 
-        def states():
-            cache = self.trunk.init_cache(*tokens.shape)
-            return self.trunk.decode(self.trunk_params, tokens, mask, cache)[0]
+        def kept():
+            return self.prefill(prompts, self.init_caches(*prompts.tokens.shape))[0]
 
-        shape = jax.eval_shape(states)
-        return jnp.zeros(shape.shape, shape.dtype)
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(kept))
 
     def forward(self, tokens, mask, caches, first_output=0):
-        """New tokens through trunk and policy: (hidden states or None, logits [B, V], caches)."""
-        inputs, hidden_states, trunk_cache = tokens, None, None
+        """New tokens through trunk and policy: (what is kept, logits [B, V], caches)."""
+        inputs, hidden_states, trunk_cache, experts = tokens, None, None, None
         if self.trunk is not None:
             hidden_states, trunk_cache = self.trunk.decode(
                 self.trunk_params, tokens, mask, caches[0]
             )
             inputs = hidden_states
-        logits, cache = self.network.decode(
-            self.params, inputs, mask, caches[1], first_output=first_output
-        )
-        return hidden_states, logits[:, 0], (trunk_cache, cache)
+        given = (self.params, inputs, mask, caches[1])
+        if self.network.routed is None:
+            logits, cache = self.network.decode(*given, first_output=first_output)
+        else:
+            decode = self.network.routed.decode
+            logits, cache, experts = decode(*given, first_output=first_output)
+        return Kept(hidden_states, experts), logits[:, 0], (trunk_cache, cache)
 
     def prefill(self, prompts: Prompts, caches: tuple):
         """`forward` of prompts [B, P], with the logits that predict the first response token."""
@@ -104,7 +111,7 @@ class DecodeState:
     tokens: jax.Array  # [S, T] int32
     logprobs: jax.Array  # [S, T] float32
     mask: jax.Array  # [S, T] bool
-    hidden_states: jax.Array | None  # [S, T, D], the trunk's
+    kept: Kept  # [S, T, ...]
     caches: Any  # (of the trunk or None, of the policy)
 
 
@@ -123,32 +130,28 @@ def init_decode(
     keys: jax.Array,
     sampling: Sampling,
     temperature: jax.Array | float,
-) -> tuple[DecodeState, jax.Array | None]:
-    """(state after the first token, the trunk's hidden states of the prompts or None).
+) -> tuple[DecodeState, Kept]:
+    """(state after the first token, what is kept of the prompts).
 
     Each of the S / samples_per_prompt prompts is computed once, and its cache copied; `keys` [S],
-    the hidden states [S / samples, P, D].
+    what is kept [S / samples, P, ...].
     """
     (count, prompt_length), num_rows = prompts.tokens.shape, len(keys)
     samples, capacity = sampling.samples_per_prompt, prompt_length + sampling.response_length
     caches = policy.init_caches(count, capacity if samples == 1 else prompt_length)
-    prompt_states, logits, caches = policy.prefill(prompts, caches)
+    of_prompts, logits, caches = policy.prefill(prompts, caches)
     if samples > 1:
         source = jnp.arange(num_rows, dtype=jnp.int32) // samples
         caches = policy.refill_caches(policy.init_caches(num_rows, capacity), caches, source)
         logits = logits[source]
-    state = empty_rows(keys, caches, prompt_states, sampling)
+    state = empty_rows(keys, caches, of_prompts, sampling)
     chosen = choose(logits, keys, jnp.int32(0), sampling, temperature)
-    return add_tokens(state, *chosen, jnp.ones(num_rows, bool), sampling), prompt_states
+    return add_tokens(state, *chosen, jnp.ones(num_rows, bool), sampling), of_prompts
 
 
-def empty_rows(
-    keys: jax.Array, caches: Any, prompt_states: jax.Array | None, sampling: Sampling
-) -> DecodeState:
-    """Rows without a token, none of which is active; hidden states are as those of prompts."""
-    shape, states = (len(keys), sampling.response_length), None
-    if prompt_states is not None:
-        states = jnp.zeros((*shape, prompt_states.shape[-1]), prompt_states.dtype)
+def empty_rows(keys: jax.Array, caches: Any, of_prompts: Kept, sampling: Sampling) -> DecodeState:
+    """Rows without a token, none of which is active; what is kept is as that of prompts."""
+    shape = (len(keys), sampling.response_length)
     return DecodeState(
         step=jnp.int32(0),
         first_step=jnp.zeros(len(keys), jnp.int32),
@@ -159,7 +162,7 @@ def empty_rows(
         tokens=jnp.zeros(shape, jnp.int32),
         logprobs=jnp.zeros(shape, jnp.float32),
         mask=jnp.zeros(shape, bool),
-        hidden_states=states,
+        kept=jax.tree.map(lambda x: jnp.zeros((*shape, *x.shape[2:]), x.dtype), of_prompts),
         caches=caches,
     )
 
@@ -174,17 +177,16 @@ def decode_step(
     s, column = state, state.step % sampling.response_length
     last = jax.lax.dynamic_slice_in_dim(s.tokens, column, 1, axis=1)
     last = jnp.where(s.active[:, None], last, 0)
-    states, logits, caches = policy.forward(last, s.active[:, None], s.caches)
+    kept, logits, caches = policy.forward(last, s.active[:, None], s.caches)
     t = s.step + 1 - s.first_step  # number of the next token
     chosen = choose(logits, s.keys, t, sampling, temperature)
     goes_on = s.active & ~s.stopped & (t < sampling.response_length)
-    if states is not None:
-        states = write_column(s.hidden_states, states, column, s.active)
+    kept = jax.tree.map(lambda x, new: write_column(x, new, column, s.active), s.kept, kept)
     s = dataclasses.replace(
         s,
         step=s.step + 1,
         active=jnp.zeros_like(s.active),
-        hidden_states=states,
+        kept=kept,
         caches=caches,
     )
     return add_tokens(s, *chosen, goes_on, sampling)
@@ -198,7 +200,7 @@ def add_tokens(
     column, t = s.step % length, s.step - s.first_step
     tokens = jnp.where(rows, tokens, 0)
     stops, matched = find_stops(tokens, s.matched, sampling)
-    needs_states = s.hidden_states is not None  # also of the last token
+    needs_states = s.kept.hidden_states is not None  # also of the last token
     active = jnp.bool_(True) if needs_states else ~stops & (t + 1 < length)
     return dataclasses.replace(
         s,
@@ -227,15 +229,15 @@ def decode_all(
     keys: jax.Array,
     sampling: Sampling,
     temperature: jax.Array | float,
-) -> tuple[DecodeState, jax.Array | None]:
-    """The plain loop: (state in which every response has ended, hidden states of the prompts)."""
-    state, prompt_states = init_decode(policy, prompts, keys, sampling, temperature)
+) -> tuple[DecodeState, Kept]:
+    """The plain loop: (state in which every response has ended, what is kept of the prompts)."""
+    state, of_prompts = init_decode(policy, prompts, keys, sampling, temperature)
     state = jax.lax.while_loop(
         lambda s: any_lane(s.active.any()),
         lambda s: decode_step(policy, s, sampling, temperature),
         state,
     )
-    return state, prompt_states
+    return state, of_prompts
 
 
 @renamed(segments="segment_ids", at="output_positions")
@@ -310,7 +312,9 @@ def response_statistics(
     segment_ids: jax.Array | None = None,
     output_positions: jax.Array | None = None,
     samples_per_prompt: int = 1,
-) -> tuple[jax.Array, jax.Array]:
+    experts: jax.Array | None = None,
+    replay: bool = False,
+) -> tuple[Any, ...]:
     """Log-probability of each response token, and the entropy of the distribution it is from.
 
     By the network's own `token_statistics` where it has them, else from all logits at once.
@@ -325,14 +329,23 @@ def response_statistics(
         segment_ids: see `response_outputs`.
         output_positions: see `response_outputs`.
         samples_per_prompt: see `response_outputs`.
+        experts: [B, L, M, k] int, those of a rollout, see `Network.routed`, which is called.
+        replay: these are the experts of each position here as well.
 
     Returns:
-        (logprobs, entropies in nats), each [B, T] float32, undefined where mask is False.
+        (logprobs, entropies in nats), each [B, T] float32, undefined where mask is False; with
+        experts (these two, `RouterStatistics`).
     """
     packed = segment_ids, output_positions
     inputs, mask, where = predictors(
         network, inputs, mask, tokens.shape[1], *packed, samples_per_prompt
     )
+    if experts is not None:
+        if output_positions is None:
+            experts = experts[:, :-1]
+        if "shared_prompt" in where:
+            experts = where["shared_prompt"].join(experts)
+        network, where = network.routed, where | dict(chosen=experts, replay=replay)
     if network.token_statistics is not None:
         return network.token_statistics(params, inputs, mask, tokens, temperature, **where)
     logits = network.apply(params, inputs, mask, **where)

@@ -139,4 +139,6 @@ def packed_experience(experience: Experience, rows: PackedRows) -> Experience:
         critics=of_tokens(e.critics),
         segment_ids=rows.segment_ids,
         output_positions=rows.output_positions,
+        experts=of_positions(e.experts),
+        replays_experts=e.replays_experts,
     )

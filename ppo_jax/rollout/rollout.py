@@ -12,7 +12,7 @@ from ppo_jax.core.distributions import check_temperature
 from ppo_jax.core.network import Network
 from ppo_jax.core.types import Params, Prompts, Rollout
 from ppo_jax.rollout.continuous_batching import decode_with_refills
-from ppo_jax.rollout.decode import Policy, decode_all
+from ppo_jax.rollout.decode import Kept, Policy, decode_all
 from ppo_jax.rollout.sampling import Sampling
 
 
@@ -73,14 +73,15 @@ def rollout(
     decode = decode_all if concurrent == num_rows else decode_with_refills
     bound = Policy(policy, params, trunk, trunk_params)
     read = Prompts(tokens=prompts.tokens, mask=prompts.mask)
-    responses, prompt_states = decode(bound, read, keys, sampling, temperature)
+    responses, of_prompts = decode(bound, read, keys, sampling, temperature)
 
     def of_rows(x):
         return jnp.repeat(x, sampling.samples_per_prompt, axis=0, total_repeat_length=num_rows)
 
-    states = None
-    if prompt_states is not None and responses.hidden_states is not None:
-        states = jnp.concatenate([of_rows(prompt_states), responses.hidden_states], axis=1)
+    def whole(prompts, responses):
+        return jnp.concatenate([of_rows(prompts), responses], axis=1)
+
+    kept = jax.tree.map(whole, of_prompts, without_last(responses.kept, responses.mask))
     return Rollout(
         prompt_tokens=of_rows(prompts.tokens),
         prompt_mask=of_rows(prompts.mask),
@@ -88,9 +89,20 @@ def rollout(
         response_mask=responses.mask,
         logprobs=responses.logprobs,
         has_eos=responses.stopped,
-        hidden_states=states,
+        hidden_states=kept.hidden_states,
         is_safety=None if prompts.is_safety is None else of_rows(prompts.is_safety),
+        experts=kept.experts,
     )
+
+
+def without_last(kept: Kept, mask: jax.Array) -> Kept:
+    """What is kept of responses [B, T, ...], with no experts of a token that none follows: it may
+    not have been through the network."""
+    if kept.experts is None:
+        return kept
+    goes_on = jnp.pad(mask[:, 1:], ((0, 0), (0, 1)))[..., None, None]
+    none = jnp.iinfo(kept.experts.dtype).max
+    return kept._replace(experts=jnp.where(goes_on, kept.experts, none))
 
 
 def check_prompts(prompts: Prompts) -> None:
