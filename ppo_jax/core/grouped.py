@@ -12,7 +12,7 @@ from jax.custom_batching import sequential_vmap
 from ppo_jax.core.lanes import max_lane
 
 LEAST, MOST = 8, 256  # rows of a block
-# The name scope of a product, `blocks_12` where all rows fill so many: what its loop depends on is
+# The name scope of a product, blocks_12 where all rows fill so many: what its loop depends on is
 # data, so that this is all that a compiled program tells of its trips.
 BLOCKS = "blocks"
 

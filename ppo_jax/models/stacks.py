@@ -4,7 +4,6 @@ A stack whose kinds repeat, five with a window and one without for instance, is 
 periods, and in each a loop over every run of layers of one kind.
 """
 
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,6 +19,16 @@ def period_of(kinds: Sequence[int]) -> int:
     """
     lengths = range(1, len(kinds) + 1)
     return next(p for p in lengths if all(a == b for a, b in zip(kinds, kinds[p:], strict=False)))
+
+
+def runs(kinds: Sequence[int]) -> list[tuple[int, int]]:
+    """(first, end) of layers of one kind that follow one another.
+
+    >>> runs([0, 0, 1, 0])
+    [(0, 2), (2, 3), (3, 4)]
+    """
+    starts = [i for i, kind in enumerate(kinds) if i == 0 or kind != kinds[i - 1]]
+    return list(zip(starts, [*starts[1:], len(kinds)], strict=True))
 
 
 def scan_kinds(
@@ -42,17 +51,15 @@ def scan_kinds(
     whole = times * period
 
     def in_order(carry, xs, kinds, in_loop):
-        begin, results = 0, []
-        for kind, run in itertools.groupby(kinds):
-            end = begin + len(list(run))
+        results = []
+        for begin, end in runs(kinds):
             alone = not in_loop and end == begin + 1
 
-            def same(carry, x, kind=kind, alone=alone):
+            def same(carry, x, kind=kinds[begin], alone=alone):
                 return step(carry, x, kind, alone)
 
             carry, result = jax.lax.scan(same, carry, part(xs, begin, end))
             results.append(result)
-            begin = end
         return carry, joined(results)
 
     def one_period(carry, xs):

@@ -13,9 +13,12 @@ from ppo_jax.algorithms.passes import forward, without_outputs
 from ppo_jax.algorithms.ppo import init_ppo, ppo_iteration
 from ppo_jax.core.types import FrozenParams
 from ppo_jax.models.build import policy_network, reward_network, trunk_network, value_network
+from ppo_jax.models.config import Experts
 from ppo_jax.models.partition import split_params
+from tests.distributed.test_meshes import Run
 from tests.models.test_routed import moved
 from tests.support import tiny
+from tests.support.meshes import WIDE
 
 CONFIG = tiny.model_config(**tiny.SHAPES["experts"])
 NUMBERS = tiny.hyperparameters()
@@ -151,6 +154,35 @@ def test_replay_goes_with_packing_and_samples(changes):
     state, replayed = iteration(**changes, replay_experts=True)
     assert replayed["policy/router_mismatch"] == 0.0
     assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(state.policy_params))
+
+
+WIDE_EXPERTS = tiny.model_config(
+    **WIDE, experts=Experts(num_experts=8, num_chosen=2, dim=24, normalized=True)
+)
+
+
+def on_mesh(shape, **how):
+    """An iteration: its metrics, and the experts of its rollout."""
+    run = Run(shape, **how)
+    run.options = dataclasses.replace(run.options, replay_experts=True)
+    rollout = run.rollout()
+    (metrics,) = run.iterations(1)
+    return jax.device_get((rollout.experts, run.state.policy_params, metrics))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shared", [False, True])
+def test_replay_on_a_mesh_is_that_of_one_device(shared):
+    """Scanned layers with remat; also with a critic on the policy."""
+    config = dataclasses.replace(WIDE_EXPERTS, scan_layers=True, remat="full")
+    (chosen, params, metrics), (one_chosen, one_params, one_metrics) = (
+        on_mesh(shape, config=config, shared=shared) for shape in ((2, 2, 2), (1, 1, 1))
+    )
+    np.testing.assert_array_equal(chosen, one_chosen)
+    assert metrics["policy/router_mismatch"] == one_metrics["policy/router_mismatch"] == 0.0
+    assert metrics["policy/router_loss"] > 2.0
+    tiny.leaves_close(metrics, one_metrics, rtol=1e-3, atol=1e-4)
+    tiny.leaves_close(params, one_params, rtol=0, atol=1e-4)
 
 
 def test_a_policy_without_experts_has_nothing_to_log_or_to_replay():

@@ -51,6 +51,7 @@ def test_of_the_rows_of_experts_a_device_has_the_share_of_its_experts(tmp_path):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("raw", [EXPERTS, WINDOWS], ids=["experts", "windows"])
 def test_the_flops_of_a_plan_are_those_of_the_layers(tmp_path, raw):
     config, made = prepared(tmp_path, raw)

@@ -32,7 +32,7 @@ class Scope:
 Value = tuple[Scope, Instruction]
 # For loops whose end depends on data: one count for all, or one for each name scope around them
 # (the innermost counts, "" is of all others); the average where it varies. Of scopes with a number,
-# `blocks_12`, the count of the name, `blocks`, is times the number.
+# blocks_12, the count of the name, "blocks", is times the number.
 TripCounts = float | Mapping[str, float] | None
 
 
