@@ -14,7 +14,7 @@ import math
 from collections.abc import Sequence
 
 from ppo_jax.core.distributions import chunk_shape
-from ppo_jax.models.config import ModelConfig
+from ppo_jax.models.config import NORMS, ModelConfig
 from ppo_jax.planner.layers import (
     attended_in_cache,
     attended_in_row,
@@ -120,8 +120,8 @@ class LayerFlops:
         By the model's `remat` the backward pass computes nothing again for "none"; for "dots",
         which keeps the products with parameters, the attention and the products of experts, for
         these are in loops or kernels; for "full" all, but for the layer's last product (2 F D),
-        which experts alone need. Where attention keeps no scores its backward pass has
-        `scores_again` of it more. With adapters the kernels below them are `frozen`.
+        which only experts and a norm behind it need. Where attention keeps no scores its backward
+        pass has `scores_again` of it more. With adapters the kernels below them are `frozen`.
         """
         again = {
             "none": 0,
@@ -206,7 +206,7 @@ def trained_layers_flops(
     whole = keys, attends * attention[last], of_keys, scores[last]
     parts.append((positions, LayerFlops(*whole, experts[last] - experts_at_outputs)))
     flops = sum(count * part.trained(c, frozen=adapters > 0) for count, part in parts)
-    if c.remat == "full":  # the last product of a layer is not computed again
+    if c.remat == "full" and not NORMS[c.residual][1]:  # which reads what the last product gives
         read = [positions] * last + [positions if c.scan_layers else outputs]
         dense = (i for i in range(begin, c.num_layers) if not c.has_experts(i))
         flops -= 2 * c.mlp_dim * c.embed_dim * sum(read[i] for i in dense)

@@ -78,6 +78,19 @@ def test_experts_are_counted_by_the_chosen_ones(num_experts):
     assert added == 2 * config.embed_dim * more
 
 
+def test_a_norm_behind_the_last_product_has_it_computed_again():
+    config = tiny.model_config(residual="both", remat="full")
+    network = policy_network(config)
+    params = jax.eval_shape(network.init, jax.random.key(0))
+    tokens, mask = tiny.tokens_and_mask(0, 4, 12)
+    gradient = jax.grad(lambda p: (network.apply(p, tokens, mask, first_output=3) ** 2).sum())
+    where = dict(sequences=4, positions=12, outputs=9, head="logits")
+    expected = flops.training_flops(config, **where)
+    assert measured(gradient, params) == pytest.approx(expected, rel=0.01)
+    before = dataclasses.replace(config, residual="pre")
+    assert expected > 1.03 * flops.training_flops(before, **where)
+
+
 MIXED = dict(
     num_layers=3,
     layer_kinds=(LayerKind(dense=True), LayerKind(window=4), LayerKind()),
