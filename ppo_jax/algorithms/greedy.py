@@ -30,7 +30,8 @@ def greedy_responses(
     nothing: arguments as for `sample_responses`."""
     numbers = dataclasses.replace(hyperparameters, temperature=0.0)
     parts = dict(frozen=frozen, networks=networks, options=greedy_options(options))
-    return sample_responses(state, numbers, prompts, key, **parts)
+    responses = sample_responses(state, numbers, prompts, key, **parts)
+    return dataclasses.replace(responses, experts=None)  # nothing is learned from them
 
 
 def greedy_rollout(

@@ -99,7 +99,7 @@ class PPOOptions:
     importance: str = "token"  # of the recomputed ones, whose weight and what of those outside of
     # the limits, see `CORRECTIONS`
     score_eos: int | None = None  # the `eos_id` of `response_scores`
-    replay_experts: bool = False  # of the rollout, in all later passes of the policy
+    replay_experts: bool = False  # the update's passes have the experts of the rollout (R3)
     keep_samples: int = 0  # of a prompt, that are learned from, see `extreme_responses`; 0: all
     reference_responses: int = 0  # M of the reference to each prompt, see `par_scores`; 0: none
 

@@ -146,7 +146,9 @@ def without_outputs(rollout: Rollout, networks: PPONetworks, options: PPOOptions
     """
     mask, several = rollout.response_mask, options.num_critics > 1
     if options.replay_experts and rollout.experts is None:
-        raise ValueError("replay_experts needs the experts of a rollout, and this policy has none")
+        raise ValueError(
+            "replay_experts needs the experts of a rollout, got none: no trained layer has any"
+        )
     unknown: dict[str, Any] = dict(logprobs=None, values=None, advantages=None, returns=None)
     tokens, value_inputs, critics = rollout.tokens, None, None
     if networks.value is not None:
@@ -189,7 +191,7 @@ def forward(
     how |= dict(segment_ids=e.segment_ids, output_positions=e.output_positions)
     how |= dict(samples_per_prompt=samples_per_prompt)
     if routed := e.experts is not None:
-        how |= dict(experts=e.experts, replay=e.replays_experts)
+        how |= dict(experts=e.experts, replay=e.replays_experts, response_mask=e.response_mask)
     if "value" in params and networks.value_on_policy:
         several = e.critics is not None
         given = (networks.value, policy, params["value"], *inputs, e.response_tokens)

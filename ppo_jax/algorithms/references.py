@@ -36,7 +36,7 @@ def reference_responses(
     `sample_responses`, the key that of the policy's.
     """
     reference = moved_reference(frozen, state).ref_policy
-    return sample_responses(
+    responses = sample_responses(
         dataclasses.replace(state, policy_params=reference),
         hyperparameters,
         prompts,
@@ -45,6 +45,7 @@ def reference_responses(
         networks=networks,
         options=reference_options(options),
     )
+    return dataclasses.replace(responses, experts=None)  # nothing is learned from them
 
 
 def reference_rollout(

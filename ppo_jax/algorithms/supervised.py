@@ -15,7 +15,7 @@ from ppo_jax.core.distributions import token_logprobs
 from ppo_jax.core.losses import next_token_loss, preference_loss
 from ppo_jax.core.network import Network, last_outputs, merge_params
 from ppo_jax.core.optimizer import apply_gradients, schedule
-from ppo_jax.core.router import load_balancing_loss
+from ppo_jax.core.router import RouterStatistics, load_balancing_loss
 from ppo_jax.core.types import Optimizer, Params, PreferenceBatch, TextBatch, TrainState
 
 
@@ -50,10 +50,9 @@ def sft_loss(
     if not router_coef:
         return likelihood_loss(network, params, batch, normalizer=normalizer)[:2]
     if network.routed is None:
-        raise ValueError(f"router_coef must be 0 of a network without experts, got {router_coef}")
-    loss, metrics, statistics = likelihood_loss(
-        network.routed, params, batch, normalizer=normalizer
-    )
+        raise ValueError(f"router_coef must be 0 for a network without experts, got {router_coef}")
+    given = network.routed, params, batch
+    loss, metrics, statistics = likelihood_loss(*given, normalizer=normalizer, routed=True)
     balance = load_balancing_loss(statistics)
     if num_positions is not None:
         count = batch.mask[:, :-1].sum().astype(jnp.float32)
@@ -63,25 +62,27 @@ def sft_loss(
 
 
 def likelihood_loss(
-    network: Network, params: Params, batch: TextBatch, *, normalizer: jax.Array | None
-) -> tuple[jax.Array, dict[str, jax.Array], Any]:
-    """(loss, metrics, what a routed network gives besides), the first term of `sft_loss`."""
+    network: Network,
+    params: Params,
+    batch: TextBatch,
+    *,
+    normalizer: jax.Array | None,
+    routed: bool = False,
+) -> tuple[jax.Array, dict[str, jax.Array], RouterStatistics | None]:
+    """(loss, metrics, the statistics of a `routed` network or None), the first term of
+    `sft_loss`."""
     packed = {} if batch.segment_ids is None else {"segment_ids": batch.segment_ids[:, :-1]}
     args = params, batch.inputs[:, :-1], batch.mask[:, :-1]
     tokens, loss_mask = batch.tokens[:, 1:], batch.loss_mask[:, 1:]
     if network.summed_logprobs is None:
-        logits, more = apart(network.apply(*args, **packed))
+        result = network.apply(*args, **packed)
+        logits, statistics = result if routed else (result, None)
         logprobs = token_logprobs(logits, tokens)
-        return *next_token_loss(logprobs, loss_mask, normalizer=normalizer), more
-    factors = loss_mask.astype(jnp.float32)
-    total, more = apart(network.summed_logprobs(*args, tokens, factors, **packed))
+        return *next_token_loss(logprobs, loss_mask, normalizer=normalizer), statistics
+    result = network.summed_logprobs(*args, tokens, loss_mask.astype(jnp.float32), **packed)
+    total, statistics = result if routed else (result, None)
     count = loss_mask.sum() if normalizer is None else normalizer
-    return *next_token_loss(total[None], jnp.ones(1, bool), normalizer=count), more
-
-
-def apart(result: Any) -> tuple[Any, Any]:
-    """(outputs, what a routed network gives besides; None of another)."""
-    return result if isinstance(result, tuple) else (result, None)
+    return *next_token_loss(total[None], jnp.ones(1, bool), normalizer=count), statistics
 
 
 def sft_step(

@@ -170,7 +170,7 @@ class PPOSettings:
     old_logprobs: str = changeable("rollout")  # what ratio and KL start from: the log-probs of the
     # sampling, or "recompute", one pass more, as the update computes them: in bfloat16 they differ
     replay_experts: bool = changeable(False)  # updates, and recomputed log-probs, have the experts
-    # that the rollout chose, by weights of the router as it is now (R3); False: they choose anew
+    # that the rollout chose, by weights of the router as it is now (R3); False: they choose again
     tis_clip_low: float = changeable(1.0)  # with "recompute": the least weight of a token, which is
     # the ratio of the two probabilities, times its advantage
     tis_clip_high: float = changeable(1.0)  # the greatest; 1 and 1 is off, 0 and 2 is usual

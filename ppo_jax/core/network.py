@@ -44,7 +44,7 @@ class Network(NamedTuple):
       holding all of the logits.
     - `summed_logprobs(params, inputs, mask, tokens, factors, *, segment_ids=None) -> [] float32`:
       what `distributions.summed_logprobs` gives for them and factors [B, L], likewise. A network
-      with another `apply` needs these two anew, or None.
+      with another `apply` needs its own two, or None.
     - `supports_packing`: True where `apply`, `token_statistics` and `summed_logprobs` take
       `segment_ids`, and the first two `output_positions`.
     - `supports_shared_prompts(num_prompts, samples) -> bool`: whether `apply` and
@@ -55,8 +55,9 @@ class Network(NamedTuple):
       and `summed_logprobs` give (outputs, `RouterStatistics`). They take `chosen` [B, L, M, k] int,
       the experts of each position in each of M layers: the statistics compare with these, or, with
       `replay=True`, they are what each position has, by weights of its router; what is the number
-      of experts or more is none. Its `decode` gives (outputs, cache, chosen). Training and rollout
-      call it: a network with another `apply` or `decode` needs it anew, or None.
+      of experts or more is none. With `output_mask` [B, T] bool the last layer routes and counts
+      these outputs alone. Its `decode` gives (outputs, cache, chosen). Training and rollout
+      call it: a network with another `apply` or `decode` needs its own, or None.
 
     Value and reward networks need `init` and `apply` only.
 

@@ -88,8 +88,9 @@ def load_balancing_loss(statistics: RouterStatistics) -> jax.Array:
 
 
 def router_metrics(statistics: RouterStatistics) -> dict[str, jax.Array]:
-    """`load_balancing_loss`, the busiest expert's share of the tokens of its layer, the mean
-    entropy, and the share of choices that differ from those compared with.
+    """`load_balancing_loss`; the share of a layer's tokens that its busiest expert has, the
+    greatest of all layers (an even load is k / E); the mean entropy; and the share of choices that
+    differ from those compared with.
 
     Returns:
         policy/router_loss, policy/router_load_max, policy/router_entropy, policy/router_mismatch,

@@ -138,7 +138,8 @@ def compiled_rollout(config: ModelConfig, sampling: Sampling, layout: Layout):
 
     def sample(params, *args, **kwargs):
         params = layout.decoding_params(params, config.dtype)
-        return rollout(network, params, *args, sampling=sampling, **kwargs)
+        sampled = rollout(network, params, *args, sampling=sampling, **kwargs)
+        return dataclasses.replace(sampled, experts=None)  # which nobody reads
 
     return jax.jit(sample, out_shardings=layout.batch_sharding)
 

@@ -82,12 +82,18 @@ class Outputs(struct.PyTreeNode):
     joined rows those of rows apart."""
 
     positions: jax.Array | None = None  # [B, T] int
+    mask: jax.Array | None = None  # [B, T] bool, those of them that are used; None is all
     first: int = struct.field(pytree_node=False, default=0)
     shared: SharedPrompt | None = struct.field(pytree_node=False, default=None)
 
     @property
     def are_all(self) -> bool:
         return self.positions is None and self.first == 0 and self.shared is None
+
+    def are_real(self, mask_BL: jax.Array) -> jax.Array:
+        """[B, T] bool, the outputs that are used and not of padding."""
+        mask_BT = self.take(mask_BL)
+        return mask_BT if self.mask is None else mask_BT & self.mask
 
     def take(self, x: jax.Array) -> jax.Array:
         """[B, L, ...] -> [B, T, ...]."""

@@ -60,13 +60,14 @@ def make_network(
         first_output=0,
         segment_ids=None,
         output_positions=None,
+        output_mask=None,
         shared_prompt=None,
         read=None,
     ):
         where = segment_ids, output_positions, shared_prompt
         check_inputs(config, module.start, inputs, mask, *where)
         first = 0 if output_positions is not None else first_output
-        outputs = Outputs(output_positions, first, shared_prompt)
+        outputs = Outputs(output_positions, output_mask, first, shared_prompt)
         return inputs, mask, segment_ids, None, outputs, read
 
     @renamed(**OLD_NAMES)
@@ -288,7 +289,8 @@ def policy_value_network(
 
     unused = dict.fromkeys(("init_cache", "decode", "refill", "map_rows", "summed_logprobs"))
     readers = dict(apply=values_alone, token_statistics=token_statistics)
-    return with_readers(policy._replace(init=init, **unused), **readers)
+    routed = policy.routed and policy.routed._replace(init=init, **unused)
+    return with_readers(policy._replace(init=init, routed=routed, **unused), **readers)
 
 
 def with_readers(network: Network, **readers: Callable) -> Network:

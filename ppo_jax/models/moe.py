@@ -22,13 +22,14 @@ from ppo_jax.models.config import Experts, ModelConfig
 from ppo_jax.models.expert_exchange import exchange
 from ppo_jax.models.layers import ACTIVATIONS
 
-# Collections of variables, each with what a layer has of it. What is not asked for, by
-# `mutable`, is not computed.
-STATISTICS, CHOSEN = "router_statistics", "router_chosen"  # written: see `router_statistics`; [B,
-# S, k] int, the experts of each token
-REPLAYED, COMPARED = "router_replayed", "router_compared"  # given, [B, S, k] int: the experts that
-# each token has here as well, what is E or more being none; or those that the statistics compare
-ROUTER, VARIABLE = (STATISTICS, CHOSEN, REPLAYED, COMPARED), "experts"  # the name in each
+# Collections of Flax variables. The first two are written where the caller asks for them, by
+# `mutable`, and else not computed; the other two are given. Each has one variable of a layer.
+STATISTICS = "router_statistics"  # `RouterStatistics`
+CHOSEN = "router_chosen"  # [B, S, k] int, the experts of each token
+REPLAYED = "router_replayed"  # [B, S, k] int, the experts that each token has; E or more: any
+COMPARED = "router_compared"  # [B, S, k] int, what the statistics compare the choices with
+ROUTER = (STATISTICS, CHOSEN, REPLAYED, COMPARED)
+VARIABLE = "experts"  # its name in each
 
 
 class MoE(nn.Module):
@@ -59,13 +60,13 @@ class MoE(nn.Module):
             arrays, placed = (*arrays, replayed_BSk), (*placed, HIDDEN)
         mapped = functools.partial(constrain.shard_map, compute, placed)
         y_BSD, chosen_BSk = (mapped if constrain.sharding else compute)(*arrays)
-        self.tell(CHOSEN, lambda: chosen_BSk)
+        self.record(CHOSEN, lambda: chosen_BSk)
         before_BSk = self.get_variable(COMPARED, VARIABLE)
         statistics = functools.partial(router_statistics, logits_BSE, chosen_BSk, real_BS)
-        self.tell(STATISTICS, lambda: statistics(before_BSk))
+        self.record(STATISTICS, lambda: statistics(before_BSk))
         return y_BSD
 
-    def tell(self, collection, value):
+    def record(self, collection, value):
         """Write value() where the caller asks for the collection."""
         if self.is_mutable_collection(collection) and not self.is_initializing():
             self.put_variable(collection, VARIABLE, value())

@@ -46,6 +46,12 @@ def start_layer(config: ModelConfig, trainable: str | int) -> int | None:
     )
 
 
+def trains_experts(config: ModelConfig, trainable: str | int) -> bool:
+    """Whether a layer that is trained, or above one that is, has experts."""
+    first = start_layer(config, trainable) or 0
+    return any(config.has_experts(i) for i in range(first, config.num_layers))
+
+
 def split_params(
     config: ModelConfig, params: Params, trainable: str | int, start: int | None
 ) -> Parts:

@@ -44,14 +44,14 @@ def routed_network(
             variables[collection] = of_layers(module, numbers, chosen, outputs)
         elif replay:
             raise ValueError("replay needs the experts that were chosen, got chosen=None")
-        (result, _), told = module.apply(variables, *args, mutable=[STATISTICS])
-        return result, by_layer(told[STATISTICS], axis=0)
+        (result, _), collected = module.apply(variables, *args, mutable=[STATISTICS])
+        return result, by_layer(collected[STATISTICS], axis=0)
 
     def decode(params, inputs, mask, cache, *, first_output=0):
         args = arguments(inputs, mask, first_output=first_output)
         variables, args = {"params": params}, (*args[:3], cache, args[4])
-        (result, cache), told = module.apply(variables, *args, mutable=[CHOSEN])
-        return result, cache, all_chosen(told[CHOSEN], config, mask.shape[1])
+        (result, cache), collected = module.apply(variables, *args, mutable=[CHOSEN])
+        return result, cache, all_chosen(collected[CHOSEN], config, mask.shape[1])
 
     unused = dict(routed=None, token_statistics=None, summed_logprobs=None)
     return network._replace(apply=apply, decode=decode, **unused)
@@ -79,9 +79,9 @@ def of_layers(
     return {"layers": layers}
 
 
-def by_layer(told: dict[str, Any], axis: int) -> RouterStatistics | jax.Array:
-    """What the layers have told, stacked on a new axis."""
-    layers = told["layers"]
+def by_layer(collected: dict[str, Any], axis: int) -> RouterStatistics | jax.Array:
+    """What the layers have recorded, stacked on a new axis."""
+    layers = collected["layers"]
     if "stack" in layers:
         stacked = layers["stack"]["experts"][VARIABLE]
         return jax.tree.map(lambda x: jnp.moveaxis(x, 0, axis), stacked)
@@ -89,13 +89,13 @@ def by_layer(told: dict[str, Any], axis: int) -> RouterStatistics | jax.Array:
     return jax.tree.map(lambda *x: jnp.stack(x, axis), *ordered)
 
 
-def all_chosen(told: dict[str, Any], config: ModelConfig, length: int) -> jax.Array:
-    """The experts [B, S, M, k] that the layers have told, in the smallest dtype; its largest number
-    where the last layer has computed no position."""
+def all_chosen(collected: dict[str, Any], config: ModelConfig, length: int) -> jax.Array:
+    """The experts [B, S, M, k] that the layers have recorded, in the smallest dtype; its largest
+    number where the last layer has computed no position."""
     dtype = jnp.uint8 if config.experts.num_experts < 256 else jnp.uint16
 
     def whole(x):
         skipped = (*[(0, 0)] * (x.ndim - 2), (length - x.shape[-2], 0), (0, 0))
         return jnp.pad(x.astype(dtype), skipped, constant_values=jnp.iinfo(dtype).max)
 
-    return by_layer(jax.tree.map(whole, told), axis=2)
+    return by_layer(jax.tree.map(whole, collected), axis=2)

@@ -112,7 +112,7 @@ class Block(nn.Module):
     def __call__(self, carry, layer, view, real_BS, outputs=ALL):
         c, constrain, (x_BSD, cache) = self.config, self.constrain, carry
         attention = Attention(c, constrain, name="attention")
-        mlp = self.feed_forward(outputs.take(real_BS))
+        mlp = self.feed_forward(outputs.are_real(real_BS))
         added, cache = attention(self.before("attention", x_BSD), view, cache, layer, outputs)
         x_BSD = outputs.take(x_BSD)
         if c.residual == "parallel":

@@ -46,6 +46,7 @@ from ppo_jax.io.stage_folder import (
 )
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.lora import check_targets
+from ppo_jax.models.partition import trains_experts
 from ppo_jax.pipeline.scorers import check_others, check_text_reward, reads_eos
 from ppo_jax.rollout.sampling import Sampling
 from ppo_jax.training.objectives import check_objectives
@@ -349,8 +350,11 @@ def check_ppo(
             f"ppo.max_prompt_length + ppo.response_length must be at most {context} (the models' "
             f"context), got {settings.max_prompt_length} + {settings.response_length}"
         )
-    if settings.replay_experts and policy.config.experts is None:
-        raise ValueError("ppo.replay_experts must be False for a policy without experts, got True")
+    if settings.replay_experts and not trains_experts(policy.config, settings.trainable):
+        raise ValueError(
+            "ppo.replay_experts must be False where no layer with experts is trained "
+            f"(ppo.trainable={settings.trainable!r}), got True"
+        )
     reads_tokens = score is not None and not reason
     if reads_tokens and total == score.config.max_length and reads_eos(settings, policy):
         raise ValueError(

@@ -55,7 +55,8 @@ def decode_with_refills(
     sampling: Sampling,
     temperature: jax.Array | float,
 ) -> tuple[Finished, Kept]:
-    """`decode.decode_all` with at most S responses at a time: (responses, the kept of prompts)."""
+    """`decode.decode_all` with at most S responses at a time: (responses, what is kept of the
+    prompts)."""
     num_rows, num_slots = len(keys), sampling.max_concurrent
     group, shards = sampling.group(num_slots), policy.num_shards(num_slots)
     width = narrow_width(num_slots, shards) if policy.moves_rows else 0

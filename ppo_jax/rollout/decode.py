@@ -313,6 +313,7 @@ def response_statistics(
     output_positions: jax.Array | None = None,
     samples_per_prompt: int = 1,
     experts: jax.Array | None = None,
+    response_mask: jax.Array | None = None,
     replay: bool = False,
 ) -> tuple[Any, ...]:
     """Log-probability of each response token, and the entropy of the distribution it is from.
@@ -330,6 +331,8 @@ def response_statistics(
         output_positions: see `response_outputs`.
         samples_per_prompt: see `response_outputs`.
         experts: [B, L, M, k] int, those of a rollout, see `Network.routed`, which is called.
+        response_mask: [B, T] bool, the response tokens, where there are experts: other outputs
+            have none.
         replay: these are the experts of each position here as well.
 
     Returns:
@@ -345,7 +348,8 @@ def response_statistics(
             experts = experts[:, :-1]
         if "shared_prompt" in where:
             experts = where["shared_prompt"].join(experts)
-        network, where = network.routed, where | dict(chosen=experts, replay=replay)
+        network = network.routed
+        where |= dict(chosen=experts, replay=replay, output_mask=response_mask)
     if network.token_statistics is not None:
         return network.token_statistics(params, inputs, mask, tokens, temperature, **where)
     logits = network.apply(params, inputs, mask, **where)

@@ -33,7 +33,7 @@ from ppo_jax.io.stage_folder import load_source, source_steps
 from ppo_jax.io.tokenizers import declared_stops
 from ppo_jax.models.build import policy_network
 from ppo_jax.models.config import ModelConfig
-from ppo_jax.models.partition import start_layer
+from ppo_jax.models.partition import start_layer, trains_experts
 from ppo_jax.training.common import (
     compile_step,
     count_steps,
@@ -142,15 +142,13 @@ def router_coef(settings: SFTSettings, shape: ModelConfig) -> float:
     Raises:
         ValueError: the settings have one, and it would have no effect.
     """
-    start = start_layer(shape, settings.trainable) or 0
-    if any(shape.has_experts(i) for i in range(start, shape.num_layers)):
-        coef = settings.router_coef
+    coef = settings.router_coef
+    if trains_experts(shape, settings.trainable):
         return shape.experts.aux_coef if coef is None else coef
-    if settings.router_coef:
-        what = "a model" if shape.experts is None else f"{shape.num_layers - start} top layer(s)"
+    if coef:
         raise ValueError(
-            f"sft.router_coef must be None or 0 for {what} without experts, got "
-            f"{settings.router_coef}"
+            "sft.router_coef must be None or 0 where no layer with experts is trained "
+            f"(sft.trainable={settings.trainable!r}), got {coef}"
         )
     return 0.0
 

@@ -15,6 +15,7 @@ from ppo_jax.core.types import FrozenParams
 from ppo_jax.models.build import policy_network, reward_network, trunk_network, value_network
 from ppo_jax.models.config import Experts
 from ppo_jax.models.partition import split_params
+from ppo_jax.rollout.packing import pack_rows, packed_experience
 from tests.distributed.test_meshes import Run
 from tests.models.test_routed import moved
 from tests.support import tiny
@@ -111,6 +112,22 @@ def test_the_experts_of_a_rollout_are_those_of_one_pass_over_it(name, trunk):
     expected, got = run(state.policy_params, inputs), run(state.policy_params, replayed)
     mask = np.asarray(rollout.response_mask)
     np.testing.assert_allclose(got.logprobs[mask], expected.logprobs[mask], atol=1e-6)
+
+
+def test_packed_rows_have_the_statistics_of_rows_apart():
+    """Of short responses, so that a packed row has outputs that are of none of them."""
+    options = tiny.options()
+    state, rollout = rollout_of(options)
+    short = rollout.response_mask & (jnp.arange(rollout.response_mask.shape[1])[None] < 3)
+    rollout = dataclasses.replace(rollout, response_mask=short)
+    networks, frozen, _, _ = parts()
+    how = dict(frozen=frozen, networks=networks)
+    apart = without_outputs(rollout, networks, options)
+    packed = jax.jit(lambda e: packed_experience(e, pack_rows(e.mask, e.response_mask)[0]))(apart)
+    run = jax.jit(lambda e: forward({"policy": state.policy_params}, e, NUMBERS, **how).router)
+    last_of_packed, last_of_apart = (jax.tree.map(lambda x: x[-1], run(e)) for e in (packed, apart))
+    assert last_of_apart.tokens == short.sum()
+    tiny.leaves_close(last_of_packed, last_of_apart, rtol=1e-5)
 
 
 def iteration(**changes):

@@ -221,7 +221,7 @@ def test_the_loss_of_the_routers_is_the_mean_over_micro_batches_by_their_positio
 
 
 def test_the_loss_of_the_routers_needs_experts():
-    with pytest.raises(ValueError, match="router_coef must be 0 of a network without experts"):
+    with pytest.raises(ValueError, match="router_coef must be 0 for a network without experts"):
         sft_loss(POLICY, start(POLICY).params, texts(), router_coef=0.1)
 
 

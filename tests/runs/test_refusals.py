@@ -174,7 +174,7 @@ def test_the_table_is_about_the_model_that_is_loaded_and_the_base_is_left_alone(
         ({"value_trainable": "3"}, "ppo.value_trainable must be at most 2"),
         ({"response_length": 25}, r"at most 48 .*got 24 \+ 25"),
         ({"init_from": "base"}, "nowhere/at-all"),
-        ({"replay_experts": True}, "ppo.replay_experts must be False for a policy without"),
+        ({"replay_experts": True}, "ppo.replay_experts must be False where no layer"),
     ],
     ids=str,
 )

@@ -282,10 +282,9 @@ def test_the_weight_of_the_loss_of_the_routers_is_the_models_own_or_the_settings
     assert weight(dense) == 0.0 and weight(dense, router_coef=0.0) == 0.0
     lower = dataclasses.replace(shape, num_layers=2)  # the second layer is dense
     assert weight(lower, trainable=1) == 0.0
-    with pytest.raises(ValueError, match=r"sft.router_coef .* a model without experts, got 0.5"):
-        weight(dense, router_coef=0.5)
-    with pytest.raises(ValueError, match=r"for 1 top layer.s. without experts, got 0.5"):
-        weight(lower, router_coef=0.5, trainable=1)
+    for model, trainable in ((dense, "all"), (lower, 1), (shape, "head")):
+        with pytest.raises(ValueError, match=rf"no layer .*trainable={trainable!r}\), got 0.5"):
+            weight(model, router_coef=0.5, trainable=trainable)
     with pytest.raises(ValueError, match="sft.router_coef must be None or a number >= 0, got -1"):
         weight(shape, router_coef=-1.0)
 
