@@ -53,22 +53,7 @@ def make_network(
         free = module.clone(constrain=unconstrained)
         return free.init(key, inputs, mask, None, None, Outputs())["params"]
 
-    def arguments(
-        inputs,
-        mask,
-        *,
-        first_output=0,
-        segment_ids=None,
-        output_positions=None,
-        output_mask=None,
-        shared_prompt=None,
-        read=None,
-    ):
-        where = segment_ids, output_positions, shared_prompt
-        check_inputs(config, module.start, inputs, mask, *where)
-        first = 0 if output_positions is not None else first_output
-        outputs = Outputs(output_positions, output_mask, first, shared_prompt)
-        return inputs, mask, segment_ids, None, outputs, read
+    arguments = functools.partial(call_arguments, module)
 
     @renamed(**OLD_NAMES)
     def apply(params, inputs, mask, **where):
@@ -101,6 +86,26 @@ def make_network(
     more = dict(supports_packing=True, supports_shared_prompts=supports_shared_prompts)
     network = Network(init=init, apply=apply, decode=decode, **of_caches, **more)
     return network._replace(routed=routed_network(network, module, arguments))
+
+
+def call_arguments(
+    module: Transformer,
+    inputs,
+    mask,
+    *,
+    first_output=0,
+    segment_ids=None,
+    output_positions=None,
+    output_mask=None,
+    shared_prompt=None,
+    read=None,
+) -> tuple:
+    """What the module is called with, from the arguments of `Network.apply`, which are checked."""
+    where = segment_ids, output_positions, shared_prompt
+    check_inputs(module.config, module.start, inputs, mask, *where)
+    first = 0 if output_positions is not None else first_output
+    outputs = Outputs(output_positions, output_mask, first, shared_prompt)
+    return inputs, mask, segment_ids, None, outputs, read
 
 
 def empty_cache(
