@@ -14,7 +14,7 @@ import jax
 from absl import app, flags
 from ml_collections import config_dict, config_flags
 
-from ppo_jax.config.flags import checked_flags, explain
+from ppo_jax.config.flags import checked_flags, emptied, explain
 from ppo_jax.config.parsing import FunctionFailed
 from ppo_jax.config.run import STAGE_NAMES
 from ppo_jax.distributed import processes
@@ -152,9 +152,11 @@ def begin_process():
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
     try:
-        argv = checked_flags(argv)
+        argv, none = emptied(checked_flags(argv))
         sys.argv[:] = argv  # where ml_collections looks for the values of a config
         rest = flags.FLAGS(argv)
+        for name in none:
+            set_none(flags.FLAGS["config"].value, name)
     except SystemExit:  # --help, for which absl has code 1
         sys.exit(0)
     except Exception as error:  # flags and config files are the user's
@@ -162,6 +164,16 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     if len(rest) > 1:
         stop(f"unexpected arguments {rest[1:]} (--help lists the flags)", USER_MISTAKE)
     return rest
+
+
+def set_none(config: config_dict.ConfigDict, name: str):
+    """Set "evaluate" or "model.scratch", for instance, of the value of --config to None."""
+    section, _, field = name.rpartition(".")
+    part = config[section] if section else config
+    if part is None:
+        raise ValueError(f"{name} cannot be set: the config has no section {section}")
+    with part.unlocked(), part.ignore_type():
+        part[field] = None
 
 
 def call(main: Callable[[], None]):

@@ -7,6 +7,7 @@ import dataclasses
 import os
 import re
 import traceback
+import types
 from collections.abc import Sequence
 from typing import Any
 
@@ -69,12 +70,27 @@ def current_name(name: str) -> str:
     return f"{section}.{new}"
 
 
+def emptied(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(the other arguments, the settings that are to be None), of checked ones. ml_collections
+    reads no None."""
+    matches = ((argument, OVERRIDE.fullmatch(argument)) for argument in argv)
+    is_none = {x: m[1] for x, m in matches if m and m[2] == "None" and may_be_none(hint_of(m[1]))}
+    return [x for x in argv if x not in is_none], list(is_none.values())
+
+
+def may_be_none(hint: Any) -> bool:
+    return types.NoneType in options(hint)
+
+
 def check_override(name: str, text: str | None):
     """A text is a value of the setting; None is no text, or one in the next argument."""
     hint = hint_of(name)
+    if text == "None" and may_be_none(hint):
+        return
     if cls := section_of(hint):
         example = f"--config.{name}.{next(iter(hints_of(cls)))}=..."
-        raise ValueError(f"{name} must be set field by field, {example}, got {text!r}")
+        none = f" (or left out, --config.{name}=None)" if may_be_none(hint) else ""
+        raise ValueError(f"{name} must be set field by field, {example}{none}, got {text!r}")
     if text is not None and not any(is_text_of(option, text) for option in options(hint)):
         words = " or ".join(WORDS[option] for option in options(hint))
         raise ValueError(f"{name} must be {words}, got {text!r}")
@@ -103,6 +119,8 @@ def is_text_of(option: Any, text: str) -> bool:
     """Whether a text can be read as a type."""
     if option is bool:
         return text.lower() in BOOLEANS
+    if option is types.NoneType:
+        return text == "None"
     try:
         READ.get(option, str)(text)
     except ValueError:

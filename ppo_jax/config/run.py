@@ -6,11 +6,20 @@ global. A section that is None means that the stage is not part of the run.
 
 import dataclasses
 import datetime
+from typing import Any
 
 from ml_collections import config_dict
 
 from ppo_jax.config.mesh import MeshSettings
-from ppo_jax.config.parsing import Check, Dtype, build, changeable, filled_in
+from ppo_jax.config.parsing import (
+    Check,
+    Dtype,
+    build,
+    changeable,
+    filled_in,
+    hints_of,
+    options,
+)
 from ppo_jax.config.ppo import PPOSettings
 from ppo_jax.config.stages import EvaluateSettings, RewardSettings, SFTSettings
 
@@ -59,7 +68,8 @@ class ModelSettings:
     def __post_init__(self):
         if bool(self.path) == (self.scratch is not None):
             raise ValueError(
-                f"model needs either a path or a scratch section, got path={self.path!r} and "
+                "model needs either a path or a scratch section (--config.model.scratch=None "
+                f"leaves it out), got path={self.path!r} and "
                 f"scratch={self.scratch!r}"
             )
         check = Check(self, "model")
@@ -126,7 +136,22 @@ STAGE_NAMES = tuple(field.name for field in dataclasses.fields(Config) if field.
 def with_defaults(values: dict) -> config_dict.ConfigDict:
     """A ConfigDict with every field of the sections that `values` has, so that each can be set on
     the command line. What a config file returns; nothing is checked yet."""
-    return config_dict.ConfigDict(filled_in(Config, values))
+    return config_dict.ConfigDict(with_types(Config, filled_in(Config, values)))
+
+
+def with_types(cls: type, values: dict) -> dict:
+    """The values with a number's type in the place of a None that may be one: a ConfigDict takes
+    no other value for a plain None."""
+
+    def typed(hint: Any, value: Any) -> Any:
+        section = next((o for o in options(hint) if dataclasses.is_dataclass(o)), None)
+        if section and isinstance(value, dict):
+            return with_types(section, value)
+        is_number = value is None and float in options(hint)
+        return config_dict.placeholder(float) if is_number else value
+
+    hints = hints_of(cls)
+    return {name: typed(hints.get(name), value) for name, value in values.items()}
 
 
 def from_config_dict(config: config_dict.ConfigDict | dict) -> Config:

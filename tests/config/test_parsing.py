@@ -164,6 +164,17 @@ def test_a_flag_of_an_old_name_reaches_its_setting(tmp_path):
     assert ended.code == 2 and "ppo.max_concurrent must be 0, or" in ended.err
 
 
+def test_a_stage_can_be_left_out_and_a_number_that_is_none_be_set_by_flags(tmp_path):
+    config, base = f"--config={ROOT / 'configs' / 'quickstart.py'}:tiny", f"--workdir={tmp_path}"
+    sizes = "--config.model.path=nowhere", "--config.model.scratch=None"
+    ended = run_script("rlhf", config, base, *sizes, "--config.evaluate=None")
+    assert ended.code == 2 and "nowhere is neither" in ended.err
+    ended = run_script("rlhf", config, base, "--config.sft.router_coef=-1")
+    assert ended.code == 2 and "sft.router_coef must be None or a number >= 0" in ended.err
+    ended = run_script("rlhf", config, base, "--config.model=None")
+    assert ended.code == 2 and "model must be set field by field" in ended.err
+
+
 def test_a_config_file_may_set_an_old_name_beside_the_defaults():
     config = with_defaults(whole())
     config.ppo.slots = 4
