@@ -68,6 +68,13 @@ CHARTS: dict[str, tuple[Group, ...]] = {
                     "exp(validation loss): as unsure as a choice among this many tokens.",
                     {"sft/validation_perplexity": "validation"},
                 ),
+                Chart(
+                    "Loss of the routers",
+                    "experts per token",
+                    "Before sft.router_coef. It is the number of experts of a token where tokens are "
+                    "spread evenly, or where the router is unsure.",
+                    {"sft/router_loss": "training"},
+                ),
             ),
         ),
     ),
@@ -314,6 +321,24 @@ CHARTS: dict[str, tuple[Group, ...]] = {
                     "Of a critic with bins: what it cannot follow. Above 0.01 or so the range is "
                     "too narrow.",
                     {"value/outside_bins": "share"},
+                ),
+            ),
+        ),
+        Group(
+            "Experts",
+            (
+                Chart(
+                    "Busiest expert",
+                    "share of tokens",
+                    "Tokens of a layer that its busiest expert has, in the layer where it has most. "
+                    "Near 1 the layer is a dense one: train it with sft.router_coef.",
+                    {"policy/router_load_max": "share"},
+                ),
+                Chart(
+                    "Choices that differ from the rollout's",
+                    "share of choices",
+                    "Experts that the update does not choose again; ppo.replay_experts keeps them.",
+                    {"policy/router_mismatch": "share"},
                 ),
             ),
         ),
