@@ -20,9 +20,10 @@ SOURCES = [
 HEAD = """# Configuration
 
 Every setting of a config file, with its type, default and unit. Any of them can be set on the
-command line: `--config.ppo.kl_coef=0.1`; `--config.evaluate=None` leaves a section out. A value of the wrong type or outside its range is refused
-before anything is allocated, and so is a setting that does not exist. Config files are
-`ml_collections` files; the ones of `configs/` are lab notes to start from.
+command line: `--config.ppo.kl_coef=0.1`; `--config.evaluate=None` leaves a section out. A value of
+the wrong type or outside its range is refused before anything is allocated, and so is a setting
+that does not exist. Config files are `ml_collections` files; the ones of `configs/` are lab notes
+to start from.
 
 This page is written by `python docs/hooks/configuration.py` from the comments in `ppo_jax/config/`.
 """

@@ -160,7 +160,8 @@ def test_a_run_of_sft_alone_has_the_parts_that_it_has(tmp_path):
     folder = write_run(tmp_path / "sft", metrics=metric_rows("sft", steps=3), steps={"sft": 2})
     page, text = read_report(folder)
     assert page.headings == ["sft", "Stages", "Supervised fine-tuning", "Loss"] + [
-        "Validation perplexity"
+        "Validation perplexity",
+        "Loss of the routers",
     ]
     assert "has not finished" not in text
     assert "perplexity from 1.0 (step 0) to 1.5 (step 2)" in text

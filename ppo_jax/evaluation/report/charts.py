@@ -71,8 +71,8 @@ CHARTS: dict[str, tuple[Group, ...]] = {
                 Chart(
                     "Loss of the routers",
                     "experts per token",
-                    "Before sft.router_coef. It is the number of experts of a token where tokens are "
-                    "spread evenly, or where the router is unsure.",
+                    "Before sft.router_coef. It is the number of experts of a token where tokens "
+                    "are spread evenly, or where the router is unsure.",
                     {"sft/router_loss": "training"},
                 ),
             ),
@@ -330,8 +330,8 @@ CHARTS: dict[str, tuple[Group, ...]] = {
                 Chart(
                     "Busiest expert",
                     "share of tokens",
-                    "Tokens of a layer that its busiest expert has, in the layer where it has most. "
-                    "Near 1 the layer is a dense one: train it with sft.router_coef.",
+                    "Tokens of a layer that have its busiest expert, where that is most. Near 1 "
+                    "the layer is a dense one: train it with sft.router_coef.",
                     {"policy/router_load_max": "share"},
                 ),
                 Chart(
