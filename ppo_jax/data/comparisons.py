@@ -103,7 +103,7 @@ def reward_data(
         def read(path: str) -> list[RankedResponses]:
             return load_preferences(path, tokenizer, left_out[path])
 
-        split = read_split(settings, seed, read, key)
+        split = read_split(settings, seed, read, key, left_out)
     limits, encoded = ((settings.max_length, "reward.max_length"), (context, CONTEXT)), []
     for (field, path), records, (length, limit) in zip(
         data_files(settings), split, limits, strict=True

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from ppo_jax.config.stages import RewardSettings, SFTSettings
@@ -253,12 +254,16 @@ TextSettings = SFTSettings | RewardSettings
 
 
 def read_split(
-    settings: TextSettings, seed: int, read: Callable[[str], Sequence], key: Callable
+    settings: TextSettings,
+    seed: int,
+    read: Callable[[str], Sequence],
+    key: Callable,
+    left_out: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> tuple[Sequence, Sequence]:
     """(training, validation) records, disjoint by text.
 
     The settings name two files, or one and the share to hold out, for which `key` gives the text
-    of a record.
+    of a record. `left_out` has, once a file is read, why rows of it are not among its records.
 
     Raises:
         ValueError: a file is not readable, or one of the two would be empty.
@@ -269,10 +274,12 @@ def read_split(
     shares = {"train": 1 - fraction, "validation": fraction}
     records = read(settings.data)
     splits = split_by_text(records, shares, seed=seed, key=key, duplicates="keep")
+    reasons = left_out.get(settings.data, ())
+    others = f" ({len(reasons):,} more are not rendered: {reasons[0]})" if reasons else ""
     for name, split in splits.items():
         if not split:
             raise ValueError(
-                f"{settings.data}: its {len(records)} records leave none for {name} with "
+                f"{settings.data}: its {len(records)} records{others} leave none for {name} with "
                 f"validation_fraction={fraction}; records of one text or prompt stay together; "
                 "change the fraction, or name a file as validation_data"
             )

@@ -57,7 +57,7 @@ def sft_data(settings: SFTSettings, seed: int, tokenizer: Any) -> Texts:
     def read(path: str) -> list[Demonstration]:
         return load_texts(path, tokenizer, turns=settings.turns, left_out=left_out[path])
 
-    split = read_split(settings, seed, read, lambda record: record.text)
+    split = read_split(settings, seed, read, lambda record: record.text, left_out)
     stop_ids = tokenizer.convert_tokens_to_ids(declared_stops(tokenizer))
     length, parts = settings.max_length, []
     for (field, path), part in zip(data_files(settings), split, strict=True):

@@ -412,6 +412,11 @@ def test_rows_that_are_not_rendered_are_counted_with_the_first_of_them(tmp_path)
         ValueError, match=r"^none of the 2 rows is rendered; .*chats\.jsonl:1: the cha"
     ):
         sft_data(sft(path), 0, tokenizer)
+    write_jsonl(path, [bad, good[0], bad])
+    with pytest.raises(
+        ValueError, match=r"1 records \(2 more are not rendered: .*:1: the chat temp"
+    ):
+        sft_data(sft(path), 0, tokenizer)
     write_jsonl(path, [{"messages": [{"role": "robot", "content": "a"}]}, *good])
     with pytest.raises(ValueError, match=r"chats\.jsonl:1: the role of messages\[0\]"):  # malformed
         sft_data(sft(path), 0, tokenizer)
