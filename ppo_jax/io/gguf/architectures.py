@@ -66,6 +66,8 @@ GPT2_KEYS = {
     "attention.head_count": "n_head",
     "attention.layer_norm_epsilon": "layer_norm_epsilon",
 }
+# Keys of the sizes of a head, all of which must be one.
+HEAD_SIZES = ("attention.key_length", "attention.value_length", "rope.dimension_count")
 # Values with which a key says nothing.
 NEUTRAL: dict[str, tuple] = {
     **dict.fromkeys(("expert_count", "expert_used_count", "attention.sliding_window"), (0,)),
@@ -347,7 +349,7 @@ def read_positions(own: Metadata, raw: Json, architecture: Architecture, prefix:
     width = raw.get("hidden_size") or raw["n_embd"]
     head_dim = raw.get("head_dim", width // heads)
     rotated = own.get("rope.dimension_count", head_dim)
-    for key in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
+    for key in HEAD_SIZES:
         value = own.get(key, head_dim)
         if value == head_dim or (key.startswith("rope") and architecture.partial):
             continue

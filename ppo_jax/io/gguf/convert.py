@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ppo_jax.io.gguf.architectures import (
+    HEAD_SIZES,
     SCALING,
     Architecture,
     Place,
@@ -45,8 +46,6 @@ from ppo_jax.models.families import read_config
 from ppo_jax.models.families.base import OPTIONS, Json, need, short
 from ppo_jax.models.families.rope import ORIGINAL
 
-# Keys of the sizes of a head, all of which must be one.
-HEAD_SIZES = ("attention.key_length", "attention.value_length", "rope.dimension_count")
 MOST_EXPERTS = 2**14
 ROTATED = ("layers.attention.query.", "layers.attention.key.")
 ROPE_FREQS = "rope_freqs.weight"  # the divisor of each frequency, where Llama 3 scales them
