@@ -72,6 +72,8 @@ BASE = {
 MIXTURE = {"expert_count": 4, "expert_used_count": 2}
 GEMMA_27B = {"attention.key_length": 128, "attention.sliding_window": 8}
 WINDOWED = {"attention.sliding_window": 8}
+LINEAR = {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}
+YARN = LINEAR | {"rope.scaling.type": "yarn"}
 
 
 def options_of(architecture, **keys):
@@ -159,7 +161,12 @@ def test_what_no_key_has_is_a_rule_of_its_architecture(architecture, keys, expec
         ("gptneox", {}, "layer_norm_rms_epsilon=1e-05 is not supported"),
         ("seed_oss", {"rope.scaling.type": "su", "rope.scaling.factor": 2.0}, "type='su' with a"),
         ("llama", {"rope.scaling.type": "linear", "rope.scaling.factor": 0.0}, "factor of 0.0"),
-        ("llama", {"rope.scaling.type": "yarn", "rope.scaling.factor": "4"}, "factor must be a nu"),
+        (
+            "llama",
+            YARN | {"rope.scaling.factor": "4"},
+            "llama.rope.scaling.factor must be a number",
+        ),
+        ("llama", YARN | {"rope.scaling.yarn_attn_factor": -1.0}, "scaling.yarn_attn_factor must"),
         ("llama", {"rope.scaling.yarn_beta_fast": 2.0}, "yarn_beta_fast=2.0 is not supported"),
     ],
 )

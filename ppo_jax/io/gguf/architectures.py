@@ -163,9 +163,7 @@ def more_of_gemma3(own: Metadata, raw: Json) -> Json:
 def more_of_olmo3(own: Metadata, raw: Json) -> Json:
     """Layers with a window have positions of their own, which are not scaled."""
     local = own.get("rope.freq_base_swa", raw["rope_theta"])
-    if not OPTIONS["rope_theta"].holds(local):
-        words = OPTIONS["rope_theta"].words
-        raise ValueError(f"GGUF option rope.freq_base_swa must be {words}, got {short(local)}")
+    check_option("rope.freq_base_swa", "rope_theta", local)
     scaling = raw.get("rope_scaling", {"rope_type": "default"})
     return layer_types(own, raw, 4) | {
         "rope_parameters": {
@@ -320,6 +318,12 @@ def own_keys(metadata: Metadata, architecture: Architecture) -> Metadata:
     return {key: value for key, value in own.items() if value not in neutral.get(key, ())}
 
 
+def check_option(key: str, option: str, value: Any) -> None:
+    """Raise a ValueError where a key has what its option of config.json may not have."""
+    if not OPTIONS[option].holds(value):
+        raise ValueError(f"GGUF option {key} must be {OPTIONS[option].words}, got {short(value)}")
+
+
 # --- rotary positions -----------------------------------------------------------------------------
 
 SCALING = "rope.scaling."
@@ -371,14 +375,10 @@ def read_scaling(own: Metadata, prefix: str) -> Json | None:
     kind, factor = own.get(f"{SCALING}type"), own.get(f"{SCALING}factor")
     stretched = factor not in (None, 1) + (0,) * (kind != "linear")
     if kind == "yarn" and stretched:
-        given = {o: own[SCALING + key] for key, o in YARN.items() if SCALING + key in own}
-        for option, value in given.items():
-            if not OPTIONS[option].holds(value):
-                raise ValueError(
-                    f"GGUF option {prefix}{SCALING}*: {option} must be {OPTIONS[option].words}, "
-                    f"got {short(value)}"
-                )
-        return {"rope_type": "yarn"} | {o: as_printed(x) for o, x in given.items()}
+        given = {key: own[SCALING + key] for key in YARN if SCALING + key in own}
+        for key, value in given.items():
+            check_option(f"{prefix}{SCALING}{key}", YARN[key], value)
+        return {"rope_type": "yarn"} | {YARN[key]: as_printed(x) for key, x in given.items()}
     if kind == "linear" and stretched and OPTIONS["factor"].holds(factor):
         return {"rope_type": "linear", "factor": as_printed(factor)}
     if kind not in (None, "none", "linear", "longrope") or stretched:

@@ -20,6 +20,7 @@ from ppo_jax.io.gguf.architectures import (
     Place,
     architecture_of,
     as_printed,
+    check_option,
     own_keys,
     places_of,
     read_positions,
@@ -43,7 +44,7 @@ from ppo_jax.io.integrity import reading_file
 from ppo_jax.io.safetensors import find_parameters, is_finite
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.families import read_config
-from ppo_jax.models.families.base import OPTIONS, Json, need, short
+from ppo_jax.models.families.base import Json, need, short
 from ppo_jax.models.families.rope import ORIGINAL
 
 MOST_EXPERTS = 2**14
@@ -77,9 +78,7 @@ def read_metadata(metadata: Metadata) -> Json:
         if key not in own:
             continue
         value = as_printed(own[key])
-        if not OPTIONS[option].holds(value):
-            words = OPTIONS[option].words
-            raise ValueError(f"GGUF option {prefix}{key} must be {words}, got {short(value)}")
+        check_option(prefix + key, option, value)
         if raw.setdefault(option, value) != value:
             raise ValueError(f"GGUF option {prefix}{key}={value} must be {raw[option]}")
     raw |= read_positions(own, raw, architecture, prefix)
