@@ -68,6 +68,9 @@ GPT2_KEYS = {
 }
 # Keys of the sizes of a head, all of which must be one.
 HEAD_SIZES = ("attention.key_length", "attention.value_length", "rope.dimension_count")
+# Tensors that scale rotary positions.
+ROPE_FREQS = "rope_freqs.weight"  # the divisor of each frequency, where Llama 3 scales them
+LONG, SHORT = "rope_factors_long.weight", "rope_factors_short.weight"  # of longrope
 # Values with which a key says nothing.
 NEUTRAL: dict[str, tuple] = {
     **dict.fromkeys(("expert_count", "expert_used_count", "attention.sliding_window"), (0,)),
@@ -96,6 +99,7 @@ class Architecture:
     neutral: Mapping[str, tuple] = dataclasses.field(default_factory=dict)  # beside `NEUTRAL`
     interleaved: bool = False  # the two rows of each rotated pair of query and key side by side
     partial: str = ""  # the option of how much of a head is rotated; "" is all of it
+    scaling_tensors: tuple[str, ...] = (ROPE_FREQS,)
     own_keys: tuple[str, ...] = ()  # that `more` reads
     # (keys, options so far) -> options that follow from several of them.
     more: Callable[[Metadata, Json], Json] = lambda own, raw: {}
@@ -231,6 +235,7 @@ ARCHITECTURES = {
         optional={"attention.head_count_kv": "n_head"},
         fixed={"activation_function": "gelu_new"},
         biases={},
+        scaling_tensors=(),
     ),
     "seed_oss": Architecture(
         family="seed_oss",
@@ -259,6 +264,7 @@ ARCHITECTURES = {
         | {"rope.scaling.original_context_length": "original_max_position_embeddings"},
         biases={},
         partial="partial_rotary_factor",
+        scaling_tensors=(LONG, SHORT),
     ),
     # llama.cpp computes the tanh form; the models have the other, which differs by 5e-4 at most.
     "gptneox": Architecture(
@@ -272,6 +278,7 @@ ARCHITECTURES = {
         fixed={"hidden_act": "gelu", "attention_bias": False},
         biases={"attn_qkv.bias": "attention_bias"},
         partial="rotary_pct",
+        scaling_tensors=(),
     ),
     "olmo2": OLMO2,
     "qwen3moe": Architecture(
@@ -366,15 +373,16 @@ def read_positions(own: Metadata, raw: Json, architecture: Architecture, prefix:
             f"got {short(rotated)}"
         )
     part = {architecture.partial: part_of_head(rotated, head_dim)} if architecture.partial else {}
-    scaling = read_scaling(own, prefix)
+    scaling = read_scaling(own, architecture, prefix)
     return part | ({"rope_scaling": scaling} if scaling else {})
 
 
-def read_scaling(own: Metadata, prefix: str) -> Json | None:
+def read_scaling(own: Metadata, architecture: Architecture, prefix: str) -> Json | None:
     """The `rope_scaling` of a config.json that is in keys alone; `longrope` is in tensors."""
     kind, factor = own.get(f"{SCALING}type"), own.get(f"{SCALING}factor")
     stretched = factor not in (None, 1) + (0,) * (kind != "linear")
-    if kind == "yarn" and stretched:
+    has_longrope = LONG in architecture.scaling_tensors  # whose config.json may call it yarn
+    if kind == "yarn" and stretched and not has_longrope:
         given = {key: own[SCALING + key] for key in YARN if SCALING + key in own}
         for key, value in given.items():
             check_option(f"{prefix}{SCALING}{key}", YARN[key], value)
