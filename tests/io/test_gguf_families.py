@@ -260,6 +260,12 @@ def test_a_scaling_is_in_keys_or_in_tensors():
             FACTORS,
             "phi3.rope.scaling.attn_factor must be a number",
         ),
+        (
+            "llama",
+            {},
+            {ROPE_FREQS: [1.0, 8.0]},
+            f"{ROPE_FREQS} has 2 numbers, but the file asks for 4",
+        ),
         ("llama", ORIGINAL, FACTORS, f"GGUF tensor {LONG} is not supported for 'llama'"),
         (
             "llama",

@@ -284,6 +284,9 @@ def scaling_of_tensors(
     if LONG in numbers:
         scaling = longrope_scaling(metadata, numbers, raw)
     elif ROPE_FREQS in numbers:
+        count, pairs = len(numbers[ROPE_FREQS]), raw["head_dim"] // 2
+        if count != pairs:
+            raise ValueError(f"{ROPE_FREQS} has {count} numbers, but the file asks for {pairs}")
         scaling = rope_scaling(numbers[ROPE_FREQS], raw["rope_theta"])
     else:
         scaling = None
