@@ -17,7 +17,8 @@ class AxisRules:
     heads: tuple[str, ...] = ("model",)  # query heads
     kv_heads: tuple[str, ...] = ("model",)  # key and value heads, in the KV cache as well
     mlp: tuple[str, ...] = ("model",)  # hidden units of the feed-forward layers
-    expert: tuple[str, ...] = ("model",)  # of a mixture; may be those of rows; whole if indivisible
+    expert: tuple[str, ...] = ("model",)  # experts of a mixture; may include axes of `batch`;
+    # replicated where the mesh does not divide their number
     layers: tuple[str, ...] = ()  # of scanned layers
 
 

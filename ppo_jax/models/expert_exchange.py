@@ -33,10 +33,11 @@ class Chunk(NamedTuple):
     real_C: jax.Array
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def exchange(
     compute: Compute,
     mesh_axes: tuple[str, ...],
+    num_experts: int,
     x_ND: jax.Array,
     weights_Nk: jax.Array,
     chosen_Nk: jax.Array,
@@ -53,6 +54,7 @@ def exchange(
     Args:
         compute: (rows [C, D], sizes [E], kernels) -> outputs [C, D] of rows sorted by expert.
         mesh_axes: over which the devices are, whose rows differ.
+        num_experts: of all devices.
         x_ND: rows of this device.
         weights_Nk: float32, of the experts of each row.
         chosen_Nk: int32, experts of each row, by their numbers among all; one that there is not is
@@ -60,21 +62,22 @@ def exchange(
         first: int32, the number of this device's first expert.
         kernels: of the experts of this device, [E, ...] each.
     """
-    return _forward(compute, mesh_axes, x_ND, weights_Nk, chosen_Nk, first, kernels)[0]
+    arrays = x_ND, weights_Nk, chosen_Nk, first, kernels
+    return _forward(compute, mesh_axes, num_experts, *arrays)[0]
 
 
-def _forward(compute, mesh_axes, x_ND, weights_Nk, chosen_Nk, first, kernels):
+def _forward(compute, mesh_axes, num_experts, x_ND, weights_Nk, chosen_Nk, first, kernels):
     rows = _gather(mesh_axes, x_ND, weights_Nk, chosen_Nk)
 
     def add(chunk, y_MD):
         return y_MD.at[chunk.rows_C].add(_outputs(compute, chunk, *rows[:2], kernels))
 
     zeros = jnp.zeros(rows[0].shape, jnp.float32)
-    y_MD = _for_chunks(add, zeros, rows[2] - first, len(kernels[0]), chosen_Nk.size)
+    y_MD = _for_chunks(add, zeros, rows[2] - first, len(kernels[0]), num_experts)
     return _scatter(mesh_axes, y_MD), (x_ND, weights_Nk, chosen_Nk, first, kernels)
 
 
-def _backward(compute, mesh_axes, saved, g_ND):
+def _backward(compute, mesh_axes, num_experts, saved, g_ND):
     x_ND, weights_Nk, chosen_Nk, first, kernels = saved
     # The sum was cast to the rows' dtype, and so was what comes back.
     rows = _gather(mesh_axes, x_ND, weights_Nk, chosen_Nk, g_ND.astype(x_ND.dtype))
@@ -95,7 +98,7 @@ def _backward(compute, mesh_axes, saved, g_ND):
     like = x_MD, weights_Mk.reshape(-1), kernels
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), like)
     own_Mk, num_own = chosen_Mk - first, len(kernels[0])
-    of_x, of_weights, of_kernels = _for_chunks(add, zeros, own_Mk, num_own, chosen_Nk.size)
+    of_x, of_weights, of_kernels = _for_chunks(add, zeros, own_Mk, num_own, num_experts)
     of_kernels = jax.tree.map(lambda g, w: g.astype(w.dtype), of_kernels, kernels)
     of_x = _scatter(mesh_axes, of_x).astype(x_ND.dtype)
     of_weights = _scatter(mesh_axes, of_weights.reshape(weights_Mk.shape))
@@ -123,11 +126,11 @@ def _scatter(mesh_axes, sums):
     return jax.lax.psum_scatter(sums, mesh_axes, tiled=True)
 
 
-def _for_chunks(step, carry, own_Mk, num_own, pairs_of_device):
-    """step(chunk, carry) for each chunk of the pairs whose expert is one of `num_own`, sorted by
-    expert."""
+def _for_chunks(step, carry, own_Mk, num_own, num_experts):
+    """step(chunk, carry) for each chunk of the pairs whose expert is one of the first `num_own` of
+    `num_experts`, sorted by expert."""
     group_P = jnp.where((own_Mk >= 0) & (own_Mk < num_own), own_Mk, num_own).reshape(-1)
-    size = min(len(group_P), int(SLACK * pairs_of_device) + 1)
+    size = min(len(group_P), int(SLACK * len(group_P) * num_own / num_experts) + 1)
     order_P = jnp.pad(jnp.argsort(group_P), (0, size))
     ends_E = (group_P[:, None] <= jnp.arange(num_own)[None]).sum(0, dtype=jnp.int32)
     total = ends_E[num_own - 1]

@@ -128,7 +128,8 @@ def mixture(
     first = jax.lax.axis_index(mesh_axes) * len(gate) if mesh_axes else 0
     compute, kernels = functools.partial(outputs, activation), (gate, up, down)
     if row_axes:
-        y_ND = exchange(compute, row_axes, x_ND, weights_Nk, computed_Nk, first, kernels)
+        arrays = x_ND, weights_Nk, computed_Nk, first, kernels
+        y_ND = exchange(compute, row_axes, experts.num_experts, *arrays)
     else:
         y_ND = own_sum(compute, x_ND, weights_Nk, computed_Nk - first, kernels)
     sharing = tuple(name for name in mesh_axes if name not in row_axes)

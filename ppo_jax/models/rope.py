@@ -95,13 +95,27 @@ class DynamicScaling(Scaling):
     original_max_length: int
 
     def for_rows(self, length: int) -> Scaling:
-        plain = LinearScaling(factor=1.0, attention_factor=self.attention_factor)
-        return plain if length <= self.original_max_length else self
+        if length > self.original_max_length:
+            return DynamicRows(**vars(self), length=length)
+        return LinearScaling(factor=1.0, attention_factor=self.attention_factor)
 
     def frequencies(self, theta: float, size: int, length: int) -> list[float]:
         longer = max(1.0, length / self.original_max_length)
         growth = self.factor * longer - (self.factor - 1)
         return plain_frequencies(theta * growth ** (size / max(size - 2, 1)), size)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DynamicRows(DynamicScaling):
+    """Dynamic scaling by the given length, whatever the width of rows is."""
+
+    length: int
+
+    def for_rows(self, length: int) -> Scaling:
+        return self
+
+    def frequencies(self, theta: float, size: int, length: int) -> list[float]:
+        return super().frequencies(theta, size, self.length)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

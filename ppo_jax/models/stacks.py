@@ -46,9 +46,6 @@ def scan_kinds(
     Returns:
         (carry, the results [layers, ...])
     """
-    period = period_of(kinds)
-    times = len(kinds) // period
-    whole = times * period
 
     def in_order(carry, xs, kinds, in_loop):
         results = []
@@ -62,8 +59,14 @@ def scan_kinds(
             results.append(result)
         return carry, joined(results)
 
+    period = period_of(kinds)
+    times = len(kinds) // period
+    if times == 1:
+        return in_order(carry, xs, kinds, False)
+    whole = times * period
+
     def one_period(carry, xs):
-        return in_order(carry, xs, kinds[:period], times > 1)
+        return in_order(carry, xs, kinds[:period], True)
 
     grouped = jax.tree.map(lambda x: x.reshape(times, period, *x.shape[1:]), part(xs, 0, whole))
     carry, results = jax.lax.scan(one_period, carry, grouped)

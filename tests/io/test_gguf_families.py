@@ -9,7 +9,9 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from ppo_jax.io import huggingface as hf
-from ppo_jax.io.gguf.convert import read_metadata
+from ppo_jax.io.gguf.architectures import LONG, ROPE_FREQS, SHORT
+from ppo_jax.io.gguf.convert import read_metadata, scaling_of_tensors
+from ppo_jax.io.gguf.header import StoredTensor
 from ppo_jax.models.families import read_config
 from tests.support.gguf_files import MODELS, random_model, refused, small_tokenizer, write_gguf
 
@@ -72,6 +74,8 @@ BASE = {
 MIXTURE = {"expert_count": 4, "expert_used_count": 2}
 GEMMA_27B = {"attention.key_length": 128, "attention.sliding_window": 8}
 WINDOWED = {"attention.sliding_window": 8}
+LINEAR = {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}
+YARN = LINEAR | {"rope.scaling.type": "yarn"}
 
 
 def options_of(architecture, **keys):
@@ -159,7 +163,8 @@ def test_what_no_key_has_is_a_rule_of_its_architecture(architecture, keys, expec
         ("gptneox", {}, "layer_norm_rms_epsilon=1e-05 is not supported"),
         ("seed_oss", {"rope.scaling.type": "su", "rope.scaling.factor": 2.0}, "type='su' with a"),
         ("llama", {"rope.scaling.type": "linear", "rope.scaling.factor": 0.0}, "factor of 0.0"),
-        ("llama", {"rope.scaling.type": "yarn", "rope.scaling.factor": "4"}, "factor must be a nu"),
+        ("llama", YARN | {"rope.scaling.factor": "4"}, "llama.rope.scaling.factor must be a"),
+        ("llama", YARN | {"rope.scaling.yarn_attn_factor": -1.0}, "scaling.yarn_attn_factor must"),
         ("llama", {"rope.scaling.yarn_beta_fast": 2.0}, "yarn_beta_fast=2.0 is not supported"),
     ],
 )
@@ -181,8 +186,10 @@ def test_what_a_family_does_not_compute_is_refused_by_the_name_of_its_key(
         ("gemma2", {"blk.0.post_ffw_norm.weight": (63,)}, "post_ffw_norm.weight has shape (63,)"),
         ("pythia", {"blk.1.attn_qkv.weight": None}, "lack 1 tensors: blk.1.attn_qkv.weight"),
         ("phi3", {"blk.1.attn_q.weight": (64, 64)}, "GGUF tensor 'blk.1.attn_q.weight' is not"),
-        ("phi3-long", {"rope_factors_long.weight": None}, "needs the tensors rope_factors_long"),
-        ("phi3-long", {"rope_factors_long.weight": (5,)}, "long_factor must have 6 numbers"),
+        ("phi3-long", {LONG: None}, f"GGUF tensor {SHORT} is not supported without {LONG}"),
+        ("phi3-long", {LONG: (5,)}, "long_factor must have 6 numbers"),
+        ("pythia", {ROPE_FREQS: (2,)}, f"GGUF tensor {ROPE_FREQS} is not supported for 'gptneox'"),
+        ("gpt2", {ROPE_FREQS: (8,)}, f"GGUF tensor {ROPE_FREQS} is not supported for 'gpt2'"),
         ("seed_oss", {"blk.0.ffn_norm.weight": (64,)}, "blk.0.ffn_norm.weight are the same of"),
     ],
 )
@@ -191,3 +198,86 @@ def test_tensors_that_a_family_does_not_have_are_refused_by_name(
 ):
     path = write_gguf(tmp_path / "a.gguf", random_model(name), tokenizer, changed=change)
     assert words in refused(path)
+
+
+# --- a scaling of positions that is in tensors ----------------------------------------------------
+
+LLAMA_3 = {ROPE_FREQS: [1.0, 1.0, 8.0, 8.0]}  # of a head of 8, base 10,000 and texts of 256
+FACTORS = {SHORT: [1.0] * 4, LONG: [4.0] * 4}
+ORIGINAL = {"rope.scaling.original_context_length": 32}
+
+
+def scaling_of(architecture, keys, tensors):
+    """The `rope_scaling` of a file with these tensors, beside `BASE` and these keys."""
+    raw, numbers = options_of(architecture, **keys), np.float32(list(tensors.values()))
+    metadata = {f"{architecture}.{key}": value for key, value in keys.items()}
+    stored = {
+        name: StoredTensor((row.size,), 0, i * row.nbytes, row.nbytes)
+        for i, (name, row) in enumerate(zip(tensors, numbers, strict=True))
+    }
+    metadata["general.architecture"] = architecture
+    raw |= scaling_of_tensors(metadata, stored, numbers.tobytes(), raw)
+    return raw.get("rope_scaling")
+
+
+def test_a_scaling_is_in_keys_or_in_tensors():
+    assert scaling_of("llama", LINEAR, {})["rope_type"] == "linear"
+    divided = scaling_of("llama", {}, LLAMA_3)
+    assert (divided["factor"], divided["original_max_position_embeddings"]) == (8, 256)
+    assert scaling_of("llama", LINEAR, {ROPE_FREQS: [1.0] * 4})["rope_type"] == "linear"
+    assert scaling_of("phi3", ORIGINAL, FACTORS)["long_factor"] == [4.0] * 4
+
+
+@pytest.mark.parametrize(
+    ("architecture", "keys", "tensors", "words"),
+    [
+        (
+            "llama",
+            LINEAR,
+            LLAMA_3,
+            f"llama.rope.scaling.type='linear' is not supported with the tensor {ROPE_FREQS}",
+        ),
+        ("olmo2", YARN | WINDOWED, LLAMA_3, "option olmo2.rope.scaling.type='yarn' is not suppo"),
+        (
+            "phi3",
+            LINEAR | ORIGINAL,
+            FACTORS,
+            f"type='linear' is not supported with the tensor {LONG}",
+        ),
+        ("phi3", YARN | ORIGINAL, FACTORS, "option phi3.rope.scaling.type='yarn' with a factor of"),
+        ("phi3", ORIGINAL, FACTORS | LLAMA_3, f"tensor {ROPE_FREQS} is not supported for 'phi3'"),
+        ("phi3", {}, {SHORT: [1.0] * 4}, f"tensor {SHORT} is not supported without {LONG}"),
+        ("phi3", {}, FACTORS, f"option phi3.{[*ORIGINAL][0]}, which {LONG} needs, is missing"),
+        (
+            "phi3",
+            {"rope.scaling.type": "longrope"},
+            {},
+            f"'longrope' is not supported without {LONG}",
+        ),
+        (
+            "phi3",
+            ORIGINAL | {"rope.scaling.attn_factor": "a"},
+            FACTORS,
+            "phi3.rope.scaling.attn_factor must be a number",
+        ),
+        (
+            "llama",
+            {},
+            {ROPE_FREQS: [1.0, 8.0]},
+            f"{ROPE_FREQS} has 2 numbers, but the file asks for 4",
+        ),
+        ("llama", ORIGINAL, FACTORS, f"GGUF tensor {LONG} is not supported for 'llama'"),
+        (
+            "llama",
+            YARN | {"rope.scaling.attn_factor": 1.2},
+            {},
+            "GGUF option llama.rope.scaling.attn_factor=1.2 is not supported",
+        ),
+    ],
+)
+def test_a_scaling_by_tensors_that_do_not_fit_is_refused_by_their_names(
+    architecture, keys, tensors, words
+):
+    with pytest.raises(ValueError, match=re.escape(words)) as error:
+        scaling_of(architecture, keys, tensors)
+    assert len(str(error.value).splitlines()) == 1

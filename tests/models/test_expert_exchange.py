@@ -11,8 +11,10 @@ import pytest
 
 from ppo_jax.config.mesh import RULES
 from ppo_jax.distributed.layout import over_lanes
+from ppo_jax.models import moe
 from ppo_jax.models.axes import EXPERTS, HIDDEN
 from ppo_jax.models.config import Experts
+from ppo_jax.models.expert_exchange import SLACK
 from ppo_jax.models.moe import mixture
 from tests.support.meshes import layout_of
 
@@ -125,6 +127,21 @@ def test_rows_are_gathered_and_sums_scattered():
         *(("f32", f"{LENGTH},{size}", "reduce-scatter") for size in (EMBED, k)),
     }
     assert f"[{rows},{EMBED}]" in text and f"[{rows * k},{EMBED}]" not in text
+
+
+def test_a_chunk_has_the_share_of_the_experts_of_its_device(monkeypatch):
+    """A quarter of the pairs, though each second device with experts has the same rows."""
+    chunks, outputs = set(), moe.outputs
+
+    def counted(activation, x_PD, *args):
+        chunks.add(len(x_PD))
+        return outputs(activation, x_PD, *args)
+
+    monkeypatch.setattr(moe, "outputs", counted)
+    mesh = on_mesh(layout_with((2, 2, 2), "fsdp", "model"))
+    jax.eval_shape(outputs_and_gradients(mesh), *problem())
+    share = ROWS // 2 * LENGTH * EXPERTS_OF.num_chosen / 4
+    assert chunks == {int(SLACK * share) + 1} == {27}
 
 
 def test_experts_that_nobody_trains_have_no_gradient():

@@ -107,9 +107,11 @@ def test_scalings_of_rows_of_a_length_are_the_same_in_rows_of_any_width():
     longrope = LongRopeScaling(short_factor=(1.0,), long_factor=(3.0,), original_max_length=16)
     dynamic = DynamicScaling(factor=2.0, original_max_length=16, attention_factor=0.5)
     for scaling in (longrope, dynamic, LinearScaling(factor=2.0)):
-        for length in (16, 17) if scaling is longrope else (16,):
-            of_rows, expected = scaling.for_rows(length), scaling.frequencies(50.0, 2, length)
-            assert of_rows.frequencies(50.0, 2, 1) == of_rows.frequencies(50.0, 2, 99) == expected
+        size = 2 if scaling is longrope else 4
+        for length in (16, 17, 39):
+            of_rows, expected = scaling.for_rows(length), scaling.frequencies(50.0, size, length)
+            found = [of_rows.frequencies(50.0, size, width) for width in (1, 40, 99)]
+            assert found == [expected] * 3 and of_rows.for_rows(length) == of_rows
             assert of_rows.attention_factor == scaling.attention_factor
 
 

@@ -54,6 +54,17 @@ def test_only_what_is_in_no_loop_stands_alone():
     assert set(seen) == {(0, False), (1, False), (0, True)}
 
 
+def test_kinds_that_do_not_repeat_are_in_no_loop_but_those_of_their_runs():
+    def loops(kinds):
+        xs = jnp.ones(len(kinds))
+        scan = jax.make_jaxpr(lambda xs: scan_kinds(lambda c, x, *_: (c, x), 0, xs, kinds))
+        return [e.params["length"] for e in scan(xs).eqns if e.primitive.name == "scan"]
+
+    assert loops([0, 1, 1]) == [1, 2]
+    assert loops([0, 1, 2, 0, 0]) == [1, 1, 1, 2]
+    assert loops([0, 0, 1] * 2 + [0]) == [2, 1]
+
+
 @pytest.mark.parametrize("length", [12, 200])
 def test_a_layer_has_the_attention_of_its_own_kind_alone(length):
     """No branches, scores of windows alone where rows are long, and the tree of one kind."""

@@ -66,6 +66,11 @@ GPT2_KEYS = {
     "attention.head_count": "n_head",
     "attention.layer_norm_epsilon": "layer_norm_epsilon",
 }
+# Keys of the sizes of a head, all of which must be one.
+HEAD_SIZES = ("attention.key_length", "attention.value_length", "rope.dimension_count")
+# Tensors that scale rotary positions.
+ROPE_FREQS = "rope_freqs.weight"  # the divisor of each frequency, where Llama 3 scales them
+LONG, SHORT = "rope_factors_long.weight", "rope_factors_short.weight"  # of longrope
 # Values with which a key says nothing.
 NEUTRAL: dict[str, tuple] = {
     **dict.fromkeys(("expert_count", "expert_used_count", "attention.sliding_window"), (0,)),
@@ -94,6 +99,7 @@ class Architecture:
     neutral: Mapping[str, tuple] = dataclasses.field(default_factory=dict)  # beside `NEUTRAL`
     interleaved: bool = False  # the two rows of each rotated pair of query and key side by side
     partial: str = ""  # the option of how much of a head is rotated; "" is all of it
+    scaling_tensors: tuple[str, ...] = (ROPE_FREQS,)
     own_keys: tuple[str, ...] = ()  # that `more` reads
     # (keys, options so far) -> options that follow from several of them.
     more: Callable[[Metadata, Json], Json] = lambda own, raw: {}
@@ -161,9 +167,7 @@ def more_of_gemma3(own: Metadata, raw: Json) -> Json:
 def more_of_olmo3(own: Metadata, raw: Json) -> Json:
     """Layers with a window have positions of their own, which are not scaled."""
     local = own.get("rope.freq_base_swa", raw["rope_theta"])
-    if not OPTIONS["rope_theta"].holds(local):
-        words = OPTIONS["rope_theta"].words
-        raise ValueError(f"GGUF option rope.freq_base_swa must be {words}, got {short(local)}")
+    check_option("rope.freq_base_swa", "rope_theta", local)
     scaling = raw.get("rope_scaling", {"rope_type": "default"})
     return layer_types(own, raw, 4) | {
         "rope_parameters": {
@@ -231,6 +235,7 @@ ARCHITECTURES = {
         optional={"attention.head_count_kv": "n_head"},
         fixed={"activation_function": "gelu_new"},
         biases={},
+        scaling_tensors=(),
     ),
     "seed_oss": Architecture(
         family="seed_oss",
@@ -259,6 +264,7 @@ ARCHITECTURES = {
         | {"rope.scaling.original_context_length": "original_max_position_embeddings"},
         biases={},
         partial="partial_rotary_factor",
+        scaling_tensors=(LONG, SHORT),
     ),
     # llama.cpp computes the tanh form; the models have the other, which differs by 5e-4 at most.
     "gptneox": Architecture(
@@ -272,6 +278,7 @@ ARCHITECTURES = {
         fixed={"hidden_act": "gelu", "attention_bias": False},
         biases={"attn_qkv.bias": "attention_bias"},
         partial="rotary_pct",
+        scaling_tensors=(),
     ),
     "olmo2": OLMO2,
     "qwen3moe": Architecture(
@@ -318,6 +325,12 @@ def own_keys(metadata: Metadata, architecture: Architecture) -> Metadata:
     return {key: value for key, value in own.items() if value not in neutral.get(key, ())}
 
 
+def check_option(key: str, option: str, value: Any) -> None:
+    """Raise a ValueError where a key has what its option of config.json may not have."""
+    if not OPTIONS[option].holds(value):
+        raise ValueError(f"GGUF option {key} must be {OPTIONS[option].words}, got {short(value)}")
+
+
 # --- rotary positions -----------------------------------------------------------------------------
 
 SCALING = "rope.scaling."
@@ -347,7 +360,7 @@ def read_positions(own: Metadata, raw: Json, architecture: Architecture, prefix:
     width = raw.get("hidden_size") or raw["n_embd"]
     head_dim = raw.get("head_dim", width // heads)
     rotated = own.get("rope.dimension_count", head_dim)
-    for key in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
+    for key in HEAD_SIZES:
         value = own.get(key, head_dim)
         if value == head_dim or (key.startswith("rope") and architecture.partial):
             continue
@@ -360,23 +373,20 @@ def read_positions(own: Metadata, raw: Json, architecture: Architecture, prefix:
             f"got {short(rotated)}"
         )
     part = {architecture.partial: part_of_head(rotated, head_dim)} if architecture.partial else {}
-    scaling = read_scaling(own, prefix)
+    scaling = read_scaling(own, architecture, prefix)
     return part | ({"rope_scaling": scaling} if scaling else {})
 
 
-def read_scaling(own: Metadata, prefix: str) -> Json | None:
+def read_scaling(own: Metadata, architecture: Architecture, prefix: str) -> Json | None:
     """The `rope_scaling` of a config.json that is in keys alone; `longrope` is in tensors."""
     kind, factor = own.get(f"{SCALING}type"), own.get(f"{SCALING}factor")
     stretched = factor not in (None, 1) + (0,) * (kind != "linear")
-    if kind == "yarn" and stretched:
-        given = {o: own[SCALING + key] for key, o in YARN.items() if SCALING + key in own}
-        for option, value in given.items():
-            if not OPTIONS[option].holds(value):
-                raise ValueError(
-                    f"GGUF option {prefix}{SCALING}*: {option} must be {OPTIONS[option].words}, "
-                    f"got {short(value)}"
-                )
-        return {"rope_type": "yarn"} | {o: as_printed(x) for o, x in given.items()}
+    has_longrope = LONG in architecture.scaling_tensors  # whose config.json may call it yarn
+    if kind == "yarn" and stretched and not has_longrope:
+        given = {key: own[SCALING + key] for key in YARN if SCALING + key in own}
+        for key, value in given.items():
+            check_option(f"{prefix}{SCALING}{key}", YARN[key], value)
+        return {"rope_type": "yarn"} | {YARN[key]: as_printed(x) for key, x in given.items()}
     if kind == "linear" and stretched and OPTIONS["factor"].holds(factor):
         return {"rope_type": "linear", "factor": as_printed(factor)}
     if kind not in (None, "none", "linear", "longrope") or stretched:

@@ -14,11 +14,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ppo_jax.io.gguf.architectures import (
+    HEAD_SIZES,
+    LONG,
+    ROPE_FREQS,
     SCALING,
+    SHORT,
     Architecture,
     Place,
     architecture_of,
     as_printed,
+    check_option,
     own_keys,
     places_of,
     read_positions,
@@ -42,15 +47,11 @@ from ppo_jax.io.integrity import reading_file
 from ppo_jax.io.safetensors import find_parameters, is_finite
 from ppo_jax.models.config import ModelConfig
 from ppo_jax.models.families import read_config
-from ppo_jax.models.families.base import OPTIONS, Json, need, short
+from ppo_jax.models.families.base import Json, short
 from ppo_jax.models.families.rope import ORIGINAL
 
-# Keys of the sizes of a head, all of which must be one.
-HEAD_SIZES = ("attention.key_length", "attention.value_length", "rope.dimension_count")
 MOST_EXPERTS = 2**14
 ROTATED = ("layers.attention.query.", "layers.attention.key.")
-ROPE_FREQS = "rope_freqs.weight"  # the divisor of each frequency, where Llama 3 scales them
-LONG, SHORT = "rope_factors_long.weight", "rope_factors_short.weight"  # of longrope
 
 
 def read_metadata(metadata: Metadata) -> Json:
@@ -78,9 +79,7 @@ def read_metadata(metadata: Metadata) -> Json:
         if key not in own:
             continue
         value = as_printed(own[key])
-        if not OPTIONS[option].holds(value):
-            words = OPTIONS[option].words
-            raise ValueError(f"GGUF option {prefix}{key} must be {words}, got {short(value)}")
+        check_option(prefix + key, option, value)
         if raw.setdefault(option, value) != value:
             raise ValueError(f"GGUF option {prefix}{key}={value} must be {raw[option]}")
     raw |= read_positions(own, raw, architecture, prefix)
@@ -271,24 +270,64 @@ def plan_conversion(
 def scaling_of_tensors(
     metadata: Metadata, tensors: Mapping[str, StoredTensor], data: mmap.mmap, raw: Json
 ) -> Json:
-    """The `rope_scaling` whose numbers are tensors of a file, {} where there are none."""
-    key = f"{metadata['general.architecture']}.{SCALING}attn_factor"
-    attention = as_printed(metadata.get(key, 1.0))
-    if LONG in tensors and SHORT in tensors:
-        names = {"short_factor": SHORT, "long_factor": LONG}
-        factors = {
-            option: [as_printed(float(x)) for x in dequantized(data, tensors[name]).ravel()]
-            for option, name in names.items()
-        }
-        scaling = {"rope_type": "longrope", ORIGINAL: need(raw, ORIGINAL), **factors}
-        scaling |= {"attention_factor": attention} if key in metadata else {}
-        return {"rope_scaling": scaling}
-    if attention != 1 or metadata.get(key.replace("attn_factor", "type")) == "longrope":
-        raise ValueError(f"a scaling by longrope needs the tensors {LONG} and {SHORT}")
-    if ROPE_FREQS not in tensors:
-        return {}
-    scaling = rope_scaling(dequantized(data, tensors[ROPE_FREQS]).ravel(), raw["rope_theta"])
+    """The `rope_scaling` whose numbers are tensors of a file, {} where there are none.
+
+    Raises:
+        ValueError: the architecture does not have such tensors, or keys and tensors do not fit.
+    """
+    allowed, prefix = architecture_of(metadata).scaling_tensors, metadata["general.architecture"]
+    found = [name for name in (ROPE_FREQS, LONG, SHORT) if name in tensors]
+    if other := [name for name in found if name not in allowed]:
+        raise ValueError(f"GGUF tensor {other[0]} is not supported for {prefix!r}")
+    numbers = {name: dequantized(data, tensors[name]).ravel() for name in found}
+    refuse_half_longrope(metadata, found, allowed)
+    if LONG in numbers:
+        scaling = longrope_scaling(metadata, numbers, raw)
+    elif ROPE_FREQS in numbers:
+        count, pairs = len(numbers[ROPE_FREQS]), raw["head_dim"] // 2
+        if count != pairs:
+            raise ValueError(f"{ROPE_FREQS} has {count} numbers, but the file asks for {pairs}")
+        scaling = rope_scaling(numbers[ROPE_FREQS], raw["rope_theta"])
+    else:
+        scaling = None
+    if scaling and "rope_scaling" in raw:
+        kind = raw["rope_scaling"]["rope_type"]
+        raise ValueError(
+            f"GGUF option {prefix}.{SCALING}type={kind!r} is not supported with the tensor "
+            f"{found[0]}, which scales as well"
+        )
     return {"rope_scaling": scaling} if scaling else {}
+
+
+def refuse_half_longrope(metadata: Metadata, found: list[str], allowed: tuple[str, ...]) -> None:
+    """Refuse a tensor of longrope without the other, and its keys without both."""
+    if LONG in found and SHORT in found:
+        return
+    for name, other in ((LONG, SHORT), (SHORT, LONG)):
+        if name in found:
+            raise ValueError(f"GGUF tensor {name} is not supported without {other}")
+    without = f" without {LONG} and {SHORT}" if LONG in allowed else ""
+    prefix = f"{metadata['general.architecture']}.{SCALING}"
+    is_longrope = metadata.get(f"{prefix}type") == "longrope"
+    if is_longrope or metadata.get(f"{prefix}attn_factor", 1) != 1:
+        key = prefix + ("type" if is_longrope else "attn_factor")
+        value = short(as_printed(metadata[key]))
+        raise ValueError(f"GGUF option {key}={value} is not supported{without}")
+
+
+def longrope_scaling(metadata: Metadata, numbers: Mapping[str, np.ndarray], raw: Json) -> Json:
+    """The scaling of Phi-3, of tensors and keys."""
+    prefix = f"{metadata['general.architecture']}.{SCALING}"
+    if ORIGINAL not in raw:
+        key = f"{prefix}original_context_length"
+        raise ValueError(f"GGUF option {key}, which {LONG} needs, is missing")
+    scaling: Json = {"rope_type": "longrope", ORIGINAL: raw[ORIGINAL]}
+    for option, name in (("short_factor", SHORT), ("long_factor", LONG)):
+        scaling[option] = [as_printed(float(x)) for x in numbers[name]]
+    if (key := f"{prefix}attn_factor") in metadata:
+        check_option(key, "attention_factor", metadata[key])
+        scaling["attention_factor"] = as_printed(metadata[key])
+    return scaling
 
 
 def check_shapes(raw: Json, plan: list[Stored], places: Mapping[str, Place]) -> None:
