@@ -159,6 +159,21 @@ def score_responses(
     return score_rows(model, encode_responses(prompts, responses, ended, model)[0])
 
 
+def by_length(config: ModelConfig, mask: np.ndarray) -> dict[ModelConfig, np.ndarray]:
+    """{a model: which of N texts it reads, [N] bool}: each text is read by the model of rows of its
+    length, and as it would be alone, see `ModelConfig.for_rows`. Most models are one for all.
+
+    Args:
+        config: the model of rows of any length.
+        mask: [N, L] bool, of the texts.
+    """
+    lengths = mask.sum(axis=1)
+    groups: dict[ModelConfig, list[int]] = {}
+    for length in np.unique(lengths).tolist():
+        groups.setdefault(config.for_rows(length), []).append(length)
+    return {of_rows: np.isin(lengths, group) for of_rows, group in groups.items()}
+
+
 @functools.lru_cache(maxsize=4)
 def compiled_scores(config: ModelConfig, layout: Layout):
     """Tokens to the score at each of them, [N, L]."""
@@ -166,18 +181,20 @@ def compiled_scores(config: ModelConfig, layout: Layout):
 
 
 def score_rows(model: Model, rows: TokenizedTexts) -> np.ndarray:
-    """A reward model's scores of tokenised texts, [N] float32; short ones share rows."""
+    """A reward model's scores of tokenised texts, [N] float32, each as if it were the only one;
+    short ones share rows."""
     layout, rows = model.layout or one_device(), without_padding(rows, model.padding_id)
-    config = model.config.for_rows(int(rows.mask.sum(axis=1).max(initial=0)))
-    run, params = compiled_scores(config, layout), layout.shard_params(model.params)
+    params, scores = layout.shard_params(model.params), np.empty(len(rows.mask), np.float32)
 
-    def outputs(*arrays):
+    def outputs(run, *arrays):
         tokens, mask, segment_ids = layout.shard_batch(arrays)
         return run(params, tokens, mask, segment_ids=segment_ids)
 
-    scores = np.empty(len(rows.mask), np.float32)
-    for row, values in packed_outputs(rows, outputs, model.config.max_length, layout):
-        scores[row] = values[-1]
+    for config, of_N in by_length(model.config, rows.mask).items():
+        run = functools.partial(outputs, compiled_scores(config, layout))
+        context, used = model.config.max_length, np.flatnonzero(of_N)
+        for row, values in packed_outputs(rows, run, context, layout, used):
+            scores[row] = values[-1]
     return scores
 
 

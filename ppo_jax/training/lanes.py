@@ -48,7 +48,6 @@ from ppo_jax.training.ppo import (
     sample_rows,
     tell_settings,
     tell_what_comes,
-    text_scorer,
 )
 from ppo_jax.training.ppo_evaluation import sampler_options
 from ppo_jax.training.ppo_models import find_models
@@ -63,6 +62,7 @@ from ppo_jax.training.ppo_setup import (
 from ppo_jax.training.references import make_references
 from ppo_jax.training.resume import fingerprint
 from ppo_jax.training.reward_functions import load_reward_functions
+from ppo_jax.training.text_rewards import text_scorer
 
 # What lanes of one program may differ in: the numbers of an iteration, and what the host compares.
 NUMBERS = {field.name for field in dataclasses.fields(Hyperparameters)}

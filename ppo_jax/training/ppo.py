@@ -14,7 +14,6 @@ from ppo_jax.algorithms.greedy import greedy_responses
 from ppo_jax.algorithms.options import PPOOptions
 from ppo_jax.algorithms.ppo import ppo_iteration, update_from_rollout
 from ppo_jax.algorithms.references import reference_responses
-from ppo_jax.algorithms.supervised import text_scores
 from ppo_jax.config.parsing import FunctionFailed
 from ppo_jax.config.ppo import PPOSettings, names_critic
 from ppo_jax.config.run import Config
@@ -23,8 +22,7 @@ from ppo_jax.core.types import PPOState, Prompts, Rollout
 from ppo_jax.data.encode import take_prompts
 from ppo_jax.data.prompts import PromptBuckets, PromptData, prompt_data, with_safety
 from ppo_jax.distributed.layout import Layout, fetch, gather_rows, local_rows, make_layouts
-from ppo_jax.inference.generate import decode_rows, prompt_width
-from ppo_jax.inference.score import encode_responses
+from ppo_jax.inference.generate import decode_rows
 from ppo_jax.io.critics import keep_critic
 from ppo_jax.io.model_spec import ModelSpec
 from ppo_jax.io.run_folder import append_rows
@@ -49,6 +47,7 @@ from ppo_jax.training.reward_functions import (
     metric_names,
 )
 from ppo_jax.training.stage import Stage, StageRun, open_stage, stage_run
+from ppo_jax.training.text_rewards import text_scorer
 
 # (the prompts chosen [B], their rollout) -> (scores on the mesh, [B] float32, or [B, T] of each
 # token; {metric: its number of each response [B], of which the mean is logged})
@@ -294,40 +293,6 @@ def function_scorer(
     def score(chosen: np.ndarray, rollout: Rollout):
         scores, each = call_functions(functions, data, chosen, rollout, tokenizer, stop_ids)
         return layout.shard_batch(scores), each
-
-    return score
-
-
-def text_scorer(
-    setup: Setup,
-    reward: Model,
-    texts: list[str],
-    tokenizer: Any,
-    layout: Layout,
-    scores_of: Callable[..., jax.Array] = text_scores,
-) -> Scorer:
-    """The scores of a reward model that reads text: responses are decoded by the policy's tokenizer
-    and tokenised by its own, see `encode_responses`. All processes run the one program.
-
-    `scores_of` is (network, its parameters, tokens, mask) -> scores."""
-    reader = dataclasses.replace(reward, params={})  # the setup has them, on the mesh
-    program = jax.jit(
-        functools.partial(scores_of, setup.text_reward), out_shardings=layout.batch_sharding
-    )
-
-    def score(chosen: np.ndarray, rollout: Rollout):
-        asked = Prompts(tokens=rollout.prompt_tokens, mask=rollout.prompt_mask)
-        tokens, mask, asked, ended = fetch(
-            (rollout.response_tokens, rollout.response_mask, asked, rollout.has_eos)
-        )
-        stop_ids = setup.options.sampling.eos_ids
-        responses = decode_rows(tokenizer, tokens, mask, asked, stop_ids)
-        rows, too_long = encode_responses([texts[i] for i in chosen], responses, ended, reader)
-        width = min(prompt_width(rows.tokens.shape[1]), reader.config.max_length)
-        more = ((0, 0), (0, width - rows.tokens.shape[1]))
-        inputs = layout.shard_batch((np.pad(rows.tokens, more), np.pad(rows.mask, more)))
-        scores = program(setup.frozen.reward, *inputs)
-        return scores, {"reward/too_long_fraction": too_long}
 
     return score
 

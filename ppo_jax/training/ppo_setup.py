@@ -48,7 +48,8 @@ class Setup:
     options: PPOOptions
     hyperparameters: Hyperparameters
     frozen: FrozenParams
-    text_reward: Network | None = None  # a reward model that reads text, of `frozen.reward`
+    text_reward: Callable[[ModelConfig], Network] | None = None  # of a reward model that reads
+    # text, whose parameters are `frozen.reward`
     value_start: int | None = None  # layers that the critic has in common with the policy's trunk
 
 
@@ -365,7 +366,8 @@ def setup_of(
     """
     layout, text_reward, in_program = layouts[0], None, reward
     if reward is not None and reread_reason(policy, reward):
-        text_reward, in_program = reward_network(reward.config, constrain=layout.constrain), None
+        text_reward = functools.partial(reward_network, constrain=layout.constrain)
+        in_program = None
     sampling = make_sampling(vars(settings), policy.tokenizer)
     total = settings.max_prompt_length + settings.response_length
     networks = make_networks(

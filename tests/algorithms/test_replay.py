@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ppo_jax.algorithms import sweep
 from ppo_jax.algorithms.options import PPONetworks
 from ppo_jax.algorithms.passes import forward, without_outputs
 from ppo_jax.algorithms.ppo import init_ppo, ppo_iteration
@@ -171,6 +172,29 @@ def test_replay_goes_with_packing_and_samples(changes):
     state, replayed = iteration(**changes, replay_experts=True)
     assert replayed["policy/router_mismatch"] == 0.0
     assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(state.policy_params))
+
+
+@pytest.mark.slow
+def test_each_lane_replays_the_experts_of_its_own_rollout():
+    networks, frozen, params, critic = parts()
+    lanes = [
+        tiny.hyperparameters(temperature=temperature, optimizer=dict(learning_rate=rate))
+        for temperature, rate in ((1.0, 1e-3), (0.7, 3e-3))
+    ]
+    how = dict(networks=networks, options=tiny.options(replay_experts=True))
+    alone = jax.jit(functools.partial(ppo_iteration, **how))
+    together = functools.partial(sweep.sweep_iteration, axes=sweep.LaneAxes(), **how)
+    states, given = [init_ppo(params, critic, lane) for lane in lanes], (tiny.prompts(), KEY)
+    stacked = sweep.stack_lanes(states), sweep.stack_lanes(lanes)
+    both = jax.jit(together)(*stacked, *given, frozen=frozen)
+    assert (both[1]["policy/router_mismatch"] == 0.0).all()
+    assert np.ptp(both[1]["policy/router_entropy"]) > 0
+    for i, (state, lane) in enumerate(zip(states, lanes, strict=True)):
+        expected, its_own = alone(state, lane, *given, frozen=frozen)
+        got, metrics = sweep.take_lane(both, i)
+        tiny.leaves_close(metrics, its_own, rtol=2e-3, atol=2e-4)
+        rate = lane.optimizer.learning_rate
+        tiny.leaves_close(got.policy_params, expected.policy_params, rtol=0, atol=0.1 * rate)
 
 
 WIDE_EXPERTS = tiny.model_config(
