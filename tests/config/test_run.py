@@ -330,6 +330,7 @@ def test_what_a_resumed_run_may_change():
     assert numbers | {"packing", "num_iterations", "optimizer.learning_rate"} <= ppo
     assert sft == {f"optimizer.{field.name}" for field in dataclasses.fields(OptimizerSettings)} | {
         "num_micro_batches",
+        "router_coef",
         "hidden_cache_gb",
         "eval_every",
         "save_every",

@@ -212,6 +212,7 @@ def test_there_are_no_other_options():
     others = {"sampling", "num_micro_batches", "packing", "score_eos"}
     others |= {"num_critics", "reference_responses"}  # see `test_critics`, `test_references`
     others |= {"any_kl_estimator", "importance", "max_rollouts"}
+    others |= {"replay_experts"}  # of a policy with experts, see `test_replay`
     assert fields == CHOICES.keys() | others
 
 
