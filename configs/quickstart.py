@@ -61,15 +61,15 @@ def default() -> config_dict.ConfigDict:
                 pairs_per_batch=256,  # comparisons drawn among them
                 max_length=40,  # tokens
                 packing=True,  # the texts of a batch share rows
-                eval_every=225,  # steps
-                save_every=225,  # steps
+                eval_every=150,  # steps
+                save_every=150,  # steps
                 optimizer=dict(learning_rate=1e-4, warmup_steps=20, weight_decay=0.01),
             ),
             ppo=dict(
                 prompts="{workdir}/data/prompts.jsonl",
                 trainable="4",  # top layers of the policy
                 value_trainable="4",  # top layers of the critic
-                num_iterations=30,
+                num_iterations=36,
                 rollout_batch_size=64,  # episodes
                 num_epochs=1,  # passes over a rollout
                 num_minibatches=4,  # optimizer steps a pass
@@ -81,8 +81,8 @@ def default() -> config_dict.ConfigDict:
                 missing_eos="penalty",
                 missing_eos_score=0.2,
                 kl_coef=0.05,  # reward per nat
-                sample_every=10,  # iterations
-                save_every=10,  # iterations
+                sample_every=12,  # iterations
+                save_every=12,  # iterations
                 value_learning_rate=3e-4,
                 optimizer=dict(learning_rate=3e-4, schedule="linear", warmup_steps=2),
             ),
