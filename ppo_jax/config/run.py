@@ -67,10 +67,10 @@ class ModelSettings:
 
     def __post_init__(self):
         if bool(self.path) == (self.scratch is not None):
+            without = " (--config.model.scratch=None leaves it out)" if self.path else ""
             raise ValueError(
-                "model needs either a path or a scratch section (--config.model.scratch=None "
-                f"leaves it out), got path={self.path!r} and "
-                f"scratch={self.scratch!r}"
+                f"model needs either a path or a scratch section{without}, got "
+                f"path={self.path!r} and scratch={self.scratch!r}"
             )
         check = Check(self, "model")
         check.choice("dtype", "float32", "bfloat16", "float16")
