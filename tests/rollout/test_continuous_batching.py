@@ -16,6 +16,7 @@ from ppo_jax.models.partition import split_params
 from ppo_jax.planner.hlo.text import parse_module
 from ppo_jax.rollout.continuous_batching import DECODING, DRAINING, REFILLS, max_trip_counts
 from ppo_jax.rollout.rollout import rollout
+from tests.rollout.test_layer_kinds import LAYERS
 from tests.support import tiny
 from tests.support.meshes import WIDE, layout_of
 
@@ -99,10 +100,14 @@ def test_several_samples_of_a_prompt_are_responses_to_its_copies(kind, trunk, sl
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 1, 8)])
-def test_slots_on_a_mesh_give_the_responses_of_one_device(shape):
+@pytest.mark.parametrize(
+    ("shape", "layers"),
+    [((8, 1, 1), {}), ((2, 2, 2), {}), ((1, 1, 8), {}), ((2, 2, 2), LAYERS)],
+    ids=["data", "all axes", "model", "windows and experts"],
+)
+def test_slots_on_a_mesh_give_the_responses_of_one_device(shape, layers):
     """And the decode loops send only what tensor parallelism sums: nothing of caches or prompts."""
-    config = tiny.model_config(**WIDE)
+    config = tiny.model_config(**WIDE, **layers)
     params = tiny.random_params(policy_network(config))
 
     def compiled(shape, **slots):

@@ -1,22 +1,17 @@
 """Layers that differ, in windows and experts: the responses are those of the plain rollout."""
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
-from ppo_jax.config.mesh import ROLLOUT_RULES
 from ppo_jax.core.network import merge_params
 from ppo_jax.models.build import policy_network, trunk_network
 from ppo_jax.models.config import Experts, LayerKind
 from ppo_jax.models.partition import split_params
-from ppo_jax.rollout.continuous_batching import DECODING, DRAINING
 from ppo_jax.rollout.rollout import rollout
 from tests.support import tiny
-from tests.support.meshes import WIDE, layout_of
 
 # Both windows are shorter than prompts and responses together, one is than most prompts.
 LAYERS = dict(
@@ -105,27 +100,3 @@ def test_gradients_of_lanes_are_those_of_each_alone():
         assert min(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected)) > 1e-6
         largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected))
         tiny.leaves_close(jax.tree.map(lambda x, i=i: x[i], both), expected, atol=1e-5 * largest)
-
-
-@pytest.mark.slow
-def test_slots_on_a_mesh_have_the_responses_of_one_device():
-    """While they are narrowed, too; no loop sends anything of a ring."""
-    config = tiny.model_config(**WIDE, **LAYERS)
-    params = tiny.random_params(policy_network(config))
-
-    def compiled(shape, **slots):
-        layout = layout_of(shape, ROLLOUT_RULES)
-        policy = policy_network(config, constrain=layout.constrain)
-        prompts = layout.shard_batch(jax.tree.map(np.asarray, tiny.prompts(batch_size=32)))
-        args = layout.shard_params(params), prompts, layout.replicate(KEY)
-        program = jax.jit(functools.partial(rollout, policy, sampling=sampling(**slots)))
-        program = program.lower(*args).compile()
-        return program.as_text(), jax.device_get(program(*args))
-
-    text, got = compiled((2, 2, 2), max_concurrent=16, min_free_slots=8)
-    assert_same(got, compiled((1, 1, 1))[1])
-    of_loop = re.compile(rf"/while/body/({DECODING}/)?while/body/|{DRAINING}/while/body/")
-    inner = [line for line in text.splitlines() if of_loop.search(line)]
-    assert any(DRAINING in line for line in inner)
-    moves = r" (all-gather|all-to-all|collective-permute)(-start)?\("
-    assert not [line for line in inner if re.search(moves, line)]
