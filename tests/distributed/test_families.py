@@ -76,7 +76,8 @@ def test_an_iteration_of_a_family_on_a_mesh_is_that_of_one_device(family):
         found, expected = (named_leaves(getattr(x, params)) for x in (mine, one))
         for name, leaf in expected.items():
             np.testing.assert_allclose(found[name], leaf, atol=1e-4, rtol=0, err_msg=name)
-    # Two tokens whose values are 5e-7 apart change fifths by rounding, and take their returns along.
+    # Two tokens whose values are 5e-7 apart change fifths by rounding, and take their returns
+    # along.
     metrics, one_metrics = (
         {name: x for name, x in each.items() if "return_fifth" not in name}
         for each in (metrics, one_metrics)
